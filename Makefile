@@ -1,0 +1,112 @@
+# Everything is set up on demand: each target makes the environment and the build that it needs.
+#   PYTHON=python3.12 make test     another interpreter, 3.11 or newer
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --quiet install --disable-pip-version-check
+ORACLES := .venv-oracles
+CTEST := $(MAKE) -C tests/c
+ASAN_TREE := build/asan/kimi_linear
+
+.PHONY: help system venv build lib ctest test demo oracles lint format asan tsan bench clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
+
+system:
+	@sh tools/setup-system.sh
+
+# One environment in two steps: what running needs, then what tests need.
+
+$(VENV)/.runtime: pyproject.toml tools/requirements.py | system
+	@echo "venv: $(VENV), with what the package needs to build and run"
+	python=$$(sh tools/setup-system.sh --python)
+	test -x $(PY) || $$python -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$$python tools/requirements.py | $(PIP) -r /dev/stdin
+	touch $@
+
+$(VENV)/.test: $(VENV)/.runtime
+	@echo "venv: $(VENV), with what the tests need"
+	$(PY) tools/requirements.py test lint | $(PIP) -r /dev/stdin
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.runtime setup.py pyproject.toml
+	@$(PY) setup.py -q build_ext --inplace
+	PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --no-deps -e .
+	touch $@
+
+venv: $(VENV)/.test  ## .venv with everything that building, running, testing and linting need
+
+build: $(VENV)/.installed  ## the extension module, in place, and `kimi-linear` in .venv/bin
+	@$(PY) setup.py -q build_ext --inplace
+
+lib: $(VENV)/.runtime  ## the C library in build/lib: static, shared, header, pkg-config file
+	@$(PY) setup.py -q lib
+
+ctest: lib  ## the C programs of tests/c against build/lib, and what the library exports
+	@sh tools/setup-system.sh pkg-config
+	$(CTEST) LIB=$(CURDIR)/build/lib
+
+test: venv build ctest  ## everything that needs no torch
+	@$(PY) -m pytest $(ARGS)
+
+demo: build  ## the packaged model writes text and shows its cost and its errors
+	@$(PY) -m kimi_linear demo
+
+$(ORACLES)/.ready: pyproject.toml tools/requirements.py | $(VENV)/.runtime
+	@echo "venv: $(ORACLES), with torch and transformers (1 GB; more where pip finds no CPU build)"
+	test -x $(ORACLES)/bin/python || $$(sh tools/setup-system.sh --python) -m venv $(ORACLES)
+	$(PY) tools/requirements.py oracles > $(ORACLES)/requirements.txt
+	$(ORACLES)/bin/python -m pip install -q --disable-pip-version-check -r $(ORACLES)/requirements.txt
+	touch $@
+
+oracles: $(ORACLES)/.ready build  ## compare live with torch and transformers, in an environment of their own
+	@PYTHONPATH=$(CURDIR) $(ORACLES)/bin/python -m pytest tests/oracles $(ARGS)
+
+lint: venv  ## ruff, clang-format, and a build in which warnings are errors
+	@$(VENV)/bin/ruff check .
+	find csrc tests/c -name '*.[ch]' -o -name '*.inc' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	KL_WERROR=1 $(PY) setup.py -q lib build_ext --build-lib build/werror
+	echo "lint: clean"
+
+format: venv  ## bring C and Python into the form that `make lint` asks for
+	@find csrc tests/c -name '*.[ch]' -o -name '*.inc' | xargs $(VENV)/bin/clang-format -i
+	$(VENV)/bin/ruff check --fix --quiet .
+
+# A copy of the tree with a build of its own: the tests run there unchanged.
+asan: venv  ## the test suite under AddressSanitizer and UndefinedBehaviorSanitizer
+	@rm -rf $(addprefix $(ASAN_TREE)/,csrc kimi_linear tests tools benchmarks notebooks docs)
+	mkdir -p $(ASAN_TREE)
+	for item in csrc kimi_linear tests tools benchmarks notebooks docs *.py *.toml *.md Makefile; do
+	    if [ -e $$item ]; then cp -a $$item $(ASAN_TREE)/; fi
+	done
+	rm -f $(ASAN_TREE)/kimi_linear/*.so
+	export KL_SANITIZE=address,undefined UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+	$(PY) setup.py -q lib
+	ASAN_OPTIONS=detect_leaks=1 $(CTEST) LIB=$(CURDIR)/build/lib-address-undefined-debug SANITIZE=$$KL_SANITIZE
+	python=$(CURDIR)/$(PY)
+	cd $(ASAN_TREE)
+	$$python setup.py -q build_ext --inplace
+	export LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)"
+	export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 PYTHONPATH=$$PWD PYTHONMALLOC=malloc
+	$$python -m pytest -p no:cacheprovider $(ARGS)
+
+tsan: lib  ## the C programs of tests/c under ThreadSanitizer
+	@export KL_SANITIZE=thread
+	$(PY) setup.py -q lib
+	$(CTEST) LIB=$(CURDIR)/build/lib-thread-debug SANITIZE=thread
+
+bench: build  ## tokens/s, time and rate of every op beside the machine's roof
+	@$(PY) -m kimi_linear bench $(ARGS)
+
+clean:  ## remove everything that was built; environments stay
+	rm -rf build dist *.egg-info kimi_linear/*.so .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+	rm -f $(VENV)/.installed

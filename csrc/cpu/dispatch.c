@@ -1,0 +1,56 @@
+/* Which kernel tables this machine can run, and the choice of one. */
+#include "kernels.h"
+
+#include <string.h>
+
+#if defined(__x86_64__)
+/* __builtin_cpu_supports also asks the operating system whether it saves the wide registers */
+static bool runs_avx2(void)
+{
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+static bool runs_avx512(void)
+{
+    return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
+           && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+static int available(const kl_kernels *tables[3])
+{
+    int n = 0;
+    tables[n++] = &kl_kernels_scalar;
+#if defined(__x86_64__)
+    if (runs_avx2())
+        tables[n++] = &kl_kernels_avx2;
+    if (runs_avx512())
+        tables[n++] = &kl_kernels_avx512;
+#endif
+    return n;
+}
+
+int kl_isa_list(const char *names[], int capacity)
+{
+    const kl_kernels *tables[3];
+    const int n = available(tables);
+    for (int i = 0; i < n && i < capacity; i++)
+        names[i] = tables[i]->name;
+    return n;
+}
+
+kl_status kl_kernels_choose(kl_ctx *ctx, const char *isa)
+{
+    const kl_kernels *tables[3];
+    const int n = available(tables);
+    ctx->k = tables[n - 1];
+    if (isa == NULL)
+        return KL_OK;
+    for (int i = 0; i < n; i++)
+        if (strcmp(isa, tables[i]->name) == 0) {
+            ctx->k = tables[i];
+            return KL_OK;
+        }
+    return kl_fail(ctx, KL_ERR_UNSUPPORTED, "isa is \"%s\"; here it must be one of: scalar%s%s", isa,
+                   n > 1 ? ", avx2" : "", n > 2 ? ", avx512" : "");
+}

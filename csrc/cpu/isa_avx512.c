@@ -1,0 +1,20 @@
+/* The kernel bodies, compiled for AVX-512 F, BW, DQ and VL. */
+#define KL_AVX512 1
+#if defined(__x86_64__)
+#include "kernels.h"
+#include "simd.h"
+
+#include "elementwise.inc"
+#include "norm.inc"
+#include "dot.inc"
+#include "conv.inc"
+#include "delta_rule.inc"
+#include "attention.inc"
+
+const kl_kernels kl_kernels_avx512 = {
+    .name = "avx512",
+#define KL_KERNEL(name, type, parameters) .name = kernel_##name,
+#include "kernels.def"
+#undef KL_KERNEL
+};
+#endif

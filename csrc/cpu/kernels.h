@@ -1,0 +1,22 @@
+/* The kernel table: one of these for each instruction set, chosen when a context is made. */
+#ifndef KL_KERNELS_H
+#define KL_KERNELS_H
+
+#include "../internal.h"
+
+struct kl_kernels {
+    const char *name;
+#define KL_KERNEL(name, type, parameters) type(*name) parameters;
+#include "kernels.def"
+#undef KL_KERNEL
+};
+
+extern const kl_kernels kl_kernels_scalar;
+#if defined(__x86_64__)
+extern const kl_kernels kl_kernels_avx2, kl_kernels_avx512;
+#endif
+
+/* Sets ctx->k to the named table (NULL: the best that runs here). */
+kl_status kl_kernels_choose(kl_ctx *ctx, const char *isa);
+
+#endif

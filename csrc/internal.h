@@ -1,0 +1,119 @@
+/* What the parts of the library share: the context, its scratch, threads, and the op table. */
+#ifndef KL_INTERNAL_H
+#define KL_INTERNAL_H
+
+#include "kimi_linear.h"
+
+#include <stdatomic.h>
+#include <stdbool.h>
+
+typedef struct kl_kernels kl_kernels; /* cpu/kernels.h: one table an instruction set */
+typedef struct kl_pool kl_pool;       /* pool.c */
+typedef struct kl_backend kl_backend; /* ops/ops.h: the op table */
+
+/* A stack of scratch memory in chunks: an allocation never moves, and once a context has seen its
+ * largest call it allocates no more. While measuring nothing is allocated: addresses are NULL and
+ * only the peak is counted. */
+typedef struct kl_arena {
+    struct kl_chunk *chunks; /* oldest first */
+    int n_chunks, current;
+    size_t used, peak; /* bytes, as if in one piece */
+    bool measuring;
+} kl_arena;
+
+struct kl_ctx {
+    const kl_backend *backend;
+    const kl_kernels *k;
+    kl_pool *pool;
+    kl_arena arena;
+    kl_allocator allocator;
+    kl_gemm gemm;
+    int threads;
+    int64_t allocations;
+    atomic_int cancelled;
+    int (*poll)(void *user);
+    void *poll_user;
+    int64_t polled_at; /* ns */
+    char error[512];
+};
+
+/* Leaves the sentence in the context and returns status. */
+kl_status kl_fail(kl_ctx *ctx, kl_status status, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+
+/* product of two sizes from outside; false when it does not fit 2^62 or one is negative */
+bool kl_mul(int64_t *product, int64_t a, int64_t b);
+
+/* ---- memory (ctx.c) ---- */
+
+void *kl_allocate(kl_ctx *ctx, size_t n_bytes); /* NULL: out of memory, the error is set */
+void kl_release(kl_ctx *ctx, void *p, size_t n_bytes);
+
+/* Scratch, 64-byte aligned, valid until kl_scratch_reset to a mark taken before. An op takes all of
+ * its scratch first, then returns KL_OK if the context is only measuring:
+ *     float *buffer;
+ *     KL_SCRATCH(buffer, ctx, T * D);
+ *     if (ctx->arena.measuring) return KL_OK; */
+kl_status kl_scratch(kl_ctx *ctx, void **p, size_t n_bytes) KL_CHECKED;
+size_t kl_scratch_mark(const kl_ctx *ctx);
+void kl_scratch_reset(kl_ctx *ctx, size_t mark);
+kl_status kl_scratch_reserve(kl_ctx *ctx, size_t n_bytes) KL_CHECKED; /* one piece of that size */
+
+/* Between the two, ops only count their scratch; the second gives the peak in bytes. */
+typedef struct kl_measure {
+    size_t used, peak;
+} kl_measure;
+void kl_measure_begin(kl_ctx *ctx, kl_measure *saved);
+size_t kl_measure_end(kl_ctx *ctx, const kl_measure *saved);
+
+#define KL_TRY(call)                                                                               \
+    do {                                                                                           \
+        const kl_status kl_try_status = (call);                                                    \
+        if (kl_try_status != KL_OK)                                                                \
+            return kl_try_status;                                                                  \
+    } while (0)
+
+/* n values of *pointer's type; returns from the caller on failure */
+#define KL_SCRATCH(pointer, ctx, n)                                                                \
+    do {                                                                                           \
+        void *kl_p = NULL;                                                                         \
+        KL_TRY(kl_scratch((ctx), &kl_p, (size_t)(n) * sizeof *(pointer)));                         \
+        (pointer) = kl_p;                                                                          \
+    } while (0)
+
+/* Gives back what the op took since mark, and hands its status on: the last line of a public op. */
+static inline kl_status kl_done(kl_ctx *ctx, size_t mark, kl_status status)
+{
+    kl_scratch_reset(ctx, mark);
+    return status;
+}
+
+/* ---- threads (pool.c) ---- */
+
+/* body(arg, begin, end, thread): work on tasks begin..end-1; thread < ctx->threads names scratch. */
+typedef void (*kl_body)(void *arg, int64_t begin, int64_t end, int thread);
+
+/* Runs tasks 0..n-1, grain at a time, handed out in rising order to whichever thread is free; returns
+ * when all are done. Tasks must not depend on each other. The floating-point environment inside a
+ * task is the default one, whoever called. KL_ERR_INTERRUPTED when cancelled: some tasks are undone. */
+kl_status kl_for(kl_ctx *ctx, int64_t n, int64_t grain, kl_body body, void *arg) KL_CHECKED;
+
+kl_status kl_pool_create(kl_ctx *ctx, int threads);
+void kl_pool_destroy(kl_ctx *ctx);
+
+/* ---- checks that ops share (checks.c) ---- */
+
+kl_status kl_check_offsets(kl_ctx *ctx, const char *op, const int64_t *offsets, int64_t N, int64_t T);
+kl_status kl_check_weight(kl_ctx *ctx, const char *op, const char *name, const kl_weight *w, int64_t n,
+                          int64_t rows, int64_t cols);
+
+/* x is [T, D] with T >= 0 and D >= 1, and T * D fits */
+kl_status kl_check_rows(kl_ctx *ctx, const char *op, const char *name, int64_t T, int64_t D);
+
+static inline int64_t kl_min(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t kl_max(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t kl_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+/* rows a task where a row is D cheap values: enough work to be worth handing out */
+static inline int64_t kl_row_grain(int64_t D) { return kl_max(1, 16384 / kl_max(1, D)); }
+
+#endif

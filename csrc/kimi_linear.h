@@ -1,0 +1,255 @@
+/* kimi_linear: the ops and the model of the Kimi-Linear family, on arrays.
+ *
+ * Shape letters, used as argument names everywhere:
+ *   T tokens (rows), N sequences, H heads (Hk key heads, Hv value heads), K key width, V value width,
+ *   D model width, R latent rank, P width of the shared key part, C channels, W convolution taps,
+ *   E experts, F inner width of a feed-forward.
+ * Arrays are row-major with the last axis contiguous, float32 unless a type says otherwise.
+ *
+ * Conventions
+ *   Every call that can fail returns kl_status and leaves one sentence in the context (kl_ctx_error).
+ *   Arguments are checked before anything is written.
+ *   Ragged batches: the tokens of N sequences lie one after another; offsets [N+1] rises from 0 to T.
+ *   Arrays of numbers are addresses in the memory of the context's backend; ids of tokens, offsets
+ *   and other control data are host arrays.
+ *   Argument order: context, outputs, inputs, weights, state, dimensions, scalars.
+ *   The library keeps no pointer after a call, except the weights of a model.
+ *   Same bytes for any number of threads, any instruction set and any batch: see docs/math.md#sums. */
+#ifndef KIMI_LINEAR_H
+#define KIMI_LINEAR_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(__GNUC__)
+#define KL_API __attribute__((visibility("default")))
+#define KL_CHECKED __attribute__((warn_unused_result))
+#else
+#define KL_API
+#define KL_CHECKED
+#endif
+
+#define KL_VERSION "0.1.0"
+
+typedef enum kl_status {
+    KL_OK = 0,
+    KL_ERR_ARG,         /* a value that the contract rules out */
+    KL_ERR_SHAPE,       /* sizes that do not fit each other */
+    KL_ERR_DTYPE,       /* a storage type that the op does not take */
+    KL_ERR_MEMORY,      /* out of memory: the sentence says how much was wanted */
+    KL_ERR_UNSUPPORTED, /* right, but not built: the sentence says what is */
+    KL_ERR_FORMAT,      /* a file that is not what it says */
+    KL_ERR_DEVICE,      /* the device failed or is not there */
+    KL_ERR_IO,          /* a file could not be read or written */
+    KL_ERR_STATE,       /* a state that does not belong to this model, or is in use */
+    KL_ERR_INTERRUPTED, /* cancelled from outside */
+} kl_status;
+
+/* Storage types carry ggml's ids, so that a file's id is ours. */
+typedef enum kl_type {
+    KL_F32 = 0,
+    KL_F16 = 1,
+    KL_BF16 = 30,
+} kl_type;
+
+/* Bytes of n values of a type; 0 where the type is unknown. */
+KL_API size_t kl_type_bytes(kl_type type, int64_t n_values);
+KL_API const char *kl_type_name(kl_type type);
+
+typedef enum kl_activation { KL_NONE = 0, KL_SIGMOID = 1, KL_SILU = 2 } kl_activation;
+
+/* ---- context -------------------------------------------------------------------------------- */
+
+/* One handle for threads, scratch memory, kernels and the last error. It serves one call at a time;
+ * two threads use two contexts. */
+typedef struct kl_ctx kl_ctx;
+
+typedef enum kl_gemm { KL_GEMM_OWN = 0, KL_GEMM_BLAS = 1 } kl_gemm;
+
+typedef struct kl_ctx_options {
+    int threads;     /* 0: one for each processor that this process may use */
+    const char *isa; /* "scalar", "avx2", "avx512", or NULL for the best that runs here */
+    kl_gemm gemm;    /* KL_GEMM_BLAS: float32 products by OpenBLAS, within a budget, not byte-equal */
+} kl_ctx_options;
+
+KL_API kl_status kl_ctx_create(kl_ctx **ctx, const kl_ctx_options *options);
+KL_API void kl_ctx_destroy(kl_ctx *ctx);
+KL_API const char *kl_ctx_error(const kl_ctx *ctx); /* the last failure, one sentence */
+KL_API const char *kl_ctx_isa(const kl_ctx *ctx);
+KL_API int kl_ctx_threads(const kl_ctx *ctx);
+KL_API kl_status kl_ctx_set_threads(kl_ctx *ctx, int threads);
+KL_API const char *kl_blas_name(void); /* provider and version, or "none" */
+
+/* Instruction sets that this build has and this machine runs, best last; returns their number. */
+KL_API int kl_isa_list(const char *names[], int capacity);
+
+/* Stops the call in flight from another thread: it returns KL_ERR_INTERRUPTED at the end of a task. */
+KL_API void kl_ctx_cancel(kl_ctx *ctx);
+
+/* poll is called by the calling thread some twenty times a second during long calls; a value other
+ * than 0 cancels the call. */
+KL_API void kl_ctx_set_poll(kl_ctx *ctx, int (*poll)(void *user), void *user);
+
+/* Every allocation of the context goes through these; allocate returns NULL when it fails. */
+typedef struct kl_allocator {
+    void *(*allocate)(void *user, size_t n_bytes); /* 64-byte aligned */
+    void (*release)(void *user, void *p, size_t n_bytes);
+    void *user;
+} kl_allocator;
+KL_API kl_status kl_ctx_set_allocator(kl_ctx *ctx, const kl_allocator *allocator);
+
+/* Bytes now held by the context's scratch, and the number of allocations since it was made. */
+KL_API size_t kl_ctx_scratch_bytes(const kl_ctx *ctx);
+KL_API int64_t kl_ctx_allocations(const kl_ctx *ctx);
+/* Gives the scratch memory back; the next call takes what it needs again. */
+KL_API void kl_ctx_trim(kl_ctx *ctx);
+
+/* ---- arguments that several ops share -------------------------------------------------------- */
+
+/* n matrices of one shape, by address: a single matrix, separate or stacked experts, or the heads'
+ * parts of one matrix are all views. rows is the output width, cols the input width. */
+typedef struct kl_weight {
+    const void *const *matrix; /* [n] addresses */
+    int64_t n, rows, cols;
+    size_t row_bytes; /* from one stored row to the next */
+    kl_type type;
+    int transposed; /* 1: stored [cols, rows] */
+} kl_weight;
+
+/* One address a sequence, and an offset in bytes that is the same for all (a layer's place in each
+ * sequence's state). base NULL: no state; read as zeros, not written. */
+typedef struct kl_slots {
+    void *const *base;
+    size_t offset;
+} kl_slots;
+
+/* A cache of rows, one a position, in pages of KL_PAGE positions: row i of sequence n begins at
+ * page[n][i / KL_PAGE] + offset + (i % KL_PAGE) * row_bytes. */
+#define KL_PAGE 512
+typedef struct kl_cache {
+    void *const *const *page;
+    size_t offset, row_bytes;
+    kl_type type; /* KL_F32 or KL_F16 */
+} kl_cache;
+
+/* ---- ops: element by element, norms ----------------------------------------------------------- */
+
+KL_API kl_status kl_add(kl_ctx *ctx, float *y, const float *a, const float *b, int64_t n) KL_CHECKED;
+KL_API kl_status kl_sigmoid(kl_ctx *ctx, float *y, const float *x, int64_t n) KL_CHECKED;
+KL_API kl_status kl_swiglu(kl_ctx *ctx, float *y, const float *gate, const float *up,
+                           int64_t n) KL_CHECKED;
+KL_API kl_status kl_softmax(kl_ctx *ctx, float *y, const float *x, int64_t T, int64_t D) KL_CHECKED;
+KL_API kl_status kl_rms_norm(kl_ctx *ctx, float *y, const float *x, const float *w, int64_t T,
+                             int64_t D, float eps) KL_CHECKED;
+KL_API kl_status kl_gated_rms_norm(kl_ctx *ctx, float *y, const float *x, const float *z,
+                                   const float *w, int64_t T, int64_t D, float eps,
+                                   kl_activation activation) KL_CHECKED;
+KL_API kl_status kl_l2_norm(kl_ctx *ctx, float *y, const float *x, int64_t T, int64_t D,
+                            float eps) KL_CHECKED;
+
+/* ---- ops: matrix products --------------------------------------------------------------------- */
+
+KL_API kl_status kl_embedding(kl_ctx *ctx, float *y, const int32_t *ids, const kl_weight *table,
+                              int64_t T) KL_CHECKED;
+
+/* y[i] [T, w[i].rows] = x w[i]^T + bias[i], for n_weights weights (n = 1 each) over one x [T, D].
+ * bias may be NULL, and each bias[i] may be. */
+KL_API kl_status kl_linear(kl_ctx *ctx, float *const *y, const float *x, const kl_weight *w,
+                           const float *const *bias, int n_weights, int64_t T, int64_t D) KL_CHECKED;
+
+typedef enum kl_router { KL_ROUTER_SIGMOID = 0, KL_ROUTER_SOFTMAX = 1 } kl_router;
+typedef struct kl_route_args {
+    int64_t T, E, k, groups, top_groups;
+    kl_router function;
+    int renormalise;
+    float scale;
+} kl_route_args;
+KL_API kl_status kl_route(kl_ctx *ctx, int32_t *ids, float *weights, const float *scores,
+                          const float *bias, const kl_route_args *args) KL_CHECKED;
+
+/* y [T, D] = sum over a token's experts, in ascending expert id, of weights * E(x), then + shared.
+ * w_gate, w_up [E of F x D], w_down [E of D x F]; shared [T, D] or NULL. */
+KL_API kl_status kl_moe(kl_ctx *ctx, float *y, const float *x, const int32_t *ids,
+                        const float *weights, const kl_weight *w_gate, const kl_weight *w_up,
+                        const kl_weight *w_down, const float *shared, int64_t T, int64_t D, int64_t F,
+                        int64_t k) KL_CHECKED;
+
+/* ---- ops: KDA --------------------------------------------------------------------------------- */
+
+KL_API kl_status kl_short_conv(kl_ctx *ctx, float *y, kl_slots history_out, const float *x,
+                               const float *w, kl_slots history_in, const int64_t *offsets, int64_t N,
+                               int64_t T, int64_t C, int64_t W, kl_activation activation) KL_CHECKED;
+
+/* lower_bound 0: -rate * softplus(f + dt_bias); below 0: lower_bound * sigmoid(rate * (f + dt_bias)). */
+KL_API kl_status kl_decay_gate(kl_ctx *ctx, float *g, const float *f, const float *rate,
+                               const float *dt_bias, int64_t T, int64_t H, int64_t K,
+                               float lower_bound) KL_CHECKED;
+
+typedef enum kl_gate { KL_GATE_NONE = 0, KL_GATE_HEAD = 1, KL_GATE_CHANNEL = 2 } kl_gate;
+typedef enum kl_form {
+    KL_FORM_AUTO = 0,
+    KL_FORM_RECURRENT = 1, /* delta_rule */
+    KL_FORM_CHUNKED = 2,
+    KL_FORM_ABSORBED = 3, /* latent_attention */
+    KL_FORM_EXPANDED = 4,
+} kl_form;
+typedef enum kl_head_map { KL_HEADS_GROUPED = 0, KL_HEADS_TILED = 1 } kl_head_map;
+
+typedef struct kl_delta_rule_args {
+    const int64_t *offsets;
+    int64_t N, T, Hk, Hv, K, V;
+    float scale; /* on q */
+    kl_gate gate;
+    kl_form form;
+    kl_head_map head_map;
+} kl_delta_rule_args;
+
+/* o [T, Hv, V]; q, k [T, Hk, K]; v [T, Hv, V]; g [T, Hv, K], [T, Hv] or NULL by args->gate;
+ * beta [T, Hv]; states [Hv, K, V] a sequence; state_out may be state_in. */
+KL_API kl_status kl_delta_rule(kl_ctx *ctx, float *o, kl_slots state_out, const float *q,
+                               const float *k, const float *v, const float *g, const float *beta,
+                               kl_slots state_in, const kl_delta_rule_args *args) KL_CHECKED;
+
+/* ---- ops: MLA --------------------------------------------------------------------------------- */
+
+/* Stores rows x [T, D] behind the first start[n] positions of each sequence, in the cache's type. */
+KL_API kl_status kl_cache_append(kl_ctx *ctx, kl_cache cache, const float *x, const int64_t *offsets,
+                                 const int64_t *start, int64_t N, int64_t T, int64_t D) KL_CHECKED;
+
+typedef struct kl_latent_attention_args {
+    const int64_t *offsets;   /* [N+1] of the queries */
+    const int64_t *positions; /* [N] cached positions of each sequence, the new ones counted */
+    int64_t N, T, H, K, P, V, R; /* K: width of a query's own part; a query is [K | P] wide */
+    float scale;
+    kl_form form;
+} kl_latent_attention_args;
+
+/* o [T, H, V]; q [T, H, K + P]; caches of rows R and P wide; w_uk [H of K x R], w_uv [H of V x R]. */
+KL_API kl_status kl_latent_attention(kl_ctx *ctx, float *o, const float *q, kl_cache latent,
+                                     kl_cache k_shared, const kl_weight *w_uk, const kl_weight *w_uv,
+                                     const kl_latent_attention_args *args) KL_CHECKED;
+
+/* ---- ops: sampling ---------------------------------------------------------------------------- */
+
+typedef struct kl_sample_args {
+    float temperature; /* 0: the largest logit, lowest id on ties */
+    int64_t top_k;     /* 0: all */
+    float top_p, min_p;
+    uint64_t seed, sequence, position; /* Philox4x32-10 counter */
+} kl_sample_args;
+/* ids [T], one for each row of logits [T, D] with its own args[t]. */
+KL_API kl_status kl_sample(kl_ctx *ctx, int32_t *ids, const float *logits, const kl_sample_args *args,
+                           int64_t T, int64_t D) KL_CHECKED;
+
+/* ---- model ------------------------------------------------------------------------------------ */
+
+#include "kimi_linear_model.h"
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,70 @@
+/* The ops that work element by element; y may be an input.
+ *   add:     y = a + b                                   exact to one rounding
+ *   sigmoid: y = 1 / (1 + exp(-x))                       budget 4 u |ref|
+ *   swiglu:  y = gate * sigmoid(gate) * up               budget 8 u |ref| */
+#include "ops.h"
+
+#include "../cpu/kernels.h"
+
+enum { BLOCK = 8192 }; /* values a task: a multiple of 16, so that blocks change no result */
+
+typedef struct task {
+    void (*binary)(float *y, const float *a, const float *b, int64_t n);
+    void (*unary)(float *y, const float *x, int64_t n);
+    float *y;
+    const float *a, *b;
+    int64_t n;
+} task;
+
+static void blocks(void *arg, int64_t begin, int64_t end, int thread)
+{
+    const task *a = arg;
+    (void)thread;
+    const int64_t first = begin * BLOCK, n = kl_min(end * BLOCK, a->n) - first;
+    if (a->binary != NULL)
+        a->binary(a->y + first, a->a + first, a->b + first, n);
+    else
+        a->unary(a->y + first, a->a + first, n);
+}
+
+static kl_status run(kl_ctx *ctx, task a) { return kl_for(ctx, kl_ceil_div(a.n, BLOCK), 1, blocks, &a); }
+
+kl_status cpu_add(kl_ctx *ctx, float *y, const float *a, const float *b, int64_t n)
+{
+    return run(ctx, (task){ .binary = ctx->k->add, .y = y, .a = a, .b = b, .n = n });
+}
+
+kl_status cpu_swiglu(kl_ctx *ctx, float *y, const float *gate, const float *up, int64_t n)
+{
+    return run(ctx, (task){ .binary = ctx->k->swiglu, .y = y, .a = gate, .b = up, .n = n });
+}
+
+kl_status cpu_sigmoid(kl_ctx *ctx, float *y, const float *x, int64_t n)
+{
+    return run(ctx, (task){ .unary = ctx->k->sigmoid, .y = y, .a = x, .n = n });
+}
+
+static kl_status check_count(kl_ctx *ctx, const char *op, int64_t n)
+{
+    if (n < 0)
+        return kl_fail(ctx, KL_ERR_SHAPE, "%s: n is %lld; it must be >= 0", op, (long long)n);
+    return KL_OK;
+}
+
+kl_status kl_add(kl_ctx *ctx, float *y, const float *a, const float *b, int64_t n)
+{
+    KL_TRY(check_count(ctx, "add", n));
+    return ctx->arena.measuring ? KL_OK : ctx->backend->add(ctx, y, a, b, n);
+}
+
+kl_status kl_swiglu(kl_ctx *ctx, float *y, const float *gate, const float *up, int64_t n)
+{
+    KL_TRY(check_count(ctx, "swiglu", n));
+    return ctx->arena.measuring ? KL_OK : ctx->backend->swiglu(ctx, y, gate, up, n);
+}
+
+kl_status kl_sigmoid(kl_ctx *ctx, float *y, const float *x, int64_t n)
+{
+    KL_TRY(check_count(ctx, "sigmoid", n));
+    return ctx->arena.measuring ? KL_OK : ctx->backend->sigmoid(ctx, y, x, n);
+}

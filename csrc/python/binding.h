@@ -1,0 +1,73 @@
+/* What the files of the extension share. An array comes as a buffer; the number of values in it is checked
+ * against the sizes that the call names, so that nonsense raises and never reads or writes past an end.
+ *
+ * A wrapper holds its buffers, calls under the context's lock without the GIL, releases, raises:
+ *
+ *     kl_py_call c = { 0 };
+ *     ...PyArg_ParseTuple...
+ *     float *y = kl_py_out(&c, oy, KL_PY_F32, n, "out");
+ *     const float *x = kl_py_in(&c, ox, KL_PY_F32, n, "x");
+ *     if (!c.failed && kl_py_begin(&c, octx))
+ *         c.status = kl_op(c.ctx, y, x, n);
+ *     return kl_py_end(&c);                        None, or NULL with the exception set */
+#ifndef KL_BINDING_H
+#define KL_BINDING_H
+
+#define Py_LIMITED_API 0x030B0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "../internal.h"
+
+enum { KL_PY_MAX_BUFFERS = 24 };
+
+typedef enum kl_py_kind { KL_PY_F32, KL_PY_I32, KL_PY_I64, KL_PY_U16 } kl_py_kind;
+
+typedef struct kl_py_call {
+    Py_buffer view[KL_PY_MAX_BUFFERS];
+    int n_views;
+    bool failed; /* an exception is set */
+    kl_ctx *ctx;
+    kl_status status;
+    struct kl_py_context *context; /* locked */
+    PyThreadState *thread;
+    const void *address[KL_PY_MAX_BUFFERS]; /* room for single-matrix weights */
+    void **pointers[8];                     /* freed at the end */
+    int n_pointers;
+} kl_py_call;
+
+/* Buffers of exactly n values, C-contiguous; NULL (and c->failed) with an exception otherwise. The _opt
+ * forms take None and give NULL. */
+void *kl_py_out(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, const char *name);
+const void *kl_py_in(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, const char *name);
+void *kl_py_out_opt(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, const char *name);
+const void *kl_py_in_opt(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, const char *name);
+
+/* A weight is a tuple (buffer, type id, n, rows, cols): n matrices of one shape, one behind the other. */
+kl_weight kl_py_weight(kl_py_call *c, PyObject *o, const char *name);
+
+/* An array of n pointers that lives until kl_py_end; element i is base + i * step bytes. */
+void **kl_py_pointers(kl_py_call *c, int64_t n, const void *base, int64_t step);
+
+/* product of up to four sizes; fails the call when one is negative or it does not fit */
+int64_t kl_py_size(kl_py_call *c, const char *name, int64_t a, int64_t b, int64_t d, int64_t e);
+
+bool kl_py_begin(kl_py_call *c, PyObject *context);
+PyObject *kl_py_end(kl_py_call *c);
+
+/* Sets the exception that belongs to status; returns NULL. */
+PyObject *kl_py_raise(kl_status status, const char *sentence);
+
+/* Context type (context.c) */
+typedef struct kl_py_context {
+    PyObject_HEAD
+    kl_ctx *ctx;
+    PyThread_type_lock lock;
+} kl_py_context;
+extern PyType_Spec kl_py_context_spec;
+kl_py_context *kl_py_context_of(PyObject *o); /* NULL with TypeError when it is none */
+
+/* op wrappers, one table a family */
+extern PyMethodDef kl_py_ops_basic[], kl_py_ops_dense[], kl_py_ops_kda[], kl_py_ops_mla[];
+
+#endif

@@ -1,0 +1,194 @@
+/* Buffers in, statuses out. */
+#include "binding.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+static const struct {
+    const char *formats, *name;
+    Py_ssize_t size;
+} kinds[] = {
+    [KL_PY_F32] = { "f", "float32", 4 },
+    [KL_PY_I32] = { "i", "int32", 4 },
+    [KL_PY_I64] = { "lq", "int64", 8 },
+    [KL_PY_U16] = { "H", "uint16", 2 },
+};
+
+static void *hold(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, const char *name, int flags)
+{
+    if (c->failed)
+        return NULL;
+    c->failed = true;
+    if (c->n_views == KL_PY_MAX_BUFFERS) {
+        PyErr_SetString(PyExc_SystemError, "too many arrays in one call");
+        return NULL;
+    }
+    Py_buffer *view = &c->view[c->n_views];
+    if (PyObject_GetBuffer(o, view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | flags) < 0) {
+        PyErr_Clear();
+        PyErr_Format(PyExc_TypeError, "%s must be a C-contiguous%s buffer of %s", name,
+                     flags & PyBUF_WRITABLE ? " writable" : "", kinds[kind].name);
+        return NULL;
+    }
+    c->n_views++;
+    const char *format = view->format != NULL ? view->format : "B";
+    if (view->itemsize != kinds[kind].size || format[0] == 0 || format[1] != 0
+        || strchr(kinds[kind].formats, format[0]) == NULL) {
+        PyErr_Format(PyExc_TypeError, "%s has items of format '%s'; it must be %s", name, format,
+                     kinds[kind].name);
+        return NULL;
+    }
+    if (view->len / view->itemsize != n) {
+        PyErr_Format(PyExc_ValueError, "%s has %lld values; the sizes of the call say %lld", name,
+                     (long long)(view->len / view->itemsize), (long long)n);
+        return NULL;
+    }
+    c->failed = false;
+    return view->buf;
+}
+
+void *kl_py_out(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, const char *name)
+{
+    return hold(c, o, kind, n, name, PyBUF_WRITABLE);
+}
+
+const void *kl_py_in(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, const char *name)
+{
+    return hold(c, o, kind, n, name, 0);
+}
+
+void *kl_py_out_opt(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, const char *name)
+{
+    return o == Py_None ? NULL : kl_py_out(c, o, kind, n, name);
+}
+
+const void *kl_py_in_opt(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, const char *name)
+{
+    return o == Py_None ? NULL : kl_py_in(c, o, kind, n, name);
+}
+
+int64_t kl_py_size(kl_py_call *c, const char *name, int64_t a, int64_t b, int64_t d, int64_t e)
+{
+    int64_t n = 0;
+    if (!c->failed && !(kl_mul(&n, a, b) && kl_mul(&n, n, d) && kl_mul(&n, n, e))) {
+        PyErr_Format(PyExc_ValueError, "%s: a size is negative or too large: %lld, %lld, %lld, %lld", name,
+                     (long long)a, (long long)b, (long long)d, (long long)e);
+        c->failed = true;
+    }
+    return n;
+}
+
+void **kl_py_pointers(kl_py_call *c, int64_t n, const void *base, int64_t step)
+{
+    if (c->failed || n < 0)
+        return NULL;
+    void **p = malloc(((size_t)n + 1) * sizeof *p);
+    if (p == NULL || c->n_pointers == 8) {
+        free(p);
+        PyErr_NoMemory();
+        c->failed = true;
+        return NULL;
+    }
+    for (int64_t i = 0; i < n; i++)
+        p[i] = (char *)(uintptr_t)base + i * step;
+    c->pointers[c->n_pointers++] = p;
+    return p;
+}
+
+kl_weight kl_py_weight(kl_py_call *c, PyObject *o, const char *name)
+{
+    kl_weight w = { 0 };
+    PyObject *buffer;
+    int type;
+    long long n, rows, cols;
+    if (c->failed)
+        return w;
+    if (!PyTuple_Check(o) || !PyArg_ParseTuple(o, "OiLLL", &buffer, &type, &n, &rows, &cols)) {
+        PyErr_Format(PyExc_TypeError, "%s must be a tuple (buffer, type, n, rows, cols)", name);
+        c->failed = true;
+        return w;
+    }
+    if (type != KL_F32 && type != KL_F16 && type != KL_BF16) {
+        PyErr_Format(PyExc_TypeError, "%s has storage type %d; it must be F32, F16 or BF16", name, type);
+        c->failed = true;
+        return w;
+    }
+    const int64_t size = kl_py_size(c, name, n, rows, cols, 1);
+    const void *data = kl_py_in(c, buffer, type == KL_F32 ? KL_PY_F32 : KL_PY_U16, size, name);
+    w.row_bytes = kl_type_bytes((kl_type)type, cols);
+    w.matrix = (const void *const *)kl_py_pointers(c, n, data, (int64_t)w.row_bytes * rows);
+    w.n = n;
+    w.rows = rows;
+    w.cols = cols;
+    w.type = (kl_type)type;
+    return w;
+}
+
+bool kl_py_begin(kl_py_call *c, PyObject *context)
+{
+    if (c->failed)
+        return false;
+    c->context = kl_py_context_of(context);
+    if (c->context == NULL) {
+        c->failed = true;
+        return false;
+    }
+    c->ctx = c->context->ctx;
+    c->thread = PyEval_SaveThread();
+    PyThread_acquire_lock(c->context->lock, WAIT_LOCK);
+    return true;
+}
+
+PyObject *kl_py_end(kl_py_call *c)
+{
+    char sentence[512] = "";
+    if (c->thread != NULL) {
+        if (c->status != KL_OK)
+            memcpy(sentence, c->ctx->error, sizeof sentence);
+        kl_scratch_reset(c->ctx, 0);
+        PyThread_release_lock(c->context->lock);
+        PyEval_RestoreThread(c->thread);
+    }
+    for (int i = 0; i < c->n_views; i++)
+        PyBuffer_Release(&c->view[i]);
+    for (int i = 0; i < c->n_pointers; i++)
+        free(c->pointers[i]);
+    if (c->failed)
+        return NULL;
+    if (c->status != KL_OK)
+        return kl_py_raise(c->status, sentence);
+    Py_INCREF(Py_None);
+    return Py_None;
+}
+
+static PyObject *own_error(const char *name)
+{
+    PyObject *module = PyImport_ImportModule("kimi_linear.errors");
+    PyObject *type = module != NULL ? PyObject_GetAttrString(module, name) : NULL;
+    Py_XDECREF(module);
+    return type;
+}
+
+PyObject *kl_py_raise(kl_status status, const char *sentence)
+{
+    PyObject *type = NULL, *owned = NULL;
+    if (PyErr_Occurred()) /* a signal handler raised: that is the reason to tell */
+        return NULL;
+    switch (status) {
+    case KL_OK: type = PyExc_SystemError; break;
+    case KL_ERR_ARG:
+    case KL_ERR_SHAPE:
+    case KL_ERR_STATE: type = PyExc_ValueError; break;
+    case KL_ERR_DTYPE: type = PyExc_TypeError; break;
+    case KL_ERR_MEMORY: type = PyExc_MemoryError; break;
+    case KL_ERR_UNSUPPORTED: type = PyExc_NotImplementedError; break;
+    case KL_ERR_IO: type = PyExc_OSError; break;
+    case KL_ERR_INTERRUPTED: type = PyExc_KeyboardInterrupt; break;
+    case KL_ERR_FORMAT: type = owned = own_error("FormatError"); break;
+    case KL_ERR_DEVICE: type = owned = own_error("DeviceError"); break;
+    }
+    if (type != NULL)
+        PyErr_SetString(type, sentence);
+    Py_XDECREF(owned);
+    return NULL;
+}

@@ -1,0 +1,134 @@
+/* _core.Context: a kl_ctx and its lock. */
+#include "binding.h"
+
+static int poll_signals(void *user)
+{
+    (void)user;
+    const PyGILState_STATE gil = PyGILState_Ensure();
+    const int raised = PyErr_CheckSignals();
+    PyGILState_Release(gil);
+    return raised;
+}
+
+static PyObject *context_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = { "threads", "isa", "gemm", NULL };
+    kl_ctx_options options = { 0 };
+    int gemm = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|izi:Context", names, &options.threads, &options.isa,
+                                     &gemm))
+        return NULL;
+    options.gemm = gemm ? KL_GEMM_BLAS : KL_GEMM_OWN;
+    allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    kl_py_context *self = (kl_py_context *)allocate(type, 0);
+    if (self == NULL)
+        return NULL;
+    self->lock = PyThread_allocate_lock();
+    const kl_status status = kl_ctx_create(&self->ctx, &options);
+    if (status != KL_OK || self->lock == NULL) {
+        (void)kl_py_raise(status != KL_OK ? status : KL_ERR_MEMORY, kl_ctx_error(self->ctx));
+        Py_DECREF(self);
+        return NULL;
+    }
+    kl_ctx_set_poll(self->ctx, poll_signals, NULL);
+    return (PyObject *)self;
+}
+
+static void context_dealloc(PyObject *o)
+{
+    kl_py_context *self = (kl_py_context *)o;
+    PyTypeObject *type = Py_TYPE(o);
+    kl_ctx_destroy(self->ctx);
+    if (self->lock != NULL)
+        PyThread_free_lock(self->lock);
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    release(o);
+    Py_DECREF(type);
+}
+
+static PyObject *get_isa(PyObject *o, void *closure)
+{
+    (void)closure;
+    return PyUnicode_FromString(kl_ctx_isa(((kl_py_context *)o)->ctx));
+}
+
+static PyObject *get_threads(PyObject *o, void *closure)
+{
+    (void)closure;
+    return PyLong_FromLong(kl_ctx_threads(((kl_py_context *)o)->ctx));
+}
+
+static PyObject *get_scratch(PyObject *o, void *closure)
+{
+    (void)closure;
+    return PyLong_FromSize_t(kl_ctx_scratch_bytes(((kl_py_context *)o)->ctx));
+}
+
+static PyObject *get_allocations(PyObject *o, void *closure)
+{
+    (void)closure;
+    return PyLong_FromLongLong(kl_ctx_allocations(((kl_py_context *)o)->ctx));
+}
+
+static PyObject *context_set_threads(PyObject *o, PyObject *args)
+{
+    kl_py_call c = { 0 };
+    int threads;
+    if (!PyArg_ParseTuple(args, "i:set_threads", &threads))
+        return NULL;
+    if (kl_py_begin(&c, o))
+        c.status = kl_ctx_set_threads(c.ctx, threads);
+    return kl_py_end(&c);
+}
+
+static PyObject *context_trim(PyObject *o, PyObject *args)
+{
+    kl_py_call c = { 0 };
+    (void)args;
+    if (kl_py_begin(&c, o))
+        kl_ctx_trim(c.ctx);
+    return kl_py_end(&c);
+}
+
+static PyObject *context_cancel(PyObject *o, PyObject *args)
+{
+    (void)args;
+    kl_ctx_cancel(((kl_py_context *)o)->ctx); /* from another thread: takes no lock */
+    Py_RETURN_NONE;
+}
+
+static PyGetSetDef context_getset[] = {
+    { "isa", get_isa, NULL, "instruction set in use", NULL },
+    { "threads", get_threads, NULL, "threads in use", NULL },
+    { "scratch_bytes", get_scratch, NULL, "bytes of scratch now held", NULL },
+    { "allocations", get_allocations, NULL, "allocations since the context was made", NULL },
+    { NULL, NULL, NULL, NULL, NULL },
+};
+static PyMethodDef context_methods[] = {
+    { "set_threads", context_set_threads, METH_VARARGS, NULL },
+    { "trim", context_trim, METH_NOARGS, NULL },
+    { "cancel", context_cancel, METH_NOARGS, NULL },
+    { NULL, NULL, 0, NULL },
+};
+static PyType_Slot context_slots[] = {
+    { Py_tp_new, context_new },
+    { Py_tp_dealloc, context_dealloc },
+    { Py_tp_getset, context_getset },
+    { Py_tp_methods, context_methods },
+    { 0, NULL },
+};
+PyType_Spec kl_py_context_spec = {
+    .name = "kimi_linear._core.Context",
+    .basicsize = sizeof(kl_py_context),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = context_slots,
+};
+
+kl_py_context *kl_py_context_of(PyObject *o)
+{
+    /* the type's dealloc is ours alone: it tells a Context without module state */
+    if (PyType_GetSlot(Py_TYPE(o), Py_tp_dealloc) == (void *)context_dealloc)
+        return (kl_py_context *)o;
+    PyErr_Format(PyExc_TypeError, "ctx must be a _core.Context, not %R", (PyObject *)Py_TYPE(o));
+    return NULL;
+}

@@ -1,0 +1,61 @@
+/* kimi_linear._core: the C library under Python. Everything here is checked again in kimi_linear/ops,
+ * where the documentation is; calling _core with nonsense raises and never crashes. */
+#include "binding.h"
+
+static PyObject *isa_list(PyObject *module, PyObject *args)
+{
+    (void)module;
+    (void)args;
+    const char *names[8];
+    const int n = kl_isa_list(names, 8);
+    PyObject *list = PyList_New(0);
+    for (int i = 0; list != NULL && i < n; i++) {
+        PyObject *name = PyUnicode_FromString(names[i]);
+        if (name == NULL || PyList_Append(list, name) < 0)
+            Py_CLEAR(list);
+        Py_XDECREF(name);
+    }
+    return list;
+}
+
+static PyObject *blas_name(PyObject *module, PyObject *args)
+{
+    (void)module;
+    (void)args;
+    return PyUnicode_FromString(kl_blas_name());
+}
+
+static PyMethodDef module_methods[] = {
+    { "isa_list", isa_list, METH_NOARGS, "Instruction sets that run here, best last." },
+    { "blas_name", blas_name, METH_NOARGS, "BLAS that this build uses, or 'none'." },
+    { NULL, NULL, 0, NULL },
+};
+
+static int module_exec(PyObject *module)
+{
+    PyObject *context = PyType_FromModuleAndSpec(module, &kl_py_context_spec, NULL);
+    if (context == NULL || PyModule_AddObjectRef(module, "Context", context) < 0) {
+        Py_XDECREF(context);
+        return -1;
+    }
+    Py_DECREF(context);
+    PyMethodDef *families[] = { kl_py_ops_basic, kl_py_ops_dense, kl_py_ops_kda, kl_py_ops_mla };
+    for (size_t i = 0; i < sizeof families / sizeof families[0]; i++)
+        if (PyModule_AddFunctions(module, families[i]) < 0)
+            return -1;
+    return PyModule_AddStringConstant(module, "version", KL_VERSION);
+}
+
+static PyModuleDef_Slot slots[] = {
+    { Py_mod_exec, module_exec },
+    { 0, NULL },
+};
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "kimi_linear._core",
+    .m_size = 0,
+    .m_methods = module_methods,
+    .m_slots = slots,
+};
+
+PyMODINIT_FUNC PyInit__core(void) { return PyModuleDef_Init(&definition); }

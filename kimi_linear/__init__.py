@@ -1,0 +1,22 @@
+"""Kimi-Linear on arrays: every op beside its float64 reference, and the whole model as an engine."""
+
+import platform as _platform
+
+try:
+    from . import _core
+except ImportError as _error:
+    raise ImportError(
+        f"kimi_linear runs on Linux, x86-64 (aarch64 with the scalar kernels); here is {_platform.system()} on "
+        f"{_platform.machine()} and its extension module cannot be loaded ({_error}). In a source tree: make build"
+    ) from None
+
+from . import ops, reference
+from ._arrays import pack, unpack
+from ._version import __version__
+from .context import Context, isa_list, set_num_threads, threads
+from .errors import DeviceError, FormatError
+
+__all__ = [
+    "Context", "DeviceError", "FormatError", "__version__", "isa_list", "ops", "pack", "reference",
+    "set_num_threads", "threads", "unpack",
+]

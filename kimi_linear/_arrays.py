@@ -1,0 +1,167 @@
+"""Arrays from anywhere, to what the C core takes: contiguous NumPy buffers of the right type and shape.
+
+An input is anything with the buffer protocol, ``__array__`` or ``__dlpack__`` (NumPy, torch on the CPU, ml_dtypes).
+float16 and bfloat16 widen exactly to float32; float64 and integers are refused with the cast to write.
+"""
+
+import ml_dtypes
+import numpy as np
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+TYPE_IDS = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, BFLOAT16: 30}
+
+
+def as_array(x, name):
+    """`x` as a NumPy array of its own dtype; TypeError says what to do where there is none."""
+    if isinstance(x, np.ndarray):
+        return x
+    if type(x).__module__.split(".")[0] == "torch":
+        return _from_torch(x, name)
+    if hasattr(x, "__dlpack__") and not hasattr(x, "__array__"):
+        try:
+            return np.from_dlpack(x)
+        except (BufferError, TypeError, RuntimeError) as error:
+            raise TypeError(f"{name}: a {type(x).__name__} that NumPy cannot read ({error})") from None
+    a = np.asarray(x)
+    if a.dtype == object:
+        raise TypeError(f"{name} is a {type(x).__name__}; it must be an array of numbers")
+    return a
+
+
+def _from_torch(x, name):
+    """A torch tensor's memory; bfloat16, which NumPy does not know, as ml_dtypes.bfloat16."""
+    if x.device.type != "cpu":
+        raise TypeError(f"{name} is a tensor on {x.device}; give {name}.cpu()")
+    x = x.detach()
+    if str(x.dtype) == "torch.bfloat16":
+        import torch
+
+        return x.contiguous().view(torch.uint16).numpy().view(BFLOAT16)
+    return x.numpy()
+
+
+def as_float32(x, name, *shapes):
+    """`x` as C-contiguous float32, its shape checked.
+
+    Parameters
+    ----------
+    x : array
+    name : str
+        The argument, for the message.
+    *shapes : tuple of (int or str)
+        Shapes allowed; a str is an axis of any length, named for the message.
+    """
+    a = as_array(x, name)
+    if a.dtype in (np.float16, BFLOAT16):
+        a = a.astype(np.float32)
+    elif a.dtype != np.float32:
+        raise TypeError(f"{name} is {a.dtype}; it must be float32, float16 or bfloat16: {name}.astype('float32')")
+    if a.dtype.byteorder == ">":
+        raise TypeError(f"{name} is big-endian; it must be in the machine's byte order")
+    check_shape(a, name, *shapes)
+    return np.ascontiguousarray(a).reshape(a.shape)
+
+
+def as_integers(x, name, *shapes, dtype=np.int32, low=None, high=None):
+    """`x` as C-contiguous `dtype`, every value in [low, high); the first value that is not is named with its place."""
+    a = as_array(x, name)
+    if a.size == 0 and a.dtype == np.float64 and not isinstance(x, np.ndarray):
+        a = a.astype(dtype)  # an empty list
+    if a.dtype.kind not in "iu":
+        raise TypeError(f"{name} is {a.dtype}; it must be an array of integers")
+    check_shape(a, name, *shapes)
+    if low is not None and a.size:
+        bad = (a < low) | (a >= high)
+        if bad.any():
+            at = tuple(int(i) for i in np.argwhere(bad)[0])
+            at = at[0] if len(at) == 1 else at
+            raise ValueError(f"{name}[{at}] is {a[at]}; it must be {low} <= {name} < {high}")
+    return np.ascontiguousarray(a, dtype=dtype).reshape(a.shape)
+
+
+def check_shape(a, name, *shapes):
+    """ValueError unless `a.shape` is one of `shapes` (a str is an axis of any length; no shapes: anything)."""
+    for shape in shapes:
+        if len(shape) == a.ndim and all(isinstance(n, str) or n == m for n, m in zip(shape, a.shape, strict=True)):
+            return
+    if shapes:
+        wanted = " or ".join("[" + ", ".join(map(str, shape)) + "]" for shape in shapes)
+        raise ValueError(f"{name} has shape {list(a.shape)}; it must be {wanted}")
+
+
+def output(out, shape, name="out", dtype=np.float32):
+    """A new array of `shape`, or `out` when it is writable, C-contiguous and of exactly that shape and dtype."""
+    shape = tuple(shape)
+    if out is None:
+        return np.empty(shape, dtype)
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"{name} is a {type(out).__name__}; it must be a NumPy array")
+    if out.dtype != dtype:
+        raise TypeError(f"{name} is {out.dtype}; it must be {np.dtype(dtype)}")
+    if out.shape != shape:
+        raise ValueError(f"{name} has shape {list(out.shape)}; it must be {list(shape)}")
+    if not out.flags.c_contiguous:
+        raise ValueError(f"{name} is strided; it must be C-contiguous")
+    if not out.flags.writeable:
+        raise ValueError(f"{name} is read-only")
+    return out
+
+
+def outputs(out, count):
+    """`out=` of an op with several results, as a ufunc takes it: None, or a tuple with None for those to make."""
+    if out is None:
+        return (None,) * count
+    if not isinstance(out, tuple) or len(out) != count:
+        raise TypeError(f"out must be a tuple of {count} arrays (or None each)")
+    return out
+
+
+def as_weight(w, name, ndim=2):
+    """A weight as the C core's tuple (buffer, type id, n, rows, cols), and its shape.
+
+    float32, float16 and bfloat16 are used as they lie; `w` is [rows, cols], or [n, rows, cols] with `ndim` 3.
+    """
+    a = as_array(w, name)
+    if a.dtype not in TYPE_IDS:
+        raise TypeError(f"{name} is {a.dtype}; it must be float32, float16 or bfloat16: {name}.astype('float32')")
+    if a.ndim != ndim:
+        axes = "[rows, cols]" if ndim == 2 else "[n, rows, cols]"
+        raise ValueError(f"{name} has shape {list(a.shape)}; it must be {axes}")
+    a = np.ascontiguousarray(a).reshape(a.shape)
+    buffer = a if a.dtype == np.float32 else a.view(np.uint16)
+    n, rows, cols = (1, *a.shape) if ndim == 2 else a.shape
+    return (buffer, TYPE_IDS[a.dtype], n, rows, cols), a.shape
+
+
+def as_offsets(offsets, total, name="offsets"):
+    """int64 [N+1], 0 first, never falling, `total` last; None is one sequence."""
+    if offsets is None:
+        return np.array([0, total], np.int64)
+    a = as_integers(offsets, name, ("N+1",), dtype=np.int64)
+    if a.size == 0 or a[0] != 0:
+        raise ValueError(f"{name} must begin with 0; it is {a[:4].tolist()}")
+    falls = np.flatnonzero(np.diff(a) < 0)
+    if falls.size:
+        i = int(falls[0])
+        raise ValueError(f"{name}[{i + 1}] is {a[i + 1]} after {a[i]}; {name} must not fall")
+    if a[-1] != total:
+        raise ValueError(f"{name} ends at {a[-1]}; it must end at T = {total}")
+    return a
+
+
+def pack(arrays):
+    """Sequences one after another: a list of [T_i, ...] to ([T, ...], offsets [N+1]).
+
+    Source: api of the ragged batches, docs/math.md#ragged. ``unpack`` is the inverse.
+    """
+    arrays = [np.asarray(a) for a in arrays]
+    if not arrays:
+        raise ValueError("pack: the list is empty; it must hold one array or more")
+    lengths = [len(a) for a in arrays]
+    return np.concatenate(arrays), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def unpack(x, offsets):
+    """The sequences of a packed array, as a list of views."""
+    offsets = as_offsets(offsets, len(x))
+    return [x[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]

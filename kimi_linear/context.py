@@ -1,0 +1,125 @@
+"""Contexts: which kernels, how many threads, which matrix product."""
+
+import contextlib
+import os
+import threading
+
+from . import _core
+
+__all__ = ["Context", "current", "set_num_threads", "threads", "isa_list"]
+
+_GEMM = {"own": 0, "blas": 1}
+
+
+class Context:
+    """Threads, scratch memory and kernels of a sequence of calls.
+
+    A context serves one call at a time; calls from two Python threads wait for each other.
+
+    Parameters
+    ----------
+    device : str
+        ``"cpu"``.
+    threads : int, optional
+        Threads to use; by default `OMP_NUM_THREADS`, else one for each processor this process may use.
+        The number changes no byte of any result.
+    isa : str, optional
+        ``"scalar"``, ``"avx2"`` or ``"avx512"``; by default the best that runs here. It changes no byte either.
+    gemm : {"own", "blas"}
+        Who multiplies float32 matrices. ``"own"`` keeps one order of sums; ``"blas"`` (OpenBLAS) does not, so
+        results with it are within the budget and not the same bytes.
+
+    Raises
+    ------
+    ValueError
+        Unknown device, gemm, or a number of threads outside 0..1024.
+    NotImplementedError
+        An instruction set that this machine does not run, or a BLAS that this build does not have.
+    """
+
+    def __init__(self, device="cpu", *, threads=None, isa=None, gemm="own"):
+        if device != "cpu":
+            raise ValueError(f"device is {device!r}; this build has only 'cpu'")
+        if gemm not in _GEMM:
+            raise ValueError(f"gemm is {gemm!r}; it must be 'own' or 'blas'")
+        self._core = _core.Context(_default_threads() if threads is None else threads, isa, _GEMM[gemm])
+        self.device = device
+        self.gemm = gemm
+
+    @property
+    def isa(self):
+        """Instruction set in use."""
+        return self._core.isa
+
+    @property
+    def threads(self):
+        """Threads in use."""
+        return self._core.threads
+
+    def set_threads(self, n):
+        """Use `n` threads from the next call on (0: one for each processor)."""
+        self._core.set_threads(n)
+
+    def cancel(self):
+        """Stop the call in flight in another thread: it raises KeyboardInterrupt there."""
+        self._core.cancel()
+
+    def __repr__(self):
+        return f"Context(device={self.device!r}, threads={self.threads}, isa={self.isa!r}, gemm={self.gemm!r})"
+
+
+_local = threading.local()
+_settings = {"threads": None}
+
+
+def _default_threads():
+    if _settings["threads"] is not None:
+        return _settings["threads"]
+    text = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return int(text) if text.isdigit() else 0
+
+
+def current(ctx=None):
+    """`ctx`, or the context of the calling thread, made on first use."""
+    if ctx is not None:
+        if not isinstance(ctx, Context):
+            raise TypeError(f"ctx is {type(ctx).__name__}; it must be a kimi_linear.Context")
+        return ctx
+    wanted = _settings["threads"]
+    mine = getattr(_local, "context", None)
+    if mine is None:
+        mine = _local.context = Context()
+        _local.threads = wanted
+    elif _local.threads != wanted:
+        mine.set_threads(_default_threads())
+        _local.threads = wanted
+    return mine
+
+
+def set_num_threads(n):
+    """Threads of every context made by default, in every Python thread, from the next call on.
+
+    Parameters
+    ----------
+    n : int or None
+        0 is one for each processor; None goes back to the default.
+    """
+    if n is not None and (not isinstance(n, int) or not 0 <= n <= 1024):
+        raise ValueError(f"n is {n!r}; it must be an int from 0 (all processors) to 1024, or None")
+    _settings["threads"] = n
+
+
+@contextlib.contextmanager
+def threads(n):
+    """Use `n` threads inside the ``with`` block."""
+    before = _settings["threads"]
+    set_num_threads(n)
+    try:
+        yield
+    finally:
+        _settings["threads"] = before
+
+
+def isa_list():
+    """Instruction sets that run on this machine, best last."""
+    return _core.isa_list()

@@ -1,0 +1,42 @@
+"""Error budgets: how far an op's float32 result may be from float64, element by element.
+
+A budget is a function named as its op. It takes the reference's result and the op's inputs by name and gives the
+largest absolute error allowed at each element, derived in docs/math.md; u = 2**-24 is half an ulp of 1. A result
+is judged by its largest ratio ``|got - ref| / budget``: above 1 is a finding, never a reason to raise the budget.
+"""
+
+from . import _basic, _dense, _kda, _mla
+from ._basic import U
+
+__all__ = ["U", "budget", "names"]
+
+_TABLE = {
+    name: getattr(module, name)
+    for module in (_basic, _dense, _kda, _mla)
+    for name in module.__all__
+}
+
+
+def names():
+    """Ops that have a budget."""
+    return sorted(_TABLE)
+
+
+def budget(op, ref, **inputs):
+    """Largest absolute error allowed at each element of `ref`.
+
+    Parameters
+    ----------
+    op : str
+    ref : array or tuple of arrays
+        What :mod:`kimi_linear.reference` gives on the same inputs.
+    **inputs
+        The op's arguments by name.
+
+    Returns
+    -------
+    bound : float64 array, or a tuple of them where the op has several results
+    """
+    if op not in _TABLE:
+        raise KeyError(f"{op!r} has no budget; these have: {', '.join(names())}")
+    return _TABLE[op](ref, **inputs)

@@ -1,0 +1,55 @@
+"""Budgets of the elementwise ops and the norms."""
+
+import numpy as np
+
+__all__ = ["add", "gated_rms_norm", "l2_norm", "rms_norm", "sigmoid", "softmax", "swiglu"]
+
+U = 2.0**-24
+TINY = 2.0**-149  # the smallest subnormal: results down there are rounded to a multiple of it
+
+
+def _relative(ref, units):
+    return units * U * np.abs(ref) + TINY
+
+
+def add(ref, a, b):
+    """One rounding."""
+    return _relative(ref, 1)
+
+
+def sigmoid(ref, x):
+    """exp within 1.1 u, one sum, one division: 4 u."""
+    return _relative(ref, 4)
+
+
+def swiglu(ref, gate, up):
+    """sigmoid, then two products: 8 u; a sigmoid that underflows is off by TINY before them."""
+    return _relative(ref, 8) + TINY * np.abs(np.asarray(gate, np.float64) * up)
+
+
+def softmax(ref, x):
+    """The rounded difference x - m moves exp by |x - m| u; then a sum of D terms in 16 lanes, and a division."""
+    x = np.asarray(x, np.float64)
+    with np.errstate(invalid="ignore"):
+        distance = np.abs(x - x.max(axis=-1, keepdims=True))
+    shift = np.where(np.isfinite(distance), distance, 0)
+    spread = (np.abs(ref) * shift).sum(axis=-1, keepdims=True)  # what the same rounding does to the sum
+    return (x.shape[-1] / 16 + 8 + shift + spread) * U * np.abs(ref) + TINY
+
+
+def rms_norm(ref, x, w, eps):
+    """A sum of squares of one sign in 16 lanes (half of its error survives the root), then five roundings.
+
+    A product that underflows before it meets w is off by TINY.
+    """
+    return _relative(ref, np.shape(x)[-1] / 32 + 8) + TINY * np.abs(np.asarray(w, np.float64))
+
+
+def l2_norm(ref, x, eps=1e-6):
+    """As rms_norm."""
+    return _relative(ref, np.shape(x)[-1] / 32 + 8)
+
+
+def gated_rms_norm(ref, x, z, w, eps, activation="sigmoid"):
+    """rms_norm, then a gate within 4 u (sigmoid) or 5 u (silu), and a product."""
+    return _relative(ref, np.shape(x)[-1] / 32 + 14) + TINY * (1 + np.abs(np.asarray(w, np.float64))) * 2

@@ -1,0 +1,3 @@
+"""Budgets of the kda ops."""
+
+__all__ = []

@@ -1,0 +1,205 @@
+"""Elementwise ops and norms."""
+
+import numpy as np
+
+from .. import _core
+from .._arrays import as_float32, output
+from ..context import current
+
+_ACTIVATIONS = {"none": 0, None: 0, "sigmoid": 1, "silu": 2}
+
+
+def activation_id(name, allowed):
+    """C id of an activation's name; ValueError lists what is allowed."""
+    if name not in allowed:
+        raise ValueError(f"activation is {name!r}; it must be one of {', '.join(map(repr, allowed))}")
+    return _ACTIVATIONS[name]
+
+
+def check_eps(eps):
+    """eps as float; ValueError unless it is a number >= 0."""
+    eps = float(eps)
+    if not eps >= 0.0:
+        raise ValueError(f"eps is {eps}; it must be >= 0")
+    return eps
+
+
+def _rows(x):
+    """(T, D): every axis but the last is a row."""
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x has shape {list(x.shape)}; it must be [..., D] with D >= 1")
+    return int(np.prod(x.shape[:-1], dtype=np.int64)), x.shape[-1]
+
+
+def add(a, b, *, out=None, ctx=None):
+    """Sum of two arrays of one shape: the residual connection.
+
+    Parameters
+    ----------
+    a, b : (...) float32
+    out : (...) float32, optional
+        Result; may be `a` or `b`.
+
+    Returns
+    -------
+    y : (...) float32
+        ``a + b``, rounded once.
+    """
+    a = as_float32(a, "a")
+    b = as_float32(b, "b", a.shape)
+    y = output(out, a.shape)
+    _core.add(current(ctx)._core, y, a, b, a.size)
+    return y
+
+
+def sigmoid(x, *, out=None, ctx=None):
+    """Logistic function ``1 / (1 + exp(-x))``: the write rate beta of KDA.
+
+    Parameters
+    ----------
+    x : (...) float32
+    out : (...) float32, optional
+        Result; may be `x`.
+
+    Returns
+    -------
+    y : (...) float32
+        Within 4 u of the exact value, relative, for every finite `x`.
+    """
+    x = as_float32(x, "x")
+    y = output(out, x.shape)
+    _core.sigmoid(current(ctx)._core, y, x, x.size)
+    return y
+
+
+def swiglu(gate, up, *, out=None, ctx=None):
+    """Gated activation of a feed-forward: ``gate * sigmoid(gate) * up``.
+
+    Source: arXiv:2002.05202, eq. 5 (with SiLU). Derivation: docs/math.md#swiglu.
+
+    Parameters
+    ----------
+    gate, up : (...) float32
+        Of one shape.
+    out : (...) float32, optional
+        Result; may be `gate` or `up`.
+
+    Returns
+    -------
+    y : (...) float32
+    """
+    gate = as_float32(gate, "gate")
+    up = as_float32(up, "up", gate.shape)
+    y = output(out, gate.shape)
+    _core.swiglu(current(ctx)._core, y, gate, up, gate.size)
+    return y
+
+
+def softmax(x, *, out=None, ctx=None):
+    """Softmax over the last axis, shifted by its largest value.
+
+    Parameters
+    ----------
+    x : (..., D) float32
+        -inf gives exactly 0; NaN anywhere makes its row NaN.
+    out : (..., D) float32, optional
+        Result; may be `x`.
+
+    Returns
+    -------
+    y : (..., D) float32
+    """
+    x = as_float32(x, "x")
+    T, D = _rows(x)
+    y = output(out, x.shape)
+    _core.softmax(current(ctx)._core, y, x, T, D)
+    return y
+
+
+def rms_norm(x, w, *, eps, out=None, ctx=None):
+    """Root-mean-square norm over the last axis: ``w * x / sqrt(mean(x**2) + eps)``.
+
+    Source: arXiv:1910.07467. Derivation: docs/math.md#rms_norm.
+
+    Parameters
+    ----------
+    x : (..., D) float32
+        Finite values of any size: a sum of squares that overflows is taken again on ``x * 2**-96``.
+    w : (D,) float32
+        Plain weight (a checkpoint that stores ``w - 1`` adds 1 at load).
+    eps : float
+        In units of ``x**2``, >= 0.
+    out : (..., D) float32, optional
+        Result; may be `x`.
+
+    Returns
+    -------
+    y : (..., D) float32
+
+    Raises
+    ------
+    ValueError
+        If the shapes disagree or `eps` is negative.
+    """
+    x = as_float32(x, "x")
+    T, D = _rows(x)
+    w = as_float32(w, "w", (D,))
+    y = output(out, x.shape)
+    _core.rms_norm(current(ctx)._core, y, x, w, T, D, check_eps(eps))
+    return y
+
+
+def gated_rms_norm(x, z, w, *, eps, activation="sigmoid", out=None, ctx=None):
+    """RMS norm, weight, then an output gate: ``rms_norm(x, w) * activation(z)``.
+
+    Source: Kimi Linear report, arXiv:2510.26692 (sigmoid); Gated DeltaNet, arXiv:2412.06464 (silu).
+    Derivation: docs/math.md#gated_rms_norm.
+
+    Parameters
+    ----------
+    x, z : (..., D) float32
+        Output of the delta rule, and the gate before its activation.
+    w : (D,) float32
+    eps : float
+        In units of ``x**2``, >= 0.
+    activation : {"sigmoid", "silu"}
+        ``"sigmoid"`` in Kimi-Linear, ``"silu"`` in Qwen3-Next.
+    out : (..., D) float32, optional
+        Result; may be `x` or `z`.
+
+    Returns
+    -------
+    y : (..., D) float32
+    """
+    x = as_float32(x, "x")
+    T, D = _rows(x)
+    z = as_float32(z, "z", x.shape)
+    w = as_float32(w, "w", (D,))
+    y = output(out, x.shape)
+    kind = activation_id(activation, ("sigmoid", "silu"))
+    _core.gated_rms_norm(current(ctx)._core, y, x, z, w, T, D, check_eps(eps), kind)
+    return y
+
+
+def l2_norm(x, *, eps=1e-6, out=None, ctx=None):
+    """Unit vectors over the last axis: ``x / sqrt(sum(x**2) + eps)``.
+
+    Source: flash-linear-attention, ``fla/modules/l2norm.py`` (eps inside the root). Derivation: docs/math.md#l2_norm.
+
+    Parameters
+    ----------
+    x : (..., D) float32
+    eps : float
+        In units of ``x**2``, >= 0.
+    out : (..., D) float32, optional
+        Result; may be `x`.
+
+    Returns
+    -------
+    y : (..., D) float32
+    """
+    x = as_float32(x, "x")
+    T, D = _rows(x)
+    y = output(out, x.shape)
+    _core.l2_norm(current(ctx)._core, y, x, T, D, check_eps(eps))
+    return y

@@ -1,0 +1,404 @@
+"""Build of the C library and of ``kimi_linear._core``: the one place that knows flags and sources.
+
+    python setup.py build_ext --inplace     the extension module, next to the Python files
+    python setup.py lib                     build/lib: static and shared library, header, pkg-config file
+
+Both share their objects (build/obj/<variant>), compiled in parallel, and again only when a source, a header
+or a flag has changed.  Settings come from the environment:
+
+    CC            C compiler                                       KL_JOBS      compilations at once
+    KL_BLAS       auto | pkg-config | scipy | none                 KL_WERROR=1  warnings are errors
+    KL_SANITIZE   address,undefined | thread                       KL_DEBUG=1   asserts, NaN-filled scratch
+"""
+
+import fcntl
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import Command, Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "kimi_linear/_version.py").read_text())[1]
+ABI_VERSION = VERSION.split(".")[0]  # of the shared library's name
+
+LIBRARY = ["csrc/*.c", "csrc/ops/*.c", "csrc/cpu/*.c", "csrc/quant/*.c", "csrc/model/*.c"]
+BINDING = ["csrc/python/*.c"]
+PUBLIC = ["csrc/kimi_linear*.h"]
+HEADERS = ["csrc/**/*.h", "csrc/**/*.inc", "csrc/**/*.def"]
+
+COMMON = """
+    -std=c11 -g1 -fPIC -pthread -fvisibility=hidden
+    -ffp-contract=off -fno-math-errno
+    -Wall -Wextra -Wshadow -Wdouble-promotion -Wconversion -Wvla
+""".split()
+OPTIMISED = {"csrc/cpu/isa_scalar.c": "-O3", "csrc/cpu/isa_avx2.c": "-O3", "csrc/cpu/isa_avx512.c": "-O3"}
+ISA = {
+    "csrc/cpu/isa_avx2.c": "-mavx2 -mfma -mf16c".split(),
+    "csrc/cpu/isa_avx512.c": (
+        "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512".split()
+    ),
+}
+
+INSTALL = "apt-get install -y gcc libc6-dev python3-dev"
+
+
+def env_flag(name):
+    return os.environ.get(name, "") not in ("", "0")
+
+
+def fail(sentence):
+    sys.exit(f"kimi_linear: {sentence}")
+
+
+def glob(patterns):
+    return sorted(path.relative_to(ROOT).as_posix() for p in patterns for path in ROOT.glob(p))
+
+
+def check_platform():
+    machine = platform.machine()
+    if sys.platform != "linux" or machine not in ("x86_64", "aarch64"):
+        fail(f"this is {sys.platform} on {machine}; it runs on Linux x86-64 and aarch64, not yet elsewhere.")
+
+
+def compiler():
+    """The C compiler as a list of words: $CC, else the first of cc, gcc and clang."""
+    if "CC" in os.environ:
+        words = shlex.split(os.environ["CC"])
+        if words and shutil.which(words[0]):
+            return words
+        fail(f"CC is {os.environ['CC']!r}, which is not a command; unset it or name a C compiler.")
+    for name in ("cc", "gcc", "clang"):
+        if shutil.which(name):
+            return [name]
+    fail(f"there is no C compiler; as root: {INSTALL}")
+
+
+def python_include():
+    folder = sysconfig.get_paths()["include"]
+    if not Path(folder, "Python.h").exists():
+        fail(f"{folder}/Python.h is missing; as root: {INSTALL}")
+    return folder
+
+
+# BLAS: an optional second provider of the matrix product.
+
+
+@dataclass(frozen=True)
+class Blas:
+    """How to compile against a BLAS (only gemm.c sees `cflags`) and how to link it."""
+
+    name: str
+    defines: tuple = ()
+    cflags: tuple = ()
+    libs: tuple = ()
+    folder: Path | None = None  # of a shared library that the loader does not find by itself
+    soname: str | None = None
+    licences: tuple = ()
+    pc_requires: str = ""
+
+
+def blas_pkg_config():
+    tool = shutil.which("pkg-config")
+    if not tool or subprocess.run([tool, "--exists", "openblas"]).returncode:
+        return None
+
+    def ask(*what):
+        return subprocess.check_output([tool, *what, "openblas"], text=True).strip()
+
+    cflags = tuple(flag.replace("-I", "-isystem", 1) for flag in shlex.split(ask("--cflags")))
+    libs = tuple(shlex.split(ask("--libs")))
+    return Blas(f"OpenBLAS {ask('--modversion')} (pkg-config)", (), cflags, libs, pc_requires="openblas")
+
+
+def blas_scipy():
+    try:
+        import scipy_openblas32 as wheel
+    except ImportError:
+        return None
+    from importlib.metadata import files, version
+
+    release = version("scipy-openblas32")
+    folder, library = Path(wheel.get_lib_dir()), wheel.get_library()
+    licences = tuple(f.locate() for f in files("scipy-openblas32") or () if "licenses" in f.parts)
+    return Blas(
+        f"OpenBLAS {release} (scipy-openblas32)",
+        ("-DKL_CBLAS_PREFIX=scipy_",),
+        (f"-isystem{wheel.get_include_dir()}",),
+        (f"-L{folder}", f"-l{library}"),
+        folder=folder,
+        soname=f"lib{library}.so",
+        licences=tuple(Path(f) for f in licences),
+    )
+
+
+def find_blas():
+    choice = os.environ.get("KL_BLAS", "auto")
+    providers = {"pkg-config": blas_pkg_config, "scipy": blas_scipy}
+    if choice == "none":
+        return Blas("none", ("-DKL_NO_BLAS",))
+    if choice == "auto":
+        return blas_pkg_config() or blas_scipy() or Blas("none", ("-DKL_NO_BLAS",))
+    if choice not in providers:
+        fail(f"KL_BLAS is {choice!r}; it must be auto, pkg-config, scipy or none.")
+    found = providers[choice]()
+    if found is None:
+        remedy = {
+            "pkg-config": "as root: apt-get install -y pkg-config libopenblas-dev",
+            "scipy": "pip install scipy-openblas32",
+        }
+        fail(f"KL_BLAS is {choice!r} and that OpenBLAS is not installed; {remedy[choice]}")
+    return found
+
+
+# Compiling and linking.
+
+
+def check_version():
+    header = (ROOT / "csrc/kimi_linear.h").read_text()
+    if f'#define KL_VERSION "{VERSION}"' not in header:
+        fail(f"kimi_linear/_version.py says {VERSION}; KL_VERSION in csrc/kimi_linear.h must say the same.")
+
+
+class Toolchain:
+    """Compiler, flags and folders of one variant of the build (release, werror, debug, sanitised)."""
+
+    def __init__(self):
+        check_platform()
+        check_version()
+        self.cc = compiler()
+        self.blas = find_blas()
+        self.sanitize = os.environ.get("KL_SANITIZE", "")
+        self.debug = bool(self.sanitize) or env_flag("KL_DEBUG")
+        self.werror = env_flag("KL_WERROR")
+        words = [self.sanitize.replace(",", "-"), "debug" * self.debug, "werror" * self.werror]
+        self.variant = "-".join(filter(None, words)) or "release"
+        self.objects = ROOT / "build/obj" / self.variant
+        self.lib = ROOT / "build" / ("lib" if self.variant == "release" else f"lib-{self.variant}")
+
+    def flags(self, source):
+        """Every compiler flag of one source file, in order."""
+        level = "-O1" if self.sanitize else OPTIMISED.get(source, "-O2")
+        flags = [*COMMON, level, "-Icsrc", f'-DKL_BLAS_NAME="{self.blas.name}"']
+        flags += self.blas.defines
+        flags += ["-DKL_DEBUG"] if self.debug else ["-DNDEBUG"]
+        flags += ["-Werror"] if self.werror else []
+        if self.sanitize:
+            flags += [f"-fsanitize={self.sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+        if platform.machine() == "x86_64":
+            flags += ISA.get(source, [])
+        if source == "csrc/cpu/gemm.c":
+            flags += self.blas.cflags
+        if source.startswith("csrc/python/"):
+            flags += ["-DPy_LIMITED_API=0x030B0000", f"-isystem{python_include()}"]
+        return flags
+
+    def link_flags(self):
+        return ["-shared", "-pthread"] + ([f"-fsanitize={self.sanitize}"] if self.sanitize else [])
+
+    def compile(self, sources):
+        """Objects of `sources`, brought up to date; all errors are shown, not only the first."""
+        newest = max((os.stat(ROOT / h).st_mtime for h in glob(HEADERS)), default=0.0)
+        jobs = [(source, self._object(source), self._command(source)) for source in sources]
+        stale = [job for job in jobs if not self._is_fresh(*job, newest)]
+        if stale:
+            what = f"{len(stale)} of {len(jobs)} files ({self.variant}; BLAS: {self.blas.name})"
+            print(f"compiling {what}", flush=True)
+        with ThreadPoolExecutor(int(os.environ.get("KL_JOBS", 0)) or os.cpu_count()) as pool:
+            failed = [source for source, ok in pool.map(self._compile_one, stale) if not ok]
+        if failed:
+            fail(f"the compiler rejected {', '.join(failed)}.")
+        return [str(obj) for _, obj, _ in jobs]
+
+    def _object(self, source):
+        return self.objects / Path(source).relative_to("csrc").with_suffix(".o")
+
+    def _command(self, source):
+        return [*self.cc, *self.flags(source), "-c", source, "-o", str(self._object(source))]
+
+    @staticmethod
+    def _is_fresh(source, obj, command, newest_header):
+        record = obj.with_suffix(".cmd")
+        if not obj.exists() or not record.exists() or record.read_text() != shlex.join(command):
+            return False
+        return obj.stat().st_mtime > max(newest_header, os.stat(ROOT / source).st_mtime)
+
+    @staticmethod
+    def _compile_one(job):
+        source, obj, command = job
+        obj.parent.mkdir(parents=True, exist_ok=True)
+        obj.with_suffix(".cmd").unlink(missing_ok=True)
+        started = time.time()
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        sys.stderr.write(done.stdout)
+        if done.returncode == 0:
+            os.utime(obj, (started, started))  # what was edited meanwhile is newer
+            obj.with_suffix(".cmd").write_text(shlex.join(command))
+        return source, done.returncode == 0
+
+    def link(self, target, objects, extra):
+        """Link to a new file, then rename it: a process that has the old one mapped keeps it."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh = target.with_name(f".{target.name}.new")
+        self.run([*self.cc, *self.link_flags(), *objects, *self.blas.libs, "-lm", *extra, "-o", str(fresh)])
+        os.replace(fresh, target)
+
+    @staticmethod
+    def run(command):
+        if subprocess.run(command, cwd=ROOT).returncode:
+            fail(f"this command failed: {shlex.join(command)}")
+
+
+def locked(body):
+    """Run `body` while no other build of this tree runs."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    with open(ROOT / "build/.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        body()
+
+
+def is_older(target, inputs):
+    return not target.exists() or target.stat().st_mtime < max(os.stat(i).st_mtime for i in inputs)
+
+
+class BuildPython(build_py):
+    """The Python files, into an empty folder: what was removed from the tree is in no package."""
+
+    def run(self):
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+class BuildExtension(build_ext):
+    """``kimi_linear._core``, with the library linked in and nothing but its init function exported."""
+
+    def run(self):
+        locked(self._build)
+
+    def _build(self):
+        tools = Toolchain()
+        if not glob(LIBRARY) or not glob(BINDING):
+            print("csrc/ holds no extension module: none is built", file=sys.stderr)
+            return
+        objects = tools.compile(glob(LIBRARY) + glob(BINDING))
+        folder = ROOT if self.inplace else Path(self.build_lib).resolve()
+        target = folder / self.get_ext_filename(self.extensions[0].name)
+        if not self.inplace or is_older(target, objects) or self._variant_changed(target, tools):
+            tools.link(target, objects, [*self._exports(tools), *self._blas_at_run_time(tools, target)])
+
+    @staticmethod
+    def _exports(tools):
+        script = tools.objects / "core.map"
+        script.write_text("{ global: PyInit__core; local: *; };\n")
+        return [f"-Wl,--version-script={script}"]
+
+    def _blas_at_run_time(self, tools, target):
+        """A tree finds the wheel's library where it is installed; a package carries it."""
+        blas = tools.blas
+        if blas.folder is None:
+            return []
+        if self.inplace:
+            return [f"-Wl,-rpath,{blas.folder}"]
+        carried = target.parent / "_openblas"
+        carried.mkdir(parents=True, exist_ok=True)
+        for path in (blas.folder / blas.soname, *blas.licences):
+            shutil.copy2(path, carried)
+        return ["-Wl,-rpath,$ORIGIN/_openblas"]
+
+    @staticmethod
+    def _variant_changed(target, tools):
+        """The file in the tree may be another variant's, or linked against another BLAS."""
+        record = ROOT / "build/inplace.txt"
+        now = f"{target}\n{tools.variant}\n{tools.blas}\n"
+        changed = not record.exists() or record.read_text() != now
+        record.write_text(now)
+        return changed
+
+
+class BuildLibrary(Command):
+    """``python setup.py lib``: the C library for programs that know no Python."""
+
+    description = "build the C library, static and shared, with its header and pkg-config file"
+    user_options = []
+
+    def initialize_options(self):
+        pass
+
+    def finalize_options(self):
+        pass
+
+    def run(self):
+        locked(self._build)
+
+    def _build(self):
+        tools = Toolchain()
+        objects = tools.compile(glob(LIBRARY))
+        if not objects:
+            fail("csrc/ holds no C files.")
+        shared = tools.lib / f"libkimi_linear.so.{VERSION}"
+        static = tools.lib / "libkimi_linear.a"
+        if is_older(shared, [*objects, __file__]):
+            self._shared(tools, shared, objects)
+        if is_older(static, [*objects, __file__]):
+            self._static(tools, static, objects)
+        self._describe(tools)
+        print(f"{tools.lib.relative_to(ROOT)}: libkimi_linear.a, libkimi_linear.so, include/, kimi_linear.pc")
+
+    @staticmethod
+    def _shared(tools, target, objects):
+        soname = f"libkimi_linear.so.{ABI_VERSION}"
+        rpath = [f"-Wl,-rpath,{tools.blas.folder}"] if tools.blas.folder else []
+        undefined = [] if tools.sanitize else ["-Wl,-z,defs"]
+        tools.link(target, objects, [f"-Wl,-soname,{soname}", *undefined, *rpath])
+        for name in (soname, "libkimi_linear.so"):
+            link = target.with_name(name)
+            link.unlink(missing_ok=True)
+            link.symlink_to(target.name)
+
+    @staticmethod
+    def _static(tools, target, objects):
+        """One object whose hidden symbols are local, so that they cannot clash with a program's."""
+        merged = tools.objects / "kimi_linear.o"
+        target.unlink(missing_ok=True)
+        tools.run(["ld", "-r", "-o", str(merged), *objects])
+        tools.run(["objcopy", "--localize-hidden", str(merged)])
+        tools.run(["ar", "rcs", str(target), str(merged)])
+
+    @staticmethod
+    def _describe(tools):
+        (tools.lib / "include").mkdir(parents=True, exist_ok=True)
+        for header in glob(PUBLIC):
+            shutil.copy2(ROOT / header, tools.lib / "include")
+        blas_libs = list(tools.blas.libs) if not tools.blas.pc_requires else []
+        if tools.blas.folder:
+            blas_libs.append(f"-Wl,-rpath,{tools.blas.folder}")
+        values = {
+            "libdir": tools.lib,
+            "version": VERSION,
+            "blas": tools.blas.name,
+            "requires": tools.blas.pc_requires,
+            "blas_libs": shlex.join(blas_libs),
+        }
+        text = (ROOT / "csrc/kimi_linear.pc.in").read_text()
+        text = re.sub(r"@(\w+)@", lambda m: str(values[m[1]]), text)
+        (tools.lib / "kimi_linear.pc").write_text(text)
+
+
+setup(
+    version=VERSION,
+    ext_modules=[Extension("kimi_linear._core", sources=[], py_limited_api=True)],
+    cmdclass={"build_py": BuildPython, "build_ext": BuildExtension, "lib": BuildLibrary},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)
