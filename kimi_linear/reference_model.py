@@ -1,0 +1,236 @@
+"""The whole model in float64 NumPy, layer by layer, with every tap. Source: arXiv:2510.26692, section 4.
+
+Weights come from any mapping of canonical names (``Config.weight_shapes``) to arrays of any float type. They
+are fetched and widened where they are used and dropped after, so that the largest matrix, not the model, sets
+the memory.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from . import reference as op
+from .config import Config
+
+Tap = Callable[[str, np.ndarray], np.ndarray]
+
+
+@dataclass
+class ReferenceResult:
+    """What a forward pass gives: logits [T, vocab], taps by name, state arrays after the last token."""
+
+    logits: np.ndarray
+    taps: dict[str, np.ndarray] = field(default_factory=dict)
+    state: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+class Recorder:
+    """Receives each intermediate by name: replaces it where `edit` says so, keeps it where `taps` matches.
+
+    taps : None, a glob, or several
+    edit : mapping from tap (or glob) to an array of its shape, or a function from the array to one
+    """
+
+    def __init__(self, taps: str | Iterable[str] | None = None, edit: Mapping | None = None):
+        self.patterns = [taps] if isinstance(taps, str) else list(taps or ())
+        self.edit = dict(edit or {})
+        self.kept: dict[str, np.ndarray] = {}
+
+    def __call__(self, name: str, x: np.ndarray) -> np.ndarray:
+        for pattern, change in self.edit.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                new = np.asarray(change(x) if callable(change) else change)
+                if new.shape != x.shape:
+                    raise ValueError(f"edit of {name} has shape {new.shape}; it must have {x.shape}")
+                x = new.astype(x.dtype)
+        if any(fnmatch.fnmatchcase(name, p) for p in self.patterns):
+            self.kept[name] = x
+        return x
+
+
+def _no_tap(name: str, x: np.ndarray) -> np.ndarray:
+    return x
+
+
+class ReferenceModel:
+    """Kimi-Linear in float64.
+
+    Parameters
+    ----------
+    config : Config
+    weights : mapping from canonical name to array
+        A_log [H] and convolution taps [H * K, W], as ``config.weight_shapes()`` gives them. May be lazy.
+
+    Raises
+    ------
+    ValueError
+        If weights are missing; the message names them.
+    """
+
+    def __init__(self, config: Config, weights: Mapping[str, np.ndarray]):
+        missing = [name for name in config.weight_shapes() if name not in weights]
+        if missing:
+            raise ValueError(f"weights lacks {len(missing)} tensors: {', '.join(missing[:8])}"
+                             + (", ..." if len(missing) > 8 else ""))
+        self.config = config
+        self.weights = weights
+
+    def forward(self, tokens, *, taps=None, state=None, offsets=None, edit=None,
+                expert_ids=None) -> ReferenceResult:
+        """Run tokens [T] of one sequence, from the start or behind a carried state.
+
+        Parameters
+        ----------
+        tokens : (T,) integers
+        taps : None, a glob or several: the intermediates to keep
+        state : the `state` of an earlier result; it is not changed
+        offsets : None or [0, T]
+        edit : mapping from tap (or glob) to an array or a function: intermediates to replace
+        expert_ids : mapping from layer to ids [T, k]
+            Experts to use instead of the router's choice; their weights are the router's for them.
+        """
+        tokens = np.asarray(tokens)
+        if offsets is not None and [int(x) for x in offsets] != [0, len(tokens)]:
+            raise ValueError(f"offsets is {list(offsets)}; the reference runs one sequence a call, "
+                             f"[0, {len(tokens)}]")
+        tap = Recorder(taps, edit)
+        state = dict(state or {})
+        h = self.embed(tokens, tap)
+        for i in range(self.config.n_layers):
+            h = self.layer(i, h, state, tap, None if expert_ids is None else expert_ids.get(i))
+        return ReferenceResult(self.head(h, tap), tap.kept, state)
+
+    def embed(self, tokens, tap: Tap = _no_tap) -> np.ndarray:
+        """Rows of the embedding: [T] -> [T, D]."""
+        return tap("embed", op.embedding(tokens, self.weights["model.embed_tokens.weight"]))
+
+    def head(self, h, tap: Tap = _no_tap) -> np.ndarray:
+        """Final norm and logits: [T, D] -> [T, vocab]."""
+        name = "model.embed_tokens.weight" if self.config.tie_embeddings else "lm_head.weight"
+        x = tap("norm", op.rms_norm(h, self.weights["model.norm.weight"], eps=self.config.rms_norm_eps))
+        return tap("logits", op.linear(x, self.weights[name]))
+
+    def layer(self, i: int, h, state: dict | None = None, tap: Tap = _no_tap, expert_ids=None) -> np.ndarray:
+        """One layer: h [T, D] -> [T, D]. `state`, a dict of the sequence, is read and brought up to date."""
+        c, spec = self.config, self.config.layers[i]
+        state = {} if state is None else state
+
+        def w(name):
+            return self.weights[f"model.layers.{i}.{name}"]
+
+        def named(name, x):
+            return tap(f"layers.{i}.{name}", x)
+
+        mixer = self._kda if spec.mixer == "kda" else self._mla
+        x = named("attn_norm", op.rms_norm(h, w("input_layernorm.weight"), eps=c.rms_norm_eps))
+        h = named("mid", op.add(h, mixer(i, x, w, state, named)))
+        x = named("ffn_norm", op.rms_norm(h, w("post_attention_layernorm.weight"), eps=c.rms_norm_eps))
+        y = self._dense(x, w, named) if spec.ffn == "dense" else self._moe(x, w, named, expert_ids)
+        return named("out", op.add(h, y))
+
+    def _kda(self, i, x, w, state, tap):
+        """Kimi Delta Attention."""
+        c = self.config
+        heads, flat = (len(x), c.kda_heads, c.kda_head_dim), (len(x), c.kda_heads * c.kda_head_dim)
+
+        def convolved(s):
+            key = f"layers.{i}.kda.{s}_history"
+            p = tap(f"kda.{s}_proj", op.linear(x, w(f"self_attn.{s}_proj.weight")))
+            y, state[key] = op.short_conv(p, w(f"self_attn.{s}_conv1d.weight"), history=state.get(key))
+            return tap(f"kda.{s}_conv", y.reshape(heads))
+
+        q = tap("kda.q", op.l2_norm(convolved("q")))
+        k = tap("kda.k", op.l2_norm(convolved("k")))
+        v = convolved("v")
+
+        f = tap("kda.f_a", op.linear(x, w("self_attn.f_a_proj.weight")))
+        f = tap("kda.f", op.linear(f, w("self_attn.f_b_proj.weight")).reshape(heads))
+        rate = np.exp(op.f64(w("self_attn.A_log")))
+        g = tap("kda.g", op.decay_gate(f, rate, w("self_attn.dt_bias"), lower_bound=c.gate_lower_bound))
+        b = tap("kda.b", op.linear(x, w("self_attn.b_proj.weight")))
+        beta = tap("kda.beta", op.sigmoid(b))
+
+        key = f"layers.{i}.kda.state"
+        o, state[key] = op.delta_rule(q, k, v, g, beta, initial_state=state.get(key))
+        o = tap("kda.o", o)
+
+        z = tap("kda.g_a", op.linear(x, w("self_attn.g_a_proj.weight")))
+        z = tap("kda.z", op.linear(z, w("self_attn.g_b_proj.weight")).reshape(heads))
+        o = tap("kda.o_norm", op.gated_rms_norm(o, z, w("self_attn.o_norm.weight"), eps=c.rms_norm_eps))
+        return tap("kda.out", op.linear(o.reshape(flat), w("self_attn.o_proj.weight")))
+
+    def _mla(self, i, x, w, state, tap):
+        """Multi-head latent attention without positions."""
+        c = self.config
+        T, H, R = len(x), c.mla_heads, c.kv_rank
+        if c.q_rank:
+            a = tap("mla.q_a", op.linear(x, w("self_attn.q_a_proj.weight")))
+            a = tap("mla.q_a_norm", op.rms_norm(a, w("self_attn.q_a_layernorm.weight"), eps=c.latent_eps))
+            q = op.linear(a, w("self_attn.q_b_proj.weight"))
+        else:
+            q = op.linear(x, w("self_attn.q_proj.weight"))
+        q = tap("mla.q", q.reshape(T, H, c.nope_dim + c.rope_dim))
+
+        kv = op.linear(x, w("self_attn.kv_a_proj_with_mqa.weight"))
+        latent, k_shared = tap("mla.latent_raw", kv[:, :R]), tap("mla.k_shared", kv[:, R:])
+        latent = tap("mla.latent", op.rms_norm(latent, w("self_attn.kv_a_layernorm.weight"), eps=c.latent_eps))
+
+        def cached(name, new):
+            key = f"layers.{i}.mla.{name}_cache"
+            state[key] = np.concatenate([state[key], new]) if key in state else new
+            return state[key]
+
+        kv_b = op.f64(w("self_attn.kv_b_proj.weight")).reshape(H, c.nope_dim + c.v_head_dim, R)
+        w_uk, w_uv = kv_b[:, :c.nope_dim], kv_b[:, c.nope_dim:]
+        o = op.latent_attention(q, cached("latent", latent), cached("k_shared", k_shared), w_uk, w_uv,
+                                scale=(c.nope_dim + c.rope_dim) ** -0.5)
+        o = tap("mla.o", o)
+        return tap("mla.out", op.linear(o.reshape(T, H * c.v_head_dim), w("self_attn.o_proj.weight")))
+
+    def _dense(self, x, w, tap):
+        gate = tap("mlp.gate", op.linear(x, w("mlp.gate_proj.weight")))
+        up = tap("mlp.up", op.linear(x, w("mlp.up_proj.weight")))
+        act = tap("mlp.act", op.swiglu(gate, up))
+        return tap("mlp.out", op.linear(act, w("mlp.down_proj.weight")))
+
+    def _moe(self, x, w, tap, expert_ids):
+        c, prefix = self.config, "block_sparse_moe"
+        scores = tap("moe.logits", op.linear(x, w(f"{prefix}.gate.weight")))
+        rule = dict(function=c.router_function, renormalise=c.renormalise, scale=c.routed_scale)
+        ids, _ = op.route(scores, k=c.experts_per_token, bias=w(f"{prefix}.gate.e_score_correction_bias"),
+                          groups=c.n_groups, top_groups=c.top_groups, **rule)
+        if expert_ids is not None:
+            ids = self._forced(expert_ids, ids)
+        ids = np.sort(tap("moe.ids", ids), axis=-1)
+        weights = tap("moe.weights", op.route_weights(scores, ids, **rule))
+
+        experts = [_Experts(w, f"{prefix}.experts.{{}}.w{n}.weight") for n in (1, 3, 2)]
+        shared = self._shared(x, w, tap, f"{prefix}.shared_experts") if c.n_shared_experts else None
+        return tap("moe.out", op.moe(x, ids, weights, *experts, shared=shared))
+
+    def _shared(self, x, w, tap, prefix):
+        gate = tap("moe.shared_gate", op.linear(x, w(f"{prefix}.gate_proj.weight")))
+        up = tap("moe.shared_up", op.linear(x, w(f"{prefix}.up_proj.weight")))
+        act = tap("moe.shared_act", op.swiglu(gate, up))
+        return tap("moe.shared", op.linear(act, w(f"{prefix}.down_proj.weight")))
+
+    def _forced(self, given, own):
+        given, E = np.asarray(given), self.config.n_experts
+        if given.shape != own.shape or (given < 0).any() or (given >= E).any():
+            raise ValueError(f"expert_ids has shape {given.shape}, values {given.min(initial=0)} to "
+                             f"{given.max(initial=0)}; it must have shape {own.shape}, values 0 to {E - 1}")
+        return np.sort(given, axis=-1).astype(own.dtype)
+
+
+class _Experts:
+    """One matrix of each expert, fetched when it is asked for."""
+
+    def __init__(self, weight, name):
+        self.weight, self.name = weight, name
+
+    def __getitem__(self, e):
+        return self.weight(self.name.format(e))

@@ -1,0 +1,75 @@
+"""Paths and readers that the tests share."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+HERE = Path(__file__).parent
+DATA = HERE / "data"
+TINY = HERE.parent / "kimi_linear" / "data" / "tiny"
+GOLDEN_CASES = ("kimi-a", "kimi-b")
+PROMPTS = ("short", "long")
+
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+          "I64": np.int64, "I32": np.int32}
+
+
+def read_safetensors(path) -> dict[str, np.ndarray]:
+    """Every tensor of a file, in its own type; apart from the package, so that it can judge the loader."""
+    raw = Path(path).read_bytes()
+    (n,) = struct.unpack_from("<Q", raw)
+    header = json.loads(raw[8:8 + n])
+    out = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin, end = (8 + n + x for x in entry["data_offsets"])
+            out[name] = np.frombuffer(raw[begin:end], DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return out
+
+
+def canonical_weights(path) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint under the names and shapes of Config.weight_shapes()."""
+    out = {}
+    for name, x in read_safetensors(path).items():
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            name = name.replace(f"block_sparse_moe.{part}", f"mlp.{part}")
+        if name.endswith("A_log"):
+            x = x.reshape(-1)
+        elif name.endswith("conv1d.weight"):
+            x = x.reshape(x.shape[0], -1)
+        out[name] = x
+    return out
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def tiny_dir() -> Path:
+    """The packaged model, a Hugging Face folder."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """Folders kimi-a and kimi-b: checkpoints, and what others compute for them."""
+    return DATA / "golden"
+
+
+@pytest.fixture(scope="session", params=GOLDEN_CASES)
+def golden_case(request) -> Path:
+    """Each golden folder in turn."""
+    return DATA / "golden" / request.param
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20251026)

@@ -1,0 +1,223 @@
+"""The float64 model against golden arrays of independent implementations, and against itself in pieces."""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import DATA, PROMPTS, TINY, canonical_weights, read_safetensors
+
+from kimi_linear import golden
+from kimi_linear.config import Config
+from kimi_linear.reference_model import ReferenceModel
+
+
+@functools.cache
+def model(folder: Path) -> ReferenceModel:
+    config = Config.from_file(folder / "config.json")
+    return ReferenceModel(config, canonical_weights(folder / "model.safetensors"))
+
+
+@functools.cache
+def result(folder: Path, prompt: str):
+    return model(folder).forward(tokens_of(folder, prompt), taps="*")
+
+
+def tokens_of(folder: Path, prompt: str) -> np.ndarray:
+    return read_safetensors(folder / "golden.safetensors")[f"{prompt}/tokens"]
+
+
+def named_pairs(folder, arrays, prompt, run):
+    """(name, theirs, ours) of a prompt's floating arrays; every name must be known, ids must be equal."""
+    config, weights = model(folder).config, model(folder).weights
+    ours = run.taps | run.state
+    for name in arrays:
+        path = name.removeprefix(prompt)
+        if not name.startswith(prompt) or path == "tokens":
+            continue
+        if path.endswith(golden.KV_B):
+            i = path.split(".")[2]
+            weight = weights[f"model.layers.{i}.{golden.KV_B}.weight"].astype(np.float64)
+            latent = ours[f"layers.{i}.mla.latent"]
+            yield name, arrays[name].reshape(len(latent), -1), golden.kv_b(latent, weight)
+            continue
+        group = {n: arrays[n] for n in (name, name.replace("/weights", "/ids"))}     # sorted together
+        for tap, theirs in golden.to_taps(group, config, prompt).items():
+            assert ours[tap].shape == theirs.shape, name
+            if tap.endswith(".ids"):
+                assert (ours[tap] == theirs).all(), name
+            else:
+                yield name, theirs, ours[tap]
+
+
+def worst(pairs):
+    """Name, largest error and rms error of the worst array, over that array's rms; and the names seen."""
+    largest, rms, seen = (0.0, ""), (0.0, ""), set()
+    for name, theirs, ours in pairs:
+        size = np.sqrt(np.mean(ours**2))
+        error = np.abs(ours - theirs.astype(np.float64)) / size
+        largest = max(largest, (float(error.max()), name))
+        rms = max(rms, (float(np.sqrt(np.mean(error**2))), name))
+        seen.add(name)
+    return largest, rms, seen
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_every_float64_array(golden_case, prompt):
+    arrays = read_safetensors(golden_case / "golden64.safetensors")
+    largest, _, seen = worst(named_pairs(golden_case, arrays, prompt + "/", result(golden_case, prompt)))
+    floats = {n for n, x in arrays.items() if n.startswith(prompt) and x.dtype == np.float64}
+    assert seen >= floats
+    assert largest[0] <= 1e-11, largest
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_every_float32_array(golden_case, prompt):
+    """transformers in float32: 1e-4 rms and 2e-3 largest, of which it uses a tenth."""
+    arrays = read_safetensors(golden_case / "golden.safetensors")
+    largest, rms, seen = worst(named_pairs(golden_case, arrays, prompt + "/", result(golden_case, prompt)))
+    floats = {n for n, x in arrays.items() if n.startswith(prompt) and x.dtype == np.float32}
+    assert seen >= floats
+    assert largest[0] <= 2e-3, largest
+    assert rms[0] <= 1e-4, rms
+
+
+def test_tiny():
+    arrays = read_safetensors(DATA / "tiny" / "golden64.safetensors")
+    run = model(TINY).forward(arrays["tokens"], taps=["layers.*.out", "logits"])
+    largest, _, seen = worst(named_pairs(TINY, arrays, "", run))
+    assert seen == set(arrays) - {"tokens"}
+    assert largest[0] <= 1e-11, largest
+
+
+@pytest.mark.parametrize("cuts", [[1], [17], [64], list(range(1, 70)), [0, 30, 30]])
+def test_pieces_equal_the_whole(golden_case, cuts):
+    whole = result(golden_case, "long")
+    tokens = tokens_of(golden_case, "long")
+    state, logits = None, []
+    for part in np.split(tokens, cuts):
+        run = model(golden_case).forward(part, state=state)
+        state = run.state
+        logits.append(run.logits)
+    size = np.sqrt(np.mean(whole.logits**2))
+    np.testing.assert_allclose(np.concatenate(logits), whole.logits, rtol=0, atol=1e-11 * size)
+    assert state.keys() == whole.state.keys()
+    for name, x in whole.state.items():
+        np.testing.assert_allclose(state[name], x, rtol=0, atol=1e-11 * np.sqrt(np.mean(x**2)), err_msg=name)
+
+
+def test_a_carried_state_is_not_changed(golden_case):
+    first = model(golden_case).forward([5, 6, 7])
+    before = {name: x.copy() for name, x in first.state.items()}
+    model(golden_case).forward([8, 9], state=first.state)
+    assert all((first.state[name] == x).all() for name, x in before.items())
+
+
+def test_layer_by_layer_is_forward(golden_case):
+    m, whole = model(golden_case), result(golden_case, "short")
+    h, state = m.embed(tokens_of(golden_case, "short")), {}
+    for i in range(m.config.n_layers):
+        h = m.layer(i, h, state)
+        assert (h == whole.taps[f"layers.{i}.out"]).all()
+    assert (m.head(h) == whole.logits).all()
+    assert state.keys() == whole.state.keys()
+
+
+def test_taps_have_their_names_and_shapes(golden_case):
+    c, taps, T = model(golden_case).config, result(golden_case, "short").taps, 21
+    heads, D = (T, c.kda_heads, c.kda_head_dim), c.hidden_size
+    expected = {"embed": (T, D), "norm": (T, D), "logits": (T, c.vocab_size)}
+    for i, spec in enumerate(c.layers):
+        if spec.mixer == "kda":
+            flat, low, H = (T, heads[1] * heads[2]), (T, heads[2]), (T, heads[1])
+            shapes = {f"kda.{s}_proj": flat for s in "qkv"} | {f"kda.{s}_conv": heads for s in "qkv"}
+            shapes |= {f"kda.{s}": heads for s in ("q", "k", "f", "g", "o", "z", "o_norm")}
+            shapes |= {"kda.f_a": low, "kda.g_a": low, "kda.b": H, "kda.beta": H, "kda.out": (T, D)}
+        else:
+            shapes = {"mla.q": (T, c.mla_heads, c.nope_dim + c.rope_dim),
+                      "mla.latent_raw": (T, c.kv_rank), "mla.k_shared": (T, c.rope_dim), "mla.latent": (T, c.kv_rank),
+                      "mla.k_shared": (T, c.rope_dim), "mla.o": (T, c.mla_heads, c.v_head_dim),
+                      "mla.out": (T, D)}
+            if c.q_rank:
+                shapes |= {"mla.q_a": (T, c.q_rank), "mla.q_a_norm": (T, c.q_rank)}
+        if spec.ffn == "dense":
+            shapes |= {f"mlp.{s}": (T, c.ffn_size) for s in ("gate", "up", "act")} | {"mlp.out": (T, D)}
+        else:
+            shared, k = (T, c.moe_size * c.n_shared_experts), (T, c.experts_per_token)
+            shapes |= {f"moe.shared_{s}": shared for s in ("gate", "up", "act")}
+            shapes |= {"moe.logits": (T, c.n_experts), "moe.ids": k, "moe.weights": k, "moe.shared": (T, D),
+                       "moe.out": (T, D)}
+        shapes |= {s: (T, D) for s in ("attn_norm", "mid", "ffn_norm", "out")}
+        expected |= {f"layers.{i}.{name}": shape for name, shape in shapes.items()}
+    assert {name: x.shape for name, x in taps.items()} == expected
+
+
+def test_edit(golden_case):
+    m, whole = model(golden_case), result(golden_case, "short")
+    tokens = tokens_of(golden_case, "short")
+    same = m.forward(tokens, edit={"*": lambda x: x, "layers.1.out": whole.taps["layers.1.out"]})
+    assert (same.logits == whole.logits).all()
+    off = m.forward(tokens, edit={"layers.*.mid": lambda x: 0 * x}, taps="layers.0.mid")
+    assert (off.taps["layers.0.mid"] == 0).all() and (off.logits != whole.logits).any()
+    with pytest.raises(ValueError, match=r"edit of embed has shape \(2,\); it must have \(21, "):
+        m.forward(tokens, edit={"embed": np.zeros(2)})
+
+
+def test_forced_experts(golden_case):
+    m, whole = model(golden_case), result(golden_case, "short")
+    tokens = tokens_of(golden_case, "short")
+    i = m.config.n_layers - 1
+    ids = whole.taps[f"layers.{i}.moe.ids"]
+    assert (m.forward(tokens, expert_ids={i: ids[:, ::-1]}).logits == whole.logits).all()
+    other = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    run = m.forward(tokens, expert_ids={i: other}, taps="*.moe.*")
+    assert (run.taps[f"layers.{i}.moe.ids"] == other).all()
+    if m.config.renormalise:
+        sums = run.taps[f"layers.{i}.moe.weights"].sum(-1)
+        np.testing.assert_allclose(sums, m.config.routed_scale, rtol=1e-14)
+    with pytest.raises(ValueError, match="expert_ids has shape"):
+        m.forward(tokens, expert_ids={i: other + m.config.n_experts})
+
+
+def test_weights_are_fetched_lazily_and_missing_ones_named(golden_case):
+    weights = model(golden_case).weights
+    asked = []
+
+    class Lazy(dict):
+        def __getitem__(self, name):
+            asked.append(name)
+            return super().__getitem__(name)
+
+    m = ReferenceModel(model(golden_case).config, Lazy(weights))
+    assert not asked
+    m.layer(1, np.ones((2, m.config.hidden_size)))
+    assert asked and all(name.startswith("model.layers.1.") for name in asked)
+    lost = ("model.layers.2.self_attn.A_log", "model.norm.weight")
+    with pytest.raises(ValueError, match=f"weights lacks 2 tensors: {lost[0]}, {lost[1]}"):
+        ReferenceModel(m.config, {n: x for n, x in weights.items() if n not in lost})
+
+
+def test_only_one_sequence():
+    with pytest.raises(ValueError, match="one sequence a call"):
+        model(TINY).forward([1, 2, 3], offsets=[0, 1, 3])
+
+
+def test_tied_embeddings(golden_case):
+    d = Config.from_file(golden_case / "config.json").to_dict() | dict(tie_word_embeddings=True)
+    m = ReferenceModel(Config.from_dict(d), model(golden_case).weights)
+    x = np.ones((1, m.config.hidden_size))
+    run = m.forward([3], edit={"norm": x})
+    table = m.weights["model.embed_tokens.weight"].astype(float)
+    np.testing.assert_allclose(run.logits, x @ table.T, rtol=1e-12)
+
+
+def test_names_have_inverses(golden_case):
+    c = model(golden_case).config
+    for name, tap in golden.names(c).items():
+        assert golden.tap_of(name, c) == tap
+        assert name in golden.paths(tap.format("k_shared" if "mla" in tap else "q"), c)
+    assert golden.paths("layers.0.mid", c) == []
+    assert golden.tap_of("model.layers.99.mlp", c) is None
+    assert golden.tap_of("model.layers.0.self_attn.rotary", c) is None
+    with pytest.raises(ValueError, match="has shape"):
+        golden.to_taps({"cache/1/state": np.zeros(5)}, c)

@@ -1,0 +1,399 @@
+"""The float64 ops: worked examples by hand, forms against each other, and identities of the mathematics."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from kimi_linear import reference as ref
+
+U64 = 2.0**-53
+
+# The worked example of the delta rule: H = 1, K = V = 2, three tokens; raw q, k, gate and b.
+Q = np.array([[1, 2], [-1, 1], [3, -1]], float)[:, None]
+K = np.array([[2, 1], [0, 1], [1, -2]], float)[:, None]
+V = np.array([[1, -1], [0.5, 2], [-2, 1]], float)[:, None]
+F = np.array([[0.3, -0.2], [1, 0], [-1, 2]], float)[:, None]
+B = np.array([[0], [1], [-1]], float)
+DT = np.array([[0.5, -0.5]])
+G = [[-2.342201332, -0.806372098], [-3.402826556, -0.948153968], [-0.948153968, -3.402826556]]
+O = [[0.282842656, -0.282842656], [0.186973346, 0.726849192], [-0.266757022, 0.126001403]]
+S = [[[0.447213551, -0.447213551], [0.223606775, -0.223606775]],
+     [[0.014882852, -0.014882852], [0.388829636, 1.438815896]],
+     [[-0.233700190, 0.119969000], [0.491873158, -0.203588432]]]
+
+
+def near(a, b, tol=6e-10):
+    """Equal to nine printed decimals."""
+    np.testing.assert_allclose(a, b, rtol=0, atol=tol)
+
+
+def case(rng, T=150, Hk=2, Hv=4, K=5, V=7, gate="channel"):
+    """Unit keys, gates from none to -infinity mixed in one chunk."""
+    q, k = ref.l2_norm(rng.normal(size=(2, T, Hk, K)))
+    v, beta = rng.normal(size=(T, Hv, V)), rng.uniform(size=(T, Hv))
+    shape = (T, Hv, K) if gate == "channel" else (T, Hv)
+    strong = rng.choice([-0.0, -1e-30, -5, -100, -1e4, -np.inf], size=shape)
+    g = np.where(rng.uniform(size=shape) < 0.15, strong, -rng.uniform(1e-3, 1, size=shape))
+    return q, k, v, None if gate is None else g, beta
+
+
+class TestWorkedExamples:
+    def test_short_conv(self):
+        x, w = np.arange(1.0, 6)[:, None], np.array([[0.1, -0.2, 0.3, 0.4]])
+        y, history = ref.short_conv(x, w, activation=None)
+        near(y[:, 0], [0.4, 1.1, 1.6, 2.2, 2.8])
+        near(history[:, 0], [3, 4, 5])
+        y, _ = ref.short_conv(x, w)
+        near(y[:, 0], [0.239475064, 0.825286116, 1.331229416, 1.980548924, 2.639492307])
+
+    def test_decay_gate(self):
+        near(ref.decay_gate(F, [2.0], DT), np.array(G)[:, None])
+        near(ref.decay_gate(F[..., 0], [2.0], [0.5]), np.array(G)[:, :1])
+        bound = [[-4.160091926, -0.989080557], [-4.762870634, -1.344707107], [-1.344707107, -4.762870634]]
+        near(ref.decay_gate(F, [2.0], DT, lower_bound=-5.0), np.array(bound)[:, None])
+
+    @pytest.mark.parametrize("form", ["recurrent", "chunked", "pairwise"])
+    def test_delta_rule(self, form):
+        g, beta = ref.decay_gate(F, [2.0], DT), ref.sigmoid(B)
+        near(beta[:, 0], [0.5, 0.731058579, 0.268941421])
+        o, state, kept = ref.delta_rule(Q, K, V, g, beta, l2_norm=True, form=form, checkpoints=1)
+        near(o[:, 0], O)
+        near(kept[:, 0], S)
+        near(state[0], S[2])
+
+    def test_wy_of_the_chunk(self):
+        """L and start, W and U as the sheet prints them."""
+        g, beta, k = ref.decay_gate(F, [2.0], DT), ref.sigmoid(B), ref.l2_norm(K)
+        seen = {}
+        wy = ref._wy
+
+        def spy(k, v, beta, L, start):
+            seen.update(L=L, out=wy(k, v, beta, L, start))
+            return seen["out"]
+        ref._wy = spy
+        try:
+            ref._chunked(ref.l2_norm(Q), k, V, g, beta, np.zeros((1, 2, 2)))
+        finally:
+            ref._wy = wy
+        L = seen["L"][0]
+        near([L[1, 0], L[2, 1]], [0.126674407, -0.008005227])
+        near(L[2, 0], 0, 1e-6)
+        W, U = seen["out"]
+        near(W[:, 0], [[0.042984298, 0.099834812], [-0.005445010, 0.113818666], [0.000105471, -0.000473674]])
+        near(U[:, 0], [[0.5, -0.5], [0.302192086, 1.525454361], [-0.535463727, 0.281153029]])
+
+    def test_gated_rms_norm(self):
+        z = np.array([[0.2, -0.4], [1, 0], [0, -1]])
+        y = ref.gated_rms_norm(np.array(O), z, [1, 0.5], eps=1e-5)
+        near(y, [[0.549799636, -0.200643630], [0.257561724, 0.342400010], [-0.639296535, 0.081211880]], 2e-9)
+
+    def test_philox_vectors(self):
+        """The known answers that Random123 publishes for Philox4x32-10."""
+        ones = 0xFFFFFFFF
+        assert ref.philox((0, 0, 0, 0), (0, 0)) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
+        assert ref.philox((ones,) * 4, (ones,) * 2) == (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
+        pi = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0)
+        assert ref.philox(*pi) == (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)
+
+    def test_uniform_has_the_words_where_they_belong(self):
+        x0, x1, *_ = ref.philox((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0))
+        u = ref.uniform(0x299F31D0A4093822, 0x0370734413198A2E, 0x85A308D3243F6A88)
+        assert u == (x0 * 2**21 + x1 // 2**11) / 2**53
+
+
+class TestElementwise:
+    def test_sigmoid_and_softplus_at_the_rim(self):
+        x = np.array([-1e308, -800, -40, 0, 40, 800, 1e308])
+        assert ref.sigmoid(x).tolist() == [0, 0, np.exp(-40.0) / (1 + np.exp(-40.0)), 0.5, 1, 1, 1]
+        assert ref.softplus(x)[[0, 1, 5, 6]].tolist() == [0, 0, 800, 1e308]
+        near(ref.sigmoid(x) + ref.sigmoid(-x), 1, U64)
+
+    def test_swiglu(self):
+        near(ref.swiglu([1.0, -2.0], [3.0, 0.5]), [3 / (1 + np.exp(-1)), -1 / (1 + np.exp(2))], 1e-15)
+
+    def test_norms(self, rng):
+        x = rng.normal(size=(3, 17)) * 1e18            # squares of huge float32 values are small for float64
+        y = ref.rms_norm(x, np.full(17, 2.0), eps=1e-5)
+        near((y**2).mean(-1), 4, 1e-14)
+        near((ref.l2_norm(x) ** 2).sum(-1), 1, 1e-14)
+        assert (ref.rms_norm(np.zeros((1, 4)), np.ones(4), eps=1e-5) == 0).all()
+
+    def test_softmax_moves_with_its_input(self, rng):
+        x = rng.normal(size=(4, 9))
+        near(ref.softmax(x + 1000), ref.softmax(x), 1e-13)
+        near(ref.softmax(x).sum(-1), 1, 1e-15)
+        assert ref.softmax([[0.0, -np.inf]]).tolist() == [[1, 0]]
+
+    @pytest.mark.parametrize("dtype", [np.float16, np.float32, ml_dtypes.bfloat16])
+    def test_inputs_widen_exactly(self, rng, dtype):
+        x, w = rng.normal(size=(3, 4)).astype(dtype), rng.normal(size=(5, 4)).astype(dtype)
+        y = ref.linear(x, w)
+        assert y.dtype == np.float64
+        assert (y == x.astype(np.float64) @ w.astype(np.float64).T).all()
+
+    def test_linear_bias_and_embedding(self, rng):
+        x, w, b = rng.normal(size=(2, 3)), rng.normal(size=(4, 3)), rng.normal(size=4)
+        near(ref.linear(x, w, b)[1, 2], (x[1] * w[2]).sum() + b[2], 1e-15)
+        assert (ref.embedding([2, 0], w) == w[[2, 0]]).all()
+        for ids in ([0, 4], [-1]):
+            with pytest.raises(ValueError, match=r"ids\[\d\] is -?\d; it must be in 0..3"):
+                ref.embedding(ids, w)
+
+
+class TestShortConv:
+    @pytest.mark.parametrize("W", range(1, 9))
+    def test_splits_equal_the_whole(self, rng, W):
+        x, w = rng.normal(size=(20, 3)), rng.normal(size=(3, W))
+        whole, end = ref.short_conv(x, w)
+        history, parts = None, []
+        for part in np.split(x, [0, 1, 3, 11]):
+            y, history = ref.short_conv(part, w, history=history)
+            parts.append(y)
+        assert (np.concatenate(parts) == whole).all() and (history == end).all()
+        assert end.shape == (W - 1, 3)
+
+    def test_offsets_equal_separate(self, rng):
+        x, w, history = rng.normal(size=(9, 3)), rng.normal(size=(3, 4)), rng.normal(size=(3, 3, 3))
+        y, after = ref.short_conv(x, w, history=history, offsets=[0, 2, 2, 9])
+        for n, r in enumerate([slice(0, 2), slice(2, 2), slice(2, 9)]):
+            one, end = ref.short_conv(x[r], w, history=history[n])
+            assert (y[r] == one).all() and (after[n] == end).all()
+
+
+class TestDeltaRule:
+    @pytest.mark.parametrize("gate", ["channel", "head", None])
+    @pytest.mark.parametrize("T", [0, 1, 63, 64, 65, 150])
+    def test_chunked_equals_recurrent(self, rng, T, gate):
+        """Gates to -infinity. Both forms add some K + C products of size 1 to 10: 1e-13 is 900 of 2^-53."""
+        q, k, v, g, beta = case(rng, T, gate=gate)
+        S0 = rng.normal(size=(4, 5, 7))
+        a, A = ref.delta_rule(q, k, v, g, beta, initial_state=S0, form="recurrent")
+        b, B = ref.delta_rule(q, k, v, g, beta, initial_state=S0, form="chunked")
+        assert np.isfinite(b).all()
+        near(b, a, 1e-13)
+        near(B, A, 1e-13)
+
+    def test_pairwise_equals_recurrent_for_mild_gates_only(self, rng):
+        q, k, v, g, beta = case(rng, 100)
+        mild = np.maximum(g, -1.0)
+        a = ref.delta_rule(q, k, v, mild, beta)[0]
+        near(ref.delta_rule(q, k, v, mild, beta, form="pairwise")[0], a, 1e-12)
+        with np.errstate(invalid="ignore"):
+            assert np.isnan(ref.delta_rule(q, k, v, g, beta, form="pairwise")[0]).any()
+
+    @pytest.mark.parametrize("form", ["recurrent", "chunked"])
+    def test_splits_equal_the_whole(self, rng, form):
+        q, k, v, g, beta = case(rng)
+        whole, end = ref.delta_rule(q, k, v, g, beta, form=form)
+        state, parts = None, []
+        for r in (slice(0, 1), slice(1, 40), slice(40, 150)):
+            o, state = ref.delta_rule(q[r], k[r], v[r], g[r], beta[r], initial_state=state, form=form)
+            parts.append(o)
+        near(np.concatenate(parts), whole, 1e-13)
+        near(state, end, 1e-13)
+
+    @pytest.mark.parametrize("form", ["recurrent", "chunked"])
+    def test_offsets_equal_separate(self, rng, form):
+        q, k, v, g, beta = case(rng)
+        S0 = rng.normal(size=(3, 4, 5, 7))
+        o, states = ref.delta_rule(q, k, v, g, beta, initial_state=S0, offsets=[0, 70, 70, 150], form=form)
+        for n, r in enumerate([slice(0, 70), slice(70, 70), slice(70, 150)]):
+            one, end = ref.delta_rule(q[r], k[r], v[r], g[r], beta[r], initial_state=S0[n], form=form)
+            assert (o[r] == one).all() and (states[n] == end).all()
+
+    @pytest.mark.parametrize("form", ["recurrent", "chunked"])
+    def test_heads(self, rng, form):
+        q, k, v, g, beta = case(rng)
+        for head_map, heads in (("grouped", [0, 0, 1, 1]), ("tiled", [0, 1, 0, 1])):
+            a = ref.delta_rule(q, k, v, g, beta, head_map=head_map, form=form)[0]
+            b = ref.delta_rule(q[:, heads], k[:, heads], v, g, beta, form=form)[0]
+            assert (a == b).all()
+
+    def test_checkpoints_are_the_states_of_runs_that_end_there(self, rng):
+        q, k, v, g, beta = case(rng)
+        o, _, kept = ref.delta_rule(q, k, v, g, beta, checkpoints=64, offsets=[0, 140, 150], form="chunked")
+        assert (o == ref.delta_rule(q, k, v, g, beta, offsets=[0, 140, 150], form="chunked")[0]).all()
+        assert len(kept) == 2
+        for n, state in enumerate(kept, 1):
+            r = slice(0, 64 * n)
+            assert (ref.delta_rule(q[r], k[r], v[r], g[r], beta[r], form="chunked")[1] == state).all()
+
+    def test_beta_zero_is_pure_decay(self, rng):
+        q, k, v, g, beta = case(rng, 10)
+        S0 = rng.normal(size=(4, 5, 7))
+        _, S = ref.delta_rule(q, k, v, g, 0 * beta, initial_state=S0)
+        near(S, np.exp(g.sum(0))[:, :, None] * S0, 1e-14)
+
+    def test_a_unit_key_with_beta_one_is_stored(self, rng):
+        """beta = 1 and |k| = 1 replace what k reads: S^T k = v afterwards."""
+        q, k, v, g, beta = case(rng, 10)
+        k = k / np.linalg.norm(k, axis=-1, keepdims=True)
+        _, S = ref.delta_rule(q, k, v, g, 0 * beta + 1)
+        near(np.einsum("hkv,hk->hv", S, k[-1][[0, 0, 1, 1]]), v[-1], 1e-13)
+
+    @pytest.mark.parametrize("form", ["recurrent", "chunked"])
+    def test_nan_reaches_no_earlier_token_and_no_other_head(self, rng, form):
+        q, k, v, g, beta = case(rng, 80)
+        v = v.copy()
+        v[40, 1, 3] = np.nan
+        o, S = ref.delta_rule(q, k, v, g, beta, form=form)
+        bad = np.argwhere(np.isnan(o))
+        assert bad[:, 0].min() == 40 and set(bad[:, 1]) == {1} and set(bad[:, 2]) == {3}
+        assert np.isnan(S[1, :, 3]).all()
+
+    def test_final_state_in_place(self, rng):
+        q, k, v, g, beta = case(rng, 9)
+        state = rng.normal(size=(4, 5, 7))
+        _, end = ref.delta_rule(q, k, v, g, beta, initial_state=state.copy())
+        ref.delta_rule(q, k, v, g, beta, initial_state=state, final_state=state)
+        assert (state == end).all()
+
+    def test_errors(self, rng):
+        q, k, v, g, beta = case(rng, 4)
+        with pytest.raises(ValueError, match="g has a value .* > 0; .* was exp"):
+            ref.delta_rule(q, k, v, np.exp(g), beta)
+        with pytest.raises(ValueError, match="form is 'fast'"):
+            ref.delta_rule(q, k, v, g, beta, form="fast")
+        with pytest.raises(ValueError, match="offsets is .0, 5, 4."):
+            ref.delta_rule(q, k, v, g, beta, offsets=[0, 5, 4])
+        with pytest.raises(ValueError, match="4 value and 3 key heads"):
+            ref.delta_rule(np.ones((4, 3, 5)), np.ones((4, 3, 5)), v, g, beta)
+
+    def test_cumsum(self, rng):
+        g = -rng.uniform(size=(10, 2))
+        near(ref.decay_cumsum(g, chunk=4)[5], g[4] + g[5], 1e-15)
+        near(ref.decay_cumsum(g, chunk=None, offsets=[0, 3, 10])[9], g[3:].sum(0), 1e-14)
+
+
+class TestLatentAttention:
+    def inputs(self, rng, T=6, S=11, H=3, nope=4, P=2, R=5, V=7):
+        return (rng.normal(size=(T, H, nope + P)), rng.normal(size=(S, R)), rng.normal(size=(S, P)),
+                rng.normal(size=(H, nope, R)), rng.normal(size=(H, V, R)))
+
+    def test_absorbed_equals_expanded(self, rng):
+        args = self.inputs(rng)
+        a, b = (ref.latent_attention(*args, scale=0.3, form=f) for f in ("absorbed", "expanded"))
+        near(a, b, 1e-13)
+
+    def test_one_query_by_its_formula(self, rng):
+        q, c, k, w_uk, w_uv = self.inputs(rng, T=2, S=4, H=1)
+        s = np.array([q[0, 0, :4] @ (w_uk[0] @ c[j]) + q[0, 0, 4:] @ k[j] for j in range(3)]) * 0.3
+        p = np.exp(s) / np.exp(s).sum()
+        near(ref.latent_attention(q, c, k, w_uk, w_uv, scale=0.3)[0, 0], w_uv[0] @ (p @ c[:3]), 1e-13)
+
+    @pytest.mark.parametrize("form", ["absorbed", "expanded"])
+    def test_later_positions_are_left_out(self, rng, form):
+        q, c, k, w_uk, w_uv = self.inputs(rng)
+        before = ref.latent_attention(q, c, k, w_uk, w_uv, scale=0.3, form=form)
+        c[9], k[10] = np.nan, np.nan
+        with np.errstate(invalid="ignore"):
+            after = ref.latent_attention(q, c, k, w_uk, w_uv, scale=0.3, form=form)
+        # equal but for the order of sums, which a matrix product may choose by the number of rows
+        near(after[:4], before[:4], 1e-13)
+        assert np.isnan(after[4:]).all()
+
+    @pytest.mark.parametrize("form", ["absorbed", "expanded"])
+    def test_offsets_equal_separate(self, rng, form):
+        q, c, k, *w = self.inputs(rng, T=6, S=14)
+        rows, cached = [0, 2, 2, 6], [0, 5, 5, 14]
+        o = ref.latent_attention(q, c, k, *w, scale=1, offsets=rows, kv_offsets=cached, form=form)
+        near(o[:2], ref.latent_attention(q[:2], c[:5], k[:5], *w, scale=1, form=form), 1e-13)
+        near(o[2:], ref.latent_attention(q[2:], c[5:], k[5:], *w, scale=1, form=form), 1e-13)
+
+    def test_more_queries_than_positions(self, rng):
+        with pytest.raises(ValueError, match="latent has 3 positions for 6 queries"):
+            ref.latent_attention(*self.inputs(rng, S=3), scale=1)
+
+
+class TestRoute:
+    def test_bias_chooses_and_does_not_weigh(self):
+        scores = np.array([[0.0, 1.0, 2.0, -1.0]])
+        ids, w = ref.route(scores, k=2, bias=[0, 0, -9, 9], renormalise=False, scale=2.0)
+        assert ids.tolist() == [[1, 3]] and ids.dtype == np.int32
+        near(w, 2 * ref.sigmoid([[1.0, -1.0]]), 1e-15)
+
+    def test_vanishing_scores(self):
+        """The sum is not 0 by 1e-20 alone: two scores of 1e-20 get a third each."""
+        ids, w = ref.route(np.full((1, 2), np.log(1e-20)), k=2)
+        near(w, 1 / 3, 1e-12)
+
+    def test_renormalised_weights_sum_to_the_scale(self, rng):
+        for function in ("sigmoid", "softmax"):
+            _, w = ref.route(rng.normal(size=(7, 12)), k=3, function=function, scale=2.446)
+            near(w.sum(-1), 2.446, 1e-14)
+
+    def test_ties_take_the_lowest_index(self):
+        ids, _ = ref.route(np.zeros((1, 8)), k=3, groups=4, top_groups=2)
+        assert ids.tolist() == [[0, 1, 2]]
+        ids, _ = ref.route(np.array([[0, 5, 1, 1, 1, 5.0]]), k=3)
+        assert ids.tolist() == [[1, 2, 5]]
+
+    def test_groups_by_their_two_best(self):
+        # sums of the two best: 5, 8, 6; the best single expert, 4.5, is in the group that drops out
+        bias = np.array([4.5, 0.5, 0, 4, 4, 0, 3, 3, 2])
+        ids, _ = ref.route(np.zeros((1, 9)), k=4, bias=bias, groups=3, top_groups=2)
+        assert ids.tolist() == [[3, 4, 6, 7]]
+
+    def test_nan_is_loud(self):
+        _, w = ref.route(np.array([[np.nan, 1, 2, 3], [0, 1, 2, 3]]), k=2)
+        assert np.isnan(w[0]).all() and np.isfinite(w[1]).all()
+
+    def test_too_few_experts_in_the_groups(self):
+        with pytest.raises(ValueError, match="k is 3 with 8 experts, groups 4, top_groups 1"):
+            ref.route(np.zeros((1, 8)), k=3, groups=4, top_groups=1)
+
+    def test_moe_is_the_weighted_sum(self, rng):
+        x, shared = rng.normal(size=(2, 5, 3))
+        gate, up = rng.normal(size=(2, 4, 6, 3))
+        down = rng.normal(size=(4, 3, 6))
+        ids, w = ref.route(rng.normal(size=(5, 4)), k=2)
+        y = ref.moe(x, ids, w, gate, up, down, shared=shared)
+        for t in range(5):
+            one = sum(p * down[e] @ ref.swiglu(gate[e] @ x[t], up[e] @ x[t]) for p, e in zip(w[t], ids[t]))
+            near(y[t], one + shared[t], 1e-13)
+
+
+class TestSample:
+    LOGITS = np.log([0.1, 0.4, 0.4, 0.1])
+
+    def draw(self, n=4000, **options):
+        ids = [ref.sample(self.LOGITS, seed=7, position=i, **options) for i in range(n)]
+        return np.bincount(ids, minlength=4) / n
+
+    def test_frequencies(self):
+        """Within 5 standard deviations, sqrt(p (1 - p) / n) each."""
+        near(self.draw(), [0.1, 0.4, 0.4, 0.1], 5 * 0.5 / np.sqrt(4000))
+        p = np.array([0.1, 0.4, 0.4, 0.1]) ** 2
+        near(self.draw(temperature=0.5), p / p.sum(), 5 * 0.5 / np.sqrt(4000))
+
+    def test_what_stays(self):
+        assert (self.draw(n=300, top_k=2) > 0).tolist() == [False, True, True, False]
+        assert (self.draw(n=300, top_k=3) > 0).tolist() == [True, True, True, False]
+        assert (self.draw(n=300, min_p=0.5) > 0).tolist() == [False, True, True, False]
+        assert (self.draw(n=300, min_p=1.0) > 0).tolist() == [False, True, True, False]
+        assert (self.draw(n=300, top_p=0.45) > 0).tolist() == [False, True, True, False]
+        assert (self.draw(n=300, top_p=0.3) > 0).tolist() == [False, True, False, False]
+        # top_p counts the renormalised rest: of two tokens with half each, 0.45 leaves one
+        assert (self.draw(n=300, top_p=0.45, top_k=2) > 0).tolist() == [False, True, False, False]
+
+    def test_the_first_whose_sum_exceeds_u(self):
+        """Against the definition: tokens in order 1, 2, 0, 3."""
+        for i in range(200):
+            u = ref.uniform(3, 5, i)
+            expected = [1, 2, 0, 3][int(np.sum(np.array([0.4, 0.8, 0.9]) <= u))]
+            assert ref.sample(self.LOGITS, seed=3, sequence=5, position=i) == expected
+
+    def test_greedy_and_masks(self):
+        assert ref.sample([1.0, 3.0, 3.0], temperature=0) == 1
+        assert {ref.sample([-np.inf, 0.0, -np.inf], position=i) for i in range(20)} == {1}
+
+    @pytest.mark.parametrize("logits", [[0.0, np.nan], [np.inf, 0.0], [-np.inf, -np.inf]])
+    def test_logits_must_be_finite(self, logits):
+        for temperature in (0.0, 1.0):
+            with pytest.raises(ValueError, match=r"logits\[\d\] is"):
+                ref.sample(logits, temperature=temperature)
+
+    @pytest.mark.parametrize("option", [dict(temperature=-1), dict(top_k=-1), dict(top_p=0), dict(min_p=2)])
+    def test_options(self, option):
+        with pytest.raises(ValueError, match=next(iter(option))):
+            ref.sample(self.LOGITS, **option)
