@@ -1,0 +1,242 @@
+"""A Hugging Face folder as a config and mapped, checked weights: every problem of the folder in one error."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..config import Config
+from ..errors import FormatError
+from .names import canonical_name, canonical_shape, is_inert
+from .safetensors import SafetensorsFile, TensorView
+from .strict_json import load_object, show
+
+WEIGHT_DTYPES = ("F32", "F16", "BF16")
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose tensors are those of its config, neither more nor fewer, of the right shapes.
+
+    Attributes
+    ----------
+    path : Path
+        The folder.
+    config : Config
+    tensors : dict of str to TensorView
+        By canonical name (names.py), in the order of `config.weight_shapes()`, with canonical shapes; no
+        value is read before it is used.
+    files : tuple of SafetensorsFile
+    generation_config : dict
+        generation_config.json as it stands; empty if the folder has none.
+    skipped : tuple of str
+        Tensors of the files that the model does not read: rotary buffers, the head of a tied model.
+    """
+
+    path: Path
+    config: Config
+    tensors: Mapping[str, TensorView]
+    files: tuple[SafetensorsFile, ...]
+    generation_config: dict
+    skipped: tuple[str, ...] = ()
+
+    def check_unchanged(self) -> None:
+        """Raise FormatError if a weight file has another size, time of change or inode than when opened."""
+        problems = [change for file in self.files if (change := file.changes())]
+        if problems:
+            raise FormatError(problems)
+
+
+def open_folder(path: str | os.PathLike) -> Checkpoint:
+    """Open a folder of config.json and safetensors, one file or shards.
+
+    Parameters
+    ----------
+    path : str or path
+        A folder, or a hub id "organisation/name" found in the local Hugging Face cache. No network is used.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such folder, or it lacks config.json or any weight file.
+    FormatError
+        With every problem by tensor name: damaged files, missing shards, tensors that are missing, unknown,
+        there twice, in another shard than the index says, or of the wrong shape or type.
+    ValueError
+        If config.json describes no model that can be run; its message is the config's.
+    """
+    folder = resolve(path)
+    config_path = folder / "config.json"
+    if not config_path.is_file():
+        raise FileNotFoundError(f"{folder} has no config.json, so it is not a Hugging Face model folder.")
+    config = Config.from_dict(load_object(config_path))
+
+    problems: list[str] = []
+    files, excused = _open_files(folder, problems)
+    tensors, skipped = _match(config, files, excused, problems)
+    if problems:
+        raise FormatError(problems, str(folder))
+    generation = folder / "generation_config.json"
+    generation_config = load_object(generation) if generation.is_file() else {}
+    return Checkpoint(folder, config, tensors, tuple(files), generation_config, skipped)
+
+
+def resolve(path: str | os.PathLike) -> Path:
+    """The folder that a path or a hub id stands for; a folder of that name comes before the hub's cache.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is neither.
+    NotADirectoryError
+        If the path is a file.
+    """
+    text = os.fspath(path)
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise NotADirectoryError(f"{folder} is a file; the model is the folder that holds config.json.")
+    if not _HUB_ID.fullmatch(text):
+        raise FileNotFoundError(f"There is no folder {folder}.")
+    return _cached_snapshot(text)
+
+
+def _cached_snapshot(hub_id: str) -> Path:
+    repository = _hub_cache() / ("models--" + hub_id.replace("/", "--"))
+    reference = repository / "refs" / "main"
+    if reference.is_file():
+        revision = reference.read_text(encoding="utf-8", errors="replace").strip()
+        snapshot = repository / "snapshots" / revision
+        if re.fullmatch(r"\w+", revision) and snapshot.is_dir():
+            return snapshot
+    raise FileNotFoundError(
+        f"There is no folder {hub_id}, and the local Hugging Face cache does not hold that model "
+        f"(looked for {repository}). Nothing is downloaded: fetch it first, or give a folder."
+    )
+
+
+def _hub_cache() -> Path:
+    """The folder of cached repositories, by the rules of the huggingface_hub package."""
+    env = os.environ
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        if env.get(name):
+            return Path(env[name]).expanduser()
+    home = env.get("HF_HOME") or Path(env.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    return Path(home).expanduser() / "hub"
+
+
+def _open_files(folder: Path, problems: list[str]) -> tuple[list[SafetensorsFile], set[str] | None]:
+    """The files that could be opened, and the tensors not to be reported as missing: those that the index
+    lists, as `_compare_index` reports them; None, for all of them, when a file without index is unreadable.
+    """
+    if (folder / _SINGLE).is_file():
+        paths = [folder / _SINGLE]
+    elif (folder / _INDEX).is_file():
+        return _open_shards(folder, problems)
+    else:
+        paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise FileNotFoundError(f"{folder} has no weights: no {_SINGLE}, {_INDEX} or other *.safetensors.")
+    files = [file for path in paths if (file := _open(path, problems))]
+    return files, set() if len(files) == len(paths) else None
+
+
+def _open(path: Path, problems: list[str]) -> SafetensorsFile | None:
+    try:
+        return SafetensorsFile(path)
+    except FormatError as error:
+        problems += [f"{path.name}: {problem}" for problem in error.problems]
+    except OSError as error:
+        problems.append(f"{path.name}: it cannot be read: {error.strerror}")
+    return None
+
+
+def _open_shards(folder: Path, problems: list[str]) -> tuple[list[SafetensorsFile], set[str]]:
+    """The shards that the index names, compared with what it says of them, and the index's tensors."""
+    index = load_object(folder / _INDEX).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise FormatError(f"{_INDEX}: weight_map is {show(index)}; it must map names to files", str(folder))
+
+    listed: dict[str, set[str]] = {}
+    for name, shard in index.items():
+        if not isinstance(shard, str) or not _is_plain_name(shard):
+            problems.append(f"{_INDEX}: {name!r} is in {show(shard)}; it must be a *.safetensors beside it")
+        else:
+            listed.setdefault(shard, set()).add(name)
+
+    files = []
+    for shard, names in sorted(listed.items()):
+        if not (folder / shard).is_file():
+            problems.append(f"{shard}: the file is not there, and {len(names)} tensors of the index with it")
+        elif file := _open(folder / shard, problems):
+            files.append(file)
+    _compare_index(index, listed, files, problems)
+    return files, {canonical_name(name) for name in index}
+
+
+def _is_plain_name(shard: str) -> bool:
+    return shard.endswith(".safetensors") and "\0" not in shard and Path(shard).name == shard
+
+
+def _compare_index(
+    index: Mapping[str, object],
+    listed: Mapping[str, set[str]],
+    files: list[SafetensorsFile],
+    problems: list[str],
+) -> None:
+    holder = {name: file.path.name for file in files for name in file}
+    for file in files:
+        shard = file.path.name
+        for name in sorted(listed[shard] - file.keys()):
+            where = f"it is in {holder[name]}" if name in holder else "no shard that could be read has it"
+            problems.append(f"{name} is listed in {shard} by {_INDEX}, but {where}")
+        for name in sorted(file.keys() - index.keys()):
+            problems.append(f"{name} is in {shard}, but not in {_INDEX}")
+
+
+def _match(
+    config: Config, files: list[SafetensorsFile], excused: set[str] | None, problems: list[str]
+) -> tuple[dict[str, TensorView], tuple[str, ...]]:
+    """Tensors by canonical name in the config's order, and the names of those that are not read."""
+    expected = config.weight_shapes()
+    found: dict[str, TensorView] = {}
+    skipped = []
+    for file in files:
+        for name, view in file.items():
+            canonical = canonical_name(name)
+            if is_inert(name) or (canonical == "lm_head.weight" and config.tie_embeddings):
+                skipped.append(name)
+            elif canonical not in expected:
+                problems.append(f"{name} is in {file.path.name}, but by config.json there is no such tensor")
+            elif canonical in found:
+                problems.append(_twice(canonical, found[canonical], view))
+            else:
+                found[canonical] = view
+
+    tensors = {}
+    for name, shape in expected.items():
+        if name in found:
+            problems += _tensor_problems(name, found[name], canonical_shape(name, shape))
+            tensors[name] = replace(found[name], name=name, shape=canonical_shape(name, shape))
+        elif excused is not None and name not in excused:
+            problems.append(f"{name} {list(shape)} is missing")
+    return tensors, tuple(skipped)
+
+
+def _twice(canonical: str, first: TensorView, second: TensorView) -> str:
+    a, b = (f"{view.name} in {view.file.path.name}" for view in (first, second))
+    return f"{canonical} is there twice: as {a} and as {b}"
+
+
+def _tensor_problems(name: str, view: TensorView, shape: tuple[int, ...]) -> list[str]:
+    problems = []
+    if canonical_shape(name, view.shape) != shape:
+        problems.append(f"{view.name} has shape {list(view.shape)}; by config.json it must be {list(shape)}")
+    if view.dtype not in WEIGHT_DTYPES:
+        problems.append(f"{view.name} is stored as {view.dtype}; it must be {' or '.join(WEIGHT_DTYPES)}")
+    return problems

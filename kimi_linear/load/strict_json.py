@@ -1,0 +1,86 @@
+"""JSON that comes from outside: no NaN, no repeated keys, no depth that exhausts the stack."""
+
+import json
+from pathlib import Path
+
+from ..errors import FormatError
+
+MAX_FILE = 100_000_000  # bytes; the largest index of a published checkpoint is about 10 MB
+
+
+class Object(dict):
+    """A JSON object that remembers which of its keys were written more than once."""
+
+    __slots__ = ("repeated",)
+
+
+def _object(pairs: list[tuple[str, object]]) -> Object:
+    result = Object(pairs)
+    seen: set[str] = set()
+    result.repeated = ()
+    if len(result) != len(pairs):
+        result.repeated = tuple(dict.fromkeys(k for k, _ in pairs if k in seen or seen.add(k)))
+    return result
+
+
+def _refuse_constant(text: str):
+    raise ValueError(f"it holds {text}, which JSON does not have")
+
+
+def parse(data: bytes) -> object:
+    """Value of a JSON text in UTF-8; its objects are `Object`.
+
+    Raises
+    ------
+    ValueError
+        One clause that says why it is not JSON, made to follow a name and a colon.
+    """
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=_object, parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ValueError(f"it is not JSON: {error.msg} at {where}") from None
+    except RecursionError:
+        raise ValueError("its JSON is nested too deep") from None
+
+
+def show(value: object, width: int = 80) -> str:
+    """A value for an error message: its repr, cut to `width` characters, whatever its depth."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        return "a deeply nested value"
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def load_object(path: Path) -> dict:
+    """The JSON object in a file.
+
+    Raises
+    ------
+    FormatError
+        If the file is larger than `MAX_FILE`, is not JSON, is not an object, or writes a key twice.
+    """
+    size = path.stat().st_size
+    if size > MAX_FILE:
+        raise FormatError(f"it has {size} bytes; at most {MAX_FILE} are read", str(path))
+    try:
+        value = parse(path.read_bytes())
+    except ValueError as error:
+        raise FormatError(str(error), str(path)) from None
+    if not isinstance(value, Object):
+        raise FormatError(f"it holds a JSON {type(value).__name__}; it must hold an object", str(path))
+    if repeated := sorted(set(_repeated_keys(value))):
+        raise FormatError([f"the key {key!r} is there twice" for key in repeated], str(path))
+    return value
+
+
+def _repeated_keys(value: object):
+    if isinstance(value, Object):
+        yield from value.repeated
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _repeated_keys(item)
