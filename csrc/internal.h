@@ -3,6 +3,7 @@
 #define KL_INTERNAL_H
 
 #include "kimi_linear.h"
+#include "ops/list.h"
 
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -31,9 +32,12 @@ struct kl_ctx {
     int threads;
     int64_t allocations;
     atomic_int cancelled;
+    bool uninterruptible; /* a step that must run to its end: cancelling waits for the next */
     int (*poll)(void *user);
     void *poll_user;
     int64_t polled_at; /* ns */
+    bool profiling;
+    kl_profile_row profile[KL_OP_COUNT];
     char error[512];
 };
 
@@ -109,6 +113,12 @@ kl_status kl_check_weight(kl_ctx *ctx, const char *op, const char *name, const k
 
 /* x is [T, D] with T >= 0 and D >= 1, and T * D fits */
 kl_status kl_check_rows(kl_ctx *ctx, const char *op, const char *name, int64_t T, int64_t D);
+
+/* where sequence n's values begin; NULL where there is no state */
+static inline float *kl_slot_of(kl_slots slots, int64_t n)
+{
+    return slots.base != NULL ? (float *)(void *)((char *)slots.base[n] + slots.offset) : NULL;
+}
 
 static inline int64_t kl_min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t kl_max(int64_t a, int64_t b) { return a > b ? a : b; }

@@ -108,6 +108,24 @@ KL_API int64_t kl_ctx_allocations(const kl_ctx *ctx);
 /* Gives the scratch memory back; the next call takes what it needs again. */
 KL_API void kl_ctx_trim(kl_ctx *ctx);
 
+/* ---- measuring ------------------------------------------------------------------------------- */
+
+/* While profiling is on, each op books its calls, wall seconds, floating-point operations and the bytes of
+ * its arrays and weights. Switching it on starts from zero. */
+typedef struct kl_profile_row {
+    int64_t calls;
+    double seconds, flops, bytes;
+} kl_profile_row;
+KL_API void kl_ctx_profile(kl_ctx *ctx, int on);
+/* Row index 0, 1, ...; returns 0 behind the last. */
+KL_API int kl_ctx_profile_row(const kl_ctx *ctx, int index, const char **name, kl_profile_row *row);
+
+/* What the machine does at most, with the context's threads: reading memory once in order, and
+ * multiply-adds in registers. */
+KL_API kl_status kl_roof_read(kl_ctx *ctx, const void *data, int64_t n_bytes,
+                              double *bytes_per_second) KL_CHECKED;
+KL_API kl_status kl_roof_fma(kl_ctx *ctx, double *flops_per_second) KL_CHECKED;
+
 /* ---- arguments that several ops share -------------------------------------------------------- */
 
 /* n matrices of one shape, by address: a single matrix, separate or stacked experts, or the heads'
@@ -167,6 +185,7 @@ typedef struct kl_route_args {
     kl_router function;
     int renormalise;
     float scale;
+    int given; /* 1: ids are an input, ascending; only their weights are computed */
 } kl_route_args;
 KL_API kl_status kl_route(kl_ctx *ctx, int32_t *ids, float *weights, const float *scores,
                           const float *bias, const kl_route_args *args) KL_CHECKED;

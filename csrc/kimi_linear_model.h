@@ -1,0 +1,181 @@
+/* The model: a config, borrowed weights, one state a sequence, and the forward pass. Included by
+ * kimi_linear.h, whose conventions hold. */
+#ifndef KIMI_LINEAR_MODEL_H
+#define KIMI_LINEAR_MODEL_H
+
+typedef enum kl_mixer { KL_MIXER_KDA = 0, KL_MIXER_MLA = 1 } kl_mixer;
+typedef enum kl_ffn { KL_FFN_DENSE = 0, KL_FFN_MOE = 1 } kl_ffn;
+
+/* What a layer is made of. A model is a list of these. */
+typedef struct kl_layer {
+    kl_mixer mixer;
+    kl_ffn ffn;
+} kl_layer;
+
+typedef struct kl_config {
+    int64_t vocab, D, n_layers;
+    const kl_layer *layers; /* [n_layers] */
+    float rms_eps;          /* of every norm but the latent's */
+    float latent_eps;       /* of the norms inside MLA (latent, low-rank q) */
+    int tied;               /* 1: the head is the embedding */
+    struct {
+        int64_t heads, width, taps; /* K = V = width; convolution of taps */
+        float lower_bound;          /* 0: softplus gate; below 0: bounded gate */
+    } kda;
+    struct {
+        int64_t heads, nope, rope, v, rank, q_rank; /* q_rank 0: plain q */
+    } mla;
+    struct {
+        int64_t dense;                /* inner width of a dense layer */
+        int64_t experts, k, width;    /* routed experts, used a token, inner width of each */
+        int64_t shared;               /* shared experts, side by side in one of shared * width */
+        int64_t groups, top_groups;
+        kl_router router;
+        int renormalise;
+        float scale;
+    } ffn;
+} kl_config;
+
+/* A tensor of a checkpoint, by its Hugging Face name. data is borrowed until the model is destroyed. */
+typedef struct kl_tensor {
+    const char *name;
+    const void *data;
+    kl_type type;
+    int n_dims;
+    int64_t shape[4];
+} kl_tensor;
+
+typedef struct kl_model kl_model;
+typedef struct kl_state kl_state;
+
+/* Matrices stay where they lie; vectors and convolution taps become float32 in memory of the model.
+ * planning 1: data may be NULL, and the model can only be planned with. */
+KL_API kl_status kl_model_create(kl_ctx *ctx, kl_model **model, const kl_config *config,
+                                 const kl_tensor *tensors, int64_t n_tensors, int planning) KL_CHECKED;
+KL_API void kl_model_destroy(kl_ctx *ctx, kl_model *model);
+
+/* ---- state ---- */
+
+/* An empty sequence. Nothing of the cache is taken before it is needed; context > 0 takes it at once. */
+KL_API kl_status kl_state_create(kl_ctx *ctx, kl_state **state, const kl_model *model,
+                                 kl_type cache_type, int64_t context) KL_CHECKED;
+KL_API void kl_state_destroy(kl_ctx *ctx, kl_state *state);
+KL_API int64_t kl_state_position(const kl_state *state); /* tokens read */
+KL_API size_t kl_state_bytes(const kl_state *state);     /* now held */
+KL_API void kl_state_reset(kl_ctx *ctx, kl_state *state);
+
+typedef enum kl_state_part {
+    KL_STATE_DELTA = 0,     /* [H, K, V] float32 */
+    KL_STATE_Q_HISTORY = 1, /* [W-1, H*K] float32, oldest first; k and v alike */
+    KL_STATE_K_HISTORY = 2,
+    KL_STATE_V_HISTORY = 3,
+    KL_STATE_LATENT = 4,   /* [position, R] in the cache's type */
+    KL_STATE_K_SHARED = 5, /* [position, P] in the cache's type */
+} kl_state_part;
+
+/* Shape and type of a part of a layer's state; KL_ERR_ARG where the layer has no such part. */
+KL_API kl_status kl_state_shape(kl_ctx *ctx, const kl_state *state, int64_t layer, kl_state_part part,
+                                int64_t shape[3], int *n_dims, kl_type *type) KL_CHECKED;
+/* Copies it to the host, or from the host. */
+KL_API kl_status kl_state_read(kl_ctx *ctx, const kl_state *state, int64_t layer, kl_state_part part,
+                               void *to) KL_CHECKED;
+KL_API kl_status kl_state_write(kl_ctx *ctx, kl_state *state, int64_t layer, kl_state_part part,
+                                const void *from) KL_CHECKED;
+
+/* ---- taps ---- */
+
+/* Every intermediate, named once: KL_TAP(id, name, where, first axis, second axis, type). The shape is
+ * [T, first] or, where the second is not 0, [T, first, second]; c is the config. */
+#define KL_TAPS(KL_TAP)                                                                            \
+    KL_TAP(EMBED, "embed", MODEL, c->D, 0, F32)                                                    \
+    KL_TAP(ATTN_NORM, "attn_norm", LAYER, c->D, 0, F32)                                            \
+    KL_TAP(KDA_Q_PROJ, "kda.q_proj", KDA, c->kda.heads * c->kda.width, 0, F32)                     \
+    KL_TAP(KDA_K_PROJ, "kda.k_proj", KDA, c->kda.heads * c->kda.width, 0, F32)                     \
+    KL_TAP(KDA_V_PROJ, "kda.v_proj", KDA, c->kda.heads * c->kda.width, 0, F32)                     \
+    KL_TAP(KDA_Q_CONV, "kda.q_conv", KDA, c->kda.heads, c->kda.width, F32)                         \
+    KL_TAP(KDA_K_CONV, "kda.k_conv", KDA, c->kda.heads, c->kda.width, F32)                         \
+    KL_TAP(KDA_V_CONV, "kda.v_conv", KDA, c->kda.heads, c->kda.width, F32)                         \
+    KL_TAP(KDA_Q, "kda.q", KDA, c->kda.heads, c->kda.width, F32)                                   \
+    KL_TAP(KDA_K, "kda.k", KDA, c->kda.heads, c->kda.width, F32)                                   \
+    KL_TAP(KDA_F_A, "kda.f_a", KDA, c->kda.width, 0, F32)                                          \
+    KL_TAP(KDA_F, "kda.f", KDA, c->kda.heads, c->kda.width, F32)                                   \
+    KL_TAP(KDA_G, "kda.g", KDA, c->kda.heads, c->kda.width, F32)                                   \
+    KL_TAP(KDA_B, "kda.b", KDA, c->kda.heads, 0, F32)                                              \
+    KL_TAP(KDA_BETA, "kda.beta", KDA, c->kda.heads, 0, F32)                                        \
+    KL_TAP(KDA_O, "kda.o", KDA, c->kda.heads, c->kda.width, F32)                                   \
+    KL_TAP(KDA_G_A, "kda.g_a", KDA, c->kda.width, 0, F32)                                          \
+    KL_TAP(KDA_Z, "kda.z", KDA, c->kda.heads, c->kda.width, F32)                                   \
+    KL_TAP(KDA_O_NORM, "kda.o_norm", KDA, c->kda.heads, c->kda.width, F32)                         \
+    KL_TAP(KDA_OUT, "kda.out", KDA, c->D, 0, F32)                                                  \
+    KL_TAP(MLA_Q_A, "mla.q_a", MLA_LOW_RANK, c->mla.q_rank, 0, F32)                                \
+    KL_TAP(MLA_Q_A_NORM, "mla.q_a_norm", MLA_LOW_RANK, c->mla.q_rank, 0, F32)                      \
+    KL_TAP(MLA_Q, "mla.q", MLA, c->mla.heads, c->mla.nope + c->mla.rope, F32)                      \
+    KL_TAP(MLA_LATENT_RAW, "mla.latent_raw", MLA, c->mla.rank, 0, F32)                             \
+    KL_TAP(MLA_LATENT, "mla.latent", MLA, c->mla.rank, 0, F32)                                     \
+    KL_TAP(MLA_K_SHARED, "mla.k_shared", MLA, c->mla.rope, 0, F32)                                 \
+    KL_TAP(MLA_O, "mla.o", MLA, c->mla.heads, c->mla.v, F32)                                       \
+    KL_TAP(MLA_OUT, "mla.out", MLA, c->D, 0, F32)                                                  \
+    KL_TAP(MID, "mid", LAYER, c->D, 0, F32)                                                        \
+    KL_TAP(FFN_NORM, "ffn_norm", LAYER, c->D, 0, F32)                                              \
+    KL_TAP(MLP_GATE, "mlp.gate", DENSE, c->ffn.dense, 0, F32)                                      \
+    KL_TAP(MLP_UP, "mlp.up", DENSE, c->ffn.dense, 0, F32)                                          \
+    KL_TAP(MLP_ACT, "mlp.act", DENSE, c->ffn.dense, 0, F32)                                        \
+    KL_TAP(MLP_OUT, "mlp.out", DENSE, c->D, 0, F32)                                                \
+    KL_TAP(MOE_LOGITS, "moe.logits", MOE, c->ffn.experts, 0, F32)                                  \
+    KL_TAP(MOE_IDS, "moe.ids", MOE, c->ffn.k, 0, I32)                                              \
+    KL_TAP(MOE_WEIGHTS, "moe.weights", MOE, c->ffn.k, 0, F32)                                      \
+    KL_TAP(MOE_SHARED_GATE, "moe.shared_gate", MOE_SHARED, c->ffn.shared * c->ffn.width, 0, F32)   \
+    KL_TAP(MOE_SHARED_UP, "moe.shared_up", MOE_SHARED, c->ffn.shared * c->ffn.width, 0, F32)       \
+    KL_TAP(MOE_SHARED_ACT, "moe.shared_act", MOE_SHARED, c->ffn.shared * c->ffn.width, 0, F32)     \
+    KL_TAP(MOE_SHARED_OUT, "moe.shared", MOE_SHARED, c->D, 0, F32)                                 \
+    KL_TAP(MOE_OUT, "moe.out", MOE, c->D, 0, F32)                                                  \
+    KL_TAP(OUT, "out", LAYER, c->D, 0, F32)                                                        \
+    KL_TAP(NORM, "norm", MODEL, c->D, 0, F32)
+
+typedef enum kl_tap {
+#define KL_TAP(id, name, where, first, second, type) KL_TAP_##id,
+    KL_TAPS(KL_TAP)
+#undef KL_TAP
+    KL_TAP_COUNT
+} kl_tap;
+
+/* Name and shape [T, ...] without T; layer -1 for the model's own. 0 where this layer has no such tap. */
+KL_API int kl_tap_shape(const kl_config *config, kl_tap tap, int64_t layer, const char **name,
+                        int64_t shape[2], int *n_dims, int *is_int32);
+
+/* ---- forward ---- */
+
+typedef struct kl_forward_args {
+    const int32_t *ids;       /* [T] token ids, all sequences one after another */
+    const int64_t *offsets;   /* [N+1] */
+    int64_t N;
+    kl_state *const *states;  /* [N], all different */
+    float *logits;            /* [n_logits, vocab] on the host */
+    const int64_t *logit_rows; /* [n_logits] rising, rows of the call; logits are of these */
+    int64_t n_logits;
+    void *const *taps; /* NULL, or [n_layers + 1][KL_TAP_COUNT] host arrays [T, ...]; NULL: not wanted.
+                          Row n_layers holds the model's own. */
+    const int32_t *const *expert_ids; /* NULL, or [n_layers] host arrays [T, k]: routing given, or NULL */
+    int check_finite;                 /* 1: the first tap that is not finite is an error that names it */
+    int64_t pass_tokens;              /* 0: 512 */
+    int64_t *done; /* NULL, or [N]: new tokens of each sequence that its state has read, also on failure */
+} kl_forward_args;
+
+KL_API kl_status kl_forward(kl_ctx *ctx, const kl_model *model, const kl_forward_args *args) KL_CHECKED;
+
+/* ---- plan ---- */
+
+typedef struct kl_plan {
+    size_t weights;       /* mapped from the checkpoint, not copied */
+    size_t vectors;       /* float32 copies of vectors and convolution taps */
+    size_t state_fixed;   /* of one sequence: convolution histories and delta states */
+    size_t state_page;    /* each KL_PAGE positions of one sequence's cache */
+    size_t state;         /* all sequences at the full context */
+    size_t scratch;       /* of the largest pass */
+} kl_plan;
+
+/* Bytes, before anything is taken: sequences of context tokens each, passes of pass_tokens (0: 512). */
+KL_API kl_status kl_plan_make(kl_ctx *ctx, kl_plan *plan, const kl_model *model, kl_type cache_type,
+                              int64_t context, int64_t sequences, int64_t pass_tokens) KL_CHECKED;
+
+#endif

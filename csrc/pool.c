@@ -55,7 +55,10 @@ static int64_t now_ns(void)
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-static bool cancelled(kl_ctx *ctx) { return atomic_load_explicit(&ctx->cancelled, memory_order_relaxed); }
+static bool cancelled(kl_ctx *ctx)
+{
+    return !ctx->uninterruptible && atomic_load_explicit(&ctx->cancelled, memory_order_relaxed);
+}
 
 /* The calling thread asks now and then whether to go on (Ctrl-C). */
 static void poll_caller(kl_ctx *ctx)
@@ -161,6 +164,7 @@ kl_status kl_for(kl_ctx *ctx, int64_t n, int64_t grain, kl_body body, void *arg)
     kl_pool *pool = ctx->pool;
     if (n <= 0)
         return KL_OK;
+    poll_caller(ctx);
     const kl_fp saved = kl_fp_default();
     pool->n = n;
     pool->grain = grain > 0 ? grain : 1;
@@ -173,7 +177,7 @@ kl_status kl_for(kl_ctx *ctx, int64_t n, int64_t grain, kl_body body, void *arg)
         run_on_all(pool);
     }
     kl_fp_restore(saved);
-    if (atomic_exchange(&ctx->cancelled, 0))
+    if (!ctx->uninterruptible && atomic_exchange(&ctx->cancelled, 0))
         return kl_fail(ctx, KL_ERR_INTERRUPTED, "interrupted");
     return KL_OK;
 }

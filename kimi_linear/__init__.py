@@ -13,10 +13,19 @@ except ImportError as _error:
 from . import ops, reference
 from ._arrays import pack, unpack
 from ._version import __version__
+from .config import Config, ConfigError, LayerSpec
 from .context import Context, isa_list, set_num_threads, threads
 from .errors import DeviceError, FormatError
+from .generate import Generation
+from .model import Model
+from .plan import Plan, plan
+from .reference_model import ReferenceModel
+from .state import State
+from .tokenizer import Tokenizer
+from .trace import Trace
 
 __all__ = [
-    "Context", "DeviceError", "FormatError", "__version__", "isa_list", "ops", "pack", "reference",
+    "Config", "ConfigError", "Context", "DeviceError", "FormatError", "Generation", "LayerSpec", "Model", "Plan",
+    "ReferenceModel", "State", "Tokenizer", "Trace", "__version__", "isa_list", "ops", "pack", "plan", "reference",
     "set_num_threads", "threads", "unpack",
 ]

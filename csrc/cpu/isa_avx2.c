@@ -10,6 +10,7 @@
 #include "conv.inc"
 #include "delta_rule.inc"
 #include "attention.inc"
+#include "roof.inc"
 
 const kl_kernels kl_kernels_avx2 = {
     .name = "avx2",

@@ -9,6 +9,7 @@
 #include "conv.inc"
 #include "delta_rule.inc"
 #include "attention.inc"
+#include "roof.inc"
 
 const kl_kernels kl_kernels_scalar = {
     .name = "scalar",

@@ -3,6 +3,8 @@
 #define KL_KERNELS_H
 
 #include "../internal.h"
+#include "attention.h"
+#include "delta_rule.h"
 
 struct kl_kernels {
     const char *name;

@@ -1,12 +1,110 @@
-#include "ops.h"
+/* latent_attention: softmax attention over a latent cache. Head h of a query has, for each position
+ * s that it sees, the key [ w_uk_h c_s | k_shared_s ] and the value v_s = w_uv_h c_s:
+ *   o = sum_s p_s v_s,   p = softmax_s( scale * q . k_s )
+ *   o [T, H, V]     q [T, H, K + P]     c, k_shared: caches of rows R and P wide
+ *   w_uk [H of K x R]     w_uv [H of V x R]
+ * Query i of a sequence's L sees the first positions - L + i + 1.
+ *
+ * Two forms of the same (docs/math.md#latent_attention): expanded computes keys and values, once
+ * for all the queries of a call; absorbed moves w_uk to the query and w_uv behind the sum and works
+ * on the latents. Which one a token takes is decided by the length of its piece of the call alone.
+ * Both stream over blocks of 64 positions, aligned to position 0, with a running maximum; positions
+ * not seen are left out by loop bounds. Budget: kimi_linear/diff/budgets. */
+#include "latent_attention.h"
 
-kl_status cpu_latent_attention(kl_ctx *ctx, float *o, const float *q, kl_cache latent, kl_cache k_shared, const kl_weight *w_uk, const kl_weight *w_uv, const kl_latent_attention_args *args)
+int64_t kl_mla_expanded_tokens(const kl_latent_attention_args *args, int64_t n)
 {
-    (void)o;(void)q;(void)latent;(void)k_shared;(void)w_uk;(void)w_uv;(void)args;
-    return kl_fail(ctx, KL_ERR_UNSUPPORTED, "latent_attention: not built yet");
+    const int64_t L = args->offsets[n + 1] - args->offsets[n];
+    if (args->form == KL_FORM_ABSORBED)
+        return 0;
+    if (args->form == KL_FORM_EXPANDED || L % KL_PIECE > KL_ABSORBED_PIECE)
+        return L;
+    return L - L % KL_PIECE;
 }
 
-kl_status kl_latent_attention(kl_ctx *ctx, float *o, const float *q, kl_cache latent, kl_cache k_shared, const kl_weight *w_uk, const kl_weight *w_uv, const kl_latent_attention_args *args)
+kl_rows kl_mla_cache_rows(const kl_mla *a, const kl_cache *cache, int64_t n, int64_t position,
+                          int64_t count, int64_t width, float *buffer)
 {
-    return ctx->backend->latent_attention(ctx, o, q, latent, k_shared, w_uk, w_uv, args);
+    if (width == 0)
+        return (kl_rows){ NULL, 0, 0 };
+    const char *first = (const char *)cache->page[n][position / KL_PAGE] + cache->offset
+                        + (size_t)(position % KL_PAGE) * cache->row_bytes;
+    if (cache->type == KL_F32)
+        return (kl_rows){ (const float *)(const void *)first,
+                          (int64_t)(cache->row_bytes / sizeof(float)), width };
+    for (int64_t i = 0; i < count; i++)
+        a->ctx->k->unpack_row(buffer + i * width, first + (size_t)i * cache->row_bytes, cache->type,
+                              width);
+    return (kl_rows){ buffer, width, width };
+}
+
+kl_status cpu_latent_attention(kl_ctx *ctx, float *o, const float *q, kl_cache latent,
+                               kl_cache k_shared, const kl_weight *w_uk, const kl_weight *w_uv,
+                               const kl_latent_attention_args *args)
+{
+    const kl_mla a = { ctx, o, q, latent, k_shared, w_uk, w_uv, args };
+    kl_expanded expanded = { 0 };
+    kl_absorbed absorbed = { 0 };
+    KL_TRY(kl_expanded_prepare(&expanded, &a));
+    KL_TRY(kl_absorbed_prepare(&absorbed, &a));
+    if (ctx->arena.measuring)
+        return KL_OK;
+    KL_TRY(kl_expanded_run(&expanded));
+    return kl_absorbed_run(&absorbed);
+}
+
+static kl_status check_cache(kl_ctx *ctx, const char *name, const kl_cache *cache, int64_t width)
+{
+    if (cache->type != KL_F32 && cache->type != KL_F16)
+        return kl_fail(ctx, KL_ERR_DTYPE,
+                       "latent_attention: %s has storage type %d; it must be F32 or F16", name,
+                       (int)cache->type);
+    if (cache->row_bytes < kl_type_bytes(cache->type, width)
+        || cache->row_bytes % kl_type_bytes(cache->type, 1) != 0)
+        return kl_fail(ctx, KL_ERR_SHAPE,
+                       "latent_attention: %s has %zu bytes a row; a row needs %zu", name,
+                       cache->row_bytes, kl_type_bytes(cache->type, width));
+    return KL_OK;
+}
+
+static kl_status check_sizes(kl_ctx *ctx, const kl_latent_attention_args *a)
+{
+    int64_t n, widest = kl_max(kl_max(a->K, a->P), kl_max(a->V, a->R));
+    if (a->T < 0 || a->H < 1 || a->K < 1 || a->P < 0 || a->V < 1 || a->R < 1 || widest > INT32_MAX
+        || !kl_mul(&n, a->T, a->H) || !kl_mul(&n, n, 2 * widest))
+        return kl_fail(ctx, KL_ERR_SHAPE,
+                       "latent_attention: T, H, K, P, V, R are %lld, %lld, %lld, %lld, %lld, %lld; "
+                       "T and P must be "
+                       ">= 0, the others >= 1",
+                       (long long)a->T, (long long)a->H, (long long)a->K, (long long)a->P,
+                       (long long)a->V, (long long)a->R);
+    return KL_OK;
+}
+
+kl_status kl_latent_attention(kl_ctx *ctx, float *o, const float *q, kl_cache latent,
+                              kl_cache k_shared, const kl_weight *w_uk, const kl_weight *w_uv,
+                              const kl_latent_attention_args *args)
+{
+    KL_TRY(check_sizes(ctx, args));
+    KL_TRY(kl_check_offsets(ctx, "latent_attention", args->offsets, args->N, args->T));
+    for (int64_t n = 0; n < args->N; n++)
+        if (args->positions[n] < args->offsets[n + 1] - args->offsets[n])
+            return kl_fail(ctx, KL_ERR_ARG,
+                           "latent_attention: positions[%lld] is %lld for %lld queries; the "
+                           "queries' own must be "
+                           "among them",
+                           (long long)n, (long long)args->positions[n],
+                           (long long)(args->offsets[n + 1] - args->offsets[n]));
+    KL_TRY(check_cache(ctx, "latent", &latent, args->R));
+    KL_TRY(check_cache(ctx, "k_shared", &k_shared, args->P));
+    KL_TRY(kl_check_weight(ctx, "latent_attention", "w_uk", w_uk, args->H, args->K, args->R));
+    KL_TRY(kl_check_weight(ctx, "latent_attention", "w_uv", w_uv, args->H, args->V, args->R));
+    if (args->form != KL_FORM_AUTO && args->form != KL_FORM_ABSORBED
+        && args->form != KL_FORM_EXPANDED)
+        return kl_fail(ctx, KL_ERR_ARG,
+                       "latent_attention: form is %d; it must be auto, absorbed or expanded",
+                       (int)args->form);
+    const size_t mark = kl_scratch_mark(ctx);
+    return kl_done(ctx, mark,
+                   ctx->backend->latent_attention(ctx, o, q, latent, k_shared, w_uk, w_uv, args));
 }

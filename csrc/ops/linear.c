@@ -1,12 +1,89 @@
+/* linear: y[i][t, r] = sum_k x[t, k] w[i][r, k] + bias[i][r]     for several weights over one x
+ *   x [T, D], y[i] [T, rows of w[i]] float32, y overlaps no input     w[i] [rows, D] in any storage type
+ *   Order of a sum: product.h; the bias is added last.
+ *   Budget: |y - ref| <= (D/16 + 5) u sum_k |x w| + u |ref|, u = 2^-24. */
 #include "ops.h"
 
-kl_status cpu_linear(kl_ctx *ctx, float *const *y, const float *x, const kl_weight *w, const float *const *bias, int n_weights, int64_t T, int64_t D)
+#include "../cpu/kernels.h"
+#include "product.h"
+
+/* Tasks are blocks of rows of one weight, times blocks of rows of x where there are few of the first. */
+typedef struct task {
+    const kl_ctx *ctx;
+    float *const *y;
+    const float *x;
+    const kl_weight *w;
+    const float *const *bias;
+    int n_weights;
+    int64_t T, D;
+    int64_t block, t_block, t_blocks; /* rows of w, rows of x, number of the latter blocks */
+    char *scratch;
+    size_t scratch_bytes; /* of one thread */
+} task;
+
+static int64_t blocks_of(const task *a, int i) { return kl_ceil_div(a->w[i].rows, a->block); }
+
+static void product_block(const task *a, int i, int64_t r0, int64_t t0, void *scratch)
 {
-    (void)y;(void)x;(void)w;(void)bias;(void)n_weights;(void)T;(void)D;
-    return kl_fail(ctx, KL_ERR_UNSUPPORTED, "linear: not built yet");
+    const int64_t rows = a->w[i].rows, n = kl_min(a->block, rows - r0),
+                  T = kl_min(a->t_block, a->T - t0);
+    float *y = a->y[i] + t0 * rows + r0;
+    kl_product(a->ctx, y, rows, a->x + t0 * a->D, a->D, NULL, T, &a->w[i], 0, r0, n, scratch);
+    if (a->bias != NULL && a->bias[i] != NULL)
+        for (int64_t t = 0; t < T; t++)
+            a->ctx->k->add(y + t * rows, y + t * rows, a->bias[i] + r0, n);
 }
 
-kl_status kl_linear(kl_ctx *ctx, float *const *y, const float *x, const kl_weight *w, const float *const *bias, int n_weights, int64_t T, int64_t D)
+static void blocks(void *arg, int64_t begin, int64_t end, int thread)
 {
-    return ctx->backend->linear(ctx, y, x, w, bias, n_weights, T, D);
+    const task *a = arg;
+    void *scratch = a->scratch + (size_t)thread * a->scratch_bytes;
+    for (int64_t j = begin; j < end; j++) {
+        int64_t r = j / a->t_blocks;
+        int i = 0;
+        while (r >= blocks_of(a, i))
+            r -= blocks_of(a, i++);
+        product_block(a, i, r * a->block, j % a->t_blocks * a->t_block, scratch);
+    }
+}
+
+kl_status cpu_linear(kl_ctx *ctx, float *const *y, const float *x, const kl_weight *w,
+                     const float *const *bias, int n_weights, int64_t T, int64_t D)
+{
+    enum { FEW_ROWS = 64, X_STEP = 12 }; /* of x: a smaller task reads its weights for too little */
+    task a = { ctx, y, x, w, bias, n_weights, T, D, 1, T, 1, NULL, 0 };
+    int64_t rows = 0, row_blocks = 0;
+    for (int i = 0; i < n_weights; i++)
+        rows += w[i].rows;
+    for (int i = 0; i < n_weights; i++) {
+        const size_t n_bytes = kl_product_scratch(&w[i], T);
+        a.scratch_bytes = n_bytes > a.scratch_bytes ? n_bytes : a.scratch_bytes;
+        a.block = kl_max(a.block, kl_product_block(ctx, &w[i], T, rows));
+    }
+    for (int i = 0; i < n_weights; i++)
+        row_blocks += blocks_of(&a, i);
+    if (row_blocks < 4 * ctx->threads && T > FEW_ROWS) {
+        const int64_t parts =
+            kl_min(kl_ceil_div(4 * ctx->threads, kl_max(1, row_blocks)), T / FEW_ROWS);
+        a.t_block = kl_ceil_div(kl_ceil_div(T, parts), X_STEP) * X_STEP;
+        a.t_blocks = kl_ceil_div(T, a.t_block);
+    }
+    KL_SCRATCH(a.scratch, ctx, (size_t)ctx->threads * a.scratch_bytes);
+    if (ctx->arena.measuring || T == 0)
+        return KL_OK;
+    return kl_product_for(ctx, row_blocks * a.t_blocks, 1, blocks, &a);
+}
+
+kl_status kl_linear(kl_ctx *ctx, float *const *y, const float *x, const kl_weight *w,
+                    const float *const *bias, int n_weights, int64_t T, int64_t D)
+{
+    KL_TRY(kl_check_rows(ctx, "linear", "x", T, D));
+    if (n_weights < 0)
+        return kl_fail(ctx, KL_ERR_ARG, "linear: n_weights is %d; it must be >= 0", n_weights);
+    for (int i = 0; i < n_weights; i++) {
+        KL_TRY(kl_check_weight(ctx, "linear", "w", &w[i], 1, w[i].rows, D));
+        KL_TRY(kl_check_rows(ctx, "linear", "w", w[i].rows, D));
+    }
+    const size_t mark = kl_scratch_mark(ctx);
+    return kl_done(ctx, mark, ctx->backend->linear(ctx, y, x, w, bias, n_weights, T, D));
 }

@@ -1,12 +1,199 @@
+/* moe: y[t] = sum_i weights[t, i] * w_down[e] (silu(w_gate[e] x[t]) * (w_up[e] x[t])) + shared[t],  e = ids[t, i]
+ *   x, y [T, D], y overlaps no input     ids, weights [T, k], ids ascending in each row
+ *   w_gate, w_up [E of F x D], w_down [E of D x F] in any storage type     shared [T, D] or NULL
+ *   A token's experts are added in ascending id by fma from +0, then shared: the same bytes in any batch.
+ *   Budget: docs/math.md#moe.
+ *
+ * Tokens are grouped by expert, so that each expert is one matrix product over all its tokens: a pair is a
+ * token and one of its experts; pairs are ordered by expert, then token. Two hand-outs of work a pass:
+ *   1  (expert, block of F):  h[pair] = swiglu of its products with x, rows of x taken by index
+ *   2  (block of D):          experts in ascending order, w_down h added to the rows of y
+ * Only h [pairs, F] is kept whole; a pass is at most PASS tokens, which bounds it and changes no byte. */
 #include "ops.h"
 
-kl_status cpu_moe(kl_ctx *ctx, float *y, const float *x, const int32_t *ids, const float *weights, const kl_weight *w_gate, const kl_weight *w_up, const kl_weight *w_down, const float *shared, int64_t T, int64_t D, int64_t F, int64_t k)
+#include "../cpu/kernels.h"
+#include "product.h"
+
+#include <string.h>
+
+enum {
+    PASS = 1024,    /* tokens: h is 32 MiB for k = 8, F = 1024 */
+    MAX_BLOCK = 128 /* rows of a matrix in a task */
+};
+
+typedef struct pass {
+    kl_ctx *ctx;
+    float *y;
+    const float *x;
+    const kl_weight *w_gate, *w_up, *w_down;
+    const float *shared;
+    int64_t T, D, F;
+
+    int32_t *token; /* [pairs] */
+    float *weight;  /* [pairs] */
+    int64_t *begin; /* [E + 1] first pair of each expert */
+    int32_t *used;  /* [n_used] experts that have pairs, ascending */
+    int64_t n_used;
+    float *h; /* [pairs, F] */
+    int64_t f_block, d_block;
+    float *rows;   /* [T, MAX_BLOCK] of each thread */
+    char *scratch; /* of products, of each thread */
+    size_t scratch_bytes;
+    int64_t row_floats; /* of rows, one thread */
+} pass;
+
+/* Pairs by expert, then token: a counting sort. */
+static void group(pass *p, const int32_t *ids, const float *weights, int64_t k)
 {
-    (void)y;(void)x;(void)ids;(void)weights;(void)w_gate;(void)w_up;(void)w_down;(void)shared;(void)T;(void)D;(void)F;(void)k;
-    return kl_fail(ctx, KL_ERR_UNSUPPORTED, "moe: not built yet");
+    const int64_t E = p->w_gate->n, n = p->T * k;
+    memset(p->begin, 0, (size_t)(E + 1) * sizeof *p->begin);
+    for (int64_t i = 0; i < n; i++)
+        p->begin[ids[i] + 1]++;
+    p->n_used = 0;
+    for (int64_t e = 0; e < E; e++) {
+        if (p->begin[e + 1] > 0)
+            p->used[p->n_used++] = (int32_t)e;
+        p->begin[e + 1] += p->begin[e];
+    }
+    for (int64_t i = 0; i < n; i++) {
+        const int64_t at = p->begin[ids[i]]++;
+        p->token[at] = (int32_t)(i / k);
+        p->weight[at] = weights[i];
+    }
+    memmove(p->begin + 1, p->begin, (size_t)E * sizeof *p->begin);
+    p->begin[0] = 0;
 }
 
-kl_status kl_moe(kl_ctx *ctx, float *y, const float *x, const int32_t *ids, const float *weights, const kl_weight *w_gate, const kl_weight *w_up, const kl_weight *w_down, const float *shared, int64_t T, int64_t D, int64_t F, int64_t k)
+static void hidden(void *arg, int64_t begin, int64_t end, int thread)
 {
-    return ctx->backend->moe(ctx, y, x, ids, weights, w_gate, w_up, w_down, shared, T, D, F, k);
+    const pass *p = arg;
+    float *up = p->rows + thread * p->row_floats;
+    void *scratch = p->scratch + (size_t)thread * p->scratch_bytes;
+    const int64_t blocks = kl_ceil_div(p->F, p->f_block);
+    for (int64_t j = begin; j < end; j++) {
+        const int32_t e = p->used[j / blocks];
+        const int64_t f = j % blocks * p->f_block, n = kl_min(p->f_block, p->F - f);
+        const int64_t first = p->begin[e], T = p->begin[e + 1] - first;
+        const int32_t *index = p->token + first;
+        float *gate = p->h + first * p->F + f;
+        kl_product(p->ctx, gate, p->F, p->x, p->D, index, T, p->w_gate, e, f, n, scratch);
+        kl_product(p->ctx, up, n, p->x, p->D, index, T, p->w_up, e, f, n, scratch);
+        for (int64_t t = 0; t < T; t++)
+            p->ctx->k->swiglu(gate + t * p->F, gate + t * p->F, up + t * n, n);
+    }
+}
+
+/* Adds expert e to columns d .. d + n of its tokens' results. */
+static void add_expert(const pass *p, int32_t e, int64_t d, int64_t n, float *out, void *scratch)
+{
+    const int64_t first = p->begin[e], T = p->begin[e + 1] - first;
+    kl_product(p->ctx, out, n, p->h + first * p->F, p->F, NULL, T, p->w_down, e, d, n, scratch);
+    for (int64_t t = 0; t < T; t++)
+        p->ctx->k->add_scaled(p->y + p->token[first + t] * p->D + d, out + t * n,
+                              p->weight[first + t], n);
+}
+
+static void results(void *arg, int64_t begin, int64_t end, int thread)
+{
+    const pass *p = arg;
+    float *out = p->rows + thread * p->row_floats;
+    void *scratch = p->scratch + (size_t)thread * p->scratch_bytes;
+    for (int64_t j = begin; j < end; j++) {
+        const int64_t d = j * p->d_block, n = kl_min(p->d_block, p->D - d);
+        for (int64_t t = 0; t < p->T; t++)
+            memset(p->y + t * p->D + d, 0, (size_t)n * sizeof *p->y);
+        for (int64_t i = 0; i < p->n_used; i++)
+            add_expert(p, p->used[i], d, n, out, scratch);
+        for (int64_t t = 0; p->shared != NULL && t < p->T; t++) {
+            float *y = p->y + t * p->D + d;
+            p->ctx->k->add(y, y, p->shared + t * p->D + d, n);
+        }
+    }
+}
+
+static int64_t block_of(const pass *p, const kl_weight *w, int64_t T, int64_t rows)
+{
+    return kl_min(MAX_BLOCK, kl_product_block(p->ctx, w, T, rows));
+}
+
+static kl_status run(pass *p, const int32_t *ids, const float *weights, int64_t k)
+{
+    group(p, ids, weights, k);
+    const int64_t T =
+        kl_ceil_div(p->T * k, kl_max(1, p->n_used)); /* rows of an expert, on average */
+    p->f_block = block_of(p, p->w_gate, T, p->n_used * p->F);
+    /* a block of D goes through all experts, so blocks are kept small enough to balance */
+    p->d_block = block_of(p, p->w_down, T, kl_max(1, p->D / 4));
+    KL_TRY(kl_product_for(p->ctx, p->n_used * kl_ceil_div(p->F, p->f_block), 1, hidden, p));
+    return kl_product_for(p->ctx, kl_ceil_div(p->D, p->d_block), 1, results, p);
+}
+
+static kl_status check_ids(kl_ctx *ctx, const int32_t *ids, int64_t T, int64_t k, int64_t E)
+{
+    for (int64_t t = 0; t < T; t++)
+        for (int64_t i = 0; i < k; i++) {
+            const int32_t e = ids[t * k + i];
+            if (e < 0 || e >= E)
+                return kl_fail(
+                    ctx, KL_ERR_ARG,
+                    "moe: ids[%lld, %lld] (token, slot) is %d; it must be 0 <= id < %lld",
+                    (long long)t, (long long)i, (int)e, (long long)E);
+            if (i > 0 && e <= ids[t * k + i - 1])
+                return kl_fail(ctx, KL_ERR_ARG,
+                               "moe: ids[%lld, %lld] (token, slot) is %d after %d; the ids of a "
+                               "token must ascend",
+                               (long long)t, (long long)i, (int)e, (int)ids[t * k + i - 1]);
+        }
+    return KL_OK;
+}
+
+static size_t most(size_t a, size_t b) { return a > b ? a : b; }
+
+kl_status cpu_moe(kl_ctx *ctx, float *y, const float *x, const int32_t *ids, const float *weights,
+                  const kl_weight *w_gate, const kl_weight *w_up, const kl_weight *w_down,
+                  const float *shared, int64_t T, int64_t D, int64_t F, int64_t k)
+{
+    const int64_t most_T = kl_min(T, PASS), E = w_gate->n, pairs = most_T * k;
+    pass p = { .ctx = ctx, .w_gate = w_gate, .w_up = w_up, .w_down = w_down, .D = D, .F = F };
+    p.row_floats = most_T * MAX_BLOCK;
+    p.scratch_bytes =
+        most(kl_product_scratch(w_gate, most_T),
+             most(kl_product_scratch(w_up, most_T), kl_product_scratch(w_down, most_T)));
+    KL_SCRATCH(p.token, ctx, pairs);
+    KL_SCRATCH(p.weight, ctx, pairs);
+    KL_SCRATCH(p.begin, ctx, E + 1);
+    KL_SCRATCH(p.used, ctx, E);
+    KL_SCRATCH(p.h, ctx, pairs * F);
+    KL_SCRATCH(p.rows, ctx, ctx->threads * p.row_floats);
+    KL_SCRATCH(p.scratch, ctx, (size_t)ctx->threads * p.scratch_bytes);
+    if (ctx->arena.measuring)
+        return KL_OK;
+    KL_TRY(check_ids(ctx, ids, T, k, E));
+    for (int64_t t = 0; t < T; t += PASS) {
+        p.y = y + t * D;
+        p.x = x + t * D;
+        p.shared = shared != NULL ? shared + t * D : NULL;
+        p.T = kl_min(PASS, T - t);
+        KL_TRY(run(&p, ids + t * k, weights + t * k, k));
+    }
+    return KL_OK;
+}
+
+kl_status kl_moe(kl_ctx *ctx, float *y, const float *x, const int32_t *ids, const float *weights,
+                 const kl_weight *w_gate, const kl_weight *w_up, const kl_weight *w_down,
+                 const float *shared, int64_t T, int64_t D, int64_t F, int64_t k)
+{
+    const int64_t E = w_gate->n;
+    KL_TRY(kl_check_rows(ctx, "moe", "x", T, D));
+    KL_TRY(kl_check_rows(ctx, "moe", "w_gate", F, D));
+    KL_TRY(kl_check_weight(ctx, "moe", "w_gate", w_gate, E, F, D));
+    KL_TRY(kl_check_weight(ctx, "moe", "w_up", w_up, E, F, D));
+    KL_TRY(kl_check_weight(ctx, "moe", "w_down", w_down, E, D, F));
+    if (k < 1 || k > E || E > INT32_MAX)
+        return kl_fail(ctx, KL_ERR_ARG, "moe: k is %lld of %lld experts; it must be 1 <= k <= E",
+                       (long long)k, (long long)E);
+    const size_t mark = kl_scratch_mark(ctx);
+    return kl_done(
+        ctx, mark,
+        ctx->backend->moe(ctx, y, x, ids, weights, w_gate, w_up, w_down, shared, T, D, F, k));
 }

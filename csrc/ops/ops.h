@@ -6,34 +6,9 @@
 
 #include "../internal.h"
 
-/* One line an op: name, then its parameters after the context. */
-#define KL_OPS(OP)                                                                                 \
-    OP(add, (kl_ctx *, float *, const float *, const float *, int64_t))                            \
-    OP(sigmoid, (kl_ctx *, float *, const float *, int64_t))                                       \
-    OP(swiglu, (kl_ctx *, float *, const float *, const float *, int64_t))                         \
-    OP(softmax, (kl_ctx *, float *, const float *, int64_t, int64_t))                              \
-    OP(rms_norm, (kl_ctx *, float *, const float *, const float *, int64_t, int64_t, float))       \
-    OP(gated_rms_norm, (kl_ctx *, float *, const float *, const float *, const float *, int64_t,   \
-                        int64_t, float, kl_activation))                                            \
-    OP(l2_norm, (kl_ctx *, float *, const float *, int64_t, int64_t, float))                       \
-    OP(embedding, (kl_ctx *, float *, const int32_t *, const kl_weight *, int64_t))                \
-    OP(linear, (kl_ctx *, float *const *, const float *, const kl_weight *, const float *const *,  \
-                int, int64_t, int64_t))                                                            \
-    OP(route, (kl_ctx *, int32_t *, float *, const float *, const float *, const kl_route_args *)) \
-    OP(moe, (kl_ctx *, float *, const float *, const int32_t *, const float *, const kl_weight *,  \
-             const kl_weight *, const kl_weight *, const float *, int64_t, int64_t, int64_t,       \
-             int64_t))                                                                             \
-    OP(short_conv, (kl_ctx *, float *, kl_slots, const float *, const float *, kl_slots,           \
-                    const int64_t *, int64_t, int64_t, int64_t, int64_t, kl_activation))           \
-    OP(decay_gate, (kl_ctx *, float *, const float *, const float *, const float *, int64_t,       \
-                    int64_t, int64_t, float))                                                      \
-    OP(delta_rule, (kl_ctx *, float *, kl_slots, const float *, const float *, const float *,      \
-                    const float *, const float *, kl_slots, const kl_delta_rule_args *))           \
-    OP(cache_append, (kl_ctx *, kl_cache, const float *, const int64_t *, const int64_t *,         \
-                      int64_t, int64_t, int64_t))                                                  \
-    OP(latent_attention, (kl_ctx *, float *, const float *, kl_cache, kl_cache, const kl_weight *, \
-                          const kl_weight *, const kl_latent_attention_args *))                    \
-    OP(sample, (kl_ctx *, int32_t *, const float *, const kl_sample_args *, int64_t, int64_t))
+/* Booking of a call, for profiles: begin = kl_book_begin(ctx); return kl_book(ctx, op, begin, ..., status). */
+int64_t kl_book_begin(const kl_ctx *ctx);
+kl_status kl_book(kl_ctx *ctx, kl_op_id op, int64_t begin, double flops, double bytes, kl_status status);
 
 struct kl_backend {
     const char *name;

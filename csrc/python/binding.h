@@ -64,7 +64,7 @@ typedef struct kl_py_context {
     kl_ctx *ctx;
     PyThread_type_lock lock;
 } kl_py_context;
-extern PyType_Spec kl_py_context_spec;
+extern PyType_Spec kl_py_context_spec, kl_py_model_spec, kl_py_state_spec;
 kl_py_context *kl_py_context_of(PyObject *o); /* NULL with TypeError when it is none */
 
 /* op wrappers, one table a family */

@@ -1,5 +1,5 @@
 /* Buffers in, statuses out. */
-#include "binding.h"
+#include "model.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -191,4 +191,12 @@ PyObject *kl_py_raise(kl_status status, const char *sentence)
         PyErr_SetString(type, sentence);
     Py_XDECREF(owned);
     return NULL;
+}
+
+void kl_py_free(PyObject *o)
+{
+    PyTypeObject *type = Py_TYPE(o);
+    freefunc free_object = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    free_object(o);
+    Py_DECREF(type);
 }

@@ -1,5 +1,5 @@
 /* _core.Context: a kl_ctx and its lock. */
-#include "binding.h"
+#include "model.h"
 
 static int poll_signals(void *user)
 {
@@ -37,13 +37,10 @@ static PyObject *context_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
 static void context_dealloc(PyObject *o)
 {
     kl_py_context *self = (kl_py_context *)o;
-    PyTypeObject *type = Py_TYPE(o);
     kl_ctx_destroy(self->ctx);
     if (self->lock != NULL)
         PyThread_free_lock(self->lock);
-    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
-    release(o);
-    Py_DECREF(type);
+    kl_py_free(o);
 }
 
 static PyObject *get_isa(PyObject *o, void *closure)
@@ -90,6 +87,66 @@ static PyObject *context_trim(PyObject *o, PyObject *args)
     return kl_py_end(&c);
 }
 
+static PyObject *context_profile(PyObject *o, PyObject *args)
+{
+    kl_py_call c = { 0 };
+    int on;
+    if (!PyArg_ParseTuple(args, "p:profile", &on))
+        return NULL;
+    if (kl_py_begin(&c, o))
+        kl_ctx_profile(c.ctx, on);
+    return kl_py_end(&c);
+}
+
+/* [(op, calls, seconds, flops, bytes)] of the ops that were called */
+static PyObject *context_profile_result(PyObject *o, PyObject *args)
+{
+    (void)args;
+    const char *name;
+    kl_profile_row row;
+    PyObject *list = PyList_New(0);
+    for (int i = 0; list != NULL && kl_ctx_profile_row(((kl_py_context *)o)->ctx, i, &name, &row); i++) {
+        if (row.calls == 0)
+            continue;
+        PyObject *item = Py_BuildValue("(sLddd)", name, (long long)row.calls, row.seconds, row.flops, row.bytes);
+        if (item == NULL || PyList_Append(list, item) < 0)
+            Py_CLEAR(list);
+        Py_XDECREF(item);
+    }
+    return list;
+}
+
+static PyObject *context_roof_read(PyObject *o, PyObject *args)
+{
+    kl_py_call c = { 0 };
+    Py_buffer view;
+    double roof = 0;
+    if (!PyArg_ParseTuple(args, "y*:roof_read", &view))
+        return NULL;
+    if (kl_py_begin(&c, o))
+        c.status = kl_roof_read(c.ctx, view.buf, view.len, &roof);
+    PyObject *none = kl_py_end(&c);
+    PyBuffer_Release(&view);
+    if (none == NULL)
+        return NULL;
+    Py_DECREF(none);
+    return PyFloat_FromDouble(roof);
+}
+
+static PyObject *context_roof_fma(PyObject *o, PyObject *args)
+{
+    kl_py_call c = { 0 };
+    double roof = 0;
+    (void)args;
+    if (kl_py_begin(&c, o))
+        c.status = kl_roof_fma(c.ctx, &roof);
+    PyObject *none = kl_py_end(&c);
+    if (none == NULL)
+        return NULL;
+    Py_DECREF(none);
+    return PyFloat_FromDouble(roof);
+}
+
 static PyObject *context_cancel(PyObject *o, PyObject *args)
 {
     (void)args;
@@ -108,6 +165,10 @@ static PyMethodDef context_methods[] = {
     { "set_threads", context_set_threads, METH_VARARGS, NULL },
     { "trim", context_trim, METH_NOARGS, NULL },
     { "cancel", context_cancel, METH_NOARGS, NULL },
+    { "profile", context_profile, METH_VARARGS, NULL },
+    { "profile_result", context_profile_result, METH_NOARGS, NULL },
+    { "roof_read", context_roof_read, METH_VARARGS, "Bytes a second of reading a buffer once." },
+    { "roof_fma", context_roof_fma, METH_NOARGS, "Float32 operations a second in registers." },
     { NULL, NULL, 0, NULL },
 };
 static PyType_Slot context_slots[] = {

@@ -31,14 +31,19 @@ static PyMethodDef module_methods[] = {
     { NULL, NULL, 0, NULL },
 };
 
+static bool add_type(PyObject *module, const char *name, PyType_Spec *spec)
+{
+    PyObject *type = PyType_FromModuleAndSpec(module, spec, NULL);
+    const bool ok = type != NULL && PyModule_AddObjectRef(module, name, type) == 0;
+    Py_XDECREF(type);
+    return ok;
+}
+
 static int module_exec(PyObject *module)
 {
-    PyObject *context = PyType_FromModuleAndSpec(module, &kl_py_context_spec, NULL);
-    if (context == NULL || PyModule_AddObjectRef(module, "Context", context) < 0) {
-        Py_XDECREF(context);
+    if (!add_type(module, "Context", &kl_py_context_spec) || !add_type(module, "Model", &kl_py_model_spec)
+        || !add_type(module, "State", &kl_py_state_spec))
         return -1;
-    }
-    Py_DECREF(context);
     PyMethodDef *families[] = { kl_py_ops_basic, kl_py_ops_dense, kl_py_ops_kda, kl_py_ops_mla };
     for (size_t i = 0; i < sizeof families / sizeof families[0]; i++)
         if (PyModule_AddFunctions(module, families[i]) < 0)

@@ -1,5 +1,124 @@
+/* Wrappers of the matrix products and what routes between them. */
 #include "binding.h"
 
+enum { MAX_WEIGHTS = 7 }; /* of one linear: three buffers each, within KL_PY_MAX_BUFFERS */
+
+static PyObject *py_embedding(PyObject *module, PyObject *args)
+{
+    (void)module;
+    kl_py_call c = { 0 };
+    PyObject *ctx, *oy, *oids, *otable;
+    long long T;
+    if (!PyArg_ParseTuple(args, "OOOOL:embedding", &ctx, &oy, &oids, &otable, &T))
+        return NULL;
+    const kl_weight table = kl_py_weight(&c, otable, "table");
+    float *y = kl_py_out(&c, oy, KL_PY_F32, kl_py_size(&c, "out", T, table.cols, 1, 1), "out");
+    const int32_t *ids = kl_py_in(&c, oids, KL_PY_I32, T, "ids");
+    if (!c.failed && table.n != 1) {
+        PyErr_SetString(PyExc_ValueError, "table must be one matrix");
+        c.failed = true;
+    }
+    if (kl_py_begin(&c, ctx))
+        c.status = kl_embedding(c.ctx, y, ids, &table, T);
+    return kl_py_end(&c);
+}
+
+/* The i-th weight; one that is stored [cols, rows] comes with those sizes and the flag. */
+static kl_weight weight_of(kl_py_call *c, PyObject *o, int transposed)
+{
+    kl_weight w = kl_py_weight(c, o, "w");
+    if (transposed) {
+        const int64_t rows = w.cols;
+        w.cols = w.rows;
+        w.rows = rows;
+        w.transposed = 1;
+    }
+    return w;
+}
+
+/* linear(ctx, [out], x, [weight], [bias or None], [transposed], T, D) */
+static PyObject *py_linear(PyObject *module, PyObject *args)
+{
+    (void)module;
+    kl_py_call c = { 0 };
+    PyObject *ctx, *oys, *ox, *ows, *obs, *oflags;
+    long long T, D;
+    kl_weight w[MAX_WEIGHTS];
+    float *y[MAX_WEIGHTS];
+    const float *bias[MAX_WEIGHTS];
+    if (!PyArg_ParseTuple(args, "OO!OO!O!O!LL:linear", &ctx, &PyList_Type, &oys, &ox, &PyList_Type,
+                          &ows, &PyList_Type, &obs, &PyList_Type, &oflags, &T, &D))
+        return NULL;
+    const Py_ssize_t n = PyList_Size(ows);
+    if (n > MAX_WEIGHTS || PyList_Size(oys) != n || PyList_Size(obs) != n
+        || PyList_Size(oflags) != n)
+        return PyErr_Format(PyExc_ValueError,
+                            "w has %zd weights; it must be up to %d, with an out, a bias and "
+                            "a flag each",
+                            n, MAX_WEIGHTS);
+    const float *x = kl_py_in(&c, ox, KL_PY_F32, kl_py_size(&c, "x", T, D, 1, 1), "x");
+    for (Py_ssize_t i = 0; i < n && !c.failed; i++) {
+        w[i] =
+            weight_of(&c, PyList_GetItem(ows, i), PyObject_IsTrue(PyList_GetItem(oflags, i)) == 1);
+        y[i] = kl_py_out(&c, PyList_GetItem(oys, i), KL_PY_F32,
+                         kl_py_size(&c, "out", T, w[i].rows, 1, 1), "out");
+        bias[i] = kl_py_in_opt(&c, PyList_GetItem(obs, i), KL_PY_F32, w[i].rows, "bias");
+    }
+    if (kl_py_begin(&c, ctx))
+        c.status = kl_linear(c.ctx, y, x, w, bias, (int)n, T, D);
+    return kl_py_end(&c);
+}
+
+static PyObject *py_route(PyObject *module, PyObject *args)
+{
+    (void)module;
+    kl_py_call c = { 0 };
+    PyObject *ctx, *oids, *oweights, *oscores, *obias;
+    long long T, E, k, groups, top_groups;
+    int function, renormalise;
+    double scale;
+    if (!PyArg_ParseTuple(args, "OOOOOLLLLLipd:route", &ctx, &oids, &oweights, &oscores, &obias, &T,
+                          &E, &k, &groups, &top_groups, &function, &renormalise, &scale))
+        return NULL;
+    const int64_t n = kl_py_size(&c, "ids", T, k, 1, 1);
+    int32_t *ids = kl_py_out(&c, oids, KL_PY_I32, n, "ids");
+    float *weights = kl_py_out(&c, oweights, KL_PY_F32, n, "weights");
+    const float *scores =
+        kl_py_in(&c, oscores, KL_PY_F32, kl_py_size(&c, "scores", T, E, 1, 1), "scores");
+    const float *bias = kl_py_in_opt(&c, obias, KL_PY_F32, E, "bias");
+    const kl_route_args a = { T,           E,           k, groups, top_groups, (kl_router)function,
+                              renormalise, (float)scale, 0 };
+    if (kl_py_begin(&c, ctx))
+        c.status = kl_route(c.ctx, ids, weights, scores, bias, &a);
+    return kl_py_end(&c);
+}
+
+static PyObject *py_moe(PyObject *module, PyObject *args)
+{
+    (void)module;
+    kl_py_call c = { 0 };
+    PyObject *ctx, *oy, *ox, *oids, *oweights, *ogate, *oup, *odown, *oshared;
+    long long T, D, F, k;
+    if (!PyArg_ParseTuple(args, "OOOOOOOOOLLLL:moe", &ctx, &oy, &ox, &oids, &oweights, &ogate, &oup,
+                          &odown, &oshared, &T, &D, &F, &k))
+        return NULL;
+    const int64_t n = kl_py_size(&c, "x", T, D, 1, 1), pairs = kl_py_size(&c, "ids", T, k, 1, 1);
+    float *y = kl_py_out(&c, oy, KL_PY_F32, n, "out");
+    const float *x = kl_py_in(&c, ox, KL_PY_F32, n, "x");
+    const int32_t *ids = kl_py_in(&c, oids, KL_PY_I32, pairs, "ids");
+    const float *weights = kl_py_in(&c, oweights, KL_PY_F32, pairs, "weights");
+    const kl_weight gate = kl_py_weight(&c, ogate, "w_gate"), up = kl_py_weight(&c, oup, "w_up");
+    const kl_weight down = kl_py_weight(&c, odown, "w_down");
+    const float *shared = kl_py_in_opt(&c, oshared, KL_PY_F32, n, "shared");
+    if (kl_py_begin(&c, ctx))
+        c.status = kl_moe(c.ctx, y, x, ids, weights, &gate, &up, &down, shared, T, D, F, k);
+    return kl_py_end(&c);
+}
+
 PyMethodDef kl_py_ops_dense[] = {
+    { "embedding", py_embedding, METH_VARARGS, NULL },
+    { "linear", py_linear, METH_VARARGS, NULL },
+    { "route", py_route, METH_VARARGS, NULL },
+    { "moe", py_moe, METH_VARARGS, NULL },
     { NULL, NULL, 0, NULL },
 };

@@ -1,5 +1,159 @@
+/* Wrappers of latent attention, its cache, and sampling. */
 #include "binding.h"
 
+/* A cache that lies in one array of rows: sequence n has rows begin[n] .. begin[n + 1] - 1. */
+static kl_cache cache_of(kl_py_call *c, void *data, int type, int64_t width, const int64_t *begin,
+                         int64_t N)
+{
+    kl_cache cache = { .type = (kl_type)type, .row_bytes = kl_type_bytes((kl_type)type, width) };
+    if (c->failed)
+        return cache;
+    int64_t n_pages = 0;
+    for (int64_t n = 0; n < N; n++)
+        n_pages += kl_ceil_div(begin[n + 1] - begin[n], KL_PAGE);
+    void **page = kl_py_pointers(c, n_pages, data, 0), **table = kl_py_pointers(c, N, data, 0);
+    if (c->failed)
+        return cache;
+    for (int64_t n = 0, at = 0; n < N; n++) {
+        table[n] = (void *)(page + at);
+        for (int64_t p = 0; begin[n] + p < begin[n + 1]; p += KL_PAGE)
+            page[at++] = (char *)data + (size_t)(begin[n] + p) * cache.row_bytes;
+    }
+    cache.page = (void *const *const *)table;
+    return cache;
+}
+
+static void *cache_buffer(kl_py_call *c, PyObject *o, int type, int64_t n, const char *name,
+                          bool writable)
+{
+    if (!c->failed && type != KL_F32 && type != KL_F16) {
+        PyErr_Format(PyExc_TypeError, "%s has storage type %d; it must be F32 or F16", name, type);
+        c->failed = true;
+    }
+    const kl_py_kind kind = type == KL_F32 ? KL_PY_F32 : KL_PY_U16;
+    return writable ? kl_py_out(c, o, kind, n, name)
+                    : (void *)(uintptr_t)kl_py_in(c, o, kind, n, name);
+}
+
+/* begin is [N+1], from 0 to S, never falling */
+static const int64_t *ranges_of(kl_py_call *c, PyObject *o, int64_t N, int64_t S, const char *name)
+{
+    const int64_t *begin = kl_py_in(c, o, KL_PY_I64, N + 1, name);
+    bool good = !c->failed && N >= 0 && begin[0] == 0 && begin[N] == S;
+    for (int64_t n = 0; good && n < N; n++)
+        good = begin[n] <= begin[n + 1];
+    if (!c->failed && !good) {
+        PyErr_Format(PyExc_ValueError, "%s must rise from 0 to %lld", name, (long long)S);
+        c->failed = true;
+    }
+    return begin;
+}
+
+static PyObject *py_cache_append(PyObject *module, PyObject *args)
+{
+    (void)module;
+    kl_py_call c = { 0 };
+    PyObject *ctx, *ocache, *ox, *ooffsets, *ostart, *obegin;
+    int type;
+    long long N, T, D, S;
+    if (!PyArg_ParseTuple(args, "OOiOOOOLLLL:cache_append", &ctx, &ocache, &type, &ox, &ooffsets,
+                          &ostart, &obegin, &N, &T, &D, &S))
+        return NULL;
+    const int64_t n_x = kl_py_size(&c, "x", T, D, 1, 1),
+                  n_cache = kl_py_size(&c, "cache", S, D, 1, 1);
+    void *data = cache_buffer(&c, ocache, type, n_cache, "cache", true);
+    const float *x = kl_py_in(&c, ox, KL_PY_F32, n_x, "x");
+    const int64_t *offsets = ranges_of(&c, ooffsets, N, T, "offsets");
+    const int64_t *start = kl_py_in(&c, ostart, KL_PY_I64, N, "start");
+    const int64_t *begin = ranges_of(&c, obegin, N, S, "kv_offsets");
+    for (int64_t n = 0; !c.failed && n < N; n++)
+        if (start[n] > begin[n + 1] - begin[n] - (offsets[n + 1] - offsets[n])) {
+            PyErr_Format(PyExc_ValueError, "start[%lld] is %lld; the rows do not fit behind it",
+                         (long long)n, (long long)start[n]);
+            c.failed = true;
+        }
+    const kl_cache cache = cache_of(&c, data, type, D, begin, N);
+    if (kl_py_begin(&c, ctx))
+        c.status = kl_cache_append(c.ctx, cache, x, offsets, start, N, T, D);
+    return kl_py_end(&c);
+}
+
+static PyObject *py_latent_attention(PyObject *module, PyObject *args)
+{
+    (void)module;
+    kl_py_call c = { 0 };
+    PyObject *ctx, *oo, *oq, *olatent, *oshared, *ouk, *ouv, *ooffsets, *obegin;
+    int latent_type, shared_type, form;
+    long long N, T, S, H, K, P, V, R;
+    double scale;
+    if (!PyArg_ParseTuple(args, "OOOOiOiOOOO(LLLLLLLL)di:latent_attention", &ctx, &oo, &oq,
+                          &olatent, &latent_type, &oshared, &shared_type, &ouk, &ouv, &ooffsets,
+                          &obegin, &N, &T, &S, &H, &K, &P, &V, &R, &scale, &form))
+        return NULL;
+    const int64_t n_o = kl_py_size(&c, "out", T, H, V, 1),
+                  width = K >= 0 && P >= 0 && K <= INT32_MAX ? K + P : -1;
+    const int64_t n_q = kl_py_size(&c, "q", T, H, width, 1);
+    const int64_t n_latent = kl_py_size(&c, "latent", S, R, 1, 1),
+                  n_shared = kl_py_size(&c, "k_shared", S, P, 1, 1);
+    float *o = kl_py_out(&c, oo, KL_PY_F32, n_o, "out");
+    const float *q = kl_py_in(&c, oq, KL_PY_F32, n_q, "q");
+    void *latent = cache_buffer(&c, olatent, latent_type, n_latent, "latent", false);
+    void *shared = cache_buffer(&c, oshared, shared_type, n_shared, "k_shared", false);
+    const kl_weight w_uk = kl_py_weight(&c, ouk, "w_uk"), w_uv = kl_py_weight(&c, ouv, "w_uv");
+    const int64_t *offsets = ranges_of(&c, ooffsets, N, T, "offsets");
+    const int64_t *begin = ranges_of(&c, obegin, N, S, "kv_offsets");
+    const kl_cache latent_cache = cache_of(&c, latent, latent_type, R, begin, N);
+    const kl_cache shared_cache = cache_of(&c, shared, shared_type, P, begin, N);
+    int64_t *positions = (int64_t *)(void *)kl_py_pointers(&c, N, NULL, 0);
+    for (int64_t n = 0; !c.failed && n < N; n++)
+        positions[n] = begin[n + 1] - begin[n];
+    const kl_latent_attention_args a = { offsets,      positions,    N, T, H, K, P, V, R,
+                                         (float)scale, (kl_form)form };
+    if (kl_py_begin(&c, ctx))
+        c.status = kl_latent_attention(c.ctx, o, q, latent_cache, shared_cache, &w_uk, &w_uv, &a);
+    return kl_py_end(&c);
+}
+
+/* Every argument of a row comes from an array [T]; 64-bit words as int64 bit patterns. */
+static PyObject *py_sample(PyObject *module, PyObject *args)
+{
+    (void)module;
+    kl_py_call c = { 0 };
+    PyObject *ctx, *oids, *ologits, *otemperature, *otop_k, *otop_p, *omin_p, *oseed, *osequence,
+        *oposition;
+    long long T, D;
+    if (!PyArg_ParseTuple(args, "OOOOOOOOOOLL:sample", &ctx, &oids, &ologits, &otemperature,
+                          &otop_k, &otop_p, &omin_p, &oseed, &osequence, &oposition, &T, &D))
+        return NULL;
+    const int64_t n = kl_py_size(&c, "logits", T, D, 1, 1),
+                  rows = kl_py_size(&c, "ids", T, sizeof(kl_sample_args), 1, 1);
+    int32_t *ids = kl_py_out(&c, oids, KL_PY_I32, T, "out");
+    const float *logits = kl_py_in(&c, ologits, KL_PY_F32, n, "logits");
+    const float *temperature = kl_py_in(&c, otemperature, KL_PY_F32, T, "temperature");
+    const int64_t *top_k = kl_py_in(&c, otop_k, KL_PY_I64, T, "top_k");
+    const float *top_p = kl_py_in(&c, otop_p, KL_PY_F32, T, "top_p"),
+                *min_p = kl_py_in(&c, omin_p, KL_PY_F32, T, "min_p");
+    const int64_t *seed = kl_py_in(&c, oseed, KL_PY_I64, T, "seed");
+    const int64_t *sequence = kl_py_in(&c, osequence, KL_PY_I64, T, "sequence");
+    const int64_t *position = kl_py_in(&c, oposition, KL_PY_I64, T, "position");
+    kl_sample_args *a =
+        (kl_sample_args *)(void *)kl_py_pointers(&c, rows / (int64_t)sizeof(void *) + 1, NULL, 0);
+    for (int64_t t = 0; !c.failed && t < T; t++)
+        a[t] = (kl_sample_args){ temperature[t],
+                                 top_k[t],
+                                 top_p[t],
+                                 min_p[t],
+                                 (uint64_t)seed[t],
+                                 (uint64_t)sequence[t],
+                                 (uint64_t)position[t] };
+    if (kl_py_begin(&c, ctx))
+        c.status = kl_sample(c.ctx, ids, logits, a, T, D);
+    return kl_py_end(&c);
+}
+
 PyMethodDef kl_py_ops_mla[] = {
+    { "cache_append", py_cache_append, METH_VARARGS, NULL },
+    { "latent_attention", py_latent_attention, METH_VARARGS, NULL },
+    { "sample", py_sample, METH_VARARGS, NULL },
     { NULL, NULL, 0, NULL },
 };

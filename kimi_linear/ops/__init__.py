@@ -4,5 +4,12 @@ The same names with the same arguments stand in :mod:`kimi_linear.reference` in 
 """
 
 from ._basic import add, gated_rms_norm, l2_norm, rms_norm, sigmoid, softmax, swiglu
+from ._dense import embedding, linear, moe, route
+from ._kda import decay_gate, delta_rule, short_conv
+from ._mla import latent_attention
+from ._sample import sample
 
-__all__ = ["add", "gated_rms_norm", "l2_norm", "rms_norm", "sigmoid", "softmax", "swiglu"]
+__all__ = [
+    "add", "decay_gate", "delta_rule", "embedding", "gated_rms_norm", "l2_norm", "latent_attention", "linear", "moe",
+    "rms_norm", "route", "sample", "short_conv", "sigmoid", "softmax", "swiglu",
+]

@@ -1,3 +1,53 @@
-"""Budgets of the mla ops."""
+"""Budget of latent attention: derived in docs/math.md#latent_attention."""
 
-__all__ = []
+import numpy as np
+
+from ._basic import TINY, U
+
+__all__ = ["latent_attention"]
+
+_BLOCK, _SEGMENT = 64, 512
+
+
+def latent_attention(ref, q, latent, k_shared, w_uk, w_uv, scale, offsets=None, kv_offsets=None, form="auto"):
+    """Holds for both forms. Per query and head, over the positions s that it sees, with weights w_s:
+
+    each score is off by e_s <= (K/16 + R/16 + P/16 + 16) u scale sum |q| |w_uk| |c|, which moves its weight
+    by e_s + (distance to the maximum + what running maxima cost) u; the result by sum_s w_s |v_s - o| of
+    that, plus the roundings of the sums themselves, in proportion to sum_s w_s |w_uv| |c_s|.
+    """
+    arrays = (q, latent, k_shared, w_uk, w_uv)
+    q, latent, k_shared, w_uk, w_uv = (np.asarray(x).astype(np.float64) for x in arrays)
+    offsets = [0, len(q)] if offsets is None else [int(i) for i in offsets]
+    if kv_offsets is None:
+        kv_offsets = offsets if len(latent) == len(q) else [0, len(latent)]
+    bound = np.empty(np.shape(ref))
+    for n in range(len(offsets) - 1):
+        t, s = slice(offsets[n], offsets[n + 1]), slice(int(kv_offsets[n]), int(kv_offsets[n + 1]))
+        for h in range(q.shape[1]):
+            bound[t, h] = _head(q[t, h], latent[s], k_shared[s], w_uk[h], w_uv[h], abs(scale), np.sign(scale))
+    return bound
+
+
+def _head(q, c, k_shared, w_uk, w_uv, scale, sign):
+    """One head of one sequence: q [T, K+P], c [S, R], k_shared [S, P], w_uk [K, R], w_uv [V, R] -> [T, V]."""
+    K, (S, R), P = len(w_uk), c.shape, k_shared.shape[1]
+    k = np.concatenate([c @ w_uk.T, k_shared], axis=1)
+    v = c @ w_uv.T
+    k_size = np.concatenate([np.abs(c) @ np.abs(w_uk).T, np.abs(k_shared)], axis=1)
+    v_size = np.abs(c) @ np.abs(w_uv).T
+    out = np.empty((len(q), len(w_uv)))
+    for t in range(len(q)):
+        seen = S - len(q) + t + 1
+        score = sign * scale * (k[:seen] @ q[t])
+        distance = score.max() - score
+        w = np.exp(-distance) / np.exp(-distance).sum()
+        score_error = (K / 16 + R / 16 + P / 16 + 16) * scale * (k_size[:seen] @ np.abs(q[t]))
+        merges = seen / _BLOCK + 2 * (seen / _SEGMENT)
+        error = (score_error + 2 * distance + 3 * merges + 4) * U            # relative, of exp(score - max)
+        o = w @ v[:seen]
+        moved = (w * error) @ np.abs(v[:seen] - o) * (1 + 4 * error.max())   # with the second order
+        sums = (R / 16 + seen + merges + 16) * U * (w @ v_size[:seen])
+        denominator = (8 + 3 * merges) * U * np.abs(o)
+        out[t] = moved + sums + denominator + (seen + 1) * TINY * (1 + v_size[:seen].max(axis=0))
+    return out

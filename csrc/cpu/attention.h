@@ -1,0 +1,32 @@
+/* What the attention kernel works on: queries, and one block of positions of the cache. */
+#ifndef KL_ATTENTION_H
+#define KL_ATTENTION_H
+
+#include <stdint.h>
+
+enum { KL_BLOCK = 64 }; /* positions a block; blocks are aligned to position 0 of a sequence */
+
+/* rows of float32, from one to the next */
+typedef struct kl_rows {
+    const float *data;
+    int64_t stride, width;
+} kl_rows;
+
+/* The running softmax of n rows: m the largest score so far, l the sum of exp(score - m), acc the
+ * sum of exp(score - m) v. Empty is m = -infinity, l = 0, acc = 0. */
+typedef struct kl_running {
+    float *m, *l, *acc;
+    int64_t stride, width; /* of acc */
+} kl_running;
+
+/* n_queries queries on one block. A query and a key are two parts side by side (widths agree part
+ * by part; the second may be empty). Query i sees the first min(n, first + i * step) positions of
+ * the block, at least one: step 1 for queries of successive positions, 0 for heads of one token. */
+typedef struct kl_attend {
+    kl_rows q[2], k[2], v;
+    kl_running run;
+    int64_t n_queries, n, first, step;
+    float scale;
+} kl_attend;
+
+#endif

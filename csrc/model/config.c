@@ -1,0 +1,93 @@
+/* Checks of a config, and the shapes of its taps. */
+#include "model.h"
+
+kl_status kl_config_check(kl_ctx *ctx, const kl_config *c)
+{
+    bool kda = false, mla = false, dense = false, moe = false;
+    const struct {
+        const char *name;
+        int64_t value;
+    } sizes[] = { { "vocab_size", c->vocab }, { "hidden_size", c->D }, { "n_layers", c->n_layers } };
+    for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++)
+        if (sizes[i].value < 1 || sizes[i].value > INT32_MAX)
+            return kl_fail(ctx, KL_ERR_ARG, "config: %s is %lld; it must be 1 to 2^31 - 1", sizes[i].name,
+                           (long long)sizes[i].value);
+    for (int64_t i = 0; i < c->n_layers; i++) {
+        kda |= c->layers[i].mixer == KL_MIXER_KDA;
+        mla |= c->layers[i].mixer == KL_MIXER_MLA;
+        dense |= c->layers[i].ffn == KL_FFN_DENSE;
+        moe |= c->layers[i].ffn == KL_FFN_MOE;
+    }
+    const struct {
+        const char *name;
+        bool used;
+        int64_t value, low, high;
+    } checks[] = {
+        { "kda_heads", kda, c->kda.heads, 1, 1 << 20 },
+        { "kda_head_dim", kda, c->kda.width, 1, 1 << 20 },
+        { "conv_width", kda, c->kda.taps, 1, 8 },
+        { "mla_heads", mla, c->mla.heads, 1, 1 << 20 },
+        { "nope_dim", mla, c->mla.nope, 1, 1 << 20 },
+        { "rope_dim", mla, c->mla.rope, 0, 1 << 20 },
+        { "v_head_dim", mla, c->mla.v, 1, 1 << 20 },
+        { "kv_rank", mla, c->mla.rank, 1, 1 << 20 },
+        { "q_rank", mla, c->mla.q_rank, 0, 1 << 20 },
+        { "ffn_size", dense, c->ffn.dense, 1, 1 << 24 },
+        { "n_experts", moe, c->ffn.experts, 1, 1 << 20 },
+        { "moe_size", moe, c->ffn.width, 1, 1 << 24 },
+        { "experts_per_token", moe, c->ffn.k, 1, c->ffn.experts },
+        { "n_shared_experts", moe, c->ffn.shared, 0, 1 << 10 },
+        { "n_groups", moe, c->ffn.groups, 1, c->ffn.experts },
+        { "top_groups", moe, c->ffn.top_groups, 1, c->ffn.groups },
+    };
+    for (size_t i = 0; i < sizeof checks / sizeof checks[0]; i++)
+        if (checks[i].used && (checks[i].value < checks[i].low || checks[i].value > checks[i].high))
+            return kl_fail(ctx, KL_ERR_ARG, "config: %s is %lld; it must be %lld to %lld", checks[i].name,
+                           (long long)checks[i].value, (long long)checks[i].low, (long long)checks[i].high);
+    return KL_OK;
+}
+
+enum { MODEL, LAYER, KDA, MLA, MLA_LOW_RANK, DENSE, MOE, MOE_SHARED };
+enum { F32, I32 };
+
+static bool is_at(const kl_config *c, int where, int64_t layer)
+{
+    if (where == MODEL || layer < 0)
+        return where == MODEL && layer < 0;
+    if (layer >= c->n_layers)
+        return false;
+    const kl_layer *l = &c->layers[layer];
+    switch (where) {
+    case LAYER: return true;
+    case KDA: return l->mixer == KL_MIXER_KDA;
+    case MLA: return l->mixer == KL_MIXER_MLA;
+    case MLA_LOW_RANK: return l->mixer == KL_MIXER_MLA && c->mla.q_rank > 0;
+    case DENSE: return l->ffn == KL_FFN_DENSE;
+    case MOE: return l->ffn == KL_FFN_MOE;
+    case MOE_SHARED: return l->ffn == KL_FFN_MOE && c->ffn.shared > 0;
+    }
+    return false;
+}
+
+int kl_tap_shape(const kl_config *c, kl_tap tap, int64_t layer, const char **name, int64_t shape[2],
+                 int *n_dims, int *is_int32)
+{
+    const struct {
+        const char *name;
+        int where, type;
+        int64_t first, second;
+    } taps[] = {
+#define KL_TAP(id, tap_name, tap_where, tap_first, tap_second, tap_type)                           \
+    { tap_name, tap_where, tap_type, tap_first, tap_second },
+        KL_TAPS(KL_TAP)
+#undef KL_TAP
+    };
+    if (tap < 0 || tap >= KL_TAP_COUNT || !is_at(c, taps[tap].where, layer))
+        return 0;
+    *name = taps[tap].name;
+    shape[0] = taps[tap].first;
+    shape[1] = taps[tap].second;
+    *n_dims = taps[tap].second != 0 ? 2 : 1;
+    *is_int32 = taps[tap].type == I32;
+    return 1;
+}

@@ -1,0 +1,90 @@
+/* The model inside: weights by role, where each layer's state lies. */
+#ifndef KL_MODEL_H
+#define KL_MODEL_H
+
+#include "../ops/ops.h"
+
+typedef struct kda_weights {
+    kl_weight q, k, v, f_a, f_b, b, g_a, g_b, o;
+    const float *q_conv, *k_conv, *v_conv; /* [H*K, W] */
+    const float *rate, *dt_bias, *o_norm;  /* [H], [H*K], [V] */
+} kda_weights;
+
+typedef struct mla_weights {
+    kl_weight q;          /* the plain projection, or the second of two */
+    kl_weight q_a;        /* low-rank q; q_a_norm NULL where q is plain */
+    kl_weight latent, k_shared; /* rows of kv_a_proj_with_mqa */
+    kl_weight w_uk, w_uv; /* [H of nope x R], [H of v x R]: rows of kv_b_proj */
+    kl_weight o;
+    const float *q_a_norm, *latent_norm;
+} mla_weights;
+
+typedef struct mlp_weights {
+    kl_weight gate, up, down;
+} mlp_weights;
+
+typedef struct moe_weights {
+    kl_weight router;
+    const float *bias;          /* [E], or NULL */
+    kl_weight gate, up, down;   /* n = E */
+    mlp_weights shared;         /* n = 0 where there is none */
+} moe_weights;
+
+typedef struct layer_weights {
+    const float *attn_norm, *ffn_norm;
+    union {
+        kda_weights kda;
+        mla_weights mla;
+    };
+    union {
+        mlp_weights mlp;
+        moe_weights moe;
+    };
+} layer_weights;
+
+/* Bytes from the start of a sequence's fixed block (KDA), or of a page (MLA). */
+typedef struct layer_layout {
+    size_t q_history, k_history, v_history, delta;
+    size_t latent, k_shared;
+} layer_layout;
+
+typedef struct state_layout {
+    size_t fixed_bytes;
+    size_t page_values; /* of all MLA layers, KL_PAGE positions */
+} state_layout;
+
+struct kl_model {
+    kl_config config;
+    kl_layer *layers; /* config.layers */
+    const kl_backend *backend;
+    kl_weight embed, head;
+    const float *norm;
+    layer_weights *layer;  /* [n_layers] */
+    layer_layout *layout;  /* [n_layers]; latent, k_shared in values */
+    state_layout state;
+    size_t weight_bytes;
+    float *vectors; /* in the backend's memory */
+    size_t vector_bytes;
+    const void **addresses; /* of all matrices */
+    size_t n_addresses;
+    int planning;
+};
+
+struct kl_state {
+    const kl_model *model;
+    kl_type cache_type;
+    int64_t position;
+    char *fixed; /* the backend's memory */
+    void **page; /* [page_capacity] addresses, the first n_pages taken */
+    int64_t n_pages, page_capacity;
+    atomic_int busy;
+    int lost; /* a step failed half-way: its arrays belong to no position */
+};
+
+size_t kl_state_page_bytes(const kl_state *state);
+/* Takes the pages that positions 0..n-1 need. */
+kl_status kl_state_grow(kl_ctx *ctx, kl_state *state, int64_t n);
+
+kl_status kl_config_check(kl_ctx *ctx, const kl_config *config);
+
+#endif

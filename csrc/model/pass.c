@@ -1,0 +1,377 @@
+/* A call cut into passes, and what crosses between a pass and its caller: taps, given experts, logits. */
+#include "pass.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { PASS_TOKENS = 512, PIECE = 64, LOGIT_ROWS = 128 };
+
+/* ---- taps ------------------------------------------------------------------------------------- */
+
+static kl_status fail_not_finite(pass *p, const char *name, int64_t layer, const float *x, int64_t width,
+                                 int64_t n)
+{
+    int64_t i = 0;
+    while (isfinite(x[i]))
+        i++;
+    char where[32] = "";
+    if (layer >= 0)
+        snprintf(where, sizeof where, "layers.%lld.", (long long)layer);
+    return kl_fail(p->ctx, KL_ERR_ARG, "%s%s: token %lld of sequence %lld, channel %lld is %g", where, name,
+                   (long long)(p->segment[n].first + i / width), (long long)p->segment[n].sequence,
+                   (long long)(i % width), (double)x[i]);
+}
+
+static bool all_finite(const float *x, int64_t n)
+{
+    float zero = 0.0f;
+    for (int64_t i = 0; i < n; i++)
+        zero += x[i] * 0.0f; /* NaN as soon as one is not finite */
+    return zero == 0.0f;
+}
+
+/* Rows of segment n, on the host: at to, or in a buffer of the check. */
+static kl_status check_rows(pass *p, const char *name, int64_t layer, const char *rows, int64_t width, int64_t n)
+{
+    const int64_t values = p->segment[n].n * width;
+    float *host = malloc((size_t)values * sizeof *host + 1);
+    if (host == NULL)
+        return kl_fail(p->ctx, KL_ERR_MEMORY, "out of memory: check of %s", name);
+    kl_status status = p->model->backend->download(p->ctx, host, rows, (size_t)values * sizeof *host);
+    if (status == KL_OK && !all_finite(host, values))
+        status = fail_not_finite(p, name, layer, host, width, n);
+    free(host);
+    return status;
+}
+
+kl_status kl_tap_at(pass *p, kl_tap tap, int64_t layer, const void *x)
+{
+    const kl_forward_args *args = p->args;
+    if ((args->taps == NULL && !args->check_finite) || p->ctx->arena.measuring)
+        return KL_OK;
+    const kl_config *c = &p->model->config;
+    const char *name = "";
+    int64_t shape[2] = { 1, 1 };
+    int n_dims = 0, is_int32 = 0;
+    if (!kl_tap_shape(c, tap, layer, &name, shape, &n_dims, &is_int32))
+        return KL_OK;
+    const int64_t width = n_dims == 2 ? shape[0] * shape[1] : shape[0];
+    char *to = NULL;
+    if (args->taps != NULL)
+        to = args->taps[(layer < 0 ? c->n_layers : layer) * KL_TAP_COUNT + tap];
+    for (int64_t n = 0; n < p->N; n++) {
+        const char *rows = (const char *)x + p->offsets[n] * width * 4;
+        if (args->check_finite && !is_int32)
+            KL_TRY(check_rows(p, name, layer, rows, width, n));
+        if (to != NULL)
+            KL_TRY(p->model->backend->download(p->ctx, to + kl_call_row(p, n) * width * 4, rows,
+                                               (size_t)(p->segment[n].n * width) * 4));
+    }
+    return KL_OK;
+}
+
+/* ---- given experts ----------------------------------------------------------------------------- */
+
+int kl_pass_has_experts(const pass *p, int64_t layer)
+{
+    return p->args->expert_ids != NULL && p->args->expert_ids[layer] != NULL;
+}
+
+kl_status kl_pass_experts(pass *p, int64_t layer, int32_t *ids)
+{
+    const int64_t k = p->model->config.ffn.k;
+    if (p->ctx->arena.measuring)
+        return KL_OK;
+    for (int64_t n = 0; n < p->N; n++)
+        KL_TRY(p->model->backend->upload(p->ctx, ids + p->offsets[n] * k,
+                                         p->args->expert_ids[layer] + kl_call_row(p, n) * k,
+                                         (size_t)(p->segment[n].n * k) * sizeof *ids));
+    return KL_OK;
+}
+
+/* ---- logits ------------------------------------------------------------------------------------ */
+
+/* First index whose row is >= row. */
+static int64_t lower_bound(const int64_t *rows, int64_t n, int64_t row)
+{
+    int64_t low = 0, high = n;
+    while (low < high) {
+        const int64_t middle = low + (high - low) / 2;
+        if (rows[middle] < row)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+/* The wanted rows of segment n, [*first, *last) of logit_rows. */
+static void wanted_rows(const pass *p, int64_t n, int64_t *first, int64_t *last)
+{
+    const kl_forward_args *a = p->args;
+    const int64_t row = kl_call_row(p, n);
+    *first = lower_bound(a->logit_rows, a->n_logits, row);
+    *last = lower_bound(a->logit_rows, a->n_logits, row + p->segment[n].n);
+}
+
+static kl_status logits_of(pass *p, const float *h, const int32_t *rows, const int64_t *to, int64_t n)
+{
+    const kl_model *m = p->model;
+    const int64_t D = m->config.D, vocab = m->config.vocab;
+    const void *address = h;
+    const kl_weight table = { &address, 1, p->T, D, (size_t)D * sizeof(float), KL_F32, 0 };
+    float *gathered, *logits;
+    const size_t mark = kl_scratch_mark(p->ctx);
+    KL_SCRATCH(gathered, p->ctx, n * D);
+    KL_SCRATCH(logits, p->ctx, n * vocab);
+    KL_TRY(kl_embedding(p->ctx, gathered, rows, &table, n));
+    KL_TRY(kl_linear(p->ctx, &logits, gathered, &m->head, NULL, 1, n, D));
+    for (int64_t i = 0; i < n && !p->ctx->arena.measuring; i++)
+        KL_TRY(m->backend->download(p->ctx, p->args->logits + to[i] * vocab, logits + i * vocab,
+                                    (size_t)vocab * sizeof(float)));
+    kl_scratch_reset(p->ctx, mark);
+    return KL_OK;
+}
+
+kl_status kl_pass_logits(pass *p, const float *h)
+{
+    int32_t rows[LOGIT_ROWS];
+    int64_t to[LOGIT_ROWS], n = 0;
+    for (int64_t s = 0; s < p->N; s++) {
+        int64_t first, last;
+        wanted_rows(p, s, &first, &last);
+        for (int64_t i = first; i < last; i++) {
+            rows[n] = (int32_t)(p->offsets[s] + p->args->logit_rows[i] - kl_call_row(p, s));
+            to[n++] = i;
+            if (n == LOGIT_ROWS) {
+                KL_TRY(logits_of(p, h, rows, to, n));
+                n = 0;
+            }
+        }
+    }
+    return n > 0 ? logits_of(p, h, rows, to, n) : KL_OK;
+}
+
+/* ---- passes ------------------------------------------------------------------------------------ */
+
+/* Fills the pass with the next tokens: sequences in order, cut only at multiples of PIECE of each sequence's
+ * own new tokens. done [N] counts the new tokens of each sequence that earlier passes took. */
+static void fill(pass *p, const int64_t *done, int64_t room)
+{
+    const kl_forward_args *a = p->args;
+    p->N = p->T = 0;
+    for (int64_t s = 0; s < a->N && room > 0; s++) {
+        const int64_t left = a->offsets[s + 1] - a->offsets[s] - done[s];
+        int64_t n = kl_min(left, room);
+        if (n < left)
+            n -= n % PIECE;
+        if (n <= 0)
+            continue;
+        p->segment[p->N] = (segment){ s, done[s], n };
+        p->offsets[p->N++] = p->T;
+        p->T += n;
+        room -= n;
+    }
+    p->offsets[p->N] = p->T;
+}
+
+/* Tables of a pass of up to N sequences and T tokens. */
+static kl_status new_pass(pass *p, int64_t N, int64_t T)
+{
+    p->segment = malloc((size_t)N * sizeof *p->segment + 1);
+    p->offsets = malloc((size_t)(N + 1) * sizeof *p->offsets);
+    p->start = malloc((size_t)N * sizeof *p->start + 1);
+    p->end = malloc((size_t)N * sizeof *p->end + 1);
+    p->fixed = malloc((size_t)N * sizeof *p->fixed + 1);
+    p->page = malloc((size_t)N * sizeof *p->page + 1);
+    p->ids = malloc((size_t)T * sizeof *p->ids + 1);
+    if (!p->segment || !p->offsets || !p->start || !p->end || !p->fixed || !p->page || !p->ids)
+        return kl_fail(p->ctx, KL_ERR_MEMORY, "out of memory: pass of %lld tokens", (long long)T);
+    return KL_OK;
+}
+
+static void free_pass(pass *p)
+{
+    free(p->segment);
+    free(p->offsets);
+    free(p->start);
+    free(p->end);
+    free(p->fixed);
+    free(p->page);
+    free(p->ids);
+}
+
+static void bind(pass *p)
+{
+    const kl_forward_args *a = p->args;
+    for (int64_t n = 0; n < p->N; n++) {
+        const kl_state *state = a->states[p->segment[n].sequence];
+        /* while measuring, earlier passes have not moved the state */
+        p->start[n] = state->position + (p->ctx->arena.measuring ? p->segment[n].first : 0);
+        p->end[n] = p->start[n] + p->segment[n].n;
+        p->fixed[n] = state->fixed;
+        p->page[n] = state->page;
+        p->cache_type = state->cache_type;
+        memcpy(p->ids + p->offsets[n], a->ids + kl_call_row(p, n), (size_t)p->segment[n].n * sizeof *p->ids);
+    }
+}
+
+/* A pass in which some sequence has several tokens can be interrupted, so its states are copied first and
+ * put back when it fails. One step of one token a sequence runs to its end; if it fails all the same, its
+ * states are lost and say so. */
+static kl_status run_guarded(pass *p)
+{
+    kl_ctx *ctx = p->ctx;
+    const size_t bytes = p->model->state.fixed_bytes;
+    const bool guarded = p->T > p->N;
+    char *copies = NULL;
+    if (guarded)
+        KL_SCRATCH(copies, ctx, (size_t)p->N * bytes);
+    for (int64_t n = 0; guarded && !ctx->arena.measuring && n < p->N; n++)
+        KL_TRY(p->model->backend->copy(ctx, copies + (size_t)n * bytes, p->fixed[n], bytes));
+    ctx->uninterruptible = !guarded;
+    const kl_status status = kl_pass_run(p);
+    ctx->uninterruptible = false;
+    if (ctx->arena.measuring)
+        return status;
+    for (int64_t n = 0; n < p->N; n++) {
+        kl_state *state = p->args->states[p->segment[n].sequence];
+        if (status == KL_OK)
+            state->position = p->end[n];
+        else if (!guarded || p->model->backend->copy(ctx, p->fixed[n], copies + (size_t)n * bytes, bytes) != KL_OK)
+            state->lost = 1;
+    }
+    return status;
+}
+
+/* ---- the call ---------------------------------------------------------------------------------- */
+
+static kl_status check_args(kl_ctx *ctx, const kl_model *m, const kl_forward_args *a)
+{
+    const int64_t T = a->N >= 0 ? a->offsets[a->N] : 0;
+    KL_TRY(kl_check_offsets(ctx, "forward", a->offsets, a->N, T));
+    if (m->planning)
+        return kl_fail(ctx, KL_ERR_STATE, "forward: this model was made for planning and has no weights");
+    if (a->pass_tokens < 0 || (a->pass_tokens > 0 && a->pass_tokens < PIECE))
+        return kl_fail(ctx, KL_ERR_ARG, "forward: pass_tokens is %lld; it must be 0 or at least %d",
+                       (long long)a->pass_tokens, PIECE);
+    for (int64_t t = 0; t < T; t++)
+        if (a->ids[t] < 0 || a->ids[t] >= m->config.vocab)
+            return kl_fail(ctx, KL_ERR_ARG, "forward: token %lld has id %d; it must be 0 to %lld", (long long)t,
+                           (int)a->ids[t], (long long)m->config.vocab - 1);
+    for (int64_t i = 0; i < a->n_logits; i++)
+        if (a->logit_rows[i] < 0 || a->logit_rows[i] >= T || (i > 0 && a->logit_rows[i] <= a->logit_rows[i - 1]))
+            return kl_fail(ctx, KL_ERR_ARG, "forward: logit row %lld is %lld; rows must rise within 0 to %lld",
+                           (long long)i, (long long)a->logit_rows[i], (long long)T - 1);
+    return KL_OK;
+}
+
+static kl_status check_states(kl_ctx *ctx, const kl_model *m, const kl_forward_args *a)
+{
+    for (int64_t n = 0; n < a->N; n++) {
+        const kl_state *s = a->states[n];
+        if (s->model != m)
+            return kl_fail(ctx, KL_ERR_STATE, "forward: state %lld belongs to another model", (long long)n);
+        if (s->lost)
+            return kl_fail(ctx, KL_ERR_STATE,
+                           "forward: state %lld was lost when a step failed after token %lld; reset it",
+                           (long long)n, (long long)s->position);
+        if (s->cache_type != a->states[0]->cache_type)
+            return kl_fail(ctx, KL_ERR_STATE, "forward: state %lld has a cache of %s, state 0 of %s",
+                           (long long)n, kl_type_name(s->cache_type), kl_type_name(a->states[0]->cache_type));
+    }
+    return KL_OK;
+}
+
+/* Marks the states as in use; false with all of them free again when one is in use, or given twice. */
+static bool acquire(const kl_forward_args *a, int64_t *taken)
+{
+    for (*taken = 0; *taken < a->N; ++*taken)
+        if (atomic_exchange(&a->states[*taken]->busy, 1))
+            return false;
+    return true;
+}
+
+static void release(const kl_forward_args *a, int64_t taken)
+{
+    for (int64_t n = 0; n < taken; n++)
+        atomic_store(&a->states[n]->busy, 0);
+}
+
+static kl_status run_passes(pass *p, int64_t *done, int64_t pass_tokens)
+{
+    for (;;) {
+        fill(p, done, pass_tokens);
+        if (p->T == 0)
+            return KL_OK;
+        bind(p);
+        const size_t mark = kl_scratch_mark(p->ctx);
+        KL_TRY(kl_done(p->ctx, mark, run_guarded(p)));
+        for (int64_t n = 0; n < p->N; n++)
+            done[p->segment[n].sequence] += p->segment[n].n;
+    }
+}
+
+/* Bytes of scratch of the largest pass, by running the passes with ops that only count. */
+static kl_status measure(pass *p, int64_t pass_tokens, size_t *bytes)
+{
+    int64_t *done = calloc((size_t)p->args->N + 1, sizeof *done);
+    if (done == NULL)
+        return kl_fail(p->ctx, KL_ERR_MEMORY, "out of memory: plan");
+    kl_measure saved;
+    kl_measure_begin(p->ctx, &saved);
+    const kl_status status = run_passes(p, done, pass_tokens);
+    *bytes = kl_measure_end(p->ctx, &saved);
+    free(done);
+    return status;
+}
+
+/* Everything a call takes, taken at entry: pass tables, cache pages, scratch. */
+static kl_status prepare(pass *p, int64_t pass_tokens)
+{
+    const kl_forward_args *a = p->args;
+    size_t scratch;
+    KL_TRY(new_pass(p, a->N, kl_min(pass_tokens, a->offsets[a->N])));
+    KL_TRY(measure(p, pass_tokens, &scratch));
+    for (int64_t n = 0; n < a->N; n++)
+        KL_TRY(kl_state_grow(p->ctx, a->states[n], a->states[n]->position + a->offsets[n + 1] - a->offsets[n]));
+    return kl_scratch_reserve(p->ctx, scratch);
+}
+
+kl_status kl_call_scratch(kl_ctx *ctx, const kl_model *model, const kl_forward_args *args, size_t *bytes)
+{
+    const int64_t pass_tokens = args->pass_tokens > 0 ? args->pass_tokens : PASS_TOKENS;
+    pass p = { .ctx = ctx, .model = model, .args = args };
+    kl_status status = new_pass(&p, args->N, kl_min(pass_tokens, args->offsets[args->N]));
+    if (status == KL_OK)
+        status = measure(&p, pass_tokens, bytes);
+    free_pass(&p);
+    return status;
+}
+
+kl_status kl_forward(kl_ctx *ctx, const kl_model *model, const kl_forward_args *args)
+{
+    KL_TRY(check_args(ctx, model, args));
+    int64_t taken;
+    if (!acquire(args, &taken)) {
+        release(args, taken);
+        return kl_fail(ctx, KL_ERR_STATE, "forward: state %lld is in use, or given twice", (long long)taken);
+    }
+    const int64_t pass_tokens = args->pass_tokens > 0 ? args->pass_tokens : PASS_TOKENS;
+    pass p = { .ctx = ctx, .model = model, .args = args };
+    int64_t *done = calloc((size_t)args->N + 1, sizeof *done);
+    kl_status status = done != NULL ? check_states(ctx, model, args)
+                                    : kl_fail(ctx, KL_ERR_MEMORY, "out of memory: forward");
+    if (status == KL_OK)
+        status = prepare(&p, pass_tokens);
+    if (status == KL_OK)
+        status = run_passes(&p, done, pass_tokens);
+    if (args->done != NULL && done != NULL)
+        memcpy(args->done, done, (size_t)args->N * sizeof *done);
+    free_pass(&p);
+    free(done);
+    release(args, taken);
+    return status;
+}

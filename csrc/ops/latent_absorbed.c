@@ -1,0 +1,255 @@
+/* latent_attention, absorbed: the heads of a token share one key, [latent | k_shared], and one
+ * value, the latent. In batches of up to BATCH tokens:
+ *   q~_h = w_uk_h^T q_h
+ *   a_h = sum_s p_s c_s,   l_h = sum_s p_s   over the positions s
+ *   o_h = w_uv_h a_h / l_h
+ * The positions of a token are cut into segments of a page. A segment is a sum of its own, so that
+ * threads can share a long cache; segments are merged in rising order, in waves that bound the
+ * memory. Neither the wave nor the group of heads in a task changes a byte. */
+#include "latent_attention.h"
+#include "product.h"
+
+#include <math.h>
+#include <string.h>
+
+enum { BATCH = 64, WAVE = 32, SEGMENT = KL_PAGE };
+
+static size_t product_bytes(const kl_absorbed *e)
+{
+    kl_weight w_uk_t = *e->a->w_uk;
+    w_uk_t.rows = e->a->w_uk->cols;
+    w_uk_t.cols = e->a->w_uk->rows;
+    w_uk_t.transposed = !e->a->w_uk->transposed;
+    const size_t up = kl_product_scratch(&w_uk_t, e->capacity),
+                 down = kl_product_scratch(e->a->w_uv, e->capacity);
+    return ((up > down ? up : down) + 63) / 64 * 64;
+}
+
+/* A thread's scratch: widened rows of one block, or what kl_product wants and its result
+ * [capacity, V]. */
+static size_t thread_bytes(const kl_absorbed *e)
+{
+    const kl_latent_attention_args *g = e->a->args;
+    const size_t block =
+        (size_t)(kl_mla_buffer(&e->a->latent, g->R) + kl_mla_buffer(&e->a->k_shared, g->P));
+    const size_t product = product_bytes(e) + (size_t)(e->capacity * g->V) * sizeof(float);
+    const size_t bytes = block * sizeof(float) > product ? block * sizeof(float) : product;
+    return (bytes + 63) / 64 * 64;
+}
+
+kl_status kl_absorbed_prepare(kl_absorbed *e, const kl_mla *a)
+{
+    const kl_latent_attention_args *g = a->args;
+    int64_t longest = 0;
+    e->a = a;
+    for (int64_t n = 0; n < g->N; n++) {
+        const int64_t tokens = g->offsets[n + 1] - g->offsets[n] - kl_mla_expanded_tokens(g, n);
+        e->n_tokens += tokens;
+        if (tokens > 0)
+            longest = kl_max(longest, g->positions[n]);
+    }
+    if (e->n_tokens == 0)
+        return KL_OK;
+    e->capacity = kl_min(e->n_tokens, BATCH);
+    const int64_t wave = kl_min(WAVE, e->capacity * kl_ceil_div(longest, SEGMENT)),
+                  slots = wave * g->H;
+    const int64_t rows = e->capacity * g->H;
+    e->thread_bytes = thread_bytes(e);
+    e->run.width = e->part.width = g->R;
+    e->run.stride = e->capacity * g->R;
+    e->part.stride = g->R;
+    KL_SCRATCH(e->token, a->ctx, e->capacity);
+    KL_SCRATCH(e->unit, a->ctx, wave);
+    KL_SCRATCH(e->query, a->ctx, rows * g->R);
+    KL_SCRATCH(e->run.m, a->ctx, rows);
+    KL_SCRATCH(e->run.l, a->ctx, rows);
+    KL_SCRATCH(e->run.acc, a->ctx, rows * g->R);
+    KL_SCRATCH(e->part.m, a->ctx, slots);
+    KL_SCRATCH(e->part.l, a->ctx, slots);
+    KL_SCRATCH(e->part.acc, a->ctx, slots * g->R);
+    KL_SCRATCH(e->scratch, a->ctx, (size_t)a->ctx->threads * e->thread_bytes);
+    return KL_OK;
+}
+
+/* ---- queries ---- */
+
+/* q~ of heads begin .. end - 1, for the tokens of the batch */
+static void absorb_queries(void *arg, int64_t begin, int64_t end, int thread)
+{
+    const kl_absorbed *e = arg;
+    const kl_latent_attention_args *g = e->a->args;
+    const int64_t width = g->K + g->P;
+    kl_weight w_uk_t = *e->a->w_uk;
+    w_uk_t.rows = g->R;
+    w_uk_t.cols = g->K;
+    w_uk_t.transposed = !e->a->w_uk->transposed;
+    for (int64_t h = begin; h < end; h++)
+        for (int64_t i = 0; i < e->n_batch;) {
+            int64_t run = 1; /* tokens that follow each other in q */
+            while (i + run < e->n_batch && e->token[i + run].t == e->token[i].t + run)
+                run++;
+            kl_product(e->a->ctx, e->query + (h * e->capacity + i) * g->R, g->R,
+                       e->a->q + (e->token[i].t * g->H + h) * width, g->H * width, NULL, run,
+                       &w_uk_t, h, 0, g->R, e->scratch + (size_t)thread * e->thread_bytes);
+            i += run;
+        }
+}
+
+/* ---- positions ---- */
+
+/* Where unit u keeps head h: segment 0 begins the token's running softmax, others are partial. */
+static kl_running place(const kl_absorbed *e, int64_t u, int64_t h)
+{
+    const int64_t H = e->a->args->H, token = e->unit[u].token;
+    const bool whole = e->unit[u].segment == 0;
+    kl_running to = whole ? e->run : e->part;
+    const int64_t row = (whole ? token : u) * H + h;
+    to.m += row;
+    to.l += row;
+    to.acc += whole ? h * to.stride + token * to.width : row * to.stride;
+    return to;
+}
+
+static void attend_segment(const kl_absorbed *e, int64_t u, int64_t h, int64_t heads, float *buffer)
+{
+    const kl_mla *a = e->a;
+    const kl_latent_attention_args *g = a->args;
+    const struct kl_absorbed_token *token = &e->token[e->unit[u].token];
+    const int64_t width = g->K + g->P, begin = e->unit[u].segment * SEGMENT;
+    const int64_t end = kl_min(begin + SEGMENT, token->seen);
+    const kl_running run = place(e, u, h);
+    const kl_rows query = { e->query + (h * e->capacity + e->unit[u].token) * g->R,
+                            e->capacity * g->R, g->R };
+    const kl_rows shared = { a->q + (token->t * g->H + h) * width + g->K, width, g->P };
+    for (int64_t i = 0; i < heads; i++) {
+        run.m[i] = -INFINITY;
+        run.l[i] = 0.0f;
+        memset(run.acc + i * run.stride, 0, (size_t)run.width * sizeof *run.acc);
+    }
+    for (int64_t p = begin; p < end; p += KL_BLOCK) {
+        const int64_t positions = kl_min(KL_BLOCK, end - p);
+        const kl_rows latent =
+            kl_mla_cache_rows(a, &a->latent, token->n, p, positions, g->R, buffer);
+        const kl_attend block = {
+            .q = { query, shared },
+            .k = { latent, kl_mla_cache_rows(a, &a->k_shared, token->n, p, positions, g->P,
+                                             buffer + kl_mla_buffer(&a->latent, g->R)) },
+            .v = latent,
+            .run = run,
+            .n_queries = heads,
+            .n = positions,
+            .first = positions,
+            .step = 0,
+            .scale = g->scale,
+        };
+        a->ctx->k->attend(&block);
+    }
+}
+
+static void attend_units(void *arg, int64_t begin, int64_t end, int thread)
+{
+    const kl_absorbed *e = arg;
+    const int64_t H = e->a->args->H, groups = kl_ceil_div(H, e->head_group);
+    float *buffer = (float *)(void *)(e->scratch + (size_t)thread * e->thread_bytes);
+    for (int64_t task = begin; task < end; task++) {
+        const int64_t h = task % groups * e->head_group;
+        attend_segment(e, task / groups, h, kl_min(e->head_group, H - h), buffer);
+    }
+}
+
+/* Adds the partial sums of the wave to their tokens', segment by segment. */
+static void merge_heads(void *arg, int64_t begin, int64_t end, int thread)
+{
+    const kl_absorbed *e = arg;
+    (void)thread;
+    for (int64_t u = 0; u < e->n_units; u++) {
+        if (e->unit[u].segment == 0)
+            continue;
+        for (int64_t h = begin; h < end; h++) {
+            const int64_t token = e->unit[u].token, row = token * e->a->args->H + h;
+            const kl_running from = place(e, u, h);
+            const kl_running to = { e->run.m + row, e->run.l + row,
+                                    e->run.acc + h * e->run.stride + token * e->run.width,
+                                    e->run.stride, e->run.width };
+            e->a->ctx->k->attend_merge(&to, &from, 1);
+        }
+    }
+}
+
+/* Heads a task: few enough that all threads have work, whole register tiles. */
+static int64_t head_group(const kl_absorbed *e)
+{
+    const int64_t tile = 8, H = e->a->args->H;
+    const int64_t groups = kl_ceil_div(4 * (int64_t)e->a->ctx->threads, e->n_units);
+    return kl_max(1, kl_ceil_div(kl_ceil_div(H, groups), tile)) * tile;
+}
+
+static kl_status run_wave(kl_absorbed *e)
+{
+    kl_ctx *ctx = e->a->ctx;
+    const int64_t H = e->a->args->H;
+    e->head_group = head_group(e);
+    KL_TRY(kl_for(ctx, e->n_units * kl_ceil_div(H, e->head_group), 1, attend_units, e));
+    for (int64_t u = 0; u < e->n_units; u++)
+        if (e->unit[u].segment > 0)
+            return kl_for(ctx, H, 4, merge_heads, e);
+    return KL_OK;
+}
+
+/* ---- outputs ---- */
+
+static void project_heads(void *arg, int64_t begin, int64_t end, int thread)
+{
+    const kl_absorbed *e = arg;
+    const kl_latent_attention_args *g = e->a->args;
+    char *scratch = e->scratch + (size_t)thread * e->thread_bytes;
+    float *sum = (float *)(void *)(scratch + product_bytes(e)); /* [n_batch, V] */
+    for (int64_t h = begin; h < end; h++) {
+        kl_product(e->a->ctx, sum, g->V, e->run.acc + h * e->run.stride, g->R, NULL, e->n_batch,
+                   e->a->w_uv, h, 0, g->V, scratch);
+        for (int64_t i = 0; i < e->n_batch; i++) {
+            float *o = e->a->o + (e->token[i].t * g->H + h) * g->V;
+            for (int64_t v = 0; v < g->V; v++)
+                o[v] = sum[i * g->V + v] / e->run.l[i * g->H + h];
+        }
+    }
+}
+
+/* ---- the whole ---- */
+
+static kl_status run_batch(kl_absorbed *e)
+{
+    kl_ctx *ctx = e->a->ctx;
+    const int64_t H = e->a->args->H;
+    KL_TRY(kl_product_for(ctx, H, 1, absorb_queries, e));
+    e->n_units = 0;
+    for (int64_t i = 0; i < e->n_batch; i++)
+        for (int64_t s = 0; s * SEGMENT < e->token[i].seen; s++) {
+            e->unit[e->n_units++] = (struct kl_absorbed_unit){ i, s };
+            if (e->n_units == WAVE) {
+                KL_TRY(run_wave(e));
+                e->n_units = 0;
+            }
+        }
+    if (e->n_units > 0)
+        KL_TRY(run_wave(e));
+    return kl_product_for(ctx, H, 1, project_heads, e);
+}
+
+kl_status kl_absorbed_run(kl_absorbed *e)
+{
+    if (e->n_tokens == 0)
+        return KL_OK;
+    const kl_latent_attention_args *g = e->a->args;
+    e->n_batch = 0;
+    for (int64_t n = 0; n < g->N; n++)
+        for (int64_t i = kl_mla_expanded_tokens(g, n); i < g->offsets[n + 1] - g->offsets[n]; i++) {
+            e->token[e->n_batch++] =
+                (struct kl_absorbed_token){ n, g->offsets[n] + i, kl_mla_seen(g, n, i) };
+            if (e->n_batch == e->capacity) {
+                KL_TRY(run_batch(e));
+                e->n_batch = 0;
+            }
+        }
+    return e->n_batch > 0 ? run_batch(e) : KL_OK;
+}

@@ -1,0 +1,72 @@
+/* What the two forms of latent_attention share. */
+#ifndef KL_LATENT_ATTENTION_H
+#define KL_LATENT_ATTENTION_H
+
+#include "../cpu/kernels.h"
+#include "ops.h"
+
+/* New tokens of a sequence are cut into pieces of KL_PIECE, from the first of the call; a piece of
+ * up to KL_ABSORBED_PIECE tokens is absorbed, a longer one expanded. */
+enum { KL_PIECE = 64, KL_ABSORBED_PIECE = 16 };
+
+typedef struct kl_mla {
+    kl_ctx *ctx;
+    float *o;
+    const float *q;
+    kl_cache latent, k_shared;
+    const kl_weight *w_uk, *w_uv;
+    const kl_latent_attention_args *args;
+} kl_mla;
+
+/* Leading new tokens of sequence n that are expanded; the rest is absorbed. */
+int64_t kl_mla_expanded_tokens(const kl_latent_attention_args *args, int64_t n);
+
+/* Positions that new token i of sequence n sees. */
+static inline int64_t kl_mla_seen(const kl_latent_attention_args *args, int64_t n, int64_t i)
+{
+    return args->positions[n] - (args->offsets[n + 1] - args->offsets[n]) + i + 1;
+}
+
+/* Rows of `width` values of sequence n from `position` on, `count` of them, within one page: as
+ * they lie, or widened into buffer [count, width] where the cache is float16. */
+kl_rows kl_mla_cache_rows(const kl_mla *a, const kl_cache *cache, int64_t n, int64_t position,
+                          int64_t count, int64_t width, float *buffer);
+
+/* floats of buffer that kl_mla_cache_rows needs for one block */
+static inline int64_t kl_mla_buffer(const kl_cache *cache, int64_t width)
+{
+    return cache->type == KL_F32 ? 0 : KL_BLOCK * width;
+}
+
+/* Each form: what it needs, taken before either runs. */
+typedef struct kl_expanded {
+    const kl_mla *a;
+    int64_t n_chunks, *chunk_end; /* [N]: chunks of queries of the sequences up to n */
+    int64_t longest;              /* queries of the longest chunk */
+    char *scratch;                /* of every thread, one after another */
+    size_t thread_bytes;
+} kl_expanded;
+kl_status kl_expanded_prepare(kl_expanded *e, const kl_mla *a) KL_CHECKED;
+kl_status kl_expanded_run(const kl_expanded *e) KL_CHECKED;
+
+typedef struct kl_absorbed {
+    const kl_mla *a;
+    int64_t n_tokens, capacity; /* absorbed tokens of the call; of a batch */
+    struct kl_absorbed_token {
+        int64_t n, t, seen; /* sequence, row of q, positions */
+    } *token;               /* [capacity], n_batch of them at hand */
+    int64_t n_batch;
+    struct kl_absorbed_unit {
+        int64_t token, segment;
+    } *unit; /* a wave: n_units of them at hand */
+    int64_t n_units, head_group;
+    float *query;    /* [H, capacity, R]: W_uk^T q */
+    kl_running run;  /* m, l [capacity, H]; acc [H, capacity, R] */
+    kl_running part; /* of a wave: m, l [units, H]; acc [units, H, R] */
+    char *scratch;
+    size_t thread_bytes;
+} kl_absorbed;
+kl_status kl_absorbed_prepare(kl_absorbed *e, const kl_mla *a) KL_CHECKED;
+kl_status kl_absorbed_run(kl_absorbed *e) KL_CHECKED;
+
+#endif

@@ -1,0 +1,138 @@
+/* latent_attention, expanded: a task is one head of up to CHUNK queries of a sequence. Block by
+ * block of positions it computes the head's keys and values, the same bytes in any call,
+ *   k_nope [64, K] = c w_uk_h^T,   v [64, V] = c w_uv_h^T
+ * then brings every query that sees the block up to date. */
+#include "latent_attention.h"
+#include "product.h"
+
+#include <math.h>
+#include <string.h>
+
+/* bounds a thread's scratch; the keys and values are computed once for each chunk */
+enum { CHUNK = 1024 };
+
+/* One thread's scratch. */
+typedef struct room {
+    float *k, *v, *latent, *k_shared; /* [64, .] of one block */
+    float *m, *l, *acc;               /* [chunk], [chunk], [chunk, V] */
+    void *product;
+} room;
+
+static size_t lay_out(room *r, const kl_expanded *e, char *base)
+{
+    const kl_mla *a = e->a;
+    const kl_latent_attention_args *g = a->args;
+    const size_t product = (size_t)kl_max((int64_t)kl_product_scratch(a->w_uk, KL_BLOCK),
+                                          (int64_t)kl_product_scratch(a->w_uv, KL_BLOCK));
+    const size_t n[] = { (size_t)(KL_BLOCK * g->K),
+                         (size_t)(KL_BLOCK * g->V),
+                         (size_t)kl_mla_buffer(&a->latent, g->R),
+                         (size_t)kl_mla_buffer(&a->k_shared, g->P),
+                         (size_t)e->longest,
+                         (size_t)e->longest,
+                         (size_t)(e->longest * g->V),
+                         (product + sizeof(float) - 1) / sizeof(float) };
+    size_t at[8], bytes = 0;
+    for (int i = 0; i < 8; i++) {
+        at[i] = bytes;
+        bytes += (n[i] * sizeof(float) + 63) / 64 * 64;
+    }
+    if (base != NULL) {
+        float **part[] = { &r->k, &r->v, &r->latent, &r->k_shared, &r->m, &r->l, &r->acc };
+        for (int i = 0; i < 7; i++)
+            *part[i] = (float *)(void *)(base + at[i]);
+        r->product = base + at[7];
+    }
+    return bytes;
+}
+
+kl_status kl_expanded_prepare(kl_expanded *e, const kl_mla *a)
+{
+    const kl_latent_attention_args *g = a->args;
+    e->a = a;
+    for (int64_t n = 0; n < g->N; n++) {
+        const int64_t queries = kl_mla_expanded_tokens(g, n);
+        e->n_chunks += kl_ceil_div(queries, CHUNK);
+        e->longest = kl_max(e->longest, kl_min(queries, CHUNK));
+    }
+    if (e->n_chunks == 0)
+        return KL_OK;
+    e->thread_bytes = lay_out(NULL, e, NULL);
+    KL_SCRATCH(e->chunk_end, a->ctx, g->N);
+    KL_SCRATCH(e->scratch, a->ctx, (size_t)a->ctx->threads * e->thread_bytes);
+    if (a->ctx->arena.measuring)
+        return KL_OK;
+    for (int64_t n = 0, end = 0; n < g->N; n++)
+        e->chunk_end[n] = end += kl_ceil_div(kl_mla_expanded_tokens(g, n), CHUNK);
+    return KL_OK;
+}
+
+/* keys and values of positions p .. p + count - 1 */
+static void expand(const kl_mla *a, const room *r, int64_t n, int64_t h, int64_t p, int64_t count)
+{
+    const kl_latent_attention_args *g = a->args;
+    const kl_rows c = kl_mla_cache_rows(a, &a->latent, n, p, count, g->R, r->latent);
+    kl_product(a->ctx, r->k, g->K, c.data, c.stride, NULL, count, a->w_uk, h, 0, g->K, r->product);
+    kl_product(a->ctx, r->v, g->V, c.data, c.stride, NULL, count, a->w_uv, h, 0, g->V, r->product);
+}
+
+/* head h of queries first .. last - 1 of sequence n */
+static void attend(const kl_mla *a, const room *r, int64_t n, int64_t h, int64_t first,
+                   int64_t last)
+{
+    const kl_latent_attention_args *g = a->args;
+    const int64_t width = g->K + g->P, row = g->H * width, count = last - first;
+    const int64_t seen = kl_mla_seen(g, n, first), all = kl_mla_seen(g, n, last - 1);
+    const float *q = a->q + (g->offsets[n] + first) * row + h * width;
+    for (int64_t i = 0; i < count; i++) {
+        r->m[i] = -INFINITY;
+        r->l[i] = 0.0f;
+    }
+    memset(r->acc, 0, (size_t)(count * g->V) * sizeof *r->acc);
+
+    for (int64_t p = 0; p < all; p += KL_BLOCK) {
+        const int64_t positions = kl_min(KL_BLOCK, all - p), skip = kl_max(0, p + 1 - seen);
+        expand(a, r, n, h, p, positions);
+        const kl_attend block = {
+            .q = { { q + skip * row, row, g->K }, { q + skip * row + g->K, row, g->P } },
+            .k = { { r->k, g->K, g->K },
+                   kl_mla_cache_rows(a, &a->k_shared, n, p, positions, g->P, r->k_shared) },
+            .v = { r->v, g->V, g->V },
+            .run = { r->m + skip, r->l + skip, r->acc + skip * g->V, g->V, g->V },
+            .n_queries = count - skip,
+            .n = positions,
+            .first = seen + skip - p,
+            .step = 1,
+            .scale = g->scale,
+        };
+        a->ctx->k->attend(&block);
+    }
+
+    for (int64_t i = 0; i < count; i++) {
+        float *o = a->o + ((g->offsets[n] + first + i) * g->H + h) * g->V;
+        for (int64_t v = 0; v < g->V; v++)
+            o[v] = r->acc[i * g->V + v] / r->l[i];
+    }
+}
+
+static void heads(void *arg, int64_t begin, int64_t end, int thread)
+{
+    const kl_expanded *e = arg;
+    const kl_mla *a = e->a;
+    room r;
+    lay_out(&r, e, e->scratch + (size_t)thread * e->thread_bytes);
+    for (int64_t task = begin; task < end; task++) {
+        const int64_t h = task / e->n_chunks, chunk = task % e->n_chunks;
+        int64_t n = 0;
+        while (e->chunk_end[n] <= chunk)
+            n++;
+        const int64_t first = (chunk - (n > 0 ? e->chunk_end[n - 1] : 0)) * CHUNK;
+        attend(a, &r, n, h, first, kl_min(first + CHUNK, kl_mla_expanded_tokens(a->args, n)));
+    }
+}
+
+kl_status kl_expanded_run(const kl_expanded *e)
+{
+    kl_expanded copy = *e;
+    return kl_product_for(e->a->ctx, e->n_chunks * e->a->args->H, 1, heads, &copy);
+}

@@ -1,0 +1,433 @@
+/* _core.Model: it holds the buffers that its weights lie in. */
+#include "model.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- config: a dict of numbers, and the layers as a list of (mixer, ffn) ---- */
+
+static bool number(PyObject *dict, const char *key, double *as_double, int64_t *as_int)
+{
+    PyObject *value = PyDict_GetItemString(dict, key); /* borrowed */
+    if (value == NULL) {
+        PyErr_Format(PyExc_ValueError, "config: %s is missing", key);
+        return false;
+    }
+    if (as_double != NULL)
+        *as_double = PyFloat_AsDouble(value);
+    else
+        *as_int = PyLong_AsLongLong(value);
+    return !PyErr_Occurred();
+}
+
+static bool parse_layers(PyObject *list, py_model *self)
+{
+    const Py_ssize_t n = PyList_Check(list) ? PyList_Size(list) : -1;
+    if (n < 1) {
+        PyErr_SetString(PyExc_TypeError, "config: layers must be a list of (mixer, ffn)");
+        return false;
+    }
+    self->layers = calloc((size_t)n, sizeof *self->layers);
+    if (self->layers == NULL) {
+        PyErr_NoMemory();
+        return false;
+    }
+    for (Py_ssize_t i = 0; i < n; i++) {
+        int mixer, ffn;
+        PyObject *pair = PyList_GetItem(list, i);
+        if (!PyTuple_Check(pair) || !PyArg_ParseTuple(pair, "ii", &mixer, &ffn)
+            || (mixer != KL_MIXER_KDA && mixer != KL_MIXER_MLA) || (ffn != KL_FFN_DENSE && ffn != KL_FFN_MOE)) {
+            if (!PyErr_Occurred())
+                PyErr_SetString(PyExc_TypeError, "config: layers must be a list of (mixer, ffn)");
+            return false;
+        }
+        self->layers[i] = (kl_layer){ (kl_mixer)mixer, (kl_ffn)ffn };
+    }
+    self->config.layers = self->layers;
+    self->config.n_layers = n;
+    return true;
+}
+
+static bool parse_config(PyObject *dict, py_model *self)
+{
+    kl_config *c = &self->config;
+    int64_t router = 0, renormalise = 0, tied = 0;
+    double rms_eps = 0, latent_eps = 0, lower_bound = 0, scale = 0;
+    const struct {
+        const char *key;
+        int64_t *to;
+    } ints[] = {
+        { "vocab_size", &c->vocab },
+        { "hidden_size", &c->D },
+        { "tied", &tied },
+        { "kda_heads", &c->kda.heads },
+        { "kda_head_dim", &c->kda.width },
+        { "conv_width", &c->kda.taps },
+        { "mla_heads", &c->mla.heads },
+        { "nope_dim", &c->mla.nope },
+        { "rope_dim", &c->mla.rope },
+        { "v_head_dim", &c->mla.v },
+        { "kv_rank", &c->mla.rank },
+        { "q_rank", &c->mla.q_rank },
+        { "ffn_size", &c->ffn.dense },
+        { "n_experts", &c->ffn.experts },
+        { "experts_per_token", &c->ffn.k },
+        { "moe_size", &c->ffn.width },
+        { "n_shared_experts", &c->ffn.shared },
+        { "n_groups", &c->ffn.groups },
+        { "top_groups", &c->ffn.top_groups },
+        { "router", &router },
+        { "renormalise", &renormalise },
+    };
+    const struct {
+        const char *key;
+        double *to;
+    } doubles[] = { { "rms_norm_eps", &rms_eps },
+                    { "latent_eps", &latent_eps },
+                    { "gate_lower_bound", &lower_bound },
+                    { "routed_scale", &scale } };
+    if (!PyDict_Check(dict)) {
+        PyErr_SetString(PyExc_TypeError, "config must be a dict");
+        return false;
+    }
+    for (size_t i = 0; i < sizeof ints / sizeof ints[0]; i++)
+        if (!number(dict, ints[i].key, NULL, ints[i].to))
+            return false;
+    for (size_t i = 0; i < sizeof doubles / sizeof doubles[0]; i++)
+        if (!number(dict, doubles[i].key, doubles[i].to, NULL))
+            return false;
+    c->rms_eps = (float)rms_eps;
+    c->latent_eps = (float)latent_eps;
+    c->kda.lower_bound = (float)lower_bound;
+    c->ffn.scale = (float)scale;
+    c->ffn.router = router ? KL_ROUTER_SOFTMAX : KL_ROUTER_SIGMOID;
+    c->ffn.renormalise = renormalise != 0;
+    c->tied = tied != 0;
+    PyObject *layers = PyDict_GetItemString(dict, "layers");
+    if (layers == NULL) {
+        PyErr_SetString(PyExc_ValueError, "config: layers is missing");
+        return false;
+    }
+    return parse_layers(layers, self);
+}
+
+/* ---- tensors: (name, index of the buffer or -1, first byte, type, shape) ---- */
+
+static bool hold_buffers(PyObject *list, py_model *self)
+{
+    const Py_ssize_t n = PyList_Check(list) ? PyList_Size(list) : -1;
+    if (n < 0) {
+        PyErr_SetString(PyExc_TypeError, "buffers must be a list");
+        return false;
+    }
+    self->buffers = calloc((size_t)n + 1, sizeof *self->buffers);
+    if (self->buffers == NULL) {
+        PyErr_NoMemory();
+        return false;
+    }
+    for (; self->n_buffers < n; self->n_buffers++)
+        if (PyObject_GetBuffer(PyList_GetItem(list, self->n_buffers), &self->buffers[self->n_buffers],
+                               PyBUF_SIMPLE) < 0)
+            return false;
+    return true;
+}
+
+static bool parse_tensor(PyObject *item, const py_model *self, kl_tensor *t)
+{
+    PyObject *name, *shape;
+    long long buffer, first;
+    int type;
+    if (!PyTuple_Check(item) || !PyArg_ParseTuple(item, "ULLiO!", &name, &buffer, &first, &type, &PyTuple_Type, &shape))
+        return false;
+    t->name = PyUnicode_AsUTF8AndSize(name, NULL);
+    t->type = (kl_type)type;
+    t->n_dims = (int)PyTuple_Size(shape);
+    if (t->name == NULL || t->n_dims < 1 || t->n_dims > 4 || kl_type_bytes(t->type, 1) == 0) {
+        if (!PyErr_Occurred())
+            PyErr_Format(PyExc_TypeError, "%U: type %d, %d axes; it must be F32, F16 or BF16 with 1 to 4 axes", name,
+                         type, t->n_dims);
+        return false;
+    }
+    int64_t values = 1;
+    for (int i = 0; i < t->n_dims; i++) {
+        t->shape[i] = PyLong_AsLongLong(PyTuple_GetItem(shape, i));
+        if (PyErr_Occurred() || !kl_mul(&values, values, t->shape[i])) {
+            PyErr_Format(PyExc_ValueError, "%U: a size is negative or too large", name);
+            return false;
+        }
+    }
+    t->data = NULL;
+    if (buffer < 0)
+        return true;
+    const int64_t bytes = (int64_t)kl_type_bytes(t->type, values);
+    if (buffer >= self->n_buffers || first < 0 || bytes > self->buffers[buffer].len
+        || first > self->buffers[buffer].len - bytes) {
+        PyErr_Format(PyExc_ValueError, "%U: its %lld bytes from byte %lld are not in buffer %lld", name,
+                     (long long)bytes, first, buffer);
+        return false;
+    }
+    t->data = (const char *)self->buffers[buffer].buf + first;
+    if ((uintptr_t)t->data % kl_type_bytes(t->type, 1) != 0) {
+        PyErr_Format(PyExc_ValueError, "%U: byte %lld is not aligned to its type", name, first);
+        return false;
+    }
+    return true;
+}
+
+static bool create(py_model *self, PyObject *list, int planning)
+{
+    const Py_ssize_t n = PyList_Check(list) ? PyList_Size(list) : -1;
+    kl_tensor *tensors = calloc((size_t)(n < 0 ? 0 : n) + 1, sizeof *tensors);
+    kl_py_call c = { 0 };
+    bool ok = n >= 0 && tensors != NULL;
+    if (!ok)
+        PyErr_SetString(PyExc_TypeError, "tensors must be a list");
+    for (Py_ssize_t i = 0; ok && i < n; i++)
+        ok = parse_tensor(PyList_GetItem(list, i), self, &tensors[i]);
+    if (ok && kl_py_begin(&c, (PyObject *)self->context)) {
+        c.status = kl_model_create(c.ctx, &self->model, &self->config, tensors, n, planning);
+        PyObject *none = kl_py_end(&c);
+        ok = none != NULL;
+        Py_XDECREF(none);
+    }
+    free(tensors);
+    return ok;
+}
+
+static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    (void)kwargs;
+    PyObject *context, *config, *buffers, *tensors;
+    int planning = 0;
+    if (!PyArg_ParseTuple(args, "OOOO|i:Model", &context, &config, &buffers, &tensors, &planning))
+        return NULL;
+    if (kl_py_context_of(context) == NULL)
+        return NULL;
+    allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    py_model *self = (py_model *)allocate(type, 0);
+    if (self == NULL)
+        return NULL;
+    self->context = (kl_py_context *)Py_NewRef(context);
+    if (!parse_config(config, self) || !hold_buffers(buffers, self) || !create(self, tensors, planning)) {
+        Py_DECREF(self);
+        return NULL;
+    }
+    return (PyObject *)self;
+}
+
+static void model_dealloc(PyObject *o)
+{
+    py_model *self = (py_model *)o;
+    if (self->context != NULL)
+        kl_model_destroy(self->context->ctx, self->model);
+    for (Py_ssize_t i = 0; i < self->n_buffers; i++)
+        PyBuffer_Release(&self->buffers[i]);
+    free(self->buffers);
+    free(self->layers);
+    Py_XDECREF((PyObject *)self->context);
+    kl_py_free(o);
+}
+
+py_model *kl_py_model_of(PyObject *o)
+{
+    if (PyType_GetSlot(Py_TYPE(o), Py_tp_dealloc) == (void *)model_dealloc)
+        return (py_model *)o;
+    PyErr_Format(PyExc_TypeError, "model must be a _core.Model, not %R", (PyObject *)Py_TYPE(o));
+    return NULL;
+}
+
+/* ---- methods of a model ---- */
+
+/* [(layer or -1, tap id, name, shape without T, is int32)] in the order of the dataflow */
+static PyObject *model_taps(PyObject *o, PyObject *args)
+{
+    (void)args;
+    const kl_config *c = &((py_model *)o)->config;
+    PyObject *list = PyList_New(0);
+    for (int64_t layer = -1; list != NULL && layer < c->n_layers; layer++)
+        for (int tap = 0; tap < KL_TAP_COUNT; tap++) {
+            const char *name;
+            int64_t shape[2];
+            int n_dims, is_int32;
+            if (!kl_tap_shape(c, (kl_tap)tap, layer, &name, shape, &n_dims, &is_int32))
+                continue;
+            PyObject *dims = n_dims == 2
+                                 ? Py_BuildValue("(LL)", (long long)shape[0], (long long)shape[1])
+                                 : Py_BuildValue("(L)", (long long)shape[0]);
+            PyObject *item = dims == NULL ? NULL
+                                          : Py_BuildValue("(LisNi)", (long long)layer, tap, name, dims, is_int32);
+            if (item == NULL || PyList_Append(list, item) < 0)
+                Py_CLEAR(list);
+            Py_XDECREF(item);
+            if (list == NULL)
+                break;
+        }
+    return list;
+}
+
+static PyObject *model_plan(PyObject *o, PyObject *args)
+{
+    py_model *self = (py_model *)o;
+    kl_py_call c = { 0 };
+    PyObject *context;
+    int cache;
+    long long length, sequences, pass_tokens;
+    kl_plan plan = { 0 };
+    if (!PyArg_ParseTuple(args, "OiLLL:plan", &context, &cache, &length, &sequences, &pass_tokens))
+        return NULL;
+    if (kl_py_begin(&c, context))
+        c.status = kl_plan_make(c.ctx, &plan, self->model, (kl_type)cache, length, sequences, pass_tokens);
+    PyObject *none = kl_py_end(&c);
+    if (none == NULL)
+        return NULL;
+    Py_DECREF(none);
+    return Py_BuildValue("{sKsKsKsKsKsK}", "weights", (unsigned long long)plan.weights, "vectors",
+                         (unsigned long long)plan.vectors, "state_fixed", (unsigned long long)plan.state_fixed,
+                         "state_page", (unsigned long long)plan.state_page, "state",
+                         (unsigned long long)plan.state, "scratch", (unsigned long long)plan.scratch);
+}
+
+/* What a forward call borrows besides its buffers. */
+typedef struct tables {
+    kl_state **states;
+    void **taps;
+    const int32_t **experts;
+} tables;
+
+static void free_tables(tables *t)
+{
+    free(t->states);
+    free(t->taps);
+    free((void *)t->experts);
+}
+
+static bool parse_states(kl_py_call *c, tables *t, PyObject *list, int64_t *N)
+{
+    *N = PyList_Check(list) ? PyList_Size(list) : -1;
+    t->states = *N < 0 ? NULL : calloc((size_t)*N + 1, sizeof *t->states);
+    if (t->states == NULL) {
+        PyErr_SetString(PyExc_TypeError, "states must be a list");
+        return !(c->failed = true);
+    }
+    for (int64_t n = 0; n < *N; n++) {
+        t->states[n] = kl_py_state_of(PyList_GetItem(list, n));
+        if (t->states[n] == NULL)
+            return !(c->failed = true);
+    }
+    return true;
+}
+
+/* [(layer, tap, array)]: one host array for each tap that is wanted. These can be many: their buffers are not
+ * held; the caller's list keeps the arrays, and the length is checked here. */
+static bool parse_arrays(kl_py_call *c, PyObject *list, const kl_config *config, int64_t T, tables *t, bool taps)
+{
+    const int64_t rows = config->n_layers + 1;
+    const Py_ssize_t n = PyList_Check(list) ? PyList_Size(list) : -1;
+    c->failed = true;
+    if (taps)
+        t->taps = calloc((size_t)(rows * KL_TAP_COUNT), sizeof *t->taps);
+    else
+        t->experts = calloc((size_t)rows, sizeof *t->experts);
+    if (n < 0 || (taps ? (void *)t->taps : (void *)t->experts) == NULL) {
+        PyErr_SetString(PyExc_TypeError, "taps and expert_ids must be lists of (layer, tap, array)");
+        return false;
+    }
+    for (Py_ssize_t i = 0; i < n; i++) {
+        long long layer;
+        int tap, n_dims, is_int32;
+        const char *name;
+        int64_t shape[2];
+        PyObject *array;
+        Py_buffer view;
+        if (!PyArg_ParseTuple(PyList_GetItem(list, i), "LiO", &layer, &tap, &array))
+            return false;
+        if (!kl_tap_shape(config, (kl_tap)tap, layer, &name, shape, &n_dims, &is_int32)
+            || (!taps && tap != KL_TAP_MOE_IDS)) {
+            PyErr_Format(PyExc_ValueError, "layer %lld has no tap %d", layer, tap);
+            return false;
+        }
+        if (PyObject_GetBuffer(array, &view, PyBUF_C_CONTIGUOUS | (taps ? PyBUF_WRITABLE : 0)) < 0)
+            return false;
+        const int64_t values = T * shape[0] * (n_dims == 2 ? shape[1] : 1);
+        void *data = view.buf;
+        const bool fits = view.len == values * 4;
+        PyBuffer_Release(&view);
+        if (!fits) {
+            PyErr_Format(PyExc_ValueError, "%s of layer %lld: the array has %lld bytes; it must have %lld", name,
+                         layer, (long long)view.len, (long long)values * 4);
+            return false;
+        }
+        if (taps)
+            t->taps[(layer < 0 ? config->n_layers : layer) * KL_TAP_COUNT + tap] = data;
+        else
+            t->experts[layer] = data;
+    }
+    c->failed = false;
+    return true;
+}
+
+static PyObject *model_forward(PyObject *o, PyObject *args)
+{
+    py_model *self = (py_model *)o;
+    kl_py_call c = { 0 };
+    tables t = { 0 };
+    PyObject *context, *states, *ids, *offsets, *logits, *rows, *taps, *experts, *done;
+    long long T, n_logits, pass_tokens;
+    int check;
+    kl_forward_args a = { 0 };
+    if (!PyArg_ParseTuple(args, "OOOOLOOLOOiLO:forward", &context, &states, &ids, &offsets, &T, &logits, &rows,
+                          &n_logits, &taps, &experts, &check, &pass_tokens, &done))
+        return NULL;
+    if (parse_states(&c, &t, states, &a.N)) {
+        a.ids = kl_py_in(&c, ids, KL_PY_I32, T, "ids");
+        a.offsets = kl_py_in(&c, offsets, KL_PY_I64, a.N + 1, "offsets");
+        a.logits = kl_py_out_opt(&c, logits, KL_PY_F32,
+                                 kl_py_size(&c, "logits", n_logits, self->config.vocab, 1, 1), "logits");
+        a.logit_rows = kl_py_in_opt(&c, rows, KL_PY_I64, n_logits, "logit_rows");
+        a.done = kl_py_out_opt(&c, done, KL_PY_I64, a.N, "done");
+    }
+    if (!c.failed && n_logits > 0 && (a.logits == NULL || a.logit_rows == NULL)) {
+        PyErr_SetString(PyExc_ValueError, "logits and logit_rows must be arrays when n_logits > 0");
+        c.failed = true;
+    }
+    if (!c.failed && a.offsets[a.N] != T) {
+        PyErr_Format(PyExc_ValueError, "offsets end at %lld; they must end at T = %lld", (long long)a.offsets[a.N], T);
+        c.failed = true;
+    }
+    if (!c.failed && taps != Py_None)
+        (void)parse_arrays(&c, taps, &self->config, T, &t, true);
+    if (!c.failed && experts != Py_None)
+        (void)parse_arrays(&c, experts, &self->config, T, &t, false);
+    a.states = t.states;
+    a.taps = t.taps;
+    a.expert_ids = t.experts;
+    a.n_logits = n_logits;
+    a.check_finite = check;
+    a.pass_tokens = pass_tokens;
+    if (kl_py_begin(&c, context))
+        c.status = kl_forward(c.ctx, self->model, &a);
+    PyObject *result = kl_py_end(&c);
+    free_tables(&t);
+    return result;
+}
+
+/* ---- type ---- */
+
+static PyMethodDef model_methods[] = {
+    { "taps", model_taps, METH_NOARGS, NULL },
+    { "plan", model_plan, METH_VARARGS, NULL },
+    { "forward", model_forward, METH_VARARGS, NULL },
+    { NULL, NULL, 0, NULL },
+};
+static PyType_Slot model_slots[] = {
+    { Py_tp_new, model_new },
+    { Py_tp_dealloc, model_dealloc },
+    { Py_tp_methods, model_methods },
+    { 0, NULL },
+};
+PyType_Spec kl_py_model_spec = {
+    .name = "kimi_linear._core.Model",
+    .basicsize = sizeof(py_model),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = model_slots,
+};

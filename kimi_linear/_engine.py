@@ -1,0 +1,73 @@
+"""From a Config and tensors to what ``_core.Model`` takes."""
+
+import numpy as np
+
+from . import _core
+from ._arrays import TYPE_IDS, as_array
+
+CACHE_TYPES = {"float32": 0, "float16": 1}
+_FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 30}
+_MIXERS = {"kda": 0, "mla": 1}
+_FFNS = {"dense": 0, "moe": 1}
+_NUMBERS = (
+    "vocab_size", "hidden_size", "rms_norm_eps", "latent_eps", "kda_heads", "kda_head_dim", "conv_width",
+    "mla_heads", "nope_dim", "rope_dim", "v_head_dim", "kv_rank", "q_rank", "ffn_size", "n_experts",
+    "experts_per_token", "n_shared_experts", "moe_size", "n_groups", "top_groups", "routed_scale",
+)
+
+
+def config_numbers(config):
+    """The config as the dict of numbers that the C core reads."""
+    numbers = {name: getattr(config, name) for name in _NUMBERS}
+    numbers |= {
+        "tied": int(config.tie_embeddings),
+        "gate_lower_bound": config.gate_lower_bound or 0.0,
+        "router": int(config.router_function == "softmax"),
+        "renormalise": int(config.renormalise),
+        "layers": [(_MIXERS[layer.mixer], _FFNS[layer.ffn]) for layer in config.layers],
+    }
+    return numbers
+
+
+def core_model(context, config, tensors):
+    """A ``_core.Model`` over borrowed tensors.
+
+    Parameters
+    ----------
+    context : Context
+    config : Config
+    tensors : mapping from canonical name to array, or to a TensorView of a mapped file
+    """
+    buffers, index, entries = [], {}, []
+
+    def place(buffer):
+        if id(buffer) not in index:
+            index[id(buffer)] = len(buffers)
+            buffers.append(buffer)
+        return index[id(buffer)]
+
+    for name, tensor in tensors.items():
+        if hasattr(tensor, "file") and tensor.dtype in _FILE_TYPES and tensor.nbytes:
+            type_id = _FILE_TYPES[tensor.dtype]
+            if tensor.offset % (4 if type_id == 0 else 2) == 0:
+                entries.append((name, place(tensor.file.mapping), tensor.offset, type_id, tuple(tensor.shape)))
+                continue
+        a = tensor.array() if hasattr(tensor, "file") else as_array(tensor, name)
+        if a.dtype not in TYPE_IDS:
+            raise TypeError(f"{name} is {a.dtype}; it must be float32, float16 or bfloat16")
+        a = np.ascontiguousarray(a).reshape(a.shape)
+        entries.append((name, place(a.view(np.uint16) if a.dtype.itemsize == 2 else a), 0, TYPE_IDS[a.dtype], a.shape))
+    return _core.Model(context._core, config_numbers(config), buffers, entries)
+
+
+def planning_model(context, config, dtype):
+    """A ``_core.Model`` without weights, of matrices all of one storage type: it can only be planned with."""
+    entries = [(name, -1, 0, _FILE_TYPES[dtype], tuple(shape)) for name, shape in config.weight_shapes().items()]
+    return _core.Model(context._core, config_numbers(config), [], entries, 1)
+
+
+def cache_type(name):
+    """Type id of a cache; ValueError lists the names."""
+    if name not in CACHE_TYPES:
+        raise ValueError(f"cache is {name!r}; it must be one of {', '.join(map(repr, CACHE_TYPES))}")
+    return CACHE_TYPES[name]

@@ -1,0 +1,261 @@
+"""Matrix products, and the mixture of experts that is built on them."""
+
+import numpy as np
+
+from .. import _core
+from .._arrays import as_array, as_float32, as_integers, as_weight, output
+from ..context import current
+from ._basic import activation_id, sigmoid, swiglu
+
+_ROUTERS = {"sigmoid": 0, "softmax": 1}
+_MAX_WEIGHTS = 7  # of one linear, as csrc/python/ops_dense.c has it
+
+
+def embedding(ids, table, *, out=None, ctx=None):
+    """Rows of a table: ``table[ids]``, widened exactly.
+
+    Derivation: docs/math.md#embedding.
+
+    Parameters
+    ----------
+    ids : (...) integers
+        Token ids, ``0 <= id < vocabulary``.
+    table : (vocabulary, D) float32, float16 or bfloat16
+    out : (..., D) float32, optional
+
+    Returns
+    -------
+    y : (..., D) float32
+
+    Raises
+    ------
+    ValueError
+        If an id is out of range; the message says which, and where.
+    """
+    weight, (vocabulary, D) = as_weight(table, "table")
+    ids = as_integers(ids, "ids", low=0, high=vocabulary)
+    y = output(out, (*ids.shape, D))
+    _refuse_overlap(y, table, "table")
+    _core.embedding(current(ctx)._core, y, ids, weight, ids.size)
+    return y
+
+
+def linear(x, w, bias=None, *, out=None, ctx=None):
+    """Matrix product ``x @ w.T + bias``, with one weight or several over one x.
+
+    Each element is a dot product of 16 lanes and a halving tree, so a row has the same bytes in any batch. A
+    weight that is the transposed view of a contiguous array is used as it lies, and gives the same bytes too.
+    Derivation: docs/math.md#linear.
+
+    Parameters
+    ----------
+    x : (..., D) float32
+    w : (M, D) float32, float16 or bfloat16, or a list of such arrays
+        Used as they lie: a narrower type is widened exactly, in registers or a few rows at a time.
+    bias : (M,) float32, optional
+        With a list of weights, a list of biases (or None each).
+    out : (..., M) float32, optional
+        With a list of weights, a tuple of arrays (or None each). Shares no memory with x, w or bias.
+
+    Returns
+    -------
+    y : (..., M) float32, or a list of them for a list of weights
+
+    Raises
+    ------
+    ValueError
+        If the shapes disagree, or `out` overlaps an input.
+    """
+    x = as_float32(x, "x")
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x has shape {list(x.shape)}; it must be [..., D] with D >= 1")
+    if not isinstance(w, (list, tuple)):
+        return _linear_of(x, [w], [bias], [out], ctx, "w", "bias")[0]
+    count = len(w)
+    biases = [None] * count if bias is None else bias
+    outs = (None,) * count if out is None else out
+    for name, given in (("bias", biases), ("out", outs)):
+        if not isinstance(given, (list, tuple)) or len(given) != count:
+            raise ValueError(f"{name} must be a list of {count}, one (or None) for each weight")
+    done = []
+    for i in range(0, count, _MAX_WEIGHTS):
+        part = slice(i, i + _MAX_WEIGHTS)
+        done += _linear_of(x, w[part], biases[part], outs[part], ctx, "w[{}]", "bias[{}]", first=i)
+    return done
+
+
+def _linear_of(x, weights, biases, outs, ctx, w_name, bias_name, first=0):
+    D = x.shape[-1]
+    stored, flags, ys, bs = [], [], [], []
+    for i, (w, bias, out) in enumerate(zip(weights, biases, outs, strict=True), first):
+        weight, transposed, rows = _as_stored(w, w_name.format(i), D)
+        y = output(out, (*x.shape[:-1], rows))
+        for given, name in ((x, "x"), (weight[0], w_name.format(i)), (bias, bias_name.format(i))):
+            _refuse_overlap(y, given, name)
+        stored.append(weight)
+        flags.append(transposed)
+        ys.append(y)
+        bs.append(None if bias is None else as_float32(bias, bias_name.format(i), (rows,)))
+    _core.linear(current(ctx)._core, ys, x, stored, bs, flags, x.size // D, D)
+    return ys
+
+
+def _as_stored(w, name, D):
+    """(the core's tuple, whether it is stored transposed, its rows); `w` is [rows, D]."""
+    a = as_array(w, name)
+    transposed = a.ndim == 2 and a.flags.f_contiguous and not a.flags.c_contiguous
+    weight, shape = as_weight(a.T if transposed else a, name)
+    rows, cols = shape[::-1] if transposed else shape
+    if cols != D:
+        raise ValueError(f"{name} has shape [{rows}, {cols}]; it must be [M, {D}], as x has {D} columns")
+    return weight, transposed, rows
+
+
+def _refuse_overlap(y, given, name):
+    """ValueError where an output would be written over an input that is still to be read."""
+    if isinstance(given, np.ndarray) and np.may_share_memory(y, given):
+        raise ValueError(f"out shares memory with {name}; it must be another array")
+
+
+def route(scores, *, k, bias=None, groups=1, top_groups=1, function="sigmoid", renormalise=True, scale=1.0,
+          out=None, ctx=None):
+    """Choose k experts for each token, and their weights.
+
+    ``s`` is the sigmoid or softmax of the scores, ``s' = s + bias``. Of `groups` equal groups of experts the
+    `top_groups` with the largest sum of their two largest ``s'`` stay; of these the k largest ``s'``, the
+    lowest id among equals. The weights are ``s`` of the chosen, divided by their sum (+ 1e-20) when
+    renormalised, times `scale`.
+
+    Source: DeepSeek-V3, arXiv:2412.19437, section 2.1.2. Derivation: docs/math.md#route.
+
+    Parameters
+    ----------
+    scores : (..., E) float32
+        The router's logits.
+    k : int
+        Experts a token, at most ``E / groups * top_groups``.
+    bias : (E,) float32, optional
+        For the choice only.
+    groups, top_groups : int
+        `groups` divides E.
+    function : {"sigmoid", "softmax"}
+    renormalise : bool
+    scale : float
+    out : tuple of (..., k) int32 and (..., k) float32, optional
+
+    Returns
+    -------
+    ids : (..., k) int32
+        Ascending in each row.
+    weights : (..., k) float32
+        In the order of the ids.
+
+    Raises
+    ------
+    ValueError
+        If a score is NaN (the message says which token and expert), or k does not fit the groups.
+    """
+    scores = as_float32(scores, "scores")
+    if scores.ndim == 0 or scores.shape[-1] == 0:
+        raise ValueError(f"scores has shape {list(scores.shape)}; it must be [..., E] with E >= 1")
+    if function not in _ROUTERS:
+        raise ValueError(f"function is {function!r}; it must be 'sigmoid' or 'softmax'")
+    E = scores.shape[-1]
+    T = scores.size // E
+    bias = None if bias is None else as_float32(bias, "bias", (E,))
+    k, groups = _as_int(k, "k"), _as_int(groups, "groups")
+    top_groups = _as_int(top_groups, "top_groups")
+    if not 1 <= k <= E:
+        raise ValueError(f"k is {k}; it must be 1 <= k <= E = {E}")
+    given_ids, given_weights = (None, None) if out is None else out
+    ids = output(given_ids, (*scores.shape[:-1], k), "out[0]", np.int32)
+    weights = output(given_weights, (*scores.shape[:-1], k), "out[1]")
+    _core.route(current(ctx)._core, ids, weights, scores, bias, T, E, k, groups, top_groups,
+                _ROUTERS[function], bool(renormalise), float(scale))
+    return ids, weights
+
+
+def _as_int(value, name):
+    try:
+        return value.__index__()
+    except AttributeError:
+        raise TypeError(f"{name} is {value!r}; it must be an int") from None
+
+
+def moe(x, ids, weights, w_gate, w_up, w_down, *, shared=None, shared_gate=None, activation="silu", out=None,
+        ctx=None):
+    """Mixture of experts: the weighted sum of a token's experts, then the shared expert.
+
+    ``y = sum_e weights_e * (w_down_e @ swiglu(w_gate_e @ x, w_up_e @ x)) + shared``, by ascending expert id.
+    The tokens are grouped by expert inside, and a token has the same bytes alone as in any batch.
+
+    Source: DeepSeek-V3, arXiv:2412.19437, section 2.1.2. Derivation: docs/math.md#moe.
+
+    Parameters
+    ----------
+    x : (..., D) float32
+    ids : (..., k) integers
+        Expert ids, ascending in each row, as `route` gives them.
+    weights : (..., k) float32
+        In the order of the ids.
+    w_gate, w_up : (E, F, D) float32, float16 or bfloat16
+    w_down : (E, D, F) float32, float16 or bfloat16
+    shared : (..., D) float32, or a tuple (w_gate, w_up, w_down), optional
+        The shared expert's output, or its matrices [S, D], [S, D], [D, S].
+    shared_gate : (1, D), optional
+        The shared expert is scaled by ``sigmoid(shared_gate @ x)`` (Qwen3-Next); with `shared` only.
+    activation : {"silu"}
+    out : (..., D) float32, optional
+        Shares no memory with the inputs.
+
+    Returns
+    -------
+    y : (..., D) float32
+
+    Raises
+    ------
+    ValueError
+        If the shapes disagree, an id is not an expert's, or the ids of a token do not ascend.
+    """
+    activation_id(activation, ("silu",))
+    x = as_float32(x, "x")
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x has shape {list(x.shape)}; it must be [..., D] with D >= 1")
+    gate, (E, F, D) = as_weight(w_gate, "w_gate", ndim=3)
+    up, up_shape = as_weight(w_up, "w_up", ndim=3)
+    down, down_shape = as_weight(w_down, "w_down", ndim=3)
+    for name, shape, wanted in (("w_gate", (E, F, D), (E, F, x.shape[-1])), ("w_up", up_shape, (E, F, D)),
+                                ("w_down", down_shape, (E, D, F))):
+        if tuple(shape) != wanted:
+            raise ValueError(f"{name} has shape {list(shape)}; it must be {list(wanted)}")
+    rows = x.shape[:-1]
+    ids = as_integers(ids, "ids", (*rows, "k"), low=0, high=E)
+    weights = as_float32(weights, "weights", ids.shape)
+    shared = _shared(x, shared, shared_gate, ctx)
+    y = output(out, x.shape)
+    for name, given in (("x", x), ("weights", weights), ("shared", shared)):
+        _refuse_overlap(y, given, name)
+    _core.moe(current(ctx)._core, y, x, ids, weights, gate, up, down, shared, x.size // D, D, F,
+              ids.shape[-1])
+    return y
+
+
+def _shared(x, shared, gate, ctx):
+    """Output of the shared expert [..., D], or None."""
+    if shared is None:
+        if gate is not None:
+            raise ValueError("shared_gate needs shared: there is no shared expert to scale")
+        return None
+    if isinstance(shared, tuple):
+        if len(shared) != 3:
+            raise ValueError(f"shared is a tuple of {len(shared)}; it must be (w_gate, w_up, w_down)")
+        w_gate, w_up, w_down = shared
+        h = swiglu(*linear(x, [w_gate, w_up], ctx=ctx), ctx=ctx)
+        shared = linear(h, w_down, ctx=ctx)
+    shared = as_float32(shared, "shared", x.shape)
+    if gate is None:
+        return shared
+    scale = sigmoid(linear(x, gate, ctx=ctx), ctx=ctx)
+    if scale.shape[-1] != 1:
+        raise ValueError(f"shared_gate has {scale.shape[-1]} rows; it must be [1, D]")
+    return shared * scale

@@ -1,0 +1,130 @@
+/* A C program that uses only the header: context, ops, errors, cancelling. */
+#include "kimi_linear.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static int failures;
+
+#define CHECK(condition)                                                                           \
+    do {                                                                                           \
+        if (!(condition)) {                                                                        \
+            printf("%s:%d: %s\n", __FILE__, __LINE__, #condition);                                 \
+            failures++;                                                                            \
+        }                                                                                          \
+    } while (0)
+
+static void check_near(const float *got, const double *want, int n, double within, const char *what)
+{
+    for (int i = 0; i < n; i++)
+        if (!(fabs((double)got[i] - want[i]) <= within)) {
+            printf("%s[%d] is %.9g; it must be %.9g\n", what, i, (double)got[i], want[i]);
+            failures++;
+        }
+}
+
+/* The worked example of docs/math.md#delta-rule: one head, K = V = 2, three tokens. */
+static void test_delta_rule(kl_ctx *ctx)
+{
+    const float q_raw[] = { 1, 2, -1, 1, 3, -1 }, k_raw[] = { 2, 1, 0, 1, 1, -2 };
+    const float v[] = { 1, -1, 0.5f, 2, -2, 1 }, f[] = { 0.3f, -0.2f, 1, 0, -1, 2 }, b[] = { 0, 1, -1 };
+    const float rate[] = { 2 }, dt_bias[] = { 0.5f, -0.5f };
+    const double want_g[] = { -2.342201332, -0.806372098, -3.402826556, -0.948153968, -0.948153968, -3.402826556 };
+    const double want_o[] = { 0.282842656, -0.282842656, 0.186973346, 0.726849192, -0.266757022, 0.126001403 };
+    const double want_state[] = { -0.233700190, 0.119969000, 0.491873158, -0.203588432 };
+    const int64_t offsets[] = { 0, 3 };
+    float q[6], k[6], g[6], beta[3], o[6], state[4];
+    void *slot = state;
+    const kl_slots none = { NULL, 0 }, out = { &slot, 0 };
+    const kl_delta_rule_args args = {
+        .offsets = offsets, .N = 1, .T = 3, .Hk = 1, .Hv = 1, .K = 2, .V = 2,
+        .scale = 0.70710678f, .gate = KL_GATE_CHANNEL,
+    };
+    CHECK(kl_l2_norm(ctx, q, q_raw, 3, 2, 1e-6f) == KL_OK);
+    CHECK(kl_l2_norm(ctx, k, k_raw, 3, 2, 1e-6f) == KL_OK);
+    CHECK(kl_decay_gate(ctx, g, f, rate, dt_bias, 3, 1, 2, 0.0f) == KL_OK);
+    CHECK(kl_sigmoid(ctx, beta, b, 3) == KL_OK);
+    CHECK(kl_delta_rule(ctx, o, out, q, k, v, g, beta, none, &args) == KL_OK);
+    check_near(g, want_g, 6, 1e-6, "g");
+    check_near(o, want_o, 6, 1e-6, "o");
+    check_near(state, want_state, 4, 1e-6, "state");
+}
+
+static void test_errors(kl_ctx *ctx)
+{
+    float x[4] = { 1, 2, 3, 4 }, w[4] = { 1, 1, 1, 1 }, y[4] = { 7, 7, 7, 7 };
+    CHECK(kl_rms_norm(ctx, y, x, w, 1, 4, -1.0f) == KL_ERR_ARG);
+    CHECK(strstr(kl_ctx_error(ctx), "eps is -1") != NULL);
+    CHECK(kl_rms_norm(ctx, y, x, w, -1, 4, 0.0f) == KL_ERR_SHAPE);
+    CHECK(y[0] == 7 && y[3] == 7);
+    kl_ctx *none = NULL;
+    const kl_ctx_options wrong = { .isa = "mmx" };
+    CHECK(kl_ctx_create(&none, &wrong) == KL_ERR_UNSUPPORTED);
+    CHECK(strstr(kl_ctx_error(none), "isa is \"mmx\"") != NULL);
+    kl_ctx_destroy(none);
+}
+
+static void test_same_bytes(void)
+{
+    enum { T = 9, D = 300 };
+    static float x[T * D], w[D], first[T * D], y[T * D];
+    const char *isa[8];
+    const int n = kl_isa_list(isa, 8);
+    for (int i = 0; i < T * D; i++)
+        x[i] = (float)((i * 7919) % 1013) / 256.0f - 2.0f;
+    for (int i = 0; i < D; i++)
+        w[i] = 1.0f + (float)i / D;
+    for (int i = 0; i < n; i++)
+        for (int threads = 1; threads <= 3; threads++) {
+            kl_ctx *ctx;
+            const kl_ctx_options options = { .isa = isa[i], .threads = threads };
+            CHECK(kl_ctx_create(&ctx, &options) == KL_OK);
+            CHECK(kl_ctx_threads(ctx) == threads && strcmp(kl_ctx_isa(ctx), isa[i]) == 0);
+            CHECK(kl_rms_norm(ctx, y, x, w, T, D, 1e-5f) == KL_OK);
+            if (i == 0 && threads == 1)
+                memcpy(first, y, sizeof y);
+            CHECK(memcmp(first, y, sizeof y) == 0);
+            kl_ctx_destroy(ctx);
+        }
+}
+
+static int stop(void *user)
+{
+    ++*(int *)user;
+    return 1;
+}
+
+static void test_cancel(kl_ctx *ctx)
+{
+    enum { T = 4096, D = 64 };
+    int asked = 0;
+    float *x = calloc(T * D, sizeof *x), *w = calloc(D, sizeof *w);
+    kl_ctx_cancel(ctx);
+    CHECK(kl_rms_norm(ctx, x, x, w, T, D, 1e-5f) == KL_ERR_INTERRUPTED);
+    CHECK(kl_rms_norm(ctx, x, x, w, T, D, 1e-5f) == KL_OK);
+    kl_ctx_set_poll(ctx, stop, &asked);
+    CHECK(kl_rms_norm(ctx, x, x, w, T, D, 1e-5f) == KL_ERR_INTERRUPTED);
+    CHECK(asked > 0);
+    kl_ctx_set_poll(ctx, NULL, NULL);
+    CHECK(kl_rms_norm(ctx, x, x, w, T, D, 1e-5f) == KL_OK);
+    free(x);
+    free(w);
+}
+
+int main(void)
+{
+    kl_ctx *ctx;
+    if (kl_ctx_create(&ctx, NULL) != KL_OK) {
+        printf("%s\n", kl_ctx_error(ctx));
+        return 1;
+    }
+    test_delta_rule(ctx);
+    test_errors(ctx);
+    test_same_bytes();
+    test_cancel(ctx);
+    kl_ctx_destroy(ctx);
+    printf("%s: %s\n", __FILE__, failures == 0 ? "ok" : "failed");
+    return failures != 0;
+}

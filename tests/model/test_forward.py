@@ -1,0 +1,268 @@
+"""The laws of the forward pass: what gives the same bytes, and what stays within the budget."""
+
+import numpy as np
+import pytest
+
+import kimi_linear as kl
+from conftest import GOLDEN_CASES, DATA
+
+CONTEXTS = [kl.Context(isa=isa, threads=n) for isa in kl.isa_list() for n in (1, 2, 3)]
+CASES = ["tiny", *GOLDEN_CASES]
+_models = {}
+
+
+def open_model(case, **options):
+    key = (case, *options.items())
+    if key not in _models:
+        _models[key] = kl.Model.tiny(**options) if case == "tiny" else kl.Model.from_pretrained(
+            DATA / "golden" / case, **options)
+    return _models[key]
+
+
+@pytest.fixture(params=CASES)
+def model(request):
+    return open_model(request.param)
+
+
+def ids(model, T, seed=0):
+    return np.random.default_rng(seed).integers(3, model.config.vocab_size, T).astype(np.int32)
+
+
+def arrays(state):
+    return {name: value.tobytes() for name, value in state.items()}
+
+
+def run(model, tokens, cuts=()):
+    """Logits and state after reading `tokens` in calls that end at `cuts`."""
+    state = model.new_state()
+    ends = [*cuts, len(tokens)]
+    parts = [model.forward(tokens[a:b], state=state) for a, b in zip([0, *cuts], ends, strict=True)]
+    assert state.position == len(tokens)
+    return np.concatenate(parts), state
+
+
+def test_same_bytes_on_every_instruction_set_and_thread_count(model):
+    tokens = ids(model, 200)
+    first = None
+    before = model._ctx
+    try:
+        for ctx in CONTEXTS:
+            model._ctx = ctx
+            logits, state = run(model, tokens)
+            got = logits.tobytes(), arrays(state)
+            first = first or got
+            assert got == first, ctx
+    finally:
+        model._ctx = before
+
+
+@pytest.mark.parametrize("lengths", [[1], [64, 1], [70, 3, 1, 129, 17, 16, 64, 200, 5], [0, 9, 0]])
+def test_a_batch_gives_each_sequence_the_bytes_it_gets_alone(model, lengths):
+    sequences = [ids(model, n, seed=n) for n in lengths]
+    states = model.new_state(len(lengths))
+    together = model.forward(sequences, state=states)
+    for tokens, logits, state in zip(sequences, together, states, strict=True):
+        alone, own = run(model, tokens)
+        assert logits.tobytes() == alone.tobytes() and arrays(state) == arrays(own)
+
+
+@pytest.mark.parametrize("cuts", [(64,), (128,), (64, 128, 192), (192,)])
+def test_a_split_at_multiples_of_64_is_the_whole(model, cuts):
+    tokens = ids(model, 300)
+    whole, state = run(model, tokens)
+    split, own = run(model, tokens, cuts)
+    assert whole.tobytes() == split.tobytes() and arrays(state) == arrays(own)
+
+
+@pytest.mark.parametrize("pass_tokens", [64, 100, 448])
+def test_the_length_of_a_pass_changes_no_byte(model, pass_tokens):
+    tokens = ids(model, 500)
+    whole, state = run(model, tokens)
+    other = model.new_state()
+    values = np.empty_like(whole)
+    rows = np.arange(len(tokens), dtype=np.int64)
+    model._core.forward(kl.Context()._core, [other._core], tokens, np.array([0, 500]), 500, values, rows, 500, None, None,
+                        0, pass_tokens, None)
+    assert values.tobytes() == whole.tobytes() and arrays(other) == arrays(state)
+
+
+@pytest.mark.parametrize("cuts", [(1,), (17,), (1, 2, 3, 50), tuple(range(1, 90))])
+def test_any_other_split_is_near_the_whole(model, cuts):
+    tokens = ids(model, 90)
+    whole, state = run(model, tokens)
+    split, own = run(model, tokens, cuts)
+    assert np.sqrt(np.mean((whole - split) ** 2) / np.mean(whole**2)) < 1e-5
+    for name in state:
+        assert np.abs(state[name] - own[name]).max(initial=0) <= 1e-4 * np.sqrt(np.mean(state[name] ** 2)) + 1e-30
+
+
+def test_decode_steps_together_are_decode_steps_alone(model):
+    prompts = [ids(model, n, seed=n) for n in (5, 70, 33)]
+    together = model.new_state(3)
+    alone = model.new_state(3)
+    model.forward(prompts, state=together, logits="none")
+    for prompt, state in zip(prompts, alone, strict=True):
+        model.forward(prompt, state=state, logits="none")
+    for step in range(4):
+        tokens = ids(model, 3, seed=100 + step)
+        batch = model.forward(tokens[:, None], state=together, logits="last")
+        for i in range(3):
+            assert batch[i].tobytes() == model.forward(tokens[i:i + 1], state=alone[i], logits="last").tobytes()
+    for a, b in zip(together, alone, strict=True):
+        assert arrays(a) == arrays(b)
+
+
+def test_logits_last_and_rows_are_rows_of_all(model):
+    tokens = ids(model, 150)
+    whole = model.forward(tokens)
+    assert model.forward(tokens, logits="last").tobytes() == whole[-1].tobytes()
+    assert model.forward(tokens, logits=[0, 64, 149]).tobytes() == whole[[0, 64, 149]].tobytes()
+    assert model.forward(tokens, logits="none") is None
+    batch = model.forward(np.stack([tokens[:40], tokens[40:80]]), logits="last")
+    assert batch.shape == (2, model.config.vocab_size) and batch[0].tobytes() == whole[39].tobytes()
+
+
+def test_taps_change_no_byte_and_every_tap_has_its_shape(model):
+    tokens = ids(model, 130)
+    whole, state = run(model, tokens)
+    own = model.new_state()
+    logits, trace = model.forward(tokens, state=own, taps="*")
+    assert logits.tobytes() == whole.tobytes() and arrays(own) == arrays(state)
+    assert list(trace) == model.taps
+    for name, value in trace.items():
+        assert value.shape[0] == len(tokens) and np.isfinite(value).all(), name
+    checked = model.forward(tokens, check="finite")
+    assert checked.tobytes() == whole.tobytes()
+
+
+def test_given_experts_are_used(model):
+    tokens = ids(model, 40)
+    trace = model.trace(tokens, "layers.*.moe.*")
+    layer = next(i for i, spec in enumerate(model.config.layers) if spec.ffn == "moe")
+    own = trace[f"layers.{layer}.moe.ids"]
+    same = model.trace(tokens, "*", expert_ids={layer: own})
+    assert same[f"layers.{layer}.moe.out"].tobytes() == trace[f"layers.{layer}.moe.out"].tobytes()
+    other = np.sort((own + 1) % model.config.n_experts, axis=1)
+    forced = model.trace(tokens, "*", expert_ids={layer: other})
+    assert np.array_equal(forced[f"layers.{layer}.moe.ids"], other)
+    ref = model.reference().forward(tokens, taps="*", expert_ids={layer: other})
+    np.testing.assert_allclose(forced[f"layers.{layer}.moe.weights"], ref.taps[f"layers.{layer}.moe.weights"], rtol=1e-4)
+
+
+def test_memory_is_as_planned_and_nothing_is_allocated_in_a_pass(model):
+    ctx = kl.Context(threads=2)
+    before = model._ctx
+    model._ctx = ctx
+    try:
+        plan = model.plan(context=700)
+        state = model.new_state(context=700)
+        assert state.nbytes == plan.state
+        tokens = ids(model, 700)
+        model.forward(tokens, state=state)
+        assert ctx._core.scratch_bytes <= plan.scratch
+        held = ctx._core.allocations
+        state.reset()
+        model.forward(tokens, state=state)
+        model.forward(tokens[:1], state=model.new_state(), logits="last")
+        assert ctx._core.allocations - held <= 2 + 1  # the new state's block and page
+    finally:
+        model._ctx = before
+
+
+def test_float16_cache_is_within_its_rounding(model):
+    tokens = ids(model, 90)
+    whole, trace = model.forward(tokens, taps="layers.*.moe.ids")
+    experts = {int(name.split(".")[1]): value for name, value in trace.items()}
+    half = model.forward(tokens, state=model.new_state(cache="float16"), expert_ids=experts)
+    assert np.sqrt(np.mean((whole - half) ** 2) / np.mean(whole**2)) < 5e-3
+    assert half.tobytes() != whole.tobytes()
+
+
+def test_a_long_sequence_grows_by_pages():
+    model = open_model("tiny")
+    state = model.new_state()
+    fixed = state.nbytes
+    page = model.plan().state_page
+    for _ in range(3):
+        model.forward(ids(model, 400), state=state, logits="none")
+        assert state.nbytes == fixed + page * -(-state.position // 512)
+    assert state["layers.3.mla.latent_cache"].shape == (1200, 64)
+
+
+def test_state_arrays_are_those_of_the_reference(model):
+    tokens = ids(model, 70)
+    _, state = run(model, tokens)
+    ref = model.reference().forward(tokens)
+    assert set(state) == set(ref.state)
+    for name, want in ref.state.items():
+        assert np.abs(state[name] - want).max() <= 1e-4 * np.sqrt(np.mean(want**2)), name
+    moved = model.new_state()
+    model.forward(tokens, state=moved, logits="none")
+    for name, value in state.items():
+        moved[name] = value
+    more = ids(model, 5, seed=9)
+    assert model.forward(more, state=moved).tobytes() == model.forward(more, state=state).tobytes()
+
+
+def nan_model():
+    model = open_model("kimi-a")
+    weights = {name: np.array(value) for name, value in model.weights.items()}
+    weights["model.layers.2.self_attn.k_proj.weight"][3, 5] = np.nan
+    return kl.Model(model.config, weights)
+
+
+def test_check_names_the_first_tap_that_is_not_finite():
+    with pytest.raises(ValueError, match=r"layers\.2\.kda\.k_proj: token 0 of sequence 0, channel 3 is nan"):
+        nan_model().forward([5, 6], check="finite")
+
+
+def test_a_failed_call_leaves_the_state_where_it_was():
+    good, bad = open_model("kimi-a"), nan_model()
+    state = bad.new_state()
+    before = arrays(state)
+    with pytest.raises(ValueError, match="NaN|nan"):
+        bad.forward(ids(good, 70), state=state, logits="none")
+    assert state.position == 0 and arrays(state) == before
+
+
+def test_tied_embeddings():
+    import dataclasses
+
+    model = open_model("kimi-b")
+    config = dataclasses.replace(model.config, tie_embeddings=True)
+    weights = {n: np.array(v) for n, v in model.weights.items() if n != "lm_head.weight"}
+    tied = kl.Model(config, weights)
+    got = tied.forward(ids(model, 20))
+    ref = tied.reference().forward(ids(model, 20)).logits
+    assert np.abs(got - ref).max() <= 1e-4 * np.sqrt(np.mean(ref**2))
+
+
+TINY = dict(case="tiny")
+
+
+@pytest.mark.parametrize("call, error, message", [
+    (lambda m: m.forward([1, 2, 5000]), ValueError, r"tokens\[2\] is 5000; it must be 0 <= tokens < 2048"),
+    (lambda m: m.forward([1, -2]), ValueError, r"tokens\[1\] is -2"),
+    (lambda m: m.forward("text"), TypeError, "tokens is text"),
+    (lambda m: m.forward([1.5]), TypeError, "tokens is float64; it must be an array of integers"),
+    (lambda m: m.forward([], logits="last"), ValueError, "sequence 0 is empty"),
+    (lambda m: m.forward([1], logits="first"), ValueError, "logits is 'first'"),
+    (lambda m: m.forward([1, 2], logits=[1, 0]), ValueError, "rows must rise"),
+    (lambda m: m.forward([1, 2], logits=[2]), ValueError, r"logits\[0\] is 2"),
+    (lambda m: m.forward([1, 2], offsets=[0, 3, 2]), ValueError, r"offsets\[2\] is 2 after 3"),
+    (lambda m: m.forward([1, 2], offsets=[0, 1]), ValueError, "offsets ends at 1; it must end at T = 2"),
+    (lambda m: m.forward([1, 2], state=[m.new_state()] * 2), ValueError, "one for each of 1 sequences"),
+    (lambda m: m.forward([[1], [2]], state=[m.new_state()] * 2), ValueError, "state 0 is in use, or given twice|given twice"),
+    (lambda m: m.forward([1], state=open_model("kimi-a").new_state()), ValueError, "belongs to another model"),
+    (lambda m: m.forward([1], state="s"), TypeError, "it must be a State"),
+    (lambda m: m.forward([1], taps="layers.9.*"), ValueError, "matches no tap; near it are"),
+    (lambda m: m.forward([1], check="nan"), ValueError, "check is 'nan'"),
+    (lambda m: m.forward([1], expert_ids={0: [[0, 1]]}), ValueError, "layer 0 has no mixture"),
+    (lambda m: m.forward([1], expert_ids={1: [[0, 9]]}), ValueError, r"expert_ids\[1\]\[\(0, 1\)\] is 9"),
+    (lambda m: m.new_state(cache="int4"), ValueError, "cache is 'int4'"),
+    (lambda m: m.new_state()["layers.3.kda.state"], KeyError, "is no array of this state"),
+    (lambda m: m.plan(context=0), ValueError, "context is 0"),
+])
+def test_errors_are_sentences(call, error, message):
+    with pytest.raises(error, match=message):
+        call(open_model("tiny"))
