@@ -1,15 +1,19 @@
 /* Checks that several ops share. */
 #include "internal.h"
 
-kl_status kl_check_offsets(kl_ctx *ctx, const char *op, const int64_t *offsets, int64_t N, int64_t T)
+kl_status kl_check_offsets(kl_ctx *ctx, const char *op, const int64_t *offsets, int64_t N,
+                           int64_t T)
 {
     if (N < 0)
-        return kl_fail(ctx, KL_ERR_SHAPE, "%s: offsets: N is %lld; it must be >= 0", op, (long long)N);
+        return kl_fail(ctx, KL_ERR_SHAPE, "%s: offsets: N is %lld; it must be >= 0", op,
+                       (long long)N);
     if (offsets[0] != 0)
-        return kl_fail(ctx, KL_ERR_ARG, "%s: offsets[0] is %lld; it must be 0", op, (long long)offsets[0]);
+        return kl_fail(ctx, KL_ERR_ARG, "%s: offsets[0] is %lld; it must be 0", op,
+                       (long long)offsets[0]);
     for (int64_t n = 0; n < N; n++)
         if (offsets[n + 1] < offsets[n])
-            return kl_fail(ctx, KL_ERR_ARG, "%s: offsets[%lld] is %lld after %lld; offsets must not fall", op,
+            return kl_fail(ctx, KL_ERR_ARG,
+                           "%s: offsets[%lld] is %lld after %lld; offsets must not fall", op,
                            (long long)n + 1, (long long)offsets[n + 1], (long long)offsets[n]);
     if (offsets[N] != T)
         return kl_fail(ctx, KL_ERR_SHAPE, "%s: offsets end at %lld; they must end at T = %lld", op,
@@ -17,15 +21,16 @@ kl_status kl_check_offsets(kl_ctx *ctx, const char *op, const int64_t *offsets, 
     return KL_OK;
 }
 
-kl_status kl_check_weight(kl_ctx *ctx, const char *op, const char *name, const kl_weight *w, int64_t n,
-                          int64_t rows, int64_t cols)
+kl_status kl_check_weight(kl_ctx *ctx, const char *op, const char *name, const kl_weight *w,
+                          int64_t n, int64_t rows, int64_t cols)
 {
     if (w->type != KL_F32 && w->type != KL_F16 && w->type != KL_BF16)
-        return kl_fail(ctx, KL_ERR_DTYPE, "%s: %s has storage type %d; it must be F32, F16 or BF16", op, name,
-                       (int)w->type);
+        return kl_fail(ctx, KL_ERR_DTYPE, "%s: %s has storage type %d; it must be F32, F16 or BF16",
+                       op, name, (int)w->type);
     if (w->n != n || w->rows != rows || w->cols != cols)
-        return kl_fail(ctx, KL_ERR_SHAPE, "%s: %s is %lld of [%lld, %lld]; it must be %lld of [%lld, %lld]", op,
-                       name, (long long)w->n, (long long)w->rows, (long long)w->cols, (long long)n,
+        return kl_fail(ctx, KL_ERR_SHAPE,
+                       "%s: %s is %lld of [%lld, %lld]; it must be %lld of [%lld, %lld]", op, name,
+                       (long long)w->n, (long long)w->rows, (long long)w->cols, (long long)n,
                        (long long)rows, (long long)cols);
     if (w->row_bytes < kl_type_bytes(w->type, w->transposed ? rows : cols))
         return kl_fail(ctx, KL_ERR_SHAPE, "%s: %s has %zu bytes a row; a row needs %zu", op, name,
@@ -37,7 +42,8 @@ kl_status kl_check_rows(kl_ctx *ctx, const char *op, const char *name, int64_t T
 {
     int64_t n;
     if (T < 0 || D < 1 || !kl_mul(&n, T, D))
-        return kl_fail(ctx, KL_ERR_SHAPE, "%s: %s is [%lld, %lld]; the first must be >= 0, the second >= 1", op,
-                       name, (long long)T, (long long)D);
+        return kl_fail(ctx, KL_ERR_SHAPE,
+                       "%s: %s is [%lld, %lld]; the first must be >= 0, the second >= 1", op, name,
+                       (long long)T, (long long)D);
     return KL_OK;
 }

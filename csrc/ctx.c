@@ -22,7 +22,8 @@ kl_status kl_fail(kl_ctx *ctx, kl_status status, const char *format, ...)
 
 bool kl_mul(int64_t *product, int64_t a, int64_t b)
 {
-    return a >= 0 && b >= 0 && !__builtin_mul_overflow(a, b, product) && *product < (INT64_C(1) << 62);
+    return a >= 0 && b >= 0 && !__builtin_mul_overflow(a, b, product)
+           && *product < (INT64_C(1) << 62);
 }
 
 size_t kl_type_bytes(kl_type type, int64_t n_values)
@@ -78,9 +79,8 @@ void kl_release(kl_ctx *ctx, void *p, size_t n_bytes)
 kl_status kl_ctx_set_allocator(kl_ctx *ctx, const kl_allocator *allocator)
 {
     kl_ctx_trim(ctx);
-    ctx->allocator = allocator != NULL
-                         ? *allocator
-                         : (kl_allocator){ default_allocate, default_release, NULL };
+    ctx->allocator =
+        allocator != NULL ? *allocator : (kl_allocator){ default_allocate, default_release, NULL };
     return KL_OK;
 }
 
@@ -160,7 +160,8 @@ void kl_scratch_reset(kl_ctx *ctx, size_t mark)
     a->used = mark;
     while (a->current > 0 && a->chunks[a->current].begin > mark)
         a->current--;
-    if (mark == 0 && a->n_chunks > 1 && !a->measuring) /* a larger call than any before: one piece for the next */
+    if (mark == 0 && a->n_chunks > 1
+        && !a->measuring) /* a larger call than any before: one piece for the next */
         release_chunks(ctx);
 }
 
@@ -214,7 +215,8 @@ kl_status kl_ctx_create(kl_ctx **out, const kl_ctx_options *options)
     if (ctx->arena.chunks == NULL)
         return kl_fail(ctx, KL_ERR_MEMORY, "out of memory: context");
     if (options->gemm == KL_GEMM_BLAS && strcmp(kl_blas_name(), "none") == 0)
-        return kl_fail(ctx, KL_ERR_UNSUPPORTED, "gemm: this build has no BLAS; use the own product");
+        return kl_fail(ctx, KL_ERR_UNSUPPORTED,
+                       "gemm: this build has no BLAS; use the own product");
     KL_TRY(kl_kernels_choose(ctx, options->isa));
     return kl_ctx_set_threads(ctx, options->threads);
 }
@@ -233,7 +235,8 @@ void kl_ctx_destroy(kl_ctx *ctx)
 kl_status kl_ctx_set_threads(kl_ctx *ctx, int threads)
 {
     if (threads < 0 || threads > 1024)
-        return kl_fail(ctx, KL_ERR_ARG, "threads is %d; it must be 0 (all processors) to 1024", threads);
+        return kl_fail(ctx, KL_ERR_ARG, "threads is %d; it must be 0 (all processors) to 1024",
+                       threads);
     kl_pool_destroy(ctx);
     return kl_pool_create(ctx, threads);
 }

@@ -37,6 +37,7 @@ struct kl_ctx {
     void *poll_user;
     int64_t polled_at; /* ns */
     bool profiling;
+    int64_t booking; /* ns, when the op at hand began */
     kl_profile_row profile[KL_OP_COUNT];
     char error[512];
 };
@@ -102,14 +103,17 @@ typedef void (*kl_body)(void *arg, int64_t begin, int64_t end, int thread);
  * task is the default one, whoever called. KL_ERR_INTERRUPTED when cancelled: some tasks are undone. */
 kl_status kl_for(kl_ctx *ctx, int64_t n, int64_t grain, kl_body body, void *arg) KL_CHECKED;
 
+int64_t kl_now_ns(void); /* of a clock that never steps back */
+
 kl_status kl_pool_create(kl_ctx *ctx, int threads);
 void kl_pool_destroy(kl_ctx *ctx);
 
 /* ---- checks that ops share (checks.c) ---- */
 
-kl_status kl_check_offsets(kl_ctx *ctx, const char *op, const int64_t *offsets, int64_t N, int64_t T);
-kl_status kl_check_weight(kl_ctx *ctx, const char *op, const char *name, const kl_weight *w, int64_t n,
-                          int64_t rows, int64_t cols);
+kl_status kl_check_offsets(kl_ctx *ctx, const char *op, const int64_t *offsets, int64_t N,
+                           int64_t T);
+kl_status kl_check_weight(kl_ctx *ctx, const char *op, const char *name, const kl_weight *w,
+                          int64_t n, int64_t rows, int64_t cols);
 
 /* x is [T, D] with T >= 0 and D >= 1, and T * D fits */
 kl_status kl_check_rows(kl_ctx *ctx, const char *op, const char *name, int64_t T, int64_t D);

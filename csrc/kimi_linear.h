@@ -73,7 +73,7 @@ typedef enum kl_gemm { KL_GEMM_OWN = 0, KL_GEMM_BLAS = 1 } kl_gemm;
 typedef struct kl_ctx_options {
     int threads;     /* 0: one for each processor that this process may use */
     const char *isa; /* "scalar", "avx2", "avx512", or NULL for the best that runs here */
-    kl_gemm gemm;    /* KL_GEMM_BLAS: float32 products by OpenBLAS, within a budget, not byte-equal */
+    kl_gemm gemm; /* KL_GEMM_BLAS: float32 products by OpenBLAS, within a budget, not byte-equal */
 } kl_ctx_options;
 
 KL_API kl_status kl_ctx_create(kl_ctx **ctx, const kl_ctx_options *options);
@@ -156,7 +156,8 @@ typedef struct kl_cache {
 
 /* ---- ops: element by element, norms ----------------------------------------------------------- */
 
-KL_API kl_status kl_add(kl_ctx *ctx, float *y, const float *a, const float *b, int64_t n) KL_CHECKED;
+KL_API kl_status kl_add(kl_ctx *ctx, float *y, const float *a, const float *b,
+                        int64_t n) KL_CHECKED;
 KL_API kl_status kl_sigmoid(kl_ctx *ctx, float *y, const float *x, int64_t n) KL_CHECKED;
 KL_API kl_status kl_swiglu(kl_ctx *ctx, float *y, const float *gate, const float *up,
                            int64_t n) KL_CHECKED;
@@ -177,7 +178,8 @@ KL_API kl_status kl_embedding(kl_ctx *ctx, float *y, const int32_t *ids, const k
 /* y[i] [T, w[i].rows] = x w[i]^T + bias[i], for n_weights weights (n = 1 each) over one x [T, D].
  * bias may be NULL, and each bias[i] may be. */
 KL_API kl_status kl_linear(kl_ctx *ctx, float *const *y, const float *x, const kl_weight *w,
-                           const float *const *bias, int n_weights, int64_t T, int64_t D) KL_CHECKED;
+                           const float *const *bias, int n_weights, int64_t T,
+                           int64_t D) KL_CHECKED;
 
 typedef enum kl_router { KL_ROUTER_SIGMOID = 0, KL_ROUTER_SOFTMAX = 1 } kl_router;
 typedef struct kl_route_args {
@@ -194,14 +196,15 @@ KL_API kl_status kl_route(kl_ctx *ctx, int32_t *ids, float *weights, const float
  * w_gate, w_up [E of F x D], w_down [E of D x F]; shared [T, D] or NULL. */
 KL_API kl_status kl_moe(kl_ctx *ctx, float *y, const float *x, const int32_t *ids,
                         const float *weights, const kl_weight *w_gate, const kl_weight *w_up,
-                        const kl_weight *w_down, const float *shared, int64_t T, int64_t D, int64_t F,
-                        int64_t k) KL_CHECKED;
+                        const kl_weight *w_down, const float *shared, int64_t T, int64_t D,
+                        int64_t F, int64_t k) KL_CHECKED;
 
 /* ---- ops: KDA --------------------------------------------------------------------------------- */
 
 KL_API kl_status kl_short_conv(kl_ctx *ctx, float *y, kl_slots history_out, const float *x,
-                               const float *w, kl_slots history_in, const int64_t *offsets, int64_t N,
-                               int64_t T, int64_t C, int64_t W, kl_activation activation) KL_CHECKED;
+                               const float *w, kl_slots history_in, const int64_t *offsets,
+                               int64_t N, int64_t T, int64_t C, int64_t W,
+                               kl_activation activation) KL_CHECKED;
 
 /* lower_bound 0: -rate * softplus(f + dt_bias); below 0: lower_bound * sigmoid(rate * (f + dt_bias)). */
 KL_API kl_status kl_decay_gate(kl_ctx *ctx, float *g, const float *f, const float *rate,
@@ -236,12 +239,13 @@ KL_API kl_status kl_delta_rule(kl_ctx *ctx, float *o, kl_slots state_out, const 
 /* ---- ops: MLA --------------------------------------------------------------------------------- */
 
 /* Stores rows x [T, D] behind the first start[n] positions of each sequence, in the cache's type. */
-KL_API kl_status kl_cache_append(kl_ctx *ctx, kl_cache cache, const float *x, const int64_t *offsets,
-                                 const int64_t *start, int64_t N, int64_t T, int64_t D) KL_CHECKED;
+KL_API kl_status kl_cache_append(kl_ctx *ctx, kl_cache cache, const float *x,
+                                 const int64_t *offsets, const int64_t *start, int64_t N, int64_t T,
+                                 int64_t D) KL_CHECKED;
 
 typedef struct kl_latent_attention_args {
-    const int64_t *offsets;   /* [N+1] of the queries */
-    const int64_t *positions; /* [N] cached positions of each sequence, the new ones counted */
+    const int64_t *offsets;      /* [N+1] of the queries */
+    const int64_t *positions;    /* [N] cached positions of each sequence, the new ones counted */
     int64_t N, T, H, K, P, V, R; /* K: width of a query's own part; a query is [K | P] wide */
     float scale;
     kl_form form;
@@ -249,7 +253,8 @@ typedef struct kl_latent_attention_args {
 
 /* o [T, H, V]; q [T, H, K + P]; caches of rows R and P wide; w_uk [H of K x R], w_uv [H of V x R]. */
 KL_API kl_status kl_latent_attention(kl_ctx *ctx, float *o, const float *q, kl_cache latent,
-                                     kl_cache k_shared, const kl_weight *w_uk, const kl_weight *w_uv,
+                                     kl_cache k_shared, const kl_weight *w_uk,
+                                     const kl_weight *w_uv,
                                      const kl_latent_attention_args *args) KL_CHECKED;
 
 /* ---- ops: sampling ---------------------------------------------------------------------------- */
@@ -261,8 +266,8 @@ typedef struct kl_sample_args {
     uint64_t seed, sequence, position; /* Philox4x32-10 counter */
 } kl_sample_args;
 /* ids [T], one for each row of logits [T, D] with its own args[t]. */
-KL_API kl_status kl_sample(kl_ctx *ctx, int32_t *ids, const float *logits, const kl_sample_args *args,
-                           int64_t T, int64_t D) KL_CHECKED;
+KL_API kl_status kl_sample(kl_ctx *ctx, int32_t *ids, const float *logits,
+                           const kl_sample_args *args, int64_t T, int64_t D) KL_CHECKED;
 
 /* ---- model ------------------------------------------------------------------------------------ */
 

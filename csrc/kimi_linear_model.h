@@ -26,9 +26,9 @@ typedef struct kl_config {
         int64_t heads, nope, rope, v, rank, q_rank; /* q_rank 0: plain q */
     } mla;
     struct {
-        int64_t dense;                /* inner width of a dense layer */
-        int64_t experts, k, width;    /* routed experts, used a token, inner width of each */
-        int64_t shared;               /* shared experts, side by side in one of shared * width */
+        int64_t dense;             /* inner width of a dense layer */
+        int64_t experts, k, width; /* routed experts, used a token, inner width of each */
+        int64_t shared;            /* shared experts, side by side in one of shared * width */
         int64_t groups, top_groups;
         kl_router router;
         int renormalise;
@@ -51,7 +51,8 @@ typedef struct kl_state kl_state;
 /* Matrices stay where they lie; vectors and convolution taps become float32 in memory of the model.
  * planning 1: data may be NULL, and the model can only be planned with. */
 KL_API kl_status kl_model_create(kl_ctx *ctx, kl_model **model, const kl_config *config,
-                                 const kl_tensor *tensors, int64_t n_tensors, int planning) KL_CHECKED;
+                                 const kl_tensor *tensors, int64_t n_tensors,
+                                 int planning) KL_CHECKED;
 KL_API void kl_model_destroy(kl_ctx *ctx, kl_model *model);
 
 /* ---- state ---- */
@@ -74,11 +75,12 @@ typedef enum kl_state_part {
 } kl_state_part;
 
 /* Shape and type of a part of a layer's state; KL_ERR_ARG where the layer has no such part. */
-KL_API kl_status kl_state_shape(kl_ctx *ctx, const kl_state *state, int64_t layer, kl_state_part part,
-                                int64_t shape[3], int *n_dims, kl_type *type) KL_CHECKED;
+KL_API kl_status kl_state_shape(kl_ctx *ctx, const kl_state *state, int64_t layer,
+                                kl_state_part part, int64_t shape[3], int *n_dims,
+                                kl_type *type) KL_CHECKED;
 /* Copies it to the host, or from the host. */
-KL_API kl_status kl_state_read(kl_ctx *ctx, const kl_state *state, int64_t layer, kl_state_part part,
-                               void *to) KL_CHECKED;
+KL_API kl_status kl_state_read(kl_ctx *ctx, const kl_state *state, int64_t layer,
+                               kl_state_part part, void *to) KL_CHECKED;
 KL_API kl_status kl_state_write(kl_ctx *ctx, kl_state *state, int64_t layer, kl_state_part part,
                                 const void *from) KL_CHECKED;
 
@@ -136,7 +138,7 @@ typedef enum kl_tap {
 #define KL_TAP(id, name, where, first, second, type) KL_TAP_##id,
     KL_TAPS(KL_TAP)
 #undef KL_TAP
-    KL_TAP_COUNT
+        KL_TAP_COUNT
 } kl_tap;
 
 /* Name and shape [T, ...] without T; layer -1 for the model's own. 0 where this layer has no such tap. */
@@ -146,32 +148,36 @@ KL_API int kl_tap_shape(const kl_config *config, kl_tap tap, int64_t layer, cons
 /* ---- forward ---- */
 
 typedef struct kl_forward_args {
-    const int32_t *ids;       /* [T] token ids, all sequences one after another */
-    const int64_t *offsets;   /* [N+1] */
+    const int32_t *ids;     /* [T] token ids, all sequences one after another */
+    const int64_t *offsets; /* [N+1] */
     int64_t N;
-    kl_state *const *states;  /* [N], all different */
-    float *logits;            /* [n_logits, vocab] on the host */
+    kl_state *const *states;   /* [N], all different */
+    float *logits;             /* [n_logits, vocab] on the host */
     const int64_t *logit_rows; /* [n_logits] rising, rows of the call; logits are of these */
     int64_t n_logits;
-    void *const *taps; /* NULL, or [n_layers + 1][KL_TAP_COUNT] host arrays [T, ...]; NULL: not wanted.
+    void *const
+        *taps; /* NULL, or [n_layers + 1][KL_TAP_COUNT] host arrays [T, ...]; NULL: not wanted.
                           Row n_layers holds the model's own. */
-    const int32_t *const *expert_ids; /* NULL, or [n_layers] host arrays [T, k]: routing given, or NULL */
-    int check_finite;                 /* 1: the first tap that is not finite is an error that names it */
-    int64_t pass_tokens;              /* 0: 512 */
-    int64_t *done; /* NULL, or [N]: new tokens of each sequence that its state has read, also on failure */
+    const int32_t *const
+        *expert_ids;     /* NULL, or [n_layers] host arrays [T, k]: routing given, or NULL */
+    int check_finite;    /* 1: the first tap that is not finite is an error that names it */
+    int64_t pass_tokens; /* 0: 512 */
+    int64_t *
+        done; /* NULL, or [N]: new tokens of each sequence that its state has read, also on failure */
 } kl_forward_args;
 
-KL_API kl_status kl_forward(kl_ctx *ctx, const kl_model *model, const kl_forward_args *args) KL_CHECKED;
+KL_API kl_status kl_forward(kl_ctx *ctx, const kl_model *model,
+                            const kl_forward_args *args) KL_CHECKED;
 
 /* ---- plan ---- */
 
 typedef struct kl_plan {
-    size_t weights;       /* mapped from the checkpoint, not copied */
-    size_t vectors;       /* float32 copies of vectors and convolution taps */
-    size_t state_fixed;   /* of one sequence: convolution histories and delta states */
-    size_t state_page;    /* each KL_PAGE positions of one sequence's cache */
-    size_t state;         /* all sequences at the full context */
-    size_t scratch;       /* of the largest pass */
+    size_t weights;     /* mapped from the checkpoint, not copied */
+    size_t vectors;     /* float32 copies of vectors and convolution taps */
+    size_t state_fixed; /* of one sequence: convolution histories and delta states */
+    size_t state_page;  /* each KL_PAGE positions of one sequence's cache */
+    size_t state;       /* all sequences at the full context */
+    size_t scratch;     /* of the largest pass */
 } kl_plan;
 
 /* Bytes, before anything is taken: sequences of context tokens each, passes of pass_tokens (0: 512). */

@@ -48,7 +48,7 @@ static void pause_briefly(void)
 #endif
 }
 
-static int64_t now_ns(void)
+int64_t kl_now_ns(void)
 {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -65,7 +65,7 @@ static void poll_caller(kl_ctx *ctx)
 {
     if (ctx->poll == NULL)
         return;
-    const int64_t now = now_ns();
+    const int64_t now = kl_now_ns();
     if (now - ctx->polled_at < POLL_NS)
         return;
     ctx->polled_at = now;

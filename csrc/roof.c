@@ -3,8 +3,6 @@
 
 #include "cpu/kernels.h"
 
-#include <time.h>
-
 enum { READ_BLOCK = 1 << 20, FMA_ROUNDS = 200000, FMA_TASKS = 64, FMAS = 12 * 16 };
 
 typedef struct task {
@@ -19,7 +17,8 @@ static void read_blocks(void *arg, int64_t begin, int64_t end, int thread)
     task *a = arg;
     (void)thread;
     for (int64_t i = begin; i < end; i++)
-        a->sink = a->k->read((const float *)(const void *)(a->data + i * READ_BLOCK), READ_BLOCK / 4);
+        a->sink =
+            a->k->read((const float *)(const void *)(a->data + i * READ_BLOCK), READ_BLOCK / 4);
 }
 
 static void fma_rounds(void *arg, int64_t begin, int64_t end, int thread)
@@ -30,18 +29,14 @@ static void fma_rounds(void *arg, int64_t begin, int64_t end, int thread)
         a->sink = a->k->fma(FMA_ROUNDS);
 }
 
-static double seconds(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
+static double seconds(void) { return 1e-9 * (double)kl_now_ns(); }
 
 kl_status kl_roof_read(kl_ctx *ctx, const void *data, int64_t n_bytes, double *bytes_per_second)
 {
     const int64_t blocks = n_bytes / READ_BLOCK;
     if (blocks < 1 || (uintptr_t)data % 4 != 0)
-        return kl_fail(ctx, KL_ERR_ARG, "roof_read: %lld bytes; it must be at least %d, aligned to 4",
+        return kl_fail(ctx, KL_ERR_ARG,
+                       "roof_read: %lld bytes; it must be at least %d, aligned to 4",
                        (long long)n_bytes, READ_BLOCK);
     task a = { .k = ctx->k, .data = data };
     const double begin = seconds();

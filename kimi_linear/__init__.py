@@ -3,14 +3,14 @@
 import platform as _platform
 
 try:
-    from . import _core
+    from . import _core as _core
 except ImportError as _error:
     raise ImportError(
         f"kimi_linear runs on Linux, x86-64 (aarch64 with the scalar kernels); here is {_platform.system()} on "
         f"{_platform.machine()} and its extension module cannot be loaded ({_error}). In a source tree: make build"
     ) from None
 
-from . import ops, reference
+from . import diff, ops, reference, testing
 from ._arrays import pack, unpack
 from ._version import __version__
 from .config import Config, ConfigError, LayerSpec
@@ -26,6 +26,6 @@ from .trace import Trace
 
 __all__ = [
     "Config", "ConfigError", "Context", "DeviceError", "FormatError", "Generation", "LayerSpec", "Model", "Plan",
-    "ReferenceModel", "State", "Tokenizer", "Trace", "__version__", "isa_list", "ops", "pack", "plan", "reference",
-    "set_num_threads", "threads", "unpack",
+    "ReferenceModel", "State", "Tokenizer", "Trace", "__version__", "diff", "isa_list", "ops", "pack", "plan",
+    "reference", "set_num_threads", "testing", "threads", "unpack",
 ]

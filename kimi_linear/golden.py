@@ -121,7 +121,8 @@ def to_taps(arrays: Mapping[str, np.ndarray], config: Config, prefix: str = "") 
             out |= _histories(np.asarray(arrays[name]), tap, config)
         elif tap.endswith("mla.{}"):
             kv_a = np.asarray(arrays[name]).reshape(-1, config.kv_rank + config.rope_dim)
-            out |= {tap.format("latent_raw"): kv_a[:, :config.kv_rank], tap.format("k_shared"): kv_a[:, config.kv_rank:]}
+            out[tap.format("latent_raw")] = kv_a[:, :config.kv_rank]
+            out[tap.format("k_shared")] = kv_a[:, config.kv_rank:]
         else:
             out[tap] = _shaped(np.asarray(arrays[name]), tap, name, config)
     for tap in [t for t in out if t.endswith("moe.ids")]:

@@ -378,12 +378,19 @@ def _router_scores(scores, function):
     return sigmoid(scores) if function == "sigmoid" else softmax(scores)
 
 
-def moe(x, ids, weights, w_gate, w_up, w_down, *, shared=None):
+def moe(x, ids, weights, w_gate, w_up, w_down, *, shared=None, shared_gate=None, activation="silu"):
     """``y = sum_e weights_e * w_down_e swiglu(w_gate_e x, w_up_e x)`` by ascending e, then ``+ shared``.
 
     x [T, D]; ids, weights [T, k]; w_gate, w_up [E of [F, D]] and w_down [E of [D, F]] arrays, or sequences
-    that are asked only for the experts in use; shared [T, D] is the shared expert's output.
+    that are asked only for the experts in use; shared is the shared expert's output [T, D], or its three
+    matrices; shared_gate [1, D] scales it by ``sigmoid(shared_gate x)``.
     """
+    if activation != "silu":
+        raise ValueError(f"activation is {activation!r}; it must be 'silu'")
+    if isinstance(shared, tuple):
+        shared = linear(swiglu(linear(x, shared[0]), linear(x, shared[1])), shared[2])
+    if shared_gate is not None:
+        shared = sigmoid(linear(x, shared_gate)) * shared
     x, ids, weights = f64(x), np.asarray(ids), f64(weights)
     y = np.zeros_like(x)
     for e in np.unique(ids):

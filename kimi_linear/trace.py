@@ -1,5 +1,6 @@
 """A trace: the intermediates of a forward pass by name, kept in one file and read back lazily."""
 
+import difflib
 import fnmatch
 import json
 from collections.abc import Mapping
@@ -40,8 +41,6 @@ def matches(names, patterns):
     for pattern in patterns:
         hit = [n for n in names if fnmatch.fnmatchcase(n, pattern) or n.startswith(pattern + ".")]
         if not hit:
-            import difflib
-
             near = difflib.get_close_matches(pattern, names, n=4, cutoff=0.3) or names[:4]
             raise ValueError(f"taps: {pattern!r} matches no tap; near it are {', '.join(near)}")
         wanted.update(hit)
@@ -67,10 +66,9 @@ class Trace(Mapping):
         try:
             value = self._arrays[tap]
         except KeyError:
-            import difflib
-
             near = difflib.get_close_matches(str(tap), list(self._arrays), n=3, cutoff=0.3)
-            raise KeyError(f"{tap!r} is not in this trace" + (f"; near it: {', '.join(near)}" if near else "")) from None
+            hint = f"; near it: {', '.join(near)}" if near else ""
+            raise KeyError(f"{tap!r} is not in this trace{hint}") from None
         return value.array() if hasattr(value, "file") else value
 
     def __iter__(self):

@@ -17,15 +17,14 @@ static kl_status clear_bytes(kl_ctx *ctx, void *to, size_t n_bytes)
     return KL_OK;
 }
 
-const kl_backend kl_cpu_backend = {
-    .name = "cpu",
-    .allocate = kl_allocate,
-    .release = kl_release,
-    .upload = copy_bytes,
-    .download = copy_bytes,
-    .copy = copy_bytes,
-    .clear = clear_bytes,
+const kl_backend kl_cpu_backend = { .name = "cpu",
+                                    .allocate = kl_allocate,
+                                    .release = kl_release,
+                                    .upload = copy_bytes,
+                                    .download = copy_bytes,
+                                    .copy = copy_bytes,
+                                    .clear = clear_bytes,
 #define KL_OP(name, parameters) .name = cpu_##name,
-    KL_OPS(KL_OP)
+                                    KL_OPS(KL_OP)
 #undef KL_OP
 };

@@ -7,7 +7,8 @@
 /* __builtin_cpu_supports also asks the operating system whether it saves the wide registers */
 static bool runs_avx2(void)
 {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
+           && __builtin_cpu_supports("f16c");
 }
 
 static bool runs_avx512(void)
@@ -51,6 +52,6 @@ kl_status kl_kernels_choose(kl_ctx *ctx, const char *isa)
             ctx->k = tables[i];
             return KL_OK;
         }
-    return kl_fail(ctx, KL_ERR_UNSUPPORTED, "isa is \"%s\"; here it must be one of: scalar%s%s", isa,
-                   n > 1 ? ", avx2" : "", n > 2 ? ", avx512" : "");
+    return kl_fail(ctx, KL_ERR_UNSUPPORTED, "isa is \"%s\"; here it must be one of: scalar%s%s",
+                   isa, n > 1 ? ", avx2" : "", n > 2 ? ", avx512" : "");
 }

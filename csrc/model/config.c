@@ -7,11 +7,13 @@ kl_status kl_config_check(kl_ctx *ctx, const kl_config *c)
     const struct {
         const char *name;
         int64_t value;
-    } sizes[] = { { "vocab_size", c->vocab }, { "hidden_size", c->D }, { "n_layers", c->n_layers } };
+    } sizes[] = { { "vocab_size", c->vocab },
+                  { "hidden_size", c->D },
+                  { "n_layers", c->n_layers } };
     for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++)
         if (sizes[i].value < 1 || sizes[i].value > INT32_MAX)
-            return kl_fail(ctx, KL_ERR_ARG, "config: %s is %lld; it must be 1 to 2^31 - 1", sizes[i].name,
-                           (long long)sizes[i].value);
+            return kl_fail(ctx, KL_ERR_ARG, "config: %s is %lld; it must be 1 to 2^31 - 1",
+                           sizes[i].name, (long long)sizes[i].value);
     for (int64_t i = 0; i < c->n_layers; i++) {
         kda |= c->layers[i].mixer == KL_MIXER_KDA;
         mla |= c->layers[i].mixer == KL_MIXER_MLA;
@@ -42,8 +44,9 @@ kl_status kl_config_check(kl_ctx *ctx, const kl_config *c)
     };
     for (size_t i = 0; i < sizeof checks / sizeof checks[0]; i++)
         if (checks[i].used && (checks[i].value < checks[i].low || checks[i].value > checks[i].high))
-            return kl_fail(ctx, KL_ERR_ARG, "config: %s is %lld; it must be %lld to %lld", checks[i].name,
-                           (long long)checks[i].value, (long long)checks[i].low, (long long)checks[i].high);
+            return kl_fail(ctx, KL_ERR_ARG, "config: %s is %lld; it must be %lld to %lld",
+                           checks[i].name, (long long)checks[i].value, (long long)checks[i].low,
+                           (long long)checks[i].high);
     return KL_OK;
 }
 

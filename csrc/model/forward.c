@@ -20,7 +20,8 @@ static float inverse_sqrt(int64_t n) { return (float)(1.0 / sqrt((double)n)); }
 static kl_slots slots(const pass *p, size_t offset) { return (kl_slots){ p->fixed, offset }; }
 
 /* y[i] = x w[i]^T */
-static kl_status project(pass *p, float *const *y, const float *x, const kl_weight *w, int n, int64_t D)
+static kl_status project(pass *p, float *const *y, const float *x, const kl_weight *w, int n,
+                         int64_t D)
 {
     return kl_linear(p->ctx, y, x, w, NULL, n, p->T, D);
 }
@@ -34,8 +35,8 @@ static kl_status project_one(pass *p, float *y, const float *x, const kl_weight 
 static kl_status convolve(pass *p, float *y, const float *x, const float *taps, size_t history)
 {
     const kl_config *c = &p->model->config;
-    return kl_short_conv(p->ctx, y, slots(p, history), x, taps, slots(p, history), p->offsets, p->N, p->T,
-                         c->kda.heads * c->kda.width, c->kda.taps, KL_SILU);
+    return kl_short_conv(p->ctx, y, slots(p, history), x, taps, slots(p, history), p->offsets, p->N,
+                         p->T, c->kda.heads * c->kda.width, c->kda.taps, KL_SILU);
 }
 
 /* KDA: linear attention by the gated delta rule, with a decay for each key channel. */
@@ -86,8 +87,15 @@ static kl_status kda(pass *p, int64_t layer, float *out, const float *x)
     TRY(kl_tap_at(p, KL_TAP_KDA_BETA, layer, beta));
 
     const kl_delta_rule_args rule = {
-        .offsets = p->offsets, .N = p->N, .T = T, .Hk = H, .Hv = H, .K = K, .V = K,
-        .scale = inverse_sqrt(K), .gate = KL_GATE_CHANNEL,
+        .offsets = p->offsets,
+        .N = p->N,
+        .T = T,
+        .Hk = H,
+        .Hv = H,
+        .K = K,
+        .V = K,
+        .scale = inverse_sqrt(K),
+        .gate = KL_GATE_CHANNEL,
     };
     TRY(kl_delta_rule(ctx, o, slots(p, at->delta), q, k, v, g, beta, slots(p, at->delta), &rule));
     TRY(kl_tap_at(p, KL_TAP_KDA_O, layer, o));
@@ -128,7 +136,8 @@ static kl_status mla(pass *p, int64_t layer, float *out, const float *x)
     const kl_config *c = &p->model->config;
     const mla_weights *w = &p->model->layer[layer].mla;
     const layer_layout *at = &p->model->layout[layer];
-    const int64_t T = p->T, H = c->mla.heads, K = c->mla.nope, P = c->mla.rope, V = c->mla.v, R = c->mla.rank;
+    const int64_t T = p->T, H = c->mla.heads, K = c->mla.nope, P = c->mla.rope, V = c->mla.v,
+                  R = c->mla.rank;
     const kl_cache latents = cache(p, at->latent, R), k_shareds = cache(p, at->k_shared, P);
 
     NEW(q, T * H * (K + P));
@@ -150,7 +159,15 @@ static kl_status mla(pass *p, int64_t layer, float *out, const float *x)
         TRY(kl_cache_append(ctx, k_shareds, k_shared, p->offsets, p->start, p->N, T, P));
 
     const kl_latent_attention_args attention = {
-        .offsets = p->offsets, .positions = p->end, .N = p->N, .T = T, .H = H, .K = K, .P = P, .V = V, .R = R,
+        .offsets = p->offsets,
+        .positions = p->end,
+        .N = p->N,
+        .T = T,
+        .H = H,
+        .K = K,
+        .P = P,
+        .V = V,
+        .R = R,
         .scale = inverse_sqrt(K + P),
     };
     TRY(kl_latent_attention(ctx, o, q, latents, k_shareds, &w->w_uk, &w->w_uv, &attention));
@@ -197,8 +214,14 @@ static kl_status moe(pass *p, int64_t layer, float *out, const float *x)
     TRY(project_one(p, logits, x, &w->router));
     TRY(kl_tap_at(p, KL_TAP_MOE_LOGITS, layer, logits));
     const kl_route_args route = {
-        .T = T, .E = E, .k = k, .groups = c->ffn.groups, .top_groups = c->ffn.top_groups,
-        .function = c->ffn.router, .renormalise = c->ffn.renormalise, .scale = c->ffn.scale,
+        .T = T,
+        .E = E,
+        .k = k,
+        .groups = c->ffn.groups,
+        .top_groups = c->ffn.top_groups,
+        .function = c->ffn.router,
+        .renormalise = c->ffn.renormalise,
+        .scale = c->ffn.scale,
         .given = kl_pass_has_experts(p, layer),
     };
     if (route.given)
@@ -214,14 +237,16 @@ static kl_status moe(pass *p, int64_t layer, float *out, const float *x)
         KL_SCRATCH(shared, p->ctx, T * c->D);
         TRY(mlp(p, layer, shared, x, &w->shared, taps));
     }
-    TRY(kl_moe(p->ctx, out, x, ids, weights, &w->gate, &w->up, &w->down, shared, T, c->D, c->ffn.width, k));
+    TRY(kl_moe(p->ctx, out, x, ids, weights, &w->gate, &w->up, &w->down, shared, T, c->D,
+               c->ffn.width, k));
     return kl_tap_at(p, KL_TAP_MOE_OUT, layer, out);
 }
 
 typedef kl_status (*block)(pass *p, int64_t layer, float *out, const float *x);
 
 /* h += body(norm(h)) */
-static kl_status residual(pass *p, int64_t layer, float *h, const float *norm, kl_tap norm_tap, block body)
+static kl_status residual(pass *p, int64_t layer, float *h, const float *norm, kl_tap norm_tap,
+                          block body)
 {
     const int64_t D = p->model->config.D;
     const size_t mark = kl_scratch_mark(p->ctx);
@@ -239,7 +264,8 @@ static kl_status run_layer(pass *p, int64_t layer, float *h)
 {
     const kl_layer *is = &p->model->config.layers[layer];
     const layer_weights *w = &p->model->layer[layer];
-    TRY(residual(p, layer, h, w->attn_norm, KL_TAP_ATTN_NORM, is->mixer == KL_MIXER_KDA ? kda : mla));
+    TRY(residual(p, layer, h, w->attn_norm, KL_TAP_ATTN_NORM,
+                 is->mixer == KL_MIXER_KDA ? kda : mla));
     TRY(kl_tap_at(p, KL_TAP_MID, layer, h));
     TRY(residual(p, layer, h, w->ffn_norm, KL_TAP_FFN_NORM, is->ffn == KL_FFN_DENSE ? dense : moe));
     return kl_tap_at(p, KL_TAP_OUT, layer, h);

@@ -11,10 +11,10 @@ typedef struct kda_weights {
 } kda_weights;
 
 typedef struct mla_weights {
-    kl_weight q;          /* the plain projection, or the second of two */
-    kl_weight q_a;        /* low-rank q; q_a_norm NULL where q is plain */
+    kl_weight q;                /* the plain projection, or the second of two */
+    kl_weight q_a;              /* low-rank q; q_a_norm NULL where q is plain */
     kl_weight latent, k_shared; /* rows of kv_a_proj_with_mqa */
-    kl_weight w_uk, w_uv; /* [H of nope x R], [H of v x R]: rows of kv_b_proj */
+    kl_weight w_uk, w_uv;       /* [H of nope x R], [H of v x R]: rows of kv_b_proj */
     kl_weight o;
     const float *q_a_norm, *latent_norm;
 } mla_weights;
@@ -25,9 +25,9 @@ typedef struct mlp_weights {
 
 typedef struct moe_weights {
     kl_weight router;
-    const float *bias;          /* [E], or NULL */
-    kl_weight gate, up, down;   /* n = E */
-    mlp_weights shared;         /* n = 0 where there is none */
+    const float *bias;        /* [E], or NULL */
+    kl_weight gate, up, down; /* n = E */
+    mlp_weights shared;       /* n = 0 where there is none */
 } moe_weights;
 
 typedef struct layer_weights {
@@ -59,8 +59,8 @@ struct kl_model {
     const kl_backend *backend;
     kl_weight embed, head;
     const float *norm;
-    layer_weights *layer;  /* [n_layers] */
-    layer_layout *layout;  /* [n_layers]; latent, k_shared in values */
+    layer_weights *layer; /* [n_layers] */
+    layer_layout *layout; /* [n_layers]; latent, k_shared in values */
     state_layout state;
     size_t weight_bytes;
     float *vectors; /* in the backend's memory */

@@ -10,8 +10,8 @@ enum { PASS_TOKENS = 512, PIECE = 64, LOGIT_ROWS = 128 };
 
 /* ---- taps ------------------------------------------------------------------------------------- */
 
-static kl_status fail_not_finite(pass *p, const char *name, int64_t layer, const float *x, int64_t width,
-                                 int64_t n)
+static kl_status fail_not_finite(pass *p, const char *name, int64_t layer, const float *x,
+                                 int64_t width, int64_t n)
 {
     int64_t i = 0;
     while (isfinite(x[i]))
@@ -19,9 +19,9 @@ static kl_status fail_not_finite(pass *p, const char *name, int64_t layer, const
     char where[32] = "";
     if (layer >= 0)
         snprintf(where, sizeof where, "layers.%lld.", (long long)layer);
-    return kl_fail(p->ctx, KL_ERR_ARG, "%s%s: token %lld of sequence %lld, channel %lld is %g", where, name,
-                   (long long)(p->segment[n].first + i / width), (long long)p->segment[n].sequence,
-                   (long long)(i % width), (double)x[i]);
+    return kl_fail(p->ctx, KL_ERR_ARG, "%s%s: token %lld of sequence %lld, channel %lld is %g",
+                   where, name, (long long)(p->segment[n].first + i / width),
+                   (long long)p->segment[n].sequence, (long long)(i % width), (double)x[i]);
 }
 
 static bool all_finite(const float *x, int64_t n)
@@ -33,13 +33,15 @@ static bool all_finite(const float *x, int64_t n)
 }
 
 /* Rows of segment n, on the host: at to, or in a buffer of the check. */
-static kl_status check_rows(pass *p, const char *name, int64_t layer, const char *rows, int64_t width, int64_t n)
+static kl_status check_rows(pass *p, const char *name, int64_t layer, const char *rows,
+                            int64_t width, int64_t n)
 {
     const int64_t values = p->segment[n].n * width;
     float *host = malloc((size_t)values * sizeof *host + 1);
     if (host == NULL)
         return kl_fail(p->ctx, KL_ERR_MEMORY, "out of memory: check of %s", name);
-    kl_status status = p->model->backend->download(p->ctx, host, rows, (size_t)values * sizeof *host);
+    kl_status status =
+        p->model->backend->download(p->ctx, host, rows, (size_t)values * sizeof *host);
     if (status == KL_OK && !all_finite(host, values))
         status = fail_not_finite(p, name, layer, host, width, n);
     free(host);
@@ -116,7 +118,8 @@ static void wanted_rows(const pass *p, int64_t n, int64_t *first, int64_t *last)
     *last = lower_bound(a->logit_rows, a->n_logits, row + p->segment[n].n);
 }
 
-static kl_status logits_of(pass *p, const float *h, const int32_t *rows, const int64_t *to, int64_t n)
+static kl_status logits_of(pass *p, const float *h, const int32_t *rows, const int64_t *to,
+                           int64_t n)
 {
     const kl_model *m = p->model;
     const int64_t D = m->config.D, vocab = m->config.vocab;
@@ -214,7 +217,8 @@ static void bind(pass *p)
         p->fixed[n] = state->fixed;
         p->page[n] = state->page;
         p->cache_type = state->cache_type;
-        memcpy(p->ids + p->offsets[n], a->ids + kl_call_row(p, n), (size_t)p->segment[n].n * sizeof *p->ids);
+        memcpy(p->ids + p->offsets[n], a->ids + kl_call_row(p, n),
+               (size_t)p->segment[n].n * sizeof *p->ids);
     }
 }
 
@@ -240,7 +244,9 @@ static kl_status run_guarded(pass *p)
         kl_state *state = p->args->states[p->segment[n].sequence];
         if (status == KL_OK)
             state->position = p->end[n];
-        else if (!guarded || p->model->backend->copy(ctx, p->fixed[n], copies + (size_t)n * bytes, bytes) != KL_OK)
+        else if (!guarded
+                 || p->model->backend->copy(ctx, p->fixed[n], copies + (size_t)n * bytes, bytes)
+                        != KL_OK)
             state->lost = 1;
     }
     return status;
@@ -253,17 +259,20 @@ static kl_status check_args(kl_ctx *ctx, const kl_model *m, const kl_forward_arg
     const int64_t T = a->N >= 0 ? a->offsets[a->N] : 0;
     KL_TRY(kl_check_offsets(ctx, "forward", a->offsets, a->N, T));
     if (m->planning)
-        return kl_fail(ctx, KL_ERR_STATE, "forward: this model was made for planning and has no weights");
+        return kl_fail(ctx, KL_ERR_STATE,
+                       "forward: this model was made for planning and has no weights");
     if (a->pass_tokens < 0 || (a->pass_tokens > 0 && a->pass_tokens < PIECE))
         return kl_fail(ctx, KL_ERR_ARG, "forward: pass_tokens is %lld; it must be 0 or at least %d",
                        (long long)a->pass_tokens, PIECE);
     for (int64_t t = 0; t < T; t++)
         if (a->ids[t] < 0 || a->ids[t] >= m->config.vocab)
-            return kl_fail(ctx, KL_ERR_ARG, "forward: token %lld has id %d; it must be 0 to %lld", (long long)t,
-                           (int)a->ids[t], (long long)m->config.vocab - 1);
+            return kl_fail(ctx, KL_ERR_ARG, "forward: token %lld has id %d; it must be 0 to %lld",
+                           (long long)t, (int)a->ids[t], (long long)m->config.vocab - 1);
     for (int64_t i = 0; i < a->n_logits; i++)
-        if (a->logit_rows[i] < 0 || a->logit_rows[i] >= T || (i > 0 && a->logit_rows[i] <= a->logit_rows[i - 1]))
-            return kl_fail(ctx, KL_ERR_ARG, "forward: logit row %lld is %lld; rows must rise within 0 to %lld",
+        if (a->logit_rows[i] < 0 || a->logit_rows[i] >= T
+            || (i > 0 && a->logit_rows[i] <= a->logit_rows[i - 1]))
+            return kl_fail(ctx, KL_ERR_ARG,
+                           "forward: logit row %lld is %lld; rows must rise within 0 to %lld",
                            (long long)i, (long long)a->logit_rows[i], (long long)T - 1);
     return KL_OK;
 }
@@ -273,14 +282,17 @@ static kl_status check_states(kl_ctx *ctx, const kl_model *m, const kl_forward_a
     for (int64_t n = 0; n < a->N; n++) {
         const kl_state *s = a->states[n];
         if (s->model != m)
-            return kl_fail(ctx, KL_ERR_STATE, "forward: state %lld belongs to another model", (long long)n);
+            return kl_fail(ctx, KL_ERR_STATE, "forward: state %lld belongs to another model",
+                           (long long)n);
         if (s->lost)
-            return kl_fail(ctx, KL_ERR_STATE,
-                           "forward: state %lld was lost when a step failed after token %lld; reset it",
-                           (long long)n, (long long)s->position);
+            return kl_fail(
+                ctx, KL_ERR_STATE,
+                "forward: state %lld was lost when a step failed after token %lld; reset it",
+                (long long)n, (long long)s->position);
         if (s->cache_type != a->states[0]->cache_type)
-            return kl_fail(ctx, KL_ERR_STATE, "forward: state %lld has a cache of %s, state 0 of %s",
-                           (long long)n, kl_type_name(s->cache_type), kl_type_name(a->states[0]->cache_type));
+            return kl_fail(ctx, KL_ERR_STATE,
+                           "forward: state %lld has a cache of %s, state 0 of %s", (long long)n,
+                           kl_type_name(s->cache_type), kl_type_name(a->states[0]->cache_type));
     }
     return KL_OK;
 }
@@ -336,11 +348,13 @@ static kl_status prepare(pass *p, int64_t pass_tokens)
     KL_TRY(new_pass(p, a->N, kl_min(pass_tokens, a->offsets[a->N])));
     KL_TRY(measure(p, pass_tokens, &scratch));
     for (int64_t n = 0; n < a->N; n++)
-        KL_TRY(kl_state_grow(p->ctx, a->states[n], a->states[n]->position + a->offsets[n + 1] - a->offsets[n]));
+        KL_TRY(kl_state_grow(p->ctx, a->states[n],
+                             a->states[n]->position + a->offsets[n + 1] - a->offsets[n]));
     return kl_scratch_reserve(p->ctx, scratch);
 }
 
-kl_status kl_call_scratch(kl_ctx *ctx, const kl_model *model, const kl_forward_args *args, size_t *bytes)
+kl_status kl_call_scratch(kl_ctx *ctx, const kl_model *model, const kl_forward_args *args,
+                          size_t *bytes)
 {
     const int64_t pass_tokens = args->pass_tokens > 0 ? args->pass_tokens : PASS_TOKENS;
     pass p = { .ctx = ctx, .model = model, .args = args };
@@ -357,7 +371,8 @@ kl_status kl_forward(kl_ctx *ctx, const kl_model *model, const kl_forward_args *
     int64_t taken;
     if (!acquire(args, &taken)) {
         release(args, taken);
-        return kl_fail(ctx, KL_ERR_STATE, "forward: state %lld is in use, or given twice", (long long)taken);
+        return kl_fail(ctx, KL_ERR_STATE, "forward: state %lld is in use, or given twice",
+                       (long long)taken);
     }
     const int64_t pass_tokens = args->pass_tokens > 0 ? args->pass_tokens : PASS_TOKENS;
     pass p = { .ctx = ctx, .model = model, .args = args };

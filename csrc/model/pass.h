@@ -15,12 +15,12 @@ typedef struct pass {
     const kl_forward_args *args;
 
     int64_t T, N;
-    segment *segment;      /* [N] */
-    int64_t *offsets;      /* [N+1] in the pass */
-    int64_t *start;        /* [N] positions before the pass */
-    int64_t *end;          /* [N] positions after it */
-    void **fixed;          /* [N] fixed block of each sequence's state */
-    void *const **page;    /* [N] page table of each */
+    segment *segment;   /* [N] */
+    int64_t *offsets;   /* [N+1] in the pass */
+    int64_t *start;     /* [N] positions before the pass */
+    int64_t *end;       /* [N] positions after it */
+    void **fixed;       /* [N] fixed block of each sequence's state */
+    void *const **page; /* [N] page table of each */
     kl_type cache_type;
     int32_t *ids; /* [T] */
 } pass;
@@ -42,7 +42,8 @@ static inline int64_t kl_call_row(const pass *p, int64_t n)
 }
 
 /* Bytes of scratch that the call would take; its states need no memory. */
-kl_status kl_call_scratch(kl_ctx *ctx, const kl_model *model, const kl_forward_args *args, size_t *bytes);
+kl_status kl_call_scratch(kl_ctx *ctx, const kl_model *model, const kl_forward_args *args,
+                          size_t *bytes);
 
 /* forward.c: the model itself */
 kl_status kl_pass_run(pass *p);

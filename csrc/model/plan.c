@@ -5,8 +5,8 @@
 #include <stdlib.h>
 
 /* Scratch of one call: N sequences, each with n new tokens up to position context, all logits of it. */
-static kl_status call_scratch(kl_ctx *ctx, const kl_model *m, kl_type cache_type, int64_t context, int64_t N,
-                              int64_t n, int64_t pass_tokens, size_t *bytes)
+static kl_status call_scratch(kl_ctx *ctx, const kl_model *m, kl_type cache_type, int64_t context,
+                              int64_t N, int64_t n, int64_t pass_tokens, size_t *bytes)
 {
     const size_t T = (size_t)(N * n);
     kl_state *states = calloc((size_t)N + 1, sizeof *states);
@@ -23,7 +23,12 @@ static kl_status call_scratch(kl_ctx *ctx, const kl_model *m, kl_type cache_type
         for (size_t t = 0; t < T; t++)
             rows[t] = (int64_t)t;
         const kl_forward_args args = {
-            .ids = ids, .offsets = offsets, .N = N, .states = list, .logit_rows = rows, .n_logits = (int64_t)T,
+            .ids = ids,
+            .offsets = offsets,
+            .N = N,
+            .states = list,
+            .logit_rows = rows,
+            .n_logits = (int64_t)T,
             .pass_tokens = pass_tokens,
         };
         status = kl_call_scratch(ctx, m, &args, bytes);
@@ -36,14 +41,16 @@ static kl_status call_scratch(kl_ctx *ctx, const kl_model *m, kl_type cache_type
     return status;
 }
 
-kl_status kl_plan_make(kl_ctx *ctx, kl_plan *plan, const kl_model *m, kl_type cache_type, int64_t context,
-                       int64_t sequences, int64_t pass_tokens)
+kl_status kl_plan_make(kl_ctx *ctx, kl_plan *plan, const kl_model *m, kl_type cache_type,
+                       int64_t context, int64_t sequences, int64_t pass_tokens)
 {
     if (context < 1 || sequences < 1)
-        return kl_fail(ctx, KL_ERR_ARG, "plan: context is %lld and sequences is %lld; both must be >= 1",
+        return kl_fail(ctx, KL_ERR_ARG,
+                       "plan: context is %lld and sequences is %lld; both must be >= 1",
                        (long long)context, (long long)sequences);
     if (cache_type != KL_F32 && cache_type != KL_F16)
-        return kl_fail(ctx, KL_ERR_DTYPE, "plan: cache is of type %d; it must be F32 or F16", (int)cache_type);
+        return kl_fail(ctx, KL_ERR_DTYPE, "plan: cache is of type %d; it must be F32 or F16",
+                       (int)cache_type);
     const int64_t pages = kl_ceil_div(context, KL_PAGE);
     *plan = (kl_plan){
         .weights = m->weight_bytes,

@@ -25,7 +25,8 @@ kl_status kl_state_grow(kl_ctx *ctx, kl_state *state, int64_t n)
         const int64_t capacity = kl_max(wanted, 2 * state->page_capacity);
         void **page = realloc(state->page, (size_t)capacity * sizeof *page);
         if (page == NULL)
-            return kl_fail(ctx, KL_ERR_MEMORY, "out of memory: page table of %lld pages", (long long)capacity);
+            return kl_fail(ctx, KL_ERR_MEMORY, "out of memory: page table of %lld pages",
+                           (long long)capacity);
         state->page = page;
         state->page_capacity = capacity;
     }
@@ -44,7 +45,8 @@ kl_status kl_state_create(kl_ctx *ctx, kl_state **out, const kl_model *model, kl
 {
     *out = NULL;
     if (cache_type != KL_F32 && cache_type != KL_F16)
-        return kl_fail(ctx, KL_ERR_DTYPE, "cache is of type %d; it must be F32 or F16", (int)cache_type);
+        return kl_fail(ctx, KL_ERR_DTYPE, "cache is of type %d; it must be F32 or F16",
+                       (int)cache_type);
     if (context < 0)
         return kl_fail(ctx, KL_ERR_ARG, "context is %lld; it must be >= 0", (long long)context);
     kl_state *state = calloc(1, sizeof *state);
@@ -100,8 +102,8 @@ kl_status kl_state_shape(kl_ctx *ctx, const kl_state *state, int64_t layer, kl_s
     const bool cache = part == KL_STATE_LATENT || part == KL_STATE_K_SHARED;
     if (layer < 0 || layer >= c->n_layers || (int)part < 0 || part > KL_STATE_K_SHARED
         || (c->layers[layer].mixer == KL_MIXER_MLA) != cache)
-        return kl_fail(ctx, KL_ERR_ARG, "state: layer %lld of %lld has no part %d", (long long)layer,
-                       (long long)c->n_layers, (int)part);
+        return kl_fail(ctx, KL_ERR_ARG, "state: layer %lld of %lld has no part %d",
+                       (long long)layer, (long long)c->n_layers, (int)part);
     *type = cache ? state->cache_type : KL_F32;
     *n_dims = part == KL_STATE_DELTA ? 3 : 2;
     if (part == KL_STATE_DELTA) {
@@ -130,8 +132,8 @@ static size_t fixed_offset(const layer_layout *at, kl_state_part part)
 typedef kl_status (*mover)(kl_ctx *ctx, void *to, const void *from, size_t n_bytes);
 
 /* Moves a part between its place and a host array; out: from the state to the host. */
-static kl_status move_part(kl_ctx *ctx, const kl_state *state, int64_t layer, kl_state_part part, char *host,
-                           bool out)
+static kl_status move_part(kl_ctx *ctx, const kl_state *state, int64_t layer, kl_state_part part,
+                           char *host, bool out)
 {
     int64_t shape[3] = { 0, 0, 1 };
     int n_dims;
@@ -141,10 +143,12 @@ static kl_status move_part(kl_ctx *ctx, const kl_state *state, int64_t layer, kl
     const mover move = out ? state->model->backend->download : state->model->backend->upload;
     if (part != KL_STATE_LATENT && part != KL_STATE_K_SHARED) {
         char *place = state->fixed + fixed_offset(at, part);
-        const size_t bytes = (size_t)(shape[0] * shape[1] * (n_dims == 3 ? shape[2] : 1)) * sizeof(float);
+        const size_t bytes =
+            (size_t)(shape[0] * shape[1] * (n_dims == 3 ? shape[2] : 1)) * sizeof(float);
         return out ? move(ctx, host, place, bytes) : move(ctx, place, host, bytes);
     }
-    const size_t offset = kl_type_bytes(type, (int64_t)(part == KL_STATE_LATENT ? at->latent : at->k_shared));
+    const size_t offset =
+        kl_type_bytes(type, (int64_t)(part == KL_STATE_LATENT ? at->latent : at->k_shared));
     const size_t row = kl_type_bytes(type, shape[1]);
     for (int64_t i = 0; i * KL_PAGE < shape[0]; i++) {
         char *place = (char *)state->page[i] + offset;
@@ -155,12 +159,14 @@ static kl_status move_part(kl_ctx *ctx, const kl_state *state, int64_t layer, kl
     return KL_OK;
 }
 
-kl_status kl_state_read(kl_ctx *ctx, const kl_state *state, int64_t layer, kl_state_part part, void *to)
+kl_status kl_state_read(kl_ctx *ctx, const kl_state *state, int64_t layer, kl_state_part part,
+                        void *to)
 {
     return move_part(ctx, state, layer, part, to, true);
 }
 
-kl_status kl_state_write(kl_ctx *ctx, kl_state *state, int64_t layer, kl_state_part part, const void *from)
+kl_status kl_state_write(kl_ctx *ctx, kl_state *state, int64_t layer, kl_state_part part,
+                         const void *from)
 {
     return move_part(ctx, state, layer, part, (char *)(uintptr_t)from, false);
 }

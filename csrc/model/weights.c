@@ -64,8 +64,8 @@ static const kl_tensor *tensor(loader *l, const char *name, int64_t rows, int64_
         return NULL;
     }
     if (kl_type_bytes(t->type, 1) == 0) {
-        fail(l, KL_ERR_DTYPE, "checkpoint: %s has storage type %d; it must be F32, F16 or BF16", name,
-             (int)t->type);
+        fail(l, KL_ERR_DTYPE, "checkpoint: %s has storage type %d; it must be F32, F16 or BF16",
+             name, (int)t->type);
         return NULL;
     }
     if (t->data == NULL && !l->model->planning) {
@@ -77,14 +77,15 @@ static const kl_tensor *tensor(loader *l, const char *name, int64_t rows, int64_
 
 static const void **take_addresses(loader *l, size_t n)
 {
-    const void **p = l->model->addresses != NULL ? l->model->addresses + l->model->n_addresses : NULL;
+    const void **p =
+        l->model->addresses != NULL ? l->model->addresses + l->model->n_addresses : NULL;
     l->model->n_addresses += n;
     return p;
 }
 
 /* n matrices [rows, cols] that begin step bytes apart behind one address */
-static kl_weight view(loader *l, const kl_tensor *t, size_t first_byte, int64_t n, size_t step, int64_t rows,
-                      int64_t cols)
+static kl_weight view(loader *l, const kl_tensor *t, size_t first_byte, int64_t n, size_t step,
+                      int64_t rows, int64_t cols)
 {
     const void **matrix = take_addresses(l, (size_t)n);
     kl_weight w = { .n = n, .rows = rows, .cols = cols };
@@ -124,7 +125,8 @@ static kl_weight matrix(loader *l, int64_t layer, const char *rest, int64_t rows
 }
 
 /* separate experts: one tensor each, of one type */
-static kl_weight experts(loader *l, int64_t layer, const char *part, int64_t E, int64_t rows, int64_t cols)
+static kl_weight experts(loader *l, int64_t layer, const char *part, int64_t E, int64_t rows,
+                         int64_t cols)
 {
     const void **address = take_addresses(l, (size_t)E);
     kl_weight w = { .n = E, .rows = rows, .cols = cols, .matrix = address };
@@ -140,8 +142,9 @@ static kl_weight experts(loader *l, int64_t layer, const char *part, int64_t E, 
             w.type = t->type;
             w.row_bytes = kl_type_bytes(t->type, cols);
         } else if (t->type != w.type) {
-            fail(l, KL_ERR_FORMAT, "checkpoint: %s is %s and expert 0 is %s; experts must be of one type",
-                 name, kl_type_name(t->type), kl_type_name(w.type));
+            fail(l, KL_ERR_FORMAT,
+                 "checkpoint: %s is %s and expert 0 is %s; experts must be of one type", name,
+                 kl_type_name(t->type), kl_type_name(w.type));
         }
         if (address != NULL)
             address[e] = t->data;
@@ -169,12 +172,15 @@ static float value(const kl_tensor *t, int64_t i)
     const float sign = half & 0x8000 ? -1.0f : 1.0f;
     if (exponent == 31)
         return fraction != 0 ? NAN : sign * INFINITY;
-    return sign * (exponent == 0 ? ldexpf((float)fraction, -24) : ldexpf((float)(fraction + 1024), exponent - 25));
+    return sign
+           * (exponent == 0 ? ldexpf((float)fraction, -24)
+                            : ldexpf((float)(fraction + 1024), exponent - 25));
 }
 
 typedef enum convert { AS_IS, RATE } convert; /* RATE: exp(A_log), in double, rounded once */
 
-static const float *named_vector(loader *l, const char *name, int64_t rows, int64_t cols, convert how)
+static const float *named_vector(loader *l, const char *name, int64_t rows, int64_t cols,
+                                 convert how)
 {
     const kl_tensor *t = tensor(l, name, rows, cols);
     const int64_t n = rows * cols;
@@ -195,7 +201,8 @@ static const float *vector(loader *l, int64_t layer, const char *rest, int64_t n
     return named_vector(l, name, n, 1, AS_IS);
 }
 
-static const float *taps(loader *l, int64_t layer, const char *rest, int64_t channels, int64_t width)
+static const float *taps(loader *l, int64_t layer, const char *rest, int64_t channels,
+                         int64_t width)
 {
     char name[NAME];
     layer_name(name, layer, rest);
@@ -241,7 +248,8 @@ static void load_mla(loader *l, int64_t i, mla_weights *w)
     const kl_tensor *kv_a = tensor(l, name, R + P, c->D);
     count(l, kv_a, (R + P) * c->D);
     w->latent = view(l, kv_a, 0, 1, 0, R, c->D);
-    w->k_shared = view(l, kv_a, kv_a != NULL ? kl_type_bytes(kv_a->type, R * c->D) : 0, 1, 0, P, c->D);
+    w->k_shared =
+        view(l, kv_a, kv_a != NULL ? kl_type_bytes(kv_a->type, R * c->D) : 0, 1, 0, P, c->D);
     w->latent_norm = vector(l, i, "self_attn.kv_a_layernorm.weight", R);
     layer_name(name, i, "self_attn.kv_b_proj.weight");
     const kl_tensor *kv_b = tensor(l, name, H * (K + V), R);
@@ -356,8 +364,8 @@ static void lay_out(kl_model *m)
     m->state = (state_layout){ fixed * sizeof(float), page };
 }
 
-kl_status kl_model_create(kl_ctx *ctx, kl_model **out, const kl_config *config, const kl_tensor *tensors,
-                          int64_t n_tensors, int planning)
+kl_status kl_model_create(kl_ctx *ctx, kl_model **out, const kl_config *config,
+                          const kl_tensor *tensors, int64_t n_tensors, int planning)
 {
     *out = NULL;
     KL_TRY(kl_config_check(ctx, config));

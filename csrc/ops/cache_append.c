@@ -82,5 +82,6 @@ kl_status kl_cache_append(kl_ctx *ctx, kl_cache cache, const float *x, const int
                            (long long)n, (long long)start[n]);
     if (ctx->arena.measuring)
         return KL_OK;
-    return ctx->backend->cache_append(ctx, cache, x, offsets, start, N, T, D);
+    return KL_RUN(cache_append, 0, T * (4 * D + (int64_t)cache.row_bytes), ctx, cache, x, offsets,
+                  start, N, T, D);
 }

@@ -63,5 +63,6 @@ kl_status kl_decay_gate(kl_ctx *ctx, float *g, const float *f, const float *rate
                        (double)lower_bound);
     if (ctx->arena.measuring)
         return KL_OK;
-    return ctx->backend->decay_gate(ctx, g, f, rate, dt_bias, T, H, K, lower_bound);
+    return KL_RUN(decay_gate, 6 * T * H * K, 8 * T * H * K, ctx, g, f, rate, dt_bias, T, H, K,
+                  lower_bound);
 }

@@ -226,6 +226,10 @@ kl_status kl_delta_rule(kl_ctx *ctx, float *o, kl_slots state_out, const float *
                        "delta_rule: form is %d; it must be auto, recurrent or chunked",
                        (int)args->form);
     const size_t mark = kl_scratch_mark(ctx);
-    return kl_done(ctx, mark,
-                   ctx->backend->delta_rule(ctx, o, state_out, q, k, v, g, beta, state_in, args));
+    return kl_done(
+        ctx, mark,
+        KL_RUN(delta_rule, 7 * args->T * args->Hv * args->K * args->V,
+               8 * args->N * args->Hv * args->K * args->V
+                   + 4 * args->T * (2 * args->Hk * args->K + args->Hv * (args->K + 2 * args->V)),
+               ctx, o, state_out, q, k, v, g, beta, state_in, args));
 }

@@ -27,7 +27,10 @@ static void blocks(void *arg, int64_t begin, int64_t end, int thread)
         a->unary(a->y + first, a->a + first, n);
 }
 
-static kl_status run(kl_ctx *ctx, task a) { return kl_for(ctx, kl_ceil_div(a.n, BLOCK), 1, blocks, &a); }
+static kl_status run(kl_ctx *ctx, task a)
+{
+    return kl_for(ctx, kl_ceil_div(a.n, BLOCK), 1, blocks, &a);
+}
 
 kl_status cpu_add(kl_ctx *ctx, float *y, const float *a, const float *b, int64_t n)
 {
@@ -54,17 +57,17 @@ static kl_status check_count(kl_ctx *ctx, const char *op, int64_t n)
 kl_status kl_add(kl_ctx *ctx, float *y, const float *a, const float *b, int64_t n)
 {
     KL_TRY(check_count(ctx, "add", n));
-    return ctx->arena.measuring ? KL_OK : ctx->backend->add(ctx, y, a, b, n);
+    return ctx->arena.measuring ? KL_OK : KL_RUN(add, n, 12 * n, ctx, y, a, b, n);
 }
 
 kl_status kl_swiglu(kl_ctx *ctx, float *y, const float *gate, const float *up, int64_t n)
 {
     KL_TRY(check_count(ctx, "swiglu", n));
-    return ctx->arena.measuring ? KL_OK : ctx->backend->swiglu(ctx, y, gate, up, n);
+    return ctx->arena.measuring ? KL_OK : KL_RUN(swiglu, 4 * n, 12 * n, ctx, y, gate, up, n);
 }
 
 kl_status kl_sigmoid(kl_ctx *ctx, float *y, const float *x, int64_t n)
 {
     KL_TRY(check_count(ctx, "sigmoid", n));
-    return ctx->arena.measuring ? KL_OK : ctx->backend->sigmoid(ctx, y, x, n);
+    return ctx->arena.measuring ? KL_OK : KL_RUN(sigmoid, 4 * n, 8 * n, ctx, y, x, n);
 }

@@ -44,5 +44,6 @@ kl_status kl_embedding(kl_ctx *ctx, float *y, const int32_t *ids, const kl_weigh
             return kl_fail(ctx, KL_ERR_ARG,
                            "embedding: ids[%lld] is %d; it must be 0 <= ids < %lld", (long long)t,
                            (int)ids[t], (long long)table->rows);
-    return ctx->backend->embedding(ctx, y, ids, table, T);
+    return KL_RUN(embedding, 0, T * ((int64_t)table->row_bytes + 4 * table->cols), ctx, y, ids,
+                  table, T);
 }

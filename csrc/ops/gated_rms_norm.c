@@ -39,9 +39,10 @@ kl_status kl_gated_rms_norm(kl_ctx *ctx, float *y, const float *x, const float *
     if (!(eps >= 0.0f))
         return kl_fail(ctx, KL_ERR_ARG, "gated_rms_norm: eps is %g; it must be >= 0", (double)eps);
     if (activation != KL_SIGMOID && activation != KL_SILU)
-        return kl_fail(ctx, KL_ERR_ARG, "gated_rms_norm: activation is %d; it must be sigmoid or silu",
+        return kl_fail(ctx, KL_ERR_ARG,
+                       "gated_rms_norm: activation is %d; it must be sigmoid or silu",
                        (int)activation);
     if (ctx->arena.measuring)
         return KL_OK;
-    return ctx->backend->gated_rms_norm(ctx, y, x, z, w, T, D, eps, activation);
+    return KL_RUN(gated_rms_norm, 8 * T * D, 12 * T * D, ctx, y, x, z, w, T, D, eps, activation);
 }

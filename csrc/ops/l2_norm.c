@@ -1,6 +1,7 @@
 /* l2_norm: y[t,d] = x[t,d] / sqrt(sum_d x[t,d]^2 + eps)
  *   x, y [T, D], y may be x     eps in units of x^2, >= 0 (inside the root, as flash-linear-attention has it)
- *   Where the sum of squares overflows although x is finite, the row is taken times 2^-96 (exact).
+ *   Where the sum of squares overflows although x is finite, the row is taken times 2^-96 (exact); where
+ *   it underflows and eps is next to 0, times 2^96.
  *   Budget: |y - ref| <= (D/32 + 8) u |ref|. */
 #include "ops.h"
 
@@ -35,5 +36,5 @@ kl_status kl_l2_norm(kl_ctx *ctx, float *y, const float *x, int64_t T, int64_t D
         return kl_fail(ctx, KL_ERR_ARG, "l2_norm: eps is %g; it must be >= 0", (double)eps);
     if (ctx->arena.measuring)
         return KL_OK;
-    return ctx->backend->l2_norm(ctx, y, x, T, D, eps);
+    return KL_RUN(l2_norm, 4 * T * D, 8 * T * D, ctx, y, x, T, D, eps);
 }

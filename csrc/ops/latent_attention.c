@@ -81,6 +81,23 @@ static kl_status check_sizes(kl_ctx *ctx, const kl_latent_attention_args *a)
     return KL_OK;
 }
 
+/* Operations of the form that each sequence's new tokens mostly take, and the bytes of caches and queries. */
+static void count_work(const kl_latent_attention_args *a, const kl_cache *latent,
+                       const kl_cache *k_shared, int64_t *flops, int64_t *bytes)
+{
+    *flops = 0;
+    *bytes = 4 * a->T * a->H * (a->K + a->P + a->V);
+    for (int64_t n = 0; n < a->N; n++) {
+        const int64_t L = a->offsets[n + 1] - a->offsets[n], S = a->positions[n];
+        const int64_t seen = L * (S - L) + L * (L + 1) / 2;
+        const bool expanded =
+            a->form == KL_FORM_EXPANDED || (a->form == KL_FORM_AUTO && L > KL_ABSORBED_PIECE);
+        *flops += expanded ? 2 * a->H * (seen * (a->K + a->P + a->V) + S * a->R * (a->K + a->V))
+                           : 2 * a->H * (seen * (2 * a->R + a->P) + L * a->R * (a->K + a->V));
+        *bytes += S * (int64_t)(latent->row_bytes + k_shared->row_bytes);
+    }
+}
+
 kl_status kl_latent_attention(kl_ctx *ctx, float *o, const float *q, kl_cache latent,
                               kl_cache k_shared, const kl_weight *w_uk, const kl_weight *w_uv,
                               const kl_latent_attention_args *args)
@@ -105,6 +122,9 @@ kl_status kl_latent_attention(kl_ctx *ctx, float *o, const float *q, kl_cache la
                        "latent_attention: form is %d; it must be auto, absorbed or expanded",
                        (int)args->form);
     const size_t mark = kl_scratch_mark(ctx);
-    return kl_done(ctx, mark,
-                   ctx->backend->latent_attention(ctx, o, q, latent, k_shared, w_uk, w_uv, args));
+    int64_t flops, bytes;
+    count_work(args, &latent, &k_shared, &flops, &bytes);
+    return kl_done(
+        ctx, mark,
+        KL_RUN(latent_attention, flops, bytes, ctx, o, q, latent, k_shared, w_uk, w_uv, args));
 }

@@ -77,13 +77,18 @@ kl_status cpu_linear(kl_ctx *ctx, float *const *y, const float *x, const kl_weig
 kl_status kl_linear(kl_ctx *ctx, float *const *y, const float *x, const kl_weight *w,
                     const float *const *bias, int n_weights, int64_t T, int64_t D)
 {
+    int64_t all_rows = 0, weight_bytes = 0;
     KL_TRY(kl_check_rows(ctx, "linear", "x", T, D));
     if (n_weights < 0)
         return kl_fail(ctx, KL_ERR_ARG, "linear: n_weights is %d; it must be >= 0", n_weights);
     for (int i = 0; i < n_weights; i++) {
         KL_TRY(kl_check_weight(ctx, "linear", "w", &w[i], 1, w[i].rows, D));
         KL_TRY(kl_check_rows(ctx, "linear", "w", w[i].rows, D));
+        all_rows += w[i].rows;
+        weight_bytes += (int64_t)kl_type_bytes(w[i].type, w[i].rows * D);
     }
     const size_t mark = kl_scratch_mark(ctx);
-    return kl_done(ctx, mark, ctx->backend->linear(ctx, y, x, w, bias, n_weights, T, D));
+    return kl_done(ctx, mark,
+                   KL_RUN(linear, 2 * T * D * all_rows, 4 * T * (D + all_rows) + weight_bytes, ctx,
+                          y, x, w, bias, n_weights, T, D));
 }

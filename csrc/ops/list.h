@@ -18,9 +18,9 @@
     OP(linear, (kl_ctx *, float *const *, const float *, const kl_weight *, const float *const *,  \
                 int, int64_t, int64_t))                                                            \
     OP(route, (kl_ctx *, int32_t *, float *, const float *, const float *, const kl_route_args *)) \
-    OP(moe, (kl_ctx *, float *, const float *, const int32_t *, const float *, const kl_weight *,  \
-             const kl_weight *, const kl_weight *, const float *, int64_t, int64_t, int64_t,       \
-             int64_t))                                                                             \
+    OP(moe,                                                                                        \
+       (kl_ctx *, float *, const float *, const int32_t *, const float *, const kl_weight *,       \
+        const kl_weight *, const kl_weight *, const float *, int64_t, int64_t, int64_t, int64_t))  \
     OP(short_conv, (kl_ctx *, float *, kl_slots, const float *, const float *, kl_slots,           \
                     const int64_t *, int64_t, int64_t, int64_t, int64_t, kl_activation))           \
     OP(decay_gate, (kl_ctx *, float *, const float *, const float *, const float *, int64_t,       \
@@ -37,7 +37,7 @@ typedef enum kl_op_id {
 #define KL_OP(name, parameters) KL_OP_##name,
     KL_OPS(KL_OP)
 #undef KL_OP
-    KL_OP_COUNT
+        KL_OP_COUNT
 } kl_op_id;
 
 #endif

@@ -193,7 +193,9 @@ kl_status kl_moe(kl_ctx *ctx, float *y, const float *x, const int32_t *ids, cons
         return kl_fail(ctx, KL_ERR_ARG, "moe: k is %lld of %lld experts; it must be 1 <= k <= E",
                        (long long)k, (long long)E);
     const size_t mark = kl_scratch_mark(ctx);
-    return kl_done(
-        ctx, mark,
-        ctx->backend->moe(ctx, y, x, ids, weights, w_gate, w_up, w_down, shared, T, D, F, k));
+    const int64_t experts = kl_min(E, T * k); /* read at most */
+    return kl_done(ctx, mark,
+                   KL_RUN(moe, 6 * T * k * D * F,
+                          8 * T * D + experts * (int64_t)kl_type_bytes(w_gate->type, 3 * D * F),
+                          ctx, y, x, ids, weights, w_gate, w_up, w_down, shared, T, D, F, k));
 }

@@ -6,9 +6,12 @@
 
 #include "../internal.h"
 
-/* Booking of a call, for profiles: begin = kl_book_begin(ctx); return kl_book(ctx, op, begin, ..., status). */
-int64_t kl_book_begin(const kl_ctx *ctx);
-kl_status kl_book(kl_ctx *ctx, kl_op_id op, int64_t begin, double flops, double bytes, kl_status status);
+/* Runs the backend's entry of an op and, while profiling, books its time, flops and bytes. */
+#define KL_RUN(op, flops, bytes, ...)                                                              \
+    (kl_book_begin(ctx), kl_book_end(ctx, KL_OP_##op, (int64_t)(flops), (int64_t)(bytes),          \
+                                     ctx->backend->op(__VA_ARGS__)))
+void kl_book_begin(kl_ctx *ctx);
+kl_status kl_book_end(kl_ctx *ctx, kl_op_id op, int64_t flops, int64_t bytes, kl_status status);
 
 struct kl_backend {
     const char *name;

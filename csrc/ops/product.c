@@ -45,6 +45,8 @@ size_t kl_product_scratch(const kl_weight *w, int64_t T)
 
 int64_t kl_product_block(const kl_ctx *ctx, const kl_weight *w, int64_t T, int64_t rows)
 {
+    if (ctx->gemm == KL_GEMM_BLAS && !is_unpacked(w)) /* BLAS blocks by itself */
+        return kl_ceil_div(kl_max(1, kl_ceil_div(rows, ctx->threads)), 4) * 4;
     const int64_t fair = kl_ceil_div(rows, 4 * (int64_t)ctx->threads);
     const int64_t whole = is_direct(T)
                               ? DIRECT_BYTES / kl_max(1, (int64_t)kl_type_bytes(w->type, w->cols))
@@ -93,9 +95,9 @@ void kl_product(const kl_ctx *ctx, float *y, int64_t ldy, const float *x, int64_
         direct(ctx->k, y, ldy, row, T, w, weight_at(w, which, row0), rows);
         return;
     }
-    const int64_t step = panel_rows(w->cols), ld = is_unpacked(w)
-                                                       ? panel_stride(w->cols)
-                                                       : (int64_t)(w->row_bytes / sizeof(float));
+    const int64_t step = blas && !is_unpacked(w) ? rows : panel_rows(w->cols),
+                  ld = is_unpacked(w) ? panel_stride(w->cols)
+                                      : (int64_t)(w->row_bytes / sizeof(float));
     float *panel = scratch, *rest = is_unpacked(w) ? panel + kl_min(step, w->rows) * ld : panel;
     for (int64_t i = 0; i < rows; i += step) {
         const int64_t n = kl_min(step, rows - i);

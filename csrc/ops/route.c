@@ -152,10 +152,10 @@ static kl_status check_ids(kl_ctx *ctx, const int32_t *ids, const kl_route_args 
 {
     for (int64_t i = 0; a->given && i < a->T * a->k; i++)
         if (ids[i] < 0 || ids[i] >= a->E || (i % a->k > 0 && ids[i] <= ids[i - 1]))
-            return kl_fail(ctx, KL_ERR_ARG,
-                           "route: ids[%lld, %lld] is %d; ids of a token must rise within 0 to %lld",
-                           (long long)(i / a->k), (long long)(i % a->k), (int)ids[i],
-                           (long long)a->E - 1);
+            return kl_fail(
+                ctx, KL_ERR_ARG,
+                "route: ids[%lld, %lld] is %d; ids of a token must rise within 0 to %lld",
+                (long long)(i / a->k), (long long)(i % a->k), (int)ids[i], (long long)a->E - 1);
     return KL_OK;
 }
 
@@ -202,5 +202,7 @@ kl_status kl_route(kl_ctx *ctx, int32_t *ids, float *weights, const float *score
     KL_TRY(kl_check_rows(ctx, "route", "scores", args->T, args->E));
     KL_TRY(check_args(ctx, args));
     const size_t mark = kl_scratch_mark(ctx);
-    return kl_done(ctx, mark, ctx->backend->route(ctx, ids, weights, scores, bias, args));
+    return kl_done(ctx, mark,
+                   KL_RUN(route, 4 * args->T * args->E, 4 * args->T * (args->E + 2 * args->k), ctx,
+                          ids, weights, scores, bias, args));
 }

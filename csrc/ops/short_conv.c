@@ -110,6 +110,6 @@ kl_status kl_short_conv(kl_ctx *ctx, float *y, kl_slots history_out, const float
                        (int)activation);
     if (ctx->arena.measuring)
         return KL_OK;
-    return ctx->backend->short_conv(ctx, y, history_out, x, w, history_in, offsets, N, T, C, W,
-                                    activation);
+    return KL_RUN(short_conv, 2 * T * C * W, 8 * T * C, ctx, y, history_out, x, w, history_in,
+                  offsets, N, T, C, W, activation);
 }

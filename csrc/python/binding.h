@@ -60,8 +60,7 @@ PyObject *kl_py_raise(kl_status status, const char *sentence);
 
 /* Context type (context.c) */
 typedef struct kl_py_context {
-    PyObject_HEAD
-    kl_ctx *ctx;
+    PyObject_HEAD kl_ctx *ctx;
     PyThread_type_lock lock;
 } kl_py_context;
 extern PyType_Spec kl_py_context_spec, kl_py_model_spec, kl_py_state_spec;

@@ -14,7 +14,8 @@ static const struct {
     [KL_PY_U16] = { "H", "uint16", 2 },
 };
 
-static void *hold(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, const char *name, int flags)
+static void *hold(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, const char *name,
+                  int flags)
 {
     if (c->failed)
         return NULL;
@@ -71,7 +72,8 @@ int64_t kl_py_size(kl_py_call *c, const char *name, int64_t a, int64_t b, int64_
 {
     int64_t n = 0;
     if (!c->failed && !(kl_mul(&n, a, b) && kl_mul(&n, n, d) && kl_mul(&n, n, e))) {
-        PyErr_Format(PyExc_ValueError, "%s: a size is negative or too large: %lld, %lld, %lld, %lld", name,
+        PyErr_Format(PyExc_ValueError,
+                     "%s: a size is negative or too large: %lld, %lld, %lld, %lld", name,
                      (long long)a, (long long)b, (long long)d, (long long)e);
         c->failed = true;
     }
@@ -109,7 +111,8 @@ kl_weight kl_py_weight(kl_py_call *c, PyObject *o, const char *name)
         return w;
     }
     if (type != KL_F32 && type != KL_F16 && type != KL_BF16) {
-        PyErr_Format(PyExc_TypeError, "%s has storage type %d; it must be F32, F16 or BF16", name, type);
+        PyErr_Format(PyExc_TypeError, "%s has storage type %d; it must be F32, F16 or BF16", name,
+                     type);
         c->failed = true;
         return w;
     }

@@ -15,8 +15,8 @@ static PyObject *context_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     static char *names[] = { "threads", "isa", "gemm", NULL };
     kl_ctx_options options = { 0 };
     int gemm = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|izi:Context", names, &options.threads, &options.isa,
-                                     &gemm))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|izi:Context", names, &options.threads,
+                                     &options.isa, &gemm))
         return NULL;
     options.gemm = gemm ? KL_GEMM_BLAS : KL_GEMM_OWN;
     allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
@@ -105,10 +105,12 @@ static PyObject *context_profile_result(PyObject *o, PyObject *args)
     const char *name;
     kl_profile_row row;
     PyObject *list = PyList_New(0);
-    for (int i = 0; list != NULL && kl_ctx_profile_row(((kl_py_context *)o)->ctx, i, &name, &row); i++) {
+    for (int i = 0; list != NULL && kl_ctx_profile_row(((kl_py_context *)o)->ctx, i, &name, &row);
+         i++) {
         if (row.calls == 0)
             continue;
-        PyObject *item = Py_BuildValue("(sLddd)", name, (long long)row.calls, row.seconds, row.flops, row.bytes);
+        PyObject *item =
+            Py_BuildValue("(sLddd)", name, (long long)row.calls, row.seconds, row.flops, row.bytes);
         if (item == NULL || PyList_Append(list, item) < 0)
             Py_CLEAR(list);
         Py_XDECREF(item);

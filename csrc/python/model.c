@@ -36,7 +36,8 @@ static bool parse_layers(PyObject *list, py_model *self)
         int mixer, ffn;
         PyObject *pair = PyList_GetItem(list, i);
         if (!PyTuple_Check(pair) || !PyArg_ParseTuple(pair, "ii", &mixer, &ffn)
-            || (mixer != KL_MIXER_KDA && mixer != KL_MIXER_MLA) || (ffn != KL_FFN_DENSE && ffn != KL_FFN_MOE)) {
+            || (mixer != KL_MIXER_KDA && mixer != KL_MIXER_MLA)
+            || (ffn != KL_FFN_DENSE && ffn != KL_FFN_MOE)) {
             if (!PyErr_Occurred())
                 PyErr_SetString(PyExc_TypeError, "config: layers must be a list of (mixer, ffn)");
             return false;
@@ -126,8 +127,9 @@ static bool hold_buffers(PyObject *list, py_model *self)
         return false;
     }
     for (; self->n_buffers < n; self->n_buffers++)
-        if (PyObject_GetBuffer(PyList_GetItem(list, self->n_buffers), &self->buffers[self->n_buffers],
-                               PyBUF_SIMPLE) < 0)
+        if (PyObject_GetBuffer(PyList_GetItem(list, self->n_buffers),
+                               &self->buffers[self->n_buffers], PyBUF_SIMPLE)
+            < 0)
             return false;
     return true;
 }
@@ -137,14 +139,16 @@ static bool parse_tensor(PyObject *item, const py_model *self, kl_tensor *t)
     PyObject *name, *shape;
     long long buffer, first;
     int type;
-    if (!PyTuple_Check(item) || !PyArg_ParseTuple(item, "ULLiO!", &name, &buffer, &first, &type, &PyTuple_Type, &shape))
+    if (!PyTuple_Check(item)
+        || !PyArg_ParseTuple(item, "ULLiO!", &name, &buffer, &first, &type, &PyTuple_Type, &shape))
         return false;
     t->name = PyUnicode_AsUTF8AndSize(name, NULL);
     t->type = (kl_type)type;
     t->n_dims = (int)PyTuple_Size(shape);
     if (t->name == NULL || t->n_dims < 1 || t->n_dims > 4 || kl_type_bytes(t->type, 1) == 0) {
         if (!PyErr_Occurred())
-            PyErr_Format(PyExc_TypeError, "%U: type %d, %d axes; it must be F32, F16 or BF16 with 1 to 4 axes", name,
+            PyErr_Format(PyExc_TypeError,
+                         "%U: type %d, %d axes; it must be F32, F16 or BF16 with 1 to 4 axes", name,
                          type, t->n_dims);
         return false;
     }
@@ -162,8 +166,8 @@ static bool parse_tensor(PyObject *item, const py_model *self, kl_tensor *t)
     const int64_t bytes = (int64_t)kl_type_bytes(t->type, values);
     if (buffer >= self->n_buffers || first < 0 || bytes > self->buffers[buffer].len
         || first > self->buffers[buffer].len - bytes) {
-        PyErr_Format(PyExc_ValueError, "%U: its %lld bytes from byte %lld are not in buffer %lld", name,
-                     (long long)bytes, first, buffer);
+        PyErr_Format(PyExc_ValueError, "%U: its %lld bytes from byte %lld are not in buffer %lld",
+                     name, (long long)bytes, first, buffer);
         return false;
     }
     t->data = (const char *)self->buffers[buffer].buf + first;
@@ -208,7 +212,8 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     if (self == NULL)
         return NULL;
     self->context = (kl_py_context *)Py_NewRef(context);
-    if (!parse_config(config, self) || !hold_buffers(buffers, self) || !create(self, tensors, planning)) {
+    if (!parse_config(config, self) || !hold_buffers(buffers, self)
+        || !create(self, tensors, planning)) {
         Py_DECREF(self);
         return NULL;
     }
@@ -255,7 +260,8 @@ static PyObject *model_taps(PyObject *o, PyObject *args)
                                  ? Py_BuildValue("(LL)", (long long)shape[0], (long long)shape[1])
                                  : Py_BuildValue("(L)", (long long)shape[0]);
             PyObject *item = dims == NULL ? NULL
-                                          : Py_BuildValue("(LisNi)", (long long)layer, tap, name, dims, is_int32);
+                                          : Py_BuildValue("(LisNi)", (long long)layer, tap, name,
+                                                          dims, is_int32);
             if (item == NULL || PyList_Append(list, item) < 0)
                 Py_CLEAR(list);
             Py_XDECREF(item);
@@ -276,15 +282,17 @@ static PyObject *model_plan(PyObject *o, PyObject *args)
     if (!PyArg_ParseTuple(args, "OiLLL:plan", &context, &cache, &length, &sequences, &pass_tokens))
         return NULL;
     if (kl_py_begin(&c, context))
-        c.status = kl_plan_make(c.ctx, &plan, self->model, (kl_type)cache, length, sequences, pass_tokens);
+        c.status =
+            kl_plan_make(c.ctx, &plan, self->model, (kl_type)cache, length, sequences, pass_tokens);
     PyObject *none = kl_py_end(&c);
     if (none == NULL)
         return NULL;
     Py_DECREF(none);
-    return Py_BuildValue("{sKsKsKsKsKsK}", "weights", (unsigned long long)plan.weights, "vectors",
-                         (unsigned long long)plan.vectors, "state_fixed", (unsigned long long)plan.state_fixed,
-                         "state_page", (unsigned long long)plan.state_page, "state",
-                         (unsigned long long)plan.state, "scratch", (unsigned long long)plan.scratch);
+    return Py_BuildValue(
+        "{sKsKsKsKsKsK}", "weights", (unsigned long long)plan.weights, "vectors",
+        (unsigned long long)plan.vectors, "state_fixed", (unsigned long long)plan.state_fixed,
+        "state_page", (unsigned long long)plan.state_page, "state", (unsigned long long)plan.state,
+        "scratch", (unsigned long long)plan.scratch);
 }
 
 /* What a forward call borrows besides its buffers. */
@@ -319,7 +327,8 @@ static bool parse_states(kl_py_call *c, tables *t, PyObject *list, int64_t *N)
 
 /* [(layer, tap, array)]: one host array for each tap that is wanted. These can be many: their buffers are not
  * held; the caller's list keeps the arrays, and the length is checked here. */
-static bool parse_arrays(kl_py_call *c, PyObject *list, const kl_config *config, int64_t T, tables *t, bool taps)
+static bool parse_arrays(kl_py_call *c, PyObject *list, const kl_config *config, int64_t T,
+                         tables *t, bool taps)
 {
     const int64_t rows = config->n_layers + 1;
     const Py_ssize_t n = PyList_Check(list) ? PyList_Size(list) : -1;
@@ -329,7 +338,8 @@ static bool parse_arrays(kl_py_call *c, PyObject *list, const kl_config *config,
     else
         t->experts = calloc((size_t)rows, sizeof *t->experts);
     if (n < 0 || (taps ? (void *)t->taps : (void *)t->experts) == NULL) {
-        PyErr_SetString(PyExc_TypeError, "taps and expert_ids must be lists of (layer, tap, array)");
+        PyErr_SetString(PyExc_TypeError,
+                        "taps and expert_ids must be lists of (layer, tap, array)");
         return false;
     }
     for (Py_ssize_t i = 0; i < n; i++) {
@@ -353,7 +363,8 @@ static bool parse_arrays(kl_py_call *c, PyObject *list, const kl_config *config,
         const bool fits = view.len == values * 4;
         PyBuffer_Release(&view);
         if (!fits) {
-            PyErr_Format(PyExc_ValueError, "%s of layer %lld: the array has %lld bytes; it must have %lld", name,
+            PyErr_Format(PyExc_ValueError,
+                         "%s of layer %lld: the array has %lld bytes; it must have %lld", name,
                          layer, (long long)view.len, (long long)values * 4);
             return false;
         }
@@ -375,14 +386,15 @@ static PyObject *model_forward(PyObject *o, PyObject *args)
     long long T, n_logits, pass_tokens;
     int check;
     kl_forward_args a = { 0 };
-    if (!PyArg_ParseTuple(args, "OOOOLOOLOOiLO:forward", &context, &states, &ids, &offsets, &T, &logits, &rows,
-                          &n_logits, &taps, &experts, &check, &pass_tokens, &done))
+    if (!PyArg_ParseTuple(args, "OOOOLOOLOOiLO:forward", &context, &states, &ids, &offsets, &T,
+                          &logits, &rows, &n_logits, &taps, &experts, &check, &pass_tokens, &done))
         return NULL;
     if (parse_states(&c, &t, states, &a.N)) {
         a.ids = kl_py_in(&c, ids, KL_PY_I32, T, "ids");
         a.offsets = kl_py_in(&c, offsets, KL_PY_I64, a.N + 1, "offsets");
-        a.logits = kl_py_out_opt(&c, logits, KL_PY_F32,
-                                 kl_py_size(&c, "logits", n_logits, self->config.vocab, 1, 1), "logits");
+        a.logits =
+            kl_py_out_opt(&c, logits, KL_PY_F32,
+                          kl_py_size(&c, "logits", n_logits, self->config.vocab, 1, 1), "logits");
         a.logit_rows = kl_py_in_opt(&c, rows, KL_PY_I64, n_logits, "logit_rows");
         a.done = kl_py_out_opt(&c, done, KL_PY_I64, a.N, "done");
     }
@@ -391,7 +403,8 @@ static PyObject *model_forward(PyObject *o, PyObject *args)
         c.failed = true;
     }
     if (!c.failed && a.offsets[a.N] != T) {
-        PyErr_Format(PyExc_ValueError, "offsets end at %lld; they must end at T = %lld", (long long)a.offsets[a.N], T);
+        PyErr_Format(PyExc_ValueError, "offsets end at %lld; they must end at T = %lld",
+                     (long long)a.offsets[a.N], T);
         c.failed = true;
     }
     if (!c.failed && taps != Py_None)

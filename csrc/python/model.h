@@ -5,8 +5,7 @@
 #include "binding.h"
 
 typedef struct py_model {
-    PyObject_HEAD
-    kl_model *model;
+    PyObject_HEAD kl_model *model;
     kl_config config;
     kl_layer *layers;       /* config.layers */
     kl_py_context *context; /* whose allocator the model's memory is from */

@@ -41,7 +41,8 @@ static bool add_type(PyObject *module, const char *name, PyType_Spec *spec)
 
 static int module_exec(PyObject *module)
 {
-    if (!add_type(module, "Context", &kl_py_context_spec) || !add_type(module, "Model", &kl_py_model_spec)
+    if (!add_type(module, "Context", &kl_py_context_spec)
+        || !add_type(module, "Model", &kl_py_model_spec)
         || !add_type(module, "State", &kl_py_state_spec))
         return -1;
     PyMethodDef *families[] = { kl_py_ops_basic, kl_py_ops_dense, kl_py_ops_kda, kl_py_ops_mla };
@@ -56,10 +57,7 @@ static PyModuleDef_Slot slots[] = {
     { 0, NULL },
 };
 static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT,
-    .m_name = "kimi_linear._core",
-    .m_size = 0,
-    .m_methods = module_methods,
+    PyModuleDef_HEAD_INIT, .m_name = "kimi_linear._core", .m_size = 0, .m_methods = module_methods,
     .m_slots = slots,
 };
 

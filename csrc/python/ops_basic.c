@@ -40,7 +40,8 @@ static PyObject *py_swiglu(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "OOOOL:swiglu", &ctx, &oy, &ogate, &oup, &n))
         return NULL;
     float *y = kl_py_out(&c, oy, KL_PY_F32, n, "out");
-    const float *gate = kl_py_in(&c, ogate, KL_PY_F32, n, "gate"), *up = kl_py_in(&c, oup, KL_PY_F32, n, "up");
+    const float *gate = kl_py_in(&c, ogate, KL_PY_F32, n, "gate"),
+                *up = kl_py_in(&c, oup, KL_PY_F32, n, "up");
     if (kl_py_begin(&c, ctx))
         c.status = kl_swiglu(c.ctx, y, gate, up, n);
     return kl_py_end(&c);
@@ -87,14 +88,16 @@ static PyObject *py_gated_rms_norm(PyObject *module, PyObject *args)
     long long T, D;
     double eps;
     int activation;
-    if (!PyArg_ParseTuple(args, "OOOOOLLdi:gated_rms_norm", &ctx, &oy, &ox, &oz, &ow, &T, &D, &eps, &activation))
+    if (!PyArg_ParseTuple(args, "OOOOOLLdi:gated_rms_norm", &ctx, &oy, &ox, &oz, &ow, &T, &D, &eps,
+                          &activation))
         return NULL;
     const int64_t n = kl_py_size(&c, "x", T, D, 1, 1);
     float *y = kl_py_out(&c, oy, KL_PY_F32, n, "out");
     const float *x = kl_py_in(&c, ox, KL_PY_F32, n, "x"), *z = kl_py_in(&c, oz, KL_PY_F32, n, "z");
     const float *w = kl_py_in(&c, ow, KL_PY_F32, D, "w");
     if (kl_py_begin(&c, ctx))
-        c.status = kl_gated_rms_norm(c.ctx, y, x, z, w, T, D, (float)eps, (kl_activation)activation);
+        c.status =
+            kl_gated_rms_norm(c.ctx, y, x, z, w, T, D, (float)eps, (kl_activation)activation);
     return kl_py_end(&c);
 }
 

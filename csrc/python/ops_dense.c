@@ -86,8 +86,9 @@ static PyObject *py_route(PyObject *module, PyObject *args)
     const float *scores =
         kl_py_in(&c, oscores, KL_PY_F32, kl_py_size(&c, "scores", T, E, 1, 1), "scores");
     const float *bias = kl_py_in_opt(&c, obias, KL_PY_F32, E, "bias");
-    const kl_route_args a = { T,           E,           k, groups, top_groups, (kl_router)function,
-                              renormalise, (float)scale, 0 };
+    const kl_route_args a = {
+        T, E, k, groups, top_groups, (kl_router)function, renormalise, (float)scale, 0
+    };
     if (kl_py_begin(&c, ctx))
         c.status = kl_route(c.ctx, ids, weights, scores, bias, &a);
     return kl_py_end(&c);

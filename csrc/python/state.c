@@ -2,8 +2,7 @@
 #include "model.h"
 
 typedef struct py_state {
-    PyObject_HEAD
-    kl_state *state;
+    PyObject_HEAD kl_state *state;
     py_model *model;
 } py_state;
 
@@ -85,13 +84,15 @@ static PyObject *state_shape(PyObject *o, PyObject *args)
     if (!PyArg_ParseTuple(args, "OLi:shape", &context, &layer, &part))
         return NULL;
     if (kl_py_begin(&c, context))
-        c.status = kl_state_shape(c.ctx, ((py_state *)o)->state, layer, (kl_state_part)part, shape, &n_dims, &type);
+        c.status = kl_state_shape(c.ctx, ((py_state *)o)->state, layer, (kl_state_part)part, shape,
+                                  &n_dims, &type);
     PyObject *none = kl_py_end(&c);
     if (none == NULL)
         return NULL;
     Py_DECREF(none);
     if (n_dims == 3)
-        return Py_BuildValue("(LLL)i", (long long)shape[0], (long long)shape[1], (long long)shape[2], (int)type);
+        return Py_BuildValue("(LLL)i", (long long)shape[0], (long long)shape[1],
+                             (long long)shape[2], (int)type);
     return Py_BuildValue("(LL)i", (long long)shape[0], (long long)shape[1], (int)type);
 }
 
@@ -112,10 +113,12 @@ static PyObject *move(PyObject *o, PyObject *args, bool out)
         return NULL;
     if (kl_py_begin(&c, context)) {
         c.status = kl_state_shape(c.ctx, state, layer, (kl_state_part)part, shape, &n_dims, &type);
-        const size_t bytes = kl_type_bytes(type, shape[0] * shape[1] * (n_dims == 3 ? shape[2] : 1));
+        const size_t bytes =
+            kl_type_bytes(type, shape[0] * shape[1] * (n_dims == 3 ? shape[2] : 1));
         if (c.status == KL_OK && (size_t)view.len != bytes)
-            c.status = kl_fail(c.ctx, KL_ERR_SHAPE, "state: the array has %lld bytes; it must have %zu",
-                               (long long)view.len, bytes);
+            c.status =
+                kl_fail(c.ctx, KL_ERR_SHAPE, "state: the array has %lld bytes; it must have %zu",
+                        (long long)view.len, bytes);
         if (c.status == KL_OK)
             c.status = out ? kl_state_read(c.ctx, state, layer, (kl_state_part)part, view.buf)
                            : kl_state_write(c.ctx, state, layer, (kl_state_part)part, view.buf);

@@ -64,7 +64,7 @@ def sigmoid(x, *, out=None, ctx=None):
     Returns
     -------
     y : (...) float32
-        Within 4 u of the exact value, relative, for every finite `x`.
+        Within 4 u of the exact value, relative, and 2**-149 where that is below 2**-126.
     """
     x = as_float32(x, "x")
     y = output(out, x.shape)
@@ -124,7 +124,7 @@ def rms_norm(x, w, *, eps, out=None, ctx=None):
     Parameters
     ----------
     x : (..., D) float32
-        Finite values of any size: a sum of squares that overflows is taken again on ``x * 2**-96``.
+        Finite values of any size: a sum of squares that overflows or underflows is taken again on scaled rows.
     w : (D,) float32
         Plain weight (a checkpoint that stores ``w - 1`` adds 1 at load).
     eps : float

@@ -29,18 +29,28 @@ static void check_near(const float *got, const double *want, int n, double withi
 static void test_delta_rule(kl_ctx *ctx)
 {
     const float q_raw[] = { 1, 2, -1, 1, 3, -1 }, k_raw[] = { 2, 1, 0, 1, 1, -2 };
-    const float v[] = { 1, -1, 0.5f, 2, -2, 1 }, f[] = { 0.3f, -0.2f, 1, 0, -1, 2 }, b[] = { 0, 1, -1 };
+    const float v[] = { 1, -1, 0.5f, 2, -2, 1 }, f[] = { 0.3f, -0.2f, 1, 0, -1, 2 },
+                b[] = { 0, 1, -1 };
     const float rate[] = { 2 }, dt_bias[] = { 0.5f, -0.5f };
-    const double want_g[] = { -2.342201332, -0.806372098, -3.402826556, -0.948153968, -0.948153968, -3.402826556 };
-    const double want_o[] = { 0.282842656, -0.282842656, 0.186973346, 0.726849192, -0.266757022, 0.126001403 };
+    const double want_g[] = { -2.342201332, -0.806372098, -3.402826556,
+                              -0.948153968, -0.948153968, -3.402826556 };
+    const double want_o[] = { 0.282842656, -0.282842656, 0.186973346,
+                              0.726849192, -0.266757022, 0.126001403 };
     const double want_state[] = { -0.233700190, 0.119969000, 0.491873158, -0.203588432 };
     const int64_t offsets[] = { 0, 3 };
     float q[6], k[6], g[6], beta[3], o[6], state[4];
     void *slot = state;
     const kl_slots none = { NULL, 0 }, out = { &slot, 0 };
     const kl_delta_rule_args args = {
-        .offsets = offsets, .N = 1, .T = 3, .Hk = 1, .Hv = 1, .K = 2, .V = 2,
-        .scale = 0.70710678f, .gate = KL_GATE_CHANNEL,
+        .offsets = offsets,
+        .N = 1,
+        .T = 3,
+        .Hk = 1,
+        .Hv = 1,
+        .K = 2,
+        .V = 2,
+        .scale = 0.70710678f,
+        .gate = KL_GATE_CHANNEL,
     };
     CHECK(kl_l2_norm(ctx, q, q_raw, 3, 2, 1e-6f) == KL_OK);
     CHECK(kl_l2_norm(ctx, k, k_raw, 3, 2, 1e-6f) == KL_OK);

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from conftest import DATA, GOLDEN_CASES
 
 import kimi_linear as kl
-from conftest import GOLDEN_CASES, DATA
 
 CONTEXTS = [kl.Context(isa=isa, threads=n) for isa in kl.isa_list() for n in (1, 2, 3)]
 CASES = ["tiny", *GOLDEN_CASES]
@@ -81,8 +81,8 @@ def test_the_length_of_a_pass_changes_no_byte(model, pass_tokens):
     other = model.new_state()
     values = np.empty_like(whole)
     rows = np.arange(len(tokens), dtype=np.int64)
-    model._core.forward(kl.Context()._core, [other._core], tokens, np.array([0, 500]), 500, values, rows, 500, None, None,
-                        0, pass_tokens, None)
+    model._core.forward(kl.Context()._core, [other._core], tokens, np.array([0, 500]), 500, values, rows, 500, None,
+                        None, 0, pass_tokens, None)
     assert values.tobytes() == whole.tobytes() and arrays(other) == arrays(state)
 
 
@@ -146,7 +146,8 @@ def test_given_experts_are_used(model):
     forced = model.trace(tokens, "*", expert_ids={layer: other})
     assert np.array_equal(forced[f"layers.{layer}.moe.ids"], other)
     ref = model.reference().forward(tokens, taps="*", expert_ids={layer: other})
-    np.testing.assert_allclose(forced[f"layers.{layer}.moe.weights"], ref.taps[f"layers.{layer}.moe.weights"], rtol=1e-4)
+    name = f"layers.{layer}.moe.weights"
+    np.testing.assert_allclose(forced[name], ref.taps[name], rtol=1e-4)
 
 
 def test_memory_is_as_planned_and_nothing_is_allocated_in_a_pass(model):
@@ -252,7 +253,7 @@ TINY = dict(case="tiny")
     (lambda m: m.forward([1, 2], offsets=[0, 3, 2]), ValueError, r"offsets\[2\] is 2 after 3"),
     (lambda m: m.forward([1, 2], offsets=[0, 1]), ValueError, "offsets ends at 1; it must end at T = 2"),
     (lambda m: m.forward([1, 2], state=[m.new_state()] * 2), ValueError, "one for each of 1 sequences"),
-    (lambda m: m.forward([[1], [2]], state=[m.new_state()] * 2), ValueError, "state 0 is in use, or given twice|given twice"),
+    (lambda m: m.forward([[1], [2]], state=[m.new_state()] * 2), ValueError, "is in use, or given twice"),
     (lambda m: m.forward([1], state=open_model("kimi-a").new_state()), ValueError, "belongs to another model"),
     (lambda m: m.forward([1], state="s"), TypeError, "it must be a State"),
     (lambda m: m.forward([1], taps="layers.9.*"), ValueError, "matches no tap; near it are"),

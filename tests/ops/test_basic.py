@@ -75,6 +75,17 @@ def test_norms_of_tiny_and_huge_rows(op, scale):
           getattr(kl.reference, op)(**inputs), **inputs)
 
 
+@pytest.mark.parametrize("scale", [0, 1e-45, 1e-30, 1e-25, 1e-20, 1e-14, 1e-10])
+@pytest.mark.parametrize("op", ["rms_norm", "l2_norm", "gated_rms_norm"])
+def test_norms_without_eps(op, scale):
+    inputs = op_inputs(op, 3, 100) | dict(eps=0.0)
+    inputs["x"] *= np.float32(scale)
+    got = everywhere(lambda ctx: getattr(kl.ops, op)(**inputs, ctx=ctx))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ref = getattr(kl.reference, op)(**inputs)  # 0 / 0 is NaN in both
+    judge(op, got, ref, **inputs)
+
+
 @pytest.mark.parametrize("op, first", [("rms_norm", "x"), ("l2_norm", "x"), ("softmax", "x"), ("sigmoid", "x"),
                                        ("swiglu", "gate"), ("swiglu", "up"), ("add", "b"), ("gated_rms_norm", "z")])
 def test_in_place(op, first):

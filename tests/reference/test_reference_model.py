@@ -135,7 +135,7 @@ def test_taps_have_their_names_and_shapes(golden_case):
             shapes |= {"kda.f_a": low, "kda.g_a": low, "kda.b": H, "kda.beta": H, "kda.out": (T, D)}
         else:
             shapes = {"mla.q": (T, c.mla_heads, c.nope_dim + c.rope_dim),
-                      "mla.latent_raw": (T, c.kv_rank), "mla.k_shared": (T, c.rope_dim), "mla.latent": (T, c.kv_rank),
+                      "mla.latent_raw": (T, c.kv_rank), "mla.latent": (T, c.kv_rank),
                       "mla.k_shared": (T, c.rope_dim), "mla.o": (T, c.mla_heads, c.v_head_dim),
                       "mla.out": (T, D)}
             if c.q_rank:

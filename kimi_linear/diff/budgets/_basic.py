@@ -18,7 +18,7 @@ def add(ref, a, b):
 
 
 def sigmoid(ref, x):
-    """exp within 1.1 u, one sum, one division: 4 u."""
+    """exp within 1.6 u, one sum, one division: 4 u."""
     return _relative(ref, 4)
 
 

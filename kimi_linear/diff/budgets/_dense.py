@@ -45,23 +45,41 @@ def route(ref, scores, k, bias=None, groups=1, top_groups=1, function="sigmoid",
     return np.zeros(ids.shape), bound
 
 
-def moe(ref, x, ids, weights, w_gate, w_up, w_down, shared=None):
-    """Each product's own error, what it becomes in the next (|silu'| <= 1.1), and k + 1 additions."""
+def _expert(x, w_gate, w_up, w_down):
+    """(value, bound of its error) of ``w_down swiglu(w_gate x, w_up x)``: each product's own error, and what it
+    becomes in the next (|silu'| <= 1.1)."""
     from ...reference import linear as product
     from ...reference import silu
 
+    gate, up = product(x, w_gate), product(x, w_up)
+    gate_error, up_error = _dot(x, w_gate), _dot(x, w_up)
+    h = silu(gate) * up
+    h_error = (1.1 * gate_error * (np.abs(up) + up_error) + np.abs(silu(gate)) * up_error
+               + 8 * U * np.abs(h) + TINY * (1 + np.abs(gate * up)))
+    down = np.abs(np.asarray(w_down, np.float64))
+    return product(h, w_down), h_error @ down.T + _dot(np.abs(h) + h_error, down)
+
+
+def _shared_error(x, shared, shared_gate):
+    """Bound of the error of what is added last: 0 where it is given as an array and not scaled."""
+    value, error = (np.asarray(shared, np.float64), 0.0) if not isinstance(shared, tuple) else _expert(x, *shared)
+    if shared_gate is None:
+        return error
+    share_error = _dot(x, shared_gate) / 4 + 4 * U  # sigmoid' <= 1/4
+    return share_error * (np.abs(value) + error) + error + U * np.abs(value)
+
+
+def moe(ref, x, ids, weights, w_gate, w_up, w_down, shared=None, shared_gate=None, activation="silu"):
+    """The experts' own errors by their weights, k + 1 additions, and the shared expert's error."""
     x, ids, weights = np.asarray(x, np.float64), np.asarray(ids), np.asarray(weights, np.float64)
     k = ids.shape[-1]
     total, size = np.zeros_like(ref), np.zeros_like(ref)
     for e in np.unique(ids):
         t, slot = np.nonzero(ids == e)
-        gate, up = product(x[t], w_gate[e]), product(x[t], w_up[e])
-        gate_error, up_error = _dot(x[t], w_gate[e]), _dot(x[t], w_up[e])
-        h = silu(gate) * up
-        h_error = (1.1 * gate_error * (np.abs(up) + up_error) + np.abs(silu(gate)) * up_error
-                   + 8 * U * np.abs(h) + TINY * (1 + np.abs(gate * up)))
-        down = np.abs(np.asarray(w_down[e], np.float64))
+        value, error = _expert(x[t], w_gate[e], w_up[e], w_down[e])
         weight = np.abs(weights[t, slot])[:, None]
-        np.add.at(total, t, weight * (h_error @ down.T + _dot(np.abs(h) + h_error, down)))
-        np.add.at(size, t, weight * np.abs(product(h, w_down[e])))
+        np.add.at(total, t, weight * error)
+        np.add.at(size, t, weight * np.abs(value))
+    if shared is not None:
+        total += _shared_error(x, shared, shared_gate)
     return 1.01 * total + (k + 1) * U * size + U * np.abs(ref) + (k + 1) * TINY

@@ -9,7 +9,7 @@ __all__ = ["decay_gate", "delta_rule", "short_conv"]
 U = 2.0**-24
 TINY = 2.0**-149  # the smallest subnormal
 FLUSH = 2.0**-126  # what an operation with flushed subnormals may lose
-EXP = 1.1  # error of exp, in u
+EXP = 1.6  # error of exp, in u
 SLOPE = 1.1  # largest slope of SiLU
 
 
@@ -104,7 +104,7 @@ class _Bound:
         q2, k2 = (np.sqrt((x * x).sum(1, keepdims=True)) for x in (q, k))
 
         # S' = a S: exp, then a product
-        here = (EXP + 1.5) * U * a * (np.abs(self.S) + self.E) + FLUSH * (np.abs(self.S) + 2)
+        here = (EXP + 1) * U * a * (np.abs(self.S) + self.E) + FLUSH * (np.abs(self.S) + 2)
         S, E = a * self.S, a * self.E + here
         e = np.minimum(a.max(1, keepdims=True) * self.e + _norm(here), _norm(E))
 

@@ -1,0 +1,105 @@
+"""The command line: ``kimi-linear COMMAND ...``, one module a command.
+
+A command module has ``HELP`` (one line), ``EPILOG`` (examples), ``add_arguments(parser)`` and ``run(args) ->
+int``. Exit codes: 0 done; 1 done, and the answer is no (a comparison over its budget); 2 bad usage or input,
+said in one sentence on stderr; 130 interrupted; 141 the reader of the output has gone.
+"""
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+import warnings
+
+from ..errors import DeviceError
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS = ("demo", "generate", "inspect", "plan", "verify", "trace", "diff", "perplexity", "bench")
+
+_BAD_INPUT = (ValueError, TypeError, KeyError, OSError, MemoryError, NotImplementedError, DeviceError)
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one sentence, without the usage before it."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv=None):
+    """Run a command and return its exit code.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        Without the program's name; by default the process's.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] not in COMMANDS:
+        return _no_command(argv)
+    command = importlib.import_module(f"{__name__}.{argv[0]}")
+    args = _parser(argv[0], command).parse_args(argv[1:])
+    prog = f"kimi-linear {argv[0]}"
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *rest, **named: print(f"{prog}: {message}", file=sys.stderr)
+        return _guarded(prog, command.run, args)
+
+
+def _guarded(prog, run, args):
+    try:
+        code = run(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print(f"\n{prog}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+        return 141
+    except _BAD_INPUT as error:
+        print(f"{prog}: {_sentence(error)}", file=sys.stderr)
+        return 2
+
+
+def _sentence(error):
+    if isinstance(error, KeyError) and error.args:
+        return error.args[0]
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+def _parser(name, command):
+    examples = "\n".join(f"  {line}".rstrip() for line in command.EPILOG.strip().splitlines())
+    parser = _Parser(prog=f"kimi-linear {name}", description=command.HELP, epilog=f"example:\n{examples}",
+                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_arguments(parser)
+    return parser
+
+
+def _no_command(argv):
+    """Help, the version, or what is wrong with the name of the command."""
+    if argv and argv[0] in ("--version", "-V"):
+        from .. import __version__
+
+        print(f"kimi-linear {__version__}")
+        return 0
+    if argv and argv[0] not in ("--help", "-h", "help"):
+        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        meant = f"did you mean {near[0]}?" if near else f"it has {', '.join(COMMANDS)}"
+        print(f"kimi-linear: there is no command {argv[0]!r}; {meant}", file=sys.stderr)
+        return 2
+    _print_help(sys.stdout if argv else sys.stderr)
+    return 0 if argv else 2
+
+
+def _print_help(file):
+    print("usage: kimi-linear COMMAND [arguments]\n", file=file)
+    print("Kimi-Linear on the CPU, every number beside its float64 reference.\n", file=file)
+    for name in COMMANDS:
+        print(f"  {name:<12}{importlib.import_module(f'{__name__}.{name}').HELP}", file=file)
+    print("\nA command's own help has an example: kimi-linear COMMAND --help", file=file)
+    print("Without a model, a command uses the trained one in the package.", file=file)
+    print('example:\n  kimi-linear generate --prompt "In the beginning"', file=file)

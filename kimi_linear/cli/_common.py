@@ -1,0 +1,159 @@
+"""What the commands share: the model argument, words to stderr, tables, sizes."""
+
+import json
+import sys
+
+__all__ = [
+    "add_compute_arguments", "add_json_argument", "add_model_argument", "human_bytes", "human_count",
+    "integers",
+    "layer_pattern", "load_model", "model_path", "non_negative", "positive", "print_json", "print_table",
+    "progress", "read_text", "say",
+]
+
+
+# ---- arguments ----
+
+def add_model_argument(parser):
+    """``[MODEL]`` or ``--model MODEL``: a folder, or a hub id in the local cache; else the packaged model."""
+    parser.add_argument("model_positional", metavar="MODEL", nargs="?",
+                        help="Hugging Face folder, or hub id in the local cache (default: the packaged)")
+    parser.add_argument("--model", metavar="MODEL", help="the same, by name")
+
+
+def add_compute_arguments(parser, *, cache=None):
+    """``--threads``, ``--isa`` and, with a default, ``--cache``."""
+    parser.add_argument("--threads", type=positive, metavar="N", help="(default: one for each processor)")
+    parser.add_argument("--isa", choices=("scalar", "avx2", "avx512"), help="(default: the best here)")
+    if cache is not None:
+        parser.add_argument("--cache", choices=("float32", "float16"), default=cache,
+                            help="type of the latent cache (default: %(default)s)")
+
+
+def add_json_argument(parser):
+    """``--json``."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def positive(text):
+    """An int >= 1, for ``type=``."""
+    return _at_least(text, 1)
+
+
+def non_negative(text):
+    """An int >= 0, for ``type=``."""
+    return _at_least(text, 0)
+
+
+def _at_least(text, low):
+    import argparse
+
+    try:
+        value = int(text)
+    except ValueError:
+        value = None
+    if value is None or value < low:
+        raise argparse.ArgumentTypeError(f"it is {text!r}; it must be an integer >= {low}")
+    return value
+
+
+def integers(text):
+    """Integers >= 0 separated by commas or blanks, for ``type=``."""
+    return [non_negative(part) for part in text.replace(",", " ").split()]
+
+
+def model_path(args):
+    """The model that the arguments name; None for the packaged one."""
+    by_place, by_name = getattr(args, "model_positional", None), getattr(args, "model", None)
+    if by_place is not None and by_name is not None:
+        raise ValueError(f"the model is named twice, {by_place!r} and --model {by_name!r}; name it once")
+    return by_name if by_place is None else by_place
+
+
+def load_model(args):
+    """The model that the arguments name, in the threads, kernels and cache type that they ask for."""
+    from ..context import Context
+    from ..model import Model
+
+    path = model_path(args)
+    options = {"cache": args.cache} if getattr(args, "cache", None) else {}
+    model = Model.tiny(**options) if path is None else Model.from_pretrained(path, **options)
+    threads, isa = getattr(args, "threads", None), getattr(args, "isa", None)
+    if threads is not None or isa is not None:
+        model._ctx = Context(threads=threads, isa=isa)
+    return model
+
+
+def read_text(path):
+    """A UTF-8 file's text; ``-`` is stdin."""
+    if path == "-":
+        return sys.stdin.read()
+    with open(path, encoding="utf-8") as file:
+        try:
+            return file.read()
+        except UnicodeDecodeError as error:
+            byte = error.object[error.start]
+            raise ValueError(f"{path} is not UTF-8: byte {error.start} is {byte:#04x}") from None
+
+
+# ---- output ----
+
+def say(*words, end="\n"):
+    """To stderr: what a person wants to know and a pipe does not."""
+    print(*words, file=sys.stderr, end=end, flush=True)
+
+
+def progress(total, label, unit="token"):
+    """A bar on stderr, to ``update(n)`` and use as a context; nothing where stderr is no terminal."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=label, unit=f" {unit}s", file=sys.stderr, leave=False, unit_scale=True,
+                disable=not sys.stderr.isatty())
+
+
+def print_json(value):
+    """One JSON object on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def human_bytes(n):
+    """``1.4 GiB``, ``12 KiB``, ``96 B``."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(n) < 1024 or unit == "TiB":
+            return f"{n:.0f} {unit}" if unit == "B" or abs(n) >= 100 else f"{n:.1f} {unit}"
+        n /= 1024
+    return None
+
+
+def human_count(n):
+    """``5.64 M``, ``49.1 B``, ``812``."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(n) >= size:
+            return f"{n / size:.3g} {unit}"
+    return f"{n:.0f}"
+
+
+def layer_pattern(config):
+    """``KKKM``: one letter a layer, K for KDA and M for MLA, small where the feed-forward is dense."""
+    letters = {("kda", "moe"): "K", ("mla", "moe"): "M", ("kda", "dense"): "k", ("mla", "dense"): "m"}
+    return "".join(letters[layer.mixer, layer.ffn] for layer in config.layers)
+
+
+def print_table(rows, header=None, align="", file=None):
+    """Rows of cells in aligned columns.
+
+    Parameters
+    ----------
+    rows : list of sequences
+        Cells become text by ``str``.
+    header : sequence of str, optional
+    align : str
+        A letter a column, ``<`` or ``>``; columns without one are ``<``.
+    """
+    lines = [[str(cell) for cell in row] for row in ([header] if header else []) + list(rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    align = align.ljust(len(widths), "<")
+    for i, line in enumerate(lines):
+        cells = (f"{cell:{a}{w}}" for cell, a, w in zip(line, align, widths, strict=True))
+        print("  ".join(cells).rstrip(), file=file)
+        if header and i == 0:
+            print("  ".join("-" * w for w in widths).rstrip(), file=file)

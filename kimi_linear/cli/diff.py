@@ -1,0 +1,75 @@
+"""``kimi-linear diff``: two traces beside each other, down to the first divergence."""
+
+from pathlib import Path
+
+from ._common import add_json_argument, print_json
+
+HELP = "compare two trace files tap by tap: where do they part first?"
+EPILOG = """
+kimi-linear trace --prompt "In the beginning" -o ours.safetensors
+kimi-linear trace --prompt "In the beginning" -o exact.safetensors --reference
+kimi-linear diff ours.safetensors exact.safetensors
+kimi-linear diff ours.safetensors theirs.safetensors --names hf --config ~/models/kimi --prefix short/
+
+exit code 0: no tap diverges; 1: one does; 2: bad usage or input
+"""
+
+
+def add_arguments(parser):
+    parser.add_argument("a", metavar="A", help="trace file")
+    parser.add_argument("b", metavar="B", help="trace file that is the measure")
+    parser.add_argument("--names", choices=("hf",), help="the names in B: transformers' module paths")
+    parser.add_argument(
+        "--config", metavar="DIR", help="folder of config.json (or the file), needed with --names"
+    )
+    parser.add_argument("--prefix", default="", metavar="TEXT", help="of the names in B to take")
+    parser.add_argument("--taps", action="append", metavar="GLOB", help="only these; may be given again")
+    parser.add_argument(
+        "--threshold",
+        type=_threshold,
+        metavar="X",
+        help="rms error of a token over the tap's rms from which the runs have parted (default: 6.1e-05, "
+        "or 16 units in the last place of a narrower type)",
+    )
+    add_json_argument(parser)
+
+
+def run(args):
+    from ..diff import traces
+    from ..trace import Trace
+
+    config = _config(args)
+    a, b = Trace.load(args.a), Trace.load(args.b, names=args.names, config=config, prefix=args.prefix)
+    if args.taps:
+        a = a.filter(args.taps)
+    report = traces(a, b, threshold=args.threshold)
+    if args.json:
+        print_json(report.to_dict())
+    else:
+        print(report)
+    return 0 if report.ok else 1
+
+
+def _threshold(text):
+    import argparse
+
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"it is {text!r}; it must be a number >= 0")
+    return value
+
+
+def _config(args):
+    from ..config import Config
+
+    if args.names is None:
+        if args.config is not None:
+            raise ValueError("--config is for --names hf; traces of ours have their shapes")
+        return None
+    if args.config is None:
+        raise ValueError("--names hf needs --config DIR: shapes of heads are not in the file")
+    path = Path(args.config)
+    return Config.from_file(path / "config.json" if path.is_dir() else path)

@@ -1,0 +1,105 @@
+"""``kimi-linear generate``: a prompt goes on, streamed."""
+
+import sys
+
+from ._common import (
+    add_compute_arguments,
+    add_json_argument,
+    add_model_argument,
+    integers,
+    load_model,
+    non_negative,
+    positive,
+    print_json,
+    read_text,
+    say,
+)
+
+HELP = "continue a prompt, streamed to stdout"
+EPILOG = """
+kimi-linear generate --prompt "In the beginning" --temperature 0.8 --top-p 0.95 --seed 7
+kimi-linear generate ~/models/kimi --chat --prompt "Why is the sky blue?"
+"""
+
+
+def add_arguments(parser):
+    add_model_argument(parser)
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="text to continue")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="the same from a UTF-8 file; - is stdin")
+    prompt.add_argument("--ids", type=integers, metavar="ID,ID", help="token ids; no tokenizer is needed")
+    parser.add_argument("--chat", action="store_true", help="send the prompt as one user message")
+    parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N",
+                        help="(default: %(default)s)")
+    parser.add_argument("--temperature", type=float, metavar="X",
+                        help="0 takes the likeliest token (default: the checkpoint's, else 0)")
+    parser.add_argument("--top-k", type=non_negative, metavar="K", help="among the K likeliest; 0 is all")
+    parser.add_argument("--top-p", type=float, metavar="P",
+                        help="among the likeliest that together have probability P")
+    parser.add_argument("--min-p", type=float, metavar="P",
+                        help="among those at least P times as likely as the likeliest")
+    parser.add_argument("--seed", type=non_negative, default=0, metavar="N",
+                        help="the same seed gives the same text (default: %(default)s)")
+    add_compute_arguments(parser, cache="float16")
+    add_json_argument(parser)
+
+
+def run(args):
+    if args.chat and args.ids is not None:
+        raise ValueError("--chat needs text; give --prompt or --prompt-file, not --ids")
+    prompt = _prompt(args)
+    model = load_model(args)
+    generation = model.generate(prompt, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                                top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, seed=args.seed)
+    if args.json:
+        generation.run()
+        print_json(_facts(model, generation))
+        return 0
+    if args.prompt is not None and not args.chat:
+        say(args.prompt, end="")
+    try:
+        _stream(generation)
+    except KeyboardInterrupt:
+        _finish(model, generation)
+        raise
+    _finish(model, generation)
+    return 0
+
+
+def _prompt(args):
+    if args.ids is not None:
+        return args.ids
+    text = args.prompt if args.prompt is not None else read_text(args.prompt_file)
+    return [{"role": "user", "content": text}] if args.chat else text
+
+
+def _stream(generation):
+    for piece in generation:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+
+def _finish(model, generation):
+    print("" if model.tokenizer else " ".join(map(str, generation.tokens)), flush=True)
+    say(_cost(model, generation))
+
+
+def _cost(model, generation):
+    s, heat = generation.stats, generation.sampling["temperature"]
+    how = "greedy" if heat == 0 else f"temperature {heat:g}, seed {generation.seed}"
+    return (f"[{s.prompt_tokens} tokens read at {s.prefill_rate:,.0f}/s, {s.new_tokens} written at "
+            f"{s.decode_rate:,.0f}/s; {how}; activations {model.activations}, cache {model.cache}; "
+            f"ended by {generation.finish_reason or 'interruption'}]")
+
+
+def _facts(model, generation):
+    s = generation.stats
+    return {
+        "model": model.name, "text": generation.text, "prompt_tokens": generation.prompt_ids.tolist(),
+        "tokens": generation.tokens, "logprobs": generation.logprobs,
+        "finish_reason": generation.finish_reason,
+        "sampling": {**generation.sampling, "seed": generation.seed},
+        "activations": model.activations, "cache": model.cache,
+        "stats": {"prefill_seconds": s.prefill_seconds, "decode_seconds": s.decode_seconds,
+                  "prefill_tokens_per_second": s.prefill_rate, "decode_tokens_per_second": s.decode_rate},
+    }

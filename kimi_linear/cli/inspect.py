@@ -1,0 +1,135 @@
+"""``kimi-linear inspect``: what a checkpoint holds."""
+
+import fnmatch
+import math
+import warnings
+from collections import Counter
+from dataclasses import asdict
+
+from ._common import (
+    add_json_argument,
+    add_model_argument,
+    human_bytes,
+    human_count,
+    layer_pattern,
+    load_model,
+    print_json,
+    print_table,
+)
+
+HELP = "what a checkpoint holds: config, parameters, tensors, memory"
+EPILOG = """
+kimi-linear inspect
+kimi-linear inspect ~/models/kimi --tensors "*.layers.3.*"
+"""
+
+
+def add_arguments(parser):
+    add_model_argument(parser)
+    parser.add_argument("--tensors", metavar="GLOB", help="list the tensors whose name matches")
+    add_json_argument(parser)
+
+
+def run(args):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = load_model(args)
+    notes = [str(w.message) for w in caught]
+    tensors = _tensors(model, args.tensors) if args.tensors else []
+    if args.json:
+        print_json(_facts(model, notes) | ({"tensors": tensors} if args.tensors else {}))
+    elif args.tensors:
+        rows = [(t["name"], "x".join(map(str, t["shape"])), t["dtype"], human_bytes(t["bytes"]))
+                for t in tensors]
+        print_table(rows, ("tensor", "shape", "stored as", "bytes"), "<><>")
+    else:
+        _show(model, _facts(model, notes))
+    return 0
+
+
+def parameters(config):
+    """(all, active) parameters: a token uses its chosen experts of each layer, and all else."""
+    total = sum(math.prod(shape) for shape in config.weight_shapes().values())
+    expert = 3 * config.moe_size * config.hidden_size
+    n_moe = sum(layer.ffn == "moe" for layer in config.layers)
+    return total, total - n_moe * (config.n_experts - config.experts_per_token) * expert
+
+
+def _tensors(model, glob):
+    found = [
+        {"name": name, "shape": list(t.shape), "dtype": _stored_as(t), "bytes": int(t.nbytes)}
+        for name, t in model._tensors.items() if fnmatch.fnmatchcase(name, glob)
+    ]
+    if not found:
+        raise ValueError(f"--tensors {glob!r} matches none of {len(model._tensors)} tensors; try '*'")
+    return found
+
+
+def _stored_as(tensor):
+    return str(tensor.dtype).upper().replace("FLOAT", "F")
+
+
+def _facts(model, notes):
+    c = model.config
+    types = Counter()
+    for t in model._tensors.values():
+        types[_stored_as(t)] += int(t.nbytes)
+    total, active = parameters(c)
+    plan = model.plan()
+    return {
+        "model": model.name, "layers": layer_pattern(c), "parameters": total, "active_parameters": active,
+        "stored_bytes": dict(types), "config": c.to_dict(), "latent_eps": c.latent_eps,
+        "tokenizer": None if model.tokenizer is None else len(model.tokenizer),
+        "skipped_tensors": list(getattr(model._checkpoint, "skipped", ())),
+        "plan": asdict(plan),
+        "notes": notes,
+    }
+
+
+def _show(model, facts):
+    c, plan = model.config, facts["plan"]
+    stored = ", ".join(f"{name} {human_bytes(n)}" for name, n in sorted(facts["stored_bytes"].items()))
+    total, active = human_count(facts["parameters"]), human_count(facts["active_parameters"])
+    own = human_bytes(plan["vectors"] + plan["state"] + plan["scratch"])
+    rows = [
+        ("model", facts["model"]),
+        ("layers", f"{c.n_layers}: {facts['layers']}  (K is KDA, M is MLA; small: dense feed-forward)"),
+        ("parameters", f"{total}, of which {active} work on a token"),
+        ("stored as", stored),
+        ("hidden", f"{c.hidden_size:,}"),
+        ("vocabulary", f"{c.vocab_size:,}{', tied head' if c.tie_embeddings else ''}"),
+        *_mixers(c), *_feed_forward(c),
+        ("norms", f"eps {c.rms_norm_eps:g}; inside MLA {c.latent_eps:g}"),
+        ("context", f"{c.max_length:,} tokens" if c.max_length else "no limit is named"),
+        ("tokenizer", f"{facts['tokenizer']:,} tokens" if facts["tokenizer"] else "none: token ids only"),
+        ("memory", f"{human_bytes(plan['weights'])} of weights, mapped; {own} of its own for one sequence of "
+                   f"{plan['context']:,} ({plan['cache']} cache)"),
+    ]
+    if facts["skipped_tensors"]:
+        rows.append(("not read", ", ".join(facts["skipped_tensors"])))
+    rows += [("note", note) for note in facts["notes"]]
+    print_table(rows)
+
+
+def _mixers(c):
+    mixers = Counter(layer.mixer for layer in c.layers)
+    if mixers["kda"]:
+        gate = "softplus gate" if c.gate_lower_bound is None else f"gate bounded at {c.gate_lower_bound:g}"
+        yield "KDA", (f"{mixers['kda']} layers: {c.kda_heads} heads of {c.kda_head_dim}, "
+                      f"convolution of {c.conv_width}, {gate}")
+    if mixers["mla"]:
+        q = f"q by rank {c.q_rank}" if c.q_rank else "plain q"
+        yield "MLA", (f"{mixers['mla']} layers: {c.mla_heads} heads of {c.nope_dim} + {c.rope_dim}, "
+                      f"values {c.v_head_dim}, latent {c.kv_rank}, {q}")
+
+
+def _feed_forward(c):
+    kinds = Counter(layer.ffn for layer in c.layers)
+    if kinds["dense"]:
+        yield "dense", f"{kinds['dense']} layers: width {c.ffn_size:,}"
+    if kinds["moe"]:
+        groups = f", in the best {c.top_groups} of {c.n_groups} groups" if c.n_groups > 1 else ""
+        norm = ", renormalised" if c.renormalise else ""
+        yield "experts", (f"{kinds['moe']} layers: {c.experts_per_token} of {c.n_experts} of width "
+                          f"{c.moe_size:,}{groups}, {c.n_shared_experts} shared; {c.router_function} router"
+                          f"{norm}, scale {c.routed_scale:g}")

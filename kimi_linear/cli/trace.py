@@ -1,0 +1,80 @@
+"""``kimi-linear trace``: the intermediates of a run, in one file."""
+
+from ._common import (
+    add_compute_arguments,
+    add_json_argument,
+    add_model_argument,
+    human_bytes,
+    integers,
+    load_model,
+    print_json,
+    read_text,
+    say,
+)
+
+HELP = "run tokens and keep their intermediates in a safetensors file"
+EPILOG = """
+kimi-linear trace --prompt "In the beginning" --taps "layers.3.*" -o ours.safetensors
+kimi-linear trace ~/models/kimi --ids 1,17,42 --taps "*.out" --taps logits -o ours.safetensors --reference
+"""
+
+
+def add_arguments(parser):
+    add_model_argument(parser)
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="text to run")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="the same from a UTF-8 file; - is stdin")
+    prompt.add_argument("--ids", type=integers, metavar="ID,ID,...", help="token ids to run")
+    parser.add_argument(
+        "--taps",
+        action="append",
+        metavar="GLOB",
+        help="taps to keep, such as 'layers.3.kda.*'; may be given again (default: all)",
+    )
+    parser.add_argument("-o", "--output", metavar="FILE", required=True, help="safetensors file to write")
+    parser.add_argument(
+        "--reference", action="store_true", help="of the float64 reference model, not of the engine"
+    )
+    add_compute_arguments(parser, cache="float32")
+    add_json_argument(parser)
+
+
+def run(args):
+    text = read_text(args.prompt_file) if args.prompt_file is not None else args.prompt
+    model = load_model(args)
+    tokens = args.ids if text is None else _encode(model, text)
+    taps = args.taps or ["*"]
+    trace = _reference(model, tokens, taps) if args.reference else model.trace(tokens, taps)
+    trace.save(args.output)
+    if args.json:
+        shapes = {name: {"shape": list(x.shape), "dtype": str(x.dtype)} for name, x in trace.items()}
+        print_json({"file": args.output, "tokens": len(tokens), "bytes": trace.nbytes, "taps": shapes})
+    else:
+        say(f"{args.output}: {len(trace)} taps of {len(tokens):,} tokens, {human_bytes(trace.nbytes)}")
+    return 0
+
+
+def _encode(model, text):
+    if model.tokenizer is None:
+        raise ValueError(f"{model.name} has no tokenizer; give --ids")
+    return model.tokenizer.encode(text)
+
+
+def _reference(model, tokens, taps):
+    """The same trace by the float64 model."""
+    import numpy as np
+
+    from .._arrays import as_integers
+    from ..trace import Trace, matches
+
+    wanted = matches(model.taps, taps)
+    ids = as_integers(np.asarray(tokens), "ids", ("T",), low=0, high=model.config.vocab_size)
+    kept = model.reference().forward(ids, taps=wanted).taps
+    meta = {
+        "model": model.name,
+        "tokens": ids.tolist(),
+        "offsets": [0, len(ids)],
+        "source": "kimi_linear.reference",
+        "dtype": "float64",
+    }
+    return Trace({name: kept[name] for name in wanted}, meta)

@@ -1,0 +1,121 @@
+"""``kimi-linear verify``: every op of a model beside float64 and its budget."""
+
+import os
+import sys
+
+from ._common import (
+    add_compute_arguments,
+    add_json_argument,
+    add_model_argument,
+    integers,
+    load_model,
+    non_negative,
+    positive,
+    print_json,
+    progress,
+    read_text,
+    say,
+)
+
+HELP = "every op of a model beside the float64 reference: its error, its budget, the verdict"
+EPILOG = """
+kimi-linear verify
+kimi-linear verify ~/models/kimi --tokens 200 --text book.txt --all
+
+exit code 0: every op inside its budget; 1: one is over it; 2: bad usage or input
+"""
+
+
+def add_arguments(parser):
+    add_model_argument(parser)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--text", metavar="FILE", help="UTF-8 text to run; - is stdin (default: a text in the package)"
+    )
+    source.add_argument("--ids", type=integers, metavar="ID,ID,...", help="token ids to run")
+    parser.add_argument(
+        "--tokens",
+        type=positive,
+        default=256,
+        metavar="N",
+        help="at most so many of it (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=non_negative,
+        default=0,
+        metavar="N",
+        help="of random ids, for a model without a tokenizer (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--own-experts",
+        action="store_true",
+        help="judge the run with the engine's own expert ids, not the reference's",
+    )
+    parser.add_argument(
+        "--no-free-run", action="store_true", help="leave out the run that lists routing flips"
+    )
+    parser.add_argument("--all", action="store_true", help="a line for every tap, not only for every op")
+    add_compute_arguments(parser)
+    add_json_argument(parser)
+
+
+def run(args):
+    from ..verify import verify
+
+    text = read_text(args.text) if args.text is not None else None
+    model = load_model(args)
+    tokens = _tokens(model, args, text)
+    with progress(1, "verify", unit="tap") as bar:
+
+        def moved(done, total, tap):
+            bar.total = total
+            bar.set_postfix_str(tap, refresh=False)
+            bar.update(done - bar.n)
+
+        report = verify(
+            model, tokens, forced=not args.own_experts, free_run=not args.no_free_run, progress=moved
+        )
+    if args.json:
+        print_json(report.to_dict())
+    else:
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        print(report.render(all_taps=args.all, colour=colour, ascii_only=not _draws_blocks()))
+    return 0 if report.ok else 1
+
+
+def _tokens(model, args, text):
+    """Ids to run, at most ``--tokens`` of them."""
+    import numpy as np
+
+    if args.ids is not None:
+        tokens = np.asarray(args.ids, np.int32)
+    elif model.tokenizer is not None:
+        tokens = model.tokenizer.encode(_sample() if text is None else text, specials=False)
+    elif text is not None:
+        raise ValueError(f"{model.name} has no tokenizer, so it cannot read {args.text}; give --ids")
+    else:
+        say(f"{model.name} has no tokenizer: random ids, seed {args.seed}")
+        tokens = np.random.default_rng(args.seed).integers(
+            0, model.config.vocab_size, args.tokens, dtype=np.int32
+        )
+    if not len(tokens):
+        raise ValueError(f"{args.text or '--ids'} has no token; verify needs at least one")
+    return tokens[: args.tokens]
+
+
+def _sample():
+    """Some 9 kB of text that the packaged model was not trained on (King James Bible, public domain)."""
+    import importlib.resources
+
+    return (importlib.resources.files("kimi_linear") / "data" / "tiny" / "sample.txt").read_text(
+        encoding="utf-8"
+    )
+
+
+def _draws_blocks():
+    try:
+        "█▏·".encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,367 @@
+"""How every tap is made: the one table of the model's dataflow, and any op of it run again in float64.
+
+A `Node` says of a tap which op makes it, from which taps, weights and options. `nodes(config)` lists them in
+the order of the pass. With it an op can be judged on *its own* inputs, the values that a run really had there
+(the error that it adds), apart from the whole chain (the error that has gathered by then).
+
+    values = model.trace(tokens, "layers.3.*")
+    node = kimi_linear.dataflow.table(model.config)["layers.3.kda.g"]
+    run_node(node, values, model.weights)          # float64, to lay beside values["layers.3.kda.g"]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import reference
+from .config import Config
+
+__all__ = ["Experts", "Node", "Weight", "arguments", "evaluate", "in_order", "nodes", "run_node", "table"]
+
+#: The tap that stands for the token ids themselves, [T]: the input of the embedding.
+TOKENS = "tokens"
+
+#: Taps of a layer in the order of the pass; names below ``layers.<i>``.
+LAYER_ORDER = """
+    attn_norm
+
+    kda.q_proj kda.k_proj kda.v_proj kda.q_conv kda.k_conv kda.v_conv
+    kda.q_history kda.k_history kda.v_history kda.q kda.k
+    kda.f_a kda.f kda.g kda.b kda.beta kda.o kda.state kda.g_a kda.z kda.o_norm kda.out
+
+    mla.q_a mla.q_a_norm mla.q mla.latent_raw mla.latent mla.latent_cache mla.k_shared mla.k_shared_cache
+    mla.o mla.out
+
+    mid ffn_norm
+
+    mlp.gate mlp.up mlp.act mlp.out
+
+    moe.logits moe.ids moe.weights moe.shared_gate moe.shared_up moe.shared_act moe.shared moe.out
+
+    out
+""".split()
+_PLACE = {name: i for i, name in enumerate(LAYER_ORDER)}
+
+
+class Weight(NamedTuple):
+    """A weight of the checkpoint as an op takes it: its name, and what is taken of it.
+
+    A name with ``{}`` is that of one tensor an expert.
+    """
+
+    name: str
+    view: Callable[[np.ndarray], np.ndarray] | None = None
+    count: int = 0
+
+
+@dataclass(frozen=True)
+class Node:
+    """One op of the pass.
+
+    Attributes
+    ----------
+    tap : str
+        What it makes; the first result of the op.
+    op : str
+        Its name in `kimi_linear.reference`; "cache_append" copies.
+    shape : tuple of int
+        The tap's axes after tokens.
+    inputs : mapping from argument to tap
+    weights : mapping from argument to Weight
+    options : mapping from argument to value
+    state : str or None
+        The state array that is the op's second result.
+    initial : mapping from argument to state array
+        What an earlier call left; without, the sequence begins here. Where the argument is also an input
+        (the latents of attention) the earlier rows go before it.
+    """
+
+    tap: str
+    op: str
+    shape: tuple[int, ...]
+    inputs: Mapping[str, str]
+    weights: Mapping[str, Weight] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    state: str | None = None
+    initial: Mapping[str, str] = field(default_factory=dict)
+
+
+class Experts:
+    """One matrix of each expert, fetched when it is asked for; as an array, all of them stacked."""
+
+    def __init__(self, weights: Mapping[str, np.ndarray], name: str, count: int):
+        self.weights, self.name, self.count = weights, name, count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, e):
+        if not 0 <= e < self.count:
+            raise IndexError(f"expert {e} of {self.count}")
+        return self.weights[self.name.format(int(e))]
+
+    def __array__(self, dtype=None, copy=None):
+        return np.stack([np.asarray(self[e]) for e in range(self.count)]).astype(dtype or np.float64)
+
+
+# ---- the table -------------------------------------------------------------------------------------
+
+
+def nodes(config: Config) -> list[Node]:
+    """Every op of a model, in the order of the pass."""
+    c, D = config, (config.hidden_size,)
+    out = [Node("embed", "embedding", D, {"ids": TOKENS}, {"table": Weight("model.embed_tokens.weight")})]
+    h = "embed"
+    for i, spec in enumerate(c.layers):
+        out += _layer(c, i, spec, h)
+        h = f"layers.{i}.out"
+    head = "model.embed_tokens.weight" if c.tie_embeddings else "lm_head.weight"
+    norm = {"w": Weight("model.norm.weight")}
+    return out + [
+        Node("norm", "rms_norm", D, {"x": h}, norm, {"eps": c.rms_norm_eps}),
+        Node("logits", "linear", (c.vocab_size,), {"x": "norm"}, {"w": Weight(head)}),
+    ]
+
+
+def table(config: Config) -> dict[str, Node]:
+    """`nodes` by tap."""
+    return {node.tap: node for node in nodes(config)}
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of taps and state arrays in the order of the pass; unknown ones last, as they came."""
+    names = list(names)
+    given = {name: i for i, name in enumerate(names)}
+    return sorted(names, key=lambda name: (*_place(name), given[name]))
+
+
+def _place(name: str) -> tuple[int, int]:
+    if name == "embed":
+        return 0, 0
+    parts = name.split(".", 2)
+    if len(parts) == 3 and parts[0] == "layers" and parts[1].isdigit():
+        return 1 + int(parts[1]), _PLACE.get(parts[2], len(_PLACE))
+    last = 1 << 40
+    return last, {"norm": 0, "logits": 1}.get(name, 2)
+
+
+class _Layer:
+    """Names of one layer: ``t`` of a tap, ``w`` of a weight; `add` appends a node."""
+
+    def __init__(self, i: int):
+        self.i, self.nodes = i, []
+
+    def t(self, name: str) -> str:
+        return f"layers.{self.i}.{name}"
+
+    def w(self, name: str, view=None, count: int = 0) -> Weight:
+        return Weight(f"model.layers.{self.i}.{name}", view, count)
+
+    def add(self, tap, op, shape, inputs, weights=None, *, state=None, initial=None, **options):
+        """`inputs`, `state` and `initial` below this layer; ``weights`` from argument to name."""
+        def here(names):
+            return {argument: self.t(name) for argument, name in (names or {}).items()}
+
+        weights = {a: w if isinstance(w, Weight) else self.w(w) for a, w in (weights or {}).items()}
+        self.nodes.append(Node(self.t(tap), op, tuple(shape), here(inputs), weights, options,
+                               self.t(state) if state else None, here(initial)))
+
+    def linear(self, tap, shape, x, weight, view=None):
+        self.add(tap, "linear", shape, {"x": x}, {"w": self.w(weight, view)})
+
+    def residual(self, tap, D, before, x):
+        """h + x, h being outside the layer for its first half."""
+        self.nodes.append(Node(self.t(tap), "add", D, {"a": before, "b": self.t(x)}))
+
+
+def _layer(c: Config, i: int, spec, h: str) -> list[Node]:
+    layer, D = _Layer(i), (c.hidden_size,)
+    eps, norm = {"eps": c.rms_norm_eps}, {"w": layer.w("input_layernorm.weight")}
+    layer.nodes.append(Node(layer.t("attn_norm"), "rms_norm", D, {"x": h}, norm, eps))
+    (_kda if spec.mixer == "kda" else _mla)(c, layer)
+    layer.residual("mid", D, h, f"{spec.mixer}.out")
+    layer.add("ffn_norm", "rms_norm", D, {"x": "mid"}, {"w": "post_attention_layernorm.weight"}, **eps)
+    (_dense if spec.ffn == "dense" else _moe)(c, layer)
+    layer.residual("out", D, layer.t("mid"), "mlp.out" if spec.ffn == "dense" else "moe.out")
+    return layer.nodes
+
+
+def _kda(c: Config, layer: _Layer) -> None:
+    H, K = heads = (c.kda_heads, c.kda_head_dim)
+    for s in "qkv":
+        layer.linear(f"kda.{s}_proj", (H * K,), "attn_norm", f"self_attn.{s}_proj.weight")
+    for s in "qkv":
+        history = f"kda.{s}_history"
+        layer.add(f"kda.{s}_conv", "short_conv", heads, {"x": f"kda.{s}_proj"},
+                  {"w": f"self_attn.{s}_conv1d.weight"}, state=history, initial={"history": history})
+    for s in "qk":
+        layer.add(f"kda.{s}", "l2_norm", heads, {"x": f"kda.{s}_conv"})
+    layer.linear("kda.f_a", (K,), "attn_norm", "self_attn.f_a_proj.weight")
+    layer.linear("kda.f", heads, "kda.f_a", "self_attn.f_b_proj.weight")
+    rate = layer.w("self_attn.A_log", _rate)
+    dt_bias = layer.w("self_attn.dt_bias", partial(_split, H))
+    layer.add("kda.g", "decay_gate", heads, {"f": "kda.f"}, {"rate": rate, "dt_bias": dt_bias},
+              lower_bound=c.gate_lower_bound)
+    layer.linear("kda.b", (H,), "attn_norm", "self_attn.b_proj.weight")
+    layer.add("kda.beta", "sigmoid", (H,), {"x": "kda.b"})
+    layer.add("kda.o", "delta_rule", heads,
+              {"q": "kda.q", "k": "kda.k", "v": "kda.v_conv", "g": "kda.g", "beta": "kda.beta"},
+              state="kda.state", initial={"initial_state": "kda.state"})
+    layer.linear("kda.g_a", (K,), "attn_norm", "self_attn.g_a_proj.weight")
+    layer.linear("kda.z", heads, "kda.g_a", "self_attn.g_b_proj.weight")
+    layer.add("kda.o_norm", "gated_rms_norm", heads, {"x": "kda.o", "z": "kda.z"},
+              {"w": "self_attn.o_norm.weight"}, eps=c.rms_norm_eps)
+    layer.linear("kda.out", (c.hidden_size,), "kda.o_norm", "self_attn.o_proj.weight")
+
+
+def _mla(c: Config, layer: _Layer) -> None:
+    H, R, P, nope = c.mla_heads, c.kv_rank, c.rope_dim, c.nope_dim
+    _mla_query(c, layer)
+    kv_a, kv_b = "self_attn.kv_a_proj_with_mqa.weight", "self_attn.kv_b_proj.weight"
+    layer.linear("mla.latent_raw", (R,), "attn_norm", kv_a, partial(_rows, 0, R))
+    layer.add("mla.latent", "rms_norm", (R,), {"x": "mla.latent_raw"},
+              {"w": "self_attn.kv_a_layernorm.weight"}, eps=c.latent_eps)
+    layer.linear("mla.k_shared", (P,), "attn_norm", kv_a, partial(_rows, R, R + P))
+    caches = {"latent": "mla.latent_cache", "k_shared": "mla.k_shared_cache"}
+    for (s, kept), width in zip(caches.items(), (R, P)):
+        layer.add(kept, "cache_append", (width,), {"x": f"mla.{s}"}, initial={"x": kept})
+    w_uk = layer.w(kv_b, partial(_head_rows, H, 0, nope))
+    w_uv = layer.w(kv_b, partial(_head_rows, H, nope, None))
+    layer.add("mla.o", "latent_attention", (H, c.v_head_dim),
+              {"q": "mla.q", "latent": "mla.latent", "k_shared": "mla.k_shared"},
+              {"w_uk": w_uk, "w_uv": w_uv},
+              initial=caches, scale=(nope + P) ** -0.5)
+    layer.linear("mla.out", (c.hidden_size,), "mla.o", "self_attn.o_proj.weight")
+
+
+def _mla_query(c: Config, layer: _Layer) -> None:
+    shape = (c.mla_heads, c.nope_dim + c.rope_dim)
+    if not c.q_rank:
+        layer.linear("mla.q", shape, "attn_norm", "self_attn.q_proj.weight")
+        return
+    layer.linear("mla.q_a", (c.q_rank,), "attn_norm", "self_attn.q_a_proj.weight")
+    layer.add("mla.q_a_norm", "rms_norm", (c.q_rank,), {"x": "mla.q_a"},
+              {"w": "self_attn.q_a_layernorm.weight"}, eps=c.latent_eps)
+    layer.linear("mla.q", shape, "mla.q_a_norm", "self_attn.q_b_proj.weight")
+
+
+def _ffn(c: Config, layer: _Layer, taps, width: int, prefix: str) -> None:
+    gate, up, act, out = taps
+    layer.linear(gate, (width,), "ffn_norm", f"{prefix}.gate_proj.weight")
+    layer.linear(up, (width,), "ffn_norm", f"{prefix}.up_proj.weight")
+    layer.add(act, "swiglu", (width,), {"gate": gate, "up": up})
+    layer.linear(out, (c.hidden_size,), act, f"{prefix}.down_proj.weight")
+
+
+def _dense(c: Config, layer: _Layer) -> None:
+    _ffn(c, layer, ("mlp.gate", "mlp.up", "mlp.act", "mlp.out"), c.ffn_size, "mlp")
+
+
+def _moe(c: Config, layer: _Layer) -> None:
+    prefix, k = "block_sparse_moe", (c.experts_per_token,)
+    layer.linear("moe.logits", (c.n_experts,), "ffn_norm", f"{prefix}.gate.weight")
+    bias = {"bias": f"{prefix}.gate.e_score_correction_bias"}
+    rule = dict(function=c.router_function, renormalise=c.renormalise, scale=c.routed_scale,
+                k=c.experts_per_token, groups=c.n_groups, top_groups=c.top_groups)
+    layer.add("moe.ids", "route", k, {"scores": "moe.logits"}, bias, **rule)
+    layer.add("moe.weights", "route_weights", k, {"scores": "moe.logits", "ids": "moe.ids"}, bias, **rule)
+    inputs = {"x": "ffn_norm", "ids": "moe.ids", "weights": "moe.weights"}
+    if c.n_shared_experts:
+        taps = ("moe.shared_gate", "moe.shared_up", "moe.shared_act", "moe.shared")
+        _ffn(c, layer, taps, c.moe_size * c.n_shared_experts, f"{prefix}.shared_experts")
+        inputs["shared"] = "moe.shared"
+    experts = {argument: layer.w(f"{prefix}.experts.{{}}.w{n}.weight", count=c.n_experts)
+               for argument, n in (("w_gate", 1), ("w_up", 3), ("w_down", 2))}
+    layer.add("moe.out", "moe", (c.hidden_size,), inputs, experts)
+
+
+def _rate(a_log):
+    """exp(A_log) as ops take it: in float64, rounded once."""
+    return np.exp(reference.f64(a_log)).astype(np.float32).reshape(-1)
+
+
+def _split(H, x):
+    return np.asarray(x).reshape(H, -1)
+
+
+def _rows(first, last, w):
+    return w[first:last]
+
+
+def _head_rows(H, first, last, w):
+    """Rows first to last of each head: [H * n, R] -> [H, last - first, R]."""
+    return np.asarray(w).reshape(H, -1, w.shape[-1])[:, first:last]
+
+
+# ---- running a node --------------------------------------------------------------------------------
+
+
+def arguments(
+    node: Node,
+    values: Mapping[str, np.ndarray],
+    weights: Mapping[str, np.ndarray],
+    state: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, Any]:
+    """The op's arguments by name.
+
+    Parameters
+    ----------
+    node : Node
+    values : mapping from tap to array [T, ...]
+        ``"tokens"`` are the ids of the embedding.
+    weights : mapping from canonical name to array
+    state : mapping from state array to array, optional
+        What the sequence had before these tokens; without, nothing.
+
+    Raises
+    ------
+    KeyError
+        If `values` lacks a tap; the message names it and the op.
+    """
+    args = {a: _value(node, tap, values) for a, tap in node.inputs.items()}
+    for a, name in node.initial.items():
+        if state is not None and name in state:
+            before = np.asarray(state[name])
+            args[a] = np.concatenate([before.astype(args[a].dtype), args[a]]) if a in node.inputs else before
+    for a, weight in node.weights.items():
+        if weight.count:
+            args[a] = Experts(weights, weight.name, weight.count)
+        else:
+            w = weights[weight.name]
+            args[a] = weight.view(w) if weight.view else w
+    if node.op == "linear":
+        args["x"] = args["x"].reshape(len(args["x"]), args["w"].shape[1])
+    return args | dict(node.options)
+
+
+def _value(node, tap, values):
+    if tap not in values:
+        raise KeyError(f"{node.tap} = {node.op}({', '.join(node.inputs.values())}): there is no {tap}")
+    return np.asarray(values[tap])
+
+
+def evaluate(node: Node, args: Mapping[str, Any]) -> tuple[np.ndarray, ...]:
+    """All results of the op in float64, in the op's own shapes; `args` as `arguments` gives them."""
+    args = dict(args)
+    if node.op == "cache_append":
+        return (reference.f64(args["x"]),)
+    if node.op == "route_weights":
+        args = {a: args[a] for a in ("scores", "ids", "function", "renormalise", "scale")}
+    results = getattr(reference, node.op)(**args)
+    return results if isinstance(results, tuple) else (results,)
+
+
+def run_node(
+    node: Node,
+    values: Mapping[str, np.ndarray],
+    weights: Mapping[str, np.ndarray],
+    state: Mapping[str, np.ndarray] | None = None,
+) -> np.ndarray:
+    """A tap [T, ...] as float64 makes it from given values of its inputs; arguments as for `arguments`."""
+    y = evaluate(node, arguments(node, values, weights, state))[0]
+    return y.reshape(len(y), *node.shape)

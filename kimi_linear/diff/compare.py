@@ -1,0 +1,322 @@
+"""`compare`: one array beside its reference, in figures, judged by the op's own budget."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from .._arrays import as_array
+from . import metrics
+from .budgets import budget
+from .budgets import names as budget_names
+
+__all__ = ["Comparison", "compare", "judge"]
+
+
+@dataclass
+class Comparison:
+    """What `compare` found. Prints as a small table; true when `ok`.
+
+    Attributes
+    ----------
+    ok : bool
+        With a budget: every element within it. Without: finite where the reference is, and past the three
+        usual gates. Integers: the same set in every row.
+    rows : list of (label, value, remark)
+        The table, as text.
+    verdict : str
+        One sentence.
+    errors : metrics.Errors or None
+        The figures; None for integers.
+    share : float or None
+        Largest ratio of error to budget; None without a budget.
+    at : tuple of int
+        Where that is, or else where the largest error is.
+    parts : tuple of Comparison
+        Of the single results, where an op has several.
+    """
+
+    ok: bool
+    rows: list[tuple[str, str, str]]
+    verdict: str
+    errors: metrics.Errors | None = None
+    share: float | None = None
+    at: tuple[int, ...] = ()
+    op: str | None = None
+    parts: tuple[Comparison, ...] = field(default=(), repr=False)
+
+    def __bool__(self):
+        return self.ok
+
+    def __str__(self):
+        return "\n".join([*aligned(self.rows), self.verdict])
+
+    __repr__ = __str__
+
+    def _repr_html_(self):
+        colour = "#1a7f37" if self.ok else "#cf222e"
+        cells = "".join(
+            "<tr>" + "".join(f"<td style='text-align:left'>{html.escape(x)}</td>" for x in row) + "</tr>"
+            for row in self.rows
+        )
+        return f"<table>{cells}</table><p style='color:{colour}'>{html.escape(self.verdict)}</p>"
+
+
+def aligned(rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
+    """Rows of text in columns."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
+    return [(indent + "  ".join(f"{x:<{w}}" for x, w in zip(row, widths))).rstrip() for row in rows]
+
+
+def compare(
+    actual,
+    desired,
+    *,
+    op: str | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    axes: Sequence[str] | None = None,
+    dtype: Any = None,
+) -> Comparison:
+    """Lay a result beside its reference.
+
+    Parameters
+    ----------
+    actual, desired : array, or tuples of arrays for an op with several results
+        NumPy, torch or ml_dtypes. Integers (expert ids) are compared as sets, row by row.
+    op : str, optional
+        The op that made `actual`; with `inputs` it is judged by that op's budget.
+    inputs : mapping, optional
+        The op's arguments by name, those that `actual` was computed from.
+    axes : sequence of str, optional
+        Names of the axes for coordinates; by default token, head, channel.
+    dtype : optional
+        The type that `actual` was stored in, where that is narrower than float32; by default its own. What
+        its rounding costs is told apart, and added to the budget.
+
+    Returns
+    -------
+    Comparison
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ or an op has no budget; the message says what was expected.
+    """
+    if isinstance(actual, tuple) or isinstance(desired, tuple):
+        return _compare_all(actual, desired, op, inputs, axes, dtype)
+    actual, desired = as_array(actual, "actual"), as_array(desired, "desired")
+    metrics.check_same_shape(actual, desired)
+    if actual.dtype.kind in "iu" and desired.dtype.kind in "iu":
+        return compare_sets(actual, desired, op=op)
+    bound = None
+    if op is not None and inputs is not None:
+        bound = _bound_of(op, inputs, desired)
+    return judge(actual, desired, bound, op=op, axes=axes, dtype=dtype)
+
+
+def _compare_all(actual, desired, op, inputs, axes, dtype):
+    actual, desired = _tuple(actual), _tuple(desired)
+    if len(actual) != len(desired):
+        raise ValueError(f"actual has {len(actual)} results and desired {len(desired)}; they must be as many")
+    bounds = (None,) * len(actual)
+    if op is not None and inputs is not None:
+        bounds = _budget(op, desired, inputs)
+    parts = []
+    for a, d, bound in zip(actual, desired, bounds, strict=True):
+        a, d = as_array(a, "actual"), as_array(d, "desired")
+        metrics.check_same_shape(a, d)
+        sets = a.dtype.kind in "iu" and d.dtype.kind in "iu"
+        names = axes if axes is not None and len(axes) == a.ndim else None
+        parts.append(
+            compare_sets(a, d, op=op) if sets else judge(a, d, bound, op=op, axes=names, dtype=dtype)
+        )
+    worst = max(parts, key=lambda p: (not p.ok, p.share or 0.0))
+    rows = []
+    for i, p in enumerate(parts):
+        rows += [(f"result {i}", "", ""), *((f"  {label}", value, note) for label, value, note in p.rows)]
+    verdict = f"result {parts.index(worst)}: {worst.verdict}" if len(parts) > 1 else worst.verdict
+    return Comparison(
+        all(p.ok for p in parts), rows, verdict, worst.errors, worst.share, worst.at, op, tuple(parts)
+    )
+
+
+def _tuple(x):
+    return x if isinstance(x, tuple) else (x,)
+
+
+def _budget(op, desired, inputs):
+    if op not in budget_names():
+        raise ValueError(f"op is {op!r}; it must be one with a budget: {', '.join(budget_names())}")
+    desired = tuple(
+        metrics.as_float64(d, "desired") if np.asarray(d).dtype.kind not in "iu" else np.asarray(d)
+        for d in desired
+    )
+    return _tuple(budget(op, desired if len(desired) > 1 else desired[0], **inputs))
+
+
+def _bound_of(op, inputs, desired):
+    """The bound of one array; of an op with several results, the one of that shape."""
+    from .. import reference
+
+    if op not in budget_names():
+        _budget(op, (desired,), inputs)
+    results = _tuple(getattr(reference, op)(**inputs))
+    if len(results) == 1:
+        return _budget(op, (desired,), inputs)[0]
+    fits = [i for i, r in enumerate(results) if np.shape(r) == desired.shape]
+    if not fits:
+        shapes = " and ".join(str(list(np.shape(r))) for r in results)
+        raise ValueError(f"desired has shape {list(desired.shape)}; {op} on these inputs gives {shapes}")
+    return _budget(op, results, inputs)[fits[0]]
+
+
+# ---- floats ----------------------------------------------------------------------------------------
+
+
+def judge(actual, desired, bound=None, *, op=None, axes=None, dtype=None) -> Comparison:
+    """`compare` with the bound of each element already at hand (None: no budget)."""
+    e = metrics.measure(actual, desired)
+    axes = metrics.axis_names(np.shape(desired), axes)
+    dtype = np.dtype(as_array(actual, "actual").dtype if dtype is None else dtype)
+    d = metrics.as_float64(desired, "desired")
+    rows = _figures(e, axes)
+    narrow = dtype.itemsize < 4 and dtype.kind not in "iu"
+    if narrow:
+        stored = metrics.measure(_round_to(d, dtype), d)
+        rows.append(
+            (
+                f"{dtype.name} alone",
+                f"{stored.rms_relative:.2e} rms, {stored.largest_relative:.2e} largest",
+                "what storing the reference in it would cost",
+            )
+        )
+    rows += _tolerances(actual, desired, e)
+    if bound is None:
+        return Comparison(*_verdict_of_gates(actual, desired, e, rows, op), errors=e, at=e.worst, op=op)
+    bound = np.broadcast_to(np.asarray(bound, np.float64), d.shape)
+    if narrow:
+        bound = bound * (1 + metrics.unit_of(dtype)) + _half_spacing(d, dtype)
+    share, at = metrics.share_of(actual, desired, bound)
+    if e.count:
+        rows.append(("budget", f"{share:.3g} of it used at worst", metrics.coordinates(at, axes)))
+    return Comparison(share <= 1, rows, _verdict(share, at, actual, d, bound, axes, op), e, share, at, op)
+
+
+def _round_to(x, dtype):
+    with np.errstate(over="ignore"):
+        return x.astype(np.float32).astype(dtype)
+
+
+def _half_spacing(d, dtype):
+    """Half the distance between neighbours of `dtype` around each element, subnormals included."""
+    info = ml_dtypes.finfo(dtype)
+    size = np.where(np.isfinite(d), np.abs(d), 0)
+    return metrics.unit_of(dtype) * np.maximum(size, float(info.smallest_normal))
+
+
+def _figures(e, axes):
+    if not e.count:
+        return [("elements", "0", "nothing to compare")]
+    where = metrics.coordinates(e.worst, axes)
+    rows = [
+        ("rms error", f"{e.rms_relative:.3g}", f"of the rms {e.size:.4g}; {_units(e.rms_u)}"),
+        ("largest error", f"{e.largest_relative:.3g}", f"of the rms; {_units(e.largest_u)}; at {where}"),
+        ("NMSE", f"{e.nmse:.3g}", ""),
+        ("cosine", f"{e.cosine:.12g}", ""),
+    ]
+    if e.actual_nonfinite or e.desired_nonfinite:
+        rows.append(
+            (
+                "not finite",
+                f"{e.actual_nonfinite:,} of {e.count:,}",
+                f"reference {e.desired_nonfinite:,}; apart {e.nonfinite_apart:,}",
+            )
+        )
+    return rows
+
+
+def _units(x):
+    return "exact" if x == 0 else f"{x:.3g} u"
+
+
+def _tolerances(actual, desired, e):
+    passed = metrics.gates(actual, desired, e)
+    seen = ", ".join(
+        f"{name} {'passes' if good else 'fails'}"
+        for name, good in (
+            ("ggml's NMSE 1e-7", passed.ggml),
+            ("fla's 0.005", passed.fla),
+            ("transformers' 1e-4", passed.transformers),
+        )
+    )
+    return [
+        ("allclose", f"{metrics.smallest_tolerance(actual, desired):.3g}", "least atol = rtol that passes"),
+        ("usual gates", "", seen),
+    ]
+
+
+def _verdict_of_gates(actual, desired, e, rows, op):
+    """(ok, rows, verdict) where there is no budget."""
+    passed = metrics.gates(actual, desired, e)
+    why = f"; inputs= would judge it by the budget of {op}" if op else ""
+    if e.exact:
+        return True, rows, "ok: every element is the same"
+    if e.nonfinite_apart:
+        return False, rows, f"NOT FINITE: {e.nonfinite_apart:,} elements are finite in one array only"
+    if passed.all:
+        return True, rows, f"ok by the usual gates; no budget was asked{why}"
+    which = [
+        n
+        for n, good in (("ggml", passed.ggml), ("fla", passed.fla), ("transformers", passed.transformers))
+        if not good
+    ]
+    return False, rows, f"DIFFERENT: the gates of {', '.join(which)} would fail{why}"
+
+
+def _verdict(share, at, actual, d, bound, axes, op):
+    what = op or "result"
+    if share == 0:
+        return f"ok: {what} is exact"
+    if share <= 1:
+        return f"ok: {what} uses {share:.3g} of its budget at worst"
+    got = metrics.as_float64(actual, "actual")[at]
+    times = f"{share:.3g} times" if np.isfinite(share) else "beyond"
+    return (
+        f"OVER BUDGET: {what} at {metrics.coordinates(at, axes)} is {got:.9g}, reference {d[at]:.9g}: "
+        f"the error is {times} its budget of {bound[at]:.3g}"
+    )
+
+
+# ---- expert ids ------------------------------------------------------------------------------------
+
+
+def compare_sets(actual, desired, *, op=None) -> Comparison:
+    """Integers [..., k]: the same set in every row, whatever its order."""
+    a, d = (
+        np.sort(np.asarray(x), axis=-1).reshape(-1, np.shape(x)[-1] if np.ndim(x) else 1)
+        for x in (actual, desired)
+    )
+    different = np.flatnonzero((a != d).any(axis=-1))
+    rows = [("rows", f"{len(a):,}", "compared as sets"), ("rows that differ", f"{len(different):,}", "")]
+    if not len(different):
+        return Comparison(True, rows, "ok: the same set in every row", op=op)
+    for t in different[:4]:
+        rows.append(
+            (
+                f"row {t}",
+                f"{sorted(set(a[t].tolist()) - set(d[t].tolist()))}",
+                f"in place of {sorted(set(d[t].tolist()) - set(a[t].tolist()))}",
+            )
+        )
+    return Comparison(
+        False,
+        rows,
+        f"DIFFERENT: {len(different):,} of {len(a):,} rows hold another set, the first is row {different[0]}",
+        at=(int(different[0]),),
+        op=op,
+    )

@@ -1,0 +1,319 @@
+"""`traces`: two runs beside each other, tap by tap in the order of the dataflow, to the first divergence."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..dataflow import in_order
+from . import metrics
+from .compare import aligned
+
+__all__ = ["Divergence", "Report", "Row", "THRESHOLD", "threshold_for", "traces"]
+
+#: rms error of a token's row, over the rms of the whole tap, from which two float32 runs have parted: 1024 u,
+#: six times what float32 implementations that are both right differ by after a long prompt (1e-5).
+THRESHOLD = 1024 * metrics.U
+
+#: In units of a narrower type's own u: two runs that store bfloat16 differ by a few of them at every tap.
+NARROW_UNITS = 16
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tap.
+
+    Attributes
+    ----------
+    rms, largest : float
+        Errors over the rms of the tap in the second trace. Of expert ids, rms is the share of rows that
+        differ.
+    worst : tuple of int
+        Where the largest is.
+    first : int or None
+        First token over the threshold.
+    tokens : int
+        How many are.
+    """
+
+    tap: str
+    shape: tuple[int, ...]
+    dtypes: tuple[str, str]
+    rms: float
+    largest: float
+    cosine: float
+    worst: tuple[int, ...]
+    first: int | None
+    tokens: int
+    threshold: float
+    kind: str = "float"
+    nonfinite: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """True where no token is over the threshold."""
+        return self.first is None
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Where two runs part: the first tap of the dataflow with a token over the threshold, and that token."""
+
+    tap: str
+    layer: int | None
+    token: int
+    error: float
+    threshold: float
+    sentence: str
+
+
+@dataclass
+class Report:
+    """What `traces` found. Prints as a table; true when no tap diverges.
+
+    Attributes
+    ----------
+    rows : list of Row
+        In the order of the dataflow.
+    first : Divergence or None
+    only_a, only_b : list of str
+        Taps that one trace lacks; nothing is said about them.
+    notes : list of str
+        What was left out, or compared in another shape.
+    """
+
+    rows: list[Row]
+    first: Divergence | None
+    only_a: list[str] = field(default_factory=list)
+    only_b: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """True where no tap diverges."""
+        return self.first is None
+
+    def __bool__(self):
+        return self.ok
+
+    @property
+    def verdict(self) -> str:
+        """One sentence."""
+        if self.first is not None:
+            return self.first.sentence
+        floats = [r for r in self.rows if r.kind == "float"]
+        worst = max(floats, key=lambda r: r.rms, default=None)
+        how = f"; the largest rms error is {worst.rms:.2e}, at {worst.tap}" if worst else ""
+        return f"ok: no divergence in {len(self.rows)} taps{how}"
+
+    def __str__(self):
+        lines = aligned([_HEAD, *(_cells(r) for r in self.rows)])
+        return "\n".join([*lines, "", *self._left_out(), self.verdict])
+
+    __repr__ = __str__
+
+    def _left_out(self):
+        lines = list(self.notes)
+        for name, taps in (("a", self.only_a), ("b", self.only_b)):
+            if taps:
+                more = f", and {len(taps) - 6} more" if len(taps) > 6 else ""
+                lines.append(f"only in {name}: {', '.join(taps[:6])}{more}")
+        return lines
+
+    def _repr_html_(self):
+        def row(cells, tag, style=""):
+            return (
+                f"<tr{style}>"
+                + "".join(f"<{tag} style='text-align:left'>{html.escape(c)}</{tag}>" for c in cells)
+                + "</tr>"
+            )
+
+        body = "".join(row(_cells(r), "td", "" if r.ok else " style='background:#ffebe9'") for r in self.rows)
+        notes = "".join(f"<p>{html.escape(line)}</p>" for line in self._left_out())
+        return f"<p><b>{html.escape(self.verdict)}</b></p><table>{row(_HEAD, 'th')}{body}</table>{notes}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "ok": self.ok,
+            "verdict": self.verdict,
+            "first": asdict(self.first) if self.first else None,
+            "rows": [asdict(r) | {"ok": r.ok} for r in self.rows],
+            "only_a": self.only_a,
+            "only_b": self.only_b,
+            "notes": self.notes,
+        }
+
+
+_HEAD = ("tap", "shape", "rms error", "largest", "at", "first token over", "tokens over")
+
+
+def _cells(r: Row) -> tuple[str, ...]:
+    shape = "x".join(map(str, r.shape))
+    over = ("", "") if r.ok else (str(r.first), f"{r.tokens:,} of {r.shape[0] if r.shape else 1:,}")
+    if r.kind == "ids":
+        return (r.tap, shape, "same" if r.ok else "other ids", "", "", *over)
+    if r.rms == 0:
+        return (r.tap, shape, "same", "", "", *over)
+    at = metrics.coordinates(r.worst, metrics.axis_names(r.shape))
+    return (r.tap, shape, f"{r.rms:.2e}", f"{r.largest:.2e}", at, *over)
+
+
+def threshold_for(*dtypes) -> float:
+    """The error over a tap's rms from which runs that store these types have parted."""
+    narrow = [metrics.unit_of(d) for d in map(np.dtype, dtypes) if d.kind not in "iu" and d.itemsize < 4]
+    return max([THRESHOLD, *(NARROW_UNITS * u for u in narrow)])
+
+
+def traces(a, b, *, threshold: float | None = None) -> Report:
+    """Compare two traces of the same tokens, tap by tap in the order of the dataflow.
+
+    Parameters
+    ----------
+    a, b : Trace, or a mapping from tap to array [T, ...], or a result of the reference model
+        `b` is the measure: errors are over the rms of its taps.
+    threshold : float, optional
+        rms error of a token's row over the rms of the tap, from which the runs have parted there. By default
+        1024 u, six times what two right float32 implementations differ by after a long prompt, or 16 units in
+        the last place of a narrower type that a tap is stored in.
+
+    Returns
+    -------
+    Report
+
+    Raises
+    ------
+    ValueError
+        If the tokens or their number differ, no tap is in both, or a tap has another shape; with names.
+    """
+    a, b = _taps_of(a, "a"), _taps_of(b, "b")
+    _same_tokens(a, b)
+    ours, theirs = (_names(x) for x in (a, b))
+    both = in_order(n for n in ours if n in set(theirs))
+    if not both:
+        raise ValueError(f"no tap is in both traces: a has {_some(ours)}; b has {_some(theirs)}")
+    if threshold is not None and not threshold >= 0:
+        raise ValueError(f"threshold is {threshold}; it must be >= 0")
+    rows, notes = [], []
+    for tap in both:
+        x, y = np.asarray(a[tap]), np.asarray(b[tap])
+        x, y = _same_shape(tap, x, y, notes)
+        rows.append(_row(tap, x, y, threshold))
+    return Report(
+        rows,
+        _first(rows, a, b),
+        in_order(n for n in ours if n not in theirs),
+        in_order(n for n in theirs if n not in ours),
+        notes,
+    )
+
+
+def _taps_of(x, name):
+    """A mapping from tap to array; a result of the reference model gives its taps and states."""
+    if hasattr(x, "taps") and not isinstance(x, Mapping):
+        return {**x.taps, **getattr(x, "state", {})}
+    if not isinstance(x, Mapping):
+        raise TypeError(f"{name} is a {type(x).__name__}; it must be a Trace or a mapping from tap to array")
+    return x
+
+
+def _names(x):
+    return [n for n in x if n != "tokens"]
+
+
+def _some(names):
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") if names else "none"
+
+
+def _same_tokens(a, b):
+    s, t = (getattr(x, "tokens", None) for x in (a, b))
+    if s is None or t is None:
+        return
+    cuts = [np.ravel(getattr(x, "meta", {}).get("offsets", [0, np.size(s)])).tolist() for x in (a, b)]
+    s, t = np.ravel(s), np.ravel(t)
+    if len(s) != len(t):
+        raise ValueError(
+            f"a is a trace of {len(s)} tokens and b of {len(t)}; they must be runs of the same tokens"
+        )
+    other = np.flatnonzero(s != t)
+    if len(other):
+        i = other[0]
+        raise ValueError(f"the traces are of other tokens: token {i} is {s[i]} in a and {t[i]} in b")
+    if cuts[0] != cuts[1]:
+        raise ValueError(f"the traces are of other sequences: offsets are {cuts[0]} in a and {cuts[1]} in b")
+
+
+def _same_shape(tap, x, y, notes):
+    if x.shape == y.shape:
+        return x, y
+    if x.shape[:1] == y.shape[:1] and x.size == y.size:
+        notes.append(f"{tap}: {list(x.shape)} in a and {list(y.shape)} in b, compared as rows of one length")
+        return x.reshape(len(x), -1), y.reshape(len(y), -1)
+    what = "other tokens" if x.shape[1:] == y.shape[1:] else "another shape"
+    raise ValueError(f"{tap} has {what}: {list(x.shape)} in a and {list(y.shape)} in b")
+
+
+def _row(tap, x, y, threshold):
+    dtypes = (x.dtype.name, y.dtype.name)
+    rows = len(x) if x.ndim else 1
+    if x.dtype.kind in "iu" and y.dtype.kind in "iu":
+        over = (np.sort(x, axis=-1) != np.sort(y, axis=-1)).reshape(rows, -1).any(axis=1)
+        first = int(over.argmax()) if over.any() else None
+        return Row(
+            tap,
+            x.shape,
+            dtypes,
+            float(over.mean()) if rows else 0.0,
+            float(over.any()),
+            1.0,
+            (),
+            first,
+            int(over.sum()),
+            0.0,
+            "ids",
+        )
+    e = metrics.measure(x, y)
+    limit = threshold_for(x.dtype, y.dtype) if threshold is None else threshold
+    error, _ = metrics.distance(metrics.as_float64(x, "a"), metrics.as_float64(y, "b"))
+    of_row = np.sqrt((error.reshape(rows, -1) ** 2).mean(axis=1)) if x.size else np.zeros(rows)
+    over = of_row > limit * e.size
+    first = int(over.argmax()) if over.any() else None
+    return Row(
+        tap,
+        x.shape,
+        dtypes,
+        e.rms_relative,
+        e.largest_relative,
+        e.cosine,
+        e.worst,
+        first,
+        int(over.sum()),
+        limit,
+        nonfinite=e.actual_nonfinite,
+    )
+
+
+def _first(rows, a, b):
+    row = next((r for r in rows if not r.ok), None)
+    if row is None:
+        return None
+    parts = row.tap.split(".")
+    layer = int(parts[1]) if parts[0] == "layers" and len(parts) > 1 and parts[1].isdigit() else None
+    x, y = (np.asarray(t[row.tap]).reshape(row.shape)[row.first] for t in (a, b))
+    clean = f"; the {rows.index(row)} taps before it agree" if rows.index(row) else ""
+    if row.kind == "ids":
+        lost, taken = (sorted(set(p.ravel().tolist()) - set(q.ravel().tolist())) for p, q in ((y, x), (x, y)))
+        what = f"experts {taken} in place of {lost}"
+        error = 1.0
+    elif not np.isfinite(metrics.as_float64(x, "a")).all():
+        what, error = "a is not finite there", float("inf")
+    else:
+        e = metrics.measure(x, y)
+        error = e.rms / (metrics.measure(b[row.tap], b[row.tap]).size or 1.0)
+        what = f"rms error {error:.2e} of the tap's rms, over {row.threshold:.2e}"
+    sentence = f"DIVERGES at {row.tap}, token {row.first}: {what}{clean}"
+    return Divergence(row.tap, layer, row.first, error, row.threshold, sentence)

@@ -1,0 +1,273 @@
+"""What is written down is true: docstrings, type stubs, anchors and paths in the docs, the table of ops."""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import kimi_linear as kl
+import kimi_linear.diff
+import kimi_linear.load
+import kimi_linear.testing
+from kimi_linear import _core
+from kimi_linear.diff import budgets
+
+ROOT = Path(__file__).parents[1]
+MATH = ROOT / "docs" / "math.md"
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+
+OPS = re.findall(r"^\s+OP\((\w+),", (ROOT / "csrc/ops/list.h").read_text(), re.M)
+INNER = {"cache_append"}  # part of a forward pass: no function of kl.ops
+EXACT = {"cache_append", "sample"}  # nothing to bound: a copy or one rounding; an id
+PLAIN = {"add", "embedding", "linear", "sigmoid", "softmax"}  # textbook formulas, without a source
+PYTHON_OPS = [op for op in OPS if op not in INNER]
+
+
+def text_of(*folders, suffixes=(".c", ".h", ".inc", ".def", ".py", ".pyi", ".ipynb")):
+    """(path, text) of every source file below these folders."""
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in suffixes:
+                yield path.relative_to(ROOT), path.read_text(encoding="utf-8")
+
+
+def anchors(markdown):
+    """What a link into the document can name: headings as GitHub spells them, and explicit ids."""
+    found = set(re.findall(r'<a id="([^"]+)">', markdown))
+    for heading in re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", markdown, flags=re.S), re.M):
+        words = re.sub(r"<[^>]*>", "", heading).replace("`", "").strip().lower()
+        found.add(re.sub(r"[^\w\- ]", "", words).replace(" ", "-"))
+    return found
+
+
+# ---- docstrings ------------------------------------------------------------------------------------
+
+
+def sections(doc):
+    """A numpydoc docstring as {title: text}; what comes before the first title is under ''."""
+    parts = re.split(r"^([A-Z][A-Za-z ]+)\n-{3,}\n", inspect.cleandoc(doc), flags=re.M)
+    return {"": parts[0]} | dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def entries(section):
+    """Names that a section documents: of lines such as ``q, k : (T, Hk, K) float32``, or ``q, k`` alone."""
+    names = set()
+    for line in section.splitlines():
+        if re.match(r"[a-z_]\w*(, \w+)*( :.*)?$", line):
+            names.update(line.partition(" :")[0].split(", "))
+    return names
+
+
+@pytest.mark.parametrize("op", PYTHON_OPS)
+def test_docstring_of_op(op):
+    function = getattr(kl.ops, op)
+    doc = sections(function.__doc__)
+    about = doc[""].replace("\n", " ")
+    assert re.match(r"[A-Z].*?[.:]", about), "it does not begin with a sentence"
+    missing = set(inspect.signature(function).parameters) - {"ctx"} - entries(doc["Parameters"])
+    assert not missing, f"Parameters leaves out {sorted(missing)}"
+    assert re.match(r"\w+( :|,)", doc["Returns"]), "Returns names no result"
+    if op not in PLAIN:
+        assert re.search(r"Source: .*(arXiv:\d{4}\.\d{4,5}|Salmon|flash-linear-attention)", about)
+
+
+def test_every_op_is_in_the_list():
+    extra = {"pack", "unpack"}
+    assert set(kl.ops.__all__) - extra == set(PYTHON_OPS)
+
+
+def documented(module):
+    """(where, object) of the public names of a module, and of the public methods of its classes."""
+    for name in module.__all__:
+        thing = getattr(module, name)
+        if inspect.ismodule(thing) or not callable(thing):
+            continue
+        yield f"{module.__name__}.{name}", thing
+        if inspect.isclass(thing):
+            for member, value in vars(thing).items():
+                if not member.startswith("_") and _is_code(value):
+                    yield f"{module.__name__}.{name}.{member}", value
+
+
+def _is_code(value):
+    return callable(value) or isinstance(value, property | classmethod)
+
+
+MODULES = [kl, kl.ops, kl.diff, kl.testing, kl.load, budgets]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_public_names_have_docstrings(module):
+    assert module.__doc__
+    for where, thing in documented(module):
+        doc = thing.__doc__
+        generated = inspect.isclass(thing) and (doc or "").startswith(f"{thing.__name__}(")
+        assert doc and not generated, f"{where} has no docstring"
+
+
+@pytest.mark.parametrize("op", PYTHON_OPS)
+def test_reference_takes_the_same_arguments(op):
+    """The same names in the same order with the same defaults; `out` and `ctx` are of the engine alone."""
+    def arguments(function):
+        return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()
+                if p.name not in ("out", "ctx")]
+
+    assert arguments(getattr(kl.ops, op)) == arguments(getattr(kl.reference, op))
+
+
+# ---- stubs -----------------------------------------------------------------------------------------
+
+
+def stubs():
+    """Functions, and the members of classes, of _core.pyi: {name: ast node or {member: node}}."""
+    found = {}
+    for node in ast.parse((ROOT / "kimi_linear/_core.pyi").read_text()).body:
+        if isinstance(node, ast.ClassDef):
+            found[node.name] = {m.name: m for m in node.body if isinstance(m, ast.FunctionDef)}
+        elif isinstance(node, ast.FunctionDef):
+            found[node.name] = node
+        elif isinstance(node, ast.AnnAssign) and not node.target.id.startswith("_"):
+            found[node.target.id] = node
+    return found
+
+
+def public(thing):
+    return {name for name in dir(thing) if not name.startswith("_")}
+
+
+def test_stubs_name_what_the_extension_has():
+    found = stubs()
+    assert set(found) == public(_core)
+    for name, members in found.items():
+        if isinstance(members, dict):
+            assert set(members) - {"__new__"} == public(getattr(_core, name)), name
+
+
+def units(formats):
+    """(required, all) arguments of a format string of PyArg_ParseTuple."""
+    formats = re.sub(r"\([^()]*\)", "O", formats)
+    first, _, rest = formats.partition("|")
+    count = [len(re.sub(r"[!*#&]", "", part)) for part in (first, rest)]
+    return count[0], sum(count)
+
+
+def test_stubs_take_what_the_extension_parses():
+    parsed = {}
+    for _, text in text_of("csrc/python"):
+        text = re.sub(r'"\s*\n\s*"', "", text)
+        for formats, name in re.findall(r'PyArg_ParseTuple(?:AndKeywords)?\([^"]*?"([^":]+):(\w+)"', text):
+            parsed[name] = units(formats)
+    found = stubs()
+    for owner in ("Context", "Model", "State"):
+        for name, node in found.pop(owner).items():
+            found[owner if name == "__new__" else name] = node
+    for name, counts in parsed.items():
+        given = found[name].args
+        taken = [a for a in given.posonlyargs + given.args if a.arg not in ("self", "cls")]
+        assert (len(taken) - len(given.defaults), len(taken)) == counts, f"{name}: {[a.arg for a in taken]}"
+    assert set(OPS) <= set(parsed)
+
+
+def test_package_says_that_it_is_typed():
+    assert (ROOT / "kimi_linear/py.typed").exists()
+
+
+# ---- docs ------------------------------------------------------------------------------------------
+
+
+def test_anchors_of_math_exist():
+    there = anchors(MATH.read_text(encoding="utf-8"))
+    seen = 0
+    for path, text in text_of("csrc", "kimi_linear", "tests", "benchmarks", "notebooks"):
+        if path.name == Path(__file__).name:
+            continue
+        for anchor in re.findall(r"docs/math\.md#([\w-]+)", text):
+            assert anchor in there, f"{path} points to docs/math.md#{anchor}"
+            seen += 1
+    assert seen > 10
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_math_has_a_section_for_each_op(op):
+    assert re.search(rf"^### {op}$|^## {op}$", MATH.read_text(encoding="utf-8"), re.M)
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.stem)
+def test_links_and_paths_in_docs(path):
+    text = path.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("http"):
+            continue
+        file, _, anchor = target.partition("#")
+        other = path.parent / file if file else path
+        there = other.exists() and (not anchor or anchor in anchors(other.read_text(encoding="utf-8")))
+        assert there, f"{path.name} links to {target}"
+    for name in re.findall(r"`((?:csrc|kimi_linear|tests|docs|notebooks|benchmarks)/[\w./-]+)`", text):
+        assert (ROOT / name).exists(), f"{path.name} names {name}"
+
+
+# ---- what docs/math.md says was measured ----
+
+
+def stated(function):
+    """The measured error of a function in docs/math.md, in u."""
+    text = MATH.read_text(encoding="utf-8")
+    return float(re.search(rf"^\*\*{function}[.*].*?\*\*([\d.]+) u\*\*", text, re.M | re.S)[1])
+
+
+def exp_of(x):
+    """exp(x) for x <= 0: what one token without a write leaves of a state of 1."""
+    H = len(x)
+    one, none = np.ones((H, 1, 1), np.float32), np.zeros((1, H, 1), np.float32)
+    return kl.ops.delta_rule(none, none, none, x.reshape(1, H, 1), none[..., 0], initial_state=one)[1].ravel()
+
+
+def softplus_of(x):
+    """softplus(x): a decay gate of rate 1, its sign apart."""
+    one, none = np.ones(1, np.float32), np.zeros(1, np.float32)
+    return -kl.ops.decay_gate(x[:, None], one, none).ravel()
+
+
+@pytest.mark.parametrize("function, run, reference, worst", [
+    ("exp", exp_of, np.exp, -5.8911829),
+    ("sigmoid", kl.ops.sigmoid, kl.reference.sigmoid, -6.57636595),
+    ("softplus", softplus_of, kl.reference.softplus, -2.72590327),
+])
+def test_errors_of_elementary_functions_are_as_stated(function, run, reference, worst):
+    """A grid over the range of normal results, and the floats around the one where the error was largest."""
+    high = 0.0 if function == "exp" else 87.0
+    near = np.arange(-2000, 2000) * np.spacing(np.float32(worst)) + np.float32(worst)
+    grids = np.linspace(-87.0, high, 400_001), np.linspace(-8.0, 0.0, 400_001), near
+    x = np.concatenate(grids).astype(np.float32)
+    want = reference(x.astype(np.float64))
+    error = (abs(run(x) - want) / want).max() / budgets.U
+    assert 0.97 * stated(function) < error <= stated(function)
+
+
+# ---- each op, everywhere ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_op_is_complete(op):
+    """The places of docs/add-an-op.md, for each op of the list."""
+    sources = "\n".join(text for _, text in text_of("csrc/ops", suffixes=(".c",)))
+    assert re.search(rf"^(?:/\*| \*) +{op}:", sources, re.M), "no header comment with its formula in csrc/ops"
+    assert re.search(rf"^kl_status cpu_{op}\(", sources, re.M)
+    assert re.search(rf"^KL_API kl_status kl_{op}\(", (ROOT / "csrc/kimi_linear.h").read_text(), re.M)
+    assert hasattr(_core, op)
+    if op not in INNER:
+        assert op in kl.ops.__all__
+        assert callable(getattr(kl.reference, op))
+    assert op in EXACT or op in budgets.names()
+    tests = "\n".join(text for _, text in text_of("tests/ops"))
+    assert re.search(rf"\b{op}\b", tests), "no test in tests/ops"
+    if op not in INNER:
+        assert f'Case("{op}"' in (ROOT / "benchmarks/cases.py").read_text(), "no benchmark"
+
+
+@pytest.mark.parametrize("op", PYTHON_OPS)
+def test_op_has_a_row_in_the_readme(op):
+    assert re.search(rf"^\| *`{op}` *\|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
