@@ -30,24 +30,25 @@ _SETTLE = 3            # decode steps before the first that counts
 
 # ---- taking times ----
 
-def sample(contenders, repeat):
-    """Seconds of each contender, taken in turns after one untimed turn.
+def sample(contenders, repeat, untimed=1):
+    """Seconds of each contender, taken in turns after some untimed ones.
 
     Parameters
     ----------
     contenders : mapping from name to callable
-    repeat : int
+    repeat, untimed : int
+        Turns that count, and turns before them.
 
     Returns
     -------
     dict from name to list of float
     """
     times = {name: [] for name in contenders}
-    for turn in range(repeat + 1):
+    for turn in range(untimed + repeat):
         for name, run in contenders.items():
             begin = time.perf_counter()
             run()
-            if turn:
+            if turn >= untimed:
                 times[name].append(time.perf_counter() - begin)
     return times
 

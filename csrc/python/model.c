@@ -139,8 +139,11 @@ static bool parse_tensor(PyObject *item, const py_model *self, kl_tensor *t)
     PyObject *name, *shape;
     long long buffer, first;
     int type;
-    if (!PyTuple_Check(item)
-        || !PyArg_ParseTuple(item, "ULLiO!", &name, &buffer, &first, &type, &PyTuple_Type, &shape))
+    if (!PyTuple_Check(item)) {
+        PyErr_SetString(PyExc_TypeError, "tensors must be tuples (name, buffer, byte, type, shape)");
+        return false;
+    }
+    if (!PyArg_ParseTuple(item, "ULLiO!", &name, &buffer, &first, &type, &PyTuple_Type, &shape))
         return false;
     t->name = PyUnicode_AsUTF8AndSize(name, NULL);
     t->type = (kl_type)type;
@@ -349,7 +352,12 @@ static bool parse_arrays(kl_py_call *c, PyObject *list, const kl_config *config,
         int64_t shape[2];
         PyObject *array;
         Py_buffer view;
-        if (!PyArg_ParseTuple(PyList_GetItem(list, i), "LiO", &layer, &tap, &array))
+        PyObject *item = PyList_GetItem(list, i);
+        if (!PyTuple_Check(item)) {
+            PyErr_SetString(PyExc_TypeError, "taps and expert_ids must be lists of (layer, tap, array)");
+            return false;
+        }
+        if (!PyArg_ParseTuple(item, "LiO", &layer, &tap, &array))
             return false;
         if (!kl_tap_shape(config, (kl_tap)tap, layer, &name, shape, &n_dims, &is_int32)
             || (!taps && tap != KL_TAP_MOE_IDS)) {

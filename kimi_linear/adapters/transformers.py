@@ -1,10 +1,6 @@
 """A Trace of a Kimi-Linear model that runs in transformers: its modules' inputs and outputs under our tap names.
 
-    theirs = kimi_linear.adapters.transformers.trace(hf_model, ids)
-    kimi_linear.diff.traces(kimi_linear.Model.from_pretrained(path).trace(ids), theirs)
-
-torch is imported when it is needed, by the model that is given. Not seen are the taps that transformers makes
-between modules: the convolutions, the unit q and k, and beta.
+Not seen are the taps that transformers makes between modules: the convolutions, the unit q and k, and beta.
 """
 
 import fnmatch
@@ -27,16 +23,10 @@ CACHES = {"conv_states": "conv", "recurrent_states": "state", "keys": "keys", "v
 
 
 def config_of(model):
-    """The Config of a transformers model.
-
-    Raises
-    ------
-    ValueError
-        If it is no Kimi-Linear model, or of a config that is not supported.
-    """
-    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    """The Config of a transformers model; ValueError if it is no Kimi-Linear model, or not a supported one."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind != "kimi_linear" or not hasattr(model, "lm_head"):
-        raise ValueError(f"model is a {type(model).__name__} ({kind}); it must be a KimiLinearForCausalLM")
+        raise ValueError(f"model is a {type(model).__name__}; it must be a KimiLinearForCausalLM")
     return Config.from_dict(model.config.to_dict())
 
 
@@ -51,12 +41,12 @@ def trace(model, tokens, taps="*", *, state=False):
     taps : str or list of str
         Globs of what to keep, such as ``"layers.3.kda.*"``.
     state : bool
-        Also keep what the caches hold at the end, under the names of a `State`.
+        Also keep what the caches hold at the end, under a State's names.
 
     Returns
     -------
     Trace
-        The arrays [T, ...] of our taps, as float32; ``moe.ids`` int32, ascending in each row.
+        Arrays [T, ...] of our taps, float32; ``moe.ids`` int32, ascending in each row.
 
     Raises
     ------
@@ -74,17 +64,16 @@ def trace(model, tokens, taps="*", *, state=False):
             if any(fnmatch.fnmatchcase(name, p) or name.startswith(p + ".") for p in patterns):
                 kept[name] = np.array(x)
 
-    known = golden.names(config)
+    known, mixers = golden.names(config), [layer.mixer for layer in config.layers]
     hooks = [module.register_forward_hook(_hook(path, config, keep)) for path, module in model.named_modules()
              if path in known or path + "/ids" in known]
     try:
         ids = torch.as_tensor(np.asarray(tokens), device=model.device)[None]
-        options = {}
-        if not any(spec.mixer == "mla" for spec in config.layers):  # transformers would ask its caches for a length
-            options = {"position_ids": torch.arange(ids.shape[1], device=ids.device)[None],
-                       "attention_mask": {"full_attention": None, "linear_attention": None}}
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        # Without an attention layer no cache of transformers knows a length, which making masks would ask for.
+        causal = None if "mla" in mixers else {"full_attention": None, "linear_attention": None}
         with torch.no_grad():
-            result = model(ids, use_cache=state, **options)
+            result = model(ids, attention_mask=causal, position_ids=positions, use_cache=state)
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,0 +1,227 @@
+"""Every op at the shapes of Kimi-Linear-48B-A3B, with the operations and bytes that it cannot do without.
+
+A case makes the arguments of one call of ``kl.ops.<op>`` for T tokens. Where one call's weights would stay in
+the caches, it makes several sets of them, which calls take in turn: a model reads each weight once a pass.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+TOKENS = (1, 16, 64, 512)
+D, H, K, V, C, W = 2304, 32, 128, 128, 4096, 4      # model, KDA
+R, P, NOPE = 512, 64, 128                           # MLA
+E, USED, F, DENSE, VOCAB = 256, 8, 1024, 9216, 163840
+EXPERTS = 32       # held here: 256 would be 3.6 GB
+DEPTH = 4096       # cached positions before the new tokens
+COLD = 256 << 20   # bytes of weights that no cache holds
+BFLOAT16 = ml_dtypes.bfloat16
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op at a shape.
+
+    Attributes
+    ----------
+    op : str
+        Of ``kl.ops``.
+    label : str
+        What tells it from the op's other cases.
+    make : callable
+        (T, rng) -> list of keyword arguments of a call; calls take them in turn.
+    work : callable
+        (T, arguments) -> (operations, bytes) of a call.
+    tokens : tuple of int
+        Values of T to time.
+    sgemm : bool
+        Whether NumPy's ``x @ w.T`` is a contender.
+    """
+
+    op: str
+    label: str
+    make: Callable
+    work: Callable
+    tokens: tuple = TOKENS
+    sgemm: bool = False
+
+    @property
+    def name(self):
+        """``op``, or ``op label``."""
+        return f"{self.op} {self.label}".strip()
+
+
+def normal(rng, *shape, dtype=np.float32, scale=1.0):
+    """Random values; large arrays repeat a pool of them."""
+    n = int(np.prod(shape))
+    pool = (rng.standard_normal(min(n, 1 << 20), np.float32) * np.float32(scale)).astype(dtype)
+    return np.resize(pool, n).reshape(shape)
+
+
+def unit(rng, *shape):
+    """Random vectors of length 1."""
+    x = rng.standard_normal(shape, np.float32)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def size(*arrays):
+    """Bytes of arrays."""
+    return sum(a.nbytes for a in arrays)
+
+
+# ---- element by element, norms ----
+
+def one(**arguments):
+    """Arguments of normal values, each given by its shape without T; what is no shape stays as it is."""
+    def make(T, rng):
+        return [{name: normal(rng, T, *shape) if isinstance(shape, tuple) else shape
+                 for name, shape in arguments.items()}]
+
+    return make
+
+
+def norm(width, gated=False):
+    """Rows, their weight, and for the gated norm the gate."""
+    def make(T, rng):
+        shape = (T, D) if width == D else (T, H, width)
+        arguments = {"x": normal(rng, *shape), "w": 1 + normal(rng, width, scale=0.2), "eps": 1e-5}
+        return [arguments | ({"z": normal(rng, *shape)} if gated else {})]
+
+    return make
+
+
+def streamed(per_value=1):
+    """Each array argument read once, one like the first written; `per_value` operations a value."""
+    def work(T, arguments):
+        arrays = [a for a in arguments.values() if isinstance(a, np.ndarray)]
+        return per_value * arrays[0].size, size(*arrays) + arrays[0].nbytes
+
+    return work
+
+
+# ---- products with weights ----
+
+def embedding(T, rng):
+    ids = rng.integers(0, 32768, T).astype(np.int32)
+    return [{"ids": ids, "table": normal(rng, 32768, D, dtype=BFLOAT16)}]
+
+
+def embedding_work(T, arguments):
+    return 0, T * D * (arguments["table"].dtype.itemsize + 4)
+
+
+def linear(cols, rows, dtype):
+    """x [T, cols] times w [rows, cols]; weights cold."""
+    def make(T, rng):
+        n = max(2, COLD // (rows * cols * np.dtype(dtype).itemsize)) if T <= 16 else 2
+        x = normal(rng, T, cols)
+        return [{"x": x, "w": normal(rng, rows, cols, dtype=dtype, scale=cols**-0.5)} for _ in range(n)]
+
+    return make
+
+
+def linear_work(T, arguments):
+    rows, cols = arguments["w"].shape
+    return 2 * T * rows * cols, size(arguments["x"], arguments["w"]) + 4 * T * rows
+
+
+def route(T, rng):
+    return [{"scores": normal(rng, T, E), "k": USED, "bias": normal(rng, E, scale=0.1), "scale": 2.446}]
+
+
+def moe(dtype):
+    """Tokens spread evenly over `EXPERTS` experts; weights cold by their size."""
+    def make(T, rng):
+        ids = np.sort([rng.choice(EXPERTS, USED, replace=False) for _ in range(T)]).astype(np.int32)
+        weights = rng.random((T, USED), np.float32)
+        up = {name: normal(rng, EXPERTS, F, D, dtype=dtype, scale=D**-0.5) for name in ("w_gate", "w_up")}
+        down = normal(rng, EXPERTS, D, F, dtype=dtype, scale=F**-0.5)
+        return [{"x": normal(rng, T, D), "ids": ids, "weights": weights, **up, "w_down": down}]
+
+    return make
+
+
+def moe_work(T, arguments):
+    used = len(np.unique(arguments["ids"]))
+    weights = used * 3 * D * F * arguments["w_up"].dtype.itemsize
+    return 2 * T * USED * 3 * D * F, weights + 2 * arguments["x"].nbytes
+
+
+# ---- KDA ----
+
+def short_conv(T, rng):
+    return [{"x": normal(rng, T, C), "w": normal(rng, C, W, scale=0.5), "history": normal(rng, W - 1, C)}]
+
+
+def decay_gate(T, rng):
+    rate = np.exp(rng.uniform(0, np.log(16), H)).astype(np.float32)
+    dt_bias = rng.uniform(-4, -1, (H, K)).astype(np.float32)
+    return [{"f": normal(rng, T, H, K), "rate": rate, "dt_bias": dt_bias}]
+
+
+def delta_rule(T, rng):
+    g = -np.exp(rng.uniform(-6, 1, (T, H, K))).astype(np.float32)
+    return [{"q": unit(rng, T, H, K), "k": unit(rng, T, H, K), "v": normal(rng, T, H, V), "g": g,
+             "beta": rng.random((T, H), np.float32), "initial_state": normal(rng, H, K, V, scale=0.1)}]
+
+
+def delta_rule_work(T, arguments):
+    arrays = [a for a in arguments.values() if isinstance(a, np.ndarray)]
+    return T * H * 7 * K * V, size(*arrays) + arguments["initial_state"].nbytes + arguments["v"].nbytes
+
+
+# ---- MLA ----
+
+def latent_attention(dtype):
+    """T new tokens behind `DEPTH` cached ones."""
+    def make(T, rng):
+        S = DEPTH + T
+        return [{
+            "q": normal(rng, T, H, NOPE + P), "latent": normal(rng, S, R, dtype=dtype),
+            "k_shared": normal(rng, S, P, dtype=dtype), "w_uk": normal(rng, H, NOPE, R, scale=R**-0.5),
+            "w_uv": normal(rng, H, V, R, scale=R**-0.5), "scale": (NOPE + P) ** -0.5,
+            "offsets": np.array([0, T]), "kv_offsets": np.array([0, S]),
+        }]
+
+    return make
+
+
+def latent_attention_work(T, arguments):
+    """Of the cheaper form: latents expanded once for all queries, or queries brought to the latents."""
+    S, both = DEPTH + T, 2 * R * (NOPE + V)
+    absorbed = T * H * (both + 2 * S * (2 * R + P))
+    expanded = S * H * both + T * H * 2 * S * (NOPE + P + V)
+    arrays = [arguments[name] for name in ("q", "latent", "k_shared", "w_uk", "w_uv")]
+    return min(absorbed, expanded), size(*arrays) + 4 * T * H * V
+
+
+def sample(T, rng):
+    return [{"logits": normal(rng, T, VOCAB, scale=3), "temperature": 0.8, "top_p": 0.95}]
+
+
+F32, BF16, F16 = np.float32, BFLOAT16, np.float16
+CASES = [
+    Case("embedding", "bf16", embedding, embedding_work),
+    Case("rms_norm", "2304", norm(D), streamed(4)),
+    Case("gated_rms_norm", "32x128", norm(V, gated=True), streamed(9)),
+    Case("l2_norm", "32x128", one(x=(H, K)), streamed(3)),
+    *(Case("linear", f"{cols}->{rows} {label}", linear(cols, rows, dtype), linear_work, sgemm=dtype is F32)
+      for (cols, rows), (label, dtype) in itertools.product(
+          [(D, C), (C, D), (D, F)], [("f32", F32), ("bf16", BF16), ("f16", F16)])),
+    Case("short_conv", "4096x4", short_conv, streamed(2 * W + 4)),
+    Case("decay_gate", "32x128", decay_gate, streamed(12)),
+    Case("delta_rule", "32x128x128", delta_rule, delta_rule_work),
+    Case("latent_attention", f"at {DEPTH} f32", latent_attention(F32), latent_attention_work),
+    Case("latent_attention", f"at {DEPTH} f16", latent_attention(F16), latent_attention_work),
+    Case("swiglu", "9216", one(gate=(DENSE,), up=(DENSE,)), streamed(8)),
+    Case("sigmoid", "4096", one(x=(C,)), streamed(7)),
+    Case("add", "2304", one(a=(D,), b=(D,)), streamed(1)),
+    Case("softmax", "256", one(x=(E,)), streamed(9)),
+    Case("route", "8 of 256", route, streamed(10)),
+    Case("moe", f"8 of {EXPERTS} bf16", moe(BF16), moe_work),
+    Case("sample", "163840", sample, streamed(9), tokens=(1, 16)),
+]
+OPS = sorted({case.op for case in CASES})

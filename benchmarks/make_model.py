@@ -1,0 +1,184 @@
+"""Write a random model of real widths, to measure with: no model is held in memory, only a tensor at a time.
+
+    python benchmarks/make_model.py --shape mini --type bfloat16 -o /somewhere/mini-bf16
+    python benchmarks/make_model.py --shape 48b --layers 4 --experts 64 -o /somewhere/part
+
+Shapes: ``mini`` has the widths of Kimi-Linear-48B-A3B with 8 layers (MLA at 4 and 8, counted from 1), 32
+experts of which 8 are used and a vocabulary of 32,768; ``48b`` is the published one; ``tiny`` is the packaged
+model's. The values of a tensor depend on its name, shape and ``--seed`` alone. Matrices keep the size of
+their input, gates go from almost none to strong, so that a run meets no subnormals or infinities that a
+trained model would not.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import sys
+import zlib
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from tqdm import tqdm
+
+from kimi_linear.cli._common import human_bytes, human_count, layer_pattern
+from kimi_linear.config import Config
+from kimi_linear.load.safetensors import write_safetensors
+from kimi_linear.random_weights import random_tensor
+
+TYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("bfloat16", "float16", "float32")}
+FLOAT32 = ("A_log", "dt_bias", "e_score_correction_bias")  # as published files keep them
+SHARD = 5 << 30  # bytes of one file at most
+POOL = 1 << 22   # random values that all matrices are cut from
+
+PUBLISHED = {
+    "architectures": ["KimiLinearForCausalLM"], "model_type": "kimi_linear", "vocab_size": 163840,
+    "hidden_size": 2304, "num_hidden_layers": 27, "intermediate_size": 9216, "hidden_act": "silu",
+    "rms_norm_eps": 1e-5, "num_attention_heads": 32, "num_key_value_heads": 32,
+    "linear_attn_config": {
+        "head_dim": 128, "num_heads": 32, "short_conv_kernel_size": 4,
+        "kda_layers": [1, 2, 3, 5, 6, 7, 9, 10, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26],
+        "full_attn_layers": [4, 8, 12, 16, 20, 24, 27],
+    },
+    "q_lora_rank": None, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+    "v_head_dim": 128, "mla_use_nope": True, "rope_scaling": None, "model_max_length": 1048576,
+    "num_experts": 256,
+    "num_experts_per_token": 8, "num_shared_experts": 1, "moe_intermediate_size": 1024,
+    "moe_router_activation_func": "sigmoid", "moe_renormalize": True, "routed_scaling_factor": 2.446,
+    "use_grouped_topk": True, "num_expert_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+    "moe_layer_freq": 1, "num_nextn_predict_layers": 0, "tie_word_embeddings": False,
+    "bos_token_id": 163584, "eos_token_id": 163586, "pad_token_id": 163839,
+}
+TINY = PUBLISHED | {
+    "vocab_size": 2048, "hidden_size": 256, "num_hidden_layers": 6, "intermediate_size": 512,
+    "num_attention_heads": 4, "num_key_value_heads": 4,
+    "linear_attn_config": {"head_dim": 32, "num_heads": 4, "short_conv_kernel_size": 4,
+                           "kda_layers": [1, 2, 3, 5], "full_attn_layers": [4, 6]},
+    "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "num_experts": 8,
+    "num_experts_per_token": 2, "moe_intermediate_size": 96, "bos_token_id": 1792, "eos_token_id": 1794,
+    "pad_token_id": 2047,
+}
+MINI = {"layers": 8, "experts": 32, "vocab": 32768}
+SHAPES = {"mini": (PUBLISHED, MINI), "48b": (PUBLISHED, {}), "tiny": (TINY, {})}  # config, changes
+
+
+def main():
+    args = arguments()
+    config = config_of(args)
+    shapes = config.weight_shapes()
+    tensors = {name: RandomTensor(name, shape, TYPES[args.type], args.seed) for name, shape in shapes.items()}
+    n_bytes = sum(t.nbytes for t in tensors.values())
+    n_values = sum(math.prod(shape) for shape in shapes.values())
+    print(f"{layer_pattern(config)}: {human_count(n_values)} parameters in {len(tensors):,} tensors, "
+          f"{human_bytes(n_bytes)} as {args.type}", file=sys.stderr)
+    room = shutil.disk_usage(existing_parent(args.output)).free
+    if n_bytes > room:
+        return f"make_model: there is room for {human_bytes(room)}; the model takes {human_bytes(n_bytes)}"
+    args.output.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=n_bytes, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+        write(args.output, tensors, bar)
+    text = json.dumps(config.to_dict() | {"dtype": args.type}, indent=2)
+    (args.output / "config.json").write_text(text + "\n")
+    return 0
+
+
+def arguments():
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    parser.add_argument("--family", choices=("kimi-linear",), default="kimi-linear")
+    parser.add_argument("--shape", choices=SHAPES, default="mini")
+    parser.add_argument("--format", choices=("safetensors",), default="safetensors")
+    parser.add_argument("--type", choices=TYPES, default="bfloat16", help="storage type of the matrices")
+    parser.add_argument("--layers", type=int, metavar="N", help="another number of layers, each 4th MLA")
+    parser.add_argument("--experts", type=int, metavar="N")
+    parser.add_argument("--vocab", type=int, metavar="N")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
+    return parser.parse_args()
+
+
+def config_of(args):
+    """The shape's config, with what was asked for otherwise."""
+    d, changes = SHAPES[args.shape]
+    asked = {"layers": args.layers, "experts": args.experts, "vocab": args.vocab}
+    changes = changes | {name: n for name, n in asked.items() if n is not None}
+    d = dict(d)
+    if n := changes.get("layers"):
+        linear = dict(d["linear_attn_config"])
+        pattern = ["full_attn_layers" if i % 4 == 0 else "kda_layers" for i in range(1, n + 1)]
+        for key in ("kda_layers", "full_attn_layers"):
+            linear[key] = [i for i, kind in enumerate(pattern, 1) if kind == key]
+        d |= {"num_hidden_layers": n, "linear_attn_config": linear}
+    if n := changes.get("experts"):
+        d |= {"num_experts": n, "num_experts_per_token": min(n, d["num_experts_per_token"])}
+    if n := changes.get("vocab"):
+        d |= {"vocab_size": n, "bos_token_id": n - 3, "eos_token_id": n - 2, "pad_token_id": n - 1}
+    return Config.from_dict(d)
+
+
+class RandomTensor:
+    """A tensor that is made when it is written."""
+
+    pool = np.random.default_rng(0).standard_normal(POOL, np.float32)
+
+    def __init__(self, name, shape, dtype, seed):
+        self.name, self.shape, self.seed = name, shape, seed
+        self.dtype = TYPES["float32"] if name.endswith(FLOAT32) else dtype
+        self.nbytes = math.prod(shape) * self.dtype.itemsize
+
+    def array(self):
+        rng = np.random.default_rng([self.seed, zlib.crc32(self.name.encode())])
+        if len(self.shape) == 1 or "conv1d" in self.name:
+            return random_tensor(self.name, self.shape, rng).astype(self.dtype)
+        scale = 1.0 if "embed_tokens" in self.name else 1.2 / self.shape[-1] ** 0.5
+        pool = (self.pool * np.float32(scale)).astype(self.dtype)
+        flat = np.empty(math.prod(self.shape), self.dtype)
+        for begin in range(0, flat.size, POOL // 2):
+            part = flat[begin : begin + POOL // 2]
+            start = int(rng.integers(0, POOL - part.size + 1))
+            part[:] = pool[start : start + part.size]
+        return flat.reshape(self.shape)
+
+
+class Counted:
+    """A RandomTensor that tells the bar when it was made."""
+
+    def __init__(self, tensor, bar):
+        self.tensor, self.bar = tensor, bar
+        self.shape, self.dtype = tensor.shape, tensor.dtype
+
+    def array(self):
+        self.bar.update(self.tensor.nbytes)
+        return self.tensor.array()
+
+
+def write(folder, tensors, bar):
+    """One file, or shards with an index."""
+    shards = [{}]
+    for name, tensor in tensors.items():
+        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > SHARD:
+            shards.append({})
+        shards[-1][name] = tensor
+    if len(shards) == 1:
+        write_safetensors(folder / "model.safetensors", counted(shards[0], bar))
+        return
+    names = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        write_safetensors(folder / file, counted(shard, bar))
+        names |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def counted(tensors, bar):
+    return {name: Counted(tensor, bar) for name, tensor in tensors.items()}
+
+
+def existing_parent(path):
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""Time every op, on every instruction set, beside what the machine allows.
+
+    python benchmarks/run.py                                 every op, the best kernels, all processors
+    python benchmarks/run.py linear moe --isa all --threads 1,2 --json new.json
+    python benchmarks/run.py linear --against old.json       time, then compare
+    python benchmarks/run.py --compare old.json new.json     compare two files
+    python benchmarks/run.py model --model DIR               a model's tokens/s, as `kimi-linear bench` does
+
+Contenders of a case (instruction sets, numbers of threads, NumPy's sgemm) take turns; medians and the 10th
+and 90th percentile are of the same turns. A case is timed only after its result at the smallest T was inside
+its budget.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from cases import CASES, OPS
+
+import kimi_linear as kl
+from kimi_linear.bench import Roofs, bench, blas_threads, machine, sample, spread, tokens_of
+from kimi_linear.cli._common import integers, print_table, progress
+from kimi_linear.diff.budgets import budget
+
+SECONDS = 2.0      # that the turns of one case may take, all contenders together
+TURNS = (3, 50)    # at least, at most
+SLOW = 1.0         # seconds of a call that is not repeated: the scalar kernels, at many tokens
+
+
+def main():
+    args = arguments()
+    if args.compare:
+        return compare(*(json.loads(Path(path).read_text()) for path in args.compare))
+    unknown = set(args.ops) - set(OPS) - {"model"}
+    if unknown:
+        return f"run: there is no case {', '.join(sorted(unknown))}; there are {', '.join(OPS)} and model"
+    result = {"machine": machine(), "revision": revision(), "roof": roof(), "cases": {}}
+    say_machine(result)
+    for case in CASES:
+        if case.op in args.ops or not args.ops:
+            run_case(case, args, result["cases"])
+    if "model" in args.ops:
+        run_model(args, result)
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    return compare(json.loads(Path(args.against).read_text()), result) if args.against else 0
+
+
+def arguments():
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"{', '.join(OPS)}, or model")
+    parser.add_argument("--isa", default="best", help="best, all, or names with commas (default: best)")
+    parser.add_argument("--threads", type=integers, default=[0], metavar="N,N", help="(default: 0, all)")
+    parser.add_argument("--tokens", type=integers, metavar="T,T", help="only these T (default: 1,16,64,512)")
+    parser.add_argument("--model", metavar="DIR", help="for the case model (default: the packaged one)")
+    parser.add_argument("--json", metavar="FILE", help="write the results")
+    parser.add_argument("--against", metavar="FILE", help="compare with the results in a file")
+    parser.add_argument("--compare", nargs=2, metavar=("OLD", "NEW"), help="compare two files, time nothing")
+    return parser.parse_args()
+
+
+def revision():
+    """The commit, with a + where the tree differs from it."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def roof():
+    """The machine's, with all processors."""
+    roofs = Roofs()
+    for name in ("read", "fma"):
+        roofs.sample(name, 5)
+    return roofs.summary()
+
+
+def say_machine(result):
+    m, best = result["machine"], result["roof"]
+    print(f"{m['cpu']}; {m['compiler']}; BLAS {m['blas']}; sgemm is NumPy's {m['numpy_blas']}")
+    print(f"revision {result['revision']}; {m['threads']} threads read {best['read'] * 1e-9:.1f} GB/s, "
+          f"fma {best['fma'] * 1e-9:.0f} GFLOP/s\n")
+
+
+# ---- ops ----
+
+def contexts(args):
+    """Contexts by their name in the results."""
+    isas = {"best": kl.isa_list()[-1:], "all": kl.isa_list()}.get(args.isa, args.isa.split(","))
+    made = [kl.Context(threads=n, isa=isa) for isa in isas for n in args.threads]
+    return {f"{ctx.isa} {ctx.threads}": ctx for ctx in made}
+
+
+def run_case(case, args, results):
+    """Adds ``name T contender`` -> seconds, operations and bytes of a call; prints them."""
+    rng, found = np.random.default_rng(0), contexts(args)
+    within_budget(case, case.make(case.tokens[0], rng)[0], found)
+    rows = []
+    for T in args.tokens or case.tokens:
+        sets = case.make(T, rng)
+        contenders = {name: caller(case, sets, ctx) for name, ctx in found.items()}
+        if case.sgemm:
+            counts = sorted({ctx.threads for ctx in found.values()})
+            contenders |= {f"sgemm {n}": numpy_caller(sets, n) for n in counts}
+        flops, n_bytes = case.work(T, sets[0])
+        for name, times in take_turns(contenders).items():
+            row = {"seconds": spread(times), "flops": flops, "bytes": n_bytes}
+            results[f"{case.name} T={T} {name}"] = row
+            rows.append((f"T={T}", name, *cells(row)))
+    print(case.name)
+    print_table(rows, ("", "kernels, threads", "µs", "10 % .. 90 %", "GFLOP/s", "GB/s"), "<<>>>>")
+    print(flush=True)
+
+
+def within_budget(case, arguments, found):
+    """Raises where a result is further from float64 than the op's budget allows."""
+    if case.op == "sample":
+        return  # an id: its tests compare it, and it has no error to bound
+    desired = getattr(kl.reference, case.op)(**arguments)
+    bounds = budget(case.op, desired, **arguments)
+    for name, ctx in found.items():
+        actual = getattr(kl.ops, case.op)(**arguments, ctx=ctx)
+        for a, d, bound in zip(*map(as_tuple, (actual, desired, bounds)), strict=True):
+            error = np.abs(np.asarray(a, np.float64) - d)
+            if (error > bound).any():
+                raise SystemExit(f"run: {case.name} with {name} is over its budget; its test says where")
+
+
+def as_tuple(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
+def caller(case, sets, ctx):
+    """A call with the next set of arguments."""
+    op, turn = getattr(kl.ops, case.op), iter_forever(sets)
+    return lambda: op(**next(turn), ctx=ctx)
+
+
+def numpy_caller(sets, threads):
+    turn = iter_forever(sets)
+
+    def call():
+        arguments = next(turn)
+        with blas_threads(threads):
+            np.matmul(arguments["x"], arguments["w"].T)
+
+    return call
+
+
+def iter_forever(sets):
+    while True:
+        yield from sets
+
+
+def take_turns(contenders):
+    """Seconds of each: as many turns as fit `SECONDS`; of a slow one, of its one warm-up call only."""
+    first = {name: times[0] for name, times in sample(contenders, 1, untimed=0).items()}
+    quick = {name: run for name, run in contenders.items() if first[name] < SLOW}
+    n = int(np.clip(SECONDS / max(sum(first[name] for name in quick), 1e-9), *TURNS))
+    return {name: [seconds] for name, seconds in first.items()} | sample(quick, n)
+
+
+def cells(row):
+    s = row["seconds"]
+    rates = (f"{row[what] / s['median'] * 1e-9:.1f}" if row[what] else "" for what in ("flops", "bytes"))
+    return f"{s['median'] * 1e6:,.1f}", f"{s['low'] * 1e6:,.1f} .. {s['high'] * 1e6:,.1f}", *rates
+
+
+# ---- a model ----
+
+def run_model(args, result):
+    from kimi_linear.cli.bench import show
+
+    for name, ctx in contexts(args).items():
+        model = kl.Model.from_pretrained(args.model) if args.model else kl.Model.tiny()
+        model._ctx = ctx
+        with progress(tokens_of(512, 64, (0, 4096)), f"{model.name} {name}") as bar:
+            found = bench(model, progress=bar.update)
+        show(found)
+        result.setdefault("models", {})[f"{model.name} {name}"] = found
+        for row in found["rates"]:
+            key = f"model {model.name} {row['kind']} at {row['depth']} {name}"
+            result["cases"][key] = {"seconds": row["seconds"], "flops": 0, "bytes": 0}
+
+
+# ---- two results ----
+
+def compare(old, new):
+    """Cases of both, the largest change first; marked where the spreads do not meet."""
+    both = [name for name in new["cases"] if name in old["cases"]]
+    if not both:
+        return "run: the two results have no case in common"
+    rows = []
+    for name in both:
+        a, b = (r["cases"][name]["seconds"] for r in (old, new))
+        apart = a["low"] > b["high"] or b["low"] > a["high"]
+        rows.append((b["median"] / a["median"], name, a["median"], b["median"], apart))
+    for name, result in (("old", old), ("new", new)):
+        print(f"{name}: {result['revision']} on {result['machine']['cpu']}")
+    print()
+    cells = [(name, f"{a * 1e6:,.1f}", f"{b * 1e6:,.1f}", f"{a / b:.2f}x", "*" if apart else "")
+             for _, name, a, b, apart in sorted(rows)]
+    print_table(cells, ("case", "old µs", "new µs", "speed", ""), "<>>><")
+    print("\n* the 10 % .. 90 % ranges do not meet")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,258 @@
+"""The commands as a shell meets them: help, errors, exit codes, Ctrl-C, closed pipes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kimi_linear.cli import COMMANDS, main
+
+DATA = Path(__file__).parents[1] / "data" / "tiny"
+PARAMETERS = 5_644_304 + 5 * 8  # as its trainer counted them, and the routers' selection biases
+PROGRAM = [sys.executable, "-m", "kimi_linear"]
+
+
+def run(capfd, *argv):
+    """(exit code, stdout, stderr) of a command in this process."""
+    try:
+        code = main(list(argv))
+    except SystemExit as stop:  # argparse's own: help and usage
+        code = stop.code
+    out, err = capfd.readouterr()
+    return code, out, err
+
+
+def started(*argv):
+    return subprocess.Popen([*PROGRAM, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+# ---- help and usage ----
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(capfd, command):
+    code, out, err = run(capfd, command, "--help")
+    assert (code, err) == (0, "")
+    assert f"kimi-linear {command}" in out.partition("example:")[2]
+
+
+def test_overview_names_every_command(capfd):
+    code, out, _ = run(capfd, "--help")
+    assert code == 0
+    assert all(f"\n  {command} " in out for command in COMMANDS)
+    assert run(capfd)[0] == 2
+
+
+def test_version(capfd):
+    import kimi_linear
+
+    assert run(capfd, "--version")[:2] == (0, f"kimi-linear {kimi_linear.__version__}\n")
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["genrate"], ["'genrate'", "did you mean generate?"]),
+    (["generate"], ["--prompt", "is required"]),
+    (["generate", "--prompt", "a", "--max-new-tokens", "0"], ["--max-new-tokens", "'0'", ">= 1"]),
+    (["generate", "--prompt", "a", "--nonsense"], ["--nonsense"]),
+    (["generate", "--prompt", "", "--max-new-tokens", "1"], ["prompt is empty"]),
+    (["generate", "--prompt", "a", "--temperature", "-1"], ["temperature", "-1"]),
+    (["generate", "--ids", "1,2048"], ["2048"]),
+    (["generate", "--ids", "1,x"], ["--ids", "'x'"]),
+    (["generate", "--ids", "1", "--chat"], ["--chat", "--ids"]),
+    (["generate", "--prompt-file", "no such file"], ["no such file"]),
+    (["generate", "no/such/model", "--prompt", "a"], ["no/such/model"]),
+    (["generate", "a", "--model", "b", "--prompt", "a"], ["named twice"]),
+    (["inspect", "--tensors", "nothing*"], ["nothing*", "matches none"]),
+    (["plan", "--context", "many"], ["--context", "'many'"]),
+    (["plan", "--dtype", "F32"], ["--dtype", "config.json"]),
+    (["plan", "no-such-config.json"], ["no-such-config.json"]),
+    (["perplexity"], ["--text"]),
+    (["perplexity", "--text", str(DATA / "golden64.safetensors")], ["is not UTF-8"]),
+    (["perplexity", "--text", os.devnull], ["0 tokens"]),
+    (["perplexity", "--text", str(DATA / "heldout.txt"), "--window", "1"], ["window is 1"]),
+    (["bench", "--depths", "0,-1"], ["--depths", "'-1'"]),
+])
+def test_a_wrong_argument_is_one_sentence_and_exit_2(capfd, argv, words):
+    code, out, err = run(capfd, *argv)
+    assert (code, out) == (2, "")
+    assert err.startswith("kimi-linear") and err.count("\n") == 1 and "Traceback" not in err
+    assert all(word in err for word in words), err
+
+
+# ---- generate ----
+
+def test_generate_is_reproducible_by_seed(capfd):
+    def text(seed, *more):
+        code, out, _ = run(capfd, "generate", "--prompt", "In the beginning", "--max-new-tokens", "24",
+                           "--temperature", "0.8", "--top-p", "0.95", "--seed", seed, *more)
+        assert code == 0
+        return out
+
+    assert text("7") == text("7", "--threads", "1") != text("8")
+
+
+def test_generate_streams_text_to_stdout_and_its_cost_to_stderr(capfd):
+    code, out, err = run(capfd, "generate", "--prompt", "In the beginning", "--max-new-tokens", "12")
+    expected = json.loads((DATA / "expected.json").read_text(encoding="utf-8"))["greedy"][0]
+    assert code == 0
+    assert out.endswith("\n") and expected["text"].startswith(out[:-1]) and len(out) > 12
+    assert "12 written" in err and "cache float16" in err and "ended by length" in err
+
+
+def test_generate_json_and_ids_agree_with_the_prompt(capfd):
+    expected = json.loads((DATA / "expected.json").read_text(encoding="utf-8"))["greedy"][1]
+    argv = ["--max-new-tokens", "8", "--cache", "float32", "--json"]
+    _, by_text, _ = run(capfd, "generate", "--prompt", expected["prompt"], *argv)
+    _, by_ids, _ = run(capfd, "generate", "--ids", ",".join(map(str, expected["prompt_ids"])), *argv)
+    by_text, by_ids = json.loads(by_text), json.loads(by_ids)
+    assert by_text["tokens"] == by_ids["tokens"] == expected["ids"][:8]
+    assert by_text["prompt_tokens"] == expected["prompt_ids"]
+    assert len(by_text["logprobs"]) == 8 and max(by_text["logprobs"]) <= 0
+
+
+def test_generate_chat_goes_through_the_template(capfd):
+    import kimi_linear as kl
+
+    _, out, _ = run(capfd, "generate", "--chat", "--prompt", "Hello", "--max-new-tokens", "4", "--json")
+    tokenizer = kl.Model.tiny().tokenizer
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}])
+    assert json.loads(out)["prompt_tokens"] == tokenizer.encode(rendered)
+
+
+# ---- inspect, plan, perplexity ----
+
+def test_inspect_counts_parameters(capfd):
+    _, out, _ = run(capfd, "inspect", "--json")
+    facts = json.loads(out)
+    assert facts["parameters"] == PARAMETERS
+    assert facts["active_parameters"] == PARAMETERS - 5 * (8 - 2) * 3 * 96 * 256
+    assert facts["layers"] == "kKKMKM" and facts["notes"] == []
+    assert sum(facts["stored_bytes"].values()) == facts["plan"]["weights"]
+    code, out, _ = run(capfd, "inspect")
+    assert code == 0 and "kKKMKM" in out and "5.64 M" in out
+
+
+def test_inspect_lists_tensors_and_unknown_keys(capfd, tmp_path):
+    _, out, _ = run(capfd, "inspect", "--tensors", "*.layers.3.*.weight", "--json")
+    tensors = {t["name"]: t for t in json.loads(out)["tensors"]}
+    latent = tensors["model.layers.3.self_attn.kv_a_layernorm.weight"]
+    assert (latent["shape"], latent["dtype"], latent["bytes"]) == ([64], "BF16", 128)
+    folder = _copy_of_tiny(tmp_path, new_key=1)
+    assert "unknown keys" in run(capfd, "inspect", str(folder))[1]
+    assert "new_key" in run(capfd, "inspect", "--model", str(folder), "--json")[1]
+
+
+def _copy_of_tiny(folder, **changes):
+    """The packaged model with changes to its config, its weights linked."""
+    import importlib.resources
+
+    tiny = Path(str(importlib.resources.files("kimi_linear") / "data" / "tiny"))
+    config = json.loads((tiny / "config.json").read_text(encoding="utf-8")) | changes
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "model.safetensors").symlink_to(tiny / "model.safetensors")
+    return folder
+
+
+def test_a_folder_without_a_tokenizer_works_with_ids(capfd, tmp_path):
+    folder = str(_copy_of_tiny(tmp_path))
+    code, out, _ = run(capfd, "generate", folder, "--ids", "799 258 1743 1218", "--max-new-tokens", "3")
+    assert (code, out) == (0, "268 258 450\n")
+    code, _, err = run(capfd, "generate", folder, "--prompt", "a")
+    assert code == 2 and "has no tokenizer" in err
+
+
+def test_plan_is_consistent(capfd):
+    def plan(*argv):
+        code, out, _ = run(capfd, "plan", *argv, "--json")
+        assert code == 0
+        return json.loads(out)
+
+    one = plan("--context", "1000")
+    assert one["total"] == one["weights"] + one["anonymous"]
+    assert one["anonymous"] == one["vectors"] + one["state"] + one["scratch"]
+    assert one["state"] == one["state_fixed"] + 2 * one["state_page"]
+    three = plan("--context", "1000", "--sequences", "3")
+    assert three["state"] == 3 * one["state"]
+    half = plan("--context", "1000", "--cache", "float16")
+    assert 2 * half["state_page"] == one["state_page"]
+    import kimi_linear as kl
+
+    assert one["state"] == kl.Model.tiny().plan(context=1000).state
+
+
+def test_plan_of_a_config_alone(capfd, tmp_path):
+    path = _copy_of_tiny(tmp_path) / "config.json"
+    wide = json.loads(run(capfd, "plan", str(path), "--dtype", "F32", "--json")[1])
+    narrow = json.loads(run(capfd, "plan", str(path), "--json")[1])
+    assert wide["weights"] == 4 * PARAMETERS
+    assert narrow["weights"] == 2 * PARAMETERS
+    code, out, _ = run(capfd, "plan", str(path))
+    assert code == 0 and "weights" in out and "scratch" in out
+
+
+def test_perplexity_says_what_the_library_says(capfd, tmp_path):
+    from kimi_linear import Model
+    from kimi_linear.perplexity import perplexity
+
+    path = tmp_path / "text.txt"
+    path.write_text("And the LORD said unto Moses, Stretch forth thine hand.", encoding="utf-8")
+    code, out, _ = run(capfd, "perplexity", "--text", str(path), "--json")
+    model = Model.tiny()
+    ids = model.tokenizer.encode(path.read_text(encoding="utf-8"))
+    assert code == 0
+    assert json.loads(out)["perplexity"] == perplexity(model, ids).perplexity
+    _, out, _ = run(capfd, "perplexity", "--text", str(path), "--whole", "10", "--json")
+    assert json.loads(out)["scored"] == 9
+
+
+# ---- bench and demo ----
+
+def test_bench_reports_every_part(capfd):
+    code, out, _ = run(capfd, "bench", "--prefill", "16", "--decode", "4", "--depths", "0,32",
+                       "--repeat", "1", "--json")
+    result = json.loads(out)
+    assert code == 0
+    assert [(r["kind"], r["depth"]) for r in result["rates"]] == [
+        ("prefill", 0), ("decode", 0), ("prefill", 32), ("decode", 32)]
+    assert all(r["tokens_per_second"] > 0 and r["of_roof"] > 0 for r in result["rates"])
+    timed = {row["op"] for row in result["ops"]["decode"]}
+    assert {"linear", "moe", "delta_rule", "latent_attention"} <= timed
+    assert result["memory"]["held"] <= result["memory"]["planned"]
+
+
+def test_demo_writes_and_judges_itself(capfd):
+    code, out, _ = run(capfd, "demo", "--max-new-tokens", "16")
+    assert code == 0
+    assert "In the beginning" in out and "tokens at" in out and "planned" in out
+    assert all(f"  {i} " in out for i in range(6)) and "rms error" in out
+
+
+# ---- signals and pipes ----
+
+ENDLESS = ("generate", "--ids", "799,258,1743,1218", "--max-new-tokens", "1000000", "--temperature", "1")
+
+
+def test_ctrl_c_ends_generate_with_130_and_keeps_what_was_printed():
+    process = started(*ENDLESS)
+    first = process.stdout.read(40)
+    process.send_signal(signal.SIGINT)
+    begin = time.monotonic()
+    rest, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert time.monotonic() - begin < 10  # a hang, not a speed, is what this would find
+    assert len(first) == 40 and (first + rest).endswith(b"\n")
+    assert b"ended by interruption" in err and b"interrupted" in err and b"Traceback" not in err
+
+
+def test_a_closed_pipe_is_quiet():
+    process = started(*ENDLESS)
+    process.stdout.read(10)
+    process.stdout.close()
+    err = process.stderr.read().decode()
+    process.stderr.close()
+    assert process.wait(timeout=60) == 141
+    assert err == ""

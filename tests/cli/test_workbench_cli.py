@@ -1,0 +1,188 @@
+"""verify, trace and diff from the command line: what they print, their exit codes, what they leave behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import DATA, read_safetensors
+
+import kimi_linear as kl
+from kimi_linear.cli import main
+
+KIMI_A = str(DATA / "golden" / "kimi-a")
+
+
+@pytest.fixture
+def cli(capsys):
+    """Runs a command; (exit code, stdout, stderr)."""
+
+    def run(*words):
+        try:
+            code = main([str(w) for w in words])
+        except SystemExit as stop:
+            code = stop.code
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return run
+
+
+@pytest.mark.parametrize("command", ["verify", "trace", "diff"])
+def test_help_shows_an_example(cli, command):
+    code, out, _ = cli(command, "--help")
+    assert code == 0 and "example:" in out and f"kimi-linear {command} " in out
+
+
+# ---- verify ----
+
+
+def test_verify(cli):
+    code, out, err = cli("verify", "--tokens", 24)
+    assert code == 0 and err == ""
+    assert out.startswith("tiny: 24 tokens through 6 layers KKKMKM")
+    assert out.rstrip().splitlines()[-1].startswith("ok: all 175 taps, every op inside its own budget")
+    assert "\033" not in out
+    code, every, _ = cli("verify", "--tokens", 8, "--all", "--no-free-run")
+    assert code == 0 and all(tap in every for tap in kl.Model.tiny().taps)
+    assert "free run" not in every
+
+
+def test_verify_json(cli, tmp_path):
+    (tmp_path / "some.txt").write_text("In the beginning", encoding="utf-8")
+    code, out, _ = cli("verify", "--text", tmp_path / "some.txt", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["ok"] and found["tokens"] == 4 and found["flips"] == []
+    assert {op["name"] for op in found["ops"]} >= {"delta_rule", "latent_attention", "moe", "linear", "route"}
+
+
+def test_verify_without_a_tokenizer(cli):
+    code, out, err = cli("verify", KIMI_A, "--tokens", 9, "--seed", 3)
+    assert code == 0 and "9 tokens" in out and "kimi-a has no tokenizer: random ids, seed 3" in err
+    code, out, err = cli("verify", "--model", KIMI_A, "--ids", "5,6,7")
+    assert code == 0 and "3 tokens" in out and err == ""
+
+
+def test_verify_over_budget_is_exit_code_1(cli, monkeypatch):
+    from kimi_linear import reference
+
+    right = reference.swiglu
+    monkeypatch.setattr(reference, "swiglu", lambda gate, up: right(gate, up) * (1 + 1e-5))
+    code, out, _ = cli("verify", KIMI_A, "--tokens", 5)
+    assert code == 1 and "FAILED: " in out and "swiglu" in out.rstrip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--tokens", "0"), "'0'; it must be an integer >= 1"),
+        (("--ids", "1", "--text", "x"), "not allowed with argument"),
+        (("--ids", "400"), "400; it must be 0 <= tokens < 320"),
+        (("--text", __file__), "kimi-a has no tokenizer"),
+        (("--text", "nowhere.txt"), "nowhere.txt: No such file"),
+    ],
+)
+def test_verify_bad_usage(cli, words, message):
+    code, out, err = cli("verify", KIMI_A, *words)
+    assert code == 2 and out == "" and message in err
+    assert err.count("\n") <= 2, "one sentence"
+
+
+# ---- trace and diff ----
+
+
+def test_trace_and_diff(cli, tmp_path):
+    ours, exact = tmp_path / "ours.safetensors", tmp_path / "exact.safetensors"
+    assert cli("trace", "--prompt", "In the beginning", "-o", ours)[0] == 0
+    code, out, _ = cli("trace", "--prompt", "In the beginning", "-o", exact, "--reference", "--json")
+    assert code == 0 and json.loads(out)["taps"]["logits"] == {"shape": [4, 2048], "dtype": "float64"}
+    model = kl.Model.tiny()
+    assert (kl.Trace.load(ours)["logits"] == model.forward(model.tokenizer.encode("In the beginning"))).all()
+    code, out, _ = cli("diff", ours, exact)
+    assert code == 0 and out.rstrip().splitlines()[-1].startswith("ok: no divergence in 155 taps")
+
+
+def test_diff_finds_the_first_divergence(cli, tmp_path):
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    assert (
+        cli("trace", KIMI_A, "--ids", "3,1,4,1,5", "--taps", "layers.2.*", "--taps", "logits", "-o", a)[0]
+        == 0
+    )
+    trace = kl.Trace.load(a)
+    assert list(trace)[-1] == "logits" and all(n.startswith("layers.2.") for n in list(trace)[:-1])
+    arrays = {n: np.array(x) for n, x in trace.items()}
+    arrays["layers.2.kda.beta"][3] += 0.01
+    kl.Trace(arrays, trace.meta).save(b)
+    code, out, _ = cli("diff", a, b)
+    assert code == 1 and "DIVERGES at layers.2.kda.beta, token 3" in out
+    code, out, _ = cli("diff", a, b, "--json")
+    assert code == 1 and json.loads(out)["first"]["token"] == 3
+    assert cli("diff", a, b, "--taps", "layers.2.mid")[0] == 0
+    assert cli("diff", a, b, "--threshold", "1")[0] == 0
+
+
+def test_diff_against_transformers(cli, tmp_path):
+    a, golden = tmp_path / "a.safetensors", DATA / "golden" / "kimi-a" / "golden.safetensors"
+    ids = ",".join(map(str, read_safetensors(golden)["short/tokens"]))
+    assert cli("trace", KIMI_A, "--ids", ids, "-o", a)[0] == 0
+    code, out, _ = cli("diff", a, golden, "--names", "hf", "--config", KIMI_A, "--prefix", "short/")
+    assert code == 0 and "layers.4.kda.o_norm" in out and "only in a: " in out
+    code, _, err = cli("diff", a, golden, "--names", "hf", "--config", KIMI_A, "--prefix", "long/")
+    assert code == 2 and "a is a trace of 21 tokens and b of 70" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("diff", "a", "b"), "a: No such file"),
+        (("diff", "a", "b", "--names", "hf"), "--names hf needs --config DIR"),
+        (("diff", "a", "b", "--config", "."), "--config is for --names hf"),
+        (("diff", "a", "b", "--threshold", "-1"), "'-1'; it must be a number >= 0"),
+        (("diff", "a"), "required: B"),
+        (("trace", "-o", "x"), "one of the arguments"),
+        (("trace", KIMI_A, "--prompt", "x", "-o", "never"), "kimi-a has no tokenizer"),
+        (("trace", KIMI_A, "--ids", "1", "--taps", "layer.3", "-o", "never"), "'layer.3' matches no tap"),
+        (("trace", KIMI_A, "--ids", "1,999", "-o", "never"), "999"),
+        (("trace", KIMI_A, "--ids", "1", "-o", "no/such/folder/x"), "no/such/folder"),
+    ],
+)
+def test_bad_usage(cli, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = cli(*words)
+    assert code == 2 and out == "" and message in err
+    assert os.listdir(tmp_path) == []
+
+
+def test_interrupted_trace_leaves_nothing(tmp_path):
+    """Ctrl-C in the middle of a long float64 run: exit code 130, no file, and what was there before stays."""
+    target = tmp_path / "trace.safetensors"
+    target.write_bytes(b"before")
+    ids = ",".join(["7"] * 4000)
+    run = subprocess.Popen(
+        [sys.executable, "-m", "kimi_linear", "trace", KIMI_A, "--ids", ids, "--reference", "-o", target],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_for_work(run)
+        run.send_signal(signal.SIGINT)
+        _, err = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 130 and "interrupted" in err and "Traceback" not in err
+    assert target.read_bytes() == b"before" and os.listdir(tmp_path) == [target.name]
+
+
+def wait_for_work(run):
+    """Until the process has spent a second and a half of its own: past its imports, inside the model."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    while run.poll() is None:
+        with open(f"/proc/{run.pid}/stat", encoding="ascii", errors="replace") as stat:
+            spent = int(stat.read().rsplit(")", 1)[1].split()[11]) / ticks
+        if spent > 1.5:
+            return
+        time.sleep(0.02)
