@@ -177,8 +177,7 @@ def run_model(args, result):
     from kimi_linear.cli.bench import show
 
     for name, ctx in contexts(args).items():
-        model = kl.Model.from_pretrained(args.model) if args.model else kl.Model.tiny()
-        model._ctx = ctx
+        model = kl.Model.from_pretrained(args.model, ctx=ctx) if args.model else kl.Model.tiny(ctx=ctx)
         with progress(tokens_of(512, 64, (0, 4096)), f"{model.name} {name}") as bar:
             found = bench(model, progress=bar.update)
         show(found)

@@ -57,7 +57,8 @@ KL_API void kl_model_destroy(kl_ctx *ctx, kl_model *model);
 
 /* ---- state ---- */
 
-/* An empty sequence. Nothing of the cache is taken before it is needed; context > 0 takes it at once. */
+/* An empty sequence. context 0: the cache grows as tokens come; above 0: it is taken at once for that many
+ * tokens, and more are refused. */
 KL_API kl_status kl_state_create(kl_ctx *ctx, kl_state **state, const kl_model *model,
                                  kl_type cache_type, int64_t context) KL_CHECKED;
 KL_API void kl_state_destroy(kl_ctx *ctx, kl_state *state);

@@ -287,7 +287,7 @@ class _Run:
         if not depths or min(depths) < 0:
             raise ValueError(f"depths are {depths}; they must be one integer or more, each >= 0")
         self.model, self.prefill, self.decode, self.repeat = model, prefill, decode, repeat
-        self.depths, self.read, self.ctx = depths, read, current(model._ctx)
+        self.depths, self.read, self.ctx = depths, read, current(model.ctx)
         self.rng = np.random.default_rng(0)
         self.context = max(_tokens_at(prefill, decode, depth, repeat) for depth in depths)
         self.roofs = Roofs(model, self.ctx)  # it reads the weights, so that they lie in memory

@@ -63,7 +63,7 @@ class Generation:
     Attributes
     ----------
     text : str
-        All pieces so far.
+        All pieces so far; without a tokenizer, the ids.
     tokens : list of int
         New tokens, the end token included.
     logprobs : list of float
@@ -137,8 +137,9 @@ class Generation:
             self.tokens.append(token)
             self.stats.new_tokens += 1
             ended = token in self.stop_ids
-            if stream is not None and not ended:
-                yield from self._show(stream.push(token))
+            if not ended:
+                ids = f" {token}" if self.text else str(token)
+                yield from self._show(stream.push(token) if stream is not None else ids)
             if ended or len(self.tokens) == self.max_new_tokens:
                 self.finish_reason = "stop" if ended else "length"
                 break
@@ -159,7 +160,7 @@ class Generation:
 
     def _sample(self, logits):
         token = int(ops.sample(logits, **self.sampling, seed=self.seed, position=self.state.position,
-                               ctx=current(self.model._ctx)))
+                               ctx=current(self.model.ctx)))
         shifted = logits.astype(np.float64) - logits.max()
         self.logprobs.append(float(shifted[token] - np.log(np.exp(shifted).sum())))
         return token

@@ -34,6 +34,8 @@ class Model:
         ``"float32"``.
     cache : {"float32", "float16"}
         Type of the cache of new states.
+    ctx : Context or None
+        The context that calls run in; None is the calling thread's own.
     """
 
     def __init__(self, config, tensors, *, tokenizer=None, generation_config=None, checkpoint=None, name="model",
@@ -45,7 +47,7 @@ class Model:
         self.activations = "float32"
         self.cache = cache
         _engine.cache_type(cache)
-        self._ctx = ctx
+        self.ctx = ctx
         self._tensors = tensors
         self._checkpoint = checkpoint
         self._core = _engine.core_model(current(ctx), config, tensors)
@@ -55,7 +57,7 @@ class Model:
 
     @classmethod
     def from_pretrained(cls, path, *, device="cpu", activations="float32", cache="float32", latent_eps=None,
-                        threads=None):
+                        threads=None, ctx=None):
         """Open a checkpoint.
 
         Parameters
@@ -70,7 +72,9 @@ class Model:
         latent_eps : float, optional
             Of the norm inside MLA; 1e-6, as in the training code. llama.cpp, vLLM and SGLang use 1e-5.
         threads : int, optional
-            Threads of this model's own context; by default the calling thread's.
+            Threads of a context of this model's own; by default the calling thread's context serves it.
+        ctx : Context, optional
+            The context to run in, instead of `device` and `threads`.
 
         Raises
         ------
@@ -86,7 +90,8 @@ class Model:
 
         if activations != "float32":
             raise ValueError(f"activations is {activations!r}; this build has 'float32'")
-        ctx = Context(device, threads=threads) if threads is not None or device != "cpu" else None
+        if ctx is None and (threads is not None or device != "cpu"):
+            ctx = Context(device, threads=threads)
         checkpoint = open_folder(path)
         config = checkpoint.config
         if latent_eps is not None:
@@ -135,7 +140,7 @@ class Model:
         -------
         Plan
         """
-        return of_core(self._core, current(self._ctx), context, sequences, cache or self.cache)
+        return of_core(self._core, current(self.ctx), context, sequences, cache or self.cache)
 
     def reference(self):
         """The same model in float64: a ReferenceModel over the same weights."""
@@ -149,11 +154,12 @@ class Model:
         Parameters
         ----------
         context : int, optional
-            Positions to take memory for at once; by default the cache grows by 512 positions as they come.
+            Tokens it will hold: their memory is taken at once, and more are refused. By default the cache grows by
+            512 positions as they come.
         cache : {"float32", "float16"}, optional
         """
         def one():
-            return State(self, cache=cache or self.cache, context=context or 0, ctx=self._ctx)
+            return State(self, cache=cache or self.cache, context=context or 0, ctx=self.ctx)
 
         return one() if n is None else [one() for _ in range(n)]
 
@@ -190,7 +196,8 @@ class Model:
         ------
         ValueError
             A token id outside the vocabulary (which, where), offsets that fall, an empty sequence with
-            ``logits="last"``, a state of another model or given twice; nothing has been read then.
+            ``logits="last"``, a state of another model, given twice, or made for fewer tokens; nothing has been
+            read then.
         MemoryError
             If the logits would not fit; nothing has been computed then.
         """
@@ -345,7 +352,7 @@ class _Call:
         taps = [(table[n][0], table[n][1], a) for n, a in arrays.items()] or None
         self.done = np.zeros(self.N, np.int64)
         self.values = np.empty((len(self.rows), self.vocab), np.float32)
-        ctx = current(model._ctx)
+        ctx = current(model.ctx)
         model._core.forward(
             ctx._core, [s._core for s in self.states], self.ids, self.offsets, self.T, self.values, self.rows,
             len(self.rows), taps, self._experts(expert_ids), int(check == "finite"), 0, self.done,

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from ._arrays import as_array
+
 
 def f64(x) -> np.ndarray:
-    """`x` as a float64 array; float32, float16 and bfloat16 widen exactly."""
-    return np.asarray(x).astype(np.float64, copy=False)
+    """`x` as a float64 array, from all that `kl.ops` takes; float32, float16 and bfloat16 widen exactly."""
+    return as_array(x, "x").astype(np.float64, copy=False)
 
 
 def _sequences(T: int, offsets) -> list[slice]:

@@ -35,19 +35,23 @@ def argument(arrays):
     if kind < 3:
         return rng.choice([0, 1, 2, 3, 4, 8, -1, -7, 2**31, 2**62, -2**63, 2**63 - 1, 2**64, 17, 64])
     if kind < 7:
-        whole, part = guarded(rng.choice([0, 1, 2, 4, 8, 12, 16, 64]), rng.choice(["f4", "f4", "f4", "i4", "i8", "u2", "f8"]))
-        part[...] = [rng.choice([0, 1, 2, 3, 50] if part.dtype.kind == "u" else [0, 1, -1, 2, 3, 50]) for _ in part]
+        dtype = rng.choice(["f4", "f4", "f4", "i4", "i8", "u2", "f8"])
+        whole, part = guarded(rng.choice([0, 1, 2, 4, 8, 12, 16, 64]), dtype)
+        part[...] = [rng.choice([0, 1, 2, 3, 50] if dtype == "u2" else [0, 1, -1, 2, 3, 50]) for _ in part]
         arrays.append((whole, part.size))
         return part
     if kind == 7:
-        return (argument(arrays), rng.choice([0, 1, 30, 7]), rng.choice([0, 1, 2, -1]), rng.choice([0, 2, 4, 2**40]), rng.choice([2, 4, 0]))
+        n, rows, cols = rng.choice([0, 1, 2, -1]), rng.choice([0, 2, 4, 2**40]), rng.choice([2, 4, 0])
+        return (argument(arrays), rng.choice([0, 1, 30, 7]), n, rows, cols)
     return rng.choice([None, "text", 1.5, float("nan"), float("inf"), -0.5, context, [], [None], (), {}, object(),
                        owner["Model"], [owner["State"]], b"bytes", True])
 
 returned = 0
 for call in range(calls):
     arrays = []
-    arguments = [context if i == 0 and rng.random() < 0.9 and "ctx" not in name else argument(arrays) for i in range(arity)]
+    arguments = [argument(arrays) for _ in range(arity)]
+    if arity and "ctx" not in name and rng.random() < 0.9:
+        arguments[0] = context
     try:
         function(*arguments)
         returned += 1

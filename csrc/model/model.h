@@ -77,6 +77,7 @@ struct kl_state {
     char *fixed; /* the backend's memory */
     void **page; /* [page_capacity] addresses, the first n_pages taken */
     int64_t n_pages, page_capacity;
+    int64_t context; /* tokens it may hold; 0: no limit */
     atomic_int busy;
     int lost; /* a step failed half-way: its arrays belong to no position */
 };

@@ -289,6 +289,14 @@ static kl_status check_states(kl_ctx *ctx, const kl_model *m, const kl_forward_a
                 ctx, KL_ERR_STATE,
                 "forward: state %lld was lost when a step failed after token %lld; reset it",
                 (long long)n, (long long)s->position);
+        const int64_t more = a->offsets[n + 1] - a->offsets[n];
+        if (s->context > 0 && s->position + more > s->context)
+            return kl_fail(ctx, KL_ERR_STATE,
+                           "forward: state %lld has read %lld tokens and %lld more are given; it "
+                           "was made for a "
+                           "context of %lld",
+                           (long long)n, (long long)s->position, (long long)more,
+                           (long long)s->context);
         if (s->cache_type != a->states[0]->cache_type)
             return kl_fail(ctx, KL_ERR_STATE,
                            "forward: state %lld has a cache of %s, state 0 of %s", (long long)n,

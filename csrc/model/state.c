@@ -54,6 +54,7 @@ kl_status kl_state_create(kl_ctx *ctx, kl_state **out, const kl_model *model, kl
         return kl_fail(ctx, KL_ERR_MEMORY, "out of memory: state");
     state->model = model;
     state->cache_type = cache_type;
+    state->context = context;
     state->fixed = model->backend->allocate(ctx, model->state.fixed_bytes);
     kl_status status = state->fixed != NULL
                            ? model->backend->clear(ctx, state->fixed, model->state.fixed_bytes)

@@ -140,7 +140,8 @@ static bool parse_tensor(PyObject *item, const py_model *self, kl_tensor *t)
     long long buffer, first;
     int type;
     if (!PyTuple_Check(item)) {
-        PyErr_SetString(PyExc_TypeError, "tensors must be tuples (name, buffer, byte, type, shape)");
+        PyErr_SetString(PyExc_TypeError,
+                        "tensors must be tuples (name, buffer, byte, type, shape)");
         return false;
     }
     if (!PyArg_ParseTuple(item, "ULLiO!", &name, &buffer, &first, &type, &PyTuple_Type, &shape))
@@ -354,7 +355,8 @@ static bool parse_arrays(kl_py_call *c, PyObject *list, const kl_config *config,
         Py_buffer view;
         PyObject *item = PyList_GetItem(list, i);
         if (!PyTuple_Check(item)) {
-            PyErr_SetString(PyExc_TypeError, "taps and expert_ids must be lists of (layer, tap, array)");
+            PyErr_SetString(PyExc_TypeError,
+                            "taps and expert_ids must be lists of (layer, tap, array)");
             return false;
         }
         if (!PyArg_ParseTuple(item, "LiO", &layer, &tap, &array))

@@ -51,7 +51,7 @@ def trace(model, tokens, taps="*", *, state=False):
     Raises
     ------
     ValueError
-        If `model` is no KimiLinearForCausalLM of transformers, or a glob matches nothing.
+        If `model` is no KimiLinearForCausalLM, or a glob matches nothing.
     """
     import torch
 
@@ -65,21 +65,20 @@ def trace(model, tokens, taps="*", *, state=False):
                 kept[name] = np.array(x)
 
     known, mixers = golden.names(config), [layer.mixer for layer in config.layers]
+    ids = torch.as_tensor(np.asarray(tokens), device=model.device)[None]
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    # Without an attention layer no cache of transformers knows a length, which making masks would ask for.
+    mask = None if "mla" in mixers else {"full_attention": None, "linear_attention": None}
     hooks = [module.register_forward_hook(_hook(path, config, keep)) for path, module in model.named_modules()
              if path in known or path + "/ids" in known]
     try:
-        ids = torch.as_tensor(np.asarray(tokens), device=model.device)[None]
-        positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        # Without an attention layer no cache of transformers knows a length, which making masks would ask for.
-        causal = None if "mla" in mixers else {"full_attention": None, "linear_attention": None}
         with torch.no_grad():
-            result = model(ids, attention_mask=causal, position_ids=positions, use_cache=state)
+            result = model(ids, attention_mask=mask, position_ids=positions, use_cache=state)
     finally:
         for hook in hooks:
             hook.remove()
-    if state:
-        for i, layer in enumerate(result.past_key_values.layers):
-            keep(golden.to_taps(_caches(layer, i), config))
+    for i, layer in enumerate(result.past_key_values.layers if state else []):
+        keep(golden.to_taps(_caches(layer, i), config))
     meta = {"model": model.config._name_or_path, "tokens": np.asarray(tokens).tolist(), "source": "transformers",
             "dtype": str(model.dtype).removeprefix("torch.")}
     return Trace(kept, meta).filter(patterns)
@@ -88,10 +87,14 @@ def trace(model, tokens, taps="*", *, state=False):
 def _hook(path, config, keep):
     """A forward hook that hands on the taps that a module's output and input hold."""
     layer, _, rest = path.removeprefix("model.layers.").partition(".")
+    tap = INPUTS.get(rest)
+    if tap == "mla.o" and config.layers[int(layer)].mixer == "kda":
+        tap = None
+    heads = {"kda.o": (config.kda_heads, config.kda_head_dim), "mla.o": (config.mla_heads, config.v_head_dim)}
 
     def hook(module, args, result):
-        if rest in INPUTS and not (INPUTS[rest] == "mla.o" and config.layers[int(layer)].mixer == "kda"):
-            keep({f"layers.{layer}.{INPUTS[rest]}": _split(_numpy(args[0]), INPUTS[rest], config)})
+        if tap:
+            keep({f"layers.{layer}.{tap}": _numpy(args[0]).reshape(-1, *heads.get(tap, args[0].shape[-1:]))})
         if rest == "mlp.gate":
             logits, weights, ids = (_numpy(t) for t in result)
             keep({f"layers.{layer}.moe.logits": logits})
@@ -100,12 +103,6 @@ def _hook(path, config, keep):
             keep(golden.to_taps({path: _numpy(result[0] if isinstance(result, tuple) else result)}, config))
 
     return hook
-
-
-def _split(x, tap, config):
-    """[..., channels] of a module's input -> [T, ...] of the tap."""
-    heads = {"kda.o": (config.kda_heads, config.kda_head_dim), "mla.o": (config.mla_heads, config.v_head_dim)}
-    return x.reshape(-1, *heads.get(tap, x.shape[-1:]))
 
 
 def _caches(layer, i):

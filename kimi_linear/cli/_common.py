@@ -76,11 +76,10 @@ def load_model(args):
 
     path = model_path(args)
     options = {"cache": args.cache} if getattr(args, "cache", None) else {}
-    model = Model.tiny(**options) if path is None else Model.from_pretrained(path, **options)
     threads, isa = getattr(args, "threads", None), getattr(args, "isa", None)
     if threads is not None or isa is not None:
-        model._ctx = Context(threads=threads, isa=isa)
-    return model
+        options["ctx"] = Context(threads=threads, isa=isa)
+    return Model.tiny(**options) if path is None else Model.from_pretrained(path, **options)
 
 
 def read_text(path):

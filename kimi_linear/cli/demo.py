@@ -33,7 +33,7 @@ def run(args):
           f"({human_count(active)} a token),\nlayers {layer_pattern(model.config)}, writes on this CPU, and "
           "is held against itself in float64.\n")
     generation, grown = _write(model, args)
-    _cost(model, generation, grown, current(model._ctx))
+    _cost(model, generation, grown, current(model.ctx))
     report = _verify(model, [*generation.prompt_ids.tolist(), *generation.tokens])
     _exactness(model, report)
     print('\nGo on with\n  kimi-linear generate --chat --prompt "Continue: And the LORD said"'
@@ -51,7 +51,7 @@ def _write(model, args):
 
     options = {"temperature": 0.8, "top_p": 0.95, "seed": args.seed}
     model.generate(args.prompt, max_new_tokens=2, **options).run()  # takes what a first call does
-    current(model._ctx)._core.trim()
+    current(model.ctx)._core.trim()
     before = anonymous_bytes()
     generation = model.generate(args.prompt, max_new_tokens=args.max_new_tokens, **options)
     page = _Page()

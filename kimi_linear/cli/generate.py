@@ -80,7 +80,7 @@ def _stream(generation):
 
 
 def _finish(model, generation):
-    print("" if model.tokenizer else " ".join(map(str, generation.tokens)), flush=True)
+    print(flush=True)
     say(_cost(model, generation))
 
 

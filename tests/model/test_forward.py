@@ -44,16 +44,16 @@ def run(model, tokens, cuts=()):
 def test_same_bytes_on_every_instruction_set_and_thread_count(model):
     tokens = ids(model, 200)
     first = None
-    before = model._ctx
+    before = model.ctx
     try:
         for ctx in CONTEXTS:
-            model._ctx = ctx
+            model.ctx = ctx
             logits, state = run(model, tokens)
             got = logits.tobytes(), arrays(state)
             first = first or got
             assert got == first, ctx
     finally:
-        model._ctx = before
+        model.ctx = before
 
 
 @pytest.mark.parametrize("lengths", [[1], [64, 1], [70, 3, 1, 129, 17, 16, 64, 200, 5], [0, 9, 0]])
@@ -152,8 +152,8 @@ def test_given_experts_are_used(model):
 
 def test_memory_is_as_planned_and_nothing_is_allocated_in_a_pass(model):
     ctx = kl.Context(threads=2)
-    before = model._ctx
-    model._ctx = ctx
+    before = model.ctx
+    model.ctx = ctx
     try:
         plan = model.plan(context=700)
         state = model.new_state(context=700)
@@ -167,7 +167,7 @@ def test_memory_is_as_planned_and_nothing_is_allocated_in_a_pass(model):
         model.forward(tokens[:1], state=model.new_state(), logits="last")
         assert ctx._core.allocations - held <= 2 + 1  # the new state's block and page
     finally:
-        model._ctx = before
+        model.ctx = before
 
 
 def test_float16_cache_is_within_its_rounding(model):
@@ -260,6 +260,8 @@ TINY = dict(case="tiny")
     (lambda m: m.forward([1], check="nan"), ValueError, "check is 'nan'"),
     (lambda m: m.forward([1], expert_ids={0: [[0, 1]]}), ValueError, "layer 0 has no mixture"),
     (lambda m: m.forward([1], expert_ids={1: [[0, 9]]}), ValueError, r"expert_ids\[1\]\[\(0, 1\)\] is 9"),
+    (lambda m: m.forward([1, 2, 3], state=m.new_state(context=2)), ValueError,
+     "has read 0 tokens and 3 more are given; it was made for a context of 2"),
     (lambda m: m.new_state(cache="int4"), ValueError, "cache is 'int4'"),
     (lambda m: m.new_state()["layers.3.kda.state"], KeyError, "is no array of this state"),
     (lambda m: m.plan(context=0), ValueError, "context is 0"),
