@@ -1,0 +1,157 @@
+/* What crosses between a pass and its caller: taps, given experts, logits. */
+#include "pass.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+enum { LOGIT_ROWS = 128 };
+
+/* ---- taps ------------------------------------------------------------------------------------- */
+
+static kl_status fail_not_finite(pass *p, const char *name, int64_t layer, const float *x,
+                                 int64_t width, int64_t n)
+{
+    int64_t i = 0;
+    while (isfinite(x[i]))
+        i++;
+    char where[32] = "";
+    if (layer >= 0)
+        snprintf(where, sizeof where, "layers.%lld.", (long long)layer);
+    return kl_fail(p->ctx, KL_ERR_ARG, "%s%s: token %lld of sequence %lld, channel %lld is %g",
+                   where, name, (long long)(p->segment[n].first + i / width),
+                   (long long)p->segment[n].sequence, (long long)(i % width), (double)x[i]);
+}
+
+static bool all_finite(const float *x, int64_t n)
+{
+    float zero = 0.0f;
+    for (int64_t i = 0; i < n; i++)
+        zero += x[i] * 0.0f; /* NaN as soon as one is not finite */
+    return zero == 0.0f;
+}
+
+/* Rows of segment n, on the host: at to, or in a buffer of the check. */
+static kl_status check_rows(pass *p, const char *name, int64_t layer, const char *rows,
+                            int64_t width, int64_t n)
+{
+    const int64_t values = p->segment[n].n * width;
+    float *host = malloc((size_t)values * sizeof *host + 1);
+    if (host == NULL)
+        return kl_fail(p->ctx, KL_ERR_MEMORY, "out of memory: check of %s", name);
+    kl_status status =
+        p->model->backend->download(p->ctx, host, rows, (size_t)values * sizeof *host);
+    if (status == KL_OK && !all_finite(host, values))
+        status = fail_not_finite(p, name, layer, host, width, n);
+    free(host);
+    return status;
+}
+
+kl_status kl_tap_at(pass *p, kl_tap tap, int64_t layer, const void *x)
+{
+    const kl_forward_args *args = p->args;
+    if ((args->taps == NULL && !args->check_finite) || p->ctx->arena.measuring)
+        return KL_OK;
+    const kl_config *c = &p->model->config;
+    const char *name = "";
+    int64_t shape[2] = { 1, 1 };
+    int n_dims = 0, is_int32 = 0;
+    if (!kl_tap_shape(c, tap, layer, &name, shape, &n_dims, &is_int32))
+        return KL_OK;
+    const int64_t width = n_dims == 2 ? shape[0] * shape[1] : shape[0];
+    char *to = NULL;
+    if (args->taps != NULL)
+        to = args->taps[(layer < 0 ? c->n_layers : layer) * KL_TAP_COUNT + tap];
+    for (int64_t n = 0; n < p->N; n++) {
+        const char *rows = (const char *)x + p->offsets[n] * width * 4;
+        if (args->check_finite && !is_int32)
+            KL_TRY(check_rows(p, name, layer, rows, width, n));
+        if (to != NULL)
+            KL_TRY(p->model->backend->download(p->ctx, to + kl_call_row(p, n) * width * 4, rows,
+                                               (size_t)(p->segment[n].n * width) * 4));
+    }
+    return KL_OK;
+}
+
+/* ---- given experts ----------------------------------------------------------------------------- */
+
+int kl_pass_has_experts(const pass *p, int64_t layer)
+{
+    return p->args->expert_ids != NULL && p->args->expert_ids[layer] != NULL;
+}
+
+kl_status kl_pass_experts(pass *p, int64_t layer, int32_t *ids)
+{
+    const int64_t k = p->model->config.ffn.k;
+    if (p->ctx->arena.measuring)
+        return KL_OK;
+    for (int64_t n = 0; n < p->N; n++)
+        KL_TRY(p->model->backend->upload(p->ctx, ids + p->offsets[n] * k,
+                                         p->args->expert_ids[layer] + kl_call_row(p, n) * k,
+                                         (size_t)(p->segment[n].n * k) * sizeof *ids));
+    return KL_OK;
+}
+
+/* ---- logits ------------------------------------------------------------------------------------ */
+
+/* First index whose row is >= row. */
+static int64_t lower_bound(const int64_t *rows, int64_t n, int64_t row)
+{
+    int64_t low = 0, high = n;
+    while (low < high) {
+        const int64_t middle = low + (high - low) / 2;
+        if (rows[middle] < row)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+/* The wanted rows of segment n, [*first, *last) of logit_rows. */
+static void wanted_rows(const pass *p, int64_t n, int64_t *first, int64_t *last)
+{
+    const kl_forward_args *a = p->args;
+    const int64_t row = kl_call_row(p, n);
+    *first = lower_bound(a->logit_rows, a->n_logits, row);
+    *last = lower_bound(a->logit_rows, a->n_logits, row + p->segment[n].n);
+}
+
+static kl_status logits_of(pass *p, const float *h, const int32_t *rows, const int64_t *to,
+                           int64_t n)
+{
+    const kl_model *m = p->model;
+    const int64_t D = m->config.D, vocab = m->config.vocab;
+    const void *address = h;
+    const kl_weight table = { &address, 1, p->T, D, (size_t)D * sizeof(float), KL_F32, 0 };
+    float *gathered, *logits;
+    const size_t mark = kl_scratch_mark(p->ctx);
+    KL_SCRATCH(gathered, p->ctx, n * D);
+    KL_SCRATCH(logits, p->ctx, n * vocab);
+    KL_TRY(kl_embedding(p->ctx, gathered, rows, &table, n));
+    KL_TRY(kl_linear(p->ctx, &logits, gathered, &m->head, NULL, 1, n, D));
+    for (int64_t i = 0; i < n && !p->ctx->arena.measuring; i++)
+        KL_TRY(m->backend->download(p->ctx, p->args->logits + to[i] * vocab, logits + i * vocab,
+                                    (size_t)vocab * sizeof(float)));
+    kl_scratch_reset(p->ctx, mark);
+    return KL_OK;
+}
+
+kl_status kl_pass_logits(pass *p, const float *h)
+{
+    int32_t rows[LOGIT_ROWS];
+    int64_t to[LOGIT_ROWS], n = 0;
+    for (int64_t s = 0; s < p->N; s++) {
+        int64_t first, last;
+        wanted_rows(p, s, &first, &last);
+        for (int64_t i = first; i < last; i++) {
+            rows[n] = (int32_t)(p->offsets[s] + p->args->logit_rows[i] - kl_call_row(p, s));
+            to[n++] = i;
+            if (n == LOGIT_ROWS) {
+                KL_TRY(logits_of(p, h, rows, to, n));
+                n = 0;
+            }
+        }
+    }
+    return n > 0 ? logits_of(p, h, rows, to, n) : KL_OK;
+}
