@@ -63,7 +63,9 @@ static void default_release(void *user, void *p, size_t n_bytes)
 
 void *kl_allocate(kl_ctx *ctx, size_t n_bytes)
 {
-    void *p = ctx->allocator.allocate(ctx->allocator.user, n_bytes > 0 ? n_bytes : 1);
+    const bool fails = ctx->fail_at > 0 && --ctx->fail_at == 0;
+    void *p =
+        fails ? NULL : ctx->allocator.allocate(ctx->allocator.user, n_bytes > 0 ? n_bytes : 1);
     ctx->allocations++;
     if (p == NULL)
         (void)kl_fail(ctx, KL_ERR_MEMORY, "out of memory: %zu bytes were wanted", n_bytes);
@@ -245,6 +247,9 @@ const char *kl_ctx_error(const kl_ctx *ctx) { return ctx == NULL ? "out of memor
 const char *kl_ctx_isa(const kl_ctx *ctx) { return ctx->k->name; }
 int kl_ctx_threads(const kl_ctx *ctx) { return ctx->threads; }
 void kl_ctx_cancel(kl_ctx *ctx) { atomic_store(&ctx->cancelled, 1); }
+
+void kl_ctx_fail_at(kl_ctx *ctx, int64_t nth) { ctx->fail_at = nth; }
+void kl_ctx_cancel_at(kl_ctx *ctx, int64_t nth) { ctx->cancel_at = nth; }
 
 void kl_ctx_set_poll(kl_ctx *ctx, int (*poll)(void *user), void *user)
 {

@@ -31,6 +31,7 @@ struct kl_ctx {
     kl_gemm gemm;
     int threads;
     int64_t allocations;
+    int64_t fail_at, cancel_at; /* calls of kl_allocate, of kl_for, until one fails; 0: never */
     atomic_int cancelled;
     bool uninterruptible; /* a step that must run to its end: cancelling waits for the next */
     int (*poll)(void *user);

@@ -108,6 +108,11 @@ KL_API int64_t kl_ctx_allocations(const kl_ctx *ctx);
 /* Gives the scratch memory back; the next call takes what it needs again. */
 KL_API void kl_ctx_trim(kl_ctx *ctx);
 
+/* Faults for tests. The nth allocation of the context from now on fails, once (1: the next; 0: none). */
+KL_API void kl_ctx_fail_at(kl_ctx *ctx, int64_t nth);
+/* The nth parallel region from now on cancels its call, as kl_ctx_cancel would at that moment. */
+KL_API void kl_ctx_cancel_at(kl_ctx *ctx, int64_t nth);
+
 /* ---- measuring ------------------------------------------------------------------------------- */
 
 /* While profiling is on, each op books its calls, wall seconds, floating-point operations and the bytes of
@@ -181,7 +186,12 @@ KL_API kl_status kl_linear(kl_ctx *ctx, float *const *y, const float *x, const k
                            const float *const *bias, int n_weights, int64_t T,
                            int64_t D) KL_CHECKED;
 
-typedef enum kl_router { KL_ROUTER_SIGMOID = 0, KL_ROUTER_SOFTMAX = 1 } kl_router;
+/* KL_ROUTER_NONE: the scores are what the others would make of them */
+typedef enum kl_router {
+    KL_ROUTER_SIGMOID = 0,
+    KL_ROUTER_SOFTMAX = 1,
+    KL_ROUTER_NONE = 2
+} kl_router;
 typedef struct kl_route_args {
     int64_t T, E, k, groups, top_groups;
     kl_router function;

@@ -64,7 +64,27 @@ KL_API kl_status kl_state_create(kl_ctx *ctx, kl_state **state, const kl_model *
 KL_API void kl_state_destroy(kl_ctx *ctx, kl_state *state);
 KL_API int64_t kl_state_position(const kl_state *state); /* tokens read */
 KL_API size_t kl_state_bytes(const kl_state *state);     /* now held */
+/* An empty sequence again; memory and settings stay. Not while a call uses the state. */
 KL_API void kl_state_reset(kl_ctx *ctx, kl_state *state);
+
+/* Of a new state: takes the memory of keep checkpoints, each plan.state_fixed bytes. From now on a copy of what
+ * does not grow (convolution histories, delta states) is made at the first end of a piece, or of a call, at or
+ * behind each multiple of every; the newest keep stay. No other byte changes. */
+KL_API kl_status kl_state_keep(kl_ctx *ctx, kl_state *state, int64_t every,
+                               int64_t keep) KL_CHECKED;
+/* Makes a checkpoint here and now. */
+KL_API kl_status kl_state_checkpoint(kl_ctx *ctx, kl_state *state) KL_CHECKED;
+/* Positions of the checkpoints, oldest first, to at [keep]; gives how many. */
+KL_API int64_t kl_state_checkpoints(const kl_state *state, int64_t *at);
+/* Back to the newest checkpoint at or before n, whose position is told; cache rows behind it are dropped. The
+ * empty sequence is a checkpoint as long as none has been given up. */
+KL_API kl_status kl_state_truncate(kl_ctx *ctx, kl_state *state, int64_t n,
+                                   int64_t *position) KL_CHECKED;
+/* Makes `to` an independent copy of `from`, with the newest of its checkpoints that fit. Both are of one model and
+ * one cache type. On failure `to` is as it was. */
+KL_API kl_status kl_state_copy(kl_ctx *ctx, kl_state *to, kl_state *from) KL_CHECKED;
+/* Makes an empty state one of n tokens, whose arrays are then written. */
+KL_API kl_status kl_state_fill(kl_ctx *ctx, kl_state *state, int64_t n) KL_CHECKED;
 
 typedef enum kl_state_part {
     KL_STATE_DELTA = 0,     /* [H, K, V] float32 */
@@ -87,7 +107,9 @@ KL_API kl_status kl_state_write(kl_ctx *ctx, kl_state *state, int64_t layer, kl_
 
 /* ---- taps ---- */
 
-/* Every intermediate, named once: KL_TAP(id, name, where, first axis, second axis, type). The shape is
+/* MOE_SCORES, the router's sigmoid or softmax, is made only where a call asks for it or edits it.
+ *
+ * Every intermediate, named once: KL_TAP(id, name, where, first axis, second axis, type). The shape is
  * [T, first] or, where the second is not 0, [T, first, second]; c is the config. */
 #define KL_TAPS(KL_TAP)                                                                            \
     KL_TAP(EMBED, "embed", MODEL, c->D, 0, F32)                                                    \
@@ -125,6 +147,7 @@ KL_API kl_status kl_state_write(kl_ctx *ctx, kl_state *state, int64_t layer, kl_
     KL_TAP(MLP_ACT, "mlp.act", DENSE, c->ffn.dense, 0, F32)                                        \
     KL_TAP(MLP_OUT, "mlp.out", DENSE, c->D, 0, F32)                                                \
     KL_TAP(MOE_LOGITS, "moe.logits", MOE, c->ffn.experts, 0, F32)                                  \
+    KL_TAP(MOE_SCORES, "moe.scores", MOE, c->ffn.experts, 0, F32)                                  \
     KL_TAP(MOE_IDS, "moe.ids", MOE, c->ffn.k, 0, I32)                                              \
     KL_TAP(MOE_WEIGHTS, "moe.weights", MOE, c->ffn.k, 0, F32)                                      \
     KL_TAP(MOE_SHARED_GATE, "moe.shared_gate", MOE_SHARED, c->ffn.shared * c->ffn.width, 0, F32)   \
@@ -148,6 +171,12 @@ KL_API int kl_tap_shape(const kl_config *config, kl_tap tap, int64_t layer, cons
 
 /* ---- forward ---- */
 
+/* Replaces rows of a tap: values [rows, width] on the host, float32 or int32, are rows call_row.. of the
+ * call, of one sequence. Called once a pass and sequence, on the thread of the call. A status other than
+ * KL_OK ends the call, which leaves the states at the end of the pass before. */
+typedef kl_status (*kl_edit)(void *user, kl_ctx *ctx, kl_tap tap, int64_t layer, int64_t call_row,
+                             int64_t rows, int64_t width, void *values);
+
 typedef struct kl_forward_args {
     const int32_t *ids;     /* [T] token ids, all sequences one after another */
     const int64_t *offsets; /* [N+1] */
@@ -165,6 +194,14 @@ typedef struct kl_forward_args {
     int64_t pass_tokens; /* 0: 512 */
     int64_t *
         done; /* NULL, or [N]: new tokens of each sequence that its state has read, also on failure */
+    kl_edit edit; /* NULL, or called where edited says so, before the tap is handed out */
+    void *edit_user;
+    const unsigned char *edited; /* [n_layers + 1][KL_TAP_COUNT], as taps: 1 where edit is called */
+    const float *embeds; /* NULL, or [T, D] on the host: what enters layer start, instead of rows of
+                            the embedding */
+    /* Layers start..stop-1 are run; stop 0: to the last. Short of the last there is no final norm and there
+     * are no logits; start above 0 needs embeds. */
+    int64_t start, stop;
 } kl_forward_args;
 
 KL_API kl_status kl_forward(kl_ctx *ctx, const kl_model *model,
@@ -178,7 +215,7 @@ typedef struct kl_plan {
     size_t state_fixed; /* of one sequence: convolution histories and delta states */
     size_t state_page;  /* each KL_PAGE positions of one sequence's cache */
     size_t state;       /* all sequences at the full context */
-    size_t scratch;     /* of the largest pass */
+    size_t scratch;     /* of the widest pass, whichever sequences it reads together */
 } kl_plan;
 
 /* Bytes, before anything is taken: sequences of context tokens each, passes of pass_tokens (0: 512). */

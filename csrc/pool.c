@@ -60,10 +60,10 @@ static bool cancelled(kl_ctx *ctx)
     return !ctx->uninterruptible && atomic_load_explicit(&ctx->cancelled, memory_order_relaxed);
 }
 
-/* The calling thread asks now and then whether to go on (Ctrl-C). */
+/* The calling thread asks now and then whether to go on (Ctrl-C), unless the answer could change nothing. */
 static void poll_caller(kl_ctx *ctx)
 {
-    if (ctx->poll == NULL)
+    if (ctx->poll == NULL || ctx->uninterruptible)
         return;
     const int64_t now = kl_now_ns();
     if (now - ctx->polled_at < POLL_NS)
@@ -165,6 +165,8 @@ kl_status kl_for(kl_ctx *ctx, int64_t n, int64_t grain, kl_body body, void *arg)
     if (n <= 0)
         return KL_OK;
     poll_caller(ctx);
+    if (ctx->cancel_at > 0 && --ctx->cancel_at == 0)
+        kl_ctx_cancel(ctx);
     const kl_fp saved = kl_fp_default();
     pool->n = n;
     pool->grain = grain > 0 ? grain : 1;

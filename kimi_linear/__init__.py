@@ -20,12 +20,13 @@ from .generate import Generation
 from .model import Model
 from .plan import Plan, plan
 from .reference_model import ReferenceModel
-from .state import State
+from .state import Snapshot, State
 from .tokenizer import Tokenizer
 from .trace import Trace
 
 __all__ = [
     "Config", "ConfigError", "Context", "DeviceError", "FormatError", "Generation", "LayerSpec", "Model", "Plan",
-    "ReferenceModel", "State", "Tokenizer", "Trace", "__version__", "diff", "isa_list", "ops", "pack", "plan",
+    "ReferenceModel", "Snapshot", "State", "Tokenizer", "Trace", "__version__", "diff", "isa_list", "ops", "pack",
+    "plan",
     "reference", "set_num_threads", "testing", "threads", "unpack",
 ]

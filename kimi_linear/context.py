@@ -96,6 +96,17 @@ def current(ctx=None):
     return mine
 
 
+@contextlib.contextmanager
+def nested(ctx):
+    """`ctx` serves the calling thread inside the ``with`` block: for code that a call in flight calls back."""
+    before = getattr(_local, "context", None), getattr(_local, "threads", None)
+    _local.context, _local.threads = ctx, _settings["threads"]
+    try:
+        yield
+    finally:
+        _local.context, _local.threads = before
+
+
 def set_num_threads(n):
     """Threads of every context made by default, in every Python thread, from the next call on.
 

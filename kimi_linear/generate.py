@@ -1,5 +1,6 @@
-"""Generation: from a prompt to tokens and text, a piece at a time."""
+"""Generation: from prompts to tokens and text, a piece at a time."""
 
+import operator
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +9,8 @@ import numpy as np
 
 from . import ops
 from ._arrays import as_integers
-from .context import current
+from .sampling import Sampler, StopStrings, logprobs_of, settings
+from .state import State
 
 __all__ = ["Generation", "Stats"]
 
@@ -17,13 +19,17 @@ __all__ = ["Generation", "Stats"]
 class Stats:
     """What a generation cost.
 
-    prompt_tokens : tokens read before the first new one
+    prompt_tokens : tokens of the prompts that were read
+    reused_tokens : tokens of the prompts that the states had read before
     new_tokens : tokens generated
+    sequences : how many
     prefill_seconds, decode_seconds : wall time of each part
     """
 
     prompt_tokens: int = 0
+    reused_tokens: int = 0
     new_tokens: int = 0
+    sequences: int = 1
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
 
@@ -34,29 +40,58 @@ class Stats:
 
     @property
     def decode_rate(self):
-        """New tokens a second, after the first."""
-        steps = self.new_tokens - 1
+        """New tokens a second, after the first of each sequence."""
+        steps = self.new_tokens - self.sequences
         return steps / self.decode_seconds if steps > 0 and self.decode_seconds else 0.0
 
 
 class Generation:
     """A generation under way: iterate it for pieces of text, then read what became of it.
 
+    One prompt gives pieces of text; a batch, or ``n > 1``, gives (index, piece) pairs, and the attributes below
+    become lists, prompt by prompt and in each sample by sample. Sequences leave the batch as they end; a step of all
+    that are left is one ragged forward call, in which each gets the bytes that it would get alone.
+
     Parameters
     ----------
     model : Model
-    prompt : str, (T,) integers, or list of messages
-        Text, token ids, or chat messages (``{"role": ..., "content": ...}``), which go through the chat template.
+    prompt : str, (T,) integers, list of messages, or a list of those
+        Text, token ids, or chat messages (``{"role": ..., "content": ...}``), which go through the chat template; a
+        list of any of them is a batch.
     max_new_tokens : int
+        Of each sequence. A state made for a context ends it earlier, where that is full.
     temperature : float, optional
         0 takes the likeliest token (greedy). By default the checkpoint's, else 0 where it says not to sample.
     top_k, top_p, min_p : optional
         Keep the k likeliest; the smallest set of at least this probability; those of at least this share of the
         likeliest.
-    seed : int, optional
-        Of the sampler; the same seed gives the same text. By default 0.
-    state : State, optional
-        Read on from here; it is moved on.
+    repetition_penalty : float, optional
+        Logits of tokens in the prompt and generated so far are divided by it where positive, else multiplied;
+        before the temperature. 1 changes nothing.
+    seed : int or list of int, optional
+        One for all prompts or one for each; by default 0. A token is drawn by (seed, sample, position in the
+        sequence) alone, so the same seed gives the same text, alone or in a batch; equal prompts with one seed give
+        equal texts, and samples of one prompt (`n`) differ.
+    n : int
+        Samples of each prompt. It is read once and its state forked; the first sample is that of ``n=1``.
+    stop : str or sequence of str
+        End where one of these appears, also across tokens. It is not shown; what may be the beginning of one is held
+        back. `tokens` has every token drawn.
+    logprobs : int
+        k >= 1 fills `logprobs` and the k likeliest into `top_logprobs`: of the model's own logits, before penalty,
+        processor and temperature. 0 leaves both empty, and costs nothing.
+    logits_processor : callable, optional
+        ``processor(ids, logits)``, called for each token with all ids so far and a float32 copy of the logits
+        [vocab], after the penalty: returns logits, -inf masking a token, or None where it changed the copy.
+    tools : list of dict, optional
+        Descriptions of functions, for messages.
+    state : State or list of State, optional
+        One for each prompt. The longest common prefix of what it has read and the prompt is reused; from there the
+        prompt is read, and the state moved on. It goes back to its newest checkpoint inside that prefix (or is
+        emptied); with ``keep`` it is given a checkpoint before the prompt is read, and behind it.
+    prompt_logits : (vocab,) float32, optional
+        The logits behind the prompt, as an earlier generation's `prompt_logits`: a state that can go back to the end
+        of the prompt then reads nothing.
     stop_at_eos : bool
         End at an end token (the union of the config's, the generation config's and ``<|im_end|>``).
 
@@ -65,32 +100,54 @@ class Generation:
     text : str
         All pieces so far; without a tokenizer, the ids.
     tokens : list of int
-        New tokens, the end token included.
+        New tokens, the end token included. The last is not in the state yet.
     logprobs : list of float
-        Log-probability of each new token under the model (temperature 1).
-    finish_reason : {None, "stop", "length"}
-    stats : Stats
+    top_logprobs : list of lists of (id, float)
+    finish_reason : {None, "stop", "length", "interrupted"}
+    prompt_ids : (T,) int32
+    prompt_logits : (vocab,) float32 or None
     state : State
+    stats : Stats
+        Of all sequences together.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments that are wrong, before anything is read; while it runs, for logits that are not finite or all
+        masked, by the position of the token that cannot be drawn.
     """
 
     def __init__(self, model, prompt, *, max_new_tokens=256, temperature=None, top_k=None, top_p=None, min_p=None,
-                 seed=None, state=None, stop_at_eos=True):
-        if not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens!r}; it must be an int >= 1")
+                 repetition_penalty=None, seed=None, n=1, stop=(), logprobs=0, logits_processor=None, tools=None,
+                 state=None, prompt_logits=None, stop_at_eos=True):
         self.model = model
-        self.prompt_ids = self._read_prompt(prompt)
-        self.max_new_tokens = int(max_new_tokens)
-        self.sampling = self._sampling(temperature, top_k, top_p, min_p)
-        self.seed = 0 if seed is None else int(seed)
-        self.state = model.new_state() if state is None else state
+        self.max_new_tokens = _at_least(max_new_tokens, "max_new_tokens", 1)
+        self.n = _at_least(n, "n", 1)
+        self.top = _at_least(logprobs, "logprobs", 0)
+        self.sampling = settings(model.generation_config, temperature=temperature, top_k=top_k, top_p=top_p,
+                                 min_p=min_p, repetition_penalty=repetition_penalty)
+        self.stop = _stop_strings(stop, model)
+        if logits_processor is not None and not callable(logits_processor):
+            raise TypeError(f"logits_processor is a {type(logits_processor).__name__}; it must be callable")
         self.stop_ids = _stop_ids(model) if stop_at_eos else frozenset()
-        self.text, self.tokens, self.logprobs = "", [], []
-        self.finish_reason = None
-        self.stats = Stats(prompt_tokens=len(self.prompt_ids))
+        many = _is_batch(prompt)
+        prompts = list(prompt) if many else [prompt]
+        self.is_batch = many or self.n > 1
+        states = self._states(state, len(prompts), many)
+        seeds = _seeds(seed, len(prompts))
+        self.seed = seeds if many and not _is_integer(seed) and seed is not None else seeds[0]
+        self._known = self._known_logits(prompt_logits)
+        self.stats = Stats(sequences=len(prompts) * self.n)
+        self._sequences = []
+        for i, (p, own, s) in enumerate(zip(prompts, states, seeds, strict=True)):
+            ids = self._ids(p, tools, own, f"prompt[{i}]" if many else "prompt")
+            for sample in range(self.n):
+                sampler = Sampler(self.sampling, s, sample, logits_processor, ids, model.config.vocab_size, model.ctx)
+                self._sequences.append(_Sequence(model, ids, own if sample == 0 else None, sampler, self.stop))
         self._pieces = self._run()
 
     def __iter__(self):
-        return self._pieces
+        return self
 
     def __next__(self):
         return next(self._pieces)
@@ -101,73 +158,261 @@ class Generation:
             pass
         return self
 
-    def _read_prompt(self, prompt):
+    def close(self):
+        """End it here; what has not ended is ``"interrupted"``."""
+        self._pieces.close()
+        self._interrupt()
+
+    # ---- what became of it ----
+
+    def _each(self, name):
+        values = [getattr(s, name) for s in self._sequences]
+        return values if self.is_batch else values[0]
+
+    text = property(lambda self: self._each("text"), doc="All pieces so far.")
+    tokens = property(lambda self: self._each("tokens"), doc="New tokens.")
+    logprobs = property(lambda self: self._each("logprobs"), doc="Log-probability of each new token.")
+    top_logprobs = property(lambda self: self._each("top_logprobs"), doc="The likeliest at each new token.")
+    finish_reason = property(lambda self: self._each("finish_reason"), doc="Why it ended, or None.")
+    prompt_ids = property(lambda self: self._each("prompt_ids"), doc="The prompt's ids.")
+    prompt_logits = property(lambda self: self._each("prompt_logits"), doc="Logits behind the prompt, once it is read.")
+    state = property(lambda self: self._each("state"), doc="The state that is moved on.")
+
+    # ---- arguments ----
+
+    def _ids(self, prompt, tools, state, name):
         model = self.model
         if isinstance(prompt, str):
             ids = model._encode(prompt)
-        elif isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], Mapping):
+        elif _is_messages(prompt):
             if model.tokenizer is None:
                 raise ValueError(f"{model.name} has no tokenizer; give token ids, not messages")
-            ids = model._encode(model.tokenizer.apply_chat_template(prompt))
+            text = model.tokenizer.apply_chat_template(prompt, tools=tools)
+            ids = _encode_behind(model.tokenizer, text, [] if state is None else state.tokens)
         else:
             ids = prompt
-        ids = as_integers(ids, "prompt", ("T",), low=0, high=model.config.vocab_size)
+        ids = as_integers(ids, name, ("T",), low=0, high=model.config.vocab_size)
         if len(ids) == 0:
-            raise ValueError("prompt is empty; it must have a token or more")
+            raise ValueError(f"{name} is empty; it must have a token or more")
+        if state is not None and 0 < state._context < len(ids):
+            raise ValueError(f"{name} has {len(ids)} tokens; its state was made for a context of {state._context}")
         return ids
 
-    def _sampling(self, temperature, top_k, top_p, min_p):
-        defaults = self.model.generation_config
-        if temperature is None:
-            temperature = defaults.get("temperature", 1.0) if defaults.get("do_sample") else 0.0
-        chosen = {
-            "temperature": float(temperature),
-            "top_k": int(_first(top_k, defaults.get("top_k"), 0)),
-            "top_p": float(_first(top_p, defaults.get("top_p"), 1.0)),
-            "min_p": float(_first(min_p, defaults.get("min_p"), 0.0)),
-        }
-        ops.sample(np.zeros(2, np.float32), **chosen)  # its errors, before anything is read
-        return chosen
+    def _states(self, state, n_prompts, many):
+        if state is None:
+            return [None] * n_prompts
+        states = list(state) if many and isinstance(state, (list, tuple)) else [state]
+        if len(states) != n_prompts:
+            raise ValueError(f"state has {len(states)} states; it must have one for each of {n_prompts} prompts")
+        for i, s in enumerate(states):
+            if not isinstance(s, State):
+                raise TypeError(f"state[{i}] is a {type(s).__name__}; it must be a State")
+            if s._owner is not self.model._core:
+                raise ValueError(f"state[{i}] is of another model, or of weights that were replaced since")
+            if any(s is other for other in states[:i]):
+                raise ValueError(f"state[{i}] is given twice; each prompt needs its own")
+        return states
 
-    def _run(self):
-        stream = self.model.tokenizer.stream(skip_special=True) if self.model.tokenizer else None
-        logits = self._read(self.prompt_ids, "prefill_seconds")
-        while True:
-            token = self._sample(logits)
-            self.tokens.append(token)
-            self.stats.new_tokens += 1
-            ended = token in self.stop_ids
-            if not ended:
-                ids = f" {token}" if self.text else str(token)
-                yield from self._show(stream.push(token) if stream is not None else ids)
-            if ended or len(self.tokens) == self.max_new_tokens:
-                self.finish_reason = "stop" if ended else "length"
-                break
-            logits = self._read([token], "decode_seconds")
-        if stream is not None:
-            yield from self._show(stream.finish())
-
-    def _show(self, piece):
-        self.text += piece
-        if piece:
-            yield piece
-
-    def _read(self, ids, clock):
-        begin = time.perf_counter()
-        logits = self.model.forward(ids, state=self.state, logits="last")
-        setattr(self.stats, clock, getattr(self.stats, clock) + time.perf_counter() - begin)
+    def _known_logits(self, logits):
+        if logits is None:
+            return None
+        if self.is_batch:
+            raise ValueError("prompt_logits are given; they are for one prompt and n=1")
+        logits = np.asarray(logits)
+        if logits.dtype != np.float32 or logits.shape != (self.model.config.vocab_size,):
+            raise ValueError(f"prompt_logits is {logits.dtype} {list(logits.shape)}; it must be float32 "
+                             f"[{self.model.config.vocab_size}]")
         return logits
 
-    def _sample(self, logits):
-        token = int(ops.sample(logits, **self.sampling, seed=self.seed, position=self.state.position,
-                               ctx=current(self.model.ctx)))
-        shifted = logits.astype(np.float64) - logits.max()
-        self.logprobs.append(float(shifted[token] - np.log(np.exp(shifted).sum())))
+    # ---- the run ----
+
+    def _run(self):
+        try:
+            begin = time.perf_counter()
+            logits = self._prefill()
+            self.stats.prefill_seconds = time.perf_counter() - begin
+            live = list(enumerate(self._sequences))
+            while live:
+                for (i, sequence), row in zip(live, logits, strict=True):
+                    yield from self._shown(i, self._advance(sequence, row))
+                live = [(i, sequence) for i, sequence in live if sequence.finish_reason is None]
+                if live:
+                    logits = self._step([sequence for _, sequence in live])
+        except KeyboardInterrupt:
+            self._interrupt()
+            raise
+
+    def _interrupt(self):
+        for sequence in self._sequences:
+            sequence.finish_reason = sequence.finish_reason or "interrupted"
+
+    def _shown(self, i, piece):
+        if piece:
+            yield (i, piece) if self.is_batch else piece
+
+    def _prefill(self):
+        """Reads the prompts, each once; the logits behind each sequence's prompt."""
+        first = self._sequences[:: self.n]
+        reused = [sequence.rewind(self._known is not None) for sequence in first]
+        rests = [sequence.prompt_ids[at:] for sequence, at in zip(first, reused, strict=True)]
+        if len(rests[0]):
+            rows = self.model.forward(rests, state=[sequence.state for sequence in first], logits="last")
+        else:
+            rows = [self._known]
+        self.stats.reused_tokens = sum(reused)
+        self.stats.prompt_tokens = sum(map(len, rests))
+        for sequence in first:
+            sequence.mark()
+        for k, sequence in enumerate(self._sequences):
+            sequence.prompt_logits = rows[k // self.n].copy()
+            if k % self.n:
+                sequence.state = first[k // self.n].state.fork()
+        return [sequence.prompt_logits for sequence in self._sequences]
+
+    def _step(self, live):
+        """Reads the newest token of each; the logits behind it."""
+        begin = time.perf_counter()
+        tokens = np.array([[sequence.tokens[-1]] for sequence in live], np.int32)
+        logits = self.model.forward(tokens, state=[sequence.state for sequence in live], logits="last")
+        self.stats.decode_seconds += time.perf_counter() - begin
+        return logits
+
+    def _advance(self, sequence, logits):
+        """Draws a token; the text that it lets show."""
+        token = sequence.draw(logits, self.top)
+        self.stats.new_tokens += 1
+        ended = token in self.stop_ids
+        piece = "" if ended else sequence.push(token)
+        if ended or sequence.stops.met:
+            sequence.finish_reason = "stop"
+        elif len(sequence.tokens) == self.max_new_tokens or sequence.is_full():
+            sequence.finish_reason = "length"
+        return piece if sequence.finish_reason is None else piece + sequence.finish()
+
+
+class _Sequence:
+    """One sequence of a generation: its state, and what it has written."""
+
+    def __init__(self, model, ids, state, sampler, stop):
+        self.prompt_ids, self.prompt_logits = ids, None
+        self.state = model.new_state() if state is None else state
+        self.sampler = sampler
+        self.stream = model.tokenizer.stream(skip_special=True) if model.tokenizer else None
+        self.stops = StopStrings(stop)
+        self.text, self.tokens, self.logprobs, self.top_logprobs = "", [], [], []
+        self.finish_reason = None
+
+    def rewind(self, logits_known):
+        """Takes the state back into the common prefix of what it has read and the prompt; tokens that it keeps."""
+        state, n = self.state, len(self.prompt_ids)
+        common = min(_common(state.tokens, self.prompt_ids), n if logits_known else n - 1)
+        if common < state.position:
+            common = max((at for at in state.checkpoints if at <= common), default=0)
+            state.truncate(common) if common else state.reset()
+        if common < n and common:
+            self.mark()
+        return common
+
+    def mark(self):
+        """Keeps a checkpoint here, where the state keeps any and has none here."""
+        if self.state.keep and self.state.position not in self.state.checkpoints[-1:]:
+            self.state.checkpoint()
+
+    def is_full(self):
+        """Whether the state has no room to read the newest token."""
+        return 0 < self.state._context <= self.state.position
+
+    def draw(self, logits, top):
+        token = self.sampler(logits, self.state.position)
+        self.tokens.append(token)
+        if top:
+            own, likeliest = logprobs_of(logits, token, top)
+            self.logprobs.append(own)
+            self.top_logprobs.append(likeliest)
         return token
 
+    def push(self, token):
+        if self.stream is None:
+            return self._write(f" {token}" if self.text else str(token))
+        return self._write(self.stops.push(self.stream.push(token)))
 
-def _first(*values):
-    return next(v for v in values if v is not None)
+    def finish(self):
+        """What was held back; nothing behind a stop string."""
+        if self.stream is None or self.stops.met:
+            return ""
+        shown = self.stops.push(self.stream.finish())
+        return self._write(shown + self.stops.finish())
+
+    def _write(self, piece):
+        self.text += piece
+        return piece
+
+
+def _common(a, b):
+    """Length of the longest common prefix of two sequences of ids."""
+    n = min(len(a), len(b))
+    different = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
+    return int(different[0]) if different.size else n
+
+
+def _encode_behind(tokenizer, text, read):
+    """Ids of a chat's text that begin with what was read of it.
+
+    An answer's tokens are kept as they were drawn: encoding their text again may cut it otherwise. Where the text
+    leaves what was read, the ids read are kept up to the last special token before that.
+    """
+    whole, ends = text.encode("utf-8"), [0]
+    for id in read:
+        token = tokenizer.id_to_bytes(id) if id >= 0 else None
+        if token is None or not whole.startswith(token, ends[-1]):
+            break
+        ends.append(ends[-1] + len(token))
+    kept = len(ends) - 1
+    if kept < len(read) or whole[ends[kept]:ends[kept] + 1] >= b"\x80" and whole[ends[kept]] < 0xC0:
+        while kept and read[kept - 1] < tokenizer.n_base:
+            kept -= 1
+    return [*read[:kept], *tokenizer.encode(whole[ends[kept]:].decode("utf-8"))]
+
+
+def _is_messages(prompt):
+    return isinstance(prompt, (list, tuple)) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+
+
+def _is_batch(prompt):
+    """Whether it is a list of prompts: text, ids or messages each."""
+    if isinstance(prompt, np.ndarray):
+        return prompt.ndim == 2
+    several = isinstance(prompt, (list, tuple)) and len(prompt) > 0
+    return several and isinstance(prompt[0], (str, list, tuple, np.ndarray))
+
+
+def _is_integer(x):
+    return isinstance(x, (int, np.integer)) and not isinstance(x, bool)
+
+
+def _at_least(x, name, low):
+    if not _is_integer(x) or x < low:
+        raise ValueError(f"{name} is {x!r}; it must be an int >= {low}")
+    return operator.index(x)
+
+
+def _seeds(seed, n_prompts):
+    """One for each prompt."""
+    seeds = [0 if seed is None else seed] * n_prompts if seed is None or _is_integer(seed) else list(seed)
+    if len(seeds) != n_prompts:
+        raise ValueError(f"seed has {len(seeds)} values; it must be one, or one for each of {n_prompts} prompts")
+    ops.sample(np.zeros((n_prompts, 2), np.float32), seed=seeds)  # raises what is wrong
+    return [int(s) for s in seeds]
+
+
+def _stop_strings(stop, model):
+    strings = (stop,) if isinstance(stop, str) else tuple(stop)
+    for i, s in enumerate(strings):
+        if not isinstance(s, str) or not s:
+            raise ValueError(f"stop[{i}] is {s!r}; it must be text of a character or more")
+    if strings and model.tokenizer is None:
+        raise ValueError(f"{model.name} has no tokenizer; stop strings need one")
+    return strings
 
 
 def _stop_ids(model):

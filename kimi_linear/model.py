@@ -1,18 +1,21 @@
 """The model: weights, tokenizer and config of a checkpoint, and the forward pass over them."""
 
 import importlib.resources
-from collections.abc import Mapping
+import threading
 from pathlib import Path
 
 import numpy as np
 
 from . import _engine
-from ._arrays import as_integers, as_offsets
+from ._arrays import as_integers
+from ._call import Call, tap_names
 from .config import Config
 from .context import Context, current
-from .plan import available_memory, of_core
+from .perplexity import log_probs
+from .plan import of_core
 from .state import State
-from .trace import Trace, matches, tap_table
+from .trace import PASS, matches, on_request, stream, tap_table
+from .weights import Weights
 
 __all__ = ["Model"]
 
@@ -50,8 +53,9 @@ class Model:
         self.ctx = ctx
         self._tensors = tensors
         self._checkpoint = checkpoint
-        self._core = _engine.core_model(current(ctx), config, tensors)
-        self._taps = tap_table(self._core)
+        self._building = threading.Lock()
+        self._built = _engine.core_model(current(ctx), config, tensors)
+        self._taps = tap_table(self._built)
 
     # ---- from where ----
 
@@ -125,22 +129,39 @@ class Model:
 
     @property
     def weights(self):
-        """Mapping from name to tensor, read when asked for."""
-        return _Weights(self._tensors)
+        """Mapping from name to tensor, read when asked for; ``model.weights[name] = array`` replaces one.
+
+        The array is copied, and must have the tensor's shape; float32, float16 and bfloat16 will do. The next call
+        uses it. States made before belong to the old weights: a call that gets one raises ValueError.
+        """
+        return Weights(self)
+
+    @property
+    def _core(self):
+        """The model in C; made again after a weight was replaced."""
+        with self._building:
+            if self._built is None:
+                self._built = _engine.core_model(current(self.ctx), self.config, self._tensors)
+            return self._built
+
+    def _replace(self, name, array):
+        with self._building:
+            self._tensors = {**self._tensors, name: array}
+            self._built = None
 
     @property
     def taps(self):
-        """Names of all taps, in the order of the dataflow."""
-        return [*self._taps, "logits"]
+        """Names of all taps, in the order of the dataflow; those on request (`trace`) are not among them."""
+        return [*(name for name in self._taps if not on_request(name)), "logits"]
 
-    def plan(self, *, context=4096, sequences=1, cache=None):
+    def plan(self, *, context=4096, sequences=1, cache=None, keep=0):
         """Bytes for weights, state and scratch, before anything is taken.
 
         Returns
         -------
         Plan
         """
-        return of_core(self._core, current(self.ctx), context, sequences, cache or self.cache)
+        return of_core(self._core, current(self.ctx), context, sequences, cache or self.cache, keep=keep)
 
     def reference(self):
         """The same model in float64: a ReferenceModel over the same weights."""
@@ -148,7 +169,7 @@ class Model:
 
         return ReferenceModel(self.config, self.weights)
 
-    def new_state(self, n=None, *, context=None, cache=None):
+    def new_state(self, n=None, *, context=None, cache=None, checkpoints_every=None, keep=0):
         """An empty State, or a list of `n`.
 
         Parameters
@@ -157,21 +178,34 @@ class Model:
             Tokens it will hold: their memory is taken at once, and more are refused. By default the cache grows by
             512 positions as they come.
         cache : {"float32", "float16"}, optional
+        checkpoints_every : int, optional
+            Keep a copy of what does not grow at each so many tokens (the next end of 64 of a call's own tokens, or of
+            the call), for ``state.truncate``. No other byte changes.
+        keep : int
+            How many of them: the newest; their memory is taken at once (``plan(keep=).checkpoints``). 0 with
+            `checkpoints_every` is 4.
         """
         def one():
-            return State(self, cache=cache or self.cache, context=context or 0, ctx=self.ctx)
+            return State(self, cache=cache or self.cache, context=context or 0, checkpoints_every=checkpoints_every,
+                         keep=keep, ctx=self.ctx)
 
         return one() if n is None else [one() for _ in range(n)]
 
+    def load_state(self, path, **options):
+        """A State from a file that ``state.save`` wrote; options as for `State.load`."""
+        return State.load(path, self, **options)
+
     # ---- forward ----
 
-    def forward(self, tokens, *, state=None, offsets=None, logits="all", taps=None, expert_ids=None, check=None):
+    def forward(self, tokens=None, *, state=None, offsets=None, logits="all", taps=None, edit=None, embeds=None,
+                start=None, stop=None, expert_ids=None, check=None):
         """Logits of the next token behind each token.
 
         Parameters
         ----------
         tokens : (T,) integers, (B, T) integers, or a list of sequences
-            Several sequences are a ragged batch: no padding, and each gets the bytes it would get alone.
+            Several sequences are a ragged batch: no padding, and each gets the bytes it would get alone. May be left
+            out where `embeds` are given.
         state : State or list of State, optional
             One for each sequence; read on from and moved on. Without, each sequence starts empty.
         offsets : (N + 1,) integers, optional
@@ -179,7 +213,18 @@ class Model:
         logits : {"all", "last", "none"} or (n,) integers
             Which rows to compute: all tokens', the last of each sequence, none, or those rows of `tokens`.
         taps : str or list of str, optional
-            Globs of intermediates to return as well.
+            Globs of intermediates to return as well; see `trace`.
+        edit : mapping from tap to array or function, optional
+            Intermediates to replace, by glob: an array of exactly the tap's shape [T, ...], or a function from rows of
+            it to rows of the same shape. A function is called once a pass (up to 512 tokens) and sequence with a copy
+            of its rows [n, ...]; several changes of one tap are made in the order given. New ``moe.ids`` are weighed
+            by the router's scores. The rest of the pass, taps and the state see the new values. ``"logits"`` are
+            changed last, all rows in one call, when the states have moved on.
+        embeds : (T, D), (B, T, D) or list of (T, D) float32, optional
+            Rows to use instead of those of the embedding; with `start` above 0 the residual stream that enters it.
+        start, stop : int, optional
+            Run layers start..stop-1 alone. Short of the last layer the value is the residual stream [T, D] that leaves
+            layer stop-1, in place of logits. A part of the layers moves no state of the caller's.
         expert_ids : mapping from layer to (T, k) integers, optional
             Routing to use instead of the router's choice; weights are the router's for those experts.
         check : {"finite"}, optional
@@ -196,42 +241,115 @@ class Model:
         ------
         ValueError
             A token id outside the vocabulary (which, where), offsets that fall, an empty sequence with
-            ``logits="last"``, a state of another model, given twice, or made for fewer tokens; nothing has been
-            read then.
+            ``logits="last"``, a state of another model, given twice, or made for fewer tokens, an edit of a tap that
+            is not there or of another shape; nothing has been read then.
+        TypeError
+            An edit or embeds of another type than the tap's.
         MemoryError
             If the logits would not fit; nothing has been computed then.
+        Exception
+            Whatever a function of `edit` raises: the states then stand at the end of the pass before.
         """
-        call = _Call(self, tokens, offsets, logits, state)
-        names = [] if taps is None else matches(self.taps, taps)
-        arrays = {n: np.empty((call.T, *self._taps[n][2]), self._taps[n][3]) for n in names if n != "logits"}
-        out = call.run(arrays, expert_ids, check)
+        call = Call(self, tokens, offsets=offsets, logits=logits, state=state, embeds=embeds, start=start, stop=stop)
         if taps is None:
-            return out
-        if "logits" in names:
-            arrays["logits"] = call.full_logits()
-        return out, Trace(arrays, call.meta())
+            return call.run({}, edit, expert_ids, check)
+        return call.trace(taps, edit, expert_ids, check)
 
     __call__ = forward
 
-    def trace(self, tokens, taps="*", *, state=None, offsets=None, expert_ids=None, check=None):
+    def trace(self, tokens, taps="*", *, to=None, tokens_slice=None, state=None, offsets=None, edit=None,
+              expert_ids=None, check=None, progress=None):
         """The intermediates of a forward pass.
+
+        Two are made only on request, by their whole name or a glob that ends in it: ``layers.3.moe.scores`` [T, E],
+        the router's scores before its bias, and ``layers.3.mla.probs`` [T, H, S], what each token of one sequence
+        attends to (float64 from the taps, rounded once).
 
         Parameters
         ----------
         tokens : as for `forward`, or text
         taps : str or list of str
             Globs, such as ``"layers.3.kda.*"``.
+        to : str or path, optional
+            Write the trace to this safetensors file as it is made: it may be larger than memory. The file's size is
+            checked against the free disk before work starts, and it takes its name when it is whole. One sequence,
+            without ``mla.probs``.
+        tokens_slice : slice, optional
+            Keep only these rows of `tokens`, one sequence; the tokens before are read, those behind only for `state`.
+        edit, state, offsets, expert_ids, check : as for `forward`
+        progress : callable, optional
+            With `to` or `tokens_slice`: called with tokens read and tokens in all, after each 512.
 
         Returns
         -------
         Trace
+            With `to`, read from the file when asked.
+
+        Raises
+        ------
+        OSError
+            If the file would not fit on its disk, or cannot be written; nothing is left under its name.
         """
         if isinstance(tokens, str):
             tokens = self._encode(tokens)
-        wanted = matches(self.taps, taps)
-        _, trace = self.forward(tokens, state=state, offsets=offsets, logits="all" if "logits" in wanted else "none",
-                                taps=taps, expert_ids=expert_ids, check=check)
+        options = dict(state=state, edit=edit, expert_ids=expert_ids, check=check)
+        if to is not None or tokens_slice is not None:
+            if offsets is not None:
+                raise ValueError("offsets are given; to and tokens_slice need one sequence")
+            return stream(self, tokens, taps, to, tokens_slice, progress, **options)
+        wanted = matches([*tap_names(self._taps), "logits"], taps)
+        _, trace = self.forward(tokens, offsets=offsets, logits="all" if "logits" in wanted else "none", taps=taps,
+                                **options)
         return trace
+
+    def logprobs(self, tokens):
+        """Log-probability of each token but the first, given those before it; logits of 512 tokens at a time.
+
+        Parameters
+        ----------
+        tokens : (T,) integers, or text
+
+        Returns
+        -------
+        logprobs : (T - 1,) float64
+            In nats: ``log_softmax(logits)[t, tokens[t + 1]]``, in float64 from float32 logits.
+
+        Raises
+        ------
+        ValueError
+            No token, an id outside the vocabulary, or logits that are not finite.
+        """
+        ids = self._encode(tokens) if isinstance(tokens, str) else tokens
+        ids = as_integers(ids, "tokens", ("T",), low=0, high=self.config.vocab_size)
+        if len(ids) == 0:
+            raise ValueError("tokens is empty; it must have a token or more")
+        state, parts = self.new_state(), [np.zeros(0)]
+        for begin in range(0, len(ids) - 1, PASS):
+            piece = ids[begin : min(begin + PASS, len(ids) - 1)]
+            parts.append(log_probs(self.forward(piece, state=state), ids[begin + 1 : begin + 1 + len(piece)]))
+        return np.concatenate(parts)
+
+    def save_pretrained(self, folder, *, overwrite=False):
+        """Write the model as a Hugging Face folder: config.json, safetensors (in shards above 5 GB), the tokenizer's
+        files and generation_config.json. `from_pretrained` gives the same config and the same bytes.
+
+        Parameters
+        ----------
+        folder : str or path
+            Made if it is not there.
+        overwrite : bool
+            Whether a checkpoint that is there may be replaced.
+
+        Raises
+        ------
+        FileExistsError
+            If a checkpoint is there and `overwrite` is False.
+        OSError
+            If it would not fit on the disk, or cannot be written.
+        """
+        from .saving import save_pretrained
+
+        save_pretrained(self, folder, overwrite)
 
     def generate(self, prompt, **options):
         """Continue a prompt; see `kimi_linear.Generation` for the options.
@@ -249,6 +367,10 @@ class Model:
 
         return Generation(self, prompt, **options)
 
+    def _call(self, tokens):
+        """A call that only asks what a pass over `tokens` makes."""
+        return Call(self, tokens, logits="none")
+
     def _encode(self, text):
         if self.tokenizer is None:
             raise ValueError(f"{self.name} has no tokenizer; give token ids")
@@ -258,140 +380,3 @@ class Model:
         c = self.config
         kinds = "".join("K" if layer.mixer == "kda" else "M" for layer in c.layers)
         return f"Model({self.name!r}, {kinds}, hidden {c.hidden_size}, vocabulary {c.vocab_size})"
-
-
-class _Weights(Mapping):
-    """Name -> array; a tensor of a file is mapped when it is asked for."""
-
-    def __init__(self, tensors):
-        self._tensors = tensors
-
-    def __getitem__(self, name):
-        tensor = self._tensors[name]
-        return tensor.array() if hasattr(tensor, "file") else np.asarray(tensor)
-
-    def __iter__(self):
-        return iter(self._tensors)
-
-    def __len__(self):
-        return len(self._tensors)
-
-
-class _Call:
-    """One forward call: its sequences in packed form, and the way back to the caller's form."""
-
-    def __init__(self, model, tokens, offsets, logits, state):
-        self.model = model
-        self.vocab = model.config.vocab_size
-        self.form, self.ids, self.offsets = self._pack(tokens, offsets)
-        self.T, self.N = len(self.ids), len(self.offsets) - 1
-        self.states = self._states(state)
-        self.rows = self._rows(logits)
-        self._refuse_too_many()
-
-    def _pack(self, tokens, offsets):
-        if isinstance(tokens, str):
-            raise TypeError("tokens is text; give ids: model.tokenizer.encode(text)")
-        nested = isinstance(tokens, (list, tuple)) and len(tokens) > 0 and np.ndim(tokens[0]) == 1
-        if nested and offsets is None:
-            parts = [as_integers(t, f"tokens[{i}]", ("T",), low=0, high=self.vocab) for i, t in enumerate(tokens)]
-            ends = np.cumsum([0] + [len(p) for p in parts]).astype(np.int64)
-            return "list", np.concatenate(parts).astype(np.int32), ends
-        ids = as_integers(tokens, "tokens", ("T",), ("B", "T"), low=0, high=self.vocab)
-        if ids.ndim == 2:
-            if offsets is not None:
-                raise ValueError("tokens is [B, T] and offsets are given; offsets need tokens [T]")
-            B, T = ids.shape
-            return "batch", ids.reshape(-1), np.arange(B + 1, dtype=np.int64) * T
-        return ("single" if offsets is None else "packed"), ids, as_offsets(offsets, len(ids))
-
-    def _states(self, state):
-        if state is None:
-            return [self.model.new_state() for _ in range(self.N)]
-        states = list(state) if isinstance(state, (list, tuple)) else [state]
-        if len(states) != self.N:
-            raise ValueError(f"state has {len(states)} states; it must have one for each of {self.N} sequences")
-        for i, s in enumerate(states):
-            if not isinstance(s, State):
-                raise TypeError(f"state[{i}] is a {type(s).__name__}; it must be a State")
-        return states
-
-    def _rows(self, logits):
-        self.which = logits if isinstance(logits, str) else "rows"
-        if self.which == "all":
-            return np.arange(self.T, dtype=np.int64)
-        if self.which == "none":
-            return np.zeros(0, np.int64)
-        if self.which == "last":
-            empty = np.flatnonzero(np.diff(self.offsets) == 0)
-            if empty.size:
-                raise ValueError(f"tokens: sequence {empty[0]} is empty; logits='last' needs a token in each")
-            return self.offsets[1:] - 1
-        if isinstance(logits, str):
-            raise ValueError(f"logits is {logits!r}; it must be 'all', 'last', 'none' or rows")
-        rows = as_integers(logits, "logits", ("n",), dtype=np.int64, low=0, high=self.T)
-        if (np.diff(rows) <= 0).any():
-            raise ValueError("logits: rows must rise")
-        return rows
-
-    def _refuse_too_many(self):
-        wanted, free = len(self.rows) * self.vocab * 4, available_memory()
-        if free is not None and wanted > free:
-            raise MemoryError(
-                f"logits of {len(self.rows)} tokens x {self.vocab} are {wanted / 2**30:.1f} GiB and "
-                f"{free / 2**30:.1f} GiB are free; ask for logits='last' or rows"
-            )
-
-    def run(self, arrays, expert_ids, check):
-        if check not in (None, "finite"):
-            raise ValueError(f"check is {check!r}; it must be None or 'finite'")
-        model = self.model
-        if model._checkpoint is not None:
-            model._checkpoint.check_unchanged()
-        table = model._taps
-        taps = [(table[n][0], table[n][1], a) for n, a in arrays.items()] or None
-        self.done = np.zeros(self.N, np.int64)
-        self.values = np.empty((len(self.rows), self.vocab), np.float32)
-        ctx = current(model.ctx)
-        model._core.forward(
-            ctx._core, [s._core for s in self.states], self.ids, self.offsets, self.T, self.values, self.rows,
-            len(self.rows), taps, self._experts(expert_ids), int(check == "finite"), 0, self.done,
-        )
-        return self._form(self.values)
-
-    def _experts(self, expert_ids):
-        if expert_ids is None:
-            return None
-        given = []
-        c = self.model.config
-        for layer, ids in expert_ids.items():
-            if f"layers.{layer}.moe.ids" not in self.model._taps:
-                raise ValueError(f"expert_ids: layer {layer} has no mixture of experts")
-            _, tap, shape, _ = self.model._taps[f"layers.{layer}.moe.ids"]
-            a = as_integers(ids, f"expert_ids[{layer}]", (self.T, *shape), low=0, high=c.n_experts)
-            given.append((layer, tap, np.sort(a, axis=-1)))
-        return given
-
-    def _form(self, values):
-        if self.which == "none":
-            return None
-        if self.which == "rows" or self.form == "packed":
-            return values
-        if self.which == "last":
-            return values[0] if self.form == "single" else list(values) if self.form == "list" else values
-        if self.form == "single":
-            return values
-        if self.form == "batch":
-            return values.reshape(self.N, -1, self.vocab)
-        return [values[a:b] for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True)]
-
-    def full_logits(self):
-        if self.which != "all":
-            raise ValueError("taps: 'logits' needs logits='all'")
-        return self.values
-
-    def meta(self):
-        return {
-            "model": self.model.name, "tokens": self.ids.tolist(), "offsets": self.offsets.tolist(),
-            "source": "kimi_linear", "dtype": "float32",
-        }

@@ -96,13 +96,13 @@ def _batch_losses(model, windows, read):
         live = [i for i, w in enumerate(windows) if begin < len(w)]
         pieces = [windows[i][begin : begin + _PASS] for i in live]
         for i, logits in zip(live, model.forward(pieces, state=[states[i] for i in live]), strict=True):
-            losses += _losses(logits, windows[i][begin + 1 : begin + 1 + len(logits)])
+            losses += (-log_probs(logits, windows[i][begin + 1 : begin + 1 + len(logits)])).tolist()
         read(sum(map(len, pieces)))
     return losses
 
 
-def _losses(logits, targets):
-    """-log softmax(logits)[target] of the rows that have a target; in nats, float64."""
+def log_probs(logits, targets):
+    """log softmax(logits)[target] of the rows that have a target: [n] float64, in nats."""
     losses = np.empty(len(targets))
     for i, target in enumerate(targets):  # a row at a time: all rows in float64 would be large
         x = logits[i].astype(np.float64)
@@ -111,7 +111,7 @@ def _losses(logits, targets):
     if not np.isfinite(losses).all():
         row = int(np.flatnonzero(~np.isfinite(losses))[0])
         raise ValueError(f"the loss of token id {int(targets[row])} is {losses[row]}; logits must be finite")
-    return losses.tolist()
+    return -losses
 
 
 def _bits_per_byte(model, windows, mean):

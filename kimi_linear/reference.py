@@ -375,6 +375,8 @@ def route_weights(scores, ids, *, function="sigmoid", renormalise=True, scale=1.
 
 
 def _router_scores(scores, function):
+    if function == "none":  # they are what the others would make of them
+        return f64(scores)
     if function not in ("sigmoid", "softmax"):
         raise ValueError(f'function is {function!r}; it must be "sigmoid" or "softmax"')
     return sigmoid(scores) if function == "sigmoid" else softmax(scores)

@@ -15,6 +15,7 @@ import numpy as np
 
 from . import reference as op
 from .config import Config
+from .trace import ON_REQUEST, on_request
 
 Tap = Callable[[str, np.ndarray], np.ndarray]
 
@@ -42,14 +43,19 @@ class Recorder:
 
     def __call__(self, name: str, x: np.ndarray) -> np.ndarray:
         for pattern, change in self.edit.items():
-            if fnmatch.fnmatchcase(name, pattern):
+            if _asks_for(pattern, name):
                 new = np.asarray(change(x) if callable(change) else change)
                 if new.shape != x.shape:
                     raise ValueError(f"edit of {name} has shape {new.shape}; it must have {x.shape}")
                 x = new.astype(x.dtype)
-        if any(fnmatch.fnmatchcase(name, p) for p in self.patterns):
+        if any(_asks_for(p, name) for p in self.patterns):
             self.kept[name] = x
         return x
+
+
+def _asks_for(pattern: str, name: str) -> bool:
+    """Whether a glob matches a tap; those on request only if it ends in their name."""
+    return fnmatch.fnmatchcase(name, pattern) and (not on_request(name) or pattern.endswith(ON_REQUEST))
 
 
 def _no_tap(name: str, x: np.ndarray) -> np.ndarray:
@@ -200,7 +206,12 @@ class ReferenceModel:
     def _moe(self, x, w, tap, expert_ids):
         c, prefix = self.config, "block_sparse_moe"
         scores = tap("moe.logits", op.linear(x, w(f"{prefix}.gate.weight")))
-        rule = dict(function=c.router_function, renormalise=c.renormalise, scale=c.routed_scale)
+        function = c.router_function
+        own = op.sigmoid(scores) if function == "sigmoid" else op.softmax(scores)
+        asked = tap("moe.scores", own)
+        if asked is not own:  # edited: they take the place of the logits
+            scores, function = asked, "none"
+        rule = dict(function=function, renormalise=c.renormalise, scale=c.routed_scale)
         ids, _ = op.route(scores, k=c.experts_per_token, bias=w(f"{prefix}.gate.e_score_correction_bias"),
                           groups=c.n_groups, top_groups=c.top_groups, **rule)
         if expert_ids is not None:

@@ -1,5 +1,6 @@
 """The state of one sequence: what the model keeps of the tokens it has read."""
 
+import operator
 import re
 
 import numpy as np
@@ -8,13 +9,41 @@ from . import _core, _engine
 from ._arrays import as_array, check_shape
 from .context import current
 
-__all__ = ["State"]
+__all__ = ["Snapshot", "State"]
 
 _PARTS = {
     "kda.state": 0, "kda.q_history": 1, "kda.k_history": 2, "kda.v_history": 3,
     "mla.latent_cache": 4, "mla.k_shared_cache": 5,
 }
 _OF_MIXER = {"kda": [n for n in _PARTS if n.startswith("kda")], "mla": [n for n in _PARTS if n.startswith("mla")]}
+_KEEP = 4  # checkpoints, where only their distance is given
+
+
+class Snapshot:
+    """A copy in memory of a state, made by ``state.snapshot()`` and put back by ``state.restore(snapshot)``.
+
+    Attributes
+    ----------
+    position : int
+    nbytes : int
+        Its own memory: one copy of the state, and of its checkpoints.
+    """
+
+    def __init__(self, core, tokens):
+        self._core, self._tokens = core, tokens
+
+    @property
+    def position(self):
+        """Tokens that the state had read."""
+        return self._core.position
+
+    @property
+    def nbytes(self):
+        """Bytes held."""
+        return self._core.bytes
+
+    def __repr__(self):
+        return f"Snapshot(position={self.position}, {self.nbytes / 2**20:.1f} MiB)"
 
 
 class State:
@@ -25,14 +54,36 @@ class State:
     a row for each token: ``layers.i.mla.latent_cache`` [position, R], ``layers.i.mla.k_shared_cache`` [position, P],
     in the cache's type.
 
-    ``state[name]`` is a copy of an array; ``state[name] = array`` replaces it.
+    ``state[name]`` is a copy of an array; ``state[name] = array`` replaces it. What each verb costs: docs/state.md.
+
+    Attributes
+    ----------
+    tokens : list of int
+        Every token read, in order; -1 for a row of ``embeds`` that has no id.
+    cache : {"float32", "float16"}
+    checkpoints_every, keep : int
+        0 where the state keeps no checkpoints.
     """
 
-    def __init__(self, model, *, cache="float32", context=0, ctx=None):
+    def __init__(self, model, *, cache="float32", context=0, checkpoints_every=None, keep=0, ctx=None):
+        every, keep = _checkpoints(checkpoints_every, keep)
         self._config = model.config
         self._model = model
+        self._owner = model._core  # these weights: replacing one makes another
+        self._tensors = model._tensors
+        self._context = operator.index(context)
         self.cache = cache
-        self._core = _core.State(current(ctx)._core, model._core, _engine.cache_type(cache), context)
+        self.checkpoints_every, self.keep = every, keep
+        self.tokens = []
+        self._core = self._new_core(self._context, ctx)
+
+    def _new_core(self, context, ctx=None):
+        return _core.State(current(ctx)._core, self._owner, _engine.cache_type(self.cache), context,
+                           self.checkpoints_every, self.keep)
+
+    def _append(self, ids):
+        """Told by forward: the ids that it has read."""
+        self.tokens.extend(ids)
 
     @property
     def position(self):
@@ -44,9 +95,132 @@ class State:
         """Bytes now held."""
         return self._core.bytes
 
+    @property
+    def checkpoints(self):
+        """Positions of the kept checkpoints, oldest first."""
+        return self._core.checkpoints
+
+    # ---- verbs ----
+
     def reset(self):
         """Forget everything: an empty sequence again, its memory kept."""
         self._core.reset(current()._core)
+        self.tokens = []
+
+    def checkpoint(self):
+        """Keep a checkpoint here, besides those that come by themselves.
+
+        Raises
+        ------
+        ValueError
+            If the state was made to keep none.
+        """
+        self._core.checkpoint(current()._core)
+
+    def fork(self):
+        """An independent copy, checkpoints included; costs one copy of the state."""
+        copy = object.__new__(State)
+        copy.__dict__.update(self.__dict__, tokens=list(self.tokens), _core=self._copy(self._context))
+        return copy
+
+    def snapshot(self):
+        """A copy in memory, for `restore`; costs one copy of the state."""
+        return Snapshot(self._copy(0), list(self.tokens))
+
+    def _copy(self, context):
+        core = self._new_core(context)
+        core.copy_from(current()._core, self._core)
+        return core
+
+    def restore(self, snapshot):
+        """Go back (or on) to a snapshot: of this state, of a fork, or of any state of the same model and cache type.
+
+        The snapshot stays as it is, to be restored again. Checkpoints become those of the snapshot.
+
+        Raises
+        ------
+        TypeError
+            If it is no Snapshot.
+        ValueError
+            If it is of another model or cache type, or has read more than this state's context; nothing changes.
+        """
+        if not isinstance(snapshot, Snapshot):
+            raise TypeError(f"snapshot is a {type(snapshot).__name__}; it must be a Snapshot of state.snapshot()")
+        self._core.copy_from(current()._core, snapshot._core)
+        self.tokens = list(snapshot._tokens)
+
+    def truncate(self, n):
+        """Go back to the first `n` tokens.
+
+        The state goes back to its newest checkpoint at or before `n`, and the tokens in between are read again, in one
+        call. The present position is free; 0 empties the state, and is itself a place to go back to as long as no
+        checkpoint has been given up for a newer one.
+
+        Parameters
+        ----------
+        n : int
+            0 to `position`.
+
+        Raises
+        ------
+        ValueError
+            If `n` is outside that, before the oldest checkpoint (which is named), or if rows between the checkpoint and
+            `n` were embeds without ids; nothing changes then.
+        """
+        n = operator.index(n)
+        self._refuse_nameless(n)
+        at = self._core.truncate(current()._core, n)
+        between, self.tokens = self.tokens[at:n], self.tokens[:at]
+        if between:
+            self._model.forward(np.array(between, np.int32), state=self, logits="none")
+
+    def _refuse_nameless(self, n):
+        first = max((at for at in self.checkpoints if at <= n), default=0)
+        if 0 < n < self.position and -1 in self.tokens[first:n]:
+            at = first + self.tokens[first:n].index(-1)
+            raise ValueError(f"truncate: n is {n}; row {at} was read as embeds without an id and cannot be read again")
+
+    def save(self, path):
+        """Write the state to a file; `load` gives it back in any process, over the same model.
+
+        The file is safetensors: arrays under their names, ``tokens``, and a manifest with a checksum each.
+        Checkpoints are not saved. The file takes its name when it is whole.
+
+        Raises
+        ------
+        OSError
+            If it would not fit on its disk, or cannot be written; nothing is left under its name.
+        """
+        from .statefile import save
+
+        save(self, path)
+
+    @classmethod
+    def load(cls, path, model, *, context=None, checkpoints_every=None, keep=0):
+        """The state that `save` wrote, as a new State of `model`.
+
+        Where checkpoints are asked for, the first is at the position loaded: `truncate` goes back to it, not behind.
+
+        Parameters
+        ----------
+        path : str or path
+        model : Model
+            With the weights that the state was made with.
+        context, checkpoints_every, keep
+            As for ``model.new_state``.
+
+        Raises
+        ------
+        FormatError
+            If the file is no state, damaged (the array is named, or the header), or of a newer version.
+        ValueError
+            If it is of another model, or longer than `context`.
+        """
+        from .statefile import load
+
+        return load(path, model, context=context or 0, checkpoints_every=checkpoints_every, keep=keep)
+
+    # ---- arrays ----
 
     def keys(self):
         """Names of the arrays, in the order of the layers."""
@@ -89,3 +263,18 @@ class State:
 
     def __repr__(self):
         return f"State(position={self.position}, cache={self.cache!r}, {self.nbytes / 2**20:.1f} MiB)"
+
+
+def _checkpoints(every, keep):
+    """(every, keep), both 0 where there are none."""
+    keep = operator.index(keep)
+    if keep < 0:
+        raise ValueError(f"keep is {keep}; it must be >= 0")
+    if every is None:
+        if keep:
+            raise ValueError(f"keep is {keep}; checkpoints_every must then say how many tokens apart they are")
+        return 0, 0
+    every = operator.index(every)
+    if every < 1:
+        raise ValueError(f"checkpoints_every is {every}; it must be >= 1")
+    return every, keep or _KEEP

@@ -4,14 +4,17 @@ import difflib
 import fnmatch
 import json
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
-from .load.safetensors import SafetensorsFile, write_safetensors
+from .load.safetensors import SafetensorsFile, sparse_safetensors, write_safetensors
 
 __all__ = ["Trace", "matches", "tap_table"]
 
 FORMAT = "kimi_linear trace 1"
+ON_REQUEST = ("moe.scores", "mla.probs")  # in no glob but one that names them
+PASS = 512  # tokens of a forward call of a streamed trace; a multiple of 64, so that no byte depends on it
 
 
 def tap_table(core):
@@ -27,8 +30,23 @@ def tap_table(core):
     return table | dict(last)
 
 
-def matches(names, patterns):
+def on_request(name):
+    """Whether a tap is made only when it is asked for by its name, or by a glob that ends in it."""
+    return name.endswith(ON_REQUEST)
+
+
+def matches(names, patterns, what="taps"):
     """Those of `names` that one of the globs matches; a plain prefix such as ``layers.3`` means all below it.
+
+    Taps on request (``moe.scores``, ``mla.probs``) are matched only by their whole name, or by a glob that ends in
+    it, such as ``*.mla.probs``.
+
+    Parameters
+    ----------
+    names : iterable of str
+    patterns : str or iterable of str
+    what : str
+        The argument, for the message.
 
     Raises
     ------
@@ -39,10 +57,14 @@ def matches(names, patterns):
     names = list(names)
     wanted = set()
     for pattern in patterns:
-        hit = [n for n in names if fnmatch.fnmatchcase(n, pattern) or n.startswith(pattern + ".")]
+        hit = [
+            n for n in names
+            if (fnmatch.fnmatchcase(n, pattern) and (not on_request(n) or pattern.endswith(ON_REQUEST)))
+            or (n.startswith(pattern + ".") and not on_request(n))
+        ]
         if not hit:
             near = difflib.get_close_matches(pattern, names, n=4, cutoff=0.3) or names[:4]
-            raise ValueError(f"taps: {pattern!r} matches no tap; near it are {', '.join(near)}")
+            raise ValueError(f"{what}: {pattern!r} matches no tap; near it are {', '.join(near)}")
         wanted.update(hit)
     return [n for n in names if n in wanted]
 
@@ -93,9 +115,7 @@ class Trace(Mapping):
 
     def save(self, path):
         """Write one safetensors file, whole or not at all; `load` reads it back."""
-        meta = {k: v if isinstance(v, str) else json.dumps(_plain(v)) for k, v in self.meta.items()}
-        order = json.dumps(list(self._arrays))
-        write_safetensors(path, dict(self._arrays), {**meta, "format": FORMAT, "order": order})
+        write_safetensors(path, dict(self._arrays), _metadata(self.meta, self._arrays))
 
     @classmethod
     def load(cls, path, *, names=None, config=None, prefix=""):
@@ -136,6 +156,99 @@ class Trace(Mapping):
     def __repr__(self):
         T = next((len(self[n]) for n in self), 0)
         return f"Trace({len(self)} taps of {T} tokens, {self.nbytes / 2**20:.1f} MiB)"
+
+
+def stream(model, tokens, taps, to=None, tokens_slice=None, progress=None, *, state=None, edit=None, expert_ids=None,
+           check=None):
+    """A trace made in calls of PASS tokens through one state; see `Model.trace`.
+
+    Same bytes as in one call: calls end at multiples of 64 of the tokens.
+    """
+    call = model._call(tokens)
+    if call.form != "single":
+        raise ValueError("to and tokens_slice need one sequence of tokens [T]")
+    names = matches(call.names(), taps)
+    probs = [name for name in names if name.endswith("mla.probs")]
+    if probs:
+        raise ValueError(f"taps: {probs[0]} needs all positions at once; trace it without to and tokens_slice")
+    steps = _Steps(model, call.ids, names, edit, expert_ids, check)
+    a, b = _kept(tokens_slice, call.T)
+    specs = {n: _Spec((b - a, *call.table[n][2]), call.table[n][3]) for n in names if n != "logits"}
+    if "logits" in names:
+        specs["logits"] = _Spec((b - a, call.vocab), np.dtype(np.float32))
+    meta = {**call.meta(), "tokens": call.ids[a:b].tolist(), "offsets": [0, b - a]}
+    end = b if state is None else call.T
+    state = model.new_state() if state is None else state
+    if to is None:
+        arrays = {name: np.empty(spec.shape, spec.dtype) for name, spec in specs.items()}
+
+        def keep(name, row, values):
+            arrays[name][row : row + len(values)] = values
+
+        steps.run(state, a, b, end, keep, progress)
+        return Trace(arrays, meta)
+    with sparse_safetensors(to, specs, _metadata(meta, specs)) as keep:
+        steps.run(state, a, b, end, keep, progress)
+    return Trace.load(to)
+
+
+class _Spec(NamedTuple):
+    """Shape and dtype of an array that is still to come."""
+
+    shape: tuple
+    dtype: np.dtype
+
+
+def _kept(tokens_slice, T):
+    if tokens_slice is None:
+        return 0, T
+    if not isinstance(tokens_slice, slice):
+        raise TypeError(f"tokens_slice is a {type(tokens_slice).__name__}; it must be a slice")
+    a, b, step = tokens_slice.indices(T)
+    if step != 1 or b < a:
+        raise ValueError(f"tokens_slice is {tokens_slice}; it must rise by 1")
+    return a, b
+
+
+class _Steps:
+    """The calls of a streamed trace."""
+
+    def __init__(self, model, ids, names, edit, expert_ids, check):
+        self.model, self.ids, self.names, self.check = model, ids, names, check
+        self.edit, self.expert_ids = edit, expert_ids or {}
+        call = model._call(ids)
+        if edit is not None:
+            call.edits(edit, len(ids) if "logits" in names else 0)
+        call.experts(expert_ids)
+
+    def run(self, state, a, b, end, keep, progress):
+        """Read tokens up to `end`; rows a..b-1 go to keep(name, row, values)."""
+        for first in range(0, end, PASS):
+            last = min(first + PASS, end)
+            low, high = max(a, first), min(b, last)
+            names = self.names if low < high else []
+            out = self.model.forward(
+                self.ids[first:last], state=state, logits="all" if "logits" in names else "none", taps=names or None,
+                edit=self._edit(first, last, names), check=self.check,
+                expert_ids={i: np.asarray(ids)[first:last] for i, ids in self.expert_ids.items()},
+            )
+            for name in names:
+                keep(name, low - a, out[1][name][low - first : high - first])
+            if progress is not None:
+                progress(last, end)
+
+    def _edit(self, first, last, names):
+        """The edits of these tokens; those of logits where logits are made."""
+        if self.edit is None:
+            return None
+        edit = {k: v if callable(v) else np.asarray(v)[first:last] for k, v in self.edit.items()}
+        return edit if "logits" in names else {k: v for k, v in edit.items() if k != "logits"}
+
+
+def _metadata(meta, names):
+    """Metadata of a trace's file: text, other values as JSON."""
+    meta = {k: v if isinstance(v, str) else json.dumps(_plain(v)) for k, v in meta.items()}
+    return {**meta, "format": FORMAT, "order": json.dumps(list(names))}
 
 
 def _plain(value):

@@ -1,4 +1,4 @@
-/* What crosses between a pass and its caller: taps, given experts, logits. */
+/* What crosses between a pass and its caller: taps and their edits, given embeddings and experts, logits. */
 #include "pass.h"
 
 #include <math.h>
@@ -47,29 +47,102 @@ static kl_status check_rows(pass *p, const char *name, int64_t layer, const char
     return status;
 }
 
-kl_status kl_tap_at(pass *p, kl_tap tap, int64_t layer, const void *x)
+static size_t tap_index(const pass *p, kl_tap tap, int64_t layer)
+{
+    return (size_t)(layer < 0 ? p->model->config.n_layers : layer) * KL_TAP_COUNT + tap;
+}
+
+int kl_pass_edits(const pass *p, kl_tap tap, int64_t layer)
+{
+    return p->args->edit != NULL && p->args->edited[tap_index(p, tap, layer)];
+}
+
+int kl_pass_wants(const pass *p, kl_tap tap, int64_t layer)
+{
+    return kl_pass_edits(p, tap, layer)
+           || (p->args->taps != NULL && p->args->taps[tap_index(p, tap, layer)] != NULL);
+}
+
+/* Values a row of a tap; 0 where the layer has no such tap. */
+static int64_t tap_width(const kl_config *c, kl_tap tap, int64_t layer, const char **name,
+                         int *is_int32)
+{
+    int64_t shape[2] = { 1, 1 };
+    int n_dims = 0;
+    if (!kl_tap_shape(c, tap, layer, name, shape, &n_dims, is_int32))
+        return 0;
+    return n_dims == 2 ? shape[0] * shape[1] : shape[0];
+}
+
+kl_status kl_edit_begin(pass *p, int64_t T)
+{
+    const kl_config *c = &p->model->config;
+    int64_t widest = 0;
+    for (int64_t layer = -1; p->args->edit != NULL && layer < c->n_layers; layer++)
+        for (int tap = 0; tap < KL_TAP_COUNT; tap++) {
+            const char *name;
+            int is_int32;
+            if (kl_pass_edits(p, (kl_tap)tap, layer))
+                widest = kl_max(widest, tap_width(c, (kl_tap)tap, layer, &name, &is_int32));
+        }
+    if (widest == 0)
+        return KL_OK;
+    p->staging_bytes = (size_t)(T * widest) * 4;
+    p->staging = kl_allocate(p->ctx, p->staging_bytes);
+    return p->staging != NULL ? KL_OK : KL_ERR_MEMORY;
+}
+
+void kl_edit_end(pass *p)
+{
+    if (p->staging != NULL)
+        kl_release(p->ctx, p->staging, p->staging_bytes);
+    p->staging = NULL;
+}
+
+/* Rows of segment n to the host, through the caller's edit, and back. */
+static kl_status edit_rows(pass *p, kl_tap tap, int64_t layer, char *rows, int64_t width, int64_t n)
+{
+    const int64_t count = p->segment[n].n;
+    const size_t bytes = (size_t)(count * width) * 4;
+    KL_TRY(p->model->backend->download(p->ctx, p->staging, rows, bytes));
+    KL_TRY(p->args->edit(p->args->edit_user, p->ctx, tap, layer, kl_call_row(p, n), count, width,
+                         p->staging));
+    return p->model->backend->upload(p->ctx, rows, p->staging, bytes);
+}
+
+kl_status kl_tap_at(pass *p, kl_tap tap, int64_t layer, void *x)
 {
     const kl_forward_args *args = p->args;
-    if ((args->taps == NULL && !args->check_finite) || p->ctx->arena.measuring)
+    if ((args->taps == NULL && args->edit == NULL && !args->check_finite)
+        || p->ctx->arena.measuring)
         return KL_OK;
-    const kl_config *c = &p->model->config;
     const char *name = "";
-    int64_t shape[2] = { 1, 1 };
-    int n_dims = 0, is_int32 = 0;
-    if (!kl_tap_shape(c, tap, layer, &name, shape, &n_dims, &is_int32))
+    int is_int32 = 0;
+    const int64_t width = tap_width(&p->model->config, tap, layer, &name, &is_int32);
+    if (width == 0)
         return KL_OK;
-    const int64_t width = n_dims == 2 ? shape[0] * shape[1] : shape[0];
-    char *to = NULL;
-    if (args->taps != NULL)
-        to = args->taps[(layer < 0 ? c->n_layers : layer) * KL_TAP_COUNT + tap];
+    char *to = args->taps != NULL ? args->taps[tap_index(p, tap, layer)] : NULL;
+    const int edited = kl_pass_edits(p, tap, layer);
     for (int64_t n = 0; n < p->N; n++) {
-        const char *rows = (const char *)x + p->offsets[n] * width * 4;
+        char *rows = (char *)x + p->offsets[n] * width * 4;
+        if (edited)
+            KL_TRY(edit_rows(p, tap, layer, rows, width, n));
         if (args->check_finite && !is_int32)
             KL_TRY(check_rows(p, name, layer, rows, width, n));
         if (to != NULL)
             KL_TRY(p->model->backend->download(p->ctx, to + kl_call_row(p, n) * width * 4, rows,
                                                (size_t)(p->segment[n].n * width) * 4));
     }
+    return KL_OK;
+}
+
+kl_status kl_pass_embeds(pass *p, float *h)
+{
+    const int64_t D = p->model->config.D;
+    for (int64_t n = 0; n < p->N && !p->ctx->arena.measuring; n++)
+        KL_TRY(p->model->backend->upload(p->ctx, h + p->offsets[n] * D,
+                                         p->args->embeds + kl_call_row(p, n) * D,
+                                         (size_t)(p->segment[n].n * D) * sizeof *h));
     return KL_OK;
 }
 

@@ -200,6 +200,26 @@ static kl_status dense(pass *p, int64_t layer, float *out, const float *x)
     return mlp(p, layer, out, x, &p->model->layer[layer].mlp, taps);
 }
 
+/* The router's scores where the call asks for them; scores that it edits take the place of the logits. */
+static kl_status router_scores(pass *p, int64_t layer, float *logits, kl_route_args *route)
+{
+    if (!kl_pass_wants(p, KL_TAP_MOE_SCORES, layer))
+        return KL_OK;
+    NEW(scores, route->T * route->E);
+    if (route->function == KL_ROUTER_SIGMOID)
+        TRY(kl_sigmoid(p->ctx, scores, logits, route->T * route->E));
+    else
+        TRY(kl_softmax(p->ctx, scores, logits, route->T, route->E));
+    TRY(kl_tap_at(p, KL_TAP_MOE_SCORES, layer, scores));
+    if (!kl_pass_edits(p, KL_TAP_MOE_SCORES, layer))
+        return KL_OK;
+    route->function = KL_ROUTER_NONE;
+    return p->ctx->arena.measuring
+               ? KL_OK
+               : p->model->backend->copy(p->ctx, logits, scores,
+                                         (size_t)(route->T * route->E) * sizeof *scores);
+}
+
 /* Routed experts and the shared one. */
 static kl_status moe(pass *p, int64_t layer, float *out, const float *x)
 {
@@ -213,7 +233,7 @@ static kl_status moe(pass *p, int64_t layer, float *out, const float *x)
 
     TRY(project_one(p, logits, x, &w->router));
     TRY(kl_tap_at(p, KL_TAP_MOE_LOGITS, layer, logits));
-    const kl_route_args route = {
+    kl_route_args route = {
         .T = T,
         .E = E,
         .k = k,
@@ -224,10 +244,15 @@ static kl_status moe(pass *p, int64_t layer, float *out, const float *x)
         .scale = c->ffn.scale,
         .given = kl_pass_has_experts(p, layer),
     };
+    TRY(router_scores(p, layer, logits, &route));
     if (route.given)
         TRY(kl_pass_experts(p, layer, ids));
     TRY(kl_route(p->ctx, ids, weights, logits, w->bias, &route));
     TRY(kl_tap_at(p, KL_TAP_MOE_IDS, layer, ids));
+    if (kl_pass_edits(p, KL_TAP_MOE_IDS, layer)) {
+        route.given = 1;
+        TRY(kl_route(p->ctx, ids, weights, logits, w->bias, &route));
+    }
     TRY(kl_tap_at(p, KL_TAP_MOE_WEIGHTS, layer, weights));
 
     float *shared = NULL;
@@ -276,10 +301,16 @@ kl_status kl_pass_run(pass *p)
     const kl_model *m = p->model;
     const kl_config *c = &m->config;
     NEW(h, p->T * c->D);
-    TRY(kl_embedding(p->ctx, h, p->ids, &m->embed, p->T));
-    TRY(kl_tap_at(p, KL_TAP_EMBED, -1, h));
-    for (int64_t layer = 0; layer < c->n_layers; layer++)
+    if (p->args->embeds != NULL)
+        TRY(kl_pass_embeds(p, h));
+    else
+        TRY(kl_embedding(p->ctx, h, p->ids, &m->embed, p->T));
+    if (kl_first_layer(p) == 0)
+        TRY(kl_tap_at(p, KL_TAP_EMBED, -1, h));
+    for (int64_t layer = kl_first_layer(p); layer < kl_last_layer(p); layer++)
         TRY(run_layer(p, layer, h));
+    if (kl_last_layer(p) < c->n_layers)
+        return KL_OK;
     TRY(kl_rms_norm(p->ctx, h, h, m->norm, p->T, c->D, c->rms_eps));
     TRY(kl_tap_at(p, KL_TAP_NORM, -1, h));
     return kl_pass_logits(p, h);

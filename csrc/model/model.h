@@ -77,7 +77,12 @@ struct kl_state {
     char *fixed; /* the backend's memory */
     void **page; /* [page_capacity] addresses, the first n_pages taken */
     int64_t n_pages, page_capacity;
-    int64_t context; /* tokens it may hold; 0: no limit */
+    int64_t context;        /* tokens it may hold; 0: no limit */
+    int64_t every, keep;    /* a checkpoint at each multiple of every; 0: none */
+    char *checkpoint;       /* [keep] copies of the fixed block, a ring: the backend's memory */
+    int64_t *checkpoint_at; /* [keep] positions */
+    int64_t n_checkpoints, oldest; /* in the ring; slot of the oldest */
+    int past_start; /* a checkpoint was given up, or there was none at the start: it cannot go back to 0 */
     atomic_int busy;
     int lost; /* a step failed half-way: its arrays belong to no position */
 };
@@ -85,6 +90,15 @@ struct kl_state {
 size_t kl_state_page_bytes(const kl_state *state);
 /* Takes the pages that positions 0..n-1 need. */
 kl_status kl_state_grow(kl_ctx *ctx, kl_state *state, int64_t n);
+
+/* One call at a time: KL_ERR_STATE, in the name of who, while another uses the state. */
+kl_status kl_state_acquire(kl_ctx *ctx, kl_state *state, const char *who);
+void kl_state_release(kl_state *state);
+/* The first position behind `position` where the state wants a checkpoint; INT64_MAX where it wants none. */
+int64_t kl_state_next_checkpoint(const kl_state *state, int64_t position);
+/* Moves the state on to the end of a pass, and makes the checkpoint that is due; without it where a device does
+ * not copy. */
+void kl_state_advance(kl_ctx *ctx, kl_state *state, int64_t end);
 
 kl_status kl_config_check(kl_ctx *ctx, const kl_config *config);
 

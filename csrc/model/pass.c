@@ -2,6 +2,7 @@
  * states where it found them. */
 #include "pass.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -9,8 +10,19 @@ enum { PASS_TOKENS = 512, PIECE = 64 };
 
 /* ---- passes ------------------------------------------------------------------------------------ */
 
+/* New tokens of a sequence up to the end of the piece in which its next checkpoint is due. */
+static int64_t to_checkpoint(const pass *p, int64_t s, int64_t done)
+{
+    const kl_state *state = p->args->states[s];
+    /* while measuring, earlier passes have not moved the state */
+    const int64_t at = state->position + (p->ctx->arena.measuring ? done : 0);
+    const int64_t due = kl_state_next_checkpoint(state, at);
+    return due == INT64_MAX ? due : kl_ceil_div(due - at, PIECE) * PIECE;
+}
+
 /* Fills the pass with the next tokens: sequences in order, cut only at multiples of PIECE of each sequence's
- * own new tokens. done [N] counts the new tokens of each sequence that earlier passes took. */
+ * own new tokens, and where a checkpoint is due. done [N] counts the new tokens of each sequence that earlier
+ * passes took, all of them whole pieces. */
 static void fill(pass *p, const int64_t *done, int64_t room)
 {
     const kl_forward_args *a = p->args;
@@ -20,6 +32,7 @@ static void fill(pass *p, const int64_t *done, int64_t room)
         int64_t n = kl_min(left, room);
         if (n < left)
             n -= n % PIECE;
+        n = kl_min(n, to_checkpoint(p, s, done[s]));
         if (n <= 0)
             continue;
         p->segment[p->N] = (segment){ s, done[s], n };
@@ -47,6 +60,7 @@ static kl_status new_pass(pass *p, int64_t N, int64_t T)
 
 static void free_pass(pass *p)
 {
+    kl_edit_end(p);
     free(p->segment);
     free(p->offsets);
     free(p->start);
@@ -79,7 +93,7 @@ static kl_status run_guarded(pass *p)
 {
     kl_ctx *ctx = p->ctx;
     const size_t bytes = p->model->state.fixed_bytes;
-    const bool guarded = p->T > p->N;
+    const bool guarded = p->T > p->N || p->args->edit != NULL; /* an edit may fail */
     char *copies = NULL;
     if (guarded)
         KL_SCRATCH(copies, ctx, (size_t)p->N * bytes);
@@ -93,7 +107,7 @@ static kl_status run_guarded(pass *p)
     for (int64_t n = 0; n < p->N; n++) {
         kl_state *state = p->args->states[p->segment[n].sequence];
         if (status == KL_OK)
-            state->position = p->end[n];
+            kl_state_advance(ctx, state, p->end[n]);
         else if (!guarded
                  || p->model->backend->copy(ctx, p->fixed[n], copies + (size_t)n * bytes, bytes)
                         != KL_OK)
@@ -114,6 +128,18 @@ static kl_status check_args(kl_ctx *ctx, const kl_model *m, const kl_forward_arg
     if (a->pass_tokens < 0 || (a->pass_tokens > 0 && a->pass_tokens < PIECE))
         return kl_fail(ctx, KL_ERR_ARG, "forward: pass_tokens is %lld; it must be 0 or at least %d",
                        (long long)a->pass_tokens, PIECE);
+    const int64_t layers = m->config.n_layers, stop = a->stop > 0 ? a->stop : layers;
+    if (a->start < 0 || a->start >= stop || stop > layers)
+        return kl_fail(ctx, KL_ERR_ARG,
+                       "forward: start is %lld and stop %lld; 0 <= start < stop <= %lld must hold",
+                       (long long)a->start, (long long)stop, (long long)layers);
+    if (a->start > 0 && a->embeds == NULL)
+        return kl_fail(ctx, KL_ERR_ARG, "forward: start is %lld, so embeds must be given",
+                       (long long)a->start);
+    if (stop < layers && a->n_logits > 0)
+        return kl_fail(ctx, KL_ERR_ARG,
+                       "forward: stop is %lld of %lld layers, so there are no logits to give",
+                       (long long)stop, (long long)layers);
     for (int64_t t = 0; t < T; t++)
         if (a->ids[t] < 0 || a->ids[t] >= m->config.vocab)
             return kl_fail(ctx, KL_ERR_ARG, "forward: token %lld has id %d; it must be 0 to %lld",
@@ -132,7 +158,9 @@ static kl_status check_states(kl_ctx *ctx, const kl_model *m, const kl_forward_a
     for (int64_t n = 0; n < a->N; n++) {
         const kl_state *s = a->states[n];
         if (s->model != m)
-            return kl_fail(ctx, KL_ERR_STATE, "forward: state %lld belongs to another model",
+            return kl_fail(ctx, KL_ERR_STATE,
+                           "forward: state %lld belongs to another model, or to this one before a "
+                           "weight was replaced",
                            (long long)n);
         if (s->lost)
             return kl_fail(
@@ -204,6 +232,7 @@ static kl_status prepare(pass *p, int64_t pass_tokens)
     const kl_forward_args *a = p->args;
     size_t scratch;
     KL_TRY(new_pass(p, a->N, kl_min(pass_tokens, a->offsets[a->N])));
+    KL_TRY(kl_edit_begin(p, kl_min(pass_tokens, a->offsets[a->N])));
     KL_TRY(measure(p, pass_tokens, &scratch));
     for (int64_t n = 0; n < a->N; n++)
         KL_TRY(kl_state_grow(p->ctx, a->states[n],
@@ -223,8 +252,23 @@ kl_status kl_call_scratch(kl_ctx *ctx, const kl_model *model, const kl_forward_a
     return status;
 }
 
+/* Ends the sentence of a call that failed with what its states have read all the same. */
+static void say_how_far(const pass *p, const int64_t *done)
+{
+    char *error = p->ctx->error;
+    const size_t used = strlen(error);
+    int64_t total = 0;
+    for (int64_t n = 0; n < p->args->N; n++)
+        total += done[n];
+    if (total > 0)
+        snprintf(error + used, sizeof p->ctx->error - used, "; after %lld new tokens",
+                 (long long)total);
+}
+
 kl_status kl_forward(kl_ctx *ctx, const kl_model *model, const kl_forward_args *args)
 {
+    if (args->done != NULL && args->N > 0)
+        memset(args->done, 0, (size_t)args->N * sizeof *args->done);
     KL_TRY(check_args(ctx, model, args));
     int64_t taken;
     if (!acquire(args, &taken)) {
@@ -241,6 +285,8 @@ kl_status kl_forward(kl_ctx *ctx, const kl_model *model, const kl_forward_args *
         status = prepare(&p, pass_tokens);
     if (status == KL_OK)
         status = run_passes(&p, done, pass_tokens);
+    if (status != KL_OK && done != NULL)
+        say_how_far(&p, done);
     if (args->done != NULL && done != NULL)
         memcpy(args->done, done, (size_t)args->N * sizeof *done);
     free_pass(&p);

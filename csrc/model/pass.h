@@ -22,11 +22,25 @@ typedef struct pass {
     void **fixed;       /* [N] fixed block of each sequence's state */
     void *const **page; /* [N] page table of each */
     kl_type cache_type;
-    int32_t *ids; /* [T] */
+    int32_t *ids;  /* [T] */
+    void *staging; /* on the host, for rows that are edited; NULL where none are */
+    size_t staging_bytes;
 } pass;
 
-/* Where an intermediate is made: hands x [T, ...] to whoever asked for it. layer -1: the model's own. */
-kl_status kl_tap_at(pass *p, kl_tap tap, int64_t layer, const void *x);
+/* Where an intermediate is made: x [T, ...] is edited, checked and handed to whoever asked for it.
+ * layer -1: the model's own. */
+kl_status kl_tap_at(pass *p, kl_tap tap, int64_t layer, void *x);
+
+/* Whether the call edits a tap, and whether it edits it or asks for it. */
+int kl_pass_edits(const pass *p, kl_tap tap, int64_t layer);
+int kl_pass_wants(const pass *p, kl_tap tap, int64_t layer);
+
+/* Takes the staging of edits for passes of up to T tokens; kl_edit_end gives it back. */
+kl_status kl_edit_begin(pass *p, int64_t T);
+void kl_edit_end(pass *p);
+
+/* The rows of this pass that the caller gives in place of embeddings, to h [T, D]. */
+kl_status kl_pass_embeds(pass *p, float *h);
 
 /* Routing that the caller gives: whether there is any for the layer, and its ids [T, k] of this pass. */
 int kl_pass_has_experts(const pass *p, int64_t layer);
@@ -39,6 +53,13 @@ kl_status kl_pass_logits(pass *p, const float *h);
 static inline int64_t kl_call_row(const pass *p, int64_t n)
 {
     return p->args->offsets[p->segment[n].sequence] + p->segment[n].first;
+}
+
+/* Layers first..last-1 are run. */
+static inline int64_t kl_first_layer(const pass *p) { return p->args->start; }
+static inline int64_t kl_last_layer(const pass *p)
+{
+    return p->args->stop > 0 ? p->args->stop : p->model->config.n_layers;
 }
 
 /* Bytes of scratch that the call would take; its states need no memory. */

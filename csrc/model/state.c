@@ -76,6 +76,10 @@ void kl_state_destroy(kl_ctx *ctx, kl_state *state)
     release_pages(ctx, state);
     if (state->fixed != NULL)
         state->model->backend->release(ctx, state->fixed, state->model->state.fixed_bytes);
+    if (state->checkpoint != NULL)
+        state->model->backend->release(ctx, state->checkpoint,
+                                       (size_t)state->keep * state->model->state.fixed_bytes);
+    free(state->checkpoint_at);
     free(state->page);
     free(state);
 }
@@ -84,7 +88,8 @@ int64_t kl_state_position(const kl_state *state) { return state->position; }
 
 size_t kl_state_bytes(const kl_state *state)
 {
-    return state->model->state.fixed_bytes + (size_t)state->n_pages * kl_state_page_bytes(state);
+    return (size_t)(1 + state->keep) * state->model->state.fixed_bytes
+           + (size_t)state->n_pages * kl_state_page_bytes(state);
 }
 
 void kl_state_reset(kl_ctx *ctx, kl_state *state)
@@ -92,7 +97,18 @@ void kl_state_reset(kl_ctx *ctx, kl_state *state)
     (void)state->model->backend->clear(ctx, state->fixed, state->model->state.fixed_bytes);
     state->position = 0;
     state->lost = 0;
+    state->n_checkpoints = state->oldest = 0;
+    state->past_start = 0;
 }
+
+kl_status kl_state_acquire(kl_ctx *ctx, kl_state *state, const char *who)
+{
+    if (atomic_exchange(&state->busy, 1))
+        return kl_fail(ctx, KL_ERR_STATE, "%s: the state is in use by another call", who);
+    return KL_OK;
+}
+
+void kl_state_release(kl_state *state) { atomic_store(&state->busy, 0); }
 
 /* ---- parts ---- */
 
@@ -170,4 +186,219 @@ kl_status kl_state_write(kl_ctx *ctx, kl_state *state, int64_t layer, kl_state_p
                          const void *from)
 {
     return move_part(ctx, state, layer, part, (char *)(uintptr_t)from, false);
+}
+
+/* ---- checkpoints ---- */
+
+kl_status kl_state_keep(kl_ctx *ctx, kl_state *state, int64_t every, int64_t keep)
+{
+    const size_t bytes = state->model->state.fixed_bytes;
+    int64_t total;
+    if (every < 1 || keep < 1)
+        return kl_fail(
+            ctx, KL_ERR_ARG,
+            "state: a checkpoint every %lld tokens, of which %lld are kept; both must be >= 1",
+            (long long)every, (long long)keep);
+    if (state->position != 0 || state->keep != 0)
+        return kl_fail(ctx, KL_ERR_STATE,
+                       "state: checkpoints are asked for once, before the first token");
+    if (!kl_mul(&total, keep, (int64_t)bytes))
+        return kl_fail(ctx, KL_ERR_MEMORY, "out of memory: %lld checkpoints of %zu bytes",
+                       (long long)keep, bytes);
+    state->checkpoint_at = calloc((size_t)keep, sizeof *state->checkpoint_at);
+    if (state->checkpoint_at != NULL)
+        state->checkpoint = state->model->backend->allocate(ctx, (size_t)total);
+    if (state->checkpoint == NULL) {
+        free(state->checkpoint_at);
+        state->checkpoint_at = NULL;
+        return kl_fail(ctx, KL_ERR_MEMORY, "out of memory: %lld checkpoints of %zu bytes",
+                       (long long)keep, bytes);
+    }
+    state->every = every;
+    state->keep = keep;
+    return KL_OK;
+}
+
+static int64_t slot(const kl_state *state, int64_t i) { return (state->oldest + i) % state->keep; }
+
+static char *checkpoint_data(const kl_state *state, int64_t i)
+{
+    return state->checkpoint + (size_t)slot(state, i) * state->model->state.fixed_bytes;
+}
+
+int64_t kl_state_checkpoints(const kl_state *state, int64_t *at)
+{
+    for (int64_t i = 0; i < state->n_checkpoints; i++)
+        at[i] = state->checkpoint_at[slot(state, i)];
+    return state->n_checkpoints;
+}
+
+int64_t kl_state_next_checkpoint(const kl_state *state, int64_t position)
+{
+    return state->every > 0 ? (position / state->every + 1) * state->every : INT64_MAX;
+}
+
+/* Copies the fixed block to the ring's newest place; a second checkpoint of one position replaces the first. */
+static kl_status push(kl_ctx *ctx, kl_state *state)
+{
+    const int64_t n = state->n_checkpoints;
+    if (n > 0 && state->checkpoint_at[slot(state, n - 1)] == state->position)
+        state->n_checkpoints--;
+    else if (n == state->keep) {
+        state->oldest = slot(state, 1);
+        state->n_checkpoints--;
+        state->past_start = 1;
+    }
+    KL_TRY(state->model->backend->copy(ctx, checkpoint_data(state, state->n_checkpoints),
+                                       state->fixed, state->model->state.fixed_bytes));
+    state->checkpoint_at[slot(state, state->n_checkpoints)] = state->position;
+    state->n_checkpoints++;
+    return KL_OK;
+}
+
+void kl_state_advance(kl_ctx *ctx, kl_state *state, int64_t end)
+{
+    const bool due = end >= kl_state_next_checkpoint(state, state->position);
+    state->position = end;
+    if (due)
+        (void)push(ctx, state);
+}
+
+kl_status kl_state_checkpoint(kl_ctx *ctx, kl_state *state)
+{
+    if (state->keep == 0)
+        return kl_fail(ctx, KL_ERR_STATE, "checkpoint: the state was made to keep none");
+    KL_TRY(kl_state_acquire(ctx, state, "checkpoint"));
+    const kl_status status =
+        state->lost ? kl_fail(ctx, KL_ERR_STATE,
+                              "checkpoint: the state was lost when a step failed after token %lld",
+                              (long long)state->position)
+                    : push(ctx, state);
+    kl_state_release(state);
+    return status;
+}
+
+static kl_status truncate_to(kl_ctx *ctx, kl_state *state, int64_t n)
+{
+    int64_t i = state->n_checkpoints;
+    while (i > 0 && state->checkpoint_at[slot(state, i - 1)] > n)
+        i--;
+    if (n == 0 || (i == 0 && state->keep > 0 && !state->past_start)) {
+        kl_state_reset(ctx, state);
+        return KL_OK;
+    }
+    if (state->keep == 0)
+        return kl_fail(
+            ctx, KL_ERR_ARG,
+            "truncate: n is %lld and the state keeps no checkpoints; it can stay at %lld or go "
+            "back to 0",
+            (long long)n, (long long)state->position);
+    if (i == 0)
+        return kl_fail(
+            ctx, KL_ERR_ARG,
+            "truncate: n is %lld; the oldest position that the state can go back to is %lld, "
+            "but for 0",
+            (long long)n,
+            (long long)(state->n_checkpoints > 0 ? state->checkpoint_at[slot(state, 0)]
+                                                 : state->position));
+    KL_TRY(state->model->backend->copy(ctx, state->fixed, checkpoint_data(state, i - 1),
+                                       state->model->state.fixed_bytes));
+    state->n_checkpoints = i;
+    state->position = state->checkpoint_at[slot(state, i - 1)];
+    state->lost = 0;
+    return KL_OK;
+}
+
+kl_status kl_state_truncate(kl_ctx *ctx, kl_state *state, int64_t n, int64_t *position)
+{
+    KL_TRY(kl_state_acquire(ctx, state, "truncate"));
+    kl_status status = KL_OK;
+    if (n < 0 || n > state->position)
+        status = kl_fail(ctx, KL_ERR_ARG, "truncate: n is %lld; it must be 0 to %lld", (long long)n,
+                         (long long)state->position);
+    else if (n < state->position || state->lost)
+        status = truncate_to(ctx, state, n);
+    *position = state->position;
+    kl_state_release(state);
+    return status;
+}
+
+/* ---- copies ---- */
+
+static kl_status check_copy(kl_ctx *ctx, const kl_state *to, const kl_state *from)
+{
+    if (to->model != from->model)
+        return kl_fail(ctx, KL_ERR_STATE, "copy: the states belong to two models");
+    if (to->cache_type != from->cache_type)
+        return kl_fail(ctx, KL_ERR_STATE, "copy: one state has a cache of %s, the other of %s",
+                       kl_type_name(to->cache_type), kl_type_name(from->cache_type));
+    if (from->lost)
+        return kl_fail(ctx, KL_ERR_STATE,
+                       "copy: the state was lost when a step failed after token %lld; reset it",
+                       (long long)from->position);
+    if (to->context > 0 && from->position > to->context)
+        return kl_fail(ctx, KL_ERR_STATE,
+                       "copy: %lld tokens were read; the state was made for a context of %lld",
+                       (long long)from->position, (long long)to->context);
+    return KL_OK;
+}
+
+static kl_status copy_checkpoints(kl_ctx *ctx, kl_state *to, const kl_state *from)
+{
+    const size_t bytes = from->model->state.fixed_bytes;
+    const int64_t n = kl_min(to->keep, from->n_checkpoints), skip = from->n_checkpoints - n;
+    to->oldest = to->n_checkpoints = 0;
+    to->past_start = from->past_start || skip > 0 || (from->keep == 0 && from->position > 0);
+    for (int64_t i = 0; i < n; i++) {
+        KL_TRY(from->model->backend->copy(ctx, checkpoint_data(to, i),
+                                          checkpoint_data(from, skip + i), bytes));
+        to->checkpoint_at[i] = from->checkpoint_at[slot(from, skip + i)];
+        to->n_checkpoints++;
+    }
+    return KL_OK;
+}
+
+static kl_status copy_all(kl_ctx *ctx, kl_state *to, const kl_state *from)
+{
+    const kl_backend *backend = from->model->backend;
+    const int64_t n_pages =
+        kl_state_page_bytes(from) > 0 ? kl_ceil_div(from->position, KL_PAGE) : 0;
+    KL_TRY(check_copy(ctx, to, from));
+    KL_TRY(kl_state_grow(ctx, to, from->position));
+    KL_TRY(backend->copy(ctx, to->fixed, from->fixed, from->model->state.fixed_bytes));
+    for (int64_t i = 0; i < n_pages; i++)
+        KL_TRY(backend->copy(ctx, to->page[i], from->page[i], kl_state_page_bytes(from)));
+    KL_TRY(copy_checkpoints(ctx, to, from));
+    to->position = from->position;
+    to->lost = 0;
+    return KL_OK;
+}
+
+kl_status kl_state_copy(kl_ctx *ctx, kl_state *to, kl_state *from)
+{
+    KL_TRY(kl_state_acquire(ctx, from, "copy"));
+    kl_status status = kl_state_acquire(ctx, to, "copy");
+    if (status == KL_OK) {
+        status = copy_all(ctx, to, from);
+        kl_state_release(to);
+    }
+    kl_state_release(from);
+    return status;
+}
+
+kl_status kl_state_fill(kl_ctx *ctx, kl_state *state, int64_t n)
+{
+    if (state->position != 0 || n < 0)
+        return kl_fail(
+            ctx, KL_ERR_STATE,
+            "state: %lld tokens are to be filled in and %lld were read; it must be empty",
+            (long long)n, (long long)state->position);
+    if (state->context > 0 && n > state->context)
+        return kl_fail(ctx, KL_ERR_STATE,
+                       "state: %lld tokens were read; the state was made for a context of %lld",
+                       (long long)n, (long long)state->context);
+    KL_TRY(kl_state_grow(ctx, state, n));
+    state->position = n;
+    state->past_start = 1;
+    return KL_OK;
 }

@@ -2,6 +2,8 @@
  * vectors are widened into one block of the backend's memory. */
 #include "model.h"
 
+#include "../cpu/kernels.h"
+
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -152,31 +154,6 @@ static kl_weight experts(loader *l, int64_t layer, const char *part, int64_t E, 
     return w;
 }
 
-static float value(const kl_tensor *t, int64_t i)
-{
-    const char *p = t->data;
-    uint16_t half;
-    uint32_t bits;
-    float x;
-    if (t->type == KL_F32) {
-        memcpy(&x, p + 4 * i, 4);
-        return x;
-    }
-    memcpy(&half, p + 2 * i, 2);
-    if (t->type == KL_BF16) {
-        bits = (uint32_t)half << 16;
-        memcpy(&x, &bits, 4);
-        return x;
-    }
-    const int exponent = (half >> 10) & 31, fraction = half & 0x3ff;
-    const float sign = half & 0x8000 ? -1.0f : 1.0f;
-    if (exponent == 31)
-        return fraction != 0 ? NAN : sign * INFINITY;
-    return sign
-           * (exponent == 0 ? ldexpf((float)fraction, -24)
-                            : ldexpf((float)(fraction + 1024), exponent - 25));
-}
-
 typedef enum convert { AS_IS, RATE } convert; /* RATE: exp(A_log), in double, rounded once */
 
 static const float *named_vector(loader *l, const char *name, int64_t rows, int64_t cols,
@@ -189,8 +166,11 @@ static const float *named_vector(loader *l, const char *name, int64_t rows, int6
     count(l, t, n);
     if (t == NULL || l->staging == NULL)
         return NULL;
-    for (int64_t i = 0; t->data != NULL && i < n; i++)
-        l->staging[begin + (size_t)i] = how == RATE ? (float)exp((double)value(t, i)) : value(t, i);
+    float *values = l->staging + begin;
+    if (t->data != NULL)
+        l->ctx->k->unpack_row(values, t->data, t->type, n);
+    for (int64_t i = 0; how == RATE && i < n; i++)
+        values[i] = (float)exp((double)values[i]);
     return l->model->vectors + begin;
 }
 

@@ -12,6 +12,7 @@
 #include "../cpu/kernels.h"
 
 #include <math.h>
+#include <string.h>
 
 typedef struct task {
     const kl_kernels *k;
@@ -100,6 +101,8 @@ static void tokens(void *arg, int64_t begin, int64_t end, int thread)
     for (int64_t t = begin; t < end; t++) {
         if (args->function == KL_ROUTER_SIGMOID)
             a->k->sigmoid(s, a->scores + t * E, E);
+        else if (args->function == KL_ROUTER_NONE)
+            memcpy(s, a->scores + t * E, (size_t)E * sizeof *s);
         else
             a->k->softmax(s, a->scores + t * E, E);
         for (int64_t e = 0; e < E; e++)
@@ -187,9 +190,10 @@ static kl_status check_args(kl_ctx *ctx, const kl_route_args *a)
                        "route: k is %lld; it must be 1 <= k <= %lld, the experts of top_groups "
                        "groups",
                        (long long)a->k, (long long)(a->E / a->groups * a->top_groups));
-    if (a->function != KL_ROUTER_SIGMOID && a->function != KL_ROUTER_SOFTMAX)
+    if (a->function != KL_ROUTER_SIGMOID && a->function != KL_ROUTER_SOFTMAX
+        && a->function != KL_ROUTER_NONE)
         return kl_fail(ctx, KL_ERR_ARG,
-                       "route: function is %d; it must be KL_ROUTER_SIGMOID or KL_ROUTER_SOFTMAX",
+                       "route: function is %d; it must be KL_ROUTER_SIGMOID, _SOFTMAX or _NONE",
                        (int)a->function);
     if (!isfinite(a->scale))
         return kl_fail(ctx, KL_ERR_ARG, "route: scale is %g; it must be finite", (double)a->scale);

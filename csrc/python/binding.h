@@ -62,6 +62,7 @@ PyObject *kl_py_raise(kl_status status, const char *sentence);
 typedef struct kl_py_context {
     PyObject_HEAD kl_ctx *ctx;
     PyThread_type_lock lock;
+    _Atomic unsigned long owner; /* thread that holds the lock; 0: nobody */
 } kl_py_context;
 extern PyType_Spec kl_py_context_spec, kl_py_model_spec, kl_py_state_spec;
 kl_py_context *kl_py_context_of(PyObject *o); /* NULL with TypeError when it is none */

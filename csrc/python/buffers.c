@@ -136,9 +136,15 @@ bool kl_py_begin(kl_py_call *c, PyObject *context)
         c->failed = true;
         return false;
     }
+    const unsigned long me = PyThread_get_thread_ident();
+    if (atomic_load(&c->context->owner) == me) {
+        PyErr_SetString(PyExc_ValueError, "ctx is in use by the call that this one is made from");
+        return !(c->failed = true);
+    }
     c->ctx = c->context->ctx;
     c->thread = PyEval_SaveThread();
     PyThread_acquire_lock(c->context->lock, WAIT_LOCK);
+    atomic_store(&c->context->owner, me);
     return true;
 }
 
@@ -149,6 +155,7 @@ PyObject *kl_py_end(kl_py_call *c)
         if (c->status != KL_OK)
             memcpy(sentence, c->ctx->error, sizeof sentence);
         kl_scratch_reset(c->ctx, 0);
+        atomic_store(&c->context->owner, 0);
         PyThread_release_lock(c->context->lock);
         PyEval_RestoreThread(c->thread);
     }
@@ -175,6 +182,8 @@ static PyObject *own_error(const char *name)
 PyObject *kl_py_raise(kl_status status, const char *sentence)
 {
     PyObject *type = NULL, *owned = NULL;
+    if (status == KL_ERR_INTERRUPTED && PyErr_Occurred() == PyExc_KeyboardInterrupt)
+        PyErr_Clear();    /* the sentence says more: at which token */
     if (PyErr_Occurred()) /* a signal handler raised: that is the reason to tell */
         return NULL;
     switch (status) {

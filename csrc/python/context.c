@@ -149,6 +149,28 @@ static PyObject *context_roof_fma(PyObject *o, PyObject *args)
     return PyFloat_FromDouble(roof);
 }
 
+/* fail_at(n) and cancel_at(n): faults for tests */
+static PyObject *context_fault(PyObject *o, PyObject *args, void (*set)(kl_ctx *ctx, int64_t nth))
+{
+    kl_py_call c = { 0 };
+    long long nth;
+    if (!PyArg_ParseTuple(args, "L:fail_at", &nth))
+        return NULL;
+    if (kl_py_begin(&c, o))
+        set(c.ctx, nth);
+    return kl_py_end(&c);
+}
+
+static PyObject *context_fail_at(PyObject *o, PyObject *args)
+{
+    return context_fault(o, args, kl_ctx_fail_at);
+}
+
+static PyObject *context_cancel_at(PyObject *o, PyObject *args)
+{
+    return context_fault(o, args, kl_ctx_cancel_at);
+}
+
 static PyObject *context_cancel(PyObject *o, PyObject *args)
 {
     (void)args;
@@ -167,6 +189,9 @@ static PyMethodDef context_methods[] = {
     { "set_threads", context_set_threads, METH_VARARGS, NULL },
     { "trim", context_trim, METH_NOARGS, NULL },
     { "cancel", context_cancel, METH_NOARGS, NULL },
+    { "fail_at", context_fail_at, METH_VARARGS, "The nth allocation from now on fails; 0: none." },
+    { "cancel_at", context_cancel_at, METH_VARARGS,
+      "The nth parallel region from now on cancels its call; 0: none." },
     { "profile", context_profile, METH_VARARGS, NULL },
     { "profile_result", context_profile_result, METH_NOARGS, NULL },
     { "roof_read", context_roof_read, METH_VARARGS, "Bytes a second of reading a buffer once." },

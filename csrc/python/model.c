@@ -387,17 +387,82 @@ static bool parse_arrays(kl_py_call *c, PyObject *list, const kl_config *config,
     return true;
 }
 
+/* What the callback of an edit needs, and the table of taps it is called for. */
+typedef struct edits {
+    PyObject *function;
+    unsigned char *table;
+} edits;
+
+/* function(layer, tap, row of the call, rows, writable bytes of the rows); the bytes are taken away after it */
+static kl_status call_edit(void *user, kl_ctx *ctx, kl_tap tap, int64_t layer, int64_t call_row,
+                           int64_t rows, int64_t width, void *values)
+{
+    const edits *e = user;
+    const PyGILState_STATE gil = PyGILState_Ensure();
+    PyObject *view = PyMemoryView_FromMemory(values, (Py_ssize_t)(rows * width * 4), PyBUF_WRITE);
+    PyObject *result = view == NULL
+                           ? NULL
+                           : PyObject_CallFunction(e->function, "LiLLO", (long long)layer, (int)tap,
+                                                   (long long)call_row, (long long)rows, view);
+    bool ok = result != NULL;
+    Py_XDECREF(result);
+    if (view != NULL) {
+        PyObject *type, *value, *trace;
+        PyErr_Fetch(&type, &value, &trace);
+        PyObject *released = PyObject_CallMethod(view, "release", NULL);
+        ok = ok && released != NULL;
+        if (type != NULL)
+            PyErr_Restore(type, value, trace); /* the function's own error is the one to tell */
+        Py_XDECREF(released);
+        Py_DECREF(view);
+    }
+    PyGILState_Release(gil);
+    return ok ? KL_OK : kl_fail(ctx, KL_ERR_ARG, "edit: the function raised an exception");
+}
+
+/* [(layer, tap)]: where the function is called */
+static bool parse_edits(kl_py_call *c, PyObject *list, PyObject *function, const kl_config *config,
+                        edits *e)
+{
+    const Py_ssize_t n = PyList_Check(list) ? PyList_Size(list) : -1;
+    e->function = function;
+    e->table = calloc((size_t)(config->n_layers + 1) * KL_TAP_COUNT, 1);
+    bool ok = n >= 0 && e->table != NULL && PyCallable_Check(function);
+    if (!ok)
+        PyErr_SetString(PyExc_TypeError,
+                        "edits must be a list of (layer, tap), edit a function of five arguments");
+    for (Py_ssize_t i = 0; ok && i < n; i++) {
+        PyObject *pair = PyList_GetItem(list, i);
+        long long layer = -1;
+        int tap, n_dims, is_int32;
+        const char *name;
+        int64_t shape[2];
+        ok = PyTuple_Check(pair) && PyArg_ParseTuple(pair, "Li", &layer, &tap)
+             && kl_tap_shape(config, (kl_tap)tap, layer, &name, shape, &n_dims, &is_int32);
+        if (ok)
+            e->table[(layer < 0 ? config->n_layers : layer) * KL_TAP_COUNT + tap] = 1;
+        else if (!PyErr_Occurred())
+            PyErr_Format(PyExc_ValueError, "edits[%zd] is no (layer, tap) of this model", i);
+    }
+    c->failed = !ok;
+    return ok;
+}
+
 static PyObject *model_forward(PyObject *o, PyObject *args)
 {
     py_model *self = (py_model *)o;
     kl_py_call c = { 0 };
     tables t = { 0 };
     PyObject *context, *states, *ids, *offsets, *logits, *rows, *taps, *experts, *done;
+    PyObject *edited = Py_None, *edit = Py_None, *embeds = Py_None;
+    long long start = 0, stop = 0;
+    edits e = { 0 };
     long long T, n_logits, pass_tokens;
     int check;
     kl_forward_args a = { 0 };
-    if (!PyArg_ParseTuple(args, "OOOOLOOLOOiLO:forward", &context, &states, &ids, &offsets, &T,
-                          &logits, &rows, &n_logits, &taps, &experts, &check, &pass_tokens, &done))
+    if (!PyArg_ParseTuple(args, "OOOOLOOLOOiLO|OOOLL:forward", &context, &states, &ids, &offsets,
+                          &T, &logits, &rows, &n_logits, &taps, &experts, &check, &pass_tokens,
+                          &done, &edited, &edit, &embeds, &start, &stop))
         return NULL;
     if (parse_states(&c, &t, states, &a.N)) {
         a.ids = kl_py_in(&c, ids, KL_PY_I32, T, "ids");
@@ -407,6 +472,8 @@ static PyObject *model_forward(PyObject *o, PyObject *args)
                           kl_py_size(&c, "logits", n_logits, self->config.vocab, 1, 1), "logits");
         a.logit_rows = kl_py_in_opt(&c, rows, KL_PY_I64, n_logits, "logit_rows");
         a.done = kl_py_out_opt(&c, done, KL_PY_I64, a.N, "done");
+        a.embeds = kl_py_in_opt(&c, embeds, KL_PY_F32,
+                                kl_py_size(&c, "embeds", T, self->config.D, 1, 1), "embeds");
     }
     if (!c.failed && n_logits > 0 && (a.logits == NULL || a.logit_rows == NULL)) {
         PyErr_SetString(PyExc_ValueError, "logits and logit_rows must be arrays when n_logits > 0");
@@ -421,6 +488,13 @@ static PyObject *model_forward(PyObject *o, PyObject *args)
         (void)parse_arrays(&c, taps, &self->config, T, &t, true);
     if (!c.failed && experts != Py_None)
         (void)parse_arrays(&c, experts, &self->config, T, &t, false);
+    if (!c.failed && edited != Py_None && parse_edits(&c, edited, edit, &self->config, &e)) {
+        a.edit = call_edit;
+        a.edit_user = &e;
+        a.edited = e.table;
+    }
+    a.start = start;
+    a.stop = stop;
     a.states = t.states;
     a.taps = t.taps;
     a.expert_ids = t.experts;
@@ -431,6 +505,7 @@ static PyObject *model_forward(PyObject *o, PyObject *args)
         c.status = kl_forward(c.ctx, self->model, &a);
     PyObject *result = kl_py_end(&c);
     free_tables(&t);
+    free(e.table);
     return result;
 }
 

@@ -1,6 +1,10 @@
 /* _core.State: a sequence's state, which holds its model. */
 #include "model.h"
 
+#include "../model/model.h"
+
+#include <stdlib.h>
+
 typedef struct py_state {
     PyObject_HEAD kl_state *state;
     py_model *model;
@@ -12,8 +16,8 @@ static PyObject *state_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     kl_py_call c = { 0 };
     PyObject *context, *model;
     int cache;
-    long long length;
-    if (!PyArg_ParseTuple(args, "OOiL:State", &context, &model, &cache, &length))
+    long long length, every = 0, keep = 0;
+    if (!PyArg_ParseTuple(args, "OOiL|LL:State", &context, &model, &cache, &length, &every, &keep))
         return NULL;
     py_model *owner = kl_py_model_of(model);
     if (owner == NULL)
@@ -25,6 +29,8 @@ static PyObject *state_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     self->model = (py_model *)Py_NewRef(model);
     if (kl_py_begin(&c, context))
         c.status = kl_state_create(c.ctx, &self->state, owner->model, (kl_type)cache, length);
+    if (c.thread != NULL && c.status == KL_OK && (every != 0 || keep != 0))
+        c.status = kl_state_keep(c.ctx, self->state, every, keep);
     PyObject *none = kl_py_end(&c);
     if (none == NULL)
         Py_CLEAR(self);
@@ -67,8 +73,85 @@ static PyObject *state_reset(PyObject *o, PyObject *args)
     PyObject *context;
     if (!PyArg_ParseTuple(args, "O:reset", &context))
         return NULL;
+    kl_state *state = ((py_state *)o)->state;
+    if (kl_py_begin(&c, context)) {
+        c.status = kl_state_acquire(c.ctx, state, "reset");
+        if (c.status == KL_OK) {
+            kl_state_reset(c.ctx, state);
+            kl_state_release(state);
+        }
+    }
+    return kl_py_end(&c);
+}
+
+static PyObject *state_checkpoint(PyObject *o, PyObject *args)
+{
+    kl_py_call c = { 0 };
+    PyObject *context;
+    if (!PyArg_ParseTuple(args, "O:checkpoint", &context))
+        return NULL;
     if (kl_py_begin(&c, context))
-        kl_state_reset(c.ctx, ((py_state *)o)->state);
+        c.status = kl_state_checkpoint(c.ctx, ((py_state *)o)->state);
+    return kl_py_end(&c);
+}
+
+/* positions, oldest first */
+static PyObject *state_checkpoints(PyObject *o, void *closure)
+{
+    (void)closure;
+    const kl_state *state = ((py_state *)o)->state;
+    int64_t *at = calloc((size_t)state->keep + 1, sizeof *at);
+    const int64_t n = at != NULL ? kl_state_checkpoints(state, at) : 0;
+    PyObject *list = at != NULL ? PyList_New(0) : PyErr_NoMemory();
+    for (int64_t i = 0; list != NULL && i < n; i++) {
+        PyObject *item = PyLong_FromLongLong(at[i]);
+        if (item == NULL || PyList_Append(list, item) < 0)
+            Py_CLEAR(list);
+        Py_XDECREF(item);
+    }
+    free(at);
+    return list;
+}
+
+/* the position it went back to, at or before n */
+static PyObject *state_truncate(PyObject *o, PyObject *args)
+{
+    kl_py_call c = { 0 };
+    PyObject *context;
+    long long n;
+    int64_t position = 0;
+    if (!PyArg_ParseTuple(args, "OL:truncate", &context, &n))
+        return NULL;
+    if (kl_py_begin(&c, context))
+        c.status = kl_state_truncate(c.ctx, ((py_state *)o)->state, n, &position);
+    PyObject *none = kl_py_end(&c);
+    Py_XDECREF(none);
+    return none == NULL ? NULL : PyLong_FromLongLong(position);
+}
+
+static PyObject *state_copy_from(PyObject *o, PyObject *args)
+{
+    kl_py_call c = { 0 };
+    PyObject *context, *other;
+    if (!PyArg_ParseTuple(args, "OO:copy_from", &context, &other))
+        return NULL;
+    kl_state *from = kl_py_state_of(other);
+    if (from == NULL)
+        return NULL;
+    if (kl_py_begin(&c, context))
+        c.status = kl_state_copy(c.ctx, ((py_state *)o)->state, from);
+    return kl_py_end(&c);
+}
+
+static PyObject *state_fill(PyObject *o, PyObject *args)
+{
+    kl_py_call c = { 0 };
+    PyObject *context;
+    long long n;
+    if (!PyArg_ParseTuple(args, "OL:fill", &context, &n))
+        return NULL;
+    if (kl_py_begin(&c, context))
+        c.status = kl_state_fill(c.ctx, ((py_state *)o)->state, n);
     return kl_py_end(&c);
 }
 
@@ -111,8 +194,13 @@ static PyObject *move(PyObject *o, PyObject *args, bool out)
         return NULL;
     if (PyObject_GetBuffer(array, &view, PyBUF_C_CONTIGUOUS | (out ? PyBUF_WRITABLE : 0)) < 0)
         return NULL;
+    bool taken = false;
     if (kl_py_begin(&c, context)) {
-        c.status = kl_state_shape(c.ctx, state, layer, (kl_state_part)part, shape, &n_dims, &type);
+        c.status = kl_state_acquire(c.ctx, state, out ? "read" : "write");
+        taken = c.status == KL_OK;
+        if (taken)
+            c.status =
+                kl_state_shape(c.ctx, state, layer, (kl_state_part)part, shape, &n_dims, &type);
         const size_t bytes =
             kl_type_bytes(type, shape[0] * shape[1] * (n_dims == 3 ? shape[2] : 1));
         if (c.status == KL_OK && (size_t)view.len != bytes)
@@ -123,6 +211,8 @@ static PyObject *move(PyObject *o, PyObject *args, bool out)
             c.status = out ? kl_state_read(c.ctx, state, layer, (kl_state_part)part, view.buf)
                            : kl_state_write(c.ctx, state, layer, (kl_state_part)part, view.buf);
     }
+    if (taken)
+        kl_state_release(state);
     PyObject *result = kl_py_end(&c);
     PyBuffer_Release(&view);
     return result;
@@ -134,10 +224,15 @@ static PyObject *state_write(PyObject *o, PyObject *args) { return move(o, args,
 static PyGetSetDef state_getset[] = {
     { "position", state_position, NULL, "tokens read", NULL },
     { "bytes", state_bytes, NULL, "bytes now held", NULL },
+    { "checkpoints", state_checkpoints, NULL, "positions of the checkpoints, oldest first", NULL },
     { NULL, NULL, NULL, NULL, NULL },
 };
 static PyMethodDef state_methods[] = {
     { "reset", state_reset, METH_VARARGS, NULL },
+    { "checkpoint", state_checkpoint, METH_VARARGS, NULL },
+    { "truncate", state_truncate, METH_VARARGS, NULL },
+    { "copy_from", state_copy_from, METH_VARARGS, NULL },
+    { "fill", state_fill, METH_VARARGS, NULL },
     { "shape", state_shape, METH_VARARGS, NULL },
     { "read", state_read, METH_VARARGS, NULL },
     { "write", state_write, METH_VARARGS, NULL },

@@ -5,13 +5,15 @@ data), then the data, which the tensors fill without overlap or hole. Source: RE
 """
 
 import contextlib
+import errno
 import json
 import math
 import mmap
 import os
 import secrets
+import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -344,6 +346,41 @@ def write_safetensors(
         file.write(header)
         for name, dtype, shape in plan:
             _write_array(file, name, dtype, shape, tensors[name])
+
+
+@contextlib.contextmanager
+def sparse_safetensors(
+    path: str | os.PathLike, tensors: Mapping[str, object], metadata: Mapping[str, str] | None = None
+) -> Iterator[Callable[[str, int, np.ndarray], None]]:
+    """A file whose tensors are written in parts: gives ``keep(name, row, values)``, for the rows from `row` on.
+
+    `tensors` have `shape` and `dtype`. The file has its full size from the start, and its name when the block ends.
+
+    Raises
+    ------
+    OSError
+        If the file is larger than what is free on its disk; nothing is written then.
+    """
+    plan = _plan(tensors)
+    header = _encode_header(plan, metadata)
+    begin, places = 8 + len(header), {}
+    for name, dtype, shape in plan:
+        places[name] = begin, math.prod(shape[1:]) * DTYPES[dtype].itemsize, DTYPES[dtype]
+        begin += math.prod(shape) * DTYPES[dtype].itemsize
+    free = shutil.disk_usage(Path(path).absolute().parent).free
+    if begin > free:
+        raise OSError(errno.ENOSPC, f"{path} would be {begin:,} bytes and {free:,} are free on its disk")
+    with atomic_file(path) as file:
+        file.write(len(header).to_bytes(8, "little"))
+        file.write(header)
+        file.truncate(begin)
+
+        def keep(name: str, row: int, values: np.ndarray) -> None:
+            first, row_bytes, dtype = places[name]
+            file.seek(first + row * row_bytes)
+            file.write(np.ascontiguousarray(values, dtype).tobytes())
+
+        yield keep
 
 
 def _plan(tensors: Mapping[str, object]) -> list[tuple[str, str, tuple[int, ...]]]:

@@ -1,0 +1,292 @@
+"""One forward call, from what the caller gives to what the caller gets."""
+
+import operator
+
+import numpy as np
+
+from . import reference
+from ._arrays import as_float32, as_integers, as_offsets
+from .context import current
+from .editing import Edits
+from .plan import available_memory
+from .state import State
+from .trace import Trace, matches
+
+__all__ = ["Call", "attention_probs", "refuse_what_does_not_fit", "tap_names"]
+
+
+class Call:
+    """One forward call: its sequences in packed form, and the way back to the caller's form."""
+
+    def __init__(self, model, tokens, *, offsets=None, logits="all", state=None, embeds=None, start=None, stop=None):
+        self.model = model
+        self.vocab = model.config.vocab_size
+        self.start, self.stop = self._layers(start, stop, embeds)
+        self.embeds, tokens = self._embeds(embeds, tokens)
+        self.form, self.ids, self.offsets = self._pack(tokens, offsets)
+        self.T, self.N = len(self.ids), len(self.offsets) - 1
+        if self.embeds is not None:
+            self.embeds = as_float32(self.embeds, "embeds", (self.T, model.config.hidden_size))
+        self.states = self._states(state)
+        self.rows = self._rows(logits)
+        self.table = {name: entry for name, entry in model._taps.items() if self._is_made(name)}
+        self._refuse_too_many()
+
+    # ---- which layers, from what ----
+
+    @property
+    def whole(self):
+        """Whether all layers are run, so that there are logits."""
+        return self.start == 0 and self.stop == self.model.config.n_layers
+
+    @property
+    def headless(self):
+        """Whether the call ends before the last layer: the residual stream is its value."""
+        return self.stop < self.model.config.n_layers
+
+    def _layers(self, start, stop, embeds):
+        n = self.model.config.n_layers
+        start = 0 if start is None else operator.index(start)
+        stop = n if stop is None else operator.index(stop)
+        if not 0 <= start < stop <= n:
+            raise ValueError(f"start is {start} and stop {stop}; 0 <= start < stop <= {n} layers must hold")
+        if start and embeds is None:
+            raise ValueError(f"start is {start}; embeds must then be the residual stream that enters layer {start}")
+        return start, stop
+
+    def _embeds(self, embeds, tokens):
+        """The rows that enter layer `start`, packed; ids that stand for them where no tokens are given."""
+        if embeds is None:
+            if tokens is None:
+                raise TypeError("tokens is None; it may be only where embeds are given")
+            return None, tokens
+        self.nameless = tokens is None
+        if isinstance(embeds, (list, tuple)) and len(embeds) and np.ndim(embeds[0]) == 2:
+            parts = [as_float32(e, f"embeds[{i}]", ("T", self.model.config.hidden_size)) for i, e in enumerate(embeds)]
+            return np.concatenate(parts), [np.zeros(len(e), np.int32) for e in parts] if tokens is None else tokens
+        D = self.model.config.hidden_size
+        embeds = as_float32(embeds, "embeds", ("T", D), ("B", "T", D))
+        ids = np.zeros(embeds.shape[:-1], np.int32) if tokens is None else tokens
+        return embeds.reshape(-1, D), ids
+
+    def _is_made(self, name):
+        if name.startswith("layers."):
+            return self.start <= int(name.split(".")[1]) < self.stop
+        return not self.headless if name == "norm" else self.start == 0
+
+    # ---- tokens, states, rows ----
+
+    def _pack(self, tokens, offsets):
+        if isinstance(tokens, str):
+            raise TypeError("tokens is text; give ids: model.tokenizer.encode(text)")
+        nested = isinstance(tokens, (list, tuple)) and len(tokens) > 0 and np.ndim(tokens[0]) == 1
+        if nested and offsets is None:
+            parts = [as_integers(t, f"tokens[{i}]", ("T",), low=0, high=self.vocab) for i, t in enumerate(tokens)]
+            ends = np.cumsum([0] + [len(p) for p in parts]).astype(np.int64)
+            return "list", np.concatenate(parts).astype(np.int32), ends
+        ids = as_integers(tokens, "tokens", ("T",), ("B", "T"), low=0, high=self.vocab)
+        if ids.ndim == 2:
+            if offsets is not None:
+                raise ValueError("tokens is [B, T] and offsets are given; offsets need tokens [T]")
+            B, T = ids.shape
+            return "batch", ids.reshape(-1), np.arange(B + 1, dtype=np.int64) * T
+        return ("single" if offsets is None else "packed"), ids, as_offsets(offsets, len(ids))
+
+    def _states(self, state):
+        if state is not None and not self.whole:
+            raise ValueError(f"state is given and only layers {self.start} to {self.stop - 1} are run; a state moves "
+                             "on through all of them")
+        if state is None:
+            return None  # made when the call runs
+        states = list(state) if isinstance(state, (list, tuple)) else [state]
+        if len(states) != self.N:
+            raise ValueError(f"state has {len(states)} states; it must have one for each of {self.N} sequences")
+        for i, s in enumerate(states):
+            if not isinstance(s, State):
+                raise TypeError(f"state[{i}] is a {type(s).__name__}; it must be a State")
+        return states
+
+    def _rows(self, logits):
+        self.which = logits if isinstance(logits, str) else "rows"
+        if self.which == "all":
+            return np.arange(self.T, dtype=np.int64)
+        if self.which == "none":
+            return np.zeros(0, np.int64)
+        if self.which == "last":
+            empty = np.flatnonzero(np.diff(self.offsets) == 0)
+            if empty.size:
+                raise ValueError(f"tokens: sequence {empty[0]} is empty; logits='last' needs a token in each")
+            return self.offsets[1:] - 1
+        if isinstance(logits, str):
+            raise ValueError(f"logits is {logits!r}; it must be 'all', 'last', 'none' or rows")
+        rows = as_integers(logits, "logits", ("n",), dtype=np.int64, low=0, high=self.T)
+        if (np.diff(rows) <= 0).any():
+            raise ValueError("logits: rows must rise")
+        return rows
+
+    def _refuse_too_many(self):
+        if not self.headless:
+            refuse_what_does_not_fit(len(self.rows) * self.vocab * 4,
+                                     f"logits of {len(self.rows)} tokens x {self.vocab}",
+                                     "ask for logits='last' or rows")
+
+    # ---- taps ----
+
+    def names(self):
+        """Taps that this call makes, in the order of the dataflow."""
+        return tap_names(self.table) + ([] if self.headless else ["logits"])
+
+    def trace(self, patterns, edit, expert_ids, check):
+        """Run; the value, and the taps that the globs match."""
+        names = matches(self.names(), patterns)
+        if "logits" in names and self.which != "all":
+            raise ValueError("taps: 'logits' needs logits='all'")
+        probs = [name for name in names if name.endswith("mla.probs")]
+        kept = {*names, *(name.replace("probs", "q") for name in probs)} & self.table.keys()
+        self._refuse_probs(probs)
+        arrays = {n: np.empty((self.T, *self.table[n][2]), self.table[n][3]) for n in self.table if n in kept}
+        value = self.run(arrays, edit, expert_ids, check)
+        arrays["logits"] = self.values
+        for name in probs:
+            arrays[name] = attention_probs(self.model, self.states[0], name, arrays[name.replace("probs", "q")])
+        return value, Trace({name: arrays[name] for name in names}, self.meta())
+
+    def _refuse_probs(self, names):
+        if not names:
+            return
+        if self.N != 1:
+            raise ValueError(f"taps: {names[0]} is of one sequence; {self.N} are given")
+        H, S = self.model.config.mla_heads, self.T + (self.states[0].position if self.states else 0)
+        refuse_what_does_not_fit(len(names) * self.T * H * S * 4, f"{len(names)} mla.probs of {self.T} x {H} x {S}",
+                                 "ask for fewer tokens, behind a state")
+
+    # ---- run ----
+
+    def run(self, arrays, edit=None, expert_ids=None, check=None):
+        """The call itself: fills the arrays of taps, moves the states on, gives the value in the caller's form."""
+        if check not in (None, "finite"):
+            raise ValueError(f"check is {check!r}; it must be None or 'finite'")
+        model, n_logits = self.model, 0 if self.headless else len(self.rows)
+        edits = self.edits(edit, n_logits)
+        if model._checkpoint is not None:
+            model._checkpoint.check_unchanged()
+        if self.states is None:
+            self.states = model.new_state(self.N)
+        leaving = f"layers.{self.stop - 1}.out"
+        if self.headless and len(self.rows):
+            arrays = {leaving: np.empty((self.T, model.config.hidden_size), np.float32), **arrays}
+        taps = [(*self.table[n][:2], a) for n, a in arrays.items()] or None
+        self.done = np.zeros(self.N, np.int64)
+        self.values = np.empty((n_logits, self.vocab), np.float32)
+        try:
+            model._core.forward(
+                current(model.ctx)._core, [s._core for s in self.states], self.ids, self.offsets, self.T, self.values,
+                self.rows[:n_logits], n_logits, taps, self.experts(expert_ids), int(check == "finite"), 0, self.done,
+                edits.places if edits else None, edits.rows if edits else None, self.embeds, self.start, self.stop,
+            )
+        finally:
+            self._tell_states()
+        if self.headless:
+            self.values = arrays[leaving][self.rows] if len(self.rows) else self.values
+        elif edits:
+            self.values = edits.logits(self.values)
+        return self._form(self.values)
+
+    def edits(self, edit, n_logits):
+        if not edit and edit is not None and hasattr(edit, "items"):
+            return None
+        return None if edit is None else Edits(self.table, self.model.config.n_experts, self.T, n_logits, self.vocab,
+                                               edit)
+
+    def _tell_states(self):
+        """Each state keeps the ids that it has read; -1 stands for a row of embeds that has none."""
+        for state, begin, n in zip(self.states, self.offsets[:-1], self.done, strict=True):
+            nameless = self.embeds is not None and self.nameless
+            state._append([-1] * int(n) if nameless else self.ids[begin : begin + n].tolist())
+
+    def experts(self, expert_ids):
+        if expert_ids is None:
+            return None
+        given = []
+        c = self.model.config
+        for layer, ids in expert_ids.items():
+            if f"layers.{layer}.moe.ids" not in self.table:
+                raise ValueError(f"expert_ids: layer {layer} has no mixture of experts")
+            _, tap, shape, _ = self.model._taps[f"layers.{layer}.moe.ids"]
+            a = as_integers(ids, f"expert_ids[{layer}]", (self.T, *shape), low=0, high=c.n_experts)
+            given.append((layer, tap, np.sort(a, axis=-1)))
+        return given
+
+    def _form(self, values):
+        if self.which == "none":
+            return None
+        if self.which == "rows" or self.form == "packed":
+            return values
+        if self.which == "last":
+            return values[0] if self.form == "single" else list(values) if self.form == "list" else values
+        if self.form == "single":
+            return values
+        if self.form == "batch":
+            return values.reshape(self.N, -1, values.shape[-1])
+        return [values[a:b] for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True)]
+
+    def meta(self):
+        return {
+            "model": self.model.name, "tokens": self.ids.tolist(), "offsets": self.offsets.tolist(),
+            "source": "kimi_linear", "dtype": "float32",
+        }
+
+
+def tap_names(table):
+    """Names of a table of taps, with those that are derived from them."""
+    names = []
+    for name in table:
+        if name.endswith("mla.o"):
+            names.append(name[:-1] + "probs")
+        names.append(name)
+    return names
+
+
+def refuse_what_does_not_fit(n_bytes, what, instead):
+    """MemoryError before work starts, where a result is larger than the memory that is free."""
+    free = available_memory()
+    if free is not None and n_bytes > free:
+        raise MemoryError(f"{what} are {n_bytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; {instead}")
+
+
+def attention_probs(model, state, name, q):
+    """What each token of a call attends to: softmax of its scores over all positions of the sequence.
+
+    p[t, h, s] = softmax_s(scale (q_nope[t, h] . w_uk[h] latent[s] + q_rope[t, h] . k_shared[s])), s <= t; in float64,
+    rounded once. Source: DeepSeek-V2, arXiv:2405.04434, section 2.1.
+
+    Parameters
+    ----------
+    model : Model
+    state : State
+        After the call.
+    name : str
+        ``layers.<i>.mla.probs``.
+    q : (T, H, nope + rope) float32
+        The tap ``mla.q``.
+
+    Returns
+    -------
+    p : (T, H, S) float32
+        S positions; 0 behind the token's own.
+    """
+    c, layer = model.config, name.removesuffix("mla.probs")
+    latent = reference.f64(state[f"{layer}mla.latent_cache"])
+    k_shared = reference.f64(state[f"{layer}mla.k_shared_cache"])
+    kv_b = reference.f64(model.weights[f"model.{layer}self_attn.kv_b_proj.weight"])
+    w_uk = kv_b.reshape(c.mla_heads, c.nope_dim + c.v_head_dim, c.kv_rank)[:, : c.nope_dim]
+    T, S = len(q), len(latent)
+    unseen = np.arange(S) > np.arange(S - T, S)[:, None]
+    p = np.empty((T, c.mla_heads, S), np.float32)
+    for h in range(c.mla_heads):
+        own = reference.f64(q[:, h])
+        scores = own[:, : c.nope_dim] @ w_uk[h] @ latent.T + own[:, c.nope_dim :] @ k_shared.T
+        scores *= (c.nope_dim + c.rope_dim) ** -0.5
+        scores[unseen] = -np.inf
+        p[:, h] = reference.softmax(scores)
+    return p

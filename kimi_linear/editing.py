@@ -1,0 +1,84 @@
+"""Edits of a forward pass: taps replaced by arrays, or by what a function makes of them."""
+
+import numpy as np
+
+from ._arrays import as_float32, as_integers
+from .context import Context, nested
+from .trace import matches
+
+__all__ = ["Edits"]
+
+
+class Edits:
+    """What ``edit=`` of a forward call asks for, checked before the call begins.
+
+    Parameters
+    ----------
+    table : mapping from tap to (layer, id, shape without T, dtype)
+        The taps that the call makes, without the logits.
+    n_experts : int
+    T : int
+        Tokens of the call.
+    n_logits : int
+        Rows of logits of the call; "logits" may be edited where it is not 0.
+    vocab : int
+    edit : mapping from glob to array or function
+
+    Raises
+    ------
+    TypeError
+        If `edit` is no mapping, or an array's dtype is not the tap's.
+    ValueError
+        If a glob matches no tap (near names are shown), or an array's shape is not the tap's.
+    """
+
+    def __init__(self, table, n_experts, T, n_logits, vocab, edit):
+        if not hasattr(edit, "items"):
+            raise TypeError(f"edit is a {type(edit).__name__}; it must be a dict from tap to array or function")
+        self.n_experts, self._lender = n_experts, None
+        shapes = {name: (T, *entry[2]) for name, entry in table.items()}
+        if n_logits:
+            shapes["logits"] = (n_logits, vocab)
+        self.changes = {}
+        for pattern, change in edit.items():
+            for name in matches(shapes, str(pattern), "edit"):
+                value = change if callable(change) else self._checked(name, change, shapes[name])
+                self.changes.setdefault(name, []).append(value)
+        self.places = [table[name][:2] for name in self.changes if name != "logits"]
+        self._of_place = {table[name][:2]: (name, *table[name][2:]) for name in self.changes if name != "logits"}
+
+    def _checked(self, name, value, shape):
+        """A tap's new value: float32 or wider-able, of exactly its shape; expert ids ascending and all different."""
+        what = f"edit[{name!r}]"
+        if not name.endswith("moe.ids"):
+            return as_float32(value, what, shape)
+        ids = np.sort(as_integers(value, what, shape, low=0, high=self.n_experts), axis=-1)
+        if (np.diff(ids) == 0).any():
+            t = int(np.argwhere(np.diff(ids) == 0)[0, 0])
+            raise ValueError(f"{what}[{t}] is {ids[t].tolist()}; a token's experts must be different")
+        return ids
+
+    def rows(self, layer, tap, first, n, view):
+        """Replace rows first..first+n-1 of a tap; `view` is their memory."""
+        name, shape, dtype = self._of_place[layer, tap]
+        x = np.frombuffer(bytes(view), dtype).reshape(n, *shape).copy()
+        view[:] = self._changed(name, x, first).tobytes()
+
+    def logits(self, values):
+        """The rows of logits that the call gives, changed."""
+        return self._changed("logits", values, 0) if "logits" in self.changes else values
+
+    def _changed(self, name, x, first):
+        for change in self.changes[name]:
+            if callable(change):
+                x = self._checked(name, self._call(change, x), x.shape)
+            else:
+                x = change[first : first + len(x)]
+        return x
+
+    def _call(self, function, x):
+        """`function` of a copy; ops that it calls run in a context of their own, since this call's is taken."""
+        if self._lender is None:
+            self._lender = Context(threads=1)
+        with nested(self._lender):
+            return function(x.copy())

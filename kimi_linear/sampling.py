@@ -1,0 +1,166 @@
+"""From logits to a token: penalty, processor, draw, log-probabilities; and stop strings in streamed text."""
+
+import math
+
+import numpy as np
+
+from . import _core, ops
+from .context import current
+
+__all__ = ["Sampler", "StopStrings", "logprobs_of", "settings"]
+
+
+def settings(defaults, *, temperature=None, top_k=None, top_p=None, min_p=None, repetition_penalty=None):
+    """What was asked for, else what generation_config.json says, else greedy over everything.
+
+    Returns
+    -------
+    dict
+        temperature, top_k, top_p, min_p as `ops.sample` takes them, and repetition_penalty.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If one is no number or out of its range.
+    """
+    if temperature is None:
+        temperature = _first(defaults.get("temperature"), 1.0) if defaults.get("do_sample") else 0.0
+    draw = {
+        "temperature": float(temperature),
+        "top_k": int(_first(top_k, defaults.get("top_k"), 0)),
+        "top_p": float(_first(top_p, defaults.get("top_p"), 1.0)),
+        "min_p": float(_first(min_p, defaults.get("min_p"), 0.0)),
+    }
+    penalty = float(_first(repetition_penalty, defaults.get("repetition_penalty"), 1.0))
+    if not (math.isfinite(penalty) and penalty > 0):
+        raise ValueError(f"repetition_penalty is {penalty:g}; it must be finite and > 0")
+    ops.sample(np.zeros(2, np.float32), **draw)  # raises what is wrong
+    return {**draw, "repetition_penalty": penalty}
+
+
+def _first(*values):
+    return next(v for v in values if v is not None)
+
+
+class Sampler:
+    """Draws the tokens of one sequence.
+
+    Parameters
+    ----------
+    chosen : dict
+        Of `settings`.
+    seed, sequence : int
+        With the position they are the counter of the draw (`ops.sample`): nothing else, so a sequence draws the same
+        alone and in a batch.
+    processor : callable, optional
+        ``processor(ids, logits)``, with all ids so far and a float32 copy [vocab]: returns the logits to draw from,
+        -inf masking a token, or None where it changed the copy in place.
+    ids : (T,) integers
+        The prompt.
+    """
+
+    def __init__(self, chosen, seed, sequence, processor, ids, vocab_size, ctx=None):
+        self.penalty = chosen["repetition_penalty"]
+        self.reals = [np.array([chosen[name]], np.float32) for name in ("temperature", "top_p", "min_p")]
+        self.words = [np.array([word], np.uint64).view(np.int64) for word in (chosen["top_k"], seed, sequence)]
+        self.position, self.id = np.empty(1, np.int64), np.empty(1, np.int32)
+        self.processor = processor
+        self.ctx = ctx
+        self.ids = ids.tolist() if processor is not None else None
+        self.seen = None
+        if self.penalty != 1.0:
+            self.seen = np.zeros(vocab_size, bool)
+            self.seen[ids] = True
+
+    def __call__(self, logits, position):
+        """The token at `position`, from the logits [vocab] of the tokens before it.
+
+        Raises
+        ------
+        ValueError
+            If a logit is NaN or +inf, or all are masked; the position is named.
+        """
+        adjusted = self._processed(self._penalised(logits), position)
+        try:
+            token = self._drawn(np.ascontiguousarray(adjusted), position)
+        except ValueError as error:
+            raise ValueError(f"the token at position {position} cannot be drawn: {error}") from None
+        if self.seen is not None:
+            self.seen[token] = True
+        if self.ids is not None:
+            self.ids.append(token)
+        return token
+
+    def _drawn(self, logits, position):
+        """`ops.sample` of one row, without making its arguments anew for each token."""
+        temperature, top_p, min_p = self.reals
+        top_k, seed, sequence = self.words
+        self.position[0] = position
+        _core.sample(current(self.ctx)._core, self.id, logits, temperature, top_k, top_p, min_p, seed, sequence,
+                     self.position, 1, len(logits))
+        return int(self.id[0])
+
+    def _penalised(self, logits):
+        """Logits of tokens seen: l / penalty where l > 0, l * penalty elsewhere (Keskar et al., arXiv:1909.05858)."""
+        if self.seen is None:
+            return logits
+        changed = np.where(logits > 0, logits / np.float32(self.penalty), logits * np.float32(self.penalty))
+        return np.where(self.seen, changed, logits)
+
+    def _processed(self, logits, position):
+        if self.processor is None:
+            return logits
+        given = logits.copy()
+        out = self.processor(list(self.ids), given)
+        out = given if out is None else np.asarray(out)
+        if out.shape != logits.shape or out.dtype.kind != "f":
+            raise ValueError(f"logits_processor gave {out.dtype} {list(out.shape)}; it must be float32 "
+                             f"{list(logits.shape)}, or None")
+        if (out == -np.inf).all():
+            raise ValueError(f"logits_processor masked all {out.size} tokens at position {position}; one must be left")
+        return out.astype(np.float32)
+
+
+def logprobs_of(logits, token, k):
+    """Log-probability of a token under float32 logits [vocab], and of the `k` likeliest: (float, [(id, float)])."""
+    shifted = logits.astype(np.float64) - logits.max()
+    shifted -= np.log(np.exp(shifted).sum())
+    k = min(k, shifted.size)
+    likeliest = np.argpartition(-shifted, k - 1)[:k]
+    likeliest = likeliest[np.lexsort((likeliest, -shifted[likeliest]))]
+    return float(shifted[token]), [(int(i), float(shifted[i])) for i in likeliest]
+
+
+class StopStrings:
+    """Lets text through up to the first stop string; what may be the beginning of one waits for the rest.
+
+    Parameters
+    ----------
+    stop : tuple of str
+    """
+
+    def __init__(self, stop):
+        self.stop = stop
+        self.held = ""
+        self.met = False
+
+    def push(self, piece):
+        """The text that can be shown now."""
+        text = self.held + piece
+        found = [at for at in map(text.find, self.stop) if at >= 0]
+        if found:
+            self.met, self.held = True, ""
+            return text[:min(found)]
+        n = max((_overlap(text, stop) for stop in self.stop), default=0)
+        self.held = text[len(text) - n:]
+        return text[:len(text) - n]
+
+    def finish(self):
+        """What was held back, when no more comes."""
+        held, self.held = self.held, ""
+        return held
+
+
+def _overlap(text, stop):
+    """Characters at the end of `text` that `stop` begins with."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,42 @@
+"""A model's weights by name: read when asked for, replaceable."""
+
+import difflib
+from collections.abc import Mapping
+
+import numpy as np
+
+from ._arrays import TYPE_IDS, as_array, check_shape
+
+__all__ = ["Weights"]
+
+
+class Weights(Mapping):
+    """Canonical name -> array of a Model; a tensor of a file is mapped when it is asked for.
+
+    ``weights[name] = array`` replaces a tensor by a copy of the array, which must have its shape.
+    """
+
+    def __init__(self, model):
+        self._model = model
+
+    def __getitem__(self, name):
+        tensor = self._model._tensors[name]
+        return tensor.array() if hasattr(tensor, "file") else np.asarray(tensor)
+
+    def __setitem__(self, name, value):
+        if name not in self._model._tensors:
+            near = difflib.get_close_matches(str(name), list(self._model._tensors), n=3, cutoff=0.3)
+            raise KeyError(f"{name!r} is no weight of this model; near it are {', '.join(near)}")
+        a = as_array(value, name)
+        if a.dtype not in TYPE_IDS:
+            raise TypeError(f"{name} is {a.dtype}; it must be float32, float16 or bfloat16")
+        check_shape(a, name, tuple(self._model._tensors[name].shape))
+        a = np.array(a, order="C")
+        a.flags.writeable = False
+        self._model._replace(name, a)
+
+    def __iter__(self):
+        return iter(self._model._tensors)
+
+    def __len__(self):
+        return len(self._model._tensors)
