@@ -29,6 +29,17 @@ def add_arguments(parser):
     prompt.add_argument("--prompt-file", metavar="FILE", help="the same from a UTF-8 file; - is stdin")
     prompt.add_argument("--ids", type=integers, metavar="ID,ID", help="token ids; no tokenizer is needed")
     parser.add_argument("--chat", action="store_true", help="send the prompt as one user message")
+    add_generation_arguments(parser)
+    parser.add_argument("--logprobs", type=non_negative, default=0, metavar="K",
+                        help="with --json: the K likeliest of each token, with log-probabilities")
+    parser.add_argument("-n", "--samples", type=positive, default=1, metavar="N",
+                        help="so many continuations; the prompt is read once (default: %(default)s)")
+    add_compute_arguments(parser, cache="float16")
+    add_json_argument(parser)
+
+
+def add_generation_arguments(parser):
+    """How tokens are drawn and where they end; `generation_options` gives them to ``model.generate``."""
     parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N",
                         help="(default: %(default)s)")
     parser.add_argument("--temperature", type=float, metavar="X",
@@ -38,10 +49,18 @@ def add_arguments(parser):
                         help="among the likeliest that together have probability P")
     parser.add_argument("--min-p", type=float, metavar="P",
                         help="among those at least P times as likely as the likeliest")
+    parser.add_argument("--repetition-penalty", type=float, metavar="X",
+                        help="divide positive logits of tokens seen by X, multiply negative ones; 1 is none")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT",
+                        help="end before this text; may be given again")
     parser.add_argument("--seed", type=non_negative, default=0, metavar="N",
                         help="the same seed gives the same text (default: %(default)s)")
-    add_compute_arguments(parser, cache="float16")
-    add_json_argument(parser)
+
+
+def generation_options(args):
+    """The options of ``model.generate`` that `add_generation_arguments` asked for."""
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed")
+    return {name: getattr(args, name) for name in names}
 
 
 def run(args):
@@ -49,11 +68,17 @@ def run(args):
         raise ValueError("--chat needs text; give --prompt or --prompt-file, not --ids")
     prompt = _prompt(args)
     model = load_model(args)
-    generation = model.generate(prompt, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                                top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, seed=args.seed)
+    if args.logprobs and not args.json:
+        raise ValueError("--logprobs needs --json, which shows them")
+    generation = model.generate(prompt, n=args.samples, logprobs=max(1, args.logprobs) if args.json else 0,
+                                **generation_options(args))
     if args.json:
         generation.run()
         print_json(_facts(model, generation))
+        return 0
+    if args.samples > 1:
+        _print_samples(generation.run())
+        say(_cost(model, generation))
         return 0
     if args.prompt is not None and not args.chat:
         say(args.prompt, end="")
@@ -79,6 +104,11 @@ def _stream(generation):
         sys.stdout.flush()
 
 
+def _print_samples(generation):
+    for i, text in enumerate(generation.text):
+        print(f"--- {i + 1} of {generation.n}\n{text}")
+
+
 def _finish(model, generation):
     print(flush=True)
     say(_cost(model, generation))
@@ -89,14 +119,21 @@ def _cost(model, generation):
     how = "greedy" if heat == 0 else f"temperature {heat:g}, seed {generation.seed}"
     return (f"[{s.prompt_tokens} tokens read at {s.prefill_rate:,.0f}/s, {s.new_tokens} written at "
             f"{s.decode_rate:,.0f}/s; {how}; activations {model.activations}, cache {model.cache}; "
-            f"ended by {generation.finish_reason or 'interruption'}]")
+            f"ended by {_reasons(generation)}]")
+
+
+def _reasons(generation):
+    reasons = generation.finish_reason if generation.is_batch else [generation.finish_reason]
+    names = {None: "interruption", "interrupted": "interruption"}
+    return ", ".join(dict.fromkeys(names.get(reason, reason) for reason in reasons))
 
 
 def _facts(model, generation):
     s = generation.stats
+    prompt_ids = generation.prompt_ids[0] if generation.is_batch else generation.prompt_ids
     return {
-        "model": model.name, "text": generation.text, "prompt_tokens": generation.prompt_ids.tolist(),
-        "tokens": generation.tokens, "logprobs": generation.logprobs,
+        "model": model.name, "text": generation.text, "prompt_tokens": prompt_ids.tolist(),
+        "tokens": generation.tokens, "logprobs": generation.logprobs, "top_logprobs": generation.top_logprobs,
         "finish_reason": generation.finish_reason,
         "sampling": {**generation.sampling, "seed": generation.seed},
         "activations": model.activations, "cache": model.cache,

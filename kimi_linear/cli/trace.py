@@ -8,6 +8,7 @@ from ._common import (
     integers,
     load_model,
     print_json,
+    progress,
     read_text,
     say,
 )
@@ -44,8 +45,12 @@ def run(args):
     model = load_model(args)
     tokens = args.ids if text is None else _encode(model, text)
     taps = args.taps or ["*"]
-    trace = _reference(model, tokens, taps) if args.reference else model.trace(tokens, taps)
-    trace.save(args.output)
+    if args.reference:
+        trace = _reference(model, tokens, taps)
+        trace.save(args.output)
+    else:
+        with progress(len(tokens), "trace") as bar:
+            trace = model.trace(tokens, taps, to=args.output, progress=lambda read, _: bar.update(read - bar.n))
     if args.json:
         shapes = {name: {"shape": list(x.shape), "dtype": str(x.dtype)} for name, x in trace.items()}
         print_json({"file": args.output, "tokens": len(tokens), "bytes": trace.nbytes, "taps": shapes})

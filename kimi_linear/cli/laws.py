@@ -1,0 +1,48 @@
+"""``kimi-linear laws``: every law of the engine, checked on a model and this machine."""
+
+from ._common import (
+    add_json_argument,
+    add_model_argument,
+    load_model,
+    non_negative,
+    print_json,
+    progress,
+)
+
+HELP = "what must give the same bytes, or stay within the budget: checked on a model, on this machine"
+EPILOG = """
+kimi-linear laws
+kimi-linear laws ~/models/kimi --only batch_is_alone --only any_thread_count
+
+exit code 0: every law holds; 1: one does not; 2: bad usage or input
+"""
+
+
+def add_arguments(parser):
+    add_model_argument(parser)
+    parser.add_argument("--only", action="append", metavar="LAW", help="this law; may be given several times")
+    parser.add_argument("--seed", type=non_negative, default=0, metavar="N",
+                        help="of the random token ids (default: %(default)s)")
+    add_json_argument(parser)
+
+
+def run(args):
+    from ..laws import LAWS, laws
+
+    for name in args.only or ():
+        if name not in LAWS:
+            raise ValueError(f"--only is {name!r}; the laws are {', '.join(LAWS)}")
+    model = load_model(args)
+    with progress(1, "laws", unit="law") as bar:
+
+        def moved(done, total, name):
+            bar.total = total
+            bar.set_postfix_str(name, refresh=False)
+            bar.update(done - bar.n)
+
+        report = laws(model, args.only, seed=args.seed, progress=moved)
+    if args.json:
+        print_json(report.to_dict())
+    else:
+        print(report)
+    return 0 if report.ok else 1
