@@ -14,7 +14,7 @@ ORACLES := .venv-oracles
 CTEST := $(MAKE) -C tests/c
 ASAN_TREE := build/asan/kimi_linear
 
-.PHONY: help system venv build lib ctest test demo oracles lint format asan tsan bench clean
+.PHONY: help system venv build lib ctest test demo oracles lint format asan tsan long bench clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
@@ -102,6 +102,9 @@ tsan: lib  ## the C programs of tests/c under ThreadSanitizer
 	@export KL_SANITIZE=thread
 	$(PY) setup.py -q lib
 	$(CTEST) LIB=$(CURDIR)/build/lib-thread-debug SANITIZE=thread
+
+long: build  ## what takes minutes: 131,072 tokens through one state, thousands of calls without a leak
+	@for script in tests/long/*.py; do $(PY) $$script; done
 
 bench: build  ## tokens/s, time and rate of every op beside the machine's roof
 	@$(PY) -m kimi_linear bench $(ARGS)

@@ -1,0 +1,184 @@
+"""Many calls of each op, of forward, of a generation's steps and of the verbs of a state: nothing may stay behind.
+
+    python tests/long/leaks.py [CALLS]        10,000 by default; exit code 1 when something leaks
+
+Three counters beside each other: bytes that malloc has handed out (exact, of the C library and NumPy), blocks of
+Python objects (exact), and the process's anonymous memory (what it costs; it moves by pages).
+"""
+
+import ctypes
+import gc
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+import kimi_linear as kl
+
+# A leak of the smallest block, 32 bytes a call, is over these at 10,000 calls; so is one of 128 at 300.
+MALLOC_SLACK, BLOCK_SLACK, RSS_SLACK = 32 << 10, 250, 256 << 10
+BYTES_A_CALL, BLOCKS_A_CALL = 16, 0.1
+
+
+class _Mallinfo(ctypes.Structure):
+    """struct mallinfo2 of glibc: ten sizes; the fifth is mapped bytes, the eighth bytes in use."""
+
+    _fields_ = [(f"field{i}", ctypes.c_size_t) for i in range(10)]
+
+
+def malloc_bytes():
+    """Bytes handed out by malloc in all arenas; 0 where the C library does not say."""
+    function = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if function is None:
+        return 0
+    function.restype = _Mallinfo
+    info = function()
+    return info.field4 + info.field7
+
+
+def rss_anon():
+    """Bytes of the process's anonymous memory."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+
+def op_calls(rng):
+    """Name -> a small call of each op."""
+    def f(*shape):
+        return rng.standard_normal(shape, np.float32)
+
+    x, w, g = f(6, 16), f(8, 16), -np.abs(f(6, 2, 8))
+    q, k, v, beta = f(6, 2, 8), f(6, 2, 8), f(6, 2, 8), rng.random((6, 2), np.float32)
+    taps, rate = f(16, 4), np.abs(f(2))
+    latent, shared, w_uk, w_uv = f(6, 12), f(6, 2), f(2, 6, 12), f(2, 8, 12)
+    ids, weights = np.tile(np.array([[0, 2]], np.int32), (6, 1)), np.abs(f(6, 2))
+    experts, back = f(4, 8, 16), f(4, 16, 8)
+    return {
+        "add": lambda: kl.ops.add(x, x),
+        "sigmoid": lambda: kl.ops.sigmoid(x),
+        "swiglu": lambda: kl.ops.swiglu(x, x),
+        "softmax": lambda: kl.ops.softmax(x),
+        "rms_norm": lambda: kl.ops.rms_norm(x, x[0], eps=1e-5),
+        "gated_rms_norm": lambda: kl.ops.gated_rms_norm(x, x, x[0], eps=1e-5),
+        "l2_norm": lambda: kl.ops.l2_norm(x),
+        "embedding": lambda: kl.ops.embedding([1, 2, 3], w),
+        "linear": lambda: kl.ops.linear(x, w),
+        "route": lambda: kl.ops.route(x, k=2),
+        "moe": lambda: kl.ops.moe(x, ids, weights, experts, experts, back),
+        "short_conv": lambda: kl.ops.short_conv(x, taps),
+        "decay_gate": lambda: kl.ops.decay_gate(q, rate, q[0]),
+        "delta_rule": lambda: kl.ops.delta_rule(q, k, v, g, beta),
+        "latent_attention": lambda: kl.ops.latent_attention(q, latent, shared, w_uk, w_uv, scale=0.3),
+        "sample": lambda: kl.ops.sample(x, temperature=1.0, seed=1, position=0),
+    }
+
+
+def model_calls(model, folder):
+    """Name -> a call of the model or of a state, as a person makes it."""
+    vocab = model.config.vocab_size
+    tokens = (np.arange(70) * 7 % vocab).astype(np.int32)
+    state, held = model.new_state(), model.new_state()
+    model.forward(tokens, state=held, logits="none")
+    snapshot = held.snapshot()
+
+    def forward():
+        model.forward(tokens[:20], logits="last")
+
+    def taps():
+        model.forward(tokens[:2], taps="layers.0.*")
+
+    def batch():
+        model.forward([tokens[:3], tokens[:1]])
+
+    def step():
+        if state.position >= 500:
+            state.reset()
+        model.forward(tokens[:1], state=state, logits="last")
+
+    def refused():
+        try:
+            model.forward([vocab])
+        except ValueError:
+            pass
+
+    def cancelled():
+        model.ctx._core.cancel_at(5)
+        try:
+            model.forward(tokens[:2], logits="none")
+        except KeyboardInterrupt:
+            pass
+
+    def save_and_load():
+        held.save(folder / "state")
+        model.load_state(folder / "state")
+
+    def checkpoints():
+        own = model.new_state(checkpoints_every=64, keep=1)
+        model.forward(tokens, state=own, logits="none")
+        own.truncate(64)
+
+    return {
+        "forward": forward, "forward, taps": taps, "forward, batch": batch, "generate": generation(model), "step": step,
+        "a refused call": refused, "a cancelled call": cancelled, "fork": lambda: held.fork(),
+        "snapshot": lambda: held.snapshot(), "restore": lambda: held.restore(snapshot),
+        "save and load": save_and_load, "checkpoints": checkpoints,
+    }
+
+
+def generation(model):
+    """Steps of generations, each of 50 tokens."""
+    under_way = [iter(())]
+
+    def step():
+        try:
+            next(under_way[0])
+        except StopIteration:
+            under_way[0] = iter(model.generate([5, 6, 7], max_new_tokens=50, temperature=0, stop_at_eos=False))
+            next(under_way[0])
+
+    return step
+
+
+def growth(call, calls):
+    """Bytes of malloc, blocks of Python and anonymous bytes that so many calls leave behind."""
+    for _ in range(max(60, calls // 10)):
+        call()
+    gc.collect()
+    before = malloc_bytes(), sys.getallocatedblocks(), rss_anon()
+    for _ in range(calls):
+        call()
+    gc.collect()
+    after = malloc_bytes(), sys.getallocatedblocks(), rss_anon()
+    return [b - a for a, b in zip(before, after, strict=True)]
+
+
+def leaks_by(found, calls, with_rss):
+    """Whether a growth is more than what counters move by themselves."""
+    malloc, blocks, rss = found
+    return (malloc > MALLOC_SLACK + BYTES_A_CALL * calls or blocks > BLOCK_SLACK + BLOCKS_A_CALL * calls
+            or (with_rss and rss > RSS_SLACK + BYTES_A_CALL * calls))
+
+
+def main(calls=10_000, with_rss=True):
+    """Prints a line for each; the number of those that leak."""
+    ctx = kl.Context(threads=2)
+    model = kl.Model.from_pretrained(Path(__file__).parents[1] / "data" / "golden" / "kimi-a", ctx=ctx)
+    leaks = 0
+    with tempfile.TemporaryDirectory() as folder:
+        everything = op_calls(np.random.default_rng(0)) | model_calls(model, Path(folder))
+        print(f"{'growth by ' + format(calls, ',') + ' calls':<24} {'malloc':>9} {'blocks':>7} {'RssAnon':>9}")
+        for name, call in everything.items():
+            found = growth(call, calls)
+            if leaks_by(found, calls, with_rss):
+                found = growth(call, calls)  # caches that were still filling are full now; a leak goes on
+            bad = leaks_by(found, calls, with_rss)
+            leaks += bad
+            malloc, blocks, rss = found
+            print(f"{name:<24} {malloc:>9,} {blocks:>7,} {rss:>9,}{'  LEAKS' if bad else ''}", flush=True)
+    print("ok: nothing stays behind" if not leaks else f"{leaks} leak")
+    return leaks
+
+
+if __name__ == "__main__":
+    sys.exit(bool(main(int(sys.argv[1]) if len(sys.argv) > 1 else 10_000)))
