@@ -8,6 +8,8 @@
  * NaN and +infinity are errors; -infinity masks a token, unless it masks all. */
 #include "ops.h"
 
+#include "../cpu/kernels.h"
+
 #include <math.h>
 
 typedef struct candidate {
@@ -16,12 +18,14 @@ typedef struct candidate {
 } candidate;
 
 typedef struct task {
+    const kl_kernels *k;
     int32_t *ids;
     const float *logits;
     const kl_sample_args *args;
     int64_t D;
-    int64_t *bad;    /* [T]: first id with a logit that is ruled out, or -1 */
-    candidate *heap; /* [rows or threads, D], whichever is fewer */
+    int64_t *bad;     /* [T]: first id with a logit that is ruled out, or -1 */
+    int64_t *largest; /* [T]: lowest id among the largest logits */
+    candidate *heap;  /* [rows or threads, D], whichever is fewer */
     bool heap_a_row;
 } task;
 
@@ -83,13 +87,26 @@ static candidate pop(candidate *heap, int64_t n)
 
 /* ---- one row ---- */
 
-static int64_t largest(const float *x, int64_t D)
+enum { BLOCK = 1024 };
+
+/* The lowest index among the largest values of a row; refused: some are NaN or +inf. */
+static int64_t largest(const kl_kernels *k, const float *x, int64_t D, bool *refused)
 {
-    int64_t best = 0;
-    for (int64_t i = 1; i < D; i++)
-        if (x[i] > x[best])
-            best = i;
-    return best;
+    float best = -INFINITY;
+    int64_t at = 0;
+    *refused = false;
+    for (int64_t i = 0; i < D; i += BLOCK) {
+        int bad;
+        const float top = k->largest(x + i, kl_min(BLOCK, D - i), &bad);
+        *refused = *refused || bad;
+        if (top > best) {
+            best = top;
+            at = i;
+        }
+    }
+    while (at + 1 < D && x[at] != best)
+        at++;
+    return at;
 }
 
 /* Candidates in order, brought there as far as they are asked for. Each part is a heap with what
@@ -106,10 +123,10 @@ typedef struct ordered {
 static const double NEAR = 0x1p-12;
 
 /* Probabilities of a row; those below min_p * max are left out. */
-static ordered candidates(candidate *at, const float *x, int64_t D, double temperature,
-                          double min_p)
+static ordered candidates(candidate *at, const float *x, int64_t largest_id, int64_t D,
+                          double temperature, double min_p)
 {
-    const double top = (double)x[largest(x, D)] / temperature;
+    const double top = (double)x[largest_id] / temperature;
     double sum = 0.0;
     for (int64_t i = 0; i < D; i++) {
         const double distance = (double)x[i] / temperature - top;
@@ -183,15 +200,14 @@ static void check_rows(void *arg, int64_t begin, int64_t end, int thread)
     (void)thread;
     for (int64_t t = begin; t < end; t++) {
         const float *x = a->logits + t * a->D;
-        bool masked = true;
+        bool refused;
+        a->largest[t] = largest(a->k, x, a->D, &refused);
         a->bad[t] = -1;
-        for (int64_t i = 0; i < a->D && a->bad[t] < 0; i++) {
+        for (int64_t i = 0; refused && a->bad[t] < 0; i++)
             if (!(x[i] < INFINITY))
                 a->bad[t] = i;
-            masked = masked && x[i] == -INFINITY;
-        }
-        if (masked)
-            a->bad[t] = 0;
+        if (!refused && x[a->largest[t]] == -INFINITY)
+            a->bad[t] = 0; /* all are masked */
     }
 }
 
@@ -204,10 +220,11 @@ static void rows(void *arg, int64_t begin, int64_t end, int thread)
         const kl_sample_args *given = &a->args[t];
         int64_t id;
         if (given->temperature > 0.0f)
-            id = draw(candidates(heap, x, a->D, (double)given->temperature, (double)given->min_p),
+            id = draw(candidates(heap, x, a->largest[t], a->D, (double)given->temperature,
+                                 (double)given->min_p),
                       given);
         else
-            id = largest(x, a->D);
+            id = a->largest[t];
         a->ids[t] = (int32_t)id;
     }
 }
@@ -215,8 +232,14 @@ static void rows(void *arg, int64_t begin, int64_t end, int thread)
 kl_status cpu_sample(kl_ctx *ctx, int32_t *ids, const float *logits, const kl_sample_args *args,
                      int64_t T, int64_t D)
 {
-    task a = { .ids = ids, .logits = logits, .args = args, .D = D, .heap_a_row = T < ctx->threads };
+    task a = { .k = ctx->k,
+               .ids = ids,
+               .logits = logits,
+               .args = args,
+               .D = D,
+               .heap_a_row = T < ctx->threads };
     KL_SCRATCH(a.bad, ctx, T);
+    KL_SCRATCH(a.largest, ctx, T);
     KL_SCRATCH(a.heap, ctx, kl_min(T, ctx->threads) * D);
     if (ctx->arena.measuring)
         return KL_OK;
