@@ -12,6 +12,8 @@ from .plan import available_memory
 from .state import State
 from .trace import Trace, matches
 
+SMALL = 64 << 20  # bytes: a result below this is not worth asking the machine about
+
 __all__ = ["Call", "attention_probs", "refuse_what_does_not_fit", "tap_names"]
 
 
@@ -29,7 +31,8 @@ class Call:
             self.embeds = as_float32(self.embeds, "embeds", (self.T, model.config.hidden_size))
         self.states = self._states(state)
         self.rows = self._rows(logits)
-        self.table = {name: entry for name, entry in model._taps.items() if self._is_made(name)}
+        taps = model._taps
+        self.table = taps if self.whole else {name: taps[name] for name in taps if self._is_made(name)}
         self._refuse_too_many()
 
     # ---- which layers, from what ----
@@ -249,6 +252,8 @@ def tap_names(table):
 
 def refuse_what_does_not_fit(n_bytes, what, instead):
     """MemoryError before work starts, where a result is larger than the memory that is free."""
+    if n_bytes < SMALL:
+        return
     free = available_memory()
     if free is not None and n_bytes > free:
         raise MemoryError(f"{what} are {n_bytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; {instead}")
