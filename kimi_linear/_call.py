@@ -196,10 +196,9 @@ class Call:
         return self._form(self.values)
 
     def edits(self, edit, n_logits):
-        if not edit and edit is not None and hasattr(edit, "items"):
+        if edit is None or (hasattr(edit, "items") and not edit):
             return None
-        return None if edit is None else Edits(self.table, self.model.config.n_experts, self.T, n_logits, self.vocab,
-                                               edit)
+        return Edits(self.table, self.model.config.n_experts, self.T, n_logits, self.vocab, edit)
 
     def _tell_states(self):
         """Each state keeps the ids that it has read; -1 stands for a row of embeds that has none."""

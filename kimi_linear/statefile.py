@@ -26,7 +26,7 @@ from ._arrays import as_integers
 from .context import current
 from .errors import FormatError
 from .load import SafetensorsFile, atomic_file
-from .load.safetensors import DTYPES
+from .load.safetensors import DTYPES, array_of
 from .state import State
 
 __all__ = ["FORMAT", "VERSION", "fingerprint", "load", "save"]
@@ -69,8 +69,7 @@ def fingerprint(config, tensors):
     """
     parts = [json.dumps([config.to_dict(), config.latent_eps], sort_keys=True).encode()]
     for name in sorted(tensors):
-        tensor = tensors[name]
-        a = tensor.array() if hasattr(tensor, "file") else np.asarray(tensor)
+        a = array_of(tensors[name])
         middle = max(0, a.nbytes // 2 - _SAMPLE // 2)
         values = a.reshape(-1)[middle // a.itemsize : -(-(middle + _SAMPLE) // a.itemsize)]
         parts += [f"{name} {a.dtype} {a.shape}".encode(), _raw(values)]

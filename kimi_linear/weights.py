@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ._arrays import TYPE_IDS, as_array, check_shape
+from .load.safetensors import array_of
 
 __all__ = ["Weights"]
 
@@ -20,8 +21,7 @@ class Weights(Mapping):
         self._model = model
 
     def __getitem__(self, name):
-        tensor = self._model._tensors[name]
-        return tensor.array() if hasattr(tensor, "file") else np.asarray(tensor)
+        return array_of(self._model._tensors[name])
 
     def __setitem__(self, name, value):
         if name not in self._model._tensors:

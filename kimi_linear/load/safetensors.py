@@ -90,6 +90,11 @@ class TensorView:
         return values
 
 
+def array_of(tensor) -> np.ndarray:
+    """The values of a TensorView, or of anything that already is an array."""
+    return tensor.array() if hasattr(tensor, "file") else np.asarray(tensor)
+
+
 class SafetensorsFile(Mapping):
     """A mapped safetensors file: name -> `TensorView`, in the order of the header.
 
