@@ -4,7 +4,7 @@ Names and arguments are those of ``kimi_linear.ops``. Inputs of any float type a
 stay integers. Shape letters: T tokens, N sequences, H heads (Hk of keys, Hv of values), K key width, V value
 width, D model width, R latent rank, P width of the shared key part, C channels, W taps, E experts, F inner
 width. With ``offsets`` [N+1] the tokens of N sequences lie one after another and states have a leading axis
-N.
+N. The delta rule and its chunked form are in :mod:`kimi_linear.reference_delta`, and are names of this module, too.
 
 Sources: Kimi Linear report, arXiv:2510.26692 (delta rule, decay, block); DeepSeek-V2, arXiv:2405.04434
 (latent attention); DeepSeek-V3, arXiv:2412.19437 (routing); Salmon et al., SC 2011 (Philox).
@@ -14,23 +14,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._arrays import as_array
-
-
-def f64(x) -> np.ndarray:
-    """`x` as a float64 array, from all that `kl.ops` takes; float32, float16 and bfloat16 widen exactly."""
-    return as_array(x, "x").astype(np.float64, copy=False)
-
-
-def _sequences(T: int, offsets) -> list[slice]:
-    """The token range of each sequence; without offsets, one sequence of all T."""
-    if offsets is None:
-        return [slice(0, T)]
-    o = [int(x) for x in offsets]
-    if o[0] != 0 or o[-1] != T or any(a > b for a, b in zip(o, o[1:])):
-        raise ValueError(f"offsets is {o}; it must rise from 0 to the number of tokens, {T}")
-    return [slice(a, b) for a, b in zip(o, o[1:])]
-
+from ._float64 import f64, sequences
+from .reference_delta import decay_cumsum, delta_rule, delta_rule_inter, delta_rule_intra  # noqa: F401
 
 # ---- element by element, norms -------------------------------------------------------------------
 
@@ -106,7 +91,7 @@ def linear(x, w, bias=None):
     return y if bias is None else y + f64(bias)
 
 
-# ---- KDA -----------------------------------------------------------------------------------------
+# ---- KDA: the delta rule itself is in reference_delta.py ------------------------------------------
 
 
 def short_conv(x, w, *, history=None, offsets=None, activation="silu"):
@@ -119,7 +104,7 @@ def short_conv(x, w, *, history=None, offsets=None, activation="silu"):
         raise ValueError(f'activation is {activation!r}; it must be "silu" or None')
     x, w = f64(x), f64(w)
     (T, C), W = x.shape, w.shape[1]
-    ranges = _sequences(T, offsets)
+    ranges = sequences(T, offsets)
     shape = (len(ranges), W - 1, C)
     history = np.zeros(shape) if history is None else f64(history).reshape(shape)
     y, after = np.zeros((T, C)), np.zeros(shape)
@@ -144,143 +129,6 @@ def decay_gate(f, rate, dt_bias, *, lower_bound=None):
     return -rate * softplus(x) if lower_bound is None else lower_bound * sigmoid(rate * x)
 
 
-def decay_cumsum(g, *, chunk=64, offsets=None):
-    """Inclusive running sum of g [T, ...] over tokens, afresh in each chunk (None: each sequence)."""
-    g = f64(g)
-    c = np.empty_like(g)
-    for r in _sequences(len(g), offsets):
-        for part in _chunks(r, chunk):
-            c[part] = np.cumsum(g[part], axis=0)
-    return c
-
-
-def _chunks(r: slice, chunk: int | None) -> list[slice]:
-    step = chunk or max(r.stop - r.start, 1)
-    return [slice(t, min(t + step, r.stop)) for t in range(r.start, r.stop, step)]
-
-
-def delta_rule(q, k, v, g, beta, *, scale=None, initial_state=None, offsets=None, form="auto", chunk=64,
-               l2_norm=False, l2_eps=1e-6, head_map="grouped", checkpoints=None, final_state=None):
-    """The gated delta rule. Per value head and token, with a = exp(g)::
-
-        S <- Diag(a) S;   d = beta (v - S^T k);   S <- S + k d^T;   o = S^T (scale q)
-
-    Parameters
-    ----------
-    q, k : (T, Hk, K); v : (T, Hv, V); beta : (T, Hv)
-    g : (T, Hv, K), (T, Hv) or None
-        Log-decay in nats per token, <= 0; -infinity forgets everything.
-    scale : float
-        On q, after the norm; None is K ** -0.5.
-    initial_state : (Hv, K, V), or (N, Hv, K, V) with offsets; None is zeros.
-    form : "recurrent" ("auto"), "chunked" or "pairwise"
-        Chunked solves `chunk` tokens at once, with decays that are products of the factors in between: exact
-        for every gate. Pairwise is the textbook chunk, which subtracts cumulative sums: NaN where g is
-        -infinity.
-    head_map : value head h reads key head h // (Hv / Hk) ("grouped") or h % Hk ("tiled").
-    checkpoints : int, optional
-        Also return the states after every so many tokens of each sequence, [n, Hv, K, V].
-    final_state : array, optional
-        Receives the final state; may be initial_state.
-
-    Returns
-    -------
-    o : (T, Hv, V); state : as initial_state; checkpoints where asked for.
-
-    Source: arXiv:2510.26692, equations 1 (recurrence) and 2 to 9 (chunk).
-    """
-    forms = {"auto": _recurrent, "recurrent": _recurrent, "chunked": _chunked, "pairwise": _pairwise}
-    if form not in forms:
-        raise ValueError(f"form is {form!r}; it must be one of {', '.join(forms)}")
-    if l2_norm:
-        q, k = (f64(x) / np.sqrt((f64(x) ** 2).sum(-1, keepdims=True) + l2_eps) for x in (q, k))
-    q, k, v, beta = f64(q), f64(k), f64(v), f64(beta)
-    (T, Hk, K), (Hv, V) = q.shape, v.shape[1:]
-    heads = _key_heads(Hk, Hv, head_map)
-    q, k = q[:, heads] * (K ** -0.5 if scale is None else scale), k[:, heads]
-    g = np.zeros((T, Hv)) if g is None else f64(g)
-    if (g > 0).any():
-        raise ValueError(f"g has a value {g.max():g} > 0; it must be a log-decay <= 0: was exp(g) passed?")
-    g = np.broadcast_to(g[..., None] if g.ndim == 2 else g, (T, Hv, K))
-
-    ranges = _sequences(T, offsets)
-    shape = (len(ranges), Hv, K, V)
-    states = np.zeros(shape) if initial_state is None else f64(initial_state).reshape(shape).copy()
-    o, kept = np.zeros((T, Hv, V)), []
-    step = 1 if form in ("auto", "recurrent") else chunk
-    for n, r in enumerate(ranges):
-        for whole in _chunks(r, checkpoints):
-            for part in _chunks(whole, step):
-                o[part], states[n] = forms[form](q[part], k[part], v[part], g[part], beta[part], states[n])
-            if checkpoints and whole.stop - whole.start == checkpoints:
-                kept.append(states[n].copy())
-    state = states if offsets is not None else states[0]
-    if final_state is not None:
-        final_state[...] = state
-    return (o, state, np.array(kept).reshape(-1, Hv, K, V)) if checkpoints else (o, state)
-
-
-def _key_heads(Hk: int, Hv: int, head_map: str) -> np.ndarray:
-    """The key head of each value head."""
-    if head_map not in ("grouped", "tiled") or Hv % Hk:
-        raise ValueError(f'head_map is {head_map!r} for {Hv} value and {Hk} key heads; it must be "grouped" '
-                         f'or "tiled", and the value heads a multiple of the key heads')
-    return np.arange(Hv) // (Hv // Hk) if head_map == "grouped" else np.arange(Hv) % Hk
-
-
-def _recurrent(q, k, v, g, beta, S):
-    """One token: q, k, g [1, H, K], v [1, H, V], beta [1, H], S [H, K, V] -> o [1, H, V], S."""
-    q, k, v, g, beta = q[0], k[0], v[0], g[0], beta[0]
-    S = np.exp(g)[:, :, None] * S
-    d = beta[:, None] * (v - np.einsum("hkv,hk->hv", S, k))
-    S = S + k[:, :, None] * d[:, None, :]
-    return np.einsum("hkv,hk->hv", S, q)[None], S
-
-
-def _chunked(q, k, v, g, beta, S):
-    """One chunk of n tokens, every decay a product of the factors exp(g) in between."""
-    n, a = len(g), np.exp(g)
-    start = np.empty_like(a)                 # start[i] = prod_{s <= i} a_s,  i.e. exp(c_i)
-    to = np.ones_like(a)                     # to[j] = prod_{j < s <= i} a_s for the row i of the loop
-    L, P = np.zeros((2, a.shape[1], n, n))   # [H, n, n], lower triangles
-    for i in range(n):
-        start[i] = a[i] * (start[i - 1] if i else 1.0)
-        to[:i] *= a[i]
-        L[:, i, :i] = beta[i][:, None] * np.einsum("hk,jhk->hj", k[i], to[:i] * k[:i])
-        P[:, i, :i + 1] = np.einsum("hk,jhk->hj", q[i], to[:i + 1] * k[:i + 1])
-    return _inter(q, k, v, beta, S, L, P, start, to)
-
-
-def _pairwise(q, k, v, g, beta, S):
-    """One chunk of n tokens, every decay the exponential of a difference of cumulative sums c."""
-    n, c = len(g), np.cumsum(g, axis=0)
-    L, P = np.zeros((2, g.shape[1], n, n))
-    for i in range(n):
-        L[:, i, :i] = beta[i][:, None] * np.einsum("hk,jhk->hj", k[i], np.exp(c[i] - c[:i]) * k[:i])
-        P[:, i, :i + 1] = np.einsum("hk,jhk->hj", q[i], np.exp(c[i] - c[:i + 1]) * k[:i + 1])
-    return _inter(q, k, v, beta, S, L, P, np.exp(c), np.exp(c[-1] - c))
-
-
-def _wy(k, v, beta, L, start):
-    """W and U of the chunk: (I + L) [W | U] = Diag(beta) [start * k | v], row by row from the top."""
-    X = beta[:, :, None] * np.concatenate([start * k, v], axis=-1)           # [n, H, K + V]
-    for i in range(1, len(X)):
-        X[i] -= np.einsum("hj,jhx->hx", L[:, i, :i], X[:i])
-    return X[..., :k.shape[-1]], X[..., k.shape[-1]:]
-
-
-def _inter(q, k, v, beta, S, L, P, start, end):
-    """The chunk's outputs and final state from the incoming S; start and end are decays, as exp(c_i) and
-    exp(c_{n-1} - c_j)."""
-    W, U = _wy(k, v, beta, L, start)
-    d = U - np.einsum("ihk,hkv->ihv", W, S)
-    o = np.einsum("ihk,hkv->ihv", start * q, S)
-    for i in range(len(o)):                  # rows after i are left out, so that their NaN stays theirs
-        o[i] += np.einsum("hj,jhv->hv", P[:, i, :i + 1], d[:i + 1])
-    S = start[-1][:, :, None] * S + np.einsum("jhk,jhv->hkv", end * k, d)
-    return o, S
-
-
 # ---- MLA -----------------------------------------------------------------------------------------
 
 
@@ -296,8 +144,8 @@ def latent_attention(q, latent, k_shared, w_uk, w_uv, *, scale, offsets=None, kv
     if form not in forms:
         raise ValueError(f"form is {form!r}; it must be one of {', '.join(forms)}")
     q, latent, k_shared, w_uk, w_uv = f64(q), f64(latent), f64(k_shared), f64(w_uk), f64(w_uv)
-    rows = _sequences(len(q), offsets)
-    cached = _sequences(len(latent), offsets if kv_offsets is None else kv_offsets)
+    rows = sequences(len(q), offsets)
+    cached = sequences(len(latent), offsets if kv_offsets is None else kv_offsets)
     o = np.zeros((len(q), q.shape[1], w_uv.shape[1]))
     for r, c in zip(rows, cached, strict=True):
         T, S = r.stop - r.start, c.stop - c.start
