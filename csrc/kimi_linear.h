@@ -234,10 +234,17 @@ typedef enum kl_head_map { KL_HEADS_GROUPED = 0, KL_HEADS_TILED = 1 } kl_head_ma
 typedef struct kl_delta_rule_args {
     const int64_t *offsets;
     int64_t N, T, Hk, Hv, K, V;
-    float scale; /* on q */
+    float scale; /* on q, after the norm */
     kl_gate gate;
     kl_form form;
     kl_head_map head_map;
+    int64_t chunk; /* tokens a chunk of KL_FORM_CHUNKED, at most 256; 0: 64 */
+    int l2_norm;   /* q and k by kl_l2_norm first */
+    float l2_eps;
+    /* States to keep: after checkpoints[i] tokens of sequence n, for checkpoint_offsets[n] <= i <
+     * checkpoint_offsets[n + 1], rising within a sequence; at kept + i Hv K V. NULL: none. */
+    const int64_t *checkpoints, *checkpoint_offsets;
+    float *kept;
 } kl_delta_rule_args;
 
 /* o [T, Hv, V]; q, k [T, Hk, K]; v [T, Hv, V]; g [T, Hv, K], [T, Hv] or NULL by args->gate;

@@ -9,6 +9,7 @@
 #include "dot.inc"
 #include "conv.inc"
 #include "delta_rule.inc"
+#include "delta_chunk.inc"
 #include "attention.inc"
 #include "roof.inc"
 

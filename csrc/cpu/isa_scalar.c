@@ -8,6 +8,7 @@
 #include "dot.inc"
 #include "conv.inc"
 #include "delta_rule.inc"
+#include "delta_chunk.inc"
 #include "attention.inc"
 #include "roof.inc"
 

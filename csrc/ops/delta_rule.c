@@ -6,182 +6,19 @@
  *   states [Hv, K, V] a sequence; state_in NULL: zeros; state_out NULL: not kept; state_out may be
  *   state_in, and is no other sequence's state_in.
  *   A sequence of no tokens hands its state on as it is.
+ *   l2_norm: q and k are first normed, to the bytes of the op l2_norm. Checkpoints: states on the way, each the
+ *   bytes of the final state of a call that ends there; no other byte depends on them.
  *   No clamp: the values are the recurrence's at any decay, NaN and infinity where it has them.
  *   Subnormals are flushed: read as 0, and results below 2^-126 become 0.
- *   Sums over K: even and odd rows apart, each in rising order by fma from +0, then even + odd. So any
- *   split of a sequence gives the same bytes.
- *   Budget: a running bound beside the recurrence (docs/math.md#delta_rule).
+ *   Budget: a running bound beside the recurrence (docs/math.md#delta-budgets).
  *
- * Forms. Recurrent is here; auto is recurrent. */
+ * Forms, all on the CPU in delta_forms.c; orders of sums in docs/math.md.
+ *   recurrent  token by token: any split of a sequence gives the same bytes
+ *   chunked    chunks of `chunk` tokens, counted from the first of the call: a split at a multiple of it does
+ *   auto       chunks of 16, the rest token by token: a split at a multiple of 16 does */
 #include "ops.h"
 
-#include "../cpu/fpenv.h"
-#include "../cpu/kernels.h"
-
-#include <string.h>
-
-enum { AHEAD = 4 }; /* tokens */
-
-typedef struct task {
-    const kl_kernels *k;
-    float *o;
-    const float *q, *key, *v, *g, *beta;
-    kl_slots state_out, state_in;
-    const kl_delta_rule_args *args;
-    int64_t columns, n_parts; /* columns of V a task, tasks a head */
-    float *scratch; /* a thread's: [KL_DELTA_BLOCK, K] three times, a strip, and a head's state */
-    int64_t scratch_values;
-} task;
-
-/* The columns of one head's state that one task computes, over all tokens of a sequence. */
-typedef struct part {
-    int64_t sequence, head, key_head, c0, columns;
-} part;
-
-static part part_of(const task *a, int64_t i)
-{
-    const kl_delta_rule_args *args = a->args;
-    const int64_t h = i / a->n_parts % args->Hv, c0 = i % a->n_parts * a->columns;
-    return (part){
-        .sequence = i / a->n_parts / args->Hv,
-        .head = h,
-        .key_head = args->head_map == KL_HEADS_TILED ? h % args->Hk : h / (args->Hv / args->Hk),
-        .c0 = c0,
-        .columns = kl_min(a->columns, args->V - c0),
-    };
-}
-
-static void hand_on(float *to, const float *from, int64_t rows, int64_t row, int64_t columns)
-{
-    const size_t n_bytes = (size_t)columns * sizeof *to;
-    for (int64_t i = 0; i < rows && to != from; i++)
-        if (from != NULL)
-            memcpy(to + i * row, from + i * row, n_bytes);
-        else
-            memset(to + i * row, 0, n_bytes);
-}
-
-static void ask_for(const float *row, int64_t n)
-{
-    for (int64_t i = 0; i < n; i += 16)
-        __builtin_prefetch(row + i);
-}
-
-/* alpha, scaled q and k of tokens begin..begin+T-1, once for all columns of the part. A head's rows
- * lie far apart, beyond what the processor foresees: they are asked for some tokens ahead. */
-static void factors(const task *a, const part *p, int64_t begin, int64_t T, float *alpha, float *q,
-                    float *k)
-{
-    const kl_delta_rule_args *args = a->args;
-    const int64_t K = args->K, V = args->V, Hv = args->Hv, Hk = args->Hk;
-    const int64_t gate_width = args->gate == KL_GATE_CHANNEL ? K : 1;
-    for (int64_t t = 0; t < T; t++) {
-        const int64_t head = (begin + t) * Hv + p->head, key = (begin + t) * Hk + p->key_head;
-        const float *g = args->gate == KL_GATE_NONE ? NULL : a->g + head * gate_width;
-        if (t + AHEAD < T) {
-            ask_for(a->q + (key + AHEAD * Hk) * K, K);
-            ask_for(a->key + (key + AHEAD * Hk) * K, K);
-            ask_for(a->v + (head + AHEAD * Hv) * V + p->c0, p->columns);
-            if (g != NULL)
-                ask_for(g + AHEAD * Hv * gate_width, gate_width);
-        }
-        a->k->delta_rule_factors(alpha + t * K, q + t * K, g, a->q + key * K, args->scale, K,
-                                 args->gate);
-        memcpy(k + t * K, a->key + key * K, (size_t)K * sizeof *k);
-    }
-}
-
-static void run_part(const task *a, const part *p, float *scratch)
-{
-    const kl_delta_rule_args *args = a->args;
-    const int64_t K = args->K, V = args->V, Hv = args->Hv;
-    const int64_t first = args->offsets[p->sequence], last = args->offsets[p->sequence + 1];
-    float *alpha = scratch, *q = alpha + KL_DELTA_BLOCK * K, *k = q + KL_DELTA_BLOCK * K;
-    float *strip = k + KL_DELTA_BLOCK * K, *state = strip + KL_DELTA_COLUMNS * K;
-    const int64_t corner = p->head * K * V + p->c0;
-    const float *from = kl_slot_of(a->state_in, p->sequence);
-    float *to = kl_slot_of(a->state_out, p->sequence);
-
-    from = from != NULL ? from + corner : NULL;
-    if (to != NULL)
-        to += corner;
-    else
-        to = state + p->c0;
-    if (first == last && a->state_out.base != NULL)
-        hand_on(to, from, K, V, p->columns);
-
-    for (int64_t t = first; t < last; t += KL_DELTA_BLOCK) {
-        const int64_t T = kl_min(KL_DELTA_BLOCK, last - t), row = t * Hv + p->head;
-        factors(a, p, t, T, alpha, q, k);
-        a->k->delta_rule_strip(&(kl_delta_strip){ .T = T,
-                                                  .K = K,
-                                                  .columns = p->columns,
-                                                  .o = a->o + row * V + p->c0,
-                                                  .to = to,
-                                                  .from = from,
-                                                  .alpha = alpha,
-                                                  .q = q,
-                                                  .k = k,
-                                                  .v = a->v + row * V + p->c0,
-                                                  .beta = a->beta + row,
-                                                  .o_step = Hv * V,
-                                                  .state_step = V,
-                                                  .beta_step = Hv,
-                                                  .scratch = strip });
-        from = to;
-    }
-}
-
-static void parts(void *arg, int64_t begin, int64_t end, int thread)
-{
-    const task *a = arg;
-    const kl_fp saved = kl_fp_flush();
-    for (int64_t i = begin; i < end; i++) {
-        const part p = part_of(a, i);
-        run_part(a, &p, a->scratch + thread * a->scratch_values);
-    }
-    kl_fp_restore(saved);
-}
-
-/* Columns of V a task: a whole head, or strips of it where there would be less than two tasks a
- * thread. */
-static int64_t columns_of(const kl_ctx *ctx, const kl_delta_rule_args *args)
-{
-    const int64_t wanted = kl_ceil_div(2 * ctx->threads, kl_max(1, args->N * args->Hv));
-    const int64_t strips = kl_ceil_div(args->V, KL_DELTA_COLUMNS);
-    return kl_ceil_div(strips, kl_min(ctx->threads > 1 ? wanted : 1, strips)) * KL_DELTA_COLUMNS;
-}
-
-static kl_status recurrent(kl_ctx *ctx, float *o, kl_slots state_out, const float *q,
-                           const float *k, const float *v, const float *g, const float *beta,
-                           kl_slots state_in, const kl_delta_rule_args *args)
-{
-    const int64_t K = args->K, V = args->V;
-    task a = {
-        ctx->k, o, q, k, v, g, beta, state_out, state_in, args, .columns = columns_of(ctx, args)
-    };
-    a.n_parts = kl_ceil_div(V, a.columns);
-    a.scratch_values =
-        (3 * KL_DELTA_BLOCK + KL_DELTA_COLUMNS) * K + (state_out.base == NULL ? K * V : 0);
-    a.scratch_values = kl_ceil_div(a.scratch_values, 16) * 16;
-    KL_SCRATCH(a.scratch, ctx, a.scratch_values * ctx->threads);
-    if (ctx->arena.measuring)
-        return KL_OK;
-
-    const int64_t tokens = kl_ceil_div(args->T, kl_max(1, args->N)); /* a sequence, on average */
-    return kl_for(ctx, args->N * args->Hv * a.n_parts,
-                  kl_row_grain(tokens * K * kl_min(V, a.columns) / 4), parts, &a);
-}
-
-kl_status cpu_delta_rule(kl_ctx *ctx, float *o, kl_slots state_out, const float *q, const float *k,
-                         const float *v, const float *g, const float *beta, kl_slots state_in,
-                         const kl_delta_rule_args *args)
-{
-    if (args->form == KL_FORM_AUTO || args->form == KL_FORM_RECURRENT)
-        return recurrent(ctx, o, state_out, q, k, v, g, beta, state_in, args);
-    return kl_fail(ctx, KL_ERR_UNSUPPORTED,
-                   "delta_rule: chunked form: not in this build; recurrent and auto are");
-}
+#include "../cpu/delta_rule.h"
 
 static kl_status check_sizes(kl_ctx *ctx, const kl_delta_rule_args *a)
 {
@@ -206,6 +43,28 @@ static kl_status check_sizes(kl_ctx *ctx, const kl_delta_rule_args *a)
     return kl_check_offsets(ctx, "delta_rule", a->offsets, a->N, a->T);
 }
 
+/* Token counts that rise within each sequence, from 0 to its tokens. */
+static kl_status check_checkpoints(kl_ctx *ctx, const kl_delta_rule_args *a)
+{
+    for (int64_t n = 0; n < a->N && a->checkpoints != NULL; n++) {
+        const int64_t begin = a->checkpoint_offsets[n], end = a->checkpoint_offsets[n + 1];
+        if (begin > end || begin < 0)
+            return kl_fail(
+                ctx, KL_ERR_ARG,
+                "delta_rule: checkpoint_offsets[%lld] is %lld; it must not be below %lld",
+                (long long)n + 1, (long long)end, (long long)kl_max(begin, 0));
+        for (int64_t i = begin; i < end; i++) {
+            const int64_t at = a->checkpoints[i], least = i > begin ? a->checkpoints[i - 1] + 1 : 0;
+            const int64_t tokens = a->offsets[n + 1] - a->offsets[n];
+            if (at < least || at > tokens)
+                return kl_fail(ctx, KL_ERR_ARG,
+                               "delta_rule: checkpoints[%lld] is %lld; it must be %lld to %lld",
+                               (long long)i, (long long)at, (long long)least, (long long)tokens);
+        }
+    }
+    return KL_OK;
+}
+
 kl_status kl_delta_rule(kl_ctx *ctx, float *o, kl_slots state_out, const float *q, const float *k,
                         const float *v, const float *g, const float *beta, kl_slots state_in,
                         const kl_delta_rule_args *args)
@@ -225,6 +84,13 @@ kl_status kl_delta_rule(kl_ctx *ctx, float *o, kl_slots state_out, const float *
         return kl_fail(ctx, KL_ERR_ARG,
                        "delta_rule: form is %d; it must be auto, recurrent or chunked",
                        (int)args->form);
+    if (args->form == KL_FORM_CHUNKED && (args->chunk < 0 || args->chunk > KL_DELTA_CHUNK_MAX))
+        return kl_fail(ctx, KL_ERR_ARG, "delta_rule: chunk is %lld; it must be 1 to %d",
+                       (long long)args->chunk, KL_DELTA_CHUNK_MAX);
+    if (args->l2_norm && !(args->l2_eps >= 0.0f))
+        return kl_fail(ctx, KL_ERR_ARG, "delta_rule: l2_eps is %g; it must be >= 0",
+                       (double)args->l2_eps);
+    KL_TRY(check_checkpoints(ctx, args));
     const size_t mark = kl_scratch_mark(ctx);
     return kl_done(
         ctx, mark,

@@ -61,13 +61,14 @@ static PyObject *py_delta_rule(PyObject *module, PyObject *args)
 {
     (void)module;
     kl_py_call c = { 0 };
-    PyObject *ctx, *oo, *oout, *oq, *ok, *ov, *og, *obeta, *oin, *ooffsets;
-    long long N, T, Hk, Hv, K, V;
-    double scale;
-    int gate, form, head_map;
-    if (!PyArg_ParseTuple(args, "OOOOOOOOOOLLLLLLdiii:delta_rule", &ctx, &oo, &oout, &oq, &ok, &ov,
-                          &og, &obeta, &oin, &ooffsets, &N, &T, &Hk, &Hv, &K, &V, &scale, &gate,
-                          &form, &head_map))
+    PyObject *ctx, *oo, *oout, *oq, *ok, *ov, *og, *obeta, *oin, *ooffsets, *omarks, *oof, *okept;
+    long long N, T, Hk, Hv, K, V, chunk, n_marks;
+    double scale, l2_eps;
+    int gate, form, head_map, l2_norm;
+    if (!PyArg_ParseTuple(args, "OOOOOOOOOOLLLLLLdiiiLpdOOOL:delta_rule", &ctx, &oo, &oout, &oq,
+                          &ok, &ov, &og, &obeta, &oin, &ooffsets, &N, &T, &Hk, &Hv, &K, &V, &scale,
+                          &gate, &form, &head_map, &chunk, &l2_norm, &l2_eps, &omarks, &oof, &okept,
+                          &n_marks))
         return NULL;
     const int64_t keys = kl_py_size(&c, "q", T, Hk, K, 1),
                   values = kl_py_size(&c, "v", T, Hv, V, 1);
@@ -84,17 +85,27 @@ static PyObject *py_delta_rule(PyObject *module, PyObject *args)
     const void *state_in = kl_py_in_opt(&c, oin, KL_PY_F32, all, "initial_state");
     const int64_t *offsets = kl_py_in(&c, ooffsets, KL_PY_I64, N + 1, "offsets");
     const kl_slots out = slots_of(&c, state_out, N, state), in = slots_of(&c, state_in, N, state);
-    const kl_delta_rule_args a = { offsets,
-                                   N,
-                                   T,
-                                   Hk,
-                                   Hv,
-                                   K,
-                                   V,
-                                   (float)scale,
-                                   (kl_gate)gate,
-                                   (kl_form)form,
-                                   (kl_head_map)head_map };
+    const int64_t *marks = kl_py_in_opt(&c, omarks, KL_PY_I64, n_marks, "checkpoints");
+    const int64_t *of = kl_py_in_opt(&c, oof, KL_PY_I64, N + 1, "checkpoint_offsets");
+    float *kept = kl_py_out_opt(&c, okept, KL_PY_F32,
+                                kl_py_size(&c, "checkpoints", n_marks, state, 1, 1), "kept");
+    const kl_delta_rule_args a = { .offsets = offsets,
+                                   .N = N,
+                                   .T = T,
+                                   .Hk = Hk,
+                                   .Hv = Hv,
+                                   .K = K,
+                                   .V = V,
+                                   .scale = (float)scale,
+                                   .gate = (kl_gate)gate,
+                                   .form = (kl_form)form,
+                                   .head_map = (kl_head_map)head_map,
+                                   .chunk = chunk,
+                                   .l2_norm = l2_norm,
+                                   .l2_eps = (float)l2_eps,
+                                   .checkpoints = marks,
+                                   .checkpoint_offsets = of,
+                                   .kept = kept };
     if (kl_py_begin(&c, ctx))
         c.status = kl_delta_rule(c.ctx, o, out, q, k, v, g, beta, in, &a);
     return kl_py_end(&c);

@@ -5,7 +5,7 @@ import numpy as np
 from .. import _core
 from .._arrays import as_float32, as_integers, as_offsets, output, outputs
 from ..context import current
-from ._basic import activation_id, l2_norm
+from ._basic import activation_id, check_eps
 
 __all__ = ["decay_gate", "delta_rule", "short_conv"]
 
@@ -124,9 +124,8 @@ def delta_rule(q, k, v, g, beta, *, scale=None, initial_state=None, offsets=None
 
         S <- Diag(exp(g)) S;    d = beta * (v - S^T k);    S <- S + k d^T;    o = S^T (scale * q)
 
-    Exact at any decay: nothing is clamped, and ``g = -inf`` forgets everything. The recurrent form gives the
-    same bytes for any split of a sequence. Subnormals are flushed: read as 0, and results below 2**-126
-    become 0.
+    Exact at any decay: nothing is clamped, and ``g = -inf`` forgets everything. Subnormals are flushed: read as
+    0, and results below 2**-126 become 0.
 
     Source: Kimi Linear report, arXiv:2510.26692, equation 1 (a gate each channel); Gated DeltaNet,
     arXiv:2412.06464 (a gate each head). Derivation: docs/math.md#delta_rule.
@@ -147,10 +146,12 @@ def delta_rule(q, k, v, g, beta, *, scale=None, initial_state=None, offsets=None
         Zeros where None. ``(N, Hv, K, V)`` with `offsets`, ``(B, Hv, K, V)`` with a batch axis.
     offsets : (N+1,) integers, optional
         Where each of N sequences begins among the T tokens, and T.
-    form : {"auto", "recurrent"}
-        "chunked" is not in this build.
+    form : {"auto", "recurrent", "chunked"}
+        Token by token ("recurrent": any split of a sequence gives the same bytes); `chunk` tokens at once
+        ("chunked": a split at a multiple of it does); or 16 at once and what is left over token by token
+        ("auto", the fastest). They agree within the op's budget.
     chunk : int
-        Tokens a chunk of the chunked form; the recurrent form has none.
+        Tokens a chunk of the chunked form, 1 to 256.
     l2_norm : bool
         Norm q and k first: the bytes of ``ops.l2_norm(q, eps=l2_eps)``.
     l2_eps : float
@@ -176,8 +177,6 @@ def delta_rule(q, k, v, g, beta, *, scale=None, initial_state=None, offsets=None
     TypeError, ValueError
         If a type or a shape does not fit, g is positive, beta is outside [0, 2], or `offsets` or
         `checkpoints` do not rise.
-    NotImplementedError
-        If `form` is "chunked".
     """
     v = as_float32(v, "v", ("T", "Hv", "V"), ("B", "T", "Hv", "V"))
     *tokens, Hv, V = v.shape
@@ -193,8 +192,8 @@ def delta_rule(q, k, v, g, beta, *, scale=None, initial_state=None, offsets=None
     if not np.isfinite(scale):
         raise ValueError(f"scale is {scale}; it must be finite")
     form, head_map = _choice(form, "form", _FORMS), _choice(head_map, "head_map", _HEAD_MAPS)
-    if int(chunk) < 1:
-        raise ValueError(f"chunk is {chunk}; it must be >= 1")
+    if not 1 <= int(chunk) <= 256:
+        raise ValueError(f"chunk is {chunk}; it must be 1 to 256")
     offsets, lead = _sequences(v, "v", 3, offsets)
     shape = (*lead, Hv, K, V)
     if initial_state is not None:
@@ -206,38 +205,19 @@ def delta_rule(q, k, v, g, beta, *, scale=None, initial_state=None, offsets=None
         raise ValueError("final_state and out[1] are two arrays; give one of them")
     o = output(o, v.shape)
     state = output(state if final_state is None else final_state, shape, "final_state")
-    if l2_norm:
-        q, k = _l2_norm(q, eps=l2_eps, ctx=ctx), _l2_norm(k, eps=l2_eps, ctx=ctx)
     q, k, g, beta = (_apart(a, o, state) for a in (q, k, g, beta))
     v = _apart(v, o, state, same=o)
     initial_state = _apart(initial_state, o, state, same=state)
 
-    def run(o, state, initial, first, last, offsets):
-        rows = [None if a is None else a.reshape(-1, *a.shape[len(tokens):])[first:last]
-                for a in (o, q, k, v, g, beta)]
-        _core.delta_rule(current(ctx)._core, rows[0], state, *rows[1:], initial, offsets, len(offsets) - 1,
-                         last - first, Hk, Hv, K, V, scale, gate, form, head_map)
-
-    if cuts is None:
-        run(o, state, initial_state, 0, int(offsets[-1]), offsets)
-        return o, state
-    return o, state, _with_checkpoints(run, o, state, initial_state, offsets, cuts, (Hv, K, V))
-
-
-_l2_norm = l2_norm  # under a name that the argument of delta_rule does not hide
-
-
-def _with_checkpoints(run, o, state, initial, offsets, cuts, shape):
-    """Each sequence in the pieces between its cuts; a piece begins with the state that the last one left."""
-    kept, slot = np.empty((sum(map(len, cuts)), *shape), np.float32), 0
-    for n, counts in enumerate(cuts):
-        begin, end = int(offsets[n]), int(offsets[n + 1])
-        first, before = begin, None if initial is None else initial.reshape(-1, *shape)[n]
-        for last in [begin + c for c in counts]:
-            run(o, kept[slot], before, first, last, np.array([0, last - first], np.int64))
-            first, before, slot = last, kept[slot], slot + 1
-        run(o, state.reshape(-1, *shape)[n], before, first, end, np.array([0, end - first], np.int64))
-    return kept
+    marks = ends = kept = None
+    if cuts is not None:
+        marks = np.array([c for counts in cuts for c in counts], np.int64)
+        ends = np.cumsum([0, *map(len, cuts)], dtype=np.int64)
+        kept = np.empty((len(marks), Hv, K, V), np.float32)
+    _core.delta_rule(current(ctx)._core, o, state, q, k, v, g, beta, initial_state, offsets, len(offsets) - 1,
+                     int(offsets[-1]), Hk, Hv, K, V, scale, gate, form, head_map, int(chunk), bool(l2_norm),
+                     check_eps(l2_eps), marks, ends, kept, 0 if cuts is None else len(marks))
+    return (o, state) if cuts is None else (o, state, kept)
 
 
 def _cuts(checkpoints, lengths):

@@ -200,16 +200,16 @@ def test_batch_axis_equals_each_alone():
 
 @pytest.mark.parametrize("mild", [True, False])
 @pytest.mark.parametrize("cuts", [[1], [64], [1, 17, 64, 65], [10, 10, 100], list(range(1, 130))])
-def test_any_split_gives_the_same_bytes(cuts, mild):
+def test_any_split_of_the_recurrence_gives_the_same_bytes(cuts, mild):
     x = inputs(130, 2, 18, 40, decay=0.3)
     if not mild:  # states on both sides of the subnormals
         gates = np.array([-1e-3, -20, -60, -86, -100], np.float32)
         x["g"] = np.random.default_rng(1).choice(gates, x["g"].shape)
     start = state_for(x)
-    whole = kl.ops.delta_rule(**x, initial_state=start)
+    whole = kl.ops.delta_rule(**x, initial_state=start, form="recurrent")
     pieces, state = [], start
     for a, b in zip([0, *cuts], [*cuts, 130]):
-        o, state = kl.ops.delta_rule(**{n: y[a:b] for n, y in x.items()}, initial_state=state)
+        o, state = kl.ops.delta_rule(**{n: y[a:b] for n, y in x.items()}, initial_state=state, form="recurrent")
         pieces.append(o)
     assert same((np.concatenate(pieces), state), whole)
 
@@ -347,7 +347,8 @@ def call(**changes):
     (call(k=X["k"][..., :7]), ValueError, r"k has shape \[4, 2, 7\]; it must be \[4, 2, 8\]"),
     (call(q=X["q"][:, [0, 0, 0]], k=X["k"][:, [0, 0, 0]]), ValueError, "Hv must be a multiple of Hk"),
     (call(beta=X["beta"][:3]), ValueError, r"beta has shape \[3, 4\]; it must be \[4, 4\]"),
-    (call(form="chunked"), NotImplementedError, "chunked form: not in this build"),
+    (call(form="chunked", chunk=257), ValueError, "chunk is 257; it must be 1 to 256"),
+    (call(l2_norm=True, l2_eps=-1), ValueError, "eps is -1"),
     (call(form="fast"), ValueError, "form is 'fast'; it must be one of 'auto', 'recurrent', 'chunked'"),
     (call(head_map="odd"), ValueError, "head_map is 'odd'"),
     (call(scale=np.inf), ValueError, "scale is inf"),
