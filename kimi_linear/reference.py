@@ -274,13 +274,28 @@ def uniform(seed, sequence, position):
     return ((x0 << 21) + (x1 >> 11)) * 2.0**-53
 
 
+def sample_weight(logits, temperature):
+    """``t = (x - max x) * log2(e) / temperature`` and the weights ``2^t``, float32; logits [vocab], temperature > 0.
+
+    Softmax before its division, in float32 as `sample` defines it: a difference, a product with the rounded factor,
+    and a polynomial for the broken part of t, each step rounded once. Weights below ``2^-126.5`` are 0.
+    """
+    x, f32 = np.asarray(logits, np.float32), np.float32
+    with np.errstate(over="ignore", under="ignore"):
+        t = (x - x.max()) * f32(min(np.log2(np.e) / f64(temperature), np.finfo(f32).max))
+        n = np.rint(np.maximum(t, f32(-127)))
+        broken, p = f64(np.maximum(t, f32(-127)) - n), f32(float.fromhex("0x1.417a9cp-13"))
+        for c in ("0x1.5f0948p-10", "0x1.3b2dd2p-7", "0x1.c6af7ap-5", "0x1.ebfbdcp-3", "0x1.62e43p-1", "1"):
+            p = f32(f64(p) * broken + float.fromhex(c))
+        return t, np.where(n < -126, f32(0), np.ldexp(p, n.astype(int)))
+
+
 def sample(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, sequence=0, position=0):
     """Draw a token id from logits [vocab]; -infinity masks a token.
 
-    Temperature 0 is the largest logit. Otherwise p = softmax(logits / temperature), by probability descending
-    and id ascending; the first top_k stay (0: all), of these p >= min_p * max p, of these, renormalised, the
-    shortest prefix with a sum >= top_p (1: all). The first whose running sum, renormalised, exceeds `uniform`
-    is drawn.
+    Temperature 0 is the largest logit. Otherwise weights (`sample_weight`) in the order of x descending, then id
+    ascending: the first top_k stay (0: all), of these w >= min_p, of these the shortest prefix with a sum >= top_p of
+    their sum (1: all). The first whose running sum exceeds `uniform` of that prefix's sum is drawn.
     """
     x = f64(logits)
     if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1 and 0 <= min_p <= 1):
@@ -292,12 +307,11 @@ def sample(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, se
         raise ValueError(f"logits[{i}] is {x[i]}; logits must be finite, or -inf for some")
     if temperature == 0:
         return int(np.argmax(x))
-    p = softmax(x / temperature)
-    order = _top(p, top_k or len(p))
-    order = order[p[order] >= min_p * p[order[0]]]
+    t, w = sample_weight(logits, temperature)
+    order = _top(x, top_k or len(x))
+    order = order[(w[order] > 0) & (t[order] >= np.float32(np.log2(min_p) if min_p else -np.inf))]
+    running = np.cumsum(f64(w[order]))
     if top_p < 1:
-        running = np.cumsum(p[order]) / np.cumsum(p[order])[-1]
-        order = order[:np.searchsorted(running, top_p) + 1]
-    running = np.cumsum(p[order]) / np.cumsum(p[order])[-1]
-    drawn = np.searchsorted(running, uniform(seed, sequence, position), side="right")
-    return int(order[min(drawn, len(order) - 1)])
+        running = running[:np.searchsorted(running, top_p * running[-1]) + 1]
+    drawn = np.searchsorted(running, uniform(seed, sequence, position) * running[-1], side="right")
+    return int(order[min(drawn, len(running) - 1)])

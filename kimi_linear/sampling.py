@@ -69,8 +69,7 @@ class Sampler:
         self.ids = ids.tolist() if processor is not None else None
         self.seen = None
         if self.penalty != 1.0:
-            self.seen = np.zeros(vocab_size, bool)
-            self.seen[ids] = True
+            self.seen, self.penalised = _Ids(ids, vocab_size), np.empty(vocab_size, np.float32)
 
     def __call__(self, logits, position):
         """The token at `position`, from the logits [vocab] of the tokens before it.
@@ -86,7 +85,7 @@ class Sampler:
         except ValueError as error:
             raise ValueError(f"the token at position {position} cannot be drawn: {error}") from None
         if self.seen is not None:
-            self.seen[token] = True
+            self.seen.add(token)
         if self.ids is not None:
             self.ids.append(token)
         return token
@@ -104,8 +103,11 @@ class Sampler:
         """Logits of tokens seen: l / penalty where l > 0, l * penalty elsewhere (Keskar et al., arXiv:1909.05858)."""
         if self.seen is None:
             return logits
-        changed = np.where(logits > 0, logits / np.float32(self.penalty), logits * np.float32(self.penalty))
-        return np.where(self.seen, changed, logits)
+        seen, penalty = self.seen.ids, np.float32(self.penalty)
+        np.copyto(self.penalised, logits)
+        of_seen = logits[seen]
+        self.penalised[seen] = np.where(of_seen > 0, of_seen / penalty, of_seen * penalty)
+        return self.penalised
 
     def _processed(self, logits, position):
         if self.processor is None:
@@ -116,19 +118,55 @@ class Sampler:
         if out.shape != logits.shape or out.dtype.kind != "f":
             raise ValueError(f"logits_processor gave {out.dtype} {list(out.shape)}; it must be float32 "
                              f"{list(logits.shape)}, or None")
-        if (out == -np.inf).all():
+        if out.max() == -np.inf:
             raise ValueError(f"logits_processor masked all {out.size} tokens at position {position}; one must be left")
-        return out.astype(np.float32)
+        return out.astype(np.float32, copy=False)
+
+
+class _Ids:
+    """A set of ids as an array, in the order in which they came."""
+
+    def __init__(self, ids, vocab_size):
+        self.has = np.zeros(vocab_size, bool)
+        self.has[ids] = True
+        first = np.flatnonzero(self.has)
+        self.n, self.room = len(first), np.empty(len(first) + 256, np.int64)
+        self.room[: self.n] = first
+
+    @property
+    def ids(self):
+        return self.room[: self.n]
+
+    def add(self, id):
+        if self.has[id]:
+            return
+        if self.n == len(self.room):
+            self.room = np.concatenate([self.room, np.empty_like(self.room)])
+        self.has[id], self.room[self.n] = True, id
+        self.n += 1
+
+
+_GROUP = 64
 
 
 def logprobs_of(logits, token, k):
-    """Log-probability of a token under float32 logits [vocab], and of the `k` likeliest: (float, [(id, float)])."""
-    shifted = logits.astype(np.float64) - logits.max()
-    shifted -= np.log(np.exp(shifted).sum())
-    k = min(k, shifted.size)
-    likeliest = np.argpartition(-shifted, k - 1)[:k]
-    likeliest = likeliest[np.lexsort((likeliest, -shifted[likeliest]))]
-    return float(shifted[token]), [(int(i), float(shifted[i])) for i in likeliest]
+    """Log-probability of a token under float32 logits [vocab], and of the `k` likeliest: (float, [(id, float)]).
+
+    The sum is of float32 exponentials: log-probabilities are within 1e-6.
+    """
+    top = logits.max()
+    total = float(top) + math.log(float(np.exp(logits - top).sum()))
+    return float(logits[token]) - total, [(int(i), float(logits[i]) - total) for i in _largest(logits, k)]
+
+
+def _largest(x, k):
+    """Indices of the k largest of x, by x descending, then index ascending."""
+    n = len(x) // _GROUP
+    candidates = np.arange(len(x))
+    if k <= n:  # k groups reach the k-th largest of their largest
+        groups = x[: n * _GROUP].reshape(_GROUP, n).max(0)
+        candidates = np.flatnonzero(x >= np.partition(groups, n - k)[n - k])
+    return candidates[np.argsort(-x[candidates], kind="stable")[:k]]
 
 
 class StopStrings:

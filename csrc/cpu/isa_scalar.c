@@ -10,6 +10,7 @@
 #include "delta_rule.inc"
 #include "delta_chunk.inc"
 #include "attention.inc"
+#include "sample.inc"
 #include "roof.inc"
 
 const kl_kernels kl_kernels_scalar = {

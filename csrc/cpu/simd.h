@@ -9,6 +9,10 @@
  *   sum             the fixed halving tree: lane l + lane l+8, then +4, +2, +1
  *   max, min        of lanes; the second operand where either is NaN (as x86 has it)
  *   select(m, a, b) a where the mask holds, else b
+ *   lanes(m)        bit l: the mask holds in lane l
+ *   compress(a, l)  the lanes named by the bits l, first to last; what follows them is undefined
+ *   indices(i)      int32 i + lane, to be stored, not computed with
+ *   v16d            sixteen lanes of double, to which float lanes are added
  *   load_f16, load_bf16   exact widenings */
 #ifndef KL_SIMD_H
 #define KL_SIMD_H
@@ -60,6 +64,16 @@ static inline v16 v16_abs(v16 a)
 }
 static inline v16_mask v16_lt(v16 a, v16 b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 static inline v16 v16_select(v16_mask m, v16 a, v16 b) { return _mm512_mask_blend_ps(m, b, a); }
+static inline unsigned v16_lanes(v16_mask m) { return m; }
+static inline v16 v16_compress(v16 a, unsigned lanes)
+{
+    return _mm512_maskz_compress_ps((__mmask16)lanes, a);
+}
+static inline v16 v16_indices(int32_t i)
+{
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_set1_epi32(i), lane));
+}
 /* 2^n for n given as the float n + 1.5 * 2^23, -126 <= n <= 127 */
 static inline v16 v16_exp2_of_magic(v16 magic)
 {
@@ -72,6 +86,19 @@ static inline float v16_sum(v16 a)
     const __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
     const __m128 d = _mm_add_ps(c, _mm_movehl_ps(c, c));
     return _mm_cvtss_f32(_mm_add_ss(d, _mm_shuffle_ps(d, d, 1)));
+}
+typedef struct {
+    __m512d part[2];
+} v16d;
+static inline v16d v16d_zero(void)
+{
+    return (v16d){ { _mm512_setzero_pd(), _mm512_setzero_pd() } };
+}
+static inline v16d v16d_add(v16d a, v16 b)
+{
+    a.part[0] = _mm512_add_pd(a.part[0], _mm512_cvtps_pd(_mm512_castps512_ps256(b)));
+    a.part[1] = _mm512_add_pd(a.part[1], _mm512_cvtps_pd(_mm512_extractf32x8_ps(b, 1)));
+    return a;
 }
 static inline v16 v16_load_bf16(const uint16_t *p)
 {
@@ -168,6 +195,10 @@ static inline v16 v16_select(v16_mask m, v16 a, v16 b)
 {
     return (v16){ _mm256_blendv_ps(b.lo, a.lo, m.lo), _mm256_blendv_ps(b.hi, a.hi, m.hi) };
 }
+static inline unsigned v16_lanes(v16_mask m)
+{
+    return (unsigned)_mm256_movemask_ps(m.lo) | (unsigned)_mm256_movemask_ps(m.hi) << 8;
+}
 static inline __m256 v16_exp2_of_magic8(__m256 magic)
 {
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(magic), 23),
@@ -183,6 +214,22 @@ static inline float v16_sum(v16 a)
     const __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
     const __m128 d = _mm_add_ps(c, _mm_movehl_ps(c, c));
     return _mm_cvtss_f32(_mm_add_ss(d, _mm_shuffle_ps(d, d, 1)));
+}
+typedef struct {
+    __m256d part[4];
+} v16d;
+static inline v16d v16d_zero(void)
+{
+    const __m256d zero = _mm256_setzero_pd();
+    return (v16d){ { zero, zero, zero, zero } };
+}
+static inline v16d v16d_add(v16d a, v16 b)
+{
+    a.part[0] = _mm256_add_pd(a.part[0], _mm256_cvtps_pd(_mm256_castps256_ps128(b.lo)));
+    a.part[1] = _mm256_add_pd(a.part[1], _mm256_cvtps_pd(_mm256_extractf128_ps(b.lo, 1)));
+    a.part[2] = _mm256_add_pd(a.part[2], _mm256_cvtps_pd(_mm256_castps256_ps128(b.hi)));
+    a.part[3] = _mm256_add_pd(a.part[3], _mm256_cvtps_pd(_mm256_extractf128_ps(b.hi, 1)));
+    return a;
 }
 static inline v16 v16_of_bf16(__m128i lo, __m128i hi)
 {
@@ -273,6 +320,13 @@ static inline v16 v16_select(v16_mask m, v16 a, v16 b)
 {
     V16_EACH(m.lane[l] ? a.lane[l] : b.lane[l]);
 }
+static inline unsigned v16_lanes(v16_mask m)
+{
+    unsigned bits = 0;
+    for (int l = 0; l < 16; l++)
+        bits |= (unsigned)m.lane[l] << l;
+    return bits;
+}
 static inline v16 v16_exp2_of_magic(v16 magic)
 {
     V16_EACH(v16_float_of_bits((v16_bits(magic.lane[l]) << 23) + 0x3f800000u));
@@ -283,6 +337,16 @@ static inline float v16_sum(v16 a)
         for (int l = 0; l < half; l++)
             a.lane[l] = a.lane[l] + a.lane[l + half];
     return a.lane[0];
+}
+typedef struct {
+    double part[16];
+} v16d;
+static inline v16d v16d_zero(void) { return (v16d){ { 0.0 } }; }
+static inline v16d v16d_add(v16d a, v16 b)
+{
+    for (int l = 0; l < 16; l++)
+        a.part[l] = a.part[l] + (double)b.lane[l];
+    return a;
 }
 static inline float v16_of_f16(uint16_t h)
 {
@@ -334,6 +398,39 @@ static inline void v16_store_f16_n(uint16_t *p, v16 a, int64_t n)
 #endif
 
 /* ---- the same on every instruction set, from here on ---- */
+
+#if !defined(KL_AVX512)
+static inline v16 v16_compress(v16 a, unsigned lanes)
+{
+    float from[16], to[16];
+    v16_store(from, a);
+    v16_store(to, a);
+    for (int n = 0; lanes != 0; lanes &= lanes - 1)
+        to[n++] = from[__builtin_ctz(lanes)];
+    return v16_load(to);
+}
+
+static inline v16 v16_indices(int32_t i)
+{
+    int32_t index[16];
+    float as_float[16];
+    for (int l = 0; l < 16; l++)
+        index[l] = i + l;
+    memcpy(as_float, index, sizeof index);
+    return v16_load(as_float);
+}
+#endif
+
+/* The sixteen lanes of double, by the tree of v16_sum. */
+static inline double v16d_sum(v16d a)
+{
+    double lane[16];
+    memcpy(lane, &a, sizeof lane);
+    for (int half = 8; half >= 1; half /= 2)
+        for (int l = 0; l < half; l++)
+            lane[l] += lane[l + half];
+    return lane[0];
+}
 
 /* The largest lane; NaN lanes are passed over unless all are. */
 static inline float v16_reduce_max(v16 a)

@@ -37,9 +37,78 @@ def test_ids_are_the_reference_s(setting, V):
 
 def test_real_vocabulary():
     x = logits_of(3, 163840)
-    for setting in (dict(), dict(top_k=50, top_p=0.9), dict(temperature=0.0)):
+    for setting in (dict(), dict(top_k=50, top_p=0.9), dict(temperature=0.0), dict(top_p=0.95), dict(min_p=0.01)):
         wanted = [kl.reference.sample(row, **rounded(setting), seed=9) for row in x]
         assert kl.ops.sample(x, **setting, seed=9).tolist() == wanted
+
+
+TEMPERATURES = (1e-40, 1e-30, 0.125, 0.75, 1.0, 1.0, 2.0, 1e30)
+TOP_K = (0, 0, 0, 1, 5, 50, 300, 700, 3000, 10**6)
+TOP_P = (1.0, 1.0, 0.125, 0.25, 0.5, 0.875, 0.95, 0.999)
+MIN_P = (0.0, 0.0, 0.0, 0.0625, 0.5, 1.0)
+
+
+def any_logits(rng, V):
+    """Bell-shaped and skew, wide and flat, with ties, masks, huge values, few that stand out, or all equal."""
+    x = rng.standard_normal(V) * rng.choice([1e-6, 0.01, 0.3, 1, 3, 10, 100])
+    kind = rng.integers(9)
+    if kind == 1:
+        x = np.round(2 * x) / 2
+    elif kind == 2:
+        x = np.round(x)  # also -0
+    elif kind == 3:
+        x = np.zeros(V)
+    elif kind == 4:
+        x[rng.random(V) < 0.75] = -np.inf
+    elif kind == 5:
+        x[rng.integers(0, V, max(1, V // 1000))] += 20
+    elif kind == 6:
+        x = -rng.exponential(5, V)
+    elif kind == 7:
+        x[rng.random(V) < 0.5] = -1e9
+    elif kind == 8:
+        x = rng.choice([-3e38, 0, 3e38], V)
+    x[rng.integers(V)] = x.max() if np.isfinite(x.max()) else 0.0
+    return x.astype(np.float32)
+
+
+@pytest.mark.parametrize("widths, n", [((1, 2, 15, 16, 17, 33, 100), 900), ((1000, 1279, 2047, 2049), 1200),
+                                       ((5000, 20_000), 300), ((163_840,), 25)])
+def test_any_case_is_the_reference_s(widths, n):
+    """Every way to the token (the head, passes, equals) at every instruction set: the very ids of the definition."""
+    rng = np.random.default_rng(len(widths))
+    for case in range(n):
+        x = any_logits(rng, int(rng.choice(widths)))
+        setting = rounded(dict(temperature=float(rng.choice(TEMPERATURES)), top_k=int(rng.choice(TOP_K)),
+                               top_p=float(rng.choice(TOP_P)), min_p=float(rng.choice(MIN_P))))
+        place = dict(seed=int(rng.integers(2**63)), position=case)
+        wanted = kl.reference.sample(x, **setting, **place)
+        got = [kl.ops.sample(x, **setting, **place, ctx=ctx) for ctx in CONTEXTS[case % 2::2]]
+        assert set(got) == {wanted}, (case, x.shape, setting, place, got, wanted)
+
+
+def test_weights_are_those_of_a_softmax():
+    """The reference's float32 weights: within the bound of docs/math.md#sample of float64's."""
+    rng = np.random.default_rng(0)
+    for scale, temperature in ((3, 1.0), (30, 0.7), (0.01, 2.0), (300, 5.0)):
+        x = (scale * rng.standard_normal(20_000)).astype(np.float32)
+        t, w = kl.reference.sample_weight(x, temperature)
+        exact = (x.astype(np.float64) - x.max()) / temperature
+        seen = w > 0
+        error = np.abs(w[seen] / np.exp(exact[seen]) - 1) * 2**24
+        assert w.dtype == t.dtype == np.float32 and w.max() == 1
+        assert (error <= 1.6 + 3 * np.abs(exact[seen])).all() and (exact[~seen] < -87).all()
+
+
+def test_a_share_that_is_met_exactly_is_enough():
+    """Equal logits have exact sums: top_p = 1/2 of 4096 tokens is 2048 of them, and a hair more is one more."""
+    for width in (8, 4096, 65_536):
+        x = np.zeros(width, np.float32)
+        for top_p, kept in ((0.5, width // 2), (float(np.nextafter(np.float32(0.5), 1)), width // 2 + 1),
+                            (1 / width, 1)):
+            for position in range(40):
+                got = kl.ops.sample(x, top_p=top_p, position=position)
+                assert got == int(kl.reference.uniform(0, 0, position) * kept)
 
 
 def test_published_philox_vectors():
