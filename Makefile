@@ -14,7 +14,7 @@ ORACLES := .venv-oracles
 CTEST := $(MAKE) -C tests/c
 ASAN_TREE := build/asan/kimi_linear
 
-.PHONY: help system venv build lib ctest test demo oracles lint format asan tsan long bench clean
+.PHONY: help system venv build lib ctest test demo oracles lint format asan tsan long fuzz bench clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
@@ -106,6 +106,15 @@ tsan: lib  ## the C programs of tests/c under ThreadSanitizer
 
 long: build  ## what takes minutes: 131,072 tokens through one state, thousands of calls without a leak
 	@for script in tests/long/*.py; do $(PY) $$script; done
+
+# atheris is not among the tests' requirements: only this target installs it, and only fuzzing needs it.
+fuzz: build  ## state files by coverage-guided fuzzing, ten minutes; FUZZ="inputs -max_total_time=60" for others
+	@$(PIP) "atheris>=3,<4"
+	mkdir -p build/fuzz
+	fuzz="$(abspath tests/fuzz/fuzz_statefile.py)"
+	export PYTHONPATH=$(CURDIR)
+	cd build/fuzz  # what it finds is left here: crash-...
+	$(abspath $(PY)) $$fuzz $(or $(FUZZ),inputs -max_total_time=600)
 
 bench: build  ## tokens/s, time and rate of every op beside the machine's roof
 	@$(PY) -m kimi_linear bench $(ARGS)

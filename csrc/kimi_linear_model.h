@@ -74,6 +74,9 @@ KL_API kl_status kl_state_keep(kl_ctx *ctx, kl_state *state, int64_t every,
                                int64_t keep) KL_CHECKED;
 /* Makes a checkpoint here and now. */
 KL_API kl_status kl_state_checkpoint(kl_ctx *ctx, kl_state *state) KL_CHECKED;
+/* The same as one after n tokens, for a state that was filled in: its arrays are written as they were then, and
+ * once more behind the last checkpoint. n is at the newest checkpoint or behind it, and at most the position. */
+KL_API kl_status kl_state_checkpoint_at(kl_ctx *ctx, kl_state *state, int64_t n) KL_CHECKED;
 /* Positions of the checkpoints, oldest first, to at [keep]; gives how many. */
 KL_API int64_t kl_state_checkpoints(const kl_state *state, int64_t *at);
 /* Back to the newest checkpoint at or before n, whose position is told; cache rows behind it are dropped. The
@@ -102,6 +105,9 @@ KL_API kl_status kl_state_shape(kl_ctx *ctx, const kl_state *state, int64_t laye
 /* Copies it to the host, or from the host. */
 KL_API kl_status kl_state_read(kl_ctx *ctx, const kl_state *state, int64_t layer,
                                kl_state_part part, void *to) KL_CHECKED;
+/* The same of checkpoint i, 0 the oldest: of a part that a checkpoint holds, not the cache. */
+KL_API kl_status kl_state_read_checkpoint(kl_ctx *ctx, const kl_state *state, int64_t i,
+                                          int64_t layer, kl_state_part part, void *to) KL_CHECKED;
 KL_API kl_status kl_state_write(kl_ctx *ctx, kl_state *state, int64_t layer, kl_state_part part,
                                 const void *from) KL_CHECKED;
 

@@ -183,8 +183,8 @@ class State:
     def save(self, path):
         """Write the state to a file; `load` gives it back in any process, over the same model.
 
-        The file is safetensors: arrays under their names, ``tokens``, and a manifest with a checksum each.
-        Checkpoints are not saved. The file takes its name when it is whole.
+        The file is safetensors: arrays under their names, those of the checkpoints, ``tokens``, and a manifest with
+        a checksum each. The file takes its name when it is whole.
 
         Raises
         ------
@@ -199,7 +199,8 @@ class State:
     def load(cls, path, model, *, context=None, checkpoints_every=None, keep=0):
         """The state that `save` wrote, as a new State of `model`.
 
-        Where checkpoints are asked for, the first is at the position loaded: `truncate` goes back to it, not behind.
+        Where checkpoints are asked for, the newest is at the position loaded; of those in the file the newest that
+        `keep` has room for stay. `truncate` does not go back behind the oldest, but to 0.
 
         Parameters
         ----------
@@ -248,6 +249,15 @@ class State:
         a = np.empty(shape, dtype)
         self._core.read(current()._core, layer, part, a)
         return a
+
+    def _of_checkpoint(self, i):
+        """(name, copy of the array) of each array that checkpoint `i` holds, 0 the oldest."""
+        for name in self:
+            layer, part, shape, dtype = self._place(name)
+            if ".kda." in name:
+                a = np.empty(shape, dtype)
+                self._core.read(current()._core, layer, part, a, i)
+                yield name, a
 
     def __setitem__(self, name, value):
         layer, part, shape, dtype = self._place(name)

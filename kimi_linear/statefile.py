@@ -1,11 +1,12 @@
 """State files: a state on disk, every bit of it checked.
 
-A state file is a safetensors file. Its arrays are those of the state under their own names, and ``tokens`` [position]
-int32. Its metadata are
+A state file is a safetensors file. Its arrays are those of the state under their own names, ``tokens`` [position]
+int32, and what checkpoint j keeps under ``checkpoints.j.`` and their own names. Its metadata are
 
     format       "kimi_linear.state"
-    version      "1"; a reader refuses newer ones
+    version      "2", or "1" where there are no checkpoints; a reader refuses newer ones
     position     tokens read
+    checkpoints  JSON: positions of the checkpoints, rising; in version 2
     cache        "float32" or "float16"
     model        name of the model, for people
     fingerprint  of the model's config and weights: see `fingerprint`
@@ -31,7 +32,7 @@ from .state import State
 
 __all__ = ["FORMAT", "VERSION", "fingerprint", "load", "save"]
 
-FORMAT, VERSION = "kimi_linear.state", 1
+FORMAT, VERSION = "kimi_linear.state", 2
 _NAMES = {np.dtype(np.int32): "I32", np.dtype(np.float32): "F32", np.dtype(np.float16): "F16"}
 _DIGEST = 16  # bytes
 _SAMPLE = 64  # bytes of a tensor in a fingerprint
@@ -90,15 +91,25 @@ def _fingerprint_of(model, tensors):
 def _arrays(state, tokens):
     """(name, array) one at a time; wide types first, so that every array stays aligned."""
     yield "tokens", tokens
+    for j in range(len(state.checkpoints)):
+        yield from ((_of(j, name), a) for name, a in state._of_checkpoint(j))
     yield from (item for width in (4, 2) for item in state.items() if item[1].itemsize == width)
+
+
+def _of(j, name):
+    """Name in the file of what checkpoint j keeps of an array."""
+    return f"checkpoints.{j}.{name}"
 
 
 def _header(state, manifest):
     """The file's first bytes, up to the data."""
+    checkpoints = state.checkpoints
     header = {"__metadata__": {
-        "format": FORMAT, "version": str(VERSION), "position": str(state.position), "cache": state.cache,
-        "model": state._model.name, "fingerprint": _fingerprint_of(state._model, state._tensors),
+        "format": FORMAT, "version": "2" if checkpoints else "1", "position": str(state.position),
+        "cache": state.cache, "model": state._model.name,
+        "fingerprint": _fingerprint_of(state._model, state._tensors),
         "manifest": json.dumps(manifest, separators=(",", ":")), "checksum": "0" * 2 * _DIGEST,
+        **({"checkpoints": json.dumps(checkpoints)} if checkpoints else {}),
     }}
     begin = 0
     for name, entry in manifest.items():
@@ -147,9 +158,9 @@ def _checked_metadata(file):
     if meta.get("format") != FORMAT:
         refuse(f"its header does not name a state of kimi_linear: format is {meta.get('format')!r}")
     version = meta.get("version", "")
-    if version != str(VERSION):
+    if version not in ("1", str(VERSION)):
         newer = version.isascii() and version.isdigit() and len(version) < 9 and int(version) > VERSION
-        refuse(f"its header has version {version[:20]!r}; this build reads version {VERSION}"
+        refuse(f"its header has version {version[:20]!r}; this build reads versions 1 to {VERSION}"
                + (", so a newer one is needed" if newer else ""))
     n = int.from_bytes(file.mapping[:8], "little")
     raw = file.mapping[: 8 + n]
@@ -193,14 +204,37 @@ def load(path, model, *, context=0, checkpoints_every=None, keep=0):
     arrays = _checked_arrays(file, meta)
     state = State(model, cache=meta.get("cache"), context=context, checkpoints_every=checkpoints_every, keep=keep,
                   ctx=model.ctx)
-    if arrays.keys() != {"tokens", *state.keys()}:
-        odd = sorted(arrays.keys() ^ {"tokens", *state.keys()})
+    positions, kept = _checkpoints(file, meta), [name for name in state.keys() if ".kda." in name]
+    wanted = {"tokens", *state.keys(), *(_of(j, name) for j in range(len(positions)) for name in kept)}
+    if arrays.keys() != wanted:
+        odd = sorted(arrays.keys() ^ wanted)
         raise FormatError(f"its arrays are not those of this model's states: {', '.join(odd[:4])}", str(path))
-    tokens = as_integers(arrays.pop("tokens"), "tokens", ("position",), low=-1, high=model.config.vocab_size)
-    state._core.fill(current(model.ctx)._core, len(tokens))
-    for name, a in arrays.items():
-        state[name] = a
+    tokens = as_integers(arrays["tokens"], "tokens", ("position",), low=-1, high=model.config.vocab_size)
+    if positions and positions[-1] > len(tokens):
+        raise FormatError(f"its header has a checkpoint at {positions[-1]}; {len(tokens)} tokens were read", str(path))
+    core = current(model.ctx)._core
+    state._core.fill(core, len(tokens))
+    for j, at in enumerate(positions if state.keep else []):
+        for name in kept:
+            state[name] = arrays[_of(j, name)]
+        state._core.checkpoint(core, at)
+    for name in state:
+        state[name] = arrays[name]
     state.tokens = tokens.tolist()
     if state.keep:
         state.checkpoint()
     return state
+
+
+def _checkpoints(file, meta):
+    """Positions of the checkpoints of a file."""
+    if meta["version"] == "1":
+        return []
+    try:
+        positions = json.loads(meta.get("checkpoints", ""))
+    except (ValueError, RecursionError):
+        positions = None
+    if (not isinstance(positions, list) or any(type(at) is not int or not 0 <= at < 2**62 for at in positions)
+            or positions != sorted(set(positions))):
+        raise FormatError("its header's checkpoints are no JSON list of rising positions", str(file.path))
+    return positions

@@ -148,9 +148,9 @@ static size_t fixed_offset(const layer_layout *at, kl_state_part part)
 
 typedef kl_status (*mover)(kl_ctx *ctx, void *to, const void *from, size_t n_bytes);
 
-/* Moves a part between its place and a host array; out: from the state to the host. */
-static kl_status move_part(kl_ctx *ctx, const kl_state *state, int64_t layer, kl_state_part part,
-                           char *host, bool out)
+/* Moves a part between its place, in a fixed block or the cache, and a host array; out: to the host. */
+static kl_status move_part(kl_ctx *ctx, const kl_state *state, char *fixed, int64_t layer,
+                           kl_state_part part, char *host, bool out)
 {
     int64_t shape[3] = { 0, 0, 1 };
     int n_dims;
@@ -159,7 +159,7 @@ static kl_status move_part(kl_ctx *ctx, const kl_state *state, int64_t layer, kl
     const layer_layout *at = &state->model->layout[layer];
     const mover move = out ? state->model->backend->download : state->model->backend->upload;
     if (part != KL_STATE_LATENT && part != KL_STATE_K_SHARED) {
-        char *place = state->fixed + fixed_offset(at, part);
+        char *place = fixed + fixed_offset(at, part);
         const size_t bytes =
             (size_t)(shape[0] * shape[1] * (n_dims == 3 ? shape[2] : 1)) * sizeof(float);
         return out ? move(ctx, host, place, bytes) : move(ctx, place, host, bytes);
@@ -179,13 +179,13 @@ static kl_status move_part(kl_ctx *ctx, const kl_state *state, int64_t layer, kl
 kl_status kl_state_read(kl_ctx *ctx, const kl_state *state, int64_t layer, kl_state_part part,
                         void *to)
 {
-    return move_part(ctx, state, layer, part, to, true);
+    return move_part(ctx, state, state->fixed, layer, part, to, true);
 }
 
 kl_status kl_state_write(kl_ctx *ctx, kl_state *state, int64_t layer, kl_state_part part,
                          const void *from)
 {
-    return move_part(ctx, state, layer, part, (char *)(uintptr_t)from, false);
+    return move_part(ctx, state, state->fixed, layer, part, (char *)(uintptr_t)from, false);
 }
 
 /* ---- checkpoints ---- */
@@ -226,6 +226,15 @@ static char *checkpoint_data(const kl_state *state, int64_t i)
     return state->checkpoint + (size_t)slot(state, i) * state->model->state.fixed_bytes;
 }
 
+kl_status kl_state_read_checkpoint(kl_ctx *ctx, const kl_state *state, int64_t i, int64_t layer,
+                                   kl_state_part part, void *to)
+{
+    if (i < 0 || i >= state->n_checkpoints || part == KL_STATE_LATENT || part == KL_STATE_K_SHARED)
+        return kl_fail(ctx, KL_ERR_ARG, "state: checkpoint %lld of %lld has no part %d",
+                       (long long)i, (long long)state->n_checkpoints, (int)part);
+    return move_part(ctx, state, checkpoint_data(state, i), layer, part, to, true);
+}
+
 int64_t kl_state_checkpoints(const kl_state *state, int64_t *at)
 {
     for (int64_t i = 0; i < state->n_checkpoints; i++)
@@ -239,10 +248,10 @@ int64_t kl_state_next_checkpoint(const kl_state *state, int64_t position)
 }
 
 /* Copies the fixed block to the ring's newest place; a second checkpoint of one position replaces the first. */
-static kl_status push(kl_ctx *ctx, kl_state *state)
+static kl_status push(kl_ctx *ctx, kl_state *state, int64_t position)
 {
     const int64_t n = state->n_checkpoints;
-    if (n > 0 && state->checkpoint_at[slot(state, n - 1)] == state->position)
+    if (n > 0 && state->checkpoint_at[slot(state, n - 1)] == position)
         state->n_checkpoints--;
     else if (n == state->keep) {
         state->oldest = slot(state, 1);
@@ -251,7 +260,7 @@ static kl_status push(kl_ctx *ctx, kl_state *state)
     }
     KL_TRY(state->model->backend->copy(ctx, checkpoint_data(state, state->n_checkpoints),
                                        state->fixed, state->model->state.fixed_bytes));
-    state->checkpoint_at[slot(state, state->n_checkpoints)] = state->position;
+    state->checkpoint_at[slot(state, state->n_checkpoints)] = position;
     state->n_checkpoints++;
     return KL_OK;
 }
@@ -261,19 +270,31 @@ void kl_state_advance(kl_ctx *ctx, kl_state *state, int64_t end)
     const bool due = end >= kl_state_next_checkpoint(state, state->position);
     state->position = end;
     if (due)
-        (void)push(ctx, state);
+        (void)push(ctx, state, end);
 }
 
 kl_status kl_state_checkpoint(kl_ctx *ctx, kl_state *state)
 {
+    return kl_state_checkpoint_at(ctx, state, state->position);
+}
+
+kl_status kl_state_checkpoint_at(kl_ctx *ctx, kl_state *state, int64_t n)
+{
     if (state->keep == 0)
         return kl_fail(ctx, KL_ERR_STATE, "checkpoint: the state was made to keep none");
     KL_TRY(kl_state_acquire(ctx, state, "checkpoint"));
-    const kl_status status =
-        state->lost ? kl_fail(ctx, KL_ERR_STATE,
-                              "checkpoint: the state was lost when a step failed after token %lld",
-                              (long long)state->position)
-                    : push(ctx, state);
+    const int64_t last = state->n_checkpoints - 1;
+    const int64_t newest = last >= 0 ? state->checkpoint_at[slot(state, last)] : 0;
+    kl_status status;
+    if (state->lost)
+        status = kl_fail(ctx, KL_ERR_STATE,
+                         "checkpoint: the state was lost when a step failed after token %lld",
+                         (long long)state->position);
+    else if (n < newest || n > state->position)
+        status = kl_fail(ctx, KL_ERR_ARG, "checkpoint: n is %lld; it must be %lld to %lld",
+                         (long long)n, (long long)newest, (long long)state->position);
+    else
+        status = push(ctx, state, n);
     kl_state_release(state);
     return status;
 }

@@ -88,10 +88,13 @@ static PyObject *state_checkpoint(PyObject *o, PyObject *args)
 {
     kl_py_call c = { 0 };
     PyObject *context;
-    if (!PyArg_ParseTuple(args, "O:checkpoint", &context))
+    long long n = -1;
+    if (!PyArg_ParseTuple(args, "O|L:checkpoint", &context, &n))
         return NULL;
+    kl_state *state = ((py_state *)o)->state;
     if (kl_py_begin(&c, context))
-        c.status = kl_state_checkpoint(c.ctx, ((py_state *)o)->state);
+        c.status =
+            n == -1 ? kl_state_checkpoint(c.ctx, state) : kl_state_checkpoint_at(c.ctx, state, n);
     return kl_py_end(&c);
 }
 
@@ -179,18 +182,20 @@ static PyObject *state_shape(PyObject *o, PyObject *args)
     return Py_BuildValue("(LL)i", (long long)shape[0], (long long)shape[1], (int)type);
 }
 
-/* read or write a part: array of its exact size in its type (float16 as uint16) */
+/* read or write a part: array of its exact size in its type (float16 as uint16); of the state, or read from a
+ * checkpoint */
 static PyObject *move(PyObject *o, PyObject *args, bool out)
 {
     kl_py_call c = { 0 };
     PyObject *context, *array;
-    long long layer;
+    long long layer, checkpoint = -1;
     int part, n_dims = 0;
     int64_t shape[3] = { 0, 0, 1 };
     kl_type type = KL_F32;
     kl_state *state = ((py_state *)o)->state;
     Py_buffer view;
-    if (!PyArg_ParseTuple(args, "OLiO:read", &context, &layer, &part, &array))
+    if (!PyArg_ParseTuple(args, out ? "OLiO|L:read" : "OLiO:write", &context, &layer, &part, &array,
+                          &checkpoint))
         return NULL;
     if (PyObject_GetBuffer(array, &view, PyBUF_C_CONTIGUOUS | (out ? PyBUF_WRITABLE : 0)) < 0)
         return NULL;
@@ -207,7 +212,10 @@ static PyObject *move(PyObject *o, PyObject *args, bool out)
             c.status =
                 kl_fail(c.ctx, KL_ERR_SHAPE, "state: the array has %lld bytes; it must have %zu",
                         (long long)view.len, bytes);
-        if (c.status == KL_OK)
+        if (c.status == KL_OK && checkpoint != -1)
+            c.status = kl_state_read_checkpoint(c.ctx, state, checkpoint, layer,
+                                                (kl_state_part)part, view.buf);
+        else if (c.status == KL_OK)
             c.status = out ? kl_state_read(c.ctx, state, layer, (kl_state_part)part, view.buf)
                            : kl_state_write(c.ctx, state, layer, (kl_state_part)part, view.buf);
     }

@@ -110,6 +110,22 @@ def test_a_saved_chat_goes_on_the_same_in_a_new_process(chat, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["evening.chat", "evening.chat.json"]
 
 
+def test_retry_and_undo_behind_load_read_only_the_last_message(chat, model, tmp_path):
+    """The checkpoints are in the file."""
+    spoken(chat, "Who made the heavens?", "And the earth?", "And what of the sea, and all that in them is?")
+    answer, read = chat.messages[-1], chat.stats.prompt_tokens
+    chat.save(tmp_path / "x")
+    other = Chat(model, **OPTIONS)
+    other.load(tmp_path / "x")
+    assert other.state.checkpoints == [*chat.state.checkpoints, chat.state.position]
+    other.retry(quiet)
+    assert other.stats.prompt_tokens == read and other.messages[-1] != answer
+    other.load(tmp_path / "x")
+    other.undo()
+    spoken(other, "And what of the sea, and all that in them is?")
+    assert other.stats.prompt_tokens == read and other.messages[-1] == answer
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2, "messages": []}', '{"format": 1, "messages": 3}',
                                   "[" * 9999, '{"format": 1, "messages": [{"role": "wizard", "content": "x"}]}'])
 def test_messages_that_save_did_not_write_change_nothing(chat, tmp_path, text):

@@ -5,6 +5,9 @@ What a token costs beside forward, measured on tiny (vocabulary 2,048; a busy x8
 stop string and a repetition penalty besides.
 """
 
+import concurrent.futures
+import threading
+
 import numpy as np
 import pytest
 
@@ -40,6 +43,32 @@ def test_a_batch_is_each_alone(model, options):
     assert batch.text == [g.text for g in one]
     assert batch.finish_reason == [g.finish_reason for g in one]
     assert [arrays(s) for s in batch.state] == [arrays(g.state) for g in one]
+
+
+def test_threads_generate_at_once_each_as_alone(model):
+    """Python threads on one model: each has the text and the bytes that it has alone."""
+    wanted = [alone(model, p, max_new_tokens=40, seed=i, **WARM) for i, p in enumerate(PROMPTS)]
+    start = threading.Barrier(len(PROMPTS))
+
+    def work(i):
+        start.wait()
+        return [alone(model, PROMPTS[i], max_new_tokens=40, seed=i, **WARM) for _ in range(3)]
+
+    with concurrent.futures.ThreadPoolExecutor(len(PROMPTS)) as pool:
+        got = list(pool.map(work, range(len(PROMPTS))))
+    for runs, one in zip(got, wanted, strict=True):
+        assert all((run.text, run.tokens) == (one.text, one.tokens) for run in runs)
+        assert all(arrays(run.state) == arrays(one.state) for run in runs)
+
+
+def test_threads_share_a_context_and_read_as_alone(golden_dir):
+    """The same where the model has a context of its own, which serves one call at a time."""
+    own = kl.Model.from_pretrained(golden_dir / "kimi-b", ctx=kl.Context(threads=2))
+    prompts = [list(range(i + 1, i + 9)) for i in range(4)]
+    wanted = [alone(own, p, max_new_tokens=20, temperature=1, seed=i).tokens for i, p in enumerate(prompts)]
+    with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
+        runs = [pool.submit(alone, own, p, max_new_tokens=20, temperature=1, seed=i) for i, p in enumerate(prompts)]
+    assert [run.result().tokens for run in runs] == wanted
 
 
 def test_sequences_leave_the_batch_when_they_end(model, monkeypatch):
@@ -164,6 +193,21 @@ def test_logprobs_are_log_softmax(model):
         assert len(likeliest) == 4 and likeliest == sorted(likeliest, key=lambda pair: -pair[1])
     none = alone(model, PROMPTS[0], max_new_tokens=3)
     assert none.logprobs == [] and none.top_logprobs == []
+
+
+@pytest.mark.parametrize("n", [1, 63, 64, 200, 4097, 163_840])
+@pytest.mark.parametrize("scale", [0.01, 3, 30])
+def test_logprobs_are_near_those_of_float64(n, scale):
+    rng = np.random.default_rng(n)
+    logits = (scale * rng.standard_normal(n)).astype(np.float32)
+    logits[rng.integers(0, n, n // 4)] = np.round(logits[0])  # many are equal
+    exact = logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum())
+    order = np.lexsort((np.arange(n), -exact))
+    for k in (1, 5, 64, 100, 5000):
+        own, likeliest = logprobs_of(logits, n // 2, k)
+        assert abs(own - exact[n // 2]) < 1e-6
+        assert [i for i, _ in likeliest] == order[:k].tolist()
+        assert all(abs(value - exact[i]) < 1e-6 for i, value in likeliest)
 
 
 def test_logprobs_of_equal_logits_and_masks():

@@ -15,7 +15,7 @@ def saved(tmp_path_factory):
 
     folder = pathlib.Path(__file__).parents[1] / "data" / "golden" / "kimi-b"
     model = kl.Model.from_pretrained(folder)
-    state = read(model, ids(model, 40))
+    state = read(model, ids(model, 40), checkpoints_every=16, keep=2)
     path = tmp_path_factory.mktemp("fuzz") / "state"
     state.save(path)
     return model, path, path.read_bytes(), contents(state)

@@ -12,6 +12,7 @@ import pytest
 from states import assert_same, contents, ids, read
 
 import kimi_linear as kl
+import kimi_linear.context
 from kimi_linear import statefile
 from kimi_linear.load import SafetensorsFile
 
@@ -94,6 +95,86 @@ def test_the_position_loaded_is_a_checkpoint(tiny, tmp_path):
         tiny.load_state(tmp_path / "state", context=50)
 
 
+# ---- checkpoints -----------------------------------------------------------------------------------
+
+
+def kept(model, n=300, **options):
+    """A state that read n tokens and keeps checkpoints at 64, 128, ... of them."""
+    return read(model, ids(model, n), checkpoints_every=64, keep=3, **options)
+
+
+def test_checkpoints_are_saved_and_gone_back_to(model, cache, tmp_path):
+    state = kept(model, cache=cache)
+    assert state.checkpoints == [128, 192, 256]
+    state.save(tmp_path / "state")
+    loaded = model.load_state(tmp_path / "state", checkpoints_every=64, keep=4)
+    assert loaded.checkpoints == [128, 192, 256, 300]
+    for n in (300, 256, 200, 128):
+        state.truncate(n)
+        loaded.truncate(n)
+        assert_same(loaded.fork(), state.fork(), model)
+    assert loaded.checkpoints == [128]
+    with pytest.raises(ValueError, match="oldest position that the state can go back to is 128"):
+        loaded.truncate(127)
+
+
+def test_checkpoints_that_there_is_no_room_for_are_left(tiny, tmp_path):
+    kept(tiny).save(tmp_path / "state")
+    assert tiny.load_state(tmp_path / "state", checkpoints_every=64, keep=2).checkpoints == [256, 300]
+    plain = tiny.load_state(tmp_path / "state")
+    assert plain.checkpoints == [] and plain.nbytes == tiny.plan(context=300).state
+    assert_same(plain, read(tiny, ids(tiny, 300)), tiny)
+
+
+def test_only_a_file_with_checkpoints_needs_a_newer_reader(tiny, tmp_path):
+    for state, version in ((read(tiny, ids(tiny, 20)), "1"), (kept(tiny, 70), "2"), (kept(tiny, 20), "1")):
+        state.save(tmp_path / "state")
+        assert SafetensorsFile(tmp_path / "state").metadata["version"] == version
+
+
+@pytest.mark.parametrize("positions", ["", "7", "[64, 64]", "[128, 64]", "[true]", "[-1]", "[1.5]", "[" * 9999])
+def test_positions_of_checkpoints_are_checked(tiny, tmp_path, positions):
+    kept(tiny, 140).save(tmp_path / "state")
+    (tmp_path / "state").write_bytes(rewritten((tmp_path / "state").read_bytes(), checkpoints=positions))
+    with pytest.raises(kl.FormatError, match="checkpoints are no JSON list of rising positions"):
+        tiny.load_state(tmp_path / "state", checkpoints_every=64, keep=2)
+
+
+def test_a_checkpoint_behind_the_end_is_refused(tiny, tmp_path):
+    kept(tiny, 140).save(tmp_path / "state")
+    (tmp_path / "state").write_bytes(rewritten((tmp_path / "state").read_bytes(), checkpoints="[64, 141]"))
+    with pytest.raises(kl.FormatError, match="a checkpoint at 141; 140 tokens were read"):
+        tiny.load_state(tmp_path / "state")
+
+
+def test_core_reads_only_checkpoints_that_are_there(tiny):
+    state, ctx = kept(tiny, 140), kl.context.current()._core
+    layer, part, shape, dtype = state._place("layers.0.kda.q_history")
+    for i in (-2, 2, 1 << 62):
+        with pytest.raises(ValueError, match="of 2 has no part 1"):
+            state._core.read(ctx, layer, part, np.empty(shape, dtype), i)
+    name = next(name for name in state if ".mla." in name)
+    layer, part, shape, dtype = state._place(name)
+    with pytest.raises(ValueError, match="checkpoint 0 of 2 has no part 4"):
+        state._core.read(ctx, layer, part, np.empty(shape, dtype), 0)
+    for n in (-2, 127, 141):
+        with pytest.raises(ValueError, match=f"checkpoint: n is {n}; it must be 128 to 140"):
+            state._core.checkpoint(ctx, n)
+
+
+def test_a_flipped_bit_of_a_checkpoint_is_refused_by_name(tiny, tmp_path):
+    path = tmp_path / "state"
+    kept(tiny, 140).save(path)
+    whole = path.read_bytes()
+    n = 8 + int.from_bytes(whole[:8], "little")
+    entry = json.loads(whole[8:n])["checkpoints.1.layers.0.kda.q_history"]
+    raw = bytearray(whole)
+    raw[n + entry["data_offsets"][0]] ^= 4
+    path.write_bytes(raw)
+    with pytest.raises(kl.FormatError, match="checkpoints.1.layers.0.kda.q_history does not have the checksum"):
+        tiny.load_state(path)
+
+
 # ---- damage ----------------------------------------------------------------------------------------
 
 
@@ -150,8 +231,10 @@ def rewritten(saved, **changes):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"version": "2"}, "version '2'; this build reads version 1, so a newer one is needed"),
-    ({"version": "x"}, "version 'x'; this build reads version 1"),
+    ({"version": "3"}, "version '3'; this build reads versions 1 to 2, so a newer one is needed"),
+    ({"version": "x"}, "version 'x'; this build reads versions 1 to 2"),
+    ({"version": "2"}, "header's checkpoints are no JSON list of rising positions"),
+    ({"version": "2", "checkpoints": "[10]"}, "its arrays are not those of this model's states: checkpoints.0.layers"),
     ({"format": "else"}, "does not name a state of kimi_linear: format is 'else'"),
     ({"manifest": "{}"}, "does not have the checksum that the manifest says"),
     ({"manifest": "["}, "header's manifest"),
