@@ -15,6 +15,7 @@ from ._arrays import pack, unpack
 from ._version import __version__
 from .config import Config, ConfigError, LayerSpec
 from .context import Context, isa_list, set_num_threads, threads
+from .conventions import conventions
 from .errors import DeviceError, FormatError
 from .generate import Generation
 from .model import Model
@@ -26,7 +27,6 @@ from .trace import Trace
 
 __all__ = [
     "Config", "ConfigError", "Context", "DeviceError", "FormatError", "Generation", "LayerSpec", "Model", "Plan",
-    "ReferenceModel", "Snapshot", "State", "Tokenizer", "Trace", "__version__", "diff", "isa_list", "ops", "pack",
-    "plan",
-    "reference", "set_num_threads", "testing", "threads", "unpack",
+    "ReferenceModel", "Snapshot", "State", "Tokenizer", "Trace", "__version__", "conventions", "diff", "isa_list",
+    "ops", "pack", "plan", "reference", "set_num_threads", "testing", "threads", "unpack",
 ]

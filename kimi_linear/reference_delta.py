@@ -170,14 +170,19 @@ def chunks_of(r: slice, chunk: int | None) -> list[slice]:
     return [slice(t, min(t + step, r.stop)) for t in range(r.start, r.stop, step)]
 
 
+def key_heads(Hk, Hv, head_map):
+    """The key head of each value head."""
+    if head_map not in ("grouped", "tiled") or Hv % Hk:
+        raise ValueError(f'head_map is {head_map!r} for {Hv} value and {Hk} key heads; it must be "grouped" '
+                         f'or "tiled", and the value heads a multiple of the key heads')
+    return np.arange(Hv) // (Hv // Hk) if head_map == "grouped" else np.arange(Hv) % Hk
+
+
 def of_value_heads(q, k, g, Hv, scale, head_map):
     """q, scaled, and k and g as [T, Hv, K]: one key head and one gate a channel for each value head."""
     q, k = f64(q), f64(k)
     T, Hk, K = q.shape
-    if head_map not in ("grouped", "tiled") or Hv % Hk:
-        raise ValueError(f'head_map is {head_map!r} for {Hv} value and {Hk} key heads; it must be "grouped" '
-                         f'or "tiled", and the value heads a multiple of the key heads')
-    heads = np.arange(Hv) // (Hv // Hk) if head_map == "grouped" else np.arange(Hv) % Hk
+    heads = key_heads(Hk, Hv, head_map)
     g = np.zeros((T, Hv)) if g is None else f64(g)
     if (g > 0).any():
         raise ValueError(f"g has a value {g.max():g} > 0; it must be a log-decay <= 0: was exp(g) passed?")
@@ -226,10 +231,8 @@ def _recurrent(q, k, v, g, beta, S):
 
 def _chunked(q, k, v, g, beta, S):
     """One chunk, every decay a product of the factors exp(g) in between."""
-    start, end = decays(g)
     L, P = _triangles(q, k, g, beta)
-    _, W, U = _solve(k, v, beta, L, start)
-    o, after, _ = _pass(q, k, P, W, U, S, start, end)
+    o, after = with_triangles(q, k, v, beta, S, L, P, *decays(g))
     for h in np.flatnonzero(~np.isfinite(L).all((1, 2)) | ~np.isfinite(P).all((1, 2))):
         one = slice(h, h + 1)
         o[:, one], after[one] = _recurrent(q[:, one], k[:, one], v[:, one], g[:, one], beta[:, one], S[one])
@@ -243,8 +246,13 @@ def _pairwise(q, k, v, g, beta, S):
     for i in range(n):
         L[:, i, :i] = beta[i][:, None] * np.einsum("hk,jhk->hj", k[i], np.exp(c[i] - c[:i]) * k[:i])
         P[:, i, :i + 1] = np.einsum("hk,jhk->hj", q[i], np.exp(c[i] - c[:i + 1]) * k[:i + 1])
-    _, W, U = _solve(k, v, beta, L, np.exp(c))
-    return _pass(q, k, P, W, U, S, np.exp(c), np.exp(c[-1] - c))[:2]
+    return with_triangles(q, k, v, beta, S, L, P, np.exp(c), np.exp(c[-1] - c))
+
+
+def with_triangles(q, k, v, beta, S, L, P, start, end):
+    """One chunk of given L and P [H, n, n], and decays start and end [n, H, K]."""
+    _, W, U = _solve(k, v, beta, L, start)
+    return _pass(q, k, P, W, U, S, start, end)[:2]
 
 
 def decays(g):

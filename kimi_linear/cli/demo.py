@@ -36,10 +36,11 @@ def run(args):
     _cost(model, generation, grown, current(model.ctx))
     report = _verify(model, [*generation.prompt_ids.tolist(), *generation.tokens])
     _exactness(model, report)
+    named = _plant_a_bug()
     print('\nGo on with\n  kimi-linear generate --chat --prompt "Continue: And the LORD said"'
           "\n  kimi-linear verify      every op on its own inputs, beside its budget"
           "\n  kimi-linear bench       where the time goes, beside what this machine can do")
-    return 0 if report.ok else 1
+    return 0 if report.ok and named else 1
 
 
 # ---- the text ----
@@ -162,3 +163,23 @@ def _is_at(tap, place):
 
 def _local(tap, place):
     return tap.removeprefix(place) if place.endswith(".") else tap
+
+
+# ---- a bug, and its name ----
+
+def _plant_a_bug():
+    """A copy of delta_rule hands its state back with K and V swapped; True where the card says so."""
+    from .. import ops
+    from ..testing import check_op
+    from ..testing.delta_rule.mistakes import SWAPPED
+
+    def copy(*args, **named):
+        o, state = ops.delta_rule(*args, **named)
+        return o, state.swapaxes(-1, -2)  # [V, K], as ggml and MLX keep it
+
+    right, wrong = (check_op("delta_rule", fn, cases=["lengths", "carried"]) for fn in (ops.delta_rule, copy))
+    print("\nA bug that ports have: a copy of delta_rule hands its state back as [V, K] instead of [K, V].\n"
+          "Whatever it reads first comes out right; what it reads next starts from a wrong memory.")
+    print_table([("  the op", right.verdict), ("  its copy", wrong.verdict)])
+    print(f"  named in {wrong.seconds:.1f} s, without a model: kimi_linear.testing.check_op takes any kernel")
+    return bool(right) and not wrong and wrong.reasons[0][0] == SWAPPED

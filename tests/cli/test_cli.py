@@ -229,6 +229,7 @@ def test_demo_writes_and_judges_itself(capfd):
     assert code == 0
     assert "In the beginning" in out and "tokens at" in out and "planned" in out
     assert all(f"  {i} " in out for i in range(6)) and "rms error" in out
+    assert "its copy  FAILS 17 of 18 cases: the final state equals ours with K and V swapped" in out
 
 
 # ---- signals and pipes ----

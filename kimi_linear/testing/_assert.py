@@ -1,6 +1,6 @@
-"""Assertions for tests of your own kernels."""
+"""`assert_close`: the judgement of `kimi_linear.diff.compare` as an assertion."""
 
-from .diff.compare import compare
+from ..diff.compare import compare
 
 __all__ = ["assert_close"]
 

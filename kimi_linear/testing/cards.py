@@ -1,0 +1,181 @@
+"""`Card`: what `check_op` found, a line a group of cases, and why."""
+
+import html
+import math
+import textwrap
+from dataclasses import dataclass, field
+
+from ..diff.compare import aligned
+
+__all__ = ["Card", "Row"]
+
+WIDTH = 110  # columns of the text
+REASONS = 5  # that the text gives
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case or law.
+
+    Attributes
+    ----------
+    name, group : str
+    status : {"holds", "fails", "not offered"}
+    rms, largest : float
+        Error over the rms of the result, in u = 2**-24: rms, and in the worst element. NaN where nothing was compared.
+    share : float
+        Largest ratio of an element's error to the bound of docs/math.md, once.
+    detail : str
+        Why it fails, or what is not offered.
+    why : str
+        The explanation that was found for a failure.
+    """
+
+    name: str
+    group: str
+    status: str
+    rms: float = float("nan")
+    largest: float = float("nan")
+    share: float = float("nan")
+    detail: str = ""
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What `check_op` found. Prints as a table; true where every case that is offered holds, and one is.
+
+    Attributes
+    ----------
+    op, conventions : str
+    rows : tuple of Row
+        One a case and law, in order.
+    reasons : tuple of (str, tuple of str)
+        What explains the failures, and the cases that each explains, most first.
+    verdict : str
+        One sentence.
+    factor : int
+        How many times the bound of docs/math.md is allowed.
+    refused : str
+        Why nothing was run; empty where something was.
+    seconds : float
+        What it took.
+    """
+
+    op: str
+    conventions: str
+    rows: tuple
+    factor: int
+    reasons: tuple = ()
+    refused: str = ""
+    seconds: float = field(default=0.0, compare=False)
+
+    def __bool__(self):
+        return not self.refused and not self.failing and bool(self._of("holds"))
+
+    def _of(self, status, rows=None):
+        return [r for r in (self.rows if rows is None else rows) if r.status == status]
+
+    @property
+    def failing(self):
+        """Names of the cases that fail."""
+        return [r.name for r in self._of("fails")]
+
+    @property
+    def not_offered(self):
+        """Names of the cases that the callable or its conventions have no way to ask for."""
+        return [r.name for r in self._of("not offered")]
+
+    def __getitem__(self, name):
+        """The Row of a case; KeyError where there is none."""
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(f"no case {name!r}")
+
+    @property
+    def verdict(self):
+        """One sentence."""
+        if self.refused:
+            return f"NOT RUN: {self.refused}"
+        holds, fails, out = (len(self._of(s)) for s in ("holds", "fails", "not offered"))
+        aside = f"; {out} not offered" if out else ""
+        if fails:
+            why = f": {self.reasons[0][0]}" if self.reasons else ""
+            more = f" (and {len(self.reasons) - 1} more)" if len(self.reasons) > 1 else ""
+            return f"FAILS {fails} of {fails + holds} cases{aside}{why}{more}"
+        worst = max((r for r in self._of("holds") if r.share == r.share), key=lambda r: r.share, default=None)
+        most = "" if worst is None else f", at worst with {worst.share:.2g} of the bound ({worst.name}, {_u(worst)})"
+        return f"ok: all {holds} cases hold{most}{aside}" if holds else "NOTHING was offered"
+
+    def _groups(self):
+        """(group, how it went, worst error, the cases that fail) of each group."""
+        for group in dict.fromkeys(r.group for r in self.rows):
+            rows = [r for r in self.rows if r.group == group]
+            holds, fails = self._of("holds", rows), self._of("fails", rows)
+            if not holds and not fails:
+                yield group, "not offered", "", ""
+                continue
+            compared = [r for r in fails or holds if r.largest == r.largest]
+            worst = max(compared, key=lambda r: (r.share if r.share == r.share else 0), default=None)
+            went = f"{len(holds)} hold" if not fails else f"{len(fails)} of {len(fails + holds)} FAIL"
+            error = "" if worst is None else f"{_u(worst)}, {_number(worst.share)} of the bound"
+            yield group, went, error, _listed([r.name for r in fails], 2) if fails and holds else ""
+
+    def __str__(self):
+        lines = [f"{self.op}, {self.conventions} conventions: {len(self.rows)} cases and laws; "
+                 f"an error may be {self.factor} times the bound of docs/math.md#{self.op}"]
+        lines += [line[:WIDTH] for line in aligned(list(self._groups()), "  ")]
+        first = next(iter(self._of("fails")), None)
+        if first is not None:
+            lines += _wrapped(f"first: {first.name}: {first.detail}", "  ")
+        for sentence, names in self.reasons[:REASONS]:
+            lines += _wrapped(f"why: {sentence} (explains {len(names)} of {len(self.failing)})", "  ")
+        if len(self.reasons) > REASONS:
+            lines.append(f"  and {len(self.reasons) - REASONS} reasons more, in card.reasons")
+        unexplained = [r.name for r in self._of("fails") if not r.why]
+        if unexplained:
+            lines += _wrapped(f"not explained: {_listed(unexplained)}", "  ")
+        lacking = dict.fromkeys(r.detail for r in self._of("not offered"))
+        if lacking:
+            lines += _wrapped(f"not offered: {'; '.join(lacking)}", "  ")
+        return "\n".join([*lines, *_wrapped(self.verdict, "")])
+
+    __repr__ = __str__
+
+    def _repr_html_(self):
+        colour = "#1a7f37" if self else "#cf222e"
+        cells = "".join(
+            "<tr>" + "".join(f"<td style='text-align:left'>{html.escape(x)}</td>" for x in row) + "</tr>"
+            for row in self._groups())
+        reasons = "".join(f"<li>{html.escape(sentence)} ({len(names)})</li>" for sentence, names in self.reasons)
+        return f"<table>{cells}</table><ul>{reasons}</ul><p style='color:{colour}'>{html.escape(self.verdict)}</p>"
+
+    def to_dict(self):
+        """Plain values, for JSON."""
+        return {"op": self.op, "conventions": self.conventions, "ok": bool(self), "verdict": self.verdict,
+                "reasons": [{"says": s, "cases": list(names)} for s, names in self.reasons],
+                "rows": [{n: _finite(x) for n, x in vars(r).items()} for r in self.rows]}
+
+
+def _finite(x):
+    """`x`, or None for NaN and infinity, which JSON does not have."""
+    return x if isinstance(x, str) or math.isfinite(x) else None
+
+
+def _u(row):
+    if row.rms == float("inf"):
+        return "not finite"
+    return f"{_number(row.rms)} u rms, {_number(row.largest)} u largest"
+
+
+def _number(x):
+    return f"{x:,.0f}" if 100 <= x < 1e4 else f"{x:.2g}".replace("e+0", "e")
+
+
+def _listed(names, most=4):
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _wrapped(text, indent):
+    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "     ", break_on_hyphens=False)

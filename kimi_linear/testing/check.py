@@ -1,0 +1,327 @@
+"""`check_op`: a callable through an op's cases and laws, each beside the float64 reference."""
+
+import hashlib
+import time
+from contextlib import suppress
+from dataclasses import replace
+
+import numpy as np
+
+from .. import reference
+from .._arrays import BFLOAT16, as_array
+from ..conventions import convention
+from ..diff.budgets import budget
+from ..diff.compare import judge
+from ..diff.metrics import axis_names, coordinates
+from .cards import Card, Row
+from .explain import Failure, explain
+from .spec import Law, NotOffered, WrongResult, select, spec
+
+__all__ = ["check_op"]
+
+#: Bounds that an error may reach. The bound counts the roundings of our order of sums; any other order of the sums
+#: over K has at most twice as many, and a chunked form has its triangular sums besides.
+FACTOR = 4
+#: On inputs as a model has them, besides: rms error over the rms of the result, and the largest.
+USUAL_RMS, USUAL_LARGEST = 1e-6, 2e-5
+
+GUARD = 64, 1 << 14  # values before and after each input: as many times its own, and at most so many
+
+
+def check_op(op, fn, *, conventions="ours", cases="all", without=(), arrays=None, form=None, factor=FACTOR):
+    """Run a callable over the cases of an op, and say which hold, how far off it is, and why.
+
+    Parameters
+    ----------
+    op : str
+        One of `specs()`.
+    fn : callable
+        Takes the op's arguments by name, in the conventions named, and returns its results.
+    conventions : str or Convention
+        Whose names, layouts and units `fn` has: a key of `kimi_linear.conventions`, or an entry of it with ``but``.
+    cases : str or list of str
+        "all", or patterns of names and groups; the laws are a group.
+    without : list of str
+        What the callable does not have, as "offsets", "initial state", "T = 0": cases that need it are listed as not
+        offered. An unknown keyword (TypeError) or NotImplementedError says the same.
+    arrays : str or callable, optional
+        What `fn` takes: "numpy", "torch", "torch:cuda", "mlx", or a function of a NumPy array; by default as the
+        convention says. Results may be NumPy, torch on any device, or have ``__array__`` or ``__dlpack__``.
+    form : str, optional
+        The form whose bound is taken, where the op has several: "recurrent", "chunked".
+    factor : int
+        Times the bound of docs/math.md that an element's error may be.
+
+    Returns
+    -------
+    Card
+
+    Raises
+    ------
+    ValueError
+        If there is no such op, convention, case, lack or form.
+    """
+    the = spec(op)
+    how = convention(conventions, op)
+    chosen = select((*the.cases, *the.laws), cases)
+    lacks = frozenset([without] if isinstance(without, str) else without)
+    known = frozenset().union(*(c.needs for c in the.cases), *(law.needs for law in the.laws))
+    for name in sorted(lacks - known):
+        raise ValueError(f"without has {name!r}; it must be of {', '.join(sorted(known))}")
+    if form is not None and form not in the.forms:
+        raise ValueError(f"form is {form!r}; {op} has {', '.join(the.forms) or 'one form alone'}")
+    start = time.perf_counter()
+    run = _Run(the, how, fn, _maker(arrays or how.arrays), lacks, {} if form is None else {"form": form}, factor)
+    refused = run.refused()
+    if refused:
+        return Card(op, how.project, (), factor, refused=refused)
+    rows = [run.law(c) if isinstance(c, Law) else run.case(c) for c in chosen]
+    why = explain(the, run.failures) | run.known
+    rows = tuple(replace(r, why=", ".join(filter(None, why.get(r.name, ())))) for r in rows)
+    return Card(op, how.project, rows, factor, _gathered(why), seconds=time.perf_counter() - start)
+
+
+def _gathered(why):
+    """(sentence, its cases) of a mapping from cases to (sentence, place): the sentence of most cases first, each with
+    the place of its first case."""
+    found = []
+    for says in dict.fromkeys(says for says, _ in why.values()):
+        names = tuple(name for name, (s, _) in why.items() if s == says)
+        place = why[names[0]][1]
+        found.append((f"{says}: {place} ({names[0]})" if place else says, names))
+    return tuple(sorted(found, key=lambda f: -len(f[1])))
+
+
+class _Run:
+    """One callable in one convention.
+
+    Attributes
+    ----------
+    failures : list of Failure
+        Of results that can be compared, for `explain`.
+    known : dict of str to (str, str)
+        Case -> what explains its failure already, and a place or "".
+    """
+
+    def __init__(self, the, how, fn, make, lacks, form, factor):
+        self.the, self.how, self.fn, self.make = the, how, fn, make
+        self.lacks, self.form, self.factor = lacks, form, factor
+        self.kinds = the.kinds(how)
+        self.failures, self.known = [], {}
+
+    def refused(self):
+        """Why the plain case is not offered; empty where it is."""
+        case = self.the.cases[0]
+        try:
+            self._results(case, self._inputs(case))
+        except NotOffered as error:
+            return f"the plain case is not offered: {error}"
+        except Exception:  # a finding of its row
+            return ""
+        return ""
+
+    def _inputs(self, case):
+        lacking = sorted(case.needs & self.lacks)
+        if lacking:
+            raise NotOffered(f"{', '.join(lacking)}")
+        return case.make(self.kinds[0])
+
+    def _results(self, case, inputs, fill=np.nan):
+        """Results in our layout, of one call or of the case's steps."""
+        def call(x, **more):
+            return self._call(x, fill, **more)
+
+        return call(inputs) if case.steps is None else case.steps(inputs, call)
+
+    def _call(self, inputs, fill=np.nan, **more):
+        plan = self.the.plan(self.how, inputs)
+        held = {n: _Guarded(a, fill) for n, a in plan.arguments.items() if isinstance(a, np.ndarray)}
+        given = {n: self.make(held[n].view) if n in held else a for n, a in plan.arguments.items()}
+        try:
+            result = self.fn(**given, **more)
+        except NotImplementedError as error:
+            raise NotOffered(_line(error) or "NotImplementedError") from None
+        except TypeError as error:
+            if "unexpected keyword argument" in str(error):
+                raise NotOffered(f"no argument {str(error).rpartition('argument ')[2]}") from None
+            raise
+        for name, guarded in held.items():
+            changed = guarded.changed()
+            if changed:
+                raise WrongResult(f"its input {name} {' '.join(changed)}", f"its input {name} {changed[0]}", changed[1])
+        return plan.read(tuple(map(_numpy, result)) if isinstance(result, tuple | list) else (_numpy(result),))
+
+    def case(self, case):
+        """The Row of a case."""
+        try:
+            inputs = self._inputs(case)
+            exact = self.the.plan(self.how, inputs).inputs
+            actual = self._results(case, inputs)
+        except NotOffered as lack:
+            return Row(case.name, case.group, "not offered", detail=str(lack))
+        except WrongResult as error:
+            self.known[case.name] = error.why
+            return Row(case.name, case.group, "fails", detail=str(error))
+        except Exception as error:  # whatever a foreign kernel throws is a finding
+            detail = f"raised {type(error).__name__}: {_line(error)}"
+            self.known[case.name] = detail, ""
+            return Row(case.name, case.group, "fails", detail=detail)
+        ref, bounds = _reference(self.the.op, exact, self.form)
+        parts = [judge(a, r, b, op=self.the.op) for a, r, b in zip(actual, ref, bounds, strict=True)]
+        detail = self._fault(case, parts, actual, ref)
+        row = Row(case.name, case.group, "fails" if detail else "holds", max(p.errors.rms_u for p in parts),
+                  max(p.errors.largest_u for p in parts), max(p.share for p in parts), detail)
+        if detail:
+            self._failed(case, inputs, Failure(case, exact, actual, ref, tuple(self.factor * b for b in bounds)))
+        return row
+
+    def _fault(self, case, parts, actual, ref):
+        """What is wrong, in a sentence that names the place; empty where the case holds."""
+        for name, p, a, r in zip(self.the.results, parts, actual, ref, strict=True):
+            e = p.errors
+            if e.nonfinite_apart:
+                at = _first_apart(a, r)
+                return f"{name} is {a[at]:g} and the reference {r[at]:.3g} at {_place(at, name)}"
+            if p.share > self.factor:
+                return (f"{name} is {a[p.at]:.6g} and the reference {r[p.at]:.6g} at {_place(p.at, name)}: "
+                        f"{p.share:.3g} times the bound")
+            if case.usual and (e.rms_relative > USUAL_RMS or e.largest_relative > USUAL_LARGEST):
+                return (f"{name} is off by {e.rms_relative:.1e} of its rms, {e.largest_relative:.1e} in one element; "
+                        f"on such inputs it may be {USUAL_RMS:.0e} and {USUAL_LARGEST:.0e}")
+        return ""
+
+    def _failed(self, case, inputs, failure):
+        """Keeps the failure for `explain`, unless it goes away where the memory around the inputs is no NaN."""
+        if not failure.finite:
+            with suppress(Exception):
+                again = self._results(case, inputs, fill=0.0)
+                if not all(np.array_equal(a, b, equal_nan=True) for a, b in zip(failure.actual, again, strict=True)):
+                    says = "it reads past the ends of its inputs: NaN that lie there reach the results"
+                    self.known[case.name] = says, ""
+                    return
+        self.failures.append(failure)
+
+    def law(self, law):
+        """The Row of a law."""
+        lacking = sorted(law.needs & self.lacks) + [n for n in law.arguments if n not in self.how.names]
+        if lacking:
+            return Row(law.name, "laws", "not offered", detail=", ".join(lacking))
+        try:
+            broken = law.check(self.the.cases[0].make(self.kinds[0]), self._call)
+        except NotOffered as lack:
+            return Row(law.name, "laws", "not offered", detail=str(lack))
+        except WrongResult as error:
+            broken, self.known[law.name] = str(error), error.why
+        except Exception as error:
+            broken = f"raised {type(error).__name__}: {_line(error)}"
+        if broken:
+            self.known.setdefault(law.name, (broken, ""))
+        return Row(law.name, "laws", "fails" if broken else "holds", detail=broken or "")
+
+
+# ---- the reference -------------------------------------------------------------------------------------
+
+_kept = {}  # digest of an op's inputs -> (reference, bounds): the same cases serve many callables
+
+
+def _reference(op, inputs, form):
+    """(results, bounds) in float64, each a tuple; `form` goes to the budget."""
+    key = _digest(op, inputs | form)
+    if key not in _kept:
+        if len(_kept) > 400:
+            _kept.clear()
+        with np.errstate(all="ignore"):
+            ref = getattr(reference, op)(**inputs)
+            bounds = budget(op, ref, **inputs, **form)
+        ref, bounds = (x if isinstance(x, tuple) else (x,) for x in (ref, bounds))
+        if any(np.isnan(a).any() for a in inputs.values() if isinstance(a, np.ndarray)):
+            bounds = tuple(np.where(np.isnan(b), np.inf, b) for b in bounds)  # beside a NaN its place alone is judged
+        _kept[key] = ref, bounds
+    return _kept[key]
+
+
+def _digest(op, inputs):
+    h = hashlib.blake2b(op.encode())
+    for name, value in sorted(inputs.items()):
+        a = np.asarray(value)
+        h.update(f"{name} {a.dtype} {a.shape} ".encode() + np.ascontiguousarray(a).tobytes())
+    return h.digest()
+
+
+# ---- arrays --------------------------------------------------------------------------------------------
+
+
+class _Guarded:
+    """A copy of an array inside a larger one that is filled, before and after, with NaN (or `fill`)."""
+
+    def __init__(self, a, fill):
+        filling = fill if a.dtype.kind == "f" or a.dtype == BFLOAT16 else 0
+        self.guard = min(GUARD[0] * a.size, GUARD[1]) + GUARD[0]
+        self.whole = np.full(a.size + 2 * self.guard, filling, a.dtype)
+        self.view = self.whole[self.guard:self.guard + a.size].reshape(a.shape)
+        self.view[...] = a
+        self.before = self.whole.copy()
+
+    def changed(self):
+        """What happened to it, and where; None where nothing did."""
+        different = self.whole.view(np.uint8) != self.before.view(np.uint8)
+        if not different.any():
+            return None
+        at = int(different.argmax()) // self.whole.itemsize - self.guard
+        if 0 <= at < self.view.size:
+            place = [int(i) for i in np.unravel_index(at, self.view.shape)]
+            return "was changed", f"first at {place}"
+        return "was written", "before its start" if at < 0 else "past its end"
+
+
+def _maker(arrays):
+    """The function that makes what the callable takes from a NumPy array."""
+    if callable(arrays):
+        return arrays
+    package, _, device = arrays.partition(":")
+    if package == "numpy":
+        return lambda a: a
+    if package == "torch":
+        return lambda a: _torch(a, device or "cpu")
+    if package == "mlx":
+        import mlx.core as mx
+
+        return mx.array
+    raise ValueError(f'arrays is {arrays!r}; it must be "numpy", "torch", "torch:DEVICE", "mlx" or a function')
+
+
+def _torch(a, device):
+    """A tensor, on the CPU over the same memory."""
+    import torch
+
+    t = torch.from_numpy(a.view(np.uint16)).view(torch.bfloat16) if a.dtype == BFLOAT16 else torch.from_numpy(a)
+    return t.to(device)
+
+
+def _numpy(x):
+    """A result as a NumPy array of its own."""
+    if x is None:
+        raise WrongResult("a result is None; the state must be returned, too")
+    if type(x).__module__.split(".")[0] == "torch":
+        x = x.detach().cpu()
+    a = as_array(x, "a result")
+    return a.copy() if a.dtype.kind == "f" else a.astype(np.float32)  # the memory may be used again
+
+
+def _first_apart(a, r):
+    """The first element in which one of the two is finite alone."""
+    apart = np.isfinite(a) != np.isfinite(r)
+    apart |= np.isnan(a) != np.isnan(r)
+    apart |= np.isinf(a) & (a != r)
+    return tuple(int(i) for i in np.argwhere(apart)[0])
+
+
+def _place(at, name):
+    """Where, in words: a state is [.., head, key, value], all else [token, head, channel]."""
+    if name == "state":
+        return coordinates(at, ("sequence", "head", "key", "value")[4 - len(at):])
+    return coordinates(at, axis_names(at))
+
+
+def _line(error):
+    return (str(error).strip().splitlines() or [""])[0][:160]

@@ -1,0 +1,12 @@
+"""What `check_op` knows of `delta_rule`."""
+
+from ..spec import Spec
+from .calls import kinds, plan
+from .cases import CASES, LAWS, real
+from .mistakes import EXPLANATIONS, diagnose, mistaken
+
+__all__ = ["SPEC"]
+
+SPEC = Spec(op="delta_rule", results=("o", "state"), required=("q", "k", "v", "g", "beta"),
+            forms=("recurrent", "chunked"), kind="channel", kinds=kinds, cases=CASES, laws=LAWS, real=real, plan=plan,
+            explanations=EXPLANATIONS, mistaken=mistaken, diagnose=diagnose)

@@ -1,0 +1,194 @@
+"""Why a result is wrong: the mistake that, made in the float64 reference, gives the same wrong result.
+
+Every explanation of the op is tried on a few failing cases, those that fit on all; the one that explains most is named,
+then the one that explains most of the rest. Where none fits alone, pairs are tried; then the op's `diagnose` looks at
+what is not finite.
+"""
+
+import functools
+import itertools
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..diff.metrics import distance
+
+__all__ = ["Failure", "explain"]
+
+NEAR = 2e-5     # rms distance to the mistaken reference, over its rms: float32 kernels are nearer
+TIMES = 4       # and so many times nearer than to the right one
+LOOSE = 1e-2    # for cases in which a mistake that is already named lets rounding grow
+HUGE = 1e30     # where it leads out of float32, nothing is compared
+SOME = 0.05     # of a result's elements must be finite for it to tell anything
+PROBES = 6      # failing cases, of different groups, on which everything is tried
+PAIR_ROWS = 40  # tokens of a case on which pairs are tried
+
+
+@dataclass(frozen=True, eq=False)
+class Failure:
+    """One failing case: its inputs as the callable had them, what it gave, the reference, and the error allowed."""
+
+    case: object
+    inputs: dict
+    actual: tuple
+    ref: tuple
+    allowed: tuple
+
+    @property
+    def name(self):
+        """The case's."""
+        return self.case.name
+
+    @property
+    def finite(self):
+        """True where what is finite is so in both."""
+        return all((np.isfinite(a) == np.isfinite(r)).all() for a, r in zip(self.actual, self.ref, strict=True))
+
+
+def explain(spec, failures):
+    """What explains the failures.
+
+    Parameters
+    ----------
+    spec : Spec
+    failures : list of Failure
+
+    Returns
+    -------
+    why : dict of str to (str, str)
+        Case -> sentence, and a place or "". Cases that nothing explains are left out.
+    """
+    why = {}
+    singles = [(e.says, dict(e.switches)) for e in spec.explanations]
+    pairs = _pairs([(e.says, dict(e.switches)) for e in spec.explanations if not e.alone])
+    named = _cover(spec, singles, failures, why)
+    left = _loosely(spec, named, failures, why)
+    if any(f.finite for f in left):
+        named = _cover(spec, list(pairs), left, why, pairs=True)
+        left = _loosely(spec, named, left, why)
+    found = {f.name: spec.diagnose(f.inputs, f.actual, f.ref) for f in left}
+    often = Counter(says for each in found.values() for says, _ in each)
+    return why | {name: max(each, key=lambda e: often[e[0]]) for name, each in found.items() if each}
+
+
+def _loosely(spec, named, failures, why):
+    """Of cases left, those whose rounding grows under a mistake that is already named; what is still left."""
+    left = [f for f in failures if f.name not in why]
+    for f in left:
+        says = next((says for says, switches in named if _fits(spec, switches, f, loose=True)), None)
+        why |= {f.name: (says, "")} if says else {}
+    return [f for f in left if f.name not in why]
+
+
+def _cover(spec, candidates, failures, why, pairs=False):
+    """Takes the best candidate until none explains anything; those taken."""
+    left, taken, fits = list(failures), [], functools.cache(lambda i, f: _fits(spec, candidates[i][1], f))
+    while found := _fitting(candidates, left, pairs, fits):
+        says, switches, names = max(found, key=lambda f: len(f[2]))  # the first among equals
+        taken.append((says, switches))
+        why |= dict.fromkeys(names, (says, ""))
+        left = [f for f in left if f.name not in names]
+    return taken
+
+
+def _fitting(candidates, failures, pairs, fits):
+    """(sentence, switches, names of the cases) of each candidate that explains one of the probes."""
+    probes = _probes(failures, pairs)
+    rest = [f for f in failures if f not in probes]
+    found = []
+    for i, (says, switches) in enumerate(candidates):
+        names = [f.name for f in probes if fits(i, f)]
+        if names:
+            names += [f.name for f in rest if fits(i, f)]
+            found.append((says, switches, names))
+    return found
+
+
+def _probes(failures, pairs):
+    """A few failures of different groups, those with more to tell first: several tokens, but few. One for pairs."""
+    def rows(f):
+        return len(next(iter(f.inputs.values())))
+
+    if pairs:
+        failures = [f for f in failures if rows(f) <= PAIR_ROWS and f.finite]
+    order = sorted(failures, key=lambda f: (not f.finite, rows(f) < 3, rows(f) > 70, rows(f)))
+    firsts = {}
+    for f in order:
+        firsts.setdefault(f.case.group, f)
+    probes = list(firsts.values())
+    return (probes + [f for f in order if f not in probes])[:1 if pairs else PROBES]
+
+
+def _pairs(singles):
+    """Every two that do not touch the same switch."""
+    for (a, x), (b, y) in itertools.combinations(singles, 2):
+        if not x.keys() & y.keys():
+            yield f"{a}; and {b}", x | y
+
+
+def _fits(spec, switches, f, loose=False):
+    """The mistaken reference gives this result, and is much nearer to it than the right one."""
+    with np.errstate(all="ignore"):
+        wrong = _wrong(spec, switches, f)
+        if wrong is None or any(a.shape != w.shape for a, w in zip(f.actual, wrong, strict=True)):
+            return False
+        if loose:
+            near = _distance(f.actual, wrong, HUGE)
+            return near <= LOOSE and near * TIMES < _distance(f.actual, f.ref)
+        near = _distance(f.actual, wrong)
+        if near <= NEAR and near * TIMES < _distance(f.actual, f.ref):
+            return True
+        return _within(f.actual, wrong, f.allowed, NEAR) and not _within(f.actual, f.ref, f.allowed, 0)
+
+
+def _wrong(spec, switches, f):
+    """What the mistake gives on a case, by its steps; None where it does nothing."""
+    if f.case.steps is None:
+        return spec.mistaken(f.inputs, **switches)
+    idle = []
+
+    def call(x):
+        wrong = spec.mistaken(x, **switches)
+        idle.append(wrong is None)
+        return spec.mistaken(x) if wrong is None else wrong
+
+    wrong = f.case.steps(f.inputs, call)
+    return None if all(idle) else wrong
+
+
+def _within(actual, desired, allowed, more):
+    """Every element is as near as it should be to the right result, or `more` of its size; and some can be compared."""
+    for a, d, e in zip(actual, desired, allowed, strict=True):
+        error, apart = distance(np.asarray(a, np.float64), d)
+        if apart or _few(d) or not (error <= e + more * np.abs(d)).all():
+            return False
+    return True
+
+
+def _distance(actual, desired, most=np.inf):
+    """The largest rms error, over the rms, of the results; infinite where what is finite differs.
+
+    With `most`, elements that are larger in `desired` are left out, and what is not finite in `actual` where there are
+    such.
+    """
+    return max(_apart(np.asarray(a, np.float64), d, most) for a, d in zip(actual, desired, strict=True))
+
+
+def _apart(a, d, most):
+    huge = np.abs(d) >= most
+    if most < np.inf and huge.any():
+        keep = ~huge & np.isfinite(a)
+        a, d = np.where(keep, a, np.nan), np.where(keep, d, np.nan)
+    error, apart = distance(a, d)
+    if apart or _few(d):
+        return np.inf
+    if not error.any():
+        return 0.0
+    size = np.sqrt(np.mean(d[np.isfinite(d)] ** 2))
+    return float(np.sqrt(np.mean(error**2)) / size) if size else np.inf
+
+
+def _few(d):
+    """True where next to nothing is finite: equal NaN tell nothing."""
+    return d.size > 0 and np.isfinite(d).mean() < SOME

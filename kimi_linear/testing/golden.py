@@ -1,0 +1,110 @@
+"""The cases of an op in a file, for kernels that no Python can call: inputs, float64 results, and the error allowed."""
+
+import inspect
+import io
+import json
+import zipfile
+
+import numpy as np
+
+from .. import reference
+from .._version import __version__
+from ..diff.budgets import budget
+from ..load.safetensors import atomic_file, write_safetensors
+from .check import FACTOR
+from .spec import select, spec
+
+__all__ = ["write_golden"]
+
+README = """Cases of {op}, written by kimi_linear {version}: `kimi-linear golden {op}`.
+
+CASE/in/NAME are the arguments, float32 (offsets int64); CASE/out/NAME the results in float64; CASE/bound/NAME the
+largest absolute error that the bound of docs/math.md allows at each element, in the op's own order of sums. Arrays are
+row-major. Judge a kernel by the largest |got - out| / bound; {factor} is what kimi_linear allows a foreign one. NaN in
+`out` must be NaN in yours, and nothing else may be; beside NaN a bound is infinite.
+
+The index has an entry a case: what it is about (`says`), its group, which arrays it has, what it `needs` of a kernel,
+and arguments that are no arrays (`options`: scale, l2_norm, l2_eps, head_map). What is not there is the default: scale
+K**-0.5, no initial state, one sequence, no norm. Cases called model-* are a trained model's own inputs.
+
+{formula}
+"""
+
+
+def write_golden(op, path, *, format=None, cases="all"):
+    """Write an op's cases to a file.
+
+    Parameters
+    ----------
+    op : str
+        One of `specs()`.
+    path : str or path
+        What is there is replaced when the new file is whole.
+    format : {"npz", "safetensors"}, optional
+        By default as the path ends; else "npz". README and index are the members README.txt and index.json of an npz,
+        the metadata "readme" and "index" of a safetensors file.
+    cases : str or list of str
+        As for `check_op`, of the cases that are one call; "all" has those of the packaged model, too.
+
+    Returns
+    -------
+    index : dict
+
+    Raises
+    ------
+    ValueError
+        If there is no such op, case or format.
+    """
+    the = spec(op)
+    format = format or ("safetensors" if str(path).endswith(".safetensors") else "npz")
+    if format not in ("npz", "safetensors"):
+        raise ValueError(f'format is {format!r}; it must be "npz" or "safetensors"')
+    entries, arrays = [], {}
+    for case in select([c for c in the.cases if c.steps is None], cases):
+        about = {"group": case.group, "says": case.says, "needs": sorted(case.needs)}
+        _add(the, case.name, case.make(the.kind), about, entries, arrays)
+    if cases == "all":
+        about = {"group": "model", "says": "a layer of the packaged model", "needs": []}
+        for name, inputs in the.real().items():
+            _add(the, name, inputs, about, entries, arrays)
+    formula = inspect.getdoc(getattr(reference, op)).partition("Parameters")[0].strip()
+    readme = README.format(op=op, version=__version__, factor=FACTOR, formula=formula)
+    index = {"op": op, "version": __version__, "results": list(the.results), "cases": entries}
+    (_write_npz if format == "npz" else _write_safetensors)(path, arrays, readme, json.dumps(index, indent=1))
+    return index
+
+
+def _add(the, name, inputs, about, entries, arrays):
+    """One case: its arrays under its name, and its entry."""
+    inputs = {n: x for n, x in inputs.items() if x is not None}
+    given = {n: np.asarray(x) for n, x in inputs.items() if isinstance(x, np.ndarray)}
+    whole = {n: inputs.get(n) for n in the.required} | inputs
+    with np.errstate(all="ignore"):
+        results = _tuple(getattr(reference, the.op)(**whole))
+        bounds = _tuple(budget(the.op, results if len(results) > 1 else results[0], **whole))
+    held = {f"in/{n}": x for n, x in given.items()}
+    held |= {f"out/{n}": np.asarray(r, np.float64) for n, r in zip(the.results, results, strict=True)}
+    held |= {f"bound/{n}": np.where(np.isnan(b), np.inf, b) for n, b in zip(the.results, bounds, strict=True)}
+    arrays |= {f"{name}/{n}": x for n, x in held.items()}
+    shapes = {n: {"shape": list(x.shape), "dtype": str(x.dtype)} for n, x in held.items()}
+    options = {n: x for n, x in inputs.items() if n not in given}
+    entries.append({"name": name, **about, "options": options, "arrays": shapes})
+
+
+def _tuple(x):
+    return x if isinstance(x, tuple) else (x,)
+
+
+def _write_npz(path, arrays, readme, index):
+    """A zip of .npy members, as np.savez_compressed, and two of text; the same bytes at every call."""
+    with atomic_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as members:
+        members.writestr(zipfile.ZipInfo("README.txt"), readme, zipfile.ZIP_DEFLATED)
+        members.writestr(zipfile.ZipInfo("index.json"), index, zipfile.ZIP_DEFLATED)
+        for name, x in arrays.items():
+            held = io.BytesIO()
+            np.lib.format.write_array(held, np.ascontiguousarray(x).reshape(x.shape), allow_pickle=False)
+            members.writestr(zipfile.ZipInfo(f"{name}.npy"), held.getvalue(), zipfile.ZIP_DEFLATED)
+
+
+def _write_safetensors(path, arrays, readme, index):
+    write_safetensors(path, arrays, {"readme": readme, "index": index})

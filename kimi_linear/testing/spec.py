@@ -1,0 +1,178 @@
+"""What `check_op` needs to know of an op, as data: cases, laws, how it is called, and what goes wrong with it.
+
+An op's module in this package has a `SPEC`. `check`, `explain` and `golden` read nothing else.
+"""
+
+import fnmatch
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+__all__ = ["Case", "Explanation", "Law", "NotOffered", "Plan", "Spec", "WrongResult", "select", "spec", "specs"]
+
+OPS = ("delta_rule",)  # modules of this package with a SPEC
+
+
+class NotOffered(Exception):
+    """A convention or a callable has no way to ask for this; the words say for what."""
+
+
+class WrongResult(Exception):
+    """A result that cannot be compared: the sentence says why not, `why` is (mistake, place)."""
+
+    def __init__(self, sentence, mistake="", place=""):
+        super().__init__(sentence)
+        self.why = mistake or sentence, place
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op.
+
+    Attributes
+    ----------
+    name, group : str
+        The name is a file name, too; the group is a line of the card.
+    make : callable(kind) -> dict
+        The op's arguments by name, the same at every call. `kind` is what the convention usually has (of `delta_rule`:
+        its gate), for cases that are about something else.
+    needs : frozenset of str
+        What a kernel may lack, in the words of `check_op`'s ``without=``.
+    usual : bool
+        Inputs as a model has them: the bars of the usual range apply besides the bound.
+    steps : callable(inputs, call) -> results, optional
+        How to get the results where that is not one call, as ``call(inputs)``.
+    says : str
+        What is special about it, for the index of a golden file.
+    """
+
+    name: str
+    group: str
+    make: Callable
+    needs: frozenset = frozenset()
+    usual: bool = False
+    steps: Callable | None = None
+    says: str = ""
+
+
+@dataclass(frozen=True)
+class Law:
+    """What must hold besides the values: ``check(inputs, call)`` gives a sentence where it does not, else None.
+
+    ``call(inputs, **more)`` runs the callable; `more` goes to it as it is, `arguments` are their names.
+    """
+
+    name: str
+    says: str
+    check: Callable
+    needs: frozenset = frozenset()
+    arguments: tuple = ()
+    group: str = "laws"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One mistake: the words of the card, and the switches of the op's `mistaken` that reproduce it.
+
+    `alone` is not tried together with another.
+    """
+
+    says: str
+    switches: tuple  # of (name, value)
+    alone: bool = False
+
+
+@dataclass
+class Plan:
+    """A call in somebody's conventions.
+
+    Attributes
+    ----------
+    arguments : dict
+        What is passed, NumPy arrays in their layout.
+    inputs : dict
+        The op's arguments that have these values, for the reference: what their layout rounds is rounded here, too.
+    read : callable(result) -> tuple of arrays
+        Their result in our layout.
+    """
+
+    arguments: dict
+    inputs: dict
+    read: Callable
+
+
+@dataclass(frozen=True)
+class Spec:
+    """An op's entry.
+
+    Attributes
+    ----------
+    op : str
+        Its name in `kimi_linear.ops`, `kimi_linear.reference` and the budgets.
+    results, required : tuple of str
+        Names of what it gives, and of the arguments without a default.
+    forms : tuple of str
+        Forms whose bounds differ.
+    kind : object
+        What `Case.make` takes in our own conventions.
+    cases, laws, explanations : tuple
+        The first case is the plain one, which every callable must take.
+    kinds : callable(convention) -> tuple
+        What `Case.make` takes, the usual one first.
+    plan : callable(convention, inputs) -> Plan
+        Raises NotOffered.
+    mistaken : callable(inputs, **switches) -> results or None
+        The reference with mistakes; None where a switch does nothing on these inputs.
+    diagnose : callable(inputs, actual, reference) -> list of (str, str)
+        What may be the cause where results are not finite and should be, and of which place; the likeliest first.
+    real : callable() -> dict of str to inputs
+        Inputs from the packaged model, for golden files.
+    """
+
+    op: str
+    results: tuple
+    required: tuple
+    forms: tuple
+    kind: object
+    cases: tuple
+    laws: tuple
+    explanations: tuple
+    kinds: Callable
+    plan: Callable
+    mistaken: Callable
+    diagnose: Callable
+    real: Callable
+
+
+def specs():
+    """Ops that `check_op` knows."""
+    return list(OPS)
+
+
+def spec(op):
+    """The Spec of an op; ValueError names those that there are."""
+    if op not in OPS:
+        raise ValueError(f"op is {op!r}; check_op knows {', '.join(OPS)}")
+    return importlib.import_module(f"{__package__}.{op}").SPEC
+
+
+def select(cases, patterns):
+    """The cases whose name or group matches one of the patterns, in their order; "all" is all.
+
+    Raises
+    ------
+    ValueError
+        A pattern that matches none; the sentence names the groups.
+    """
+    if isinstance(patterns, str):
+        patterns = ["*"] if patterns == "all" else [patterns]
+    patterns = list(patterns)
+    for p in patterns:
+        if not any(_matches(c, p) for c in cases):
+            groups = ", ".join(dict.fromkeys(c.group for c in cases))
+            raise ValueError(f"cases has {p!r}, which matches no case; the groups are {groups}")
+    return [c for c in cases if any(_matches(c, p) for p in patterns)]
+
+
+def _matches(case, pattern):
+    return fnmatch.fnmatchcase(case.name, pattern) or fnmatch.fnmatchcase(case.group, pattern)

@@ -1,0 +1,119 @@
+"""check_op on torch functions: transformers' own, and fla's formulas, each by its conventions."""
+
+import pytest
+import torch
+from transformers.models.kimi_linear import modeling_kimi_linear as kimi
+from transformers.models.qwen3_next import modeling_qwen3_next as qwen
+
+import kimi_linear as kl
+from kimi_linear.testing import check_op
+
+torch.set_num_threads(1)
+
+OVERFLOW = "the sum of squares of the l2 norm overflows float32"
+SUMS = "decays are formed by subtracting float32 sums of g over chunks of 64: digits are lost after a strong gate"
+INFINITE = "NaN from -infinity minus -infinity, sums of g that are subtracted"
+SPREADS = "NaN of one token reaches others: those before it, or those that do not read it"
+
+RECURRENT = {"hf": kimi.recurrent_kimi_delta_attention, "hf-gdn": qwen.torch_recurrent_gated_delta_rule}
+CHUNKED = {"hf": kimi.chunk_kimi_delta_attention, "hf-gdn": qwen.torch_chunk_gated_delta_rule}
+
+
+@pytest.mark.parametrize("project", RECURRENT)
+def test_transformers_recurrent_form_holds(project):
+    """All but one case: keys of 1e25, whose squares leave float32."""
+    card = check_op("delta_rule", RECURRENT[project], conventions=project)
+    assert card.failing == ["norm-overflow"] and card["norm-overflow"].why == OVERFLOW, card
+    assert all(r.share < 1 for r in card.rows if r.status == "holds" and r.share == r.share)
+    other = "gate-head" if project == "hf" else "gate-channel"
+    assert {"ragged", "scale-1", "grouped-1-4", "tiled-2-6", other, "gate-none", "out"} <= set(card.not_offered)
+
+
+@pytest.mark.parametrize("project", CHUNKED)
+def test_transformers_chunked_form_fails_the_rim_and_the_card_says_why(project):
+    card = check_op("delta_rule", CHUNKED[project], conventions=project)
+    assert not card
+    failing = {row.group for row in card.rows if row.status == "fails"}
+    assert failing == {"rim gates", "nan", "l2_norm"}, card
+    held = {row.name for row in card.rows if row.status == "holds"}
+    assert {"plain", "length-200", "carried-65", "split-37", "gate-5", "beta-2", "keys-equal"} <= held
+    reasons = {says.partition(": chunk ")[0]: names for says, names in card.reasons}
+    assert reasons.keys() == {OVERFLOW, SUMS, INFINITE, SPREADS}, card
+    assert {"strong-then-weak", "some-100", "some-1e4"} <= set(reasons[SUMS])
+    assert {"gate-inf", "one-inf", "every-gate-65"} <= set(reasons[INFINITE])
+    assert len(reasons[SPREADS]) == 5 and all(name.startswith("nan-") for name in reasons[SPREADS])
+    assert all(row.why for row in card.rows if row.status == "fails")
+    assert SUMS in card.verdict or SPREADS in card.verdict
+
+
+# ---- fla's conventions, written from the formula ---------------------------------------------------
+
+
+def unit(x):
+    x = x * torch.where(x.abs().amax(-1, keepdim=True) > 1e15, 2.0**-64, 1.0)
+    return x / torch.sqrt((x * x).sum(-1, keepdim=True) + 1e-6)
+
+
+def naive(q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel=False,
+          cu_seqlens=None):
+    """[B, T, H, n] tensors, a state [N, H, K, V]; g of a channel or, without the last axis, of a head."""
+    if use_qk_l2norm_in_kernel:
+        q, k = unit(q), unit(k)
+    B, T, H, K = q.shape
+    groups = v.shape[2] // H
+    q, k = (x.repeat_interleave(groups, dim=2) for x in (q, k))
+    q = q * (K**-0.5 if scale is None else scale)
+    g = g if g.dim() == 4 else g[..., None]
+    bounds = [0, T] if cu_seqlens is None else cu_seqlens.tolist()
+    states = torch.zeros(len(bounds) - 1, v.shape[2], K, v.shape[3])
+    if initial_state is not None:
+        states = states + initial_state
+    o = torch.empty_like(v)
+    for n, (first, last) in enumerate(zip(bounds, bounds[1:])):
+        S = states[n]
+        for t in range(first, last):
+            S = S * g[0, t].exp()[..., None]
+            d = beta[0, t][:, None] * (v[0, t] - torch.einsum("hkv,hk->hv", S, k[0, t]))
+            S = S + k[0, t][..., None] * d[:, None]
+            o[0, t] = torch.einsum("hkv,hk->hv", S, q[0, t])
+        states[n] = S
+    return o, states if output_final_state else None
+
+
+@pytest.mark.parametrize("project", ["fla", "fla-gdn"])
+def test_flas_formula_holds(project):
+    card = check_op("delta_rule", naive, conventions=project)
+    assert card, card
+    assert {"ragged-carried", "scale-0.37", "grouped-2-6", "norm-small"} <= {
+        r.name for r in card.rows if r.status == "holds"}
+
+
+def test_a_state_with_values_first():
+    """fla's state_v_first, and vLLM."""
+    def v_first(initial_state=None, **x):
+        o, state = naive(initial_state=None if initial_state is None else initial_state.transpose(-1, -2), **x)
+        return o, state.transpose(-1, -2)
+
+    assert check_op("delta_rule", v_first, conventions=kl.conventions["fla"]["delta_rule"].but(state="VK"))
+    assert check_op("delta_rule", v_first, conventions="vllm")
+    card = check_op("delta_rule", v_first, conventions="fla", cases=["lengths", "carried"])
+    assert card.reasons[0][0] == "the state lies as [V, K]: initial and final state have K and V swapped"
+
+
+def test_what_a_tensor_function_writes_is_seen():
+    def writes(k, **x):
+        k.mul_(2)
+        return naive(k=k, **x)
+
+    card = check_op("delta_rule", writes, conventions="fla", cases="plain")
+    assert card["plain"].detail == "its input k was changed first at [0, 0, 0, 0]"
+
+
+def test_other_array_makers():
+    def numpy_naive(**x):
+        given = {n: torch.from_numpy(a) if hasattr(a, "shape") else a for n, a in x.items()}
+        return tuple(r.numpy() for r in naive(**given))
+
+    assert check_op("delta_rule", numpy_naive, conventions="fla", arrays="numpy", cases="carried")
+    assert check_op("delta_rule", naive, conventions="fla", arrays="torch:cpu", cases="lengths")
+    assert check_op("delta_rule", naive, conventions="fla", arrays=torch.tensor, cases="lengths")
