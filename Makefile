@@ -11,10 +11,11 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --quiet install --disable-pip-version-check
 ORACLES := .venv-oracles
+PEERS := .venv-peers
 CTEST := $(MAKE) -C tests/c
 ASAN_TREE := build/asan/kimi_linear
 
-.PHONY: help system venv build lib ctest test demo oracles lint format asan tsan long fuzz bench clean
+.PHONY: help system venv build lib ctest test demo oracles peers lint format asan tsan long fuzz bench clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
@@ -70,14 +71,29 @@ $(ORACLES)/.ready: pyproject.toml tools/requirements.py | $(VENV)/.runtime
 oracles: $(ORACLES)/.ready build  ## compare live with torch and transformers, in an environment of their own
 	@PYTHONPATH=$(CURDIR) $(ORACLES)/bin/python -m pytest tests/oracles $(ARGS)
 
+# llama.cpp has no build for a processor on PyPI: llama-cpp-python's is compiled here, with what this one has.
+$(PEERS)/.ready: pyproject.toml tools/requirements.py | $(VENV)/.runtime
+	@echo "venv: $(PEERS), with torch, transformers and llama.cpp, which is compiled (5 to 20 minutes)"
+	sh tools/setup-system.sh g++
+	test -x $(PEERS)/bin/python || $$(sh tools/setup-system.sh --python) -m venv $(PEERS)
+	$(PY) tools/requirements.py oracles peers > $(PEERS)/requirements.txt
+	export CMAKE_ARGS="-DGGML_NATIVE=ON"
+	pip="$(PEERS)/bin/python -m pip install -q --disable-pip-version-check"
+	$$pip --no-binary llama-cpp-python -r $(PEERS)/requirements.txt
+	PYTHONWARNINGS=ignore $$pip --no-build-isolation --no-deps -e .
+	touch $@
+
+peers: $(PEERS)/.ready build  ## other engines, to measure beside: .venv-peers/bin/python benchmarks/run.py delta_rule
+	@$(PEERS)/bin/python -m pytest tests/bench $(ARGS)
+
 lint: venv  ## ruff, clang-format, and a build in which warnings are errors
 	@$(VENV)/bin/ruff check .
-	find csrc tests/c -name '*.[ch]' -o -name '*.inc' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	find csrc tests/c benchmarks -name '*.[ch]' -o -name '*.inc' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 	KL_WERROR=1 $(PY) setup.py -q lib build_ext --build-lib build/werror
 	echo "lint: clean"
 
 format: venv  ## bring C and Python into the form that `make lint` asks for
-	@find csrc tests/c -name '*.[ch]' -o -name '*.inc' | xargs $(VENV)/bin/clang-format -i
+	@find csrc tests/c benchmarks -name '*.[ch]' -o -name '*.inc' | xargs $(VENV)/bin/clang-format -i
 	$(VENV)/bin/ruff check --fix --quiet .
 
 # A copy of the tree with a build of its own: the tests run there unchanged, but for the leak tests, which count

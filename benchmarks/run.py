@@ -5,6 +5,10 @@
     python benchmarks/run.py linear --against old.json       time, then compare
     python benchmarks/run.py --compare old.json new.json     compare two files
     python benchmarks/run.py model --model DIR               a model's tokens/s, as `kimi-linear bench` does
+    python benchmarks/run.py delta_rule                      its forms beside other engines, too (delta_rule.py)
+    python benchmarks/run.py delta_rule --accuracy           their errors instead, by kinds of gate
+
+Other engines are in the environment that `make peers` makes: .venv-peers/bin/python benchmarks/run.py delta_rule.
 
 Contenders of a case (instruction sets, numbers of threads, NumPy's sgemm) take turns; medians and the 10th
 and 90th percentile are of the same turns. A case is timed only after its result at the smallest T was inside
@@ -17,8 +21,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import delta_accuracy
+import delta_rule
 import numpy as np
 from cases import CASES, OPS
+from delta_rule import PARTS
+from peers import PEERS
 
 import kimi_linear as kl
 from kimi_linear.bench import Roofs, bench, blas_threads, machine, sample, spread, tokens_of
@@ -37,11 +45,15 @@ def main():
     unknown = set(args.ops) - set(OPS) - {"model"}
     if unknown:
         return f"run: there is no case {', '.join(sorted(unknown))}; there are {', '.join(OPS)} and model"
-    result = {"machine": machine(), "revision": revision(), "roof": roof(), "cases": {}}
+    if args.accuracy:
+        return run_accuracy(args)
+    result = {"machine": machine(), "revision": revision(), "roof": {} if args.quick else roof(), "cases": {}}
     say_machine(result)
     for case in CASES:
-        if case.op in args.ops or not args.ops:
+        if not args.ops or (case.op in args.ops and not (args.parts or args.quick)):
             run_case(case, args, result["cases"])
+    if "delta_rule" in args.ops:
+        run_delta_rule(args, result)
     if "model" in args.ops:
         run_model(args, result)
     if args.json:
@@ -54,13 +66,30 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("ops", nargs="*", metavar="op", help=f"{', '.join(OPS)}, or model")
     parser.add_argument("--isa", default="best", help="best, all, or names with commas (default: best)")
-    parser.add_argument("--threads", type=integers, default=[0], metavar="N,N", help="(default: 0, all)")
+    parser.add_argument("--threads", type=integers, metavar="N,N",
+                        help="(default: 0, all; 1 and all for delta_rule beside its peers)")
     parser.add_argument("--tokens", type=integers, metavar="T,T", help="only these T (default: 1,16,64,512)")
     parser.add_argument("--model", metavar="DIR", help="for the case model (default: the packaged one)")
+    parser.add_argument("--parts", type=names, metavar="P,P", help=f"of delta_rule, only: {', '.join(PARTS)}")
+    parser.add_argument("--peers", type=names, default=list(PEERS), metavar="P,P",
+                        help=f"beside delta_rule: {', '.join(PEERS)}, or none (default: those that are here)")
+    parser.add_argument("--quick", action="store_true", help="delta_rule's parts small, to see that they run")
+    parser.add_argument("--accuracy", action="store_true", help="errors of delta_rule's forms, nothing timed")
     parser.add_argument("--json", metavar="FILE", help="write the results")
     parser.add_argument("--against", metavar="FILE", help="compare with the results in a file")
     parser.add_argument("--compare", nargs=2, metavar=("OLD", "NEW"), help="compare two files, time nothing")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if (args.parts or args.quick or args.accuracy) and args.ops != ["delta_rule"]:
+        parser.error("--parts, --quick and --accuracy are of delta_rule: name that op alone")
+    args.peers = [] if args.peers == ["none"] else args.peers
+    for given, known in ((args.peers, PEERS), (args.parts or [], PARTS)):
+        if unknown := set(given) - set(known):
+            parser.error(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    return args
+
+
+def names(text):
+    return text.replace(",", " ").split()
 
 
 def revision():
@@ -83,8 +112,9 @@ def roof():
 def say_machine(result):
     m, best = result["machine"], result["roof"]
     print(f"{m['cpu']}; {m['compiler']}; BLAS {m['blas']}; sgemm is NumPy's {m['numpy_blas']}")
-    print(f"revision {result['revision']}; {m['threads']} threads read {best['read'] * 1e-9:.1f} GB/s, "
-          f"fma {best['fma'] * 1e-9:.0f} GFLOP/s\n")
+    roofs = (f"; {m['threads']} threads read {best['read'] * 1e-9:.1f} GB/s, fma {best['fma'] * 1e-9:.0f} GFLOP/s"
+             if best else "")
+    print(f"revision {result['revision']}{roofs}\n")
 
 
 # ---- ops ----
@@ -92,7 +122,7 @@ def say_machine(result):
 def contexts(args):
     """Contexts by their name in the results."""
     isas = {"best": kl.isa_list()[-1:], "all": kl.isa_list()}.get(args.isa, args.isa.split(","))
-    made = [kl.Context(threads=n, isa=isa) for isa in isas for n in args.threads]
+    made = [kl.Context(threads=n, isa=isa) for isa in isas for n in args.threads or [0]]
     return {f"{ctx.isa} {ctx.threads}": ctx for ctx in made}
 
 
@@ -169,6 +199,21 @@ def cells(row):
     s = row["seconds"]
     rates = (f"{row[what] / s['median'] * 1e-9:.1f}" if row[what] else "" for what in ("flops", "bytes"))
     return f"{s['median'] * 1e6:,.1f}", f"{s['low'] * 1e6:,.1f} .. {s['high'] * 1e6:,.1f}", *rates
+
+
+# ---- the delta rule beside its peers ----
+
+def run_delta_rule(args, result):
+    threads = args.threads or sorted({1, kl.Context().threads})
+    settings = delta_rule.Settings(threads=threads, tokens=args.tokens, quick=args.quick, peers=args.peers,
+                                   cases=result["cases"])
+    result["delta_rule"] = delta_rule.run(args.parts, settings).tables
+
+
+def run_accuracy(args):
+    rows = delta_accuracy.run(names=args.peers)
+    if args.json:
+        Path(args.json).write_text(json.dumps({"revision": revision(), "accuracy": rows}, indent=1) + "\n")
 
 
 # ---- a model ----
