@@ -13,6 +13,7 @@ import numpy as np
 
 TOKENS = (1, 16, 64, 512)
 D, H, K, V, C, W = 2304, 32, 128, 128, 4096, 4      # model, KDA
+CHUNK = 64                                          # of the delta rule's halves
 R, P, NOPE = 512, 64, 128                           # MLA
 E, USED, F, DENSE, VOCAB = 256, 8, 1024, 9216, 163840
 EXPERTS = 32       # held here: 256 would be 3.6 GB
@@ -162,6 +163,10 @@ def decay_gate(T, rng):
     return [{"f": normal(rng, T, H, K), "rate": rate, "dt_bias": dt_bias}]
 
 
+def decay_cumsum(T, rng):
+    return [{"g": -np.exp(rng.uniform(-6, 1, (T, H, K))).astype(np.float32)}]
+
+
 def delta_rule(T, rng):
     g = -np.exp(rng.uniform(-6, 1, (T, H, K))).astype(np.float32)
     return [{"q": unit(rng, T, H, K), "k": unit(rng, T, H, K), "v": normal(rng, T, H, V), "g": g,
@@ -171,6 +176,31 @@ def delta_rule(T, rng):
 def delta_rule_work(T, arguments):
     arrays = [a for a in arguments.values() if isinstance(a, np.ndarray)]
     return T * H * 7 * K * V, size(*arrays) + arguments["initial_state"].nbytes + arguments["v"].nbytes
+
+
+def delta_rule_intra(T, rng):
+    (arguments,) = delta_rule(T, rng)
+    del arguments["initial_state"]
+    return [arguments]
+
+
+def delta_rule_intra_work(T, arguments):
+    """Triangles of L and P, T by substitution, W and U as products with it."""
+    arrays = [a for a in arguments.values() if isinstance(a, np.ndarray)]
+    results = 4 * T * H * (3 * CHUNK + K + V)
+    return T * H * (CHUNK * (3 * K + V) + CHUNK * CHUNK // 3), size(*arrays) + results
+
+
+def delta_rule_inter(T, rng):
+    (x,) = delta_rule(T, rng)
+    rows = {"P": normal(rng, T, H, CHUNK, scale=0.1), "W": normal(rng, T, H, K, scale=0.1), "U": x["v"]}
+    return [{name: x[name] for name in ("q", "k", "g", "initial_state")} | rows]
+
+
+def delta_rule_inter_work(T, arguments):
+    arrays = [a for a in arguments.values() if isinstance(a, np.ndarray)]
+    results = size(arguments["initial_state"]) + 2 * size(arguments["U"])
+    return T * H * V * (6 * K + CHUNK), size(*arrays) + results
 
 
 # ---- MLA ----
@@ -214,6 +244,9 @@ CASES = [
     Case("short_conv", "4096x4", short_conv, streamed(2 * W + 4)),
     Case("decay_gate", "32x128", decay_gate, streamed(12)),
     Case("delta_rule", "32x128x128", delta_rule, delta_rule_work),
+    Case("delta_rule_intra", "32x128x128", delta_rule_intra, delta_rule_intra_work),
+    Case("delta_rule_inter", "32x128x128", delta_rule_inter, delta_rule_inter_work),
+    Case("decay_cumsum", "32x128", decay_cumsum, streamed(1)),
     Case("latent_attention", f"at {DEPTH} f32", latent_attention(F32), latent_attention_work),
     Case("latent_attention", f"at {DEPTH} f16", latent_attention(F16), latent_attention_work),
     Case("swiglu", "9216", one(gate=(DENSE,), up=(DENSE,)), streamed(8)),

@@ -253,6 +253,22 @@ KL_API kl_status kl_delta_rule(kl_ctx *ctx, float *o, kl_slots state_out, const 
                                const float *k, const float *v, const float *g, const float *beta,
                                kl_slots state_in, const kl_delta_rule_args *args) KL_CHECKED;
 
+/* The halves of its chunked form (docs/math.md#delta_rule_intra), to compare other kernels with, one by one.
+ * args: chunk is 1 to 256, written out; form is not looked at; l2_norm and checkpoints are not there.
+ * L, P, inverse [T, Hv, chunk]: (I + L)^-1 is `inverse`; W [T, Hv, K]; U, d, o [T, Hv, V]. */
+KL_API kl_status kl_delta_rule_intra(kl_ctx *ctx, float *L, float *P, float *inverse, float *W,
+                                     float *U, const float *q, const float *k, const float *v,
+                                     const float *g, const float *beta,
+                                     const kl_delta_rule_args *args) KL_CHECKED;
+KL_API kl_status kl_delta_rule_inter(kl_ctx *ctx, float *o, kl_slots state_out, float *d,
+                                     const float *q, const float *k, const float *g, const float *P,
+                                     const float *W, const float *U, kl_slots state_in,
+                                     const kl_delta_rule_args *args) KL_CHECKED;
+
+/* c [T, D]: running sums of g over tokens, afresh every `chunk` tokens of a sequence (0: each sequence). */
+KL_API kl_status kl_decay_cumsum(kl_ctx *ctx, float *c, const float *g, const int64_t *offsets,
+                                 int64_t N, int64_t T, int64_t D, int64_t chunk) KL_CHECKED;
+
 /* ---- ops: MLA --------------------------------------------------------------------------------- */
 
 /* Stores rows x [T, D] behind the first start[n] positions of each sequence, in the cache's type. */

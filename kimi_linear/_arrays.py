@@ -149,6 +149,28 @@ def as_offsets(offsets, total, name="offsets"):
     return a
 
 
+def sequences_of(x, name, axes, offsets):
+    """Offsets of the sequences in x, and the axes that its states have in front: none, (N,) or (B,)."""
+    if x.ndim > axes:
+        if offsets is not None:
+            raise ValueError(f"offsets is given, and {name} has shape {list(x.shape)}, with a batch axis; it "
+                             f"must be one of them")
+        B, T = x.shape[:2]
+        return np.arange(B + 1, dtype=np.int64) * T, (B,)
+    lead = () if offsets is None else (np.size(offsets) - 1,)
+    return as_offsets(offsets, len(x)), lead
+
+
+def apart(a, *written, same=None):
+    """`a`, copied where it shares memory with an output; `same` is the one output that it may be."""
+    if a is None:
+        return None
+    for o in written:
+        if np.may_share_memory(a, o) and not (o is same and a.ctypes.data == o.ctypes.data):
+            return a.copy()
+    return a
+
+
 def pack(arrays):
     """Sequences one after another: a list of [T_i, ...] to ([T, ...], offsets [N+1]).
 

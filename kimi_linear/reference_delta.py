@@ -127,7 +127,7 @@ def delta_rule_intra(q, k, v, g, beta, *, scale=None, offsets=None, chunk=64, he
 
 
 def delta_rule_inter(q, k, g, P, W, U, *, scale=None, initial_state=None, offsets=None, chunk=64,
-                     head_map="grouped"):
+                     head_map="grouped", final_state=None):
     """The pass over chunks, each beginning with the state S that the last one left::
 
         d = U - W S        o_i = S^T (start_i scale q_i) + sum_{j <= i} P_ij d_j
@@ -135,7 +135,7 @@ def delta_rule_inter(q, k, g, P, W, U, *, scale=None, initial_state=None, offset
 
     Parameters
     ----------
-    q, k, g, scale, initial_state, offsets, head_map : as in `delta_rule`; scale as it was for P
+    q, k, g, scale, initial_state, offsets, head_map, final_state : as in `delta_rule`; scale as it was for P
     P, W, U, chunk : of `delta_rule_intra`
 
     Returns
@@ -157,7 +157,10 @@ def delta_rule_inter(q, k, g, P, W, U, *, scale=None, initial_state=None, offset
             triangle = P[part, :, :part.stop - part.start].transpose(1, 0, 2)
             o[part], states[n], d[part] = _pass(q[part], k[part], triangle, W[part], U[part], states[n],
                                                 *decays(g[part]))
-    return o, states if offsets is not None else states[0], d
+    state = states if offsets is not None else states[0]
+    if final_state is not None:
+        final_state[...] = state
+    return o, state, d
 
 
 # ---- arguments -----------------------------------------------------------------------------------

@@ -177,7 +177,7 @@ def stream(model, tokens, taps, to=None, tokens_slice=None, progress=None, *, st
     if "logits" in names:
         specs["logits"] = _Spec((b - a, call.vocab), np.dtype(np.float32))
     meta = {**call.meta(), "tokens": call.ids[a:b].tolist(), "offsets": [0, b - a]}
-    end = b if state is None else call.T
+    end = min(-(-b // 64) * 64, call.T) if state is None else call.T
     state = model.new_state() if state is None else state
     if to is None:
         arrays = {name: np.empty(spec.shape, spec.dtype) for name, spec in specs.items()}

@@ -56,7 +56,7 @@ def entries(section):
     """Names that a section documents: of lines such as ``q, k : (T, Hk, K) float32``, or ``q, k`` alone."""
     names = set()
     for line in section.splitlines():
-        if re.match(r"[a-z_]\w*(, \w+)*( :.*)?$", line):
+        if re.match(r"[A-Za-z_]\w*(, \w+)*( :.*)?$", line):
             names.update(line.partition(" :")[0].split(", "))
     return names
 

@@ -9,10 +9,9 @@
  * A chunk whose products of keys overflow is run by the recurrence, which has none.
  * A state kept at a checkpoint is the state of a run that ends there: inside a chunk it is computed aside,
  * from the chunk's first token. */
-#include "ops.h"
+#include "delta.h"
 
 #include "../cpu/fpenv.h"
-#include "../cpu/kernels.h"
 
 #include <string.h>
 
@@ -31,17 +30,12 @@ typedef struct task {
     int64_t scratch_values;
 } task;
 
-/* exp(g), scaled q, k: [rows, ld] each */
-typedef struct factors {
-    float *alpha, *q, *k;
-} factors;
-
 /* A thread's working memory; what a form does not use is not there. */
 typedef struct room {
-    factors now, next; /* next: of the chunk to come */
-    float *strip;      /* [K, COLUMNS], the recurrence's */
-    float *start, *end, *decay, *kk, *qk, *block,
-        *columns;         /* kl_delta_chunk and kl_delta_columns */
+    kl_delta_factors now, next; /* next: of the chunk to come */
+    float *strip;               /* [K, COLUMNS], the recurrence's */
+    kl_delta_chunk chunk;
+    float *columns;       /* scratch of kl_delta_columns */
     float *state, *aside; /* a part's state, in strips; twice */
     float *thrown_away;   /* [rows, a part's columns]: o before a checkpoint */
 } room;
@@ -49,7 +43,7 @@ typedef struct room {
 /* The columns of one head's state that one task computes, over all tokens of a sequence. */
 typedef struct part {
     const task *task;
-    int64_t sequence, head, key_head, c0, columns;
+    int64_t sequence, head, c0, columns;
     int64_t first, tokens; /* in the call */
     room room;
 } part;
@@ -60,47 +54,27 @@ typedef struct view {
     int64_t row, strip;
 } view;
 
-static int64_t round_up(int64_t n, int64_t to) { return kl_ceil_div(n, to) * to; }
-
-static int64_t take(float **p, float *base, int64_t used, int64_t values)
-{
-    *p = base != NULL ? base + used : NULL;
-    return used + round_up(values, 16);
-}
-
-static int64_t take_factors(factors *f, float *base, int64_t used, int64_t values)
-{
-    used = take(&f->alpha, base, used, values);
-    used = take(&f->q, base, used, values);
-    return take(&f->k, base, used, values);
-}
-
 /* Floats of a room, which is laid out from base on where that is not NULL. */
 static int64_t lay_out(room *r, float *base, const task *a)
 {
     const kl_delta_rule_args *args = a->args;
-    const int64_t K = args->K, ld = a->ld, chunk_rows = round_up(a->chunk, KL_DELTA_BLOCK);
+    const int64_t K = args->K, ld = a->ld, chunk_rows = kl_delta_round_up(a->chunk, KL_DELTA_BLOCK);
     const int64_t rows = kl_max(KL_DELTA_STEP, chunk_rows),
-                  state = round_up(a->columns, COLUMNS) * K;
+                  state = kl_delta_round_up(a->columns, COLUMNS) * K;
     int64_t used = 0;
-    used = take_factors(&r->now, base, used, rows * ld);
+    used = kl_delta_take_factors(&r->now, base, used, rows * ld);
     if (a->chunk > 0)
-        used = take_factors(&r->next, base, used, chunk_rows * ld);
-    used = take(&r->strip, base, used, K * COLUMNS);
+        used = kl_delta_take_factors(&r->next, base, used, chunk_rows * ld);
+    used = kl_delta_take(&r->strip, base, used, K * COLUMNS);
     if (a->chunk > 0 || a->state_out.base == NULL)
-        used = take(&r->state, base, used, state);
+        used = kl_delta_take(&r->state, base, used, state);
     if (a->chunk > 0) {
-        used = take(&r->start, base, used, 2 * chunk_rows * ld);
-        used = take(&r->end, base, used, chunk_rows * ld);
-        used = take(&r->decay, base, used, ld);
-        used = take(&r->kk, base, used, chunk_rows * chunk_rows);
-        used = take(&r->qk, base, used, chunk_rows * chunk_rows);
-        used = take(&r->block, base, used, (2 * KL_DELTA_BLOCK + 1) * kl_max(ld, chunk_rows));
-        used = take(&r->columns, base, used, 2 * chunk_rows * COLUMNS);
+        used = kl_delta_take_chunk(&r->chunk, base, used, a->chunk, ld);
+        used = kl_delta_take(&r->columns, base, used, 2 * chunk_rows * COLUMNS);
     }
     if (a->chunk > 0 && args->checkpoints != NULL) {
-        used = take(&r->aside, base, used, state);
-        used = take(&r->thrown_away, base, used, rows * a->columns);
+        used = kl_delta_take(&r->aside, base, used, state);
+        used = kl_delta_take(&r->thrown_away, base, used, rows * a->columns);
     }
     return used;
 }
@@ -114,7 +88,6 @@ static part part_of(const task *a, int64_t i, int thread)
         .task = a,
         .sequence = n,
         .head = h,
-        .key_head = args->head_map == KL_HEADS_TILED ? h % args->Hk : h / (args->Hv / args->Hk),
         .c0 = c0,
         .columns = kl_min(a->columns, args->V - c0),
         .first = args->offsets[n],
@@ -166,19 +139,23 @@ static void copy_state(const part *p, view to, view from)
 
 /* ---- tokens ----------------------------------------------------------------------------------- */
 
+static kl_delta_rows rows_from(const part *p, int64_t t)
+{
+    const task *a = p->task;
+    return kl_delta_rows_of(a->args, a->q, a->key, a->g, p->first + t, p->head);
+}
+
 /* A head's rows lie far apart, beyond what the processor foresees: they are asked for before they are
  * wanted. These are the rows of q, k, v and, by channel, g of one token; returns how many. */
 static int rows_of(const part *p, int64_t t, const float **rows)
 {
     const task *a = p->task;
-    const kl_delta_rule_args *args = a->args;
-    const int64_t head = (p->first + t) * args->Hv + p->head;
-    const int64_t key = (p->first + t) * args->Hk + p->key_head;
-    rows[0] = a->q + key * args->K;
-    rows[1] = a->key + key * args->K;
-    rows[2] = a->v + head * args->V + p->c0;
-    rows[3] = args->gate == KL_GATE_CHANNEL ? a->g + head * args->K : rows[2];
-    return args->gate == KL_GATE_CHANNEL ? 4 : 3;
+    const kl_delta_rows at = rows_from(p, t);
+    rows[0] = at.q;
+    rows[1] = at.k;
+    rows[2] = a->v + ((p->first + t) * a->args->Hv + p->head) * a->args->V + p->c0;
+    rows[3] = at.g;
+    return a->args->gate == KL_GATE_CHANNEL ? 4 : 3;
 }
 
 static void ask_for_token(const part *p, int64_t t)
@@ -192,35 +169,30 @@ static void ask_for_token(const part *p, int64_t t)
 
 /* Of T tokens from t on, into rows from `row` on: once for all columns of the part. Others are asked for some
  * tokens ahead (0: that was done). */
-static void fill(const part *p, const factors *to, int64_t row, int64_t t, int64_t T, int64_t ahead)
+static void fill(const part *p, const kl_delta_factors *to, int64_t row, int64_t t, int64_t T,
+                 int64_t ahead)
 {
     const task *a = p->task;
     const kl_delta_rule_args *args = a->args;
-    const int64_t K = args->K, ld = a->ld;
-    const int64_t width = args->gate == KL_GATE_CHANNEL ? K : 1;
-    const float *q = a->q + ((p->first + t) * args->Hk + p->key_head) * K;
-    const float *k = a->key + ((p->first + t) * args->Hk + p->key_head) * K;
-    const float *g =
-        args->gate == KL_GATE_NONE ? NULL : a->g + ((p->first + t) * args->Hv + p->head) * width;
-    int64_t step = args->Hk * K;
+    const int64_t ld = a->ld;
+    kl_delta_rows from = rows_from(p, t);
     if (args->l2_norm) {
         const kl_fp flushing = kl_fp_default(); /* the bytes of the op l2_norm */
         for (int64_t i = 0; i < T; i++) {
-            a->k->l2_norm(to->q + (row + i) * ld, q + i * step, K, args->l2_eps);
-            a->k->l2_norm(to->k + (row + i) * ld, k + i * step, K, args->l2_eps);
+            a->k->l2_norm(to->q + (row + i) * ld, from.q + i * from.key_step, args->K,
+                          args->l2_eps);
+            a->k->l2_norm(to->k + (row + i) * ld, from.k + i * from.key_step, args->K,
+                          args->l2_eps);
         }
         kl_fp_restore(flushing);
-        q = to->q + row * ld;
-        k = to->k + row * ld;
-        step = ld;
+        from.q = to->q + row * ld;
+        from.k = to->k + row * ld;
+        from.key_step = ld;
     }
     for (int64_t i = 0; i < T; i++) {
         if (ahead > 0)
             ask_for_token(p, t + i + ahead);
-        a->k->delta_rule_factors(to->alpha + (row + i) * ld, to->q + (row + i) * ld,
-                                 to->k + (row + i) * ld,
-                                 g != NULL ? g + i * args->Hv * width : NULL, q + i * step,
-                                 k + i * step, args->scale, K, args->gate);
+        kl_delta_fill_row(a->k, args, to, row + i, &from, i);
     }
 }
 
@@ -268,22 +240,8 @@ static kl_delta_chunk chunk_of_tokens(const part *p, int64_t t, int64_t n)
 {
     const room *r = &p->room;
     const kl_delta_rule_args *args = p->task->args;
-    return (kl_delta_chunk){ .n = n,
-                             .rows = round_up(n, KL_DELTA_BLOCK),
-                             .K = args->K,
-                             .ld = p->task->ld,
-                             .by_channel = args->gate == KL_GATE_CHANNEL,
-                             .alpha = r->now.alpha,
-                             .q = r->now.q,
-                             .k = r->now.k,
-                             .start = r->start,
-                             .end = r->end,
-                             .decay = r->decay,
-                             .minus_kk = r->kk,
-                             .qk = r->qk,
-                             .beta = p->task->beta + (p->first + t) * args->Hv + p->head,
-                             .beta_step = args->Hv,
-                             .scratch = r->block };
+    const float *beta = p->task->beta + (p->first + t) * args->Hv + p->head;
+    return kl_delta_chunk_of(&r->chunk, args, &r->now, n, beta, args->Hv);
 }
 
 /* At most a chunk of tokens, whose factors are there, on a state in strips. Between its strips of columns it
@@ -391,7 +349,7 @@ static void part_chunked(part *p, view to, view from, float *o, int64_t o_step)
     marks m = marks_of(p);
     if (p->columns % COLUMNS != 0) /* the padding of the last strip */
         memset(p->room.state, 0,
-               (size_t)(round_up(p->columns, COLUMNS) * p->task->args->K) * sizeof(float));
+               (size_t)(kl_delta_round_up(p->columns, COLUMNS) * p->task->args->K) * sizeof(float));
     copy_state(p, state, from);
     fill(p, &p->room.next, 0, 0, chunk_at(p, 0), AHEAD);
     for (int64_t t = 0, n; t < p->tokens; t += n) {
@@ -402,7 +360,7 @@ static void part_chunked(part *p, view to, view from, float *o, int64_t o_step)
                 run_aside(p, aside, p->room.thrown_away, p->task->columns, t, m.at[m.next] - t);
             keep(p, &m, aside);
         }
-        const factors spent = p->room.now;
+        const kl_delta_factors spent = p->room.now;
         p->room.now = p->room.next;
         p->room.next = spent;
         if (chunk_at(p, t) > 0)
@@ -480,7 +438,7 @@ kl_status cpu_delta_rule(kl_ctx *ctx, float *o, kl_slots state_out, const float 
                args,
                .columns = columns_of(ctx, args),
                .chunk = chunk_of(args),
-               .ld = round_up(args->K, 16) };
+               .ld = kl_delta_ld(args->K) };
     a.n_parts = kl_ceil_div(args->V, a.columns);
     a.scratch_values = lay_out(&(room){ 0 }, NULL, &a);
     KL_SCRATCH(a.scratch, ctx, a.scratch_values * ctx->threads);

@@ -16,31 +16,43 @@
  *   recurrent  token by token: any split of a sequence gives the same bytes
  *   chunked    chunks of `chunk` tokens, counted from the first of the call: a split at a multiple of it does
  *   auto       chunks of 16, the rest token by token: a split at a multiple of 16 does */
-#include "ops.h"
+#include "delta.h"
 
-#include "../cpu/delta_rule.h"
-
-static kl_status check_sizes(kl_ctx *ctx, const kl_delta_rule_args *a)
+static kl_status check_sizes(kl_ctx *ctx, const char *op, const kl_delta_rule_args *a)
 {
     int64_t n;
     if (a->Hk < 1 || a->Hv < 1 || a->K < 1 || a->V < 1)
         return kl_fail(ctx, KL_ERR_SHAPE,
-                       "delta_rule: Hk, Hv, K, V are %lld, %lld, %lld, %lld; each must be >= 1",
+                       "%s: Hk, Hv, K, V are %lld, %lld, %lld, %lld; each must be >= 1", op,
                        (long long)a->Hk, (long long)a->Hv, (long long)a->K, (long long)a->V);
     if (a->Hv % a->Hk != 0)
-        return kl_fail(
-            ctx, KL_ERR_SHAPE,
-            "delta_rule: v has %lld heads for %lld heads of q and k; it must be a multiple",
-            (long long)a->Hv, (long long)a->Hk);
-    if (!kl_mul(&n, a->Hv, a->K) || !kl_mul(&n, n, a->V) || !kl_mul(&n, n, kl_max(a->N, 1))
-        || !kl_mul(&n, n, 1024)) /* room for sizes in bytes, and for scratch */
         return kl_fail(ctx, KL_ERR_SHAPE,
-                       "delta_rule: states of [%lld, %lld, %lld, %lld] are too large",
-                       (long long)a->N, (long long)a->Hv, (long long)a->K, (long long)a->V);
-    KL_TRY(kl_check_rows(ctx, "delta_rule", "q", a->T, a->Hk * a->K));
-    KL_TRY(kl_check_rows(ctx, "delta_rule", "v", a->T, a->Hv * a->V));
-    KL_TRY(kl_check_rows(ctx, "delta_rule", "g", a->T, a->Hv * a->K));
-    return kl_check_offsets(ctx, "delta_rule", a->offsets, a->N, a->T);
+                       "%s: v has %lld heads for %lld heads of q and k; it must be a multiple", op,
+                       (long long)a->Hv, (long long)a->Hk);
+    if (!kl_mul(&n, a->Hv, a->K) || !kl_mul(&n, n, a->V) || !kl_mul(&n, n, kl_max(a->N, 1))
+        || !kl_mul(&n, n, 1024)
+        || !kl_mul(&n, a->K, 1 << 26)) /* room for sizes in bytes, and for scratch */
+        return kl_fail(ctx, KL_ERR_SHAPE, "%s: states of [%lld, %lld, %lld, %lld] are too large",
+                       op, (long long)a->N, (long long)a->Hv, (long long)a->K, (long long)a->V);
+    KL_TRY(kl_check_rows(ctx, op, "q", a->T, a->Hk * a->K));
+    KL_TRY(kl_check_rows(ctx, op, "v", a->T, a->Hv * a->V));
+    KL_TRY(kl_check_rows(ctx, op, "g", a->T, a->Hv * a->K));
+    return kl_check_offsets(ctx, op, a->offsets, a->N, a->T);
+}
+
+kl_status kl_delta_check(kl_ctx *ctx, const char *op, const kl_delta_rule_args *args)
+{
+    KL_TRY(check_sizes(ctx, op, args));
+    if (!(args->scale - args->scale == 0.0f))
+        return kl_fail(ctx, KL_ERR_ARG, "%s: scale is %g; it must be finite", op,
+                       (double)args->scale);
+    if (args->gate < KL_GATE_NONE || args->gate > KL_GATE_CHANNEL)
+        return kl_fail(ctx, KL_ERR_ARG, "%s: gate is %d; it must be none, head or channel", op,
+                       (int)args->gate);
+    if (args->head_map != KL_HEADS_GROUPED && args->head_map != KL_HEADS_TILED)
+        return kl_fail(ctx, KL_ERR_ARG, "%s: head_map is %d; it must be grouped or tiled", op,
+                       (int)args->head_map);
+    return KL_OK;
 }
 
 /* Token counts that rise within each sequence, from 0 to its tokens. */
@@ -69,16 +81,7 @@ kl_status kl_delta_rule(kl_ctx *ctx, float *o, kl_slots state_out, const float *
                         const float *v, const float *g, const float *beta, kl_slots state_in,
                         const kl_delta_rule_args *args)
 {
-    KL_TRY(check_sizes(ctx, args));
-    if (!(args->scale - args->scale == 0.0f))
-        return kl_fail(ctx, KL_ERR_ARG, "delta_rule: scale is %g; it must be finite",
-                       (double)args->scale);
-    if (args->gate < KL_GATE_NONE || args->gate > KL_GATE_CHANNEL)
-        return kl_fail(ctx, KL_ERR_ARG, "delta_rule: gate is %d; it must be none, head or channel",
-                       (int)args->gate);
-    if (args->head_map != KL_HEADS_GROUPED && args->head_map != KL_HEADS_TILED)
-        return kl_fail(ctx, KL_ERR_ARG, "delta_rule: head_map is %d; it must be grouped or tiled",
-                       (int)args->head_map);
+    KL_TRY(kl_delta_check(ctx, "delta_rule", args));
     if (args->form != KL_FORM_AUTO && args->form != KL_FORM_RECURRENT
         && args->form != KL_FORM_CHUNKED)
         return kl_fail(ctx, KL_ERR_ARG,

@@ -27,6 +27,14 @@
                     int64_t, int64_t, float))                                                      \
     OP(delta_rule, (kl_ctx *, float *, kl_slots, const float *, const float *, const float *,      \
                     const float *, const float *, kl_slots, const kl_delta_rule_args *))           \
+    OP(decay_cumsum,                                                                               \
+       (kl_ctx *, float *, const float *, const int64_t *, int64_t, int64_t, int64_t, int64_t))    \
+    OP(delta_rule_intra,                                                                           \
+       (kl_ctx *, float *, float *, float *, float *, float *, const float *, const float *,       \
+        const float *, const float *, const float *, const kl_delta_rule_args *))                  \
+    OP(delta_rule_inter,                                                                           \
+       (kl_ctx *, float *, kl_slots, float *, const float *, const float *, const float *,         \
+        const float *, const float *, const float *, kl_slots, const kl_delta_rule_args *))        \
     OP(cache_append, (kl_ctx *, kl_cache, const float *, const int64_t *, const int64_t *,         \
                       int64_t, int64_t, int64_t))                                                  \
     OP(latent_attention, (kl_ctx *, float *, const float *, kl_cache, kl_cache, const kl_weight *, \

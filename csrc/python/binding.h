@@ -43,11 +43,17 @@ const void *kl_py_in(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, con
 void *kl_py_out_opt(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, const char *name);
 const void *kl_py_in_opt(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, const char *name);
 
+/* Offsets of n sequences: n + 1 of them. */
+const int64_t *kl_py_offsets(kl_py_call *c, PyObject *o, int64_t n, const char *name);
+
 /* A weight is a tuple (buffer, type id, n, rows, cols): n matrices of one shape, one behind the other. */
 kl_weight kl_py_weight(kl_py_call *c, PyObject *o, const char *name);
 
 /* An array of n pointers that lives until kl_py_end; element i is base + i * step bytes. */
 void **kl_py_pointers(kl_py_call *c, int64_t n, const void *base, int64_t step);
+
+/* Slots over an array of n states of `values` float32 each, one behind the other; none where it is NULL. */
+kl_slots kl_py_slots(kl_py_call *c, const void *states, int64_t n, int64_t values);
 
 /* product of up to four sizes; fails the call when one is negative or it does not fit */
 int64_t kl_py_size(kl_py_call *c, const char *name, int64_t a, int64_t b, int64_t d, int64_t e);
@@ -68,6 +74,7 @@ extern PyType_Spec kl_py_context_spec, kl_py_model_spec, kl_py_state_spec;
 kl_py_context *kl_py_context_of(PyObject *o); /* NULL with TypeError when it is none */
 
 /* op wrappers, one table a family */
-extern PyMethodDef kl_py_ops_basic[], kl_py_ops_dense[], kl_py_ops_kda[], kl_py_ops_mla[];
+extern PyMethodDef kl_py_ops_basic[], kl_py_ops_delta[], kl_py_ops_dense[], kl_py_ops_kda[],
+    kl_py_ops_mla[];
 
 #endif

@@ -80,6 +80,12 @@ int64_t kl_py_size(kl_py_call *c, const char *name, int64_t a, int64_t b, int64_
     return n;
 }
 
+const int64_t *kl_py_offsets(kl_py_call *c, PyObject *o, int64_t n, const char *name)
+{
+    n = kl_py_size(c, name, n, 1, 1, 1); /* the sum below fits */
+    return c->failed ? NULL : kl_py_in(c, o, KL_PY_I64, n + 1, name);
+}
+
 void **kl_py_pointers(kl_py_call *c, int64_t n, const void *base, int64_t step)
 {
     if (c->failed || n < 0)
@@ -95,6 +101,14 @@ void **kl_py_pointers(kl_py_call *c, int64_t n, const void *base, int64_t step)
         p[i] = (char *)(uintptr_t)base + i * step;
     c->pointers[c->n_pointers++] = p;
     return p;
+}
+
+kl_slots kl_py_slots(kl_py_call *c, const void *states, int64_t n, int64_t values)
+{
+    kl_slots slots = { 0 };
+    if (states != NULL)
+        slots.base = (void *const *)kl_py_pointers(c, n, states, values * (int64_t)sizeof(float));
+    return slots;
 }
 
 kl_weight kl_py_weight(kl_py_call *c, PyObject *o, const char *name)

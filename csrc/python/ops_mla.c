@@ -38,7 +38,7 @@ static void *cache_buffer(kl_py_call *c, PyObject *o, int type, int64_t n, const
 /* begin is [N+1], from 0 to S, never falling */
 static const int64_t *ranges_of(kl_py_call *c, PyObject *o, int64_t N, int64_t S, const char *name)
 {
-    const int64_t *begin = kl_py_in(c, o, KL_PY_I64, N + 1, name);
+    const int64_t *begin = kl_py_offsets(c, o, N, name);
     bool good = !c->failed && N >= 0 && begin[0] == 0 && begin[N] == S;
     for (int64_t n = 0; good && n < N; n++)
         good = begin[n] <= begin[n + 1];

@@ -4,12 +4,14 @@ The same names with the same arguments stand in :mod:`kimi_linear.reference` in 
 """
 
 from ._basic import add, gated_rms_norm, l2_norm, rms_norm, sigmoid, softmax, swiglu
+from ._delta import decay_cumsum, delta_rule, delta_rule_inter, delta_rule_intra
 from ._dense import embedding, linear, moe, route
-from ._kda import decay_gate, delta_rule, short_conv
+from ._kda import decay_gate, short_conv
 from ._mla import latent_attention
 from ._sample import sample
 
 __all__ = [
-    "add", "decay_gate", "delta_rule", "embedding", "gated_rms_norm", "l2_norm", "latent_attention", "linear", "moe",
-    "rms_norm", "route", "sample", "short_conv", "sigmoid", "softmax", "swiglu",
+    "add", "decay_cumsum", "decay_gate", "delta_rule", "delta_rule_inter", "delta_rule_intra", "embedding",
+    "gated_rms_norm", "l2_norm", "latent_attention", "linear", "moe", "rms_norm", "route", "sample", "short_conv",
+    "sigmoid", "softmax", "swiglu",
 ]

@@ -62,6 +62,61 @@ static void test_delta_rule(kl_ctx *ctx)
     check_near(state, want_state, 4, 1e-6, "state");
 }
 
+/* Two chunks of two tokens by halves: as the recurrence; the cumulative gate begins afresh in the second. */
+static void test_delta_halves(kl_ctx *ctx)
+{
+    enum { T = 4, K = 3, V = 2, C = 2 };
+    const int64_t offsets[] = { 0, T };
+    float q[T * K], k[T * K], g[T * K], v[T * V], beta[T], o[T * V], state[K * V];
+    float L[T * C], P[T * C], inverse[T * C], W[T * K], U[T * V];
+    float o_halves[T * V], d[T * V], state_halves[K * V], sums[T * K];
+    double want_o[T * V], want_state[K * V];
+    void *slot = state, *slot_halves = state_halves;
+    const kl_slots none = { NULL, 0 }, out = { &slot, 0 }, out_halves = { &slot_halves, 0 };
+    kl_delta_rule_args args = {
+        .offsets = offsets, .N = 1, .T = T, .Hk = 1, .Hv = 1, .K = K, .V = V
+    };
+    args.scale = 0.5f;
+    args.gate = KL_GATE_CHANNEL;
+    args.form = KL_FORM_RECURRENT;
+    args.chunk = C;
+    for (int i = 0; i < T * K; i++) {
+        q[i] = (float)(i * 7 % 5) / 4.0f - 0.5f;
+        k[i] = (float)(i * 3 % 7) / 8.0f - 0.4f;
+        g[i] = -(float)(i * 5 % 4);
+    }
+    for (int i = 0; i < T * V; i++)
+        v[i] = (float)(i % 3) - 1.0f;
+    for (int i = 0; i < T; i++)
+        beta[i] = 0.25f * (float)(i + 1);
+    CHECK(kl_delta_rule(ctx, o, out, q, k, v, g, beta, none, &args) == KL_OK);
+    CHECK(kl_delta_rule_intra(ctx, L, P, inverse, W, U, q, k, v, g, beta, &args) == KL_OK);
+    CHECK(kl_delta_rule_inter(ctx, o_halves, out_halves, d, q, k, g, P, W, U, none, &args)
+          == KL_OK);
+    for (int i = 0; i < T * V; i++)
+        want_o[i] = (double)o[i];
+    for (int i = 0; i < K * V; i++)
+        want_state[i] = (double)state[i];
+    check_near(o_halves, want_o, T * V, 1e-6, "o of the halves");
+    check_near(state_halves, want_state, K * V, 1e-6, "state of the halves");
+    CHECK(kl_delta_rule_inter(ctx, o, none, d, q, k, g, P, W, U, none, &args) == KL_OK);
+    CHECK(memcmp(o, o_halves, sizeof o) == 0);
+
+    CHECK(kl_decay_cumsum(ctx, sums, g, offsets, 1, T, K, C) == KL_OK);
+    CHECK(sums[0] == g[0] && sums[K] == g[0] + g[K] && sums[2 * K] == g[2 * K]);
+    CHECK(kl_decay_cumsum(ctx, sums, g, offsets, 1, T, K, -1) == KL_ERR_ARG);
+    CHECK(strstr(kl_ctx_error(ctx), "decay_cumsum: chunk is -1") != NULL);
+    d[0] = L[0] = 7;
+    args.chunk = 0;
+    CHECK(kl_delta_rule_intra(ctx, L, P, inverse, W, U, q, k, v, g, beta, &args) == KL_ERR_ARG);
+    CHECK(strstr(kl_ctx_error(ctx), "delta_rule_intra: chunk is 0; it must be 1 to 256") != NULL);
+    args.chunk = C;
+    args.l2_norm = 1;
+    CHECK(kl_delta_rule_inter(ctx, o, none, d, q, k, g, P, W, U, none, &args) == KL_ERR_ARG);
+    CHECK(strstr(kl_ctx_error(ctx), "delta_rule_inter: l2_norm is 1; it must be 0") != NULL);
+    CHECK(d[0] == 7 && L[0] == 7);
+}
+
 static void test_errors(kl_ctx *ctx)
 {
     float x[4] = { 1, 2, 3, 4 }, w[4] = { 1, 1, 1, 1 }, y[4] = { 7, 7, 7, 7 };
@@ -131,6 +186,7 @@ int main(void)
         return 1;
     }
     test_delta_rule(ctx);
+    test_delta_halves(ctx);
     test_errors(ctx);
     test_same_bytes();
     test_cancel(ctx);

@@ -50,7 +50,7 @@ def op_calls(rng):
 
     x, w, g = f(6, 16), f(8, 16), -np.abs(f(6, 2, 8))
     q, k, v, beta = f(6, 2, 8), f(6, 2, 8), f(6, 2, 8), rng.random((6, 2), np.float32)
-    taps, rate = f(16, 4), np.abs(f(2))
+    taps, rate, square = f(16, 4), np.abs(f(2)), f(6, 2, 4)
     latent, shared, w_uk, w_uv = f(6, 12), f(6, 2), f(2, 6, 12), f(2, 8, 12)
     ids, weights = np.tile(np.array([[0, 2]], np.int32), (6, 1)), np.abs(f(6, 2))
     experts, back = f(4, 8, 16), f(4, 16, 8)
@@ -69,6 +69,9 @@ def op_calls(rng):
         "short_conv": lambda: kl.ops.short_conv(x, taps),
         "decay_gate": lambda: kl.ops.decay_gate(q, rate, q[0]),
         "delta_rule": lambda: kl.ops.delta_rule(q, k, v, g, beta),
+        "delta_rule_intra": lambda: kl.ops.delta_rule_intra(q, k, v, g, beta, chunk=4),
+        "delta_rule_inter": lambda: kl.ops.delta_rule_inter(q, k, g, square, k, v, chunk=4),
+        "decay_cumsum": lambda: kl.ops.decay_cumsum(g, chunk=4),
         "latent_attention": lambda: kl.ops.latent_attention(q, latent, shared, w_uk, w_uv, scale=0.3),
         "sample": lambda: kl.ops.sample(x, temperature=1.0, seed=1, position=0),
     }

@@ -363,6 +363,12 @@ class TestIdentities:
         x = case(rng, 9)
         state = rng.normal(size=(4, 5, 7))
         _, end = ref.delta_rule(*x, initial_state=state.copy())
+        q, k, v, g, beta = x
+        _, P, _, W, U = ref.delta_rule_intra(q, k, v, g, beta)
+        _, wanted, _ = ref.delta_rule_inter(q, k, g, P, W, U, initial_state=state)
+        mine = state.copy()
+        ref.delta_rule_inter(q, k, g, P, W, U, initial_state=mine, final_state=mine)
+        assert (mine == wanted).all()
         ref.delta_rule(*x, initial_state=state, final_state=state)
         assert (state == end).all()
 

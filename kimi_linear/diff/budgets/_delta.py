@@ -239,7 +239,7 @@ def _flushed(i, x, k):
 
 
 def delta_rule_inter(ref, q, k, g, P, W, U, scale=None, initial_state=None, offsets=None, chunk=64,
-                     head_map="grouped"):
+                     head_map="grouped", final_state=None):
     """As `delta_rule`, a chunk at a time: the state's error goes on through Diag(start) - sum_j (end_j k_j) W_j^T,
     in size by element and in 2-norm by column, and into o through start_i q_i - sum_j P_ij W_j."""
     scale = np.shape(q)[-1] ** -0.5 if scale is None else scale
