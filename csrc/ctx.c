@@ -213,12 +213,16 @@ kl_status kl_ctx_create(kl_ctx **out, const kl_ctx_options *options)
     ctx->allocator = (kl_allocator){ default_allocate, default_release, NULL };
     ctx->backend = &kl_cpu_backend;
     ctx->gemm = options->gemm;
+    ctx->delta_rule = options->delta_rule;
     ctx->arena.chunks = calloc(MAX_CHUNKS, sizeof(chunk));
     if (ctx->arena.chunks == NULL)
         return kl_fail(ctx, KL_ERR_MEMORY, "out of memory: context");
     if (options->gemm == KL_GEMM_BLAS && strcmp(kl_blas_name(), "none") == 0)
         return kl_fail(ctx, KL_ERR_UNSUPPORTED,
                        "gemm: this build has no BLAS; use the own product");
+    if (options->delta_rule < KL_FORM_AUTO || options->delta_rule > KL_FORM_CHUNKED)
+        return kl_fail(ctx, KL_ERR_ARG, "delta_rule is %d; it must be auto, recurrent or chunked",
+                       (int)options->delta_rule);
     KL_TRY(kl_kernels_choose(ctx, options->isa));
     return kl_ctx_set_threads(ctx, options->threads);
 }

@@ -68,12 +68,22 @@ typedef enum kl_activation { KL_NONE = 0, KL_SIGMOID = 1, KL_SILU = 2 } kl_activ
  * two threads use two contexts. */
 typedef struct kl_ctx kl_ctx;
 
+/* Ways to one result, of the ops that have several. */
+typedef enum kl_form {
+    KL_FORM_AUTO = 0,
+    KL_FORM_RECURRENT = 1, /* delta_rule */
+    KL_FORM_CHUNKED = 2,
+    KL_FORM_ABSORBED = 3, /* latent_attention */
+    KL_FORM_EXPANDED = 4,
+} kl_form;
+
 typedef enum kl_gemm { KL_GEMM_OWN = 0, KL_GEMM_BLAS = 1 } kl_gemm;
 
 typedef struct kl_ctx_options {
     int threads;     /* 0: one for each processor that this process may use */
     const char *isa; /* "scalar", "avx2", "avx512", or NULL for the best that runs here */
     kl_gemm gemm; /* KL_GEMM_BLAS: float32 products by OpenBLAS, within a budget, not byte-equal */
+    kl_form delta_rule; /* of kl_delta_rule where a call says KL_FORM_AUTO */
 } kl_ctx_options;
 
 KL_API kl_status kl_ctx_create(kl_ctx **ctx, const kl_ctx_options *options);
@@ -222,13 +232,6 @@ KL_API kl_status kl_decay_gate(kl_ctx *ctx, float *g, const float *f, const floa
                                float lower_bound) KL_CHECKED;
 
 typedef enum kl_gate { KL_GATE_NONE = 0, KL_GATE_HEAD = 1, KL_GATE_CHANNEL = 2 } kl_gate;
-typedef enum kl_form {
-    KL_FORM_AUTO = 0,
-    KL_FORM_RECURRENT = 1, /* delta_rule */
-    KL_FORM_CHUNKED = 2,
-    KL_FORM_ABSORBED = 3, /* latent_attention */
-    KL_FORM_EXPANDED = 4,
-} kl_form;
 typedef enum kl_head_map { KL_HEADS_GROUPED = 0, KL_HEADS_TILED = 1 } kl_head_map;
 
 typedef struct kl_delta_rule_args {

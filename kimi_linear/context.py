@@ -9,6 +9,7 @@ from . import _core
 __all__ = ["Context", "current", "set_num_threads", "threads", "isa_list"]
 
 _GEMM = {"own": 0, "blas": 1}
+_DELTA_RULE = {"auto": 0, "recurrent": 1, "chunked": 2}
 
 
 class Context:
@@ -28,23 +29,31 @@ class Context:
     gemm : {"own", "blas"}
         Who multiplies float32 matrices. ``"own"`` keeps one order of sums; ``"blas"`` (OpenBLAS) does not, so
         results with it are within the budget and not the same bytes.
+    delta_rule : {"auto", "recurrent", "chunked"}
+        The form that `ops.delta_rule` takes where a call says "auto", as every model's does: chunks of 16 tokens,
+        token by token, or chunks of 64 (of `chunk` tokens, where the call names it). They agree within the budget;
+        with "recurrent" any split of a sequence gives the same bytes of the op.
 
     Raises
     ------
     ValueError
-        Unknown device, gemm, or a number of threads outside 0..1024.
+        Unknown device, gemm or delta_rule, or a number of threads outside 0..1024.
     NotImplementedError
         An instruction set that this machine does not run, or a BLAS that this build does not have.
     """
 
-    def __init__(self, device="cpu", *, threads=None, isa=None, gemm="own"):
+    def __init__(self, device="cpu", *, threads=None, isa=None, gemm="own", delta_rule="auto"):
         if device != "cpu":
             raise ValueError(f"device is {device!r}; this build has only 'cpu'")
         if gemm not in _GEMM:
             raise ValueError(f"gemm is {gemm!r}; it must be 'own' or 'blas'")
-        self._core = _core.Context(_default_threads() if threads is None else threads, isa, _GEMM[gemm])
+        if delta_rule not in _DELTA_RULE:
+            raise ValueError(f"delta_rule is {delta_rule!r}; it must be 'auto', 'recurrent' or 'chunked'")
+        threads = _default_threads() if threads is None else threads
+        self._core = _core.Context(threads, isa, _GEMM[gemm], _DELTA_RULE[delta_rule])
         self.device = device
         self.gemm = gemm
+        self.delta_rule = delta_rule
 
     @property
     def isa(self):
@@ -65,7 +74,8 @@ class Context:
         self._core.cancel()
 
     def __repr__(self):
-        return f"Context(device={self.device!r}, threads={self.threads}, isa={self.isa!r}, gemm={self.gemm!r})"
+        return (f"Context(device={self.device!r}, threads={self.threads}, isa={self.isa!r}, gemm={self.gemm!r}, "
+                f"delta_rule={self.delta_rule!r})")
 
 
 _local = threading.local()

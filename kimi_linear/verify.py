@@ -23,6 +23,7 @@ import numpy as np
 
 from . import reference
 from ._arrays import as_integers
+from .context import current
 from .dataflow import TOKENS, Node, arguments, evaluate, nodes
 from .diff import metrics
 from .diff.budgets import budget
@@ -383,7 +384,8 @@ class _Run:
             values = {"norm": actual["norm"][-len(actual["logits"]) :]}
         args = arguments(node, values, self.weights)
         results = evaluate(node, args)
-        bounds = _bounds(node, results, args)
+        form = {"form": current(self.model.ctx).delta_rule} if node.op == "delta_rule" else {}
+        bounds = _bounds(node, results, args | form)
         names = (node.tap,) if node.state is None else (node.tap, node.state)
         return [_tap(node, name, actual[name], desired[name], own, bound)
                 for name, own, bound in zip(names, results, bounds)]

@@ -50,7 +50,7 @@ typedef struct kl_delta_chunk {
 /* The same tokens, for at most KL_DELTA_COLUMNS columns of the state. */
 typedef struct kl_delta_columns {
     int64_t columns;
-    float *state;   /* [K, KL_DELTA_COLUMNS], in place; columns past the end are padding */
+    float *state;   /* [K, KL_DELTA_COLUMNS], in place; columns past the end are padding, finite */
     float *o;       /* [n, columns], rows o_step apart; may be v */
     const float *v; /* [n, columns], rows v_step apart */
     int64_t o_step, v_step;

@@ -6,7 +6,8 @@
  *
  * A task is a head of a sequence, or some columns of one. The chunked forms work on a copy of its state in
  * strips [K, KL_DELTA_COLUMNS] that lie one after another.
- * A chunk whose products of keys overflow is run by the recurrence, which has none.
+ * A chunk that overflows is run by the recurrence, whose sums come in another order: all of it where its
+ * products of keys do, else the strips of columns that do.
  * A state kept at a checkpoint is the state of a run that ends there: inside a chunk it is computed aside,
  * from the chunk's first token. */
 #include "delta.h"
@@ -196,33 +197,41 @@ static void fill(const part *p, const kl_delta_factors *to, int64_t row, int64_t
     }
 }
 
-/* T tokens from t on whose factors lie in the room from row 0 on. o: the part's first output. */
-static void run_tokens(const part *p, view to, view from, float *o, int64_t o_step, int64_t t,
-                       int64_t T)
+/* T tokens from t on whose factors lie in the room from row 0 on, for a strip of columns from c on, a multiple
+ * of COLUMNS. o: the part's first output. */
+static void run_strip(const part *p, view to, view from, float *o, int64_t o_step, int64_t t,
+                      int64_t T, int64_t c, int64_t columns)
 {
     const task *a = p->task;
     const kl_delta_rule_args *args = a->args;
     const int64_t row = (p->first + t) * args->Hv + p->head;
+    a->k->delta_rule_strip(
+        &(kl_delta_strip){ .T = T,
+                           .K = args->K,
+                           .columns = columns,
+                           .o = o + c,
+                           .to = to.base + c / COLUMNS * to.strip,
+                           .from = from.base != NULL ? from.base + c / COLUMNS * from.strip : NULL,
+                           .alpha = p->room.now.alpha,
+                           .q = p->room.now.q,
+                           .k = p->room.now.k,
+                           .v = a->v + row * args->V + p->c0 + c,
+                           .beta = a->beta + row,
+                           .ld = a->ld,
+                           .o_step = o_step,
+                           .v_step = args->Hv * args->V,
+                           .state_step = to.row,
+                           .beta_step = args->Hv,
+                           .scratch = p->room.strip });
+}
+
+/* The same for all columns of the part. */
+static void run_tokens(const part *p, view to, view from, float *o, int64_t o_step, int64_t t,
+                       int64_t T)
+{
     const int64_t wide = to.row == COLUMNS ? COLUMNS : p->columns;
     for (int64_t c = 0; c < p->columns; c += wide)
-        a->k->delta_rule_strip(&(kl_delta_strip){
-            .T = T,
-            .K = args->K,
-            .columns = kl_min(wide, p->columns - c),
-            .o = o + c,
-            .to = to.base + c / COLUMNS * to.strip,
-            .from = from.base != NULL ? from.base + c / COLUMNS * from.strip : NULL,
-            .alpha = p->room.now.alpha,
-            .q = p->room.now.q,
-            .k = p->room.now.k,
-            .v = a->v + row * args->V + p->c0 + c,
-            .beta = a->beta + row,
-            .ld = a->ld,
-            .o_step = o_step,
-            .v_step = args->Hv * args->V,
-            .state_step = to.row,
-            .beta_step = args->Hv,
-            .scratch = p->room.strip });
+        run_strip(p, to, from, o, o_step, t, T, c, kl_min(wide, p->columns - c));
 }
 
 static void run_recurrent(const part *p, view to, view from, float *o, int64_t o_step, int64_t t,
@@ -252,11 +261,7 @@ static void run_chunk(const part *p, view state, float *o, int64_t o_step, int64
     const task *a = p->task;
     const kl_delta_rule_args *args = a->args;
     const kl_delta_chunk chunk = chunk_of_tokens(p, t, n);
-    if (!a->k->delta_chunk_factors(&chunk)) {
-        run_recurrent(p, state, state, o, o_step, t, n);
-        fill(p, &p->room.next, 0, t + n, next, AHEAD);
-        return;
-    }
+    const bool finite = a->k->delta_chunk_factors(&chunk);
     const int64_t row = (p->first + t) * args->Hv + p->head;
     const int64_t share = kl_ceil_div(next, kl_ceil_div(p->columns, COLUMNS));
     int64_t filled = 0;
@@ -266,8 +271,7 @@ static void run_chunk(const part *p, view state, float *o, int64_t o_step, int64
         int n_ask = 0;
         for (int64_t i = 0; i < kl_min(T, KL_DELTA_BLOCK); i++)
             n_ask += rows_of(p, t + n + filled + i, ask + n_ask);
-        a->k->delta_chunk_columns(
-            &chunk, &(kl_delta_columns){ .columns = kl_min(COLUMNS, p->columns - c),
+        const kl_delta_columns strip = { .columns = kl_min(COLUMNS, p->columns - c),
                                          .state = state.base + c / COLUMNS * state.strip,
                                          .o = o + c,
                                          .v = a->v + row * args->V + p->c0 + c,
@@ -276,7 +280,9 @@ static void run_chunk(const part *p, view state, float *o, int64_t o_step, int64
                                          .ask = ask,
                                          .n_ask = n_ask,
                                          .ask_values = kl_min(args->K, args->V),
-                                         .scratch = p->room.columns });
+                                         .scratch = p->room.columns };
+        if (!finite || !a->k->delta_chunk_columns(&chunk, &strip))
+            run_strip(p, state, state, o, o_step, t, n, c, strip.columns);
         fill(p, &p->room.next, filled, t + n + filled, T, 0);
         filled += T;
     }
@@ -347,9 +353,12 @@ static void part_chunked(part *p, view to, view from, float *o, int64_t o_step)
 {
     const view state = in_strips(p, p->room.state), aside = in_strips(p, p->room.aside);
     marks m = marks_of(p);
-    if (p->columns % COLUMNS != 0) /* the padding of the last strip */
-        memset(p->room.state, 0,
-               (size_t)(kl_delta_round_up(p->columns, COLUMNS) * p->task->args->K) * sizeof(float));
+    if (p->columns % COLUMNS != 0) { /* padding is computed with: it must be finite */
+        const int64_t values = kl_delta_round_up(p->columns, COLUMNS) * p->task->args->K;
+        memset(p->room.state, 0, (size_t)values * sizeof(float));
+        if (p->room.aside != NULL)
+            memset(p->room.aside, 0, (size_t)values * sizeof(float));
+    }
     copy_state(p, state, from);
     fill(p, &p->room.next, 0, 0, chunk_at(p, 0), AHEAD);
     for (int64_t t = 0, n; t < p->tokens; t += n) {
@@ -424,8 +433,12 @@ static int64_t chunk_of(const kl_delta_rule_args *args)
 
 kl_status cpu_delta_rule(kl_ctx *ctx, float *o, kl_slots state_out, const float *q, const float *k,
                          const float *v, const float *g, const float *beta, kl_slots state_in,
-                         const kl_delta_rule_args *args)
+                         const kl_delta_rule_args *given)
 {
+    kl_delta_rule_args own = *given;
+    if (own.form == KL_FORM_AUTO)
+        own.form = ctx->delta_rule;
+    const kl_delta_rule_args *args = &own;
     task a = { ctx->k,
                o,
                q,

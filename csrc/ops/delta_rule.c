@@ -15,7 +15,7 @@
  * Forms, all on the CPU in delta_forms.c; orders of sums in docs/math.md.
  *   recurrent  token by token: any split of a sequence gives the same bytes
  *   chunked    chunks of `chunk` tokens, counted from the first of the call: a split at a multiple of it does
- *   auto       chunks of 16, the rest token by token: a split at a multiple of 16 does */
+ *   auto       chunks of 16, the rest token by token: a split at a multiple of 16 does; or the context's form */
 #include "delta.h"
 
 static kl_status check_sizes(kl_ctx *ctx, const char *op, const kl_delta_rule_args *a)
@@ -87,7 +87,7 @@ kl_status kl_delta_rule(kl_ctx *ctx, float *o, kl_slots state_out, const float *
         return kl_fail(ctx, KL_ERR_ARG,
                        "delta_rule: form is %d; it must be auto, recurrent or chunked",
                        (int)args->form);
-    if (args->form == KL_FORM_CHUNKED && (args->chunk < 0 || args->chunk > KL_DELTA_CHUNK_MAX))
+    if (args->chunk < 0 || args->chunk > KL_DELTA_CHUNK_MAX)
         return kl_fail(ctx, KL_ERR_ARG, "delta_rule: chunk is %lld; it must be 1 to %d",
                        (long long)args->chunk, KL_DELTA_CHUNK_MAX);
     if (args->l2_norm && !(args->l2_eps >= 0.0f))

@@ -48,7 +48,7 @@ def delta_rule(q, k, v, g, beta, *, scale=None, initial_state=None, offsets=None
     form : {"auto", "recurrent", "chunked"}
         Token by token ("recurrent": any split of a sequence gives the same bytes); `chunk` tokens at once
         ("chunked": a split at a multiple of it does); or 16 at once and what is left over token by token
-        ("auto", the fastest). They agree within the op's budget.
+        ("auto", the fastest, unless the context names one of the others). They agree within the op's budget.
     chunk : int
         Tokens a chunk of the chunked form, 1 to 256.
     l2_norm : bool

@@ -129,6 +129,10 @@ static void test_errors(kl_ctx *ctx)
     CHECK(kl_ctx_create(&none, &wrong) == KL_ERR_UNSUPPORTED);
     CHECK(strstr(kl_ctx_error(none), "isa is \"mmx\"") != NULL);
     kl_ctx_destroy(none);
+    const kl_ctx_options odd = { .delta_rule = KL_FORM_ABSORBED };
+    CHECK(kl_ctx_create(&none, &odd) == KL_ERR_ARG);
+    CHECK(strstr(kl_ctx_error(none), "delta_rule is 3") != NULL);
+    kl_ctx_destroy(none);
 }
 
 static void test_same_bytes(void)

@@ -119,7 +119,8 @@ def test_logits_last_and_rows_are_rows_of_all(model):
     assert model.forward(tokens, logits=[0, 64, 149]).tobytes() == whole[[0, 64, 149]].tobytes()
     assert model.forward(tokens, logits="none") is None
     batch = model.forward(np.stack([tokens[:40], tokens[40:80]]), logits="last")
-    assert batch.shape == (2, model.config.vocab_size) and batch[0].tobytes() == model.forward(tokens[:40])[-1].tobytes()
+    assert batch.shape == (2, model.config.vocab_size)
+    assert batch[0].tobytes() == model.forward(tokens[:40])[-1].tobytes()
 
 
 def test_taps_change_no_byte_and_every_tap_has_its_shape(model):

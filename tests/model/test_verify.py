@@ -11,12 +11,13 @@ import kimi_linear as kl
 from kimi_linear import golden
 from kimi_linear.verify import _gap, verify
 
+FORMS = ["auto", "recurrent", "chunked"]  # of the delta rule
 CUTS = {"whole": [], "one at a time": None, "at 1": [1], "at 17": [17], "at 64": [64]}
 
 
 @functools.cache
-def model(folder):
-    return kl.Model.from_pretrained(folder)
+def model(folder, form="auto"):
+    return kl.Model.from_pretrained(folder, ctx=kl.Context(delta_rule=form))
 
 
 @functools.cache
@@ -35,9 +36,9 @@ def conditioning(folder, prompt):
 
 
 @functools.cache
-def engine(folder, prompt, cuts):
+def engine(folder, prompt, cuts, form):
     """Every tap of the prompt given in pieces, and the state after them."""
-    m, tokens = model(folder), tokens_of(folder, prompt)
+    m, tokens = model(folder, form), tokens_of(folder, prompt)
     at = range(1, len(tokens)) if CUTS[cuts] is None else CUTS[cuts]
     state, parts = m.new_state(), []
     for piece in np.split(tokens, at):
@@ -54,12 +55,13 @@ def test_the_noise_is_one_unit(golden_case):
     assert 2.0**-24 < moved["logits"][0] < 5e-6
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("cuts", CUTS)
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_every_tap_and_state(golden_case, prompt, cuts):
+def test_every_tap_and_state(golden_case, prompt, cuts, form):
     """5e-6 rms and 1e-4 largest, or 4 times what one-ulp noise on every tap does to the reference."""
     run = exact(golden_case, prompt)
-    ours, moved = engine(golden_case, prompt, cuts), conditioning(golden_case, prompt)
+    ours, moved = engine(golden_case, prompt, cuts, form), conditioning(golden_case, prompt)
     desired = run.taps | run.state
     assert ours.keys() == desired.keys()
     for name, x in desired.items():
@@ -71,10 +73,11 @@ def test_every_tap_and_state(golden_case, prompt, cuts):
         assert rms <= bars[0] and largest <= bars[1], f"{name}: {rms:.2e} rms, {largest:.2e}; allowed {bars}"
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_every_module_of_transformers(golden_case, prompt):
+def test_every_module_of_transformers(golden_case, prompt, form):
     """1e-4 rms and 2e-3 largest, of which transformers itself uses a tenth."""
-    m, ours = model(golden_case), engine(golden_case, prompt, "whole")
+    m, ours = model(golden_case), engine(golden_case, prompt, "whole", form)
     arrays = {
         n: x
         for n, x in read_safetensors(golden_case / "golden.safetensors").items()
@@ -98,20 +101,22 @@ def test_every_module_of_transformers(golden_case, prompt):
         assert rms <= 1e-4 and largest <= 2e-3, f"{name}: {rms:.2e} rms, {largest:.2e}"
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_every_op_in_its_budget(golden_case, prompt):
-    report = verify(model(golden_case), tokens_of(golden_case, prompt))
+def test_every_op_in_its_budget(golden_case, prompt, form):
+    report = verify(model(golden_case, form), tokens_of(golden_case, prompt))
     assert report.ok, str(report)
     assert not report.flips and report.flips is not None
     assert all(op.share is not None for op in report.ops), "an op has no budget"
 
 
-def test_tiny():
-    """2,000 tokens of held-out text: 2e-6 of every tap's rms, and every op inside its own budget."""
-    m = kl.Model.tiny()
+@pytest.mark.parametrize("form, n", [("auto", 2000), ("recurrent", 150), ("chunked", 150)])
+def test_tiny(form, n):
+    """Held-out text: 2e-6 of every tap's rms, and every op inside its own budget."""
+    m = kl.Model.tiny(ctx=kl.Context(delta_rule=form))
     text = (DATA / "tiny" / "heldout.txt").read_text(encoding="utf-8")
-    report = verify(m, m.tokenizer.encode(text, specials=False)[:2000])
-    assert report.tokens == 2000
+    report = verify(m, m.tokenizer.encode(text, specials=False)[:n])
+    assert report.tokens == n
     assert report.ok, str(report)
     assert report.worst_rms.total_rms <= 2e-6, str(report)
     assert all(op.share is not None for op in report.ops)
