@@ -429,7 +429,7 @@ class _Run:
         value, flips = score(logits) + self._bias(node), []
         for t in np.flatnonzero((np.sort(got, axis=-1) != ids).any(axis=-1)):
             mine, theirs = set(got[t].tolist()), set(ids[t].tolist())
-            gap = _gap(value[t], mine, theirs, node.options["groups"], node.options["top_groups"])
+            gap = gap_of_choice(value[t], mine, theirs, node.options["groups"], node.options["top_groups"])
             taken, lost = tuple(sorted(mine - theirs)), tuple(sorted(theirs - mine))
             flips.append(Flip(layer, int(t), taken, lost, gap, bool(t >= first)))
         return flips
@@ -440,7 +440,7 @@ def _routing_noise(E):
     return 2 * (E / 16 + 16) * metrics.U
 
 
-def _gap(value, mine, theirs, groups, top_groups):
+def gap_of_choice(value, mine, theirs, groups, top_groups):
     """How far apart the scores were that decided between two sets of experts; value [E].
 
     Of experts: the largest difference between one lost and the one taken for it. Of groups, where one was

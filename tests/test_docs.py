@@ -96,7 +96,7 @@ def _is_code(value):
     return callable(value) or isinstance(value, property | classmethod)
 
 
-MODULES = [kl, kl.ops, kl.diff, kl.testing, kl.load, budgets]
+MODULES = [kl, kl.ops, kl.diff, kl.faults, kl.testing, kl.load, budgets]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)

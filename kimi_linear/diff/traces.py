@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,8 @@ class Row:
         First token over the threshold.
     tokens : int
         How many are.
+    added, inherited : float or None
+        The rms error in two: what the op of `a` added, on its own inputs, and what these brought with them.
     """
 
     tap: str
@@ -52,6 +54,8 @@ class Row:
     threshold: float
     kind: str = "float"
     nonfinite: int = 0
+    added: float | None = None
+    inherited: float | None = None
 
     @property
     def ok(self) -> bool:
@@ -111,10 +115,18 @@ class Report:
         return f"ok: no divergence in {len(self.rows)} taps{how}"
 
     def __str__(self):
-        lines = aligned([_HEAD, *(_cells(r) for r in self.rows)])
+        lines = aligned([self._head(), *(_cells(r, self.has_parts) for r in self.rows)])
         return "\n".join([*lines, "", *self._left_out(), self.verdict])
 
     __repr__ = __str__
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether errors are told into added and inherited ones."""
+        return any(r.added is not None for r in self.rows)
+
+    def _head(self):
+        return (*_HEAD[:3], "added", "inherited", *_HEAD[3:]) if self.has_parts else _HEAD
 
     def _left_out(self):
         lines = list(self.notes)
@@ -132,9 +144,10 @@ class Report:
                 + "</tr>"
             )
 
-        body = "".join(row(_cells(r), "td", "" if r.ok else " style='background:#ffebe9'") for r in self.rows)
+        body = "".join(row(_cells(r, self.has_parts), "td", "" if r.ok else " style='background:#ffebe9'")
+                       for r in self.rows)
         notes = "".join(f"<p>{html.escape(line)}</p>" for line in self._left_out())
-        return f"<p><b>{html.escape(self.verdict)}</b></p><table>{row(_HEAD, 'th')}{body}</table>{notes}"
+        return f"<p><b>{html.escape(self.verdict)}</b></p><table>{row(self._head(), 'th')}{body}</table>{notes}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -152,7 +165,14 @@ class Report:
 _HEAD = ("tap", "shape", "rms error", "largest", "at", "first token over", "tokens over")
 
 
-def _cells(r: Row) -> tuple[str, ...]:
+def _cells(r: Row, parts: bool = False) -> tuple[str, ...]:
+    cells = _plain_cells(r)
+    if not parts:
+        return cells
+    return (*cells[:3], *("" if x is None else f"{x:.2e}" for x in (r.added, r.inherited)), *cells[3:])
+
+
+def _plain_cells(r: Row) -> tuple[str, ...]:
     shape = "x".join(map(str, r.shape))
     over = ("", "") if r.ok else (str(r.first), f"{r.tokens:,} of {r.shape[0] if r.shape else 1:,}")
     if r.kind == "ids":
@@ -169,7 +189,7 @@ def threshold_for(*dtypes) -> float:
     return max([THRESHOLD, *(NARROW_UNITS * u for u in narrow)])
 
 
-def traces(a, b, *, threshold: float | None = None) -> Report:
+def traces(a, b, *, threshold: float | None = None, model=None) -> Report:
     """Compare two traces of the same tokens, tap by tap in the order of the dataflow.
 
     Parameters
@@ -180,6 +200,9 @@ def traces(a, b, *, threshold: float | None = None) -> Report:
         rms error of a token's row over the rms of the tap, from which the runs have parted there. By default
         1024 u, six times what two right float32 implementations differ by after a long prompt, or 16 units in
         the last place of a narrower type that a tap is stored in.
+    model : Model or ReferenceModel, optional
+        Of the same checkpoint. With it the error of each tap is told in two: what its op added, beside float64 on
+        the inputs that `a` has, and what came with these.
 
     Returns
     -------
@@ -203,6 +226,8 @@ def traces(a, b, *, threshold: float | None = None) -> Report:
         x, y = np.asarray(a[tap]), np.asarray(b[tap])
         x, y = _same_shape(tap, x, y, notes)
         rows.append(_row(tap, x, y, threshold))
+    if model is not None:
+        rows = _in_parts(rows, a, b, model)
     return Report(
         rows,
         _first(rows, a, b),
@@ -297,6 +322,19 @@ def _row(tap, x, y, threshold):
     )
 
 
+def _in_parts(rows, a, b, model):
+    """The rows with added and inherited errors, where the inputs of a tap are in `a`."""
+    from ._blame_run import Run
+
+    own, by_tap = dict(Run(model, a, None, None).own_results()), {r.tap: r for r in rows}
+    for tap in own.keys() & by_tap.keys():
+        y = own[tap].reshape(np.asarray(b[tap]).shape)
+        size = metrics.measure(b[tap], b[tap]).size or 1.0
+        added, inherited = metrics.measure(np.asarray(a[tap]).reshape(y.shape), y), metrics.measure(y, b[tap])
+        by_tap[tap] = replace(by_tap[tap], added=added.rms / size, inherited=inherited.rms / size)
+    return list(by_tap.values())
+
+
 def _first(rows, a, b):
     row = next((r for r in rows if not r.ok), None)
     if row is None:
@@ -315,5 +353,7 @@ def _first(rows, a, b):
         e = metrics.measure(x, y)
         error = e.rms / (metrics.measure(b[row.tap], b[row.tap]).size or 1.0)
         what = f"rms error {error:.2e} of the tap's rms, over {row.threshold:.2e}"
+        if row.added is not None:
+            what += f" ({row.added:.2e} added by this op, {row.inherited:.2e} inherited, over all tokens)"
     sentence = f"DIVERGES at {row.tap}, token {row.first}: {what}{clean}"
     return Divergence(row.tap, layer, row.first, error, row.threshold, sentence)

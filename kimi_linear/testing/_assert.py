@@ -22,6 +22,7 @@ def assert_close(actual, desired, *, op=None, inputs=None, axes=None, dtype=None
     AssertionError
         With the table of `compare`.
     """
+    __tracebackhide__ = True  # pytest shows the line that called
     found = compare(actual, desired, op=op, inputs=inputs, axes=axes, dtype=dtype)
     if not found:
         raise AssertionError(f"{op or 'arrays'} differ\n{found}")

@@ -122,10 +122,29 @@ class Card:
             error = "" if worst is None else f"{_u(worst)}, {_number(worst.share)} of the bound"
             yield group, went, error, _listed([r.name for r in fails], 2) if fails and holds else ""
 
+    def brief(self):
+        """The text without what holds: the verdict, then the groups that fail, where first, and why."""
+        groups = list(self._groups())
+        lines = _wrapped(f"{self.op}, {self.conventions} conventions: {self.verdict}", "")
+        lines += [line[:WIDTH] for line in aligned([g for g in groups if "FAIL" in g[1]], "  ")]
+        hold = [name for name, went, _, _ in groups if went.endswith("hold")]
+        if hold and self.failing:
+            lines += _wrapped(f"hold: {', '.join(hold)}", "  ")
+        return "\n".join([*lines, *self._reasons()])
+
     def __str__(self):
         lines = [f"{self.op}, {self.conventions} conventions: {len(self.rows)} cases and laws; "
                  f"an error may be {self.factor} times the bound of docs/math.md#{self.op}"]
         lines += [line[:WIDTH] for line in aligned(list(self._groups()), "  ")]
+        lines += self._reasons()
+        lacking = dict.fromkeys(r.detail for r in self._of("not offered"))
+        if lacking:
+            lines += _wrapped(f"not offered: {'; '.join(lacking)}", "  ")
+        return "\n".join([*lines, *_wrapped(self.verdict, "")])
+
+    def _reasons(self):
+        """Lines: the first that fails, and what explains how many."""
+        lines = []
         first = next(iter(self._of("fails")), None)
         if first is not None:
             lines += _wrapped(f"first: {first.name}: {first.detail}", "  ")
@@ -136,10 +155,7 @@ class Card:
         unexplained = [r.name for r in self._of("fails") if not r.why]
         if unexplained:
             lines += _wrapped(f"not explained: {_listed(unexplained)}", "  ")
-        lacking = dict.fromkeys(r.detail for r in self._of("not offered"))
-        if lacking:
-            lines += _wrapped(f"not offered: {'; '.join(lacking)}", "  ")
-        return "\n".join([*lines, *_wrapped(self.verdict, "")])
+        return lines
 
     __repr__ = __str__
 

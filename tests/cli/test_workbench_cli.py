@@ -186,3 +186,30 @@ def wait_for_work(run):
         if spent > 1.5:
             return
         time.sleep(0.02)
+
+
+# ---- blame ----
+
+
+def test_blame(cli, tmp_path):
+    model = kl.Model.from_pretrained(KIMI_A)
+    calls = kl.faults.run(model, [[[1, 2, 3, 4, 5, 6]], [[7, 8, 9]]], plant={"layers.1.kda.g": "dt_bias_twice"})
+    paths = [tmp_path / f"call{i}.safetensors" for i in range(2)]
+    for path, trace in zip(paths, calls):
+        trace.save(path)
+    code, out, err = cli("blame", KIMI_A, *paths)
+    assert code == 1 and err == "" and "dt_bias_twice: dt_bias is added twice" in out
+    assert out.splitlines()[-1].startswith("WRONG: layers.1.kda.g (decay_gate), ")
+    model.trace([1, 2, 3]).save(paths[0])
+    code, out, _ = cli("blame", KIMI_A, paths[0], "--json")
+    assert code == 0 and json.loads(out)["ok"]
+    golden = DATA / "golden" / "kimi-a" / "golden.safetensors"
+    assert cli("blame", KIMI_A, golden, "--names", "hf", "--prefix", "short/")[0] == 0
+
+
+def test_blame_lists_faults_and_asks_for_files(cli):
+    code, out, _ = cli("blame", "--faults")
+    assert code == 0 and "decay_after_update" in out and len(out.splitlines()) == len(kl.faults.CATALOGUE)
+    assert len(json.loads(cli("blame", "--faults", "--json")[1])) == len(kl.faults.CATALOGUE)
+    code, _, err = cli("blame", KIMI_A)
+    assert code == 2 and err == "kimi-linear blame: it needs MODEL and at least one THEIRS.safetensors\n"

@@ -134,3 +134,17 @@ def test_plain_values(ours):
 
     plain = json.loads(json.dumps(traces(ours, ours).to_dict()))
     assert plain["ok"] and plain["first"] is None and len(plain["rows"]) == len(ours)
+
+
+def test_added_and_inherited(model):
+    """The op that is edited adds its error; those behind it inherit theirs."""
+    [whole] = kl.faults.run(model, list(range(1, 20)))
+    [other] = kl.faults.run(model, list(range(1, 20)), plant={"layers.2.kda.beta": "beta_doubled"})
+    report = kl.diff.traces(other, whole, model=model)
+    rows = {r.tap: r for r in report.rows}
+    assert rows["layers.2.kda.beta"].added == pytest.approx(1) and rows["layers.2.kda.beta"].inherited < 1e-15
+    assert rows["layers.2.kda.o"].added < 1e-15 and rows["layers.2.kda.o"].inherited > 0.05
+    assert rows["layers.5.moe.ids"].added is None and rows["layers.1.out"].inherited == 0
+    assert report.first.tap == "layers.2.kda.beta" and "1.00e+00 added by this op, 0.00e+00 inher" in report.verdict
+    assert "inherited" in str(report).splitlines()[0] and "inherited" in report._repr_html_()
+    assert "inherited" not in str(kl.diff.traces(other, whole))

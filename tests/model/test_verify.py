@@ -9,7 +9,7 @@ from one_ulp import noise, relative
 
 import kimi_linear as kl
 from kimi_linear import golden
-from kimi_linear.verify import _gap, verify
+from kimi_linear.verify import gap_of_choice, verify
 
 FORMS = ["auto", "recurrent", "chunked"]  # of the delta rule
 CUTS = {"whole": [], "one at a time": None, "at 1": [1], "at 17": [17], "at 64": [64]}
@@ -214,7 +214,7 @@ def test_a_wide_flip_fails(kimi_a):
     ([0.9, 0.6, 0.8, 0.5, 0.1, 0.2], {0, 3}, {0, 2}, 3, 2, 0.3),   # inside a group that both have
 ])
 def test_gap(value, mine, theirs, groups, top, gap):
-    assert _gap(np.array(value), mine, theirs, groups, top) == pytest.approx(gap)
+    assert gap_of_choice(np.array(value), mine, theirs, groups, top) == pytest.approx(gap)
 
 
 def test_own_expert_ids(kimi_a):

@@ -1,0 +1,58 @@
+"""``kimi-linear blame``: which ops of a foreign run are wrong in themselves, and by which known fault."""
+
+from ._common import add_json_argument, print_json
+
+HELP = "run every op of a foreign trace again in float64 on its own inputs: which are wrong, and how?"
+EPILOG = """
+kimi-linear blame ~/models/kimi theirs.safetensors
+kimi-linear blame ~/models/kimi theirs.safetensors --names hf --prefix short/ --dtype bfloat16
+kimi-linear blame ~/models/kimi prompt.safetensors first-token.safetensors second-token.safetensors
+kimi-linear blame --faults
+
+exit code 0: no op is wrong in itself; 1: one is; 2: bad usage or input
+"""
+
+
+def add_arguments(parser):
+    parser.add_argument("model", metavar="MODEL", nargs="?",
+                        help='the same checkpoint: Hugging Face folder, hub id in the local cache, or "tiny"')
+    parser.add_argument("theirs", metavar="THEIRS", nargs="*",
+                        help="trace files, one for each of consecutive calls of the same sequences")
+    parser.add_argument("--names", choices=("hf",), help="the names in THEIRS: transformers' module paths")
+    parser.add_argument("--prefix", default="", metavar="TEXT", help="of the names in THEIRS to take")
+    parser.add_argument("--dtype", choices=("float64", "float32", "float16", "bfloat16"),
+                        help="what they computed in (default: as the file says, or as most ops show)")
+    parser.add_argument("--faults", action="store_true", help="list the known faults, and do nothing else")
+    add_json_argument(parser)
+
+
+def run(args):
+    if args.faults:
+        return _list_faults(args)
+    if args.model is None or not args.theirs:
+        raise ValueError("it needs MODEL and at least one THEIRS.safetensors")
+    from ..diff import blame
+    from ..model import Model
+    from ..trace import Trace
+
+    model = Model.tiny() if args.model == "tiny" else Model.from_pretrained(args.model)
+    calls = [Trace.load(path, names=args.names, config=model.config if args.names else None, prefix=args.prefix)
+             for path in args.theirs]
+    report = blame(model, calls, dtype=args.dtype)
+    if args.json:
+        print_json(report.to_dict())
+    else:
+        print(report)
+    return 0 if report.ok else 1
+
+
+def _list_faults(args):
+    from ..faults import CATALOGUE
+
+    if args.json:
+        print_json([{"name": f.name, "text": f.text, "ops": list(f.ops), "scenario": f.scenario, "source": f.source}
+                    for f in CATALOGUE.values()])
+        return 0
+    for f in CATALOGUE.values():
+        print(f"{f.name:<32}{'any op' if f.ops == ('*',) else ', '.join(f.ops)}: {f.text} ({f.scenario})")
+    return 0

@@ -1,0 +1,414 @@
+"""The work of `blame`: groups of ops between known taps, their noise, and the faults that explain a result."""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Mapping
+from dataclasses import replace
+from zlib import crc32
+
+import numpy as np
+
+from .. import dataflow, faults
+from .._arrays import as_array
+from ..faults import Scene, Site
+from . import metrics
+from .blame import WRONG, Blame, Judged, as_calls, ranked
+
+EXPLAINED = 30  # a fault leaves this part of the error at most,
+CLOSE = 2.5  # or this many times the noise
+RIVAL = 2  # faults that leave no more than this many times as much explain as well
+TYPES = ("float64", "float32", "float16", "bfloat16")
+DRAWS = 2  # of a jitter, for the noise
+USUAL = 8.0  # the median op of an engine is at most that many times its noise
+TIED_ROWS = 6  # so many rows with equal scores, all to the last expert, are a rule and not chance
+LARGEST = 3e38
+WITHOUT = ("cache_append",)
+
+
+class Run:
+    """One foreign run: its values, rows end to end, and its ops."""
+
+    def __init__(self, model, theirs, dtype, tokens):
+        self.config, self.weights = model.config, model.weights
+        calls = as_calls(theirs)
+        self.nodes = {n.tap: n for n in dataflow.nodes(self.config) if n.op not in WITHOUT}
+        self.skipped, self.notes = [], []
+        self.structure = _wrong_kinds(self.config, calls)
+        self.scene, self.last = _scene(calls, self.nodes), calls[-1]
+        self.types, self.values = self._values(calls, tokens)
+        self.unit = self._unit(calls, dtype)
+
+    def _values(self, calls, tokens):
+        """(dtype by tap, values by tap) of what all calls have."""
+        types, values = {}, {}
+        for tap in self.nodes:
+            have = [x for x in calls if tap in x]
+            if len(have) < len(calls):
+                continue
+            arrays = [as_array(x[tap], tap) for x in have]
+            for x, call in zip(arrays, calls):
+                if len(x) != _length(call, self.nodes):
+                    raise ValueError(f"{tap} has {len(x)} rows; the call has {_length(call, self.nodes)} tokens")
+            x = self.scene.lay(arrays)
+            node, size = self.nodes[tap], int(np.prod(self.nodes[tap].shape))
+            if x.size != self.scene.T * size:
+                raise ValueError(f"{tap} has shape {list(x.shape)}; it must be {[self.scene.T, *node.shape]}")
+            types[tap] = x.dtype
+            x = x.reshape(self.scene.T, *node.shape)
+            values[tap] = x if x.dtype.kind in "iu" else x.astype(np.float64)
+        if not values:
+            raise ValueError(f"theirs has no tap of this model: it has {', '.join(list(calls[0])[:3]) or 'none'}; the "
+                             f"model has {', '.join(list(self.nodes)[:3])}, ...")
+        ids = [tokens] if tokens is not None else [getattr(x, "tokens", None) for x in calls]
+        if all(x is not None for x in ids) and len(ids) == len(calls):
+            values[dataflow.TOKENS] = self.scene.lay([np.ravel(x).astype(np.int64) for x in ids])
+        return types, values
+
+    def _unit(self, calls, dtype):
+        """u of the type that they computed in, as far as they say."""
+        said = dtype if dtype is not None else getattr(calls[0], "meta", {}).get("dtype")
+        said = str(said).removeprefix("torch.") if isinstance(said, str) else said
+        try:
+            return metrics.unit_of(said) if said is not None else 0.0
+        except (TypeError, ValueError):
+            raise ValueError(f"dtype is {said!r}; it must be one of {', '.join(TYPES)}") from None
+
+    # ---- groups ----
+
+    def group(self, tap):
+        """(nodes to run for a tap, in order, the missing one) : itself and what the trace lacks before it."""
+        need, todo = {tap}, [tap]
+        while todo:
+            for name in self.nodes[todo.pop()].inputs.values():
+                if name in self.values or name in need:
+                    continue
+                if name not in self.nodes:
+                    return None, name
+                need.add(name)
+                todo.append(name)
+        return [n for t, n in self.nodes.items() if t in need], ""
+
+    def run(self, group, *, faulty=None, unit=0.0, draw=0):
+        """The last tap of a group from their values. faulty: (tap, fault, choice); unit: size of a jitter on what
+        goes in, of which `draw` is the number. None where the fault cannot be."""
+        local = {}
+        for node in group:
+            site = self._site(node, local, unit, draw)
+            if faulty and faulty[0] == node.tap:
+                y = faulty[1].result(site, faulty[2])
+                if y is None:
+                    return None
+            else:
+                y = site.shaped(site.run())
+            local[node.tap] = y
+        return _in_range(y)
+
+    def _site(self, node, local, unit=0.0, draw=0):
+        known = ChainMap(local, self.values)
+        return Site.of(node, _Jittered(known, unit, draw) if unit else known, self.weights, self.scene)
+
+    def states(self, node, unit=0.0):
+        """The state of each sequence behind the last call, from their values of the op's inputs."""
+        local, group = {}, self.group(node.tap)[0]
+        for before in group[:-1]:
+            site = self._site(before, local, unit)
+            local[before.tap] = site.shaped(site.run())
+        return self._site(node, local, unit).last_states()
+
+    # ---- judging ----
+
+    def report(self):
+        rows, details = [], {}
+        with np.errstate(all="ignore"):
+            for tap in self.nodes:
+                if tap not in self.values:
+                    continue
+                group, missing = self.group(tap)
+                if group is None:
+                    self.skipped.append((tap, f"the trace lacks {missing}, which it is made from"))
+                    continue
+                if self._grows(group):
+                    self.skipped.append((tap, "g, which it takes, is above 0: the state grows without bound"))
+                    continue
+                rows.append(self._judge(tap, group, details))
+            level = self._level(rows)
+            rows = [self._explained(self._leveled(r, level), details.get(r.tap), level) for r in rows]
+            rows += self._judge_states(level, {tap for r in rows if not r.ok for tap in r.group})
+        lacking = [tap for tap in self.nodes if tap not in self.values]
+        if lacking:
+            self.notes.append(f"{len(lacking)} taps are not in the trace: their ops are judged together with those "
+                              f"behind them (+n)")
+        return Blame(ranked(rows), self.skipped, self.unit, self.notes, self.structure)
+
+    def own_results(self):
+        """(tap, what float64 makes of their inputs) of each tap whose inputs are known, in the shape of theirs."""
+        for tap in self.values:
+            group, _ = self.group(tap) if tap in self.nodes else (None, "")
+            if group is not None and self.nodes[tap].op != "route" and not self._grows(group):
+                with np.errstate(all="ignore"):
+                    yield tap, self.scene.split(self.run(group))[0]
+
+    def _grows(self, group):
+        gates = [n.inputs["g"] for n in group if n.op == "delta_rule"]
+        return any((self.values[g] > 0).any() for g in gates if g in self.values)
+
+    def unit_of(self, tap):
+        kind = self.types[tap]
+        return max(self.unit, metrics.unit_of(kind) if kind.kind not in "iu" else 0.0)
+
+    def _judge(self, tap, group, details):
+        y = self.run(group)
+        names, op = tuple(n.tap for n in group), self.nodes[tap].op
+        if op == "route":
+            row, details[tap] = self.judge_ids(tap, names, group, y)
+            return row
+        x = self.values[tap]
+        noise = self.noise(tap, group, y)
+        total, of_rows = _ratios(x, y, noise)
+        worst = int(np.argmax(of_rows)) if len(of_rows) else 0
+        details[tap] = group, y, noise
+        size = metrics.measure(x, y).rms_relative
+        return Judged(tap, op, names, _score(total, of_rows), size, self.scene.place(worst) if len(of_rows) else "")
+
+    def noise(self, tap, group, y):
+        """Of each element: one rounding of the result, and what one of all inputs does, in two draws."""
+        unit = self._unit_of_group(group)
+        moved = [np.abs(self.run(group, unit=unit, draw=i) - y) for i in range(DRAWS)]
+        moved = sum(np.where(np.isfinite(m), m, 0) ** 2 for m in moved) / DRAWS
+        return np.sqrt((self.unit_of(tap) * np.abs(y)) ** 2 / 3 + moved)
+
+    def _judge_states(self, level, wrong):
+        """State arrays of the last call, of ops that are not wrong already."""
+        for node in self.nodes.values():
+            group = self.group(node.tap)[0] if node.state in self.last else None
+            if group is None or node.tap in wrong or self._grows(group):
+                continue
+            y, moved = self.states(node), self.states(node, self._unit_of_group(group))
+            x = as_array(self.last[node.state], node.state).astype(np.float64)
+            if x.size != y.size:
+                self.skipped.append((node.state, f"its shape {list(x.shape)} is not that of {list(y.shape)}"))
+                continue
+            x, y, moved = (z.reshape(-1, *y.shape[-2:]) for z in (x, y, moved))
+            noise = np.sqrt((self.unit * np.abs(y)) ** 2 / 3 + (moved - y) ** 2) * level
+            far, turned = (_score(*_ratios(z, y, noise)) for z in (x, _turned(x, y)))
+            kind = "right" if far < WRONG else "stored_transposed" if turned < CLOSE else "unknown"
+            error = metrics.measure(x, y).rms_relative
+            yield Judged(node.state, node.op, (node.state,), far, error, kind=kind, where=node.state)
+
+    def _unit_of_group(self, group):
+        """The coarsest rounding of what the trace has of a group's inputs and its result."""
+        taps = {name for n in group for name in (*n.inputs.values(), n.tap) if name in self.types}
+        return max([self.unit, *(self.unit_of(t) for t in taps)])
+
+    def _level(self, rows):
+        """What to multiply all noise by: the type that most ops have the noise of, and how well they are made."""
+        found = [r.noise for r in rows if r.op != "route" and np.isfinite(r.noise)]
+        if not self.unit:
+            self.unit = max((self.unit_of(t) for t in self.types if self.types[t].kind not in "iu"), default=metrics.U)
+        middle = float(np.median(found)) if found else 0.0
+        factor = 1.0
+        if middle > USUAL:
+            name = min(TYPES, key=lambda name: abs(np.log(middle * self.unit / metrics.unit_of(name))))
+            factor = metrics.unit_of(name) / self.unit
+            if middle / factor > USUAL:
+                self.notes.append("more than half of all ops are wrong in themselves: is it the same checkpoint?")
+                return 1.0
+            self.notes.append(f"most ops are as exact as {name}, less than the trace says: that is the noise")
+            self.unit = metrics.unit_of(name)
+        if middle / factor > 2:
+            self.notes.append(f"most ops are at {middle / factor:.2g} times their noise: it is taken as so much larger")
+        return factor * max(1.0, middle / factor)
+
+    def _leveled(self, row, level):
+        return row if row.op == "route" else replace(row, noise=row.noise / level)
+
+    # ---- faults ----
+
+    def _explained(self, row, detail, level):
+        if row.op == "route":
+            return self._explained_ids(row, detail)
+        if row.noise < WRONG:
+            return row
+        group, y, noise = detail
+        x = self.values[row.tap]
+        found = []
+        for fault, choice, where, y_f in self._candidates(group):
+            left = _score(*_ratios(x, y_f, _noise_of_fault(noise, y, y_f, self.unit_of(row.tap)))) / level
+            found.append((left, fault, choice, where, y_f))
+        return _named(row, found, lambda a, b: _score(*_ratios(a, b, noise)) / level < 1)
+
+    def _candidates(self, group):
+        """(fault, choice, tap that has it, result) of every fault that can be in a group."""
+        for node in group:
+            for fault in faults.at(node, self.scene):
+                for choice in fault.choices:
+                    y = self._try(group, node, fault, choice)
+                    if y is not None:
+                        yield fault, choice, node.tap, y
+
+    def _try(self, group, node, fault, choice):
+        try:
+            return self.run(group, faulty=(node.tap, fault, choice))
+        except (KeyError, ValueError, IndexError):  # the fault asks for what is not there, or cannot be in this shape
+            return None
+
+    # ---- expert ids ----
+
+    def judge_ids(self, tap, names, group, y):
+        """Rows with another set, the gap between the scores in question beside what rounding makes of it."""
+        from ..verify import gap_of_choice
+
+        unit = self._unit_of_group(group)
+        node, x = self.nodes[tap], self.values[tap]
+        value, moved = self._choice_scores(group, 0.0), self._choice_scores(group, unit)
+        rounding = np.maximum(np.abs(value - moved).max(-1), unit * np.abs(value).max(-1))
+        rule = node.options["groups"], node.options["top_groups"]
+        other = np.flatnonzero((np.sort(x, -1) != np.sort(y, -1)).any(-1))
+        gaps = np.zeros(len(x))
+        for t in other:
+            gaps[t] = abs(gap_of_choice(value[t], set(x[t].tolist()), set(y[t].tolist()), *rule))
+        ratio = np.nan_to_num(gaps / rounding, posinf=np.inf)
+        over = ratio >= WRONG
+        worst = int(ratio.argmax()) if len(ratio) else 0
+        kind = "unknown" if over.any() else "tie" if len(other) else "right"
+        row = Judged(tap, node.op, names, float(ratio.max(initial=0)), float(over.mean()) if len(over) else 0.0,
+                     self.scene.place(worst) if len(x) else "", kind)
+        return row, (group, other, gaps)
+
+    def _choice_scores(self, group, unit):
+        """What experts are chosen by, [T, E]."""
+        from .. import reference
+
+        node = group[-1]
+        logits = self.run(group[:-1], unit=unit) if len(group) > 1 else self.values[node.inputs["scores"]]
+        if unit:
+            logits = _Jittered({"x": logits}, unit)["x"]
+        scores = getattr(reference, node.options["function"])(logits)
+        return scores + reference.f64(self.weights[node.weights["bias"].name]).reshape(-1)
+
+    def _explained_ids(self, row, detail):
+        """A fault must leave few of the wrong rows; many equal scores that all went to the last expert are one, too."""
+        group, other, gaps = detail
+        tied = [t for t in other if gaps[t] == 0]
+        ties_alone = row.ok and len(tied) >= TIED_ROWS
+        if row.ok and not ties_alone:
+            return row
+        x, wrong = np.sort(self.values[row.tap], -1), len(tied) / len(gaps) if ties_alone else row.error
+        found = []
+        for fault, choice, where, y_f in self._candidates(group):
+            if not ties_alone or fault.scenario == faults.TIES:
+                apart = float((np.sort(y_f, -1) != x).any(-1).mean())
+                found.append((EXPLAINED * apart / wrong, fault, choice, where, y_f))
+        named = _named(replace(row, noise=float(EXPLAINED)), found, np.array_equal)  # as if rows had that much noise
+        return row if ties_alone and named.kind == "unknown" else replace(named, noise=row.noise, error=wrong)
+
+
+def _in_range(y):
+    """What is past the range of float32 and bfloat16 is infinite there."""
+    return y if y.dtype.kind in "iu" else np.where(np.abs(y) > LARGEST, np.copysign(np.inf, y), y)
+
+
+def _turned(x, y):
+    """The last two axes exchanged, where that is possible."""
+    return x.swapaxes(-1, -2) if x.shape[-1] == x.shape[-2] and x.shape[0] == y.shape[0] else x
+
+
+class _Jittered(Mapping):
+    """Values with random relative errors of at most `unit`, the same for the same tap."""
+
+    def __init__(self, exact, unit, draw=0):
+        self.exact, self.unit, self.draw = exact, unit, draw
+
+    def __getitem__(self, tap):
+        x = self.exact[tap]
+        if x.dtype.kind in "iu":
+            return x
+        return x * (1 + self.unit * np.random.default_rng([self.draw, crc32(tap.encode())]).uniform(-1, 1, x.shape))
+
+    def __contains__(self, tap):
+        return tap in self.exact
+
+    def __iter__(self):
+        return iter(self.exact)
+
+    def __len__(self):
+        return len(self.exact)
+
+
+# ---- figures -----------------------------------------------------------------------------------------
+
+
+def _noise_of_fault(noise, y, y_f, unit):
+    """The noise of a fault's result: the op's, as much larger as the result is."""
+    times = max(1.0, _rms(y_f) / _rms(y)) if _rms(y) else 1.0
+    return np.sqrt((times * noise) ** 2 + (unit * np.where(np.isfinite(y_f), y_f, 0)) ** 2 / 3)
+
+
+def _rms(x):
+    finite = np.asarray(x, np.float64)[np.isfinite(x)]
+    return float(np.sqrt((finite ** 2).mean())) if finite.size else 0.0
+
+
+def _ratios(x, y, noise):
+    """rms error over rms noise, of all and of each row. Elements that are not finite in both agree."""
+    if not x.size:
+        return 0.0, np.zeros(0)
+    error, _ = metrics.distance(x, y)
+    error[~np.isfinite(x) & ~np.isfinite(y)] = 0.0
+    noise = np.where(np.isfinite(noise), noise, 0)
+    errors, noises = (np.sqrt((z.reshape(len(z), -1) ** 2).mean(1)) for z in (error, noise))
+    whole = np.sqrt((noises ** 2).mean())
+    total = _over(np.sqrt((errors ** 2).mean()), whole)
+    rows = np.array([_over(a, b) for a, b in zip(errors, np.maximum(noises, 0.1 * whole))])
+    return total, rows
+
+
+def _over(a, b):
+    return float(a / b) if b else (0.0 if a == 0 else float("inf"))
+
+
+def _score(total, of_rows):
+    return max(total, float(of_rows.max(initial=0)) / 2)
+
+
+def _named(row, found, alike):
+    """The row with the fault that leaves least, or unknown."""
+    found.sort(key=lambda f: f[0])
+    if not found or not found[0][0] <= max(CLOSE, row.noise / EXPLAINED) or not found[0][0] < row.noise / 2:
+        return replace(row, kind="unknown", where=row.tap)
+    left, fault, choice, where, y = found[0]
+    as_well = [f for f in found[1:] if f[0] <= RIVAL * max(left, 1e-3) or alike(f[4], y)]
+    also = tuple(dict.fromkeys(f[1].name for f in as_well if f[1].name != fault.name))
+    return replace(row, kind=fault.name, fault=fault, choice=choice, left=left, also=also, where=where)
+
+
+# ---- what the calls are ------------------------------------------------------------------------------
+
+
+def _scene(calls, nodes):
+    offsets = [np.ravel(getattr(x, "meta", {}).get("offsets", [0, _length(x, nodes)])) for x in calls]
+    for c, (x, o) in enumerate(zip(calls, offsets)):
+        if int(o[-1]) != _length(x, nodes):
+            raise ValueError(f"call {c} has offsets up to {o[-1]} and taps of {_length(x, nodes)} rows")
+    return Scene(offsets, [getattr(x, "meta", {}).get("position") for x in calls])
+
+
+def _length(call, nodes):
+    """Tokens of a call: rows of its first tap."""
+    return next((len(call[tap]) for tap in call if tap in nodes), 0)
+
+
+def _wrong_kinds(config, calls):
+    """A sentence where layers have the taps of another kind than they should."""
+    apart = []
+    for i, spec in enumerate(config.layers):
+        other = {"kda": "mla", "mla": "kda"}[spec.mixer]
+        names = {tap.split(".")[2] for tap in calls[0] if tap.startswith(f"layers.{i}.") and tap.count(".") > 2}
+        if other in names and spec.mixer not in names:
+            apart.append((i, other, spec.mixer))
+    if not apart:
+        return ""
+    words = ", ".join(f"{i} is {other} and must be {right}" for i, other, right in apart[:6])
+    return (f"WRONG: layer_pattern_off_by_one: layer {words}; kda_layers and full_attn_layers of config.json count "
+            f"from 1")

@@ -1,0 +1,264 @@
+"""`blame`: every op of a foreign run again in float64, on *its* inputs: which are wrong in themselves, and how.
+
+An op that is right but was given wrong inputs is right. What an op may differ by is its noise: what rounding its
+inputs and its result once, to the type of the trace, would change. An op that is further off is wrong, and is laid
+beside every fault of `kimi_linear.faults` that it can have.
+"""
+
+from __future__ import annotations
+
+import html
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..dataflow import in_order
+from ..faults import Fault
+from .compare import aligned
+
+__all__ = ["Blame", "Judged", "WRONG", "blame"]
+
+#: In units of its noise: from here an op is wrong.
+WRONG = 7.0
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One op, or the smallest group of ops between taps that the trace has.
+
+    Attributes
+    ----------
+    tap : str
+    op : str
+    group : tuple of str
+        Taps that were run to make it: itself, and what the trace lacks on the way to it.
+    noise : float
+        Error over noise; the worse of the whole, and half that of the worst row.
+    error : float
+        rms error over the rms of the reference on their inputs. Of expert ids, the share of rows with another set
+        that rounding does not explain.
+    at : str
+        The worst row: call, sequence, token.
+    kind : str
+        "right"; "tie" for expert ids that differ between scores as near as rounding; the name of a fault;
+        "stored_transposed" for a state array; "unknown" where nothing explains the result.
+    fault : Fault or None
+    choice : tuple
+        Of the fault's further arguments.
+    left : float
+        Error that remains beside the fault's result, over noise.
+    also : tuple of str
+        Faults that explain it as well.
+    where : str
+        The tap of the group that has the fault.
+    """
+
+    tap: str
+    op: str
+    group: tuple[str, ...]
+    noise: float
+    error: float
+    at: str = ""
+    kind: str = "right"
+    fault: Fault | None = field(default=None, repr=False)
+    choice: tuple = ()
+    left: float = float("nan")
+    also: tuple[str, ...] = ()
+    where: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """True where the op is right, or differs by ties alone."""
+        return self.kind in ("right", "tie")
+
+    @property
+    def layer(self) -> int | None:
+        """The layer, where it is in one."""
+        parts = self.tap.split(".")
+        return int(parts[1]) if parts[0] == "layers" else None
+
+    @property
+    def label(self) -> str:
+        """The kind, its choice, where in the group it is, and what explains the result as well."""
+        choice = f" ({', '.join(map(str, self.choice))})" if self.choice else ""
+        also = f", or {', '.join(self.also)}" if self.also else ""
+        where = f" at {self.where}" if self.fault and self.where != self.tap else ""
+        return f"{self.kind}{choice}{where}{also}"
+
+    @property
+    def text(self) -> str:
+        """What is wrong, in words."""
+        if self.kind == "unknown":
+            return "no known fault explains it"
+        if self.kind == "stored_transposed":
+            return "stored_transposed: the array is [H, V, K], and must be [H, K, V]"
+        return f"{self.label}: {self.fault.text}" if self.fault else ""
+
+
+@dataclass
+class Blame:
+    """What `blame` found. Prints as a table; true when no op is wrong in itself.
+
+    Attributes
+    ----------
+    rows : list of Judged
+        The wrong ones first, the worst of them first; then the others by noise.
+    skipped : list of (tap, reason)
+        Not judged.
+    unit : float
+        The rounding that noise is made of: 2**-24 for float32.
+    notes : list of str
+    structure : str
+        A sentence where layers are of another kind than they should be; else empty.
+    """
+
+    rows: list[Judged]
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    unit: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    structure: str = ""
+
+    @property
+    def wrong(self) -> list[Judged]:
+        """The ops that are wrong in themselves."""
+        return [r for r in self.rows if not r.ok]
+
+    @property
+    def ok(self) -> bool:
+        """True where no op is wrong, and the layers are of the kinds that they should be."""
+        return not self.wrong and not self.structure
+
+    def __bool__(self):
+        return self.ok
+
+    @property
+    def verdict(self) -> str:
+        """One sentence."""
+        if self.structure:
+            return self.structure
+        n = len(self.rows)
+        if not self.wrong:
+            worst = f"; the furthest, {self.rows[0].tap}, is at {self.rows[0].noise:.2g} times its noise" if n else ""
+            return (f"ok: none of {n} ops is wrong in itself{worst}. What moves an op by less than "
+                    f"{WRONG:.0f} times its noise is not visible here")
+        first = self.wrong[0]
+        same = [r for r in self.wrong if r.kind == first.kind and r.op == first.op]
+        others = len(self.wrong) - len(same)
+        more = f", and {len(same) - 1} more like it" if len(same) > 1 else ""
+        rest = f"; {others} other{'s are' if others > 1 else ' is'} wrong, too" if others else ""
+        return (f"WRONG: {first.tap} ({first.op}){more}, {_times(first.noise)} its noise on their own inputs: "
+                f"{first.text}{rest}; {n - len(self.wrong)} ops are right")
+
+    def __str__(self):
+        shown = self.wrong[:12] or self.rows[:5]
+        lines = aligned([_HEAD, *(_cells(r) for r in shown)])
+        if len(self.wrong) > len(shown):
+            lines.append(f"... and {len(self.wrong) - len(shown)} more")
+        return "\n".join([*lines, "", *self._left_out(), self.verdict])
+
+    __repr__ = __str__
+
+    def _left_out(self):
+        lines = list(self.notes)
+        known = {r.kind: r.fault for r in self.wrong if r.fault}
+        lines += [f"{name}: {f.text} ({f.source or f.scenario})" for name, f in known.items()]
+        ties = [r.tap for r in self.rows if r.kind == "tie"]
+        if ties:
+            lines.append(f"other experts, but between scores as near as rounding: {_some(ties)}")
+        for reason, n in Counter(reason for _, reason in self.skipped).items():
+            taps = [tap for tap, r in self.skipped if r == reason]
+            lines.append(f"not judged ({n}): {_some(taps)}: {reason}")
+        return lines
+
+    def _repr_html_(self):
+        def row(cells, tag, style=""):
+            return f"<tr{style}>" + "".join(
+                f"<{tag} style='text-align:left'>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+
+        shown = self.wrong or self.rows[:8]
+        body = "".join(row(_cells(r), "td", "" if r.ok else " style='background:#ffebe9'") for r in shown)
+        notes = "".join(f"<p>{html.escape(line)}</p>" for line in self._left_out())
+        return f"<p><b>{html.escape(self.verdict)}</b></p><table>{row(_HEAD, 'th')}{body}</table>{notes}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; what is not finite is null."""
+        def finite(x):
+            return float(x) if np.isfinite(x) else None
+
+        rows = [{"tap": r.tap, "layer": r.layer, "op": r.op, "ok": r.ok, "kind": r.kind, "noise": finite(r.noise),
+                 "error": finite(r.error), "at": r.at, "text": r.text, "choice": list(r.choice), "also": list(r.also),
+                 "where": r.where, "left": finite(r.left), "group": list(r.group)} for r in self.rows]
+        return {"ok": self.ok, "verdict": self.verdict, "unit": self.unit, "wrong_from": WRONG, "rows": rows,
+                "skipped": [list(s) for s in self.skipped], "notes": self.notes}
+
+
+_HEAD = ("tap", "op", "error", "times its noise", "worst at", "what it is")
+
+
+def _times(x):
+    return f"{x:.2g} times" if np.isfinite(x) else "beyond"
+
+
+def _some(names):
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _cells(r: Judged):
+    group = f" (+{len(r.group) - 1})" if len(r.group) > 1 else ""
+    return r.tap, r.op + group, f"{r.error:.2e}", f"{r.noise:.3g}", r.at if r.noise else "", r.label
+
+
+# ---- the judgement ---------------------------------------------------------------------------------
+
+
+def blame(model, theirs, *, dtype=None, tokens=None) -> Blame:
+    """Which ops of a foreign run are wrong in themselves, and by which known fault.
+
+    Parameters
+    ----------
+    model : Model or ReferenceModel
+        Of the same checkpoint.
+    theirs : Trace, mapping from tap to array [T, ...], or a list of them
+        One for each of consecutive calls of the same sequences, from their beginning. Of a Trace's ``meta`` count
+        ``tokens`` [T], ``offsets`` [N+1], ``dtype`` (that they computed in), and ``position``: the number of tokens
+        that each sequence has before the call, where it was put back.
+    dtype : optional
+        The type that they computed in; by default that of the metadata or of the arrays, or a wider one's noise is
+        taken where most ops have it.
+    tokens : (T,) integers, optional
+        Of one call, where the trace does not say.
+
+    Returns
+    -------
+    Blame
+
+    Raises
+    ------
+    ValueError
+        If there is no tap of this model, or calls and shapes do not agree; with names.
+    """
+    from ._blame_run import Run
+
+    return Run(model, theirs, dtype, tokens).report()
+
+
+def ranked(rows: Sequence[Judged]) -> list[Judged]:
+    """Wrong ones first, each part by noise, in the order of the pass among equals."""
+    place = {tap: i for i, tap in enumerate(in_order(r.tap for r in rows))}
+    return sorted(rows, key=lambda r: (r.ok, -r.noise, place[r.tap]))
+
+
+def as_calls(theirs) -> list[Mapping]:
+    """A list of traces; results of the reference model give their taps."""
+    calls = list(theirs) if isinstance(theirs, list | tuple) else [theirs]
+    calls = [{**x.taps, **x.state} if hasattr(x, "taps") and hasattr(x, "state") else x for x in calls]
+    for x in calls:
+        if not isinstance(x, Mapping):
+            raise TypeError(f"theirs has a {type(x).__name__}; it must be a Trace or a mapping from tap to array, "
+                            f"or a list of such")
+    if not calls:
+        raise ValueError("theirs is an empty list; it must have a trace for each call")
+    return calls

@@ -1,0 +1,96 @@
+"""What a fault is, and the scenarios in which faults show."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..dataflow import Node
+from .scene import Scene
+from .site import Site
+
+WHOLE = "any prompt"
+SPLIT = "a prompt split in calls"
+SEVERAL = "several sequences in a call"
+RESTORED = "a sequence put back to an earlier position"
+LONG = "more tokens than a block has"
+STRONG = "strong decay"
+FAINT = "activations near zero"
+LARGE = "activations past 65504"
+TIES = "equal router scores"
+
+_SHOWS: dict[str, Callable[[Scene], bool]] = {
+    SPLIT: lambda scene: scene.is_split,
+    SEVERAL: lambda scene: scene.has_several,
+    RESTORED: lambda scene: scene.is_restored,
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One way in which a port was wrong.
+
+    Attributes
+    ----------
+    name : str
+    text : str
+        What is done, in one line.
+    ops : tuple of str
+        Ops of the dataflow that it concerns; ``"*"`` is any.
+    function : callable
+        (Site, *choice) -> the op's wrong result in float64, or None where the fault cannot be at this site.
+    scenario : str
+        What a run needs for the fault to show.
+    taps : tuple of glob
+        Below a layer: where it can be, if not at every tap of its ops.
+    choices : tuple of tuples
+        Values of the function's further arguments, where there are several ways to be wrong.
+    source : str
+        Where the fact is from.
+    """
+
+    name: str
+    text: str
+    ops: tuple[str, ...]
+    function: Callable[..., np.ndarray | None]
+    scenario: str = WHOLE
+    taps: tuple[str, ...] = ("*",)
+    choices: tuple[tuple, ...] = ((),)
+    source: str = ""
+
+    def concerns(self, node: Node) -> bool:
+        """Whether it can be at this node."""
+        name = node.tap.split(".", 2)[-1]
+        return ("*" in self.ops or node.op in self.ops) and any(fnmatch.fnmatchcase(name, g) for g in self.taps)
+
+    def shows_in(self, scene: Scene) -> bool:
+        """Whether the calls and sequences of a run are such that it can show."""
+        return _SHOWS.get(self.scenario, lambda scene: True)(scene)
+
+    def result(self, site: Site, choice: tuple = ()) -> np.ndarray | None:
+        """The wrong result at a site, in the tap's shape; None where it cannot be."""
+        with np.errstate(all="ignore"):
+            y = self.function(site, *choice)
+        return None if y is None else site.shaped(y)
+
+
+def changed(**changes: Callable[[Site], object]) -> Callable[[Site], np.ndarray]:
+    """The fault that runs the right op on wrong arguments, each a function of the site."""
+    def function(site):
+        return site.run(**{argument: change(site) for argument, change in changes.items()})
+
+    return function
+
+
+def carried(rule) -> Callable[[Site], np.ndarray]:
+    """The fault that carries states by a wrong rule."""
+    return lambda site: site.run(branches=site.scene.branches(rule))
+
+
+def in_blocks(site: Site, n: int) -> np.ndarray | None:
+    """Every n tokens of a call begin with nothing."""
+    longest = max((len(p.rows) for p in site.scene.pieces), default=0)
+    return site.run(branches=site.scene.blocks(n)) if longest > n else None

@@ -1,0 +1,112 @@
+"""Faults of routing, experts and feed-forward."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from .. import reference
+from ._fault import TIES, Fault, changed
+from .site import Site
+
+OTHER = {"sigmoid": "softmax", "softmax": "sigmoid"}
+
+
+def biased(site: Site):
+    """The router's bias counts in the weights, too."""
+    score = getattr(reference, site["function"], None)
+    if score is None or site.args.get("bias") is None:
+        return None
+    return site.run(scores=score(site["scores"]) + site["bias"].reshape(-1), function="none")
+
+
+def other_function(site: Site):
+    return site.run(function=OTHER[site["function"]]) if site["function"] in OTHER else None
+
+
+def flipped(argument):
+    return lambda site: site.run(**{argument: not site[argument]})
+
+
+def scaled(power):
+    return lambda site: site.run(scale=site["scale"] ** power)
+
+
+def in_order_of_score(site: Site):
+    """Weights by falling score beside ids that rise."""
+    return -np.sort(-site.run(), axis=-1)
+
+
+def highest_among_equals(site: Site):
+    """The choice with the last of equal experts, not the first."""
+    E = site["scores"].shape[-1]
+    bias = site["bias"].reshape(-1)[::-1] if site.args.get("bias") is not None else None
+    return np.sort(E - 1 - site.run(scores=site["scores"][:, ::-1], bias=bias), axis=-1).astype(np.int32)
+
+
+def shared_times(site: Site, scale: float):
+    """The shared expert's output times `scale`; routed_scaling_factor is the sum of renormalised weights."""
+    shared = site.args.get("shared")
+    return None if shared is None else site.run(shared=scale * site["shared"])
+
+
+def weights_on_input(site: Site):
+    """Each expert works on its weight times x."""
+    x, ids, weights = site["x"], site.args["ids"], site["weights"]
+    y = np.zeros_like(x) if site.args.get("shared") is None else site["shared"].copy()
+    for slot in range(ids.shape[-1]):
+        one = np.ones((len(x), 1))
+        y += site.run(x=x * weights[:, slot, None], ids=ids[:, slot, None], weights=one, shared=None)
+    return y
+
+
+def experts_off_by_one(site: Site):
+    return site.run(ids=(site.args["ids"] + 1) % len(site.args["w_gate"]))
+
+
+def sibling_matrix(site: Site):
+    """gate_proj where up_proj belongs, or the other way round."""
+    name = site.node.weights["w"].name
+    a, b = ("gate_proj", "up_proj")
+    other = name.replace(a, b) if a in name else name.replace(b, a)
+    w = site.node.weights["w"]._replace(name=other)
+    return Site.of(replace(site.node, weights={"w": w}), site.values, site.weights, site.scene).run()
+
+
+ROUTE, WEIGHTS, MOE, V3 = ("route",), ("route_weights",), ("moe",), "arXiv:2412.19437, section 2.1.2"
+GATE_UP = ("mlp.gate", "mlp.up", "moe.shared_gate", "moe.shared_up")
+
+FAULTS = (
+    Fault("router_bias_in_weights", "the bias, which is for the choice alone, is in the weights", WEIGHTS, biased,
+          source=V3),
+    Fault("router_bias_missing", "experts are chosen without the bias", ROUTE, changed(bias=lambda s: None), source=V3),
+    Fault("router_function_other", "softmax for sigmoid (or the other way round)", (*ROUTE, *WEIGHTS), other_function,
+          source="moe_router_activation_func; DeepSeek-V2 has softmax, arXiv:2405.04434"),
+    Fault("router_renormalise_other", "weights are not divided by their sum (or are, and should not be)", WEIGHTS,
+          flipped("renormalise"), source="moe_renormalize"),
+    Fault("router_scale_missing", "routed_scaling_factor is forgotten", WEIGHTS, scaled(0),
+          source="llama.cpp skips it where its key is 0"),
+    Fault("router_scale_twice", "routed_scaling_factor is applied twice", WEIGHTS, scaled(2),
+          source="vLLM scales the sum, SGLang the weights or the output"),
+    Fault("router_weights_by_score", "weights fall by score, beside ids that rise", WEIGHTS, in_order_of_score,
+          source="top-k gives both by score; ids were sorted alone"),
+    Fault("router_ties_to_last", "among equal scores the last expert wins, not the first", ROUTE, highest_among_equals,
+          TIES, source="top-k kernels differ; the sources leave it open"),
+    Fault("shared_expert_scaled", "the shared expert is scaled like the routed ones", MOE,
+          lambda s: shared_times(s, s["weights"].sum(-1).mean()),
+          source="routed_scaling_factor is of the routed sum alone"),
+    Fault("shared_expert_missing", "the shared expert is left out", MOE, lambda s: shared_times(s, 0.0), source=V3),
+    Fault("shared_expert_twice", "the shared expert is added twice", MOE, lambda s: shared_times(s, 2.0), source=V3),
+    Fault("w1_w3_swapped", "SiLU is on w3 x (up), not on w1 x (gate)", (*MOE, "swiglu"),
+          lambda s: s.run(**({"w_gate": s.args["w_up"], "w_up": s.args["w_gate"]} if s.node.op == "moe" else
+                             {"gate": s["up"], "up": s["gate"]})), source="names of Mixtral's experts: w1, w3, w2"),
+    Fault("gate_up_matrices_swapped", "one of gate_proj and up_proj is where the other belongs", ("linear",),
+          sibling_matrix, taps=GATE_UP, source="fused gate_up tensors differ in their order"),
+    Fault("expert_weights_on_input", "x is multiplied by the weight before the expert", MOE, weights_on_input,
+          source="Llama 4 does so"),
+    Fault("expert_weights_missing", "experts are summed with weight 1", MOE,
+          changed(weights=lambda s: np.ones_like(s["weights"])), source=V3),
+    Fault("experts_off_by_one", "expert e + 1 works in place of e", MOE, experts_off_by_one,
+          source="stacked tensors that begin at the shared expert"),
+)

@@ -1,0 +1,208 @@
+"""`blame`: planted faults are named at their op and layer, faults never told of are unknown there, noise is nothing."""
+
+import json
+
+import faulty_runs
+import ml_dtypes
+import numpy as np
+import pytest
+
+import kimi_linear as kl
+from kimi_linear import faults
+from kimi_linear.diff.blame import WRONG
+
+VISIBLE = 8.0  # times the noise: from there an op's fault must be named
+
+
+@pytest.fixture(scope="module")
+def model(golden_dir):
+    return kl.Model.from_pretrained(golden_dir / "kimi-a")
+
+
+@pytest.fixture(scope="module")
+def bench(model):
+    return faulty_runs.Bench(model)
+
+
+NAMES = list(faults.CATALOGUE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_planted_fault_is_named(bench, name):
+    dtype = ("float64", "float32", "bfloat16")[NAMES.index(name) % 3]
+    case = faulty_runs.case(bench, faults.by_name(name), dtype, seed=7)
+    assert case, f"{name} can be nowhere"
+    faulty_runs.check(case, VISIBLE)
+
+
+@pytest.mark.parametrize("name", faulty_runs.UNTOLD)
+def test_untold_fault_is_unknown_at_its_op(bench, name):
+    dtype = ("float64", "float32", "bfloat16")[list(faulty_runs.UNTOLD).index(name) % 3]
+    case = faulty_runs.untold_case(bench, name, dtype, seed=11)
+    assert [(r.tap, r.kind) for r in case.blame.wrong] == [(case.tap, "unknown")], str(case.blame)
+    assert case.blame.wrong[0].layer == int(case.tap.split(".")[1]) and "no known fault" in case.blame.verdict
+
+
+@pytest.mark.parametrize("dtype", faulty_runs.DTYPES)
+@pytest.mark.parametrize("scenario", [faults.WHOLE, faults.RESTORED])
+def test_noise_is_no_fault(bench, scenario, dtype):
+    for seed in range(2):
+        model, traces = bench.run(scenario, dtype, seed)
+        found = kl.diff.blame(model, traces)
+        assert found and not found.wrong and found.verdict.startswith("ok: none of 155 ops"), str(found)
+
+
+def test_faint_effect_is_not_visible_and_never_another_name(bench):
+    """beta in bfloat16 where all taps are: below the noise."""
+    model, traces = bench.run(faults.WHOLE, "bfloat16", 5, {"layers.1.kda.beta": "bfloat16_result"})
+    found = kl.diff.blame(model, traces)
+    assert found.ok and f"less than {WRONG:.0f} times its noise is not visible here" in found.verdict
+
+
+def test_a_systematic_fault_is_named_in_every_layer(bench):
+    taps = [f"layers.{i}.kda.o" for i in (0, 1, 2, 4)]
+    model, traces = bench.run(faults.WHOLE, "float32", 1, {tap: "scale_missing" for tap in taps})
+    found = kl.diff.blame(model, traces)
+    assert sorted(r.tap for r in found.wrong) == taps and {r.kind for r in found.wrong} == {"scale_missing"}
+    assert "and 3 more like it" in found.verdict
+
+
+def test_engines_of_ours_are_right(model):
+    ids = np.arange(40) % model.config.vocab_size
+    assert kl.diff.blame(model, model.trace(ids)).ok
+    assert kl.diff.blame(model, model.trace([ids[:11], ids[11:]])).ok
+    assert kl.diff.blame(model, model.reference().forward(ids, taps="*"), tokens=ids).ok
+    state = model.new_state()
+    parts = [model.forward(x, state=state, taps="*")[1] for x in (ids[:13], ids[13:14], ids[14:])]
+    found = kl.diff.blame(model, parts)
+    assert found.ok and len(found.rows) > 150
+
+
+EDITS = {
+    "layers.1.kda.beta": (lambda x: 2 * x, "beta_doubled"),
+    "layers.3.moe.weights": (lambda x: x / 2.446, "router_scale_missing"),
+    "layers.4.kda.q": (lambda x: x * np.float32(1.01), "unknown"),
+    "layers.0.mlp.act": (lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), "bfloat16_result"),
+    "layers.5.mla.o": (lambda x: x.swapaxes(1, 2).reshape(x.shape), "value_heads_interleaved"),
+    "layers.2.kda.g": (lambda x: np.maximum(x, -5), "decay_clamped"),
+}
+
+
+@pytest.mark.parametrize("tap", EDITS)
+def test_edits_of_a_real_engine_are_named(model, tap):
+    """In float32 as the engine computes it."""
+    change, kind = EDITS[tap]
+    found = kl.diff.blame(model, model.trace(np.arange(5, 45), edit={tap: change}))
+    assert [(r.tap, r.kind) for r in found.wrong] == [(tap, kind)], str(found)
+
+
+def test_states_are_judged(model):
+    ids = [np.arange(30), np.arange(40, 49)]
+    states = model.new_state(2)
+    first = model.forward([x[:7] for x in ids], state=states, taps="*")[1]
+    second = model.forward([x[7:] for x in ids], state=states, taps="*")[1]
+    arrays = {n: np.stack([s[n] for s in states]) for n in states[0] if "kda" in n}
+    found = kl.diff.blame(model, [first, kl.Trace({**second, **arrays}, second.meta)])
+    assert found.ok and len(found.rows) == 155 + 4 * 4, str(found)
+    name = "layers.2.kda.state"
+    turned = {**arrays, name: arrays[name].swapaxes(-1, -2), "layers.1.kda.k_history": arrays["layers.1.kda.q_history"]}
+    found = kl.diff.blame(model, [first, kl.Trace({**second, **turned}, second.meta)])
+    assert {r.tap: r.kind for r in found.wrong} == {name: "stored_transposed", "layers.1.kda.k_history": "unknown"}
+    assert "must be [H, K, V]" in "".join(r.text for r in found.wrong)
+
+
+def test_transformers_chunks_lose_bits_under_strong_decay(golden_dir):
+    """Real data: transformers 5.23 takes chunks of 64 and subtracts cumulative sums; where decay is strong this costs
+    tens of times the noise of float32. It is told by the module behind it, o_norm, since kda.o is not in the trace."""
+    model = kl.Model.from_pretrained(golden_dir / "kimi-b")
+    path = golden_dir / "kimi-b" / "golden.safetensors"
+    assert kl.diff.blame(model, kl.Trace.load(path, names="hf", config=model.config, prefix="short/")).ok
+    found = kl.diff.blame(model, kl.Trace.load(path, names="hf", config=model.config, prefix="long/"))
+    assert {(r.kind, r.choice) for r in found.wrong} == {("chunk_decays_subtracted", (64,))}
+    assert {r.where for r in found.wrong} == {"layers.1.kda.o", "layers.2.kda.o", "layers.4.kda.o"}
+    assert max(r.left for r in found.wrong) < 2 and "at layers.1.kda.o" in str(found)
+
+
+def test_ops_without_their_inputs_are_judged_in_groups(bench):
+    plant = {"layers.2.kda.o": "decay_after_update"}
+    model, [trace] = bench.run(faults.WHOLE, "float32", 2, plant)
+    kept = {t: x for t, x in trace.items() if t.rsplit(".", 1)[-1] not in ("o", "q", "k", "beta")}
+    found = kl.diff.blame(model, kl.Trace(kept, trace.meta))
+    assert [(r.tap, r.kind, r.where) for r in found.wrong] == [
+        ("layers.2.kda.o_norm", "decay_after_update", "layers.2.kda.o")]
+    assert set(found.wrong[0].group) == {f"layers.2.kda.{x}" for x in ("q", "k", "beta", "o", "o_norm")}
+    alone = kl.diff.blame(model, {t: x for t, x in trace.items() if t.startswith(("layers.2", "layers.3"))})
+    assert alone.skipped[0][0] == "layers.2.attn_norm" and "lacks tokens" in alone.skipped[0][1]
+    assert [r.kind for r in alone.wrong] == ["decay_after_update"]
+
+
+def test_near_ties_are_told_from_faults(bench):
+    model, [trace] = bench.run(faults.WHOLE, "float64", 4)
+    scores = 1 / (1 + np.exp(-trace["layers.3.moe.logits"]))
+    value = scores + model.weights["model.layers.3.block_sparse_moe.gate.e_score_correction_bias"]
+    order = np.argsort(-value, -1)
+    gap = value[np.arange(len(value)), order[:, 1]] - value[np.arange(len(value)), order[:, 2]]
+    t = int(gap.argmin())
+    ids = trace["layers.3.moe.ids"].copy()
+    ids[t] = np.sort(order[t, [0, 2]])
+    [other] = faults.run(model, trace.tokens.tolist(), plant={"layers.3.moe.ids": lambda site: ids})
+    near, far = (kl.diff.blame(model, other, dtype=dtype) for dtype in (_unit_like(gap[t]), "float64"))
+    assert [r.tap for r in near.rows if r.kind == "tie"] == ["layers.3.moe.ids"] and near.ok, str(near)
+    assert [(r.tap, r.kind) for r in far.wrong] == [("layers.3.moe.ids", "unknown")]
+
+
+def _unit_like(gap):
+    """A type whose rounding would explain the gap."""
+    return "bfloat16" if gap > 2.0**-13 else "float16"
+
+
+def test_noise_level_is_found_where_the_trace_does_not_say(bench):
+    """bfloat16 results in a float32 file without a dtype."""
+    model, [trace] = bench.run(faults.WHOLE, "bfloat16", 3, {"layers.4.kda.beta": "beta_doubled"})
+    wide = {t: x if x.dtype.kind in "iu" else x.astype(np.float32) for t, x in trace.items()}
+    found = kl.diff.blame(model, wide, tokens=trace.tokens)
+    assert [(r.tap, r.kind) for r in found.wrong] == [("layers.4.kda.beta", "beta_doubled")]
+    assert found.unit == 2.0**-8 and "as exact as bfloat16" in found.notes[0]
+    narrow = {t: x if x.dtype.kind in "iu" else x.astype(ml_dtypes.bfloat16) for t, x in trace.items()}
+    assert kl.diff.blame(model, narrow, tokens=trace.tokens, dtype="bfloat16").wrong[0].kind == "beta_doubled"
+
+
+def test_layers_of_another_kind(bench):
+    model, [trace] = bench.run(faults.WHOLE, "float32", 3)
+    swapped = {t.replace("layers.3.mla", "layers.3.kda").replace("layers.2.kda", "layers.2.mla"): x
+               for t, x in trace.items() if not t.startswith("layers.3.mla.q")}
+    found = kl.diff.blame(model, swapped)
+    assert not found and found.verdict.startswith("WRONG: layer_pattern_off_by_one: layer 2 is mla and must be kda, 3")
+
+
+def test_another_checkpoint(bench):
+    model, [trace] = bench.run(faults.WHOLE, "float32", 3)
+    rng = np.random.default_rng(0)
+    model.weights |= {n: w + rng.standard_normal(w.shape) for n, w in model.weights.items() if w.ndim > 1}
+    assert "is it the same checkpoint?" in str(kl.diff.blame(model, trace))
+
+
+def test_what_cannot_be_blamed(model):
+    with pytest.raises(TypeError, match="theirs has a int; it must be a Trace or a mapping"):
+        kl.diff.blame(model, 3)
+    with pytest.raises(ValueError, match="theirs has no tap of this model: it has foo; the model has embed"):
+        kl.diff.blame(model, {"foo": np.zeros((3, 2))})
+    with pytest.raises(ValueError, match=r"layers.0.out has shape \[3, 2\]; it must be \[3, 64\]"):
+        kl.diff.blame(model, {"layers.0.out": np.zeros((3, 2))})
+    with pytest.raises(ValueError, match="norm has 4 rows; the call has 3 tokens"):
+        kl.diff.blame(model, {"layers.0.out": np.zeros((3, 64)), "norm": np.zeros((4, 64))})
+    with pytest.raises(ValueError, match="dtype is 'int7'; it must be one of float64, float32"):
+        kl.diff.blame(model, {"norm": np.zeros((3, 64))}, dtype="int7")
+    with pytest.raises(ValueError, match="call 0 has offsets up to 5 and taps of 3 rows"):
+        kl.diff.blame(model, kl.Trace({"norm": np.zeros((3, 64))}, {"offsets": [0, 5]}))
+    with pytest.raises(ValueError, match="an empty list"):
+        kl.diff.blame(model, [])
+
+
+def test_as_text_html_and_json(bench):
+    model, traces = bench.run(faults.WHOLE, "float32", 1, {"layers.1.kda.v_conv": ("conv_off_by_one", (1,))})
+    found = kl.diff.blame(model, traces)
+    assert "conv_off_by_one (1): the convolution reads one token too early" in str(found)
+    assert len(str(found).splitlines()) < 24 and "<table>" in found._repr_html_()
+    plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert plain["rows"][0]["kind"] == "conv_off_by_one" and plain["rows"][0]["layer"] == 1 and not plain["ok"]
