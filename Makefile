@@ -84,7 +84,7 @@ $(PEERS)/.ready: pyproject.toml tools/requirements.py | $(VENV)/.runtime
 	touch $@
 
 peers: $(PEERS)/.ready build  ## other engines, to measure beside: .venv-peers/bin/python benchmarks/run.py delta_rule
-	@$(PEERS)/bin/python -m pytest tests/bench $(ARGS)
+	@KL_PEERS=ggml,torch_delta,naive_chunk $(PEERS)/bin/python -m pytest tests/bench $(ARGS)
 
 lint: venv  ## ruff, clang-format, and a build in which warnings are errors
 	@$(VENV)/bin/ruff check .
