@@ -161,6 +161,30 @@ def sequences_of(x, name, axes, offsets):
     return as_offsets(offsets, len(x)), lead
 
 
+def checkpoint_counts(checkpoints, lengths):
+    """Token counts after which a state is kept: a list for each sequence of these lengths."""
+    if checkpoints is None:
+        return [[] for _ in lengths]
+    if isinstance(checkpoints, int | np.integer):
+        if checkpoints < 1:
+            raise ValueError(f"checkpoints is {checkpoints}; it must be >= 1, or a list of token counts")
+        step = int(checkpoints)
+        return [list(range(step, n + 1, step)) for n in lengths]
+    lists = list(checkpoints)
+    if not any(np.ndim(c) for c in lists):
+        lists = [lists]
+    if len(lists) != len(lengths):
+        raise ValueError(f"checkpoints has {len(lists)} lists; there are {len(lengths)} sequences, and each "
+                         f"must have one")
+    result = []
+    for n, (given, length) in enumerate(zip(lists, lengths, strict=True)):
+        counts = as_integers(given, f"checkpoints[{n}]", ("n",), dtype=np.int64).tolist()
+        if any(a >= b for a, b in zip([-1, *counts], [*counts, length + 1])):
+            raise ValueError(f"checkpoints[{n}] is {counts}; it must rise within 0..{length}, its tokens")
+        result.append(counts)
+    return result
+
+
 def apart(a, *written, same=None):
     """`a`, copied where it shares memory with an output; `same` is the one output that it may be."""
     if a is None:

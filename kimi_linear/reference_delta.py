@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ._arrays import checkpoint_counts
 from ._float64 import f64, sequences
 
 __all__ = ["decay_cumsum", "delta_rule", "delta_rule_inter", "delta_rule_intra"]
@@ -195,27 +196,6 @@ def of_value_heads(q, k, g, Hv, scale, head_map):
 
 def states_from(initial_state, shape):
     return np.zeros(shape) if initial_state is None else f64(initial_state).reshape(shape).copy()
-
-
-def checkpoint_counts(checkpoints, lengths) -> list[list[int]]:
-    """The token counts after which a state is kept, a list for each sequence of these lengths."""
-    if checkpoints is None:
-        return [[] for _ in lengths]
-    if isinstance(checkpoints, int | np.integer):
-        if checkpoints < 1:
-            raise ValueError(f"checkpoints is {checkpoints}; it must be >= 1, or a list of token counts")
-        return [list(range(checkpoints, n + 1, checkpoints)) for n in lengths]
-    lists = list(checkpoints)
-    if not any(np.ndim(c) for c in lists):
-        lists = [lists]
-    if len(lists) != len(lengths):
-        raise ValueError(f"checkpoints has {len(lists)} lists; there are {len(lengths)} sequences, and each "
-                         f"must have one")
-    counts = [[int(c) for c in given] for given in lists]
-    for n, (given, length) in enumerate(zip(counts, lengths)):
-        if any(a >= b for a, b in zip([-1, *given], [*given, length + 1])):
-            raise ValueError(f"checkpoints[{n}] is {given}; it must rise within 0..{length}, its tokens")
-    return counts
 
 
 # ---- the forms: tokens q, k, g [n, H, K], v [n, H, V], beta [n, H], state S [H, K, V] -> o, S ----

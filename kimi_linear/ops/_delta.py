@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from .. import _core
-from .._arrays import apart, as_float32, as_integers, as_offsets, output, outputs, sequences_of
+from .._arrays import apart, as_float32, as_offsets, checkpoint_counts, output, outputs, sequences_of
 from ..context import current
 from ._basic import check_eps
 
@@ -84,7 +84,7 @@ def delta_rule(q, k, v, g, beta, *, scale=None, initial_state=None, offsets=None
     shape = (*lead, *sizes[1:])
     if initial_state is not None:
         initial_state = as_float32(initial_state, "initial_state", shape)
-    cuts = None if checkpoints is None else _cuts(checkpoints, np.diff(offsets))
+    cuts = None if checkpoints is None else checkpoint_counts(checkpoints, np.diff(offsets).tolist())
 
     o, state = outputs(out, 2)
     state = _one_state(state, final_state, shape)
@@ -308,28 +308,6 @@ def _one_state(state, final_state, shape):
     if state is not None and final_state is not None and state is not final_state:
         raise ValueError("final_state and out[1] are two arrays; give one of them")
     return output(state if final_state is None else final_state, shape, "final_state")
-
-
-def _cuts(checkpoints, lengths):
-    """Token counts after which a state is kept, a list for each sequence."""
-    if isinstance(checkpoints, int | np.integer):
-        if checkpoints < 1:
-            raise ValueError(f"checkpoints is {checkpoints}; it must be >= 1, or a list of token counts")
-        step = int(checkpoints)
-        return [list(range(step, n + 1, step)) for n in lengths.tolist()]
-    lists = list(checkpoints)
-    if not any(np.ndim(c) for c in lists):
-        lists = [lists]
-    if len(lists) != len(lengths):
-        raise ValueError(f"checkpoints has {len(lists)} lists; there are {len(lengths)} sequences, and each "
-                         f"must have one")
-    result = []
-    for n, (given, length) in enumerate(zip(lists, lengths.tolist(), strict=True)):
-        counts = as_integers(given, f"checkpoints[{n}]", ("n",), dtype=np.int64).tolist()
-        if any(a >= b for a, b in zip([-1, *counts], [*counts, length + 1])):
-            raise ValueError(f"checkpoints[{n}] is {counts}; it must rise within 0..{length}, its tokens")
-        result.append(counts)
-    return result
 
 
 def _check_gate(g, heads, K):

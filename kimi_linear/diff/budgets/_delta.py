@@ -4,8 +4,9 @@ import copy
 
 import numpy as np
 
+from ..._arrays import checkpoint_counts
 from ..._float64 import f64, sequences
-from ...reference_delta import checkpoint_counts, chunks_of, decays, of_value_heads, states_from
+from ...reference_delta import chunks_of, decays, of_value_heads, states_from
 from ...reference_delta import delta_rule_intra as exact_intra
 
 __all__ = ["decay_cumsum", "delta_rule", "delta_rule_inter", "delta_rule_intra"]
