@@ -6,8 +6,8 @@ import sys
 __all__ = [
     "add_compute_arguments", "add_json_argument", "add_model_argument", "human_bytes", "human_count",
     "integers",
-    "layer_pattern", "load_model", "model_path", "non_negative", "positive", "print_json", "print_table",
-    "progress", "read_text", "say",
+    "layer_pattern", "load_model", "model_path", "non_negative", "positive", "print_json", "print_report",
+    "print_table", "progress", "read_text", "say",
 ]
 
 
@@ -112,6 +112,15 @@ def progress(total, label, unit="token"):
 def print_json(value):
     """One JSON object on stdout."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_report(args, report, text=str):
+    """A report as JSON or as text; the exit code of its verdict."""
+    if args.json:
+        print_json(report.to_dict())
+    else:
+        print(text(report))
+    return 0 if report.ok else 1
 
 
 def human_bytes(n):

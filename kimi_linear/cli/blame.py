@@ -1,6 +1,6 @@
 """``kimi-linear blame``: which ops of a foreign run are wrong in themselves, and by which known fault."""
 
-from ._common import add_json_argument, print_json
+from ._common import add_json_argument, print_json, print_report
 
 HELP = "run every op of a foreign trace again in float64 on its own inputs: which are wrong, and how?"
 EPILOG = """
@@ -38,12 +38,7 @@ def run(args):
     model = Model.tiny() if args.model == "tiny" else Model.from_pretrained(args.model)
     calls = [Trace.load(path, names=args.names, config=model.config if args.names else None, prefix=args.prefix)
              for path in args.theirs]
-    report = blame(model, calls, dtype=args.dtype)
-    if args.json:
-        print_json(report.to_dict())
-    else:
-        print(report)
-    return 0 if report.ok else 1
+    return print_report(args, blame(model, calls, dtype=args.dtype))
 
 
 def _list_faults(args):

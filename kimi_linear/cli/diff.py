@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ._common import add_json_argument, print_json
+from ._common import add_json_argument, print_report
 
 HELP = "compare two trace files tap by tap: where do they part first?"
 EPILOG = """
@@ -42,12 +42,7 @@ def run(args):
     a, b = Trace.load(args.a), Trace.load(args.b, names=args.names, config=config, prefix=args.prefix)
     if args.taps:
         a = a.filter(args.taps)
-    report = traces(a, b, threshold=args.threshold)
-    if args.json:
-        print_json(report.to_dict())
-    else:
-        print(report)
-    return 0 if report.ok else 1
+    return print_report(args, traces(a, b, threshold=args.threshold))
 
 
 def _threshold(text):

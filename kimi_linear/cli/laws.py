@@ -5,7 +5,7 @@ from ._common import (
     add_model_argument,
     load_model,
     non_negative,
-    print_json,
+    print_report,
     progress,
 )
 
@@ -41,8 +41,4 @@ def run(args):
             bar.update(done - bar.n)
 
         report = laws(model, args.only, seed=args.seed, progress=moved)
-    if args.json:
-        print_json(report.to_dict())
-    else:
-        print(report)
-    return 0 if report.ok else 1
+    return print_report(args, report)

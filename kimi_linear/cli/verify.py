@@ -11,7 +11,7 @@ from ._common import (
     load_model,
     non_negative,
     positive,
-    print_json,
+    print_report,
     progress,
     read_text,
     say,
@@ -76,12 +76,12 @@ def run(args):
         report = verify(
             model, tokens, forced=not args.own_experts, free_run=not args.no_free_run, progress=moved
         )
-    if args.json:
-        print_json(report.to_dict())
-    else:
+
+    def text(report):
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        print(report.render(all_taps=args.all, colour=colour, ascii_only=not _draws_blocks()))
-    return 0 if report.ok else 1
+        return report.render(all_taps=args.all, colour=colour, ascii_only=not _draws_blocks())
+
+    return print_report(args, report, text)
 
 
 def _tokens(model, args, text):
