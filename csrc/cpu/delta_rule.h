@@ -9,7 +9,6 @@
 enum {
     KL_DELTA_STEP = 64,  /* tokens whose factors the recurrence computes at once */
     KL_DELTA_BLOCK = 16, /* rows of a chunk that are solved together */
-    KL_DELTA_TILE = 8,   /* rows of a product: a chunk's rows are padded to a multiple of it */
     KL_DELTA_CHUNK_MAX = 256,
     KL_DELTA_COLUMNS = 32, /* columns of the state that stay in the first cache: [K, 32] */
 };

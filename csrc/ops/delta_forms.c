@@ -363,7 +363,7 @@ static void part_chunked(part *p, view to, view from, float *o, int64_t o_step)
     fill(p, &p->room.next, 0, 0, chunk_at(p, 0), AHEAD);
     for (int64_t t = 0, n; t < p->tokens; t += n) {
         n = chunk_at(p, t) > 0 ? chunk_at(p, t) : p->tokens - t;
-        for (; m.next < m.end && m.at[m.next] < t + n;) {
+        while (m.next < m.end && m.at[m.next] < t + n) {
             copy_state(p, aside, state);
             if (m.at[m.next] > t)
                 run_aside(p, aside, p->room.thrown_away, p->task->columns, t, m.at[m.next] - t);

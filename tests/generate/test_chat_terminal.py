@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-pytest.importorskip("readline")
+pytest.importorskip("readline", reason="line editing is tested where Python was built with readline")
 
 #: Takes the terminal on stdin for its own, so that its Ctrl-C is heard, and becomes the chat.
 OWN_TERMINAL = ("import os, sys, fcntl, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
