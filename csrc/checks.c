@@ -24,9 +24,14 @@ kl_status kl_check_offsets(kl_ctx *ctx, const char *op, const int64_t *offsets, 
 kl_status kl_check_weight(kl_ctx *ctx, const char *op, const char *name, const kl_weight *w,
                           int64_t n, int64_t rows, int64_t cols)
 {
-    if (w->type != KL_F32 && w->type != KL_F16 && w->type != KL_BF16)
-        return kl_fail(ctx, KL_ERR_DTYPE, "%s: %s has storage type %d; it must be F32, F16 or BF16",
-                       op, name, (int)w->type);
+    const int64_t block = kl_type_block(w->type), stored_cols = w->transposed ? w->rows : w->cols;
+    if (block == 0)
+        return kl_fail(ctx, KL_ERR_DTYPE, "%s: %s has storage type %d, which is not known here", op,
+                       name, (int)w->type);
+    if (stored_cols % block != 0)
+        return kl_fail(ctx, KL_ERR_SHAPE,
+                       "%s: %s has rows of %lld values; %s needs a multiple of %lld", op, name,
+                       (long long)stored_cols, kl_type_name(w->type), (long long)block);
     if (w->n != n || w->rows != rows || w->cols != cols)
         return kl_fail(ctx, KL_ERR_SHAPE,
                        "%s: %s is %lld of [%lld, %lld]; it must be %lld of [%lld, %lld]", op, name,

@@ -26,26 +26,6 @@ bool kl_mul(int64_t *product, int64_t a, int64_t b)
            && *product < (INT64_C(1) << 62);
 }
 
-size_t kl_type_bytes(kl_type type, int64_t n_values)
-{
-    switch (type) {
-    case KL_F32: return (size_t)n_values * 4;
-    case KL_F16:
-    case KL_BF16: return (size_t)n_values * 2;
-    }
-    return 0;
-}
-
-const char *kl_type_name(kl_type type)
-{
-    switch (type) {
-    case KL_F32: return "F32";
-    case KL_F16: return "F16";
-    case KL_BF16: return "BF16";
-    }
-    return "unknown";
-}
-
 /* ---- allocation ------------------------------------------------------------------------------ */
 
 static void *default_allocate(void *user, size_t n_bytes)

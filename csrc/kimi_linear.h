@@ -53,10 +53,35 @@ typedef enum kl_status {
 typedef enum kl_type {
     KL_F32 = 0,
     KL_F16 = 1,
+    KL_Q4_0 = 2,
+    KL_Q4_1 = 3,
+    KL_Q5_0 = 6,
+    KL_Q5_1 = 7,
+    KL_Q8_0 = 8,
+    KL_Q2_K = 10,
+    KL_Q3_K = 11,
+    KL_Q4_K = 12,
+    KL_Q5_K = 13,
+    KL_Q6_K = 14,
+    KL_IQ2_XXS = 16,
+    KL_IQ2_XS = 17,
+    KL_IQ3_XXS = 18,
+    KL_IQ1_S = 19,
+    KL_IQ4_NL = 20,
+    KL_IQ3_S = 21,
+    KL_IQ2_S = 22,
+    KL_IQ4_XS = 23,
+    KL_IQ1_M = 29,
     KL_BF16 = 30,
+    KL_TQ1_0 = 34,
+    KL_TQ2_0 = 35,
+    KL_MXFP4 = 39,
+    KL_NVFP4 = 40,
 } kl_type;
 
-/* Bytes of n values of a type; 0 where the type is unknown. */
+/* Values of a block: 1 for F32, F16 and BF16; 0 where the type is unknown. */
+KL_API int64_t kl_type_block(kl_type type);
+/* Bytes of n values of a type, whole blocks; 0 where the type is unknown. */
 KL_API size_t kl_type_bytes(kl_type type, int64_t n_values);
 KL_API const char *kl_type_name(kl_type type);
 

@@ -2,7 +2,7 @@
  * vectors are widened into one block of the backend's memory. */
 #include "model.h"
 
-#include "../cpu/kernels.h"
+#include "../ops/product.h"
 
 #include <math.h>
 #include <stdarg.h>
@@ -65,9 +65,16 @@ static const kl_tensor *tensor(loader *l, const char *name, int64_t rows, int64_
              (long long)values, (long long)rows, (long long)cols);
         return NULL;
     }
-    if (kl_type_bytes(t->type, 1) == 0) {
-        fail(l, KL_ERR_DTYPE, "checkpoint: %s has storage type %d; it must be F32, F16 or BF16",
-             name, (int)t->type);
+    const int64_t block = kl_type_block(t->type);
+    if (block == 0) {
+        fail(l, KL_ERR_DTYPE, "checkpoint: %s has storage type %d, which is not known here", name,
+             (int)t->type);
+        return NULL;
+    }
+    if (t->shape[t->n_dims - 1] % block != 0) {
+        fail(l, KL_ERR_FORMAT,
+             "checkpoint: %s has rows of %lld values; %s needs a multiple of %lld", name,
+             (long long)t->shape[t->n_dims - 1], kl_type_name(t->type), (long long)block);
         return NULL;
     }
     if (t->data == NULL && !l->model->planning) {
@@ -168,7 +175,7 @@ static const float *named_vector(loader *l, const char *name, int64_t rows, int6
         return NULL;
     float *values = l->staging + begin;
     if (t->data != NULL)
-        l->ctx->k->unpack_row(values, t->data, t->type, n);
+        kl_widen(l->ctx, values, t->data, t->type, n);
     for (int64_t i = 0; how == RATE && i < n; i++)
         values[i] = (float)exp((double)values[i]);
     return l->model->vectors + begin;

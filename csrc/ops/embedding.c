@@ -3,10 +3,10 @@
  *   A widening: exact. */
 #include "ops.h"
 
-#include "../cpu/kernels.h"
+#include "product.h"
 
 typedef struct task {
-    const kl_kernels *k;
+    const kl_ctx *ctx;
     float *y;
     const int32_t *ids;
     const kl_weight *table;
@@ -19,14 +19,14 @@ static void rows(void *arg, int64_t begin, int64_t end, int thread)
     const int64_t D = a->table->cols;
     (void)thread;
     for (int64_t t = begin; t < end; t++)
-        a->k->unpack_row(a->y + t * D, first + (size_t)a->ids[t] * a->table->row_bytes,
-                         a->table->type, D);
+        kl_widen(a->ctx, a->y + t * D, first + (size_t)a->ids[t] * a->table->row_bytes,
+                 a->table->type, D);
 }
 
 kl_status cpu_embedding(kl_ctx *ctx, float *y, const int32_t *ids, const kl_weight *table,
                         int64_t T)
 {
-    task a = { ctx->k, y, ids, table };
+    task a = { ctx, y, ids, table };
     return kl_for(ctx, T, kl_row_grain(table->cols), rows, &a);
 }
 

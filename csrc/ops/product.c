@@ -5,15 +5,24 @@
 #include "../cpu/dot.h"
 #include "../cpu/gemm.h"
 #include "../cpu/kernels.h"
+#include "../quant/quant.h"
 
 enum {
     PANEL_BYTES = 640 * 1024, /* of a panel of float32 rows: it stays in an L2 of 1 MiB */
     PANEL_ROWS = 96,
     DIRECT_BYTES = 96 * 1024, /* of stored weights in a task that only streams them */
+    DIRECT_ROWS = 4,          /* of blocks, unpacked at a time: they stay in L1 or close to it */
+    COLUMN_VALUES = 512,      /* of a stored row, unpacked at a time; a multiple of every block */
     ALIGN_FLOATS = 16,
 };
 
-static bool is_direct(int64_t T) { return T <= KL_DOT_DIRECT; }
+static bool has_blocks(const kl_weight *w) { return kl_type_block(w->type) > 1; }
+
+/* Blocks lie along the stored rows: a column of them is only to be had by unpacking. */
+static bool is_direct(const kl_weight *w, int64_t T)
+{
+    return T <= KL_DOT_DIRECT && !(w->transposed && has_blocks(w));
+}
 
 static int64_t panel_rows(int64_t K)
 {
@@ -35,8 +44,8 @@ static bool is_unpacked(const kl_weight *w)
 
 size_t kl_product_scratch(const kl_weight *w, int64_t T)
 {
-    if (is_direct(T))
-        return 0;
+    if (is_direct(w, T))
+        return has_blocks(w) ? (size_t)(DIRECT_ROWS * panel_stride(w->cols)) * sizeof(float) : 0;
     const int64_t rows =
         kl_min(panel_rows(w->cols), kl_ceil_div(w->rows, KL_DOT_ROWS_STEP) * KL_DOT_ROWS_STEP);
     const int64_t panel = is_unpacked(w) ? rows * panel_stride(w->cols) : 0;
@@ -48,39 +57,80 @@ int64_t kl_product_block(const kl_ctx *ctx, const kl_weight *w, int64_t T, int64
     if (ctx->gemm == KL_GEMM_BLAS && !is_unpacked(w)) /* BLAS blocks by itself */
         return kl_ceil_div(kl_max(1, kl_ceil_div(rows, ctx->threads)), 4) * 4;
     const int64_t fair = kl_ceil_div(rows, 4 * (int64_t)ctx->threads);
-    const int64_t whole = is_direct(T)
+    const int64_t whole = is_direct(w, T)
                               ? DIRECT_BYTES / kl_max(1, (int64_t)kl_type_bytes(w->type, w->cols))
                               : panel_rows(w->cols);
     return kl_ceil_div(kl_max(1, kl_min(whole, fair)), 4) * 4;
 }
 
-/* address of output row `row` of a matrix: of a stored row, or of a place in the first stored row */
-static const char *weight_at(const kl_weight *w, int64_t which, int64_t row)
+void kl_widen(const kl_ctx *ctx, float *y, const void *stored, kl_type type, int64_t n)
+{
+    const kl_block_type *blocks = kl_block_type_of(type);
+    if (blocks != NULL)
+        blocks->dequantize(y, stored, n / blocks->values);
+    else
+        ctx->k->unpack_row(y, stored, type, n);
+}
+
+/* panel[i, k] = column row0 + i of stored row k; the stored rows are blocks */
+static void unpack_block_columns(const kl_ctx *ctx, float *panel, int64_t ld, const kl_weight *w,
+                                 int64_t which, int64_t row0, int64_t rows)
+{
+    float values[COLUMN_VALUES];
+    for (int64_t k = 0; k < w->cols; k++) {
+        const char *stored = (const char *)w->matrix[which] + (size_t)k * w->row_bytes;
+        for (int64_t c = row0 / COLUMN_VALUES * COLUMN_VALUES; c < row0 + rows;
+             c += COLUMN_VALUES) {
+            const int64_t begin = kl_max(c, row0), end = kl_min(c + COLUMN_VALUES, row0 + rows);
+            kl_widen(ctx, values, stored + kl_type_bytes(w->type, c), w->type,
+                     kl_min(COLUMN_VALUES, w->rows - c));
+            for (int64_t i = begin; i < end; i++)
+                panel[(i - row0) * ld + k] = values[i - c];
+        }
+    }
+}
+
+/* output rows row0 .. row0 + rows - 1 of a matrix, as float32 rows ld apart */
+static void unpack(const kl_ctx *ctx, float *panel, int64_t ld, const kl_weight *w, int64_t which,
+                   int64_t row0, int64_t rows)
 {
     const char *matrix = w->matrix[which];
-    return matrix + (w->transposed ? kl_type_bytes(w->type, row) : (size_t)row * w->row_bytes);
-}
-
-static void direct(const kl_kernels *k, float *y, int64_t ldy, const float *const *x, int64_t T,
-                   const kl_weight *w, const void *first, int64_t rows)
-{
-    if (!w->transposed) {
-        k->dot_direct(y, ldy, x, T, first, w->row_bytes, w->type, rows, w->cols);
+    if (w->transposed && has_blocks(w)) {
+        unpack_block_columns(ctx, panel, ld, w, which, row0, rows);
         return;
     }
-    for (int64_t t = 0; t < T; t++)
-        k->dot_transposed(y + t * ldy, x[t], first, w->row_bytes, w->type, rows, w->cols);
-}
-
-static void unpack(const kl_kernels *k, float *panel, int64_t ld, const kl_weight *w,
-                   const char *first, int64_t rows)
-{
     if (w->transposed) {
-        k->unpack_columns(panel, ld, first, w->row_bytes, w->type, rows, w->cols);
+        ctx->k->unpack_columns(panel, ld, matrix + kl_type_bytes(w->type, row0), w->row_bytes,
+                               w->type, rows, w->cols);
         return;
     }
     for (int64_t i = 0; i < rows; i++)
-        k->unpack_row(panel + i * ld, first + (size_t)i * w->row_bytes, w->type, w->cols);
+        kl_widen(ctx, panel + i * ld, matrix + (size_t)(row0 + i) * w->row_bytes, w->type, w->cols);
+}
+
+/* few rows of x, straight over the stored weights, or over a few rows of blocks unpacked in scratch */
+static void direct(const kl_ctx *ctx, float *y, int64_t ldy, const float *const *x, int64_t T,
+                   const kl_weight *w, int64_t which, int64_t row0, int64_t rows, float *scratch)
+{
+    const char *matrix = w->matrix[which];
+    if (has_blocks(w)) {
+        const int64_t ld = panel_stride(w->cols);
+        for (int64_t i = 0; i < rows; i += DIRECT_ROWS) {
+            const int64_t n = kl_min(DIRECT_ROWS, rows - i);
+            unpack(ctx, scratch, ld, w, which, row0 + i, n);
+            ctx->k->dot_direct(y + i, ldy, x, T, scratch, (size_t)ld * sizeof(float), KL_F32, n,
+                               w->cols);
+        }
+        return;
+    }
+    if (!w->transposed) {
+        ctx->k->dot_direct(y, ldy, x, T, matrix + (size_t)row0 * w->row_bytes, w->row_bytes,
+                           w->type, rows, w->cols);
+        return;
+    }
+    for (int64_t t = 0; t < T; t++)
+        ctx->k->dot_transposed(y + t * ldy, x[t], matrix + kl_type_bytes(w->type, row0),
+                               w->row_bytes, w->type, rows, w->cols);
 }
 
 void kl_product(const kl_ctx *ctx, float *y, int64_t ldy, const float *x, int64_t ldx,
@@ -88,11 +138,11 @@ void kl_product(const kl_ctx *ctx, float *y, int64_t ldy, const float *x, int64_
                 int64_t rows, void *scratch)
 {
     const bool blas = ctx->gemm == KL_GEMM_BLAS && index == NULL;
-    if (is_direct(T) && (!blas || is_unpacked(w))) {
+    if (is_direct(w, T) && (!blas || is_unpacked(w))) {
         const float *row[KL_DOT_DIRECT] = { NULL };
         for (int64_t t = 0; t < T; t++)
             row[t] = x + (index != NULL ? index[t] : t) * ldx;
-        direct(ctx->k, y, ldy, row, T, w, weight_at(w, which, row0), rows);
+        direct(ctx, y, ldy, row, T, w, which, row0, rows, scratch);
         return;
     }
     const int64_t step = blas && !is_unpacked(w) ? rows : panel_rows(w->cols),
@@ -101,12 +151,11 @@ void kl_product(const kl_ctx *ctx, float *y, int64_t ldy, const float *x, int64_
     float *panel = scratch, *rest = is_unpacked(w) ? panel + kl_min(step, w->rows) * ld : panel;
     for (int64_t i = 0; i < rows; i += step) {
         const int64_t n = kl_min(step, rows - i);
-        const char *first = weight_at(w, which, row0 + i);
-        const float *values = (const float *)(const void *)first;
-        if (is_unpacked(w)) {
-            unpack(ctx->k, panel, ld, w, first, n);
-            values = panel;
-        }
+        const float *values = panel;
+        if (is_unpacked(w))
+            unpack(ctx, panel, ld, w, which, row0 + i, n);
+        else
+            values = (const float *)w->matrix[which] + (row0 + i) * ld;
         if (blas)
             kl_gemm_rows(y + i, ldy, x, ldx, T, values, ld, n, w->cols);
         else

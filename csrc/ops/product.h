@@ -12,6 +12,9 @@
 
 #include "../internal.h"
 
+/* n stored values, whole blocks of them, widened exactly */
+void kl_widen(const kl_ctx *ctx, float *y, const void *stored, kl_type type, int64_t n);
+
 /* Bytes of scratch that kl_product needs for up to T rows of x with matrices like w; for one thread.
  * Depends on w's sizes and type, not on its matrices. A multiple of 64. */
 size_t kl_product_scratch(const kl_weight *w, int64_t T);

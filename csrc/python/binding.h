@@ -21,7 +21,7 @@
 
 enum { KL_PY_MAX_BUFFERS = 24 };
 
-typedef enum kl_py_kind { KL_PY_F32, KL_PY_I32, KL_PY_I64, KL_PY_U16 } kl_py_kind;
+typedef enum kl_py_kind { KL_PY_F32, KL_PY_I32, KL_PY_I64, KL_PY_U16, KL_PY_U8 } kl_py_kind;
 
 typedef struct kl_py_call {
     Py_buffer view[KL_PY_MAX_BUFFERS];

@@ -8,10 +8,9 @@ static const struct {
     const char *formats, *name;
     Py_ssize_t size;
 } kinds[] = {
-    [KL_PY_F32] = { "f", "float32", 4 },
-    [KL_PY_I32] = { "i", "int32", 4 },
-    [KL_PY_I64] = { "lq", "int64", 8 },
-    [KL_PY_U16] = { "H", "uint16", 2 },
+    [KL_PY_F32] = { "f", "float32", 4 }, [KL_PY_I32] = { "i", "int32", 4 },
+    [KL_PY_I64] = { "lq", "int64", 8 },  [KL_PY_U16] = { "H", "uint16", 2 },
+    [KL_PY_U8] = { "B", "uint8", 1 },
 };
 
 static void *hold(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, const char *name,
@@ -124,14 +123,20 @@ kl_weight kl_py_weight(kl_py_call *c, PyObject *o, const char *name)
         c->failed = true;
         return w;
     }
-    if (type != KL_F32 && type != KL_F16 && type != KL_BF16) {
-        PyErr_Format(PyExc_TypeError, "%s has storage type %d; it must be F32, F16 or BF16", name,
-                     type);
+    const int64_t block = kl_type_block((kl_type)type);
+    if (block == 0 || cols % block != 0) {
+        PyErr_Format(PyExc_TypeError,
+                     "%s has storage type %d and rows of %lld values; it must be a "
+                     "known type and whole blocks",
+                     name, type, cols);
         c->failed = true;
         return w;
     }
     const int64_t size = kl_py_size(c, name, n, rows, cols, 1);
-    const void *data = kl_py_in(c, buffer, type == KL_F32 ? KL_PY_F32 : KL_PY_U16, size, name);
+    const void *data =
+        block == 1
+            ? kl_py_in(c, buffer, type == KL_F32 ? KL_PY_F32 : KL_PY_U16, size, name)
+            : kl_py_in(c, buffer, KL_PY_U8, (int64_t)kl_type_bytes((kl_type)type, size), name);
     w.row_bytes = kl_type_bytes((kl_type)type, cols);
     w.matrix = (const void *const *)kl_py_pointers(c, n, data, (int64_t)w.row_bytes * rows);
     w.n = n;

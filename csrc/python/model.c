@@ -149,10 +149,10 @@ static bool parse_tensor(PyObject *item, const py_model *self, kl_tensor *t)
     t->name = PyUnicode_AsUTF8AndSize(name, NULL);
     t->type = (kl_type)type;
     t->n_dims = (int)PyTuple_Size(shape);
-    if (t->name == NULL || t->n_dims < 1 || t->n_dims > 4 || kl_type_bytes(t->type, 1) == 0) {
+    if (t->name == NULL || t->n_dims < 1 || t->n_dims > 4 || kl_type_block(t->type) == 0) {
         if (!PyErr_Occurred())
             PyErr_Format(PyExc_TypeError,
-                         "%U: type %d, %d axes; it must be F32, F16 or BF16 with 1 to 4 axes", name,
+                         "%U: type %d, %d axes; it must be a known type with 1 to 4 axes", name,
                          type, t->n_dims);
         return false;
     }
@@ -175,7 +175,7 @@ static bool parse_tensor(PyObject *item, const py_model *self, kl_tensor *t)
         return false;
     }
     t->data = (const char *)self->buffers[buffer].buf + first;
-    if ((uintptr_t)t->data % kl_type_bytes(t->type, 1) != 0) {
+    if (kl_type_block(t->type) == 1 && (uintptr_t)t->data % kl_type_bytes(t->type, 1) != 0) {
         PyErr_Format(PyExc_ValueError, "%U: byte %lld is not aligned to its type", name, first);
         return false;
     }
