@@ -8,7 +8,7 @@ typedef struct block {
     int8_t q[32];
 } block;
 
-void kl_dequantize_q8_0(float *y, const void *blocks, int64_t n)
+void kl_dequantize_q8_0(float *restrict y, const void *blocks, int64_t n)
 {
     const block *b = blocks;
     for (int64_t i = 0; i < n; i++, y += 32) {

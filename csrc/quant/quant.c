@@ -1,16 +1,17 @@
 /* The table of storage types, and float16 in plain C. */
 #include "quant.h"
 
-void kl_quantize_q8_0(void *blocks, const float *x, int64_t n);
+#define QUANTIZE_WRITTEN(body) kl_quantize_##body
+#define QUANTIZE_READ_ONLY(body) NULL
 
 static const kl_block_type table[] = {
-#define KL_BLOCK_TYPE(name, body, id, values, bytes)                                               \
-    { #name, KL_##name, values, bytes, kl_dequantize_##body, kl_quantize_##body },
+#define KL_BLOCK_TYPE(name, body, id, values, bytes, access)                                       \
+    { #name, KL_##name, values, bytes, kl_dequantize_##body, QUANTIZE_##access(body) },
 #include "types.def"
 #undef KL_BLOCK_TYPE
 };
 
-#define KL_BLOCK_TYPE(name, body, id, values, bytes)                                               \
+#define KL_BLOCK_TYPE(name, body, id, values, bytes, access)                                       \
     _Static_assert((int)KL_##name == (id), "kl_type and types.def disagree on " #name);
 #include "types.def"
 #undef KL_BLOCK_TYPE

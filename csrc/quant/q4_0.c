@@ -1,0 +1,20 @@
+/* Q4_0: x[j] = d (q[j] - 8)
+ *   32 values: float16 d, 4-bit q[32]: byte j holds values j (low) and j + 16 */
+#include "quant.h"
+
+typedef struct block {
+    uint8_t d[2];
+    uint8_t q[16];
+} block;
+
+void kl_dequantize_q4_0(float *restrict y, const void *blocks, int64_t n)
+{
+    const block *b = blocks;
+    for (; n > 0; n--, b++, y += 32) {
+        const float d = kl_f16_at(b->d);
+        for (int j = 0; j < 16; j++) {
+            y[j] = d * (float)((b->q[j] & 15) - 8);
+            y[j + 16] = d * (float)((b->q[j] >> 4) - 8);
+        }
+    }
+}

@@ -1,0 +1,30 @@
+/* Q4_K: x[s, j] = (d scale[s]) q[s, j] - dmin min[s]
+ *   256 values, eight sub-blocks s of 32: float16 d, dmin, 6-bit scales and minima, 4-bit q: byte
+ * j of group g holds q[2g, j] (low) and q[2g + 1, j] */
+#include "k_quants.h"
+
+typedef struct block {
+    uint8_t d[2], dmin[2];
+    uint8_t scales[12];
+    uint8_t q[4][32];
+} block;
+
+void kl_dequantize_q4_k(float *restrict y, const void *blocks, int64_t n)
+{
+    const block *b = blocks;
+    for (; n > 0; n--, b++) {
+        const float d = kl_f16_at(b->d), dmin = kl_f16_at(b->dmin);
+        for (int s = 0; s < 8; s++, y += 32) {
+            uint8_t scale, min;
+            kl_scale_and_min(b->scales, s, &scale, &min);
+            const float a = d * (float)scale, m = dmin * (float)min;
+            const uint8_t *q = b->q[s / 2];
+            if (s % 2 == 0)
+                for (int j = 0; j < 32; j++)
+                    y[j] = a * (float)(q[j] & 15) - m;
+            else
+                for (int j = 0; j < 32; j++)
+                    y[j] = a * (float)(q[j] >> 4) - m;
+        }
+    }
+}
