@@ -47,7 +47,7 @@ OPTIMISED = {"csrc/cpu/isa_scalar.c": "-O3", "csrc/cpu/isa_avx2.c": "-O3", "csrc
 ISA = {
     "csrc/cpu/isa_avx2.c": "-mavx2 -mfma -mf16c".split(),
     "csrc/cpu/isa_avx512.c": (
-        "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512".split()
+        "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma -mf16c -mprefer-vector-width=512".split()
     ),
 }
 

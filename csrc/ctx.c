@@ -194,6 +194,7 @@ kl_status kl_ctx_create(kl_ctx **out, const kl_ctx_options *options)
     ctx->backend = &kl_cpu_backend;
     ctx->gemm = options->gemm;
     ctx->delta_rule = options->delta_rule;
+    ctx->activations = options->activations;
     ctx->arena.chunks = calloc(MAX_CHUNKS, sizeof(chunk));
     if (ctx->arena.chunks == NULL)
         return kl_fail(ctx, KL_ERR_MEMORY, "out of memory: context");
@@ -203,6 +204,9 @@ kl_status kl_ctx_create(kl_ctx **out, const kl_ctx_options *options)
     if (options->delta_rule < KL_FORM_AUTO || options->delta_rule > KL_FORM_CHUNKED)
         return kl_fail(ctx, KL_ERR_ARG, "delta_rule is %d; it must be auto, recurrent or chunked",
                        (int)options->delta_rule);
+    if (options->activations < KL_ACTIVATIONS_FLOAT32 || options->activations > KL_ACTIVATIONS_INT8)
+        return kl_fail(ctx, KL_ERR_ARG, "activations is %d; it must be float32 or int8",
+                       (int)options->activations);
     KL_TRY(kl_kernels_choose(ctx, options->isa));
     return kl_ctx_set_threads(ctx, options->threads);
 }

@@ -18,6 +18,7 @@ typedef struct kl_config {
     float rms_eps;          /* of every norm but the latent's */
     float latent_eps;       /* of the norms inside MLA (latent, low-rank q) */
     int tied;               /* 1: the head is the embedding */
+    kl_activations activations;
     struct {
         int64_t heads, width, taps; /* K = V = width; convolution of taps */
         float lower_bound;          /* 0: softplus gate; below 0: bounded gate */

@@ -4,6 +4,7 @@ import numpy as np
 
 from . import _core
 from ._arrays import TYPE_IDS, as_array
+from .context import ACTIVATIONS
 
 CACHE_TYPES = {"float32": 0, "float16": 1}
 _FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 30}
@@ -16,11 +17,12 @@ _NUMBERS = (
 )
 
 
-def config_numbers(config):
-    """The config as the dict of numbers that the C core reads."""
+def config_numbers(config, activations="float32"):
+    """The config, and what its products compute with, as the dict of numbers that the C core reads."""
     numbers = {name: getattr(config, name) for name in _NUMBERS}
     numbers |= {
         "tied": int(config.tie_embeddings),
+        "activations": ACTIVATIONS[activations],
         "gate_lower_bound": config.gate_lower_bound or 0.0,
         "router": int(config.router_function == "softmax"),
         "renormalise": int(config.renormalise),
@@ -29,7 +31,7 @@ def config_numbers(config):
     return numbers
 
 
-def core_model(context, config, tensors):
+def core_model(context, config, tensors, activations="float32"):
     """A ``_core.Model`` over borrowed tensors.
 
     Parameters
@@ -37,6 +39,7 @@ def core_model(context, config, tensors):
     context : Context
     config : Config
     tensors : mapping from canonical name to array, or to a TensorView of a mapped file
+    activations : {"float32", "int8"}
     """
     buffers, index, entries = [], {}, []
 
@@ -57,7 +60,7 @@ def core_model(context, config, tensors):
             raise TypeError(f"{name} is {a.dtype}; it must be float32, float16 or bfloat16")
         a = np.ascontiguousarray(a).reshape(a.shape)
         entries.append((name, place(a.view(np.uint16) if a.dtype.itemsize == 2 else a), 0, TYPE_IDS[a.dtype], a.shape))
-    return _core.Model(context._core, config_numbers(config), buffers, entries)
+    return _core.Model(context._core, config_numbers(config, activations), buffers, entries)
 
 
 def planning_model(context, config, dtype):

@@ -9,6 +9,7 @@ from . import _core
 __all__ = ["Context", "current", "set_num_threads", "threads", "isa_list"]
 
 _GEMM = {"own": 0, "blas": 1}
+ACTIVATIONS = {"float32": 0, "int8": 1}
 _DELTA_RULE = {"auto": 0, "recurrent": 1, "chunked": 2}
 
 
@@ -34,26 +35,33 @@ class Context:
         token by token, or chunks of 64 (of `chunk` tokens, where the call names it). They agree within the budget;
         with "recurrent" any split of a sequence gives the same bytes of the op.
 
+    activations : {"float32", "int8"}
+        What `ops.linear` and `ops.moe` make of x where a weight lies in blocks: nothing, so that a result is that of
+        the dequantised weight, or int8 with a scale for each 32 values (docs/math.md#int8), which is faster and less
+        exact. A model has its own setting.
+
     Raises
     ------
     ValueError
-        Unknown device, gemm or delta_rule, or a number of threads outside 0..1024.
+        Unknown device, gemm, delta_rule or activations, or a number of threads outside 0..1024.
     NotImplementedError
         An instruction set that this machine does not run, or a BLAS that this build does not have.
     """
 
-    def __init__(self, device="cpu", *, threads=None, isa=None, gemm="own", delta_rule="auto"):
+    def __init__(self, device="cpu", *, threads=None, isa=None, gemm="own", delta_rule="auto", activations="float32"):
         if device != "cpu":
             raise ValueError(f"device is {device!r}; this build has only 'cpu'")
         if gemm not in _GEMM:
             raise ValueError(f"gemm is {gemm!r}; it must be 'own' or 'blas'")
         if delta_rule not in _DELTA_RULE:
             raise ValueError(f"delta_rule is {delta_rule!r}; it must be 'auto', 'recurrent' or 'chunked'")
+        check_activations(activations)
         threads = _default_threads() if threads is None else threads
-        self._core = _core.Context(threads, isa, _GEMM[gemm], _DELTA_RULE[delta_rule])
+        self._core = _core.Context(threads, isa, _GEMM[gemm], _DELTA_RULE[delta_rule], ACTIVATIONS[activations])
         self.device = device
         self.gemm = gemm
         self.delta_rule = delta_rule
+        self.activations = activations
 
     @property
     def isa(self):
@@ -75,7 +83,12 @@ class Context:
 
     def __repr__(self):
         return (f"Context(device={self.device!r}, threads={self.threads}, isa={self.isa!r}, gemm={self.gemm!r}, "
-                f"delta_rule={self.delta_rule!r})")
+                f"delta_rule={self.delta_rule!r}, activations={self.activations!r})")
+
+
+def check_activations(activations):
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"activations is {activations!r}; it must be 'float32' or 'int8'")
 
 
 _local = threading.local()

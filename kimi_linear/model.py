@@ -10,7 +10,7 @@ from . import _engine
 from ._arrays import as_integers
 from ._call import Call, tap_names
 from .config import Config
-from .context import Context, current
+from .context import Context, check_activations, current
 from .perplexity import log_probs
 from .plan import of_core
 from .state import State
@@ -33,8 +33,7 @@ class Model:
         None for a folder without one: token ids still work.
     generation_config : dict
         As the checkpoint has it.
-    activations : str
-        ``"float32"``.
+    activations : {"float32", "int8"}
     cache : {"float32", "float16"}
         Type of the cache of new states.
     ctx : Context or None
@@ -42,19 +41,20 @@ class Model:
     """
 
     def __init__(self, config, tensors, *, tokenizer=None, generation_config=None, checkpoint=None, name="model",
-                 cache="float32", ctx=None):
+                 cache="float32", activations="float32", ctx=None):
         self.config = config
         self.tokenizer = tokenizer
         self.generation_config = dict(generation_config or {})
         self.name = name
-        self.activations = "float32"
+        check_activations(activations)
+        self.activations = activations
         self.cache = cache
         _engine.cache_type(cache)
         self.ctx = ctx
         self._tensors = tensors
         self._checkpoint = checkpoint
         self._building = threading.Lock()
-        self._built = _engine.core_model(current(ctx), config, tensors)
+        self._built = _engine.core_model(current(ctx), config, tensors, activations)
         self._taps = tap_table(self._built)
 
     # ---- from where ----
@@ -70,7 +70,9 @@ class Model:
             A Hugging Face folder (config.json, safetensors in one file or shards), or a hub id that is in the local
             cache; nothing is downloaded.
         device : {"cpu"}
-        activations : {"float32"}
+        activations : {"float32", "int8"}
+            What products with weights in blocks make of their activations: nothing, which is exact, or int8 with a
+            scale for each 32 values (docs/math.md#int8), which is fast. Other weights take float32.
         cache : {"float32", "float16"}
             Type of the latent cache of new states.
         latent_eps : float, optional
@@ -92,8 +94,7 @@ class Model:
         from .load import open_folder
         from .tokenizer import Tokenizer
 
-        if activations != "float32":
-            raise ValueError(f"activations is {activations!r}; this build has 'float32'")
+        check_activations(activations)
         if ctx is None and (threads is not None or device != "cpu"):
             ctx = Context(device, threads=threads)
         checkpoint = open_folder(path)
@@ -105,7 +106,8 @@ class Model:
         except FileNotFoundError:
             tokenizer = None
         return cls(config, checkpoint.tensors, tokenizer=tokenizer, generation_config=checkpoint.generation_config,
-                   checkpoint=checkpoint, name=Path(checkpoint.path).name, cache=cache, ctx=ctx)
+                   checkpoint=checkpoint, name=Path(checkpoint.path).name, cache=cache, activations=activations,
+                   ctx=ctx)
 
     @classmethod
     def tiny(cls, **options):
@@ -141,7 +143,7 @@ class Model:
         """The model in C; made again after a weight was replaced."""
         with self._building:
             if self._built is None:
-                self._built = _engine.core_model(current(self.ctx), self.config, self._tensors)
+                self._built = _engine.core_model(current(self.ctx), self.config, self._tensors, self.activations)
             return self._built
 
     def _replace(self, name, array):

@@ -1,4 +1,4 @@
-/* The kernel bodies, compiled for AVX-512 F, BW, DQ and VL. */
+/* The kernel bodies, compiled for AVX-512 F, BW, DQ, VL and VNNI. */
 #define KL_AVX512 1
 #if defined(__x86_64__)
 #include "kernels.h"
@@ -7,6 +7,7 @@
 #include "elementwise.inc"
 #include "norm.inc"
 #include "dot.inc"
+#include "int8_avx512.inc"
 #include "conv.inc"
 #include "delta_rule.inc"
 #include "delta_chunk.inc"

@@ -198,7 +198,7 @@ static void release(const kl_forward_args *a, int64_t taken)
         atomic_store(&a->states[n]->busy, 0);
 }
 
-static kl_status run_passes(pass *p, int64_t *done, int64_t pass_tokens)
+static kl_status run_each(pass *p, int64_t *done, int64_t pass_tokens)
 {
     for (;;) {
         fill(p, done, pass_tokens);
@@ -210,6 +210,15 @@ static kl_status run_passes(pass *p, int64_t *done, int64_t pass_tokens)
         for (int64_t n = 0; n < p->N; n++)
             done[p->segment[n].sequence] += p->segment[n].n;
     }
+}
+
+static kl_status run_passes(pass *p, int64_t *done, int64_t pass_tokens)
+{
+    const kl_activations before = p->ctx->activations;
+    p->ctx->activations = p->model->config.activations;
+    const kl_status status = run_each(p, done, pass_tokens);
+    p->ctx->activations = before;
+    return status;
 }
 
 /* Bytes of scratch of the largest pass, by running the passes with ops that only count. */

@@ -1,6 +1,7 @@
 /* linear: y[i][t, r] = sum_k x[t, k] w[i][r, k] + bias[i][r]     for several weights over one x
  *   x [T, D], y[i] [T, rows of w[i]] float32, y overlaps no input     w[i] [rows, D] in any storage type
- *   Order of a sum: product.h; the bias is added last.
+ *   Order of a sum: product.h, or cpu/int8.h where the context asks for it and the weight takes it; the bias is
+ *   added last.
  *   Budget: |y - ref| <= (D/16 + 5) u sum_k |x w| + u |ref|, u = 2^-24. */
 #include "ops.h"
 
@@ -12,6 +13,7 @@ typedef struct task {
     const kl_ctx *ctx;
     float *const *y;
     const float *x;
+    kl_int8_rows x8; /* the same in int8, where a weight takes it */
     const kl_weight *w;
     const float *const *bias;
     int n_weights;
@@ -28,7 +30,12 @@ static void product_block(const task *a, int i, int64_t r0, int64_t t0, void *sc
     const int64_t rows = a->w[i].rows, n = kl_min(a->block, rows - r0),
                   T = kl_min(a->t_block, a->T - t0);
     float *y = a->y[i] + t0 * rows + r0;
-    kl_product(a->ctx, y, rows, a->x + t0 * a->D, a->D, NULL, T, &a->w[i], 0, r0, n, scratch);
+    if (kl_product_takes_int8(a->ctx, &a->w[i])) {
+        const kl_int8_rows x8 = { a->x8.group + t0 * a->x8.groups, a->x8.groups };
+        kl_product_int8(a->ctx, y, rows, &x8, NULL, T, &a->w[i], 0, r0, n, scratch);
+    } else {
+        kl_product(a->ctx, y, rows, a->x + t0 * a->D, a->D, NULL, T, &a->w[i], 0, r0, n, scratch);
+    }
     if (a->bias != NULL && a->bias[i] != NULL)
         for (int64_t t = 0; t < T; t++)
             a->ctx->k->add(y + t * rows, y + t * rows, a->bias[i] + r0, n);
@@ -51,14 +58,28 @@ kl_status cpu_linear(kl_ctx *ctx, float *const *y, const float *x, const kl_weig
                      const float *const *bias, int n_weights, int64_t T, int64_t D)
 {
     enum { FEW_ROWS = 64, X_STEP = 12 }; /* of x: a smaller task reads its weights for too little */
-    task a = { ctx, y, x, w, bias, n_weights, T, D, 1, T, 1, NULL, 0 };
+    task a = { .ctx = ctx,
+               .y = y,
+               .x = x,
+               .w = w,
+               .bias = bias,
+               .n_weights = n_weights,
+               .T = T,
+               .D = D,
+               .block = 1,
+               .t_block = T,
+               .t_blocks = 1 };
     int64_t rows = 0, row_blocks = 0;
+    bool takes_int8 = false;
     for (int i = 0; i < n_weights; i++)
         rows += w[i].rows;
     for (int i = 0; i < n_weights; i++) {
-        const size_t n_bytes = kl_product_scratch(&w[i], T);
+        const bool int8 = kl_product_takes_int8(ctx, &w[i]);
+        const size_t n_bytes = int8 ? kl_product_int8_scratch(&w[i]) : kl_product_scratch(&w[i], T);
         a.scratch_bytes = n_bytes > a.scratch_bytes ? n_bytes : a.scratch_bytes;
-        a.block = kl_max(a.block, kl_product_block(ctx, &w[i], T, rows));
+        a.block = kl_max(a.block, int8 ? kl_product_int8_block(ctx, &w[i], T, rows)
+                                       : kl_product_block(ctx, &w[i], T, rows));
+        takes_int8 = takes_int8 || int8;
     }
     for (int i = 0; i < n_weights; i++)
         row_blocks += blocks_of(&a, i);
@@ -68,9 +89,16 @@ kl_status cpu_linear(kl_ctx *ctx, float *const *y, const float *x, const kl_weig
         a.t_block = kl_ceil_div(kl_ceil_div(T, parts), X_STEP) * X_STEP;
         a.t_blocks = kl_ceil_div(T, a.t_block);
     }
+    kl_int8_group *x8 = NULL;
+    a.x8.groups = kl_int8_groups(D);
     KL_SCRATCH(a.scratch, ctx, (size_t)ctx->threads * a.scratch_bytes);
+    if (takes_int8)
+        KL_SCRATCH(x8, ctx, T * a.x8.groups);
     if (ctx->arena.measuring || T == 0)
         return KL_OK;
+    a.x8.group = x8;
+    if (takes_int8)
+        KL_TRY(kl_int8_rows_make(ctx, x8, x, T, D));
     return kl_product_for(ctx, row_blocks * a.t_blocks, 1, blocks, &a);
 }
 

@@ -10,6 +10,7 @@
 #ifndef KL_PRODUCT_H
 #define KL_PRODUCT_H
 
+#include "../cpu/int8.h"
 #include "../internal.h"
 
 /* n stored values, whole blocks of them, widened exactly */
@@ -30,6 +31,18 @@ void kl_product(const kl_ctx *ctx, float *y, int64_t ldy, const float *x, int64_
 /* Rows to give to one call so that a task is worth handing out, threads stay balanced, and w is read from
  * memory once: a multiple of 4. T rows of x, of `rows` output rows in all. */
 int64_t kl_product_block(const kl_ctx *ctx, const kl_weight *w, int64_t T, int64_t rows);
+
+/* The same with x in int8 (cpu/int8.h), for weights that kl_product_takes_int8: the context asks for it and the
+ * type is built for it. Groups of a row of x of width D; T rows of them made from float32 rows. */
+bool kl_product_takes_int8(const kl_ctx *ctx, const kl_weight *w);
+int64_t kl_int8_groups(int64_t D);
+kl_status kl_int8_rows_make(kl_ctx *ctx, kl_int8_group *to, const float *x, int64_t T,
+                            int64_t D) KL_CHECKED;
+size_t kl_product_int8_scratch(const kl_weight *w);
+int64_t kl_product_int8_block(const kl_ctx *ctx, const kl_weight *w, int64_t T, int64_t rows);
+void kl_product_int8(const kl_ctx *ctx, float *y, int64_t ldy, const kl_int8_rows *x,
+                     const int32_t *index, int64_t T, const kl_weight *w, int64_t which,
+                     int64_t row0, int64_t rows, void *scratch);
 
 /* kl_for for bodies that call kl_product: with the BLAS provider, BLAS keeps to one thread meanwhile. */
 kl_status kl_product_for(kl_ctx *ctx, int64_t n, int64_t grain, kl_body body, void *arg) KL_CHECKED;

@@ -12,14 +12,15 @@ static int poll_signals(void *user)
 
 static PyObject *context_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = { "threads", "isa", "gemm", "delta_rule", NULL };
+    static char *names[] = { "threads", "isa", "gemm", "delta_rule", "activations", NULL };
     kl_ctx_options options = { 0 };
-    int gemm = 0, delta_rule = KL_FORM_AUTO;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|izii:Context", names, &options.threads,
-                                     &options.isa, &gemm, &delta_rule))
+    int gemm = 0, delta_rule = KL_FORM_AUTO, activations = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|iziii:Context", names, &options.threads,
+                                     &options.isa, &gemm, &delta_rule, &activations))
         return NULL;
     options.gemm = gemm ? KL_GEMM_BLAS : KL_GEMM_OWN;
     options.delta_rule = (kl_form)delta_rule;
+    options.activations = (kl_activations)activations;
     allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
     kl_py_context *self = (kl_py_context *)allocate(type, 0);
     if (self == NULL)

@@ -52,7 +52,7 @@ static bool parse_layers(PyObject *list, py_model *self)
 static bool parse_config(PyObject *dict, py_model *self)
 {
     kl_config *c = &self->config;
-    int64_t router = 0, renormalise = 0, tied = 0;
+    int64_t router = 0, renormalise = 0, tied = 0, activations = 0;
     double rms_eps = 0, latent_eps = 0, lower_bound = 0, scale = 0;
     const struct {
         const char *key;
@@ -61,6 +61,7 @@ static bool parse_config(PyObject *dict, py_model *self)
         { "vocab_size", &c->vocab },
         { "hidden_size", &c->D },
         { "tied", &tied },
+        { "activations", &activations },
         { "kda_heads", &c->kda.heads },
         { "kda_head_dim", &c->kda.width },
         { "conv_width", &c->kda.taps },
@@ -104,6 +105,7 @@ static bool parse_config(PyObject *dict, py_model *self)
     c->ffn.router = router ? KL_ROUTER_SOFTMAX : KL_ROUTER_SIGMOID;
     c->ffn.renormalise = renormalise != 0;
     c->tied = tied != 0;
+    c->activations = activations != 0 ? KL_ACTIVATIONS_INT8 : KL_ACTIVATIONS_FLOAT32;
     PyObject *layers = PyDict_GetItemString(dict, "layers");
     if (layers == NULL) {
         PyErr_SetString(PyExc_ValueError, "config: layers is missing");

@@ -1,0 +1,151 @@
+/* Block types as the int8 products see them: integers, and what they are to be multiplied with. This is the
+ * definition; the tuned kernels load the same integers some other way. */
+#ifndef KL_INT8_BLOCKS_H
+#define KL_INT8_BLOCKS_H
+
+#include "../quant/quant.h"
+#include "int8.h"
+
+/* 256 weights of a row. Without `fine`: w = scale[b] * q - min[b] for block b of 32. With it: of each 16
+ * values i, w = d * sub[i] * q - dmin * sub_min[i]. */
+typedef struct int8_weights {
+    int8_t q[256];
+    float scale[8], min[8];
+    int sub[16], sub_min[16];
+    float d, dmin;
+    bool fine;
+} int8_weights;
+
+static const int8_t int8_iq4[16] = { -127, -104, -83, -65, -49, -35, -22, -10,
+                                     1,    13,   25,  38,  53,  69,  89,  113 };
+static const int8_t int8_fp4[16] = { 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12 };
+
+/* scales and mins of Q4_K and Q5_K: 16 numbers of 6 bits in 12 bytes */
+static inline void int8_six_bits(uint8_t sc[8], uint8_t m[8], const uint8_t *p)
+{
+    for (int j = 0; j < 4; j++) {
+        sc[j] = p[j] & 63;
+        m[j] = p[j + 4] & 63;
+        sc[j + 4] = (uint8_t)((p[j + 8] & 15) | p[j] >> 6 << 4);
+        m[j + 4] = (uint8_t)(p[j + 8] >> 4 | p[j + 4] >> 6 << 4);
+    }
+}
+
+static inline void int8_load_k4(int8_weights *w, const uint8_t *p, bool five)
+{
+    const float d = kl_f16_at(p), dmin = kl_f16_at(p + 2);
+    const uint8_t *high = p + 16, *q = p + (five ? 48 : 16);
+    uint8_t sc[8], m[8];
+    int8_six_bits(sc, m, p + 4);
+    for (int b = 0; b < 8; b++) {
+        w->scale[b] = d * (float)sc[b];
+        w->min[b] = dmin * (float)m[b];
+        for (int l = 0; l < 32; l++) {
+            const int low = q[b / 2 * 32 + l] >> (b % 2 * 4) & 15;
+            w->q[32 * b + l] = (int8_t)(low | (five ? (high[l] >> b & 1) << 4 : 0));
+        }
+    }
+}
+
+static inline void int8_load_q2_k(int8_weights *w, const uint8_t *p)
+{
+    w->fine = true;
+    w->d = kl_f16_at(p + 80);
+    w->dmin = kl_f16_at(p + 82);
+    for (int i = 0; i < 16; i++) {
+        w->sub[i] = p[i] & 15;
+        w->sub_min[i] = p[i] >> 4;
+    }
+    for (int b = 0; b < 8; b++)
+        for (int l = 0; l < 32; l++)
+            w->q[32 * b + l] = (int8_t)(p[16 + b / 4 * 32 + l] >> (b % 4 * 2) & 3);
+}
+
+static inline void int8_load_q3_k(int8_weights *w, const uint8_t *p)
+{
+    const uint8_t *s = p + 96;
+    w->fine = true;
+    w->d = kl_f16_at(p + 108);
+    for (int i = 0; i < 16; i++) {
+        const int low = s[i % 8] >> (i / 8 * 4) & 15, high = s[8 + i % 4] >> (i / 4 * 2) & 3;
+        w->sub[i] = (low | high << 4) - 32;
+    }
+    for (int b = 0; b < 8; b++)
+        for (int l = 0; l < 32; l++) {
+            const int low = p[32 + b / 4 * 32 + l] >> (b % 4 * 2) & 3;
+            w->q[32 * b + l] = (int8_t)(low - ((p[l] >> b & 1) != 0 ? 0 : 4));
+        }
+}
+
+static inline void int8_load_q6_k(int8_weights *w, const uint8_t *p)
+{
+    w->fine = true;
+    w->d = kl_f16_at(p + 208);
+    for (int i = 0; i < 16; i++)
+        w->sub[i] = (int8_t)p[192 + i];
+    for (int b = 0; b < 8; b++)
+        for (int l = 0; l < 32; l++) {
+            const int low = p[b / 4 * 64 + b % 2 * 32 + l] >> (b % 4 / 2 * 4) & 15;
+            const int high = p[128 + b / 4 * 32 + l] >> (b % 4 * 2) & 3;
+            w->q[32 * b + l] = (int8_t)((low | high << 4) - 32);
+        }
+}
+
+static inline void int8_load_iq4_xs(int8_weights *w, const uint8_t *p)
+{
+    const float d = kl_f16_at(p);
+    const int high = p[2] | p[3] << 8;
+    for (int b = 0; b < 8; b++) {
+        const int scale = (p[4 + b / 2] >> (b % 2 * 4) & 15) | (high >> (2 * b) & 3) << 4;
+        w->scale[b] = d * (float)(scale - 32);
+        for (int l = 0; l < 32; l++)
+            w->q[32 * b + l] = int8_iq4[p[8 + 16 * b + l % 16] >> (l / 16 * 4) & 15];
+    }
+}
+
+/* 2^(e - 127), halved because int8_fp4 is doubled */
+static inline float int8_e8m0_half(uint8_t e)
+{
+    const uint32_t bits = e < 2 ? 0x00200000u << e : (uint32_t)(e - 1) << 23;
+    float f;
+    memcpy(&f, &bits, sizeof f);
+    return f;
+}
+
+/* one block of 32: its scale, and the integers */
+static inline float int8_load_32(int8_t *q, const uint8_t *p, kl_type type)
+{
+    for (int l = 0; l < 32; l++) {
+        const int shift = l / 16 * 4, at = l % 16;
+        switch (type) {
+        case KL_Q8_0: q[l] = (int8_t)p[2 + l]; break;
+        case KL_Q4_0: q[l] = (int8_t)((p[2 + at] >> shift & 15) - 8); break;
+        case KL_Q5_0:
+            q[l] = (int8_t)(((p[6 + at] >> shift & 15) | (p[2 + l / 8] >> l % 8 & 1) << 4) - 16);
+            break;
+        case KL_IQ4_NL: q[l] = int8_iq4[p[2 + at] >> shift & 15]; break;
+        default: q[l] = int8_fp4[p[1 + at] >> shift & 15]; break; /* MXFP4 */
+        }
+    }
+    return type == KL_MXFP4 ? int8_e8m0_half(p[0]) : kl_f16_at(p);
+}
+
+/* n_blocks of 32 that are there, of 8 (always 8 where a block of the type is 256) */
+static inline void int8_load(int8_weights *w, const uint8_t *p, kl_type type, int n_blocks)
+{
+    memset(w, 0, sizeof *w);
+    switch (type) {
+    case KL_Q4_K: int8_load_k4(w, p, false); break;
+    case KL_Q5_K: int8_load_k4(w, p, true); break;
+    case KL_Q2_K: int8_load_q2_k(w, p); break;
+    case KL_Q3_K: int8_load_q3_k(w, p); break;
+    case KL_Q6_K: int8_load_q6_k(w, p); break;
+    case KL_IQ4_XS: int8_load_iq4_xs(w, p); break;
+    default:
+        for (int b = 0; b < n_blocks; b++)
+            w->scale[b] =
+                int8_load_32(w->q + 32 * b, p + (size_t)b * kl_type_bytes(type, 32), type);
+    }
+}
+
+#endif

@@ -1,0 +1,121 @@
+"""Products with int8 activations (docs/math.md#int8): the definition, one result everywhere, what it costs."""
+
+import numpy as np
+import pytest
+from block_bytes import INT8_TYPES, blocks, values_of
+
+import kimi_linear as kl
+from kimi_linear import _core
+
+U = 2.0**-24
+
+
+def product(x, data, type_id, K, **context):
+    x = np.ascontiguousarray(x, dtype=np.float32)
+    ctx = kl.Context(activations="int8", **context)
+    y = np.full((len(x), len(data)), np.nan, np.float32)
+    _core.linear(ctx._core, [y], x, [(data.reshape(-1), type_id, 1, len(data), K)], [None], [False], len(x), K)
+    return y
+
+
+def quantised(x):
+    """x as the kernels see it, by the definition: one scale for 32 values, largest / 127."""
+    b = np.asarray(x, np.float32).reshape(len(x), -1, 32)
+    largest = np.abs(b).max(-1, keepdims=True)
+    inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
+    q = np.rint(b * inverse)
+    return (q.astype(np.float64) * (largest / np.float32(127)).astype(np.float64)).reshape(np.shape(x))
+
+
+@pytest.mark.parametrize("name", INT8_TYPES)
+@pytest.mark.parametrize("T", [1, 2, 3, 4, 8, 9, 21])
+def test_definition_and_one_result_on_every_instruction_set(name, T):
+    rng = np.random.default_rng(T)
+    K = 768
+    data, type_id = blocks(name, 53, K, rng)
+    x = rng.standard_normal((T, K)).astype(np.float32) * np.exp(2 * rng.standard_normal((T, 1))).astype(np.float32)
+    w, q = values_of(data, name).astype(np.float64), quantised(x)
+    y = product(x, data, type_id, K)
+    # K / 256 groups of fma on a lane, three roundings inside, a tree of three; integers are exact. Mins cancel:
+    # what is summed is bounded by its parts, scale * q and min, not by their difference.
+    largest = 4 * np.abs(w).reshape(53, -1, 32).max(-1).repeat(32, -1)
+    budget = (K / 256 + 6) * U * (np.abs(q) @ largest.T)
+    assert np.all(np.abs(y - q @ w.T) <= budget)
+    for isa in kl.isa_list():
+        assert np.array_equal(product(x, data, type_id, K, isa=isa), y)
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q5_0", "IQ4_NL", "MXFP4"])
+@pytest.mark.parametrize("K", [32, 96, 128, 256, 288, 1056])
+def test_rows_that_end_inside_a_group(name, K):
+    rng = np.random.default_rng(K)
+    data, type_id = blocks(name, 35, K, rng)
+    x = rng.standard_normal((6, K)).astype(np.float32)
+    w = values_of(data, name).astype(np.float64)
+    y = product(x, data, type_id, K)
+    bound = (K / 256 + 7) * U * (np.abs(quantised(x)) @ (4 * np.abs(w)).T)
+    assert np.all(np.abs(y - quantised(x) @ w.T) <= bound)
+    for isa in kl.isa_list():
+        for rows in (slice(0, 1), slice(2, 4), slice(0, 6)):
+            assert np.array_equal(product(x[rows], data, type_id, K, isa=isa), y[rows])
+
+
+@pytest.mark.parametrize("name", INT8_TYPES)
+def test_batch_is_alone_and_threads_change_nothing(name):
+    rng = np.random.default_rng(3)
+    K, T = 2304, 70
+    data, type_id = blocks(name, 130, K, rng)
+    x = rng.standard_normal((T, K)).astype(np.float32)
+    y = product(x, data, type_id, K, threads=1)
+    assert np.array_equal(product(x, data, type_id, K, threads=3), y)
+    for t in (0, 33, 69):
+        assert np.array_equal(product(x[t : t + 1], data, type_id, K), y[t : t + 1])
+        assert np.array_equal(product(x[t : t + 3], data, type_id, K), y[t : t + 3])
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q8_0"])
+def test_zero_tiny_huge_and_not_finite_activations(name):
+    rng = np.random.default_rng(5)
+    K = 512
+    data, type_id = blocks(name, 20, K, rng)
+    x = rng.standard_normal((6, K)).astype(np.float32)
+    x[0] = 0
+    x[1] *= 1e-36  # below 2^-100: counts as zero
+    x[2] *= 1e30
+    x[3, 200] = np.nan
+    x[4, 7] = np.inf
+    y = product(x, data, type_id, K)
+    assert np.array_equal(y[:2], np.zeros((2, 20), np.float32))
+    assert np.isfinite(y[2]).all() and np.isfinite(y[5]).all()
+    assert np.isnan(y[3:5]).all()
+    for isa in kl.isa_list():
+        assert np.array_equal(product(x, data, type_id, K, isa=isa), y, equal_nan=True)
+        assert np.array_equal(product(x[3:4], data, type_id, K, isa=isa), y[3:4], equal_nan=True)
+
+
+def test_the_error_of_int8_is_that_of_its_rounding():
+    """Uniform rounding of scale = largest / 127: largest^2 / 12 / 127^2 a value."""
+    rng = np.random.default_rng(7)
+    K = 4096
+    data, type_id = blocks("Q8_0", 64, K, rng)
+    x = rng.standard_normal((40, K)).astype(np.float32)
+    w = values_of(data, "Q8_0").astype(np.float64)
+    error = product(x, data, type_id, K) - x.astype(np.float64) @ w.T
+    largest = np.abs(x.reshape(40, -1, 32)).max(-1)
+    expected = (largest**2 / 12 / 127**2).repeat(32, -1) @ (w**2).T
+    assert 0.9 < np.sqrt((error**2).mean() / expected.mean()) < 1.1
+
+
+def test_other_types_and_float_weights_take_float32_all_the_same():
+    rng = np.random.default_rng(9)
+    x = rng.standard_normal((5, 512)).astype(np.float32)
+    w = rng.standard_normal((30, 512)).astype(np.float32)
+    int8 = kl.Context(activations="int8")
+    assert np.array_equal(kl.ops.linear(x, w, ctx=int8), kl.ops.linear(x, w))
+    data, type_id = blocks("Q4_1", 30, 512, rng)
+    assert np.array_equal(product(x, data, type_id, 512), kl.ops.linear(x, values_of(data, "Q4_1")))
+
+
+def test_unknown_activations_are_refused():
+    with pytest.raises(ValueError, match="activations is 'int4'; it must be 'float32' or 'int8'"):
+        kl.Context(activations="int4")
