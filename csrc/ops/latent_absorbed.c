@@ -3,6 +3,7 @@
  *   q~_h = w_uk_h^T q_h
  *   a_h = sum_s p_s c_s,   l_h = sum_s p_s   over the positions s
  *   o_h = w_uv_h a_h / l_h
+ * The two products take the activations that the context asks for (q_h, a_h in int8), where the weights do.
  * The positions of a token are cut into segments of a page. A segment is a sum of its own, so that
  * threads can share a long cache; segments are merged in rising order, in waves that bound the
  * memory. Neither the wave nor the group of heads in a task changes a byte. */
@@ -20,8 +21,8 @@ static size_t product_bytes(const kl_absorbed *e)
     w_uk_t.rows = e->a->w_uk->cols;
     w_uk_t.cols = e->a->w_uk->rows;
     w_uk_t.transposed = !e->a->w_uk->transposed;
-    const size_t up = kl_product_scratch(&w_uk_t, e->capacity),
-                 down = kl_product_scratch(e->a->w_uv, e->capacity);
+    const size_t up = kl_product_once_scratch(e->a->ctx, &w_uk_t, e->capacity),
+                 down = kl_product_once_scratch(e->a->ctx, e->a->w_uv, e->capacity);
     return ((up > down ? up : down) + 63) / 64 * 64;
 }
 
@@ -88,9 +89,9 @@ static void absorb_queries(void *arg, int64_t begin, int64_t end, int thread)
             int64_t run = 1; /* tokens that follow each other in q */
             while (i + run < e->n_batch && e->token[i + run].t == e->token[i].t + run)
                 run++;
-            kl_product(e->a->ctx, e->query + (h * e->capacity + i) * g->R, g->R,
-                       e->a->q + (e->token[i].t * g->H + h) * width, g->H * width, NULL, run,
-                       &w_uk_t, h, 0, g->R, e->scratch + (size_t)thread * e->thread_bytes);
+            kl_product_once(e->a->ctx, e->query + (h * e->capacity + i) * g->R, g->R,
+                            e->a->q + (e->token[i].t * g->H + h) * width, g->H * width, run,
+                            &w_uk_t, h, 0, g->R, e->scratch + (size_t)thread * e->thread_bytes);
             i += run;
         }
 }
@@ -205,8 +206,8 @@ static void project_heads(void *arg, int64_t begin, int64_t end, int thread)
     char *scratch = e->scratch + (size_t)thread * e->thread_bytes;
     float *sum = (float *)(void *)(scratch + product_bytes(e)); /* [n_batch, V] */
     for (int64_t h = begin; h < end; h++) {
-        kl_product(e->a->ctx, sum, g->V, e->run.acc + h * e->run.stride, g->R, NULL, e->n_batch,
-                   e->a->w_uv, h, 0, g->V, scratch);
+        kl_product_once(e->a->ctx, sum, g->V, e->run.acc + h * e->run.stride, g->R, e->n_batch,
+                        e->a->w_uv, h, 0, g->V, scratch);
         for (int64_t i = 0; i < e->n_batch; i++) {
             float *o = e->a->o + (e->token[i].t * g->H + h) * g->V;
             for (int64_t v = 0; v < g->V; v++)

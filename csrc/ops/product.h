@@ -44,6 +44,12 @@ void kl_product_int8(const kl_ctx *ctx, float *y, int64_t ldy, const kl_int8_row
                      const int32_t *index, int64_t T, const kl_weight *w, int64_t which,
                      int64_t row0, int64_t rows, void *scratch);
 
+/* The one or the other, for rows of x that one product uses: they are quantised in scratch. */
+size_t kl_product_once_scratch(const kl_ctx *ctx, const kl_weight *w, int64_t T);
+void kl_product_once(const kl_ctx *ctx, float *y, int64_t ldy, const float *x, int64_t ldx,
+                     int64_t T, const kl_weight *w, int64_t which, int64_t row0, int64_t rows,
+                     void *scratch);
+
 /* kl_for for bodies that call kl_product: with the BLAS provider, BLAS keeps to one thread meanwhile. */
 kl_status kl_product_for(kl_ctx *ctx, int64_t n, int64_t grain, kl_body body, void *arg) KL_CHECKED;
 

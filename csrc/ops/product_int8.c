@@ -70,3 +70,26 @@ void kl_product_int8(const kl_ctx *ctx, float *y, int64_t ldy, const kl_int8_row
     const char *first = (const char *)w->matrix[which] + (size_t)row0 * w->row_bytes;
     ctx->k->int8_dot(y, ldy, x, index, T, first, w->row_bytes, w->type, rows, w->cols, scratch);
 }
+
+size_t kl_product_once_scratch(const kl_ctx *ctx, const kl_weight *w, int64_t T)
+{
+    if (!kl_product_takes_int8(ctx, w))
+        return kl_product_scratch(w, T);
+    return (size_t)(T * kl_int8_groups(w->cols)) * sizeof(kl_int8_group)
+           + kl_product_int8_scratch(w);
+}
+
+void kl_product_once(const kl_ctx *ctx, float *y, int64_t ldy, const float *x, int64_t ldx,
+                     int64_t T, const kl_weight *w, int64_t which, int64_t row0, int64_t rows,
+                     void *scratch)
+{
+    if (!kl_product_takes_int8(ctx, w)) {
+        kl_product(ctx, y, ldy, x, ldx, NULL, T, w, which, row0, rows, scratch);
+        return;
+    }
+    const kl_int8_rows x8 = { scratch, kl_int8_groups(w->cols) };
+    kl_int8_group *to = scratch;
+    for (int64_t t = 0; t < T; t++)
+        ctx->k->int8_quantize(to + t * x8.groups, x + t * ldx, w->cols);
+    kl_product_int8(ctx, y, ldy, &x8, NULL, T, w, which, row0, rows, to + T * x8.groups);
+}
