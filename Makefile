@@ -55,8 +55,9 @@ ctest: lib  ## the C programs of tests/c against build/lib, and what the library
 	@sh tools/setup-system.sh pkg-config
 	$(CTEST) LIB=$(CURDIR)/build/lib
 
-test: venv build ctest  ## everything that needs no torch
-	@$(PY) -m pytest $(ARGS)
+test: venv build ctest  ## everything that needs no torch; opens pages in Chromium
+	@sh tools/setup-system.sh chromium
+	$(PY) -m pytest $(ARGS)
 
 demo: build  ## the packaged model writes text and shows its cost and its errors
 	@$(PY) -m kimi_linear demo
@@ -99,7 +100,8 @@ format: venv  ## bring C and Python into the form that `make lint` asks for
 # A copy of the tree with a build of its own: the tests run there unchanged, but for the leak tests, which count
 # what the C library's malloc holds: here the sanitizer's stands in its place (and looks for leaks in tests/c).
 asan: venv  ## the test suite under AddressSanitizer and UndefinedBehaviorSanitizer
-	@rm -rf $(addprefix $(ASAN_TREE)/,csrc kimi_linear tests tools benchmarks notebooks docs)
+	@sh tools/setup-system.sh chromium
+	rm -rf $(addprefix $(ASAN_TREE)/,csrc kimi_linear tests tools benchmarks notebooks docs)
 	mkdir -p $(ASAN_TREE)
 	for item in csrc kimi_linear tests tools benchmarks notebooks docs *.py *.toml *.md Makefile; do
 	    if [ -e $$item ]; then cp -a $$item $(ASAN_TREE)/; fi

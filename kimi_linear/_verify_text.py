@@ -1,7 +1,6 @@
 """How a verify report looks: as text for a terminal, and as HTML for a notebook."""
 
-import html
-
+from .diff import _html as parts
 from .diff.metrics import U
 
 __all__ = ["bar", "html_table", "render", "verdict"]
@@ -198,23 +197,10 @@ def verdict(report):
 
 def html_table(report):
     """For notebooks; names are escaped."""
-    title = html.escape(_head(report, _painter(False))[0])
-    names = ("op", "taps", "rms, u", "largest, u", "of its budget", "", "worst at")
-    head = "".join(f"<th>{name}</th>" for name in names)
-    rows = "".join(f"<tr>{_html_cells(op)}</tr>" for op in report.ops)
-    notes = "".join(f"<div>{html.escape(line)}</div>" for line in _summary(report))
-    colour = "#1a7f37" if report.ok else "#cf222e"
-    end = f"<p style='color:{colour}'><b>{html.escape(report.verdict)}</b></p>"
-    return f"<p><b>{title}</b></p><table><tr>{head}</tr>{rows}</table>{notes}{end}"
-
-
-def _html_cells(op):
-    share = "no budget" if op.share is None else _percent(op.share)
-    width = 0 if op.share is None else min(op.share, 1) * 100
-    shade = "#2da44e" if op.ok else "#cf222e"
-    drawn = (
-        f"<div style='width:100px;background:#eee'>"
-        f"<div style='width:{width:.0f}px;height:.8em;background:{shade}'></div></div>"
-    )
-    texts = [op.name, str(op.taps), _u(op.rms_u), _u(op.largest_u), None, share, f"{op.where} {op.at}"]
-    return "".join(f"<td>{drawn if text is None else html.escape(text)}</td>" for text in texts)
+    names = ("op", "taps", "rms, u", "largest, u", "", "of its budget", "worst at")
+    cells = [(op.name, op.taps, _u(op.rms_u), _u(op.largest_u), "" if op.share is None else bar(op.share),
+              "no budget" if op.share is None else _percent(op.share), f"{op.where} {op.at}") for op in report.ops]
+    ops = parts.table(cells, names, [not op.ok for op in report.ops])
+    title = _head(report, _painter(False))[:1]
+    return parts.fragment(parts.verdict(report.verdict, report.ok), parts.notes(title), ops,
+                          parts.notes(_summary(report)))

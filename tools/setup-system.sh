@@ -4,7 +4,8 @@
 #   sh tools/setup-system.sh [command ...]     check; as root, install what is missing (Debian, Ubuntu)
 #   sh tools/setup-system.sh --python          print the interpreter to use
 #
-# Further commands that must exist (pkg-config) may be named.  PYTHON chooses an interpreter.
+# Further commands that must exist may be named: pkg-config, g++; chromium, in which `make test` opens the HTML pages.
+# PYTHON chooses an interpreter.
 set -eu
 
 find_python() {
@@ -23,6 +24,13 @@ need() {
     missing="$missing $1"
     why="$why  $1: $2
 "
+}
+
+have() {
+    for name in "$@"; do
+        if command -v "$name" >/dev/null; then return 0; fi
+    done
+    return 1
 }
 
 look() {
@@ -45,7 +53,10 @@ look() {
         need libc6-dev "the C library's headers"
     fi
     for tool in "$@"; do
-        command -v "$tool" >/dev/null || need "$tool" "the command $tool"
+        case $tool in
+        chromium) have chromium chromium-browser google-chrome || need chromium "a browser, to open pages in tests" ;;
+        *) have "$tool" || need "$tool" "the command $tool" ;;
+        esac
     done
 }
 

@@ -26,7 +26,7 @@ def add_arguments(parser):
     parser.add_argument("--taps", action="append", metavar="GLOB", help="only these; may be given again")
     parser.add_argument(
         "--threshold",
-        type=_threshold,
+        type=threshold,
         metavar="X",
         help="rms error of a token over the tap's rms from which the runs have parted (default: 6.1e-05, "
         "or 16 units in the last place of a narrower type)",
@@ -45,7 +45,8 @@ def run(args):
     return print_report(args, traces(a, b, threshold=args.threshold))
 
 
-def _threshold(text):
+def threshold(text):
+    """A number >= 0, for ``type=``."""
     import argparse
 
     try:

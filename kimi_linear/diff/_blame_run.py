@@ -13,6 +13,7 @@ from .. import dataflow, faults
 from .._arrays import as_array
 from ..faults import Scene, Site
 from . import metrics
+from ._opened import open_array, open_ids
 from .blame import WRONG, Blame, Judged, as_calls, ranked
 
 EXPLAINED = 30  # a fault leaves this part of the error at most,
@@ -23,6 +24,7 @@ DRAWS = 2  # of a jitter, for the noise
 USUAL = 8.0  # the median op of an engine is at most that many times its noise
 TIED_ROWS = 6  # so many rows with equal scores, all to the last expert, are a rule and not chance
 LARGEST = 3e38
+OPENED = 4  # of the wrong ops, to be looked at
 WITHOUT = ("cache_append",)
 
 
@@ -139,7 +141,18 @@ class Run:
         if lacking:
             self.notes.append(f"{len(lacking)} taps are not in the trace: their ops are judged together with those "
                               f"behind them (+n)")
-        return Blame(ranked(rows), self.skipped, self.unit, self.notes, self.structure)
+        rows = ranked(rows)
+        places = [self.scene.place(i) for i in range(self.scene.T)]
+        cuts = tuple(int(p.rows[0]) for p in self.scene.pieces if len(p.rows) and p.rows[0])
+        opened = [self._open(r.tap, details[r.tap]) for r in rows if not r.ok and r.tap in details][:OPENED]
+        return Blame(rows, self.skipped, self.unit, self.notes, self.structure, places, cuts, opened)
+
+    def _open(self, tap, detail):
+        """A wrong op's result beside float64."""
+        if self.nodes[tap].op == "route":
+            group, _, gaps = detail
+            return open_ids(tap, self.values[tap], self.run(group), gaps)
+        return open_array(tap, self.values[tap], detail[1])
 
     def own_results(self):
         """(tap, what float64 makes of their inputs) of each tap whose inputs are known, in the shape of theirs."""
@@ -169,7 +182,8 @@ class Run:
         worst = int(np.argmax(of_rows)) if len(of_rows) else 0
         details[tap] = group, y, noise
         size = metrics.measure(x, y).rms_relative
-        return Judged(tap, op, names, _score(total, of_rows), size, self.scene.place(worst) if len(of_rows) else "")
+        at = self.scene.place(worst) if len(of_rows) else ""
+        return Judged(tap, op, names, _score(total, of_rows), size, at, of_token=of_rows)
 
     def noise(self, tap, group, y):
         """Of each element: one rounding of the result, and what one of all inputs does, in two draws."""
@@ -221,7 +235,7 @@ class Run:
         return factor * max(1.0, middle / factor)
 
     def _leveled(self, row, level):
-        return row if row.op == "route" else replace(row, noise=row.noise / level)
+        return row if row.op == "route" else replace(row, noise=row.noise / level, of_token=row.of_token / level)
 
     # ---- faults ----
 
@@ -273,7 +287,7 @@ class Run:
         worst = int(ratio.argmax()) if len(ratio) else 0
         kind = "unknown" if over.any() else "tie" if len(other) else "right"
         row = Judged(tap, node.op, names, float(ratio.max(initial=0)), float(over.mean()) if len(over) else 0.0,
-                     self.scene.place(worst) if len(x) else "", kind)
+                     self.scene.place(worst) if len(x) else "", kind, of_token=ratio)
         return row, (group, other, gaps)
 
     def _choice_scores(self, group, unit):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from .._arrays import BFLOAT16, as_array
 from . import metrics
+from ._html import fragment, table, verdict
 from ._matching import Found, Step, ambiguities, choose, joins, permutation_words, runs, search
 from .compare import aligned
 
@@ -88,10 +88,7 @@ class Alignment:
     __repr__ = __str__
 
     def _repr_html_(self):
-        colour = "#1a7f37" if self.found else "#cf222e"
-        cells = "".join("<tr>" + "".join(f"<td style='text-align:left'>{html.escape(x)}</td>" for x in row) + "</tr>"
-                        for row in self._rows())
-        return f"<table>{cells}</table><p style='color:{colour}'>{html.escape(self.verdict)}</p>"
+        return fragment(table(self._rows()), verdict(self.verdict, self.found))
 
 
 def align(theirs, ours, *, axes: Sequence[str] | str | None = None) -> Alignment:

@@ -7,7 +7,6 @@ replaced, the op.
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from ..dataflow import in_order
 from . import metrics
 from .compare import aligned
+from .page import Page, of_bisect
 
 __all__ = ["Bisection", "bisect"]
 
@@ -24,8 +24,8 @@ SPREAD = 0.5  # an op that makes less of the difference than this is not its cau
 
 
 @dataclass
-class Bisection:
-    """What `bisect` found. True where the runs do not differ.
+class Bisection(Page):
+    """What `bisect` found. True where the runs do not differ; `html` shows it.
 
     Attributes
     ----------
@@ -42,6 +42,8 @@ class Bisection:
     steps : list of (str, float)
         Last tap that was replaced, and the difference that was left.
     """
+
+    _parts = of_bisect
 
     tap: str | None
     end: str
@@ -80,10 +82,6 @@ class Bisection:
         return "\n".join([*aligned(rows), "", self.verdict])
 
     __repr__ = __str__
-
-    def _repr_html_(self):
-        cells = "".join(f"<tr><td>{html.escape(tap)}</td><td>{d:.2e}</td></tr>" for tap, d in self.steps)
-        return f"<p><b>{html.escape(self.verdict)}</b></p><table>{cells}</table>"
 
 
 def bisect(run_a, run_b, tokens, *, threshold: float = 1e-5) -> Bisection:

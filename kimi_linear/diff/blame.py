@@ -7,7 +7,6 @@ beside every fault of `kimi_linear.faults` that it can have.
 
 from __future__ import annotations
 
-import html
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,10 @@ import numpy as np
 
 from ..dataflow import in_order
 from ..faults import Fault
+from ._grid import NOISE, Grid, Line, by_layer, by_tap, layer_of
+from ._opened import Opened
 from .compare import aligned
+from .page import Plotted, of_blame
 
 __all__ = ["Blame", "Judged", "WRONG", "blame"]
 
@@ -54,6 +56,8 @@ class Judged:
         Faults that explain it as well.
     where : str
         The tap of the group that has the fault.
+    of_token : (rows,) array or None
+        Error over noise of each token of all calls, sequence by sequence.
     """
 
     tap: str
@@ -68,6 +72,7 @@ class Judged:
     left: float = float("nan")
     also: tuple[str, ...] = ()
     where: str = ""
+    of_token: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     @property
     def ok(self) -> bool:
@@ -99,8 +104,8 @@ class Judged:
 
 
 @dataclass
-class Blame:
-    """What `blame` found. Prints as a table; true when no op is wrong in itself.
+class Blame(Plotted):
+    """What `blame` found. Prints as a table; true when no op is wrong in itself; `html` and `plot` show it.
 
     Attributes
     ----------
@@ -113,13 +118,24 @@ class Blame:
     notes : list of str
     structure : str
         A sentence where layers are of another kind than they should be; else empty.
+    columns : list of str
+        The tokens of all calls: ``call 1, token 5``.
+    cuts : tuple of int
+        At which of them a sequence or a call begins, behind the first.
+    opened : list of Opened
+        The worst ops that are wrong, beside float64 on their inputs.
     """
+
+    _parts = of_blame
 
     rows: list[Judged]
     skipped: list[tuple[str, str]] = field(default_factory=list)
     unit: float = 0.0
     notes: list[str] = field(default_factory=list)
     structure: str = ""
+    columns: list[str] = field(default_factory=list, repr=False)
+    cuts: tuple[int, ...] = ()
+    opened: list[Opened] = field(default_factory=list, repr=False)
 
     @property
     def wrong(self) -> list[Judged]:
@@ -154,14 +170,15 @@ class Blame:
 
     def __str__(self):
         shown = self.wrong[:12] or self.rows[:5]
-        lines = aligned([_HEAD, *(_cells(r) for r in shown)])
+        lines = aligned([HEAD, *(cells(r) for r in shown)])
         if len(self.wrong) > len(shown):
             lines.append(f"... and {len(self.wrong) - len(shown)} more")
-        return "\n".join([*lines, "", *self._left_out(), self.verdict])
+        return "\n".join([*lines, "", *self.left_out(), self.verdict])
 
     __repr__ = __str__
 
-    def _left_out(self):
+    def left_out(self) -> list[str]:
+        """Notes, sources, ties, and what was not judged."""
         lines = list(self.notes)
         known = {r.kind: r.fault for r in self.wrong if r.fault}
         lines += [f"{name}: {f.text} ({f.source or f.scenario})" for name, f in known.items()]
@@ -173,15 +190,24 @@ class Blame:
             lines.append(f"not judged ({n}): {_some(taps)}: {reason}")
         return lines
 
-    def _repr_html_(self):
-        def row(cells, tag, style=""):
-            return f"<tr{style}>" + "".join(
-                f"<{tag} style='text-align:left'>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+    def grid(self, layer: str | None = None) -> Grid:
+        """Error over noise of layers and tokens; or of the taps of one ``layer 3``."""
+        lines = [Line(r.tap, r.of_token, _limit(r)) for r in self.in_order() if r.of_token is not None]
+        if layer is None:
+            return by_layer(lines, self.columns, NOISE, self.cuts)
+        return by_tap([x for x in lines if layer_of(x.tap) == layer], self.columns, NOISE, self.cuts)
 
-        shown = self.wrong or self.rows[:8]
-        body = "".join(row(_cells(r), "td", "" if r.ok else " style='background:#ffebe9'") for r in shown)
-        notes = "".join(f"<p>{html.escape(line)}</p>" for line in self._left_out())
-        return f"<p><b>{html.escape(self.verdict)}</b></p><table>{row(_HEAD, 'th')}{body}</table>{notes}"
+    def by_depth(self) -> tuple[list[str], dict[str, list[float]], float]:
+        """(layers, the worst op of each in times its noise, from where an op is wrong)."""
+        layers: dict[str, list[float]] = {}
+        for r in self.in_order():
+            layers.setdefault(layer_of(r.tap), []).append(r.noise)
+        return list(layers), {"worst op, times its noise": [max(x) for x in layers.values()]}, WRONG
+
+    def in_order(self) -> list[Judged]:
+        """The rows in the order of the dataflow."""
+        rows = {r.tap: r for r in self.rows}
+        return [rows[tap] for tap in in_order(rows)]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; what is not finite is null."""
@@ -195,18 +221,24 @@ class Blame:
                 "skipped": [list(s) for s in self.skipped], "notes": self.notes}
 
 
-_HEAD = ("tap", "op", "error", "times its noise", "worst at", "what it is")
+HEAD = ("tap", "op", "error", "times its noise", "worst at", "what it is")
 
 
 def _times(x):
     return f"{x:.2g} times" if np.isfinite(x) else "beyond"
 
 
+def _limit(r):
+    """What a token may be at: half of it counts (`Judged.noise`), unless the op is wrong as a whole."""
+    return WRONG if not r.ok or r.op == "route" else 2 * WRONG
+
+
 def _some(names):
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _cells(r: Judged):
+def cells(r: Judged) -> tuple[str, ...]:
+    """A row of the table."""
     group = f" (+{len(r.group) - 1})" if len(r.group) > 1 else ""
     return r.tap, r.op + group, f"{r.error:.2e}", f"{r.noise:.3g}", r.at if r.noise else "", r.label
 

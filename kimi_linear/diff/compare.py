@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,15 +11,20 @@ import numpy as np
 
 from .._arrays import as_array
 from . import metrics
+from ._grid import Grid, grid_of
+from ._opened import Opened, open_array
 from .budgets import budget
 from .budgets import names as budget_names
+from .page import Plotted, of_compare
 
 __all__ = ["Comparison", "compare", "judge"]
 
+AXES_OF_STATE = {3: ("head", "key", "value"), 4: ("sequence", "head", "key", "value")}
+
 
 @dataclass
-class Comparison:
-    """What `compare` found. Prints as a small table; true when `ok`.
+class Comparison(Plotted):
+    """What `compare` found. Prints as a small table; true when `ok`; `html` shows it.
 
     Attributes
     ----------
@@ -39,7 +43,11 @@ class Comparison:
         Where that is, or else where the largest error is.
     parts : tuple of Comparison
         Of the single results, where an op has several.
+    arrays : tuple or None
+        (actual, desired, names of the axes, bound of each element or None), for `html`.
     """
+
+    _parts = of_compare
 
     ok: bool
     rows: list[tuple[str, str, str]]
@@ -49,6 +57,7 @@ class Comparison:
     at: tuple[int, ...] = ()
     op: str | None = None
     parts: tuple[Comparison, ...] = field(default=(), repr=False)
+    arrays: tuple | None = field(default=None, repr=False, compare=False)
 
     def __bool__(self):
         return self.ok
@@ -58,13 +67,16 @@ class Comparison:
 
     __repr__ = __str__
 
-    def _repr_html_(self):
-        colour = "#1a7f37" if self.ok else "#cf222e"
-        cells = "".join(
-            "<tr>" + "".join(f"<td style='text-align:left'>{html.escape(x)}</td>" for x in row) + "</tr>"
-            for row in self.rows
-        )
-        return f"<table>{cells}</table><p style='color:{colour}'>{html.escape(self.verdict)}</p>"
+    def opened(self, name: str) -> Opened | None:
+        """What there is to see in the two arrays; None for integers, and where there are parts."""
+        if self.arrays is None:
+            return None
+        return open_array(name, *self.arrays)
+
+    def grid(self) -> tuple[Grid, str]:
+        """(heat map of tokens and heads, or channels; what is allowed): the share of the budget, or without one the
+        error over the rms."""
+        return grid_of(*self.arrays)
 
 
 def aligned(rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
@@ -132,6 +144,8 @@ def _compare_all(actual, desired, op, inputs, axes, dtype):
         metrics.check_same_shape(a, d)
         sets = a.dtype.kind in "iu" and d.dtype.kind in "iu"
         names = axes if axes is not None and len(axes) == a.ndim else None
+        if names is None and op == "delta_rule" and len(parts) == 1:
+            names = AXES_OF_STATE.get(a.ndim)
         parts.append(
             compare_sets(a, d, op=op) if sets else judge(a, d, bound, op=op, axes=names, dtype=dtype)
         )
@@ -197,14 +211,16 @@ def judge(actual, desired, bound=None, *, op=None, axes=None, dtype=None) -> Com
         )
     rows += _tolerances(actual, desired, e)
     if bound is None:
-        return Comparison(*_verdict_of_gates(actual, desired, e, rows, op), errors=e, at=e.worst, op=op)
+        return Comparison(*_verdict_of_gates(actual, desired, e, rows, op), errors=e, at=e.worst, op=op,
+                          arrays=(actual, desired, axes, None))
     bound = np.broadcast_to(np.asarray(bound, np.float64), d.shape)
     if narrow:
         bound = bound * (1 + metrics.unit_of(dtype)) + _half_spacing(d, dtype)
     share, at = metrics.share_of(actual, desired, bound)
     if e.count:
         rows.append(("budget", f"{share:.3g} of it used at worst", metrics.coordinates(at, axes)))
-    return Comparison(share <= 1, rows, _verdict(share, at, actual, d, bound, axes, op), e, share, at, op)
+    return Comparison(share <= 1, rows, _verdict(share, at, actual, d, bound, axes, op), e, share, at, op,
+                      arrays=(actual, desired, axes, bound))
 
 
 def _round_to(x, dtype):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 
 from ..dataflow import in_order
 from . import metrics
+from ._grid import Grid, Line, by_layer, by_tap, layer_of
+from ._opened import Opened, axes_of, open_array, open_ids
 from .compare import aligned
+from .page import Plotted, of_traces
 
 __all__ = ["Divergence", "Report", "Row", "THRESHOLD", "threshold_for", "traces"]
 
@@ -40,6 +42,9 @@ class Row:
         How many are.
     added, inherited : float or None
         The rms error in two: what the op of `a` added, on its own inputs, and what these brought with them.
+    of_token, added_of_token : (T,) array or None
+        The error, and the added part of it, of each token's row, over the rms of the tap. Of expert ids 1 where the
+        sets differ.
     """
 
     tap: str
@@ -56,11 +61,29 @@ class Row:
     nonfinite: int = 0
     added: float | None = None
     inherited: float | None = None
+    of_token: np.ndarray | None = field(default=None, repr=False, compare=False)
+    added_of_token: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     @property
     def ok(self) -> bool:
         """True where no token is over the threshold."""
         return self.first is None
+
+    @property
+    def limit(self) -> float:
+        """What `of_token` is held against: the threshold; of expert ids 1."""
+        return 1.0 if self.kind == "ids" else self.threshold
+
+    @property
+    def verdict(self) -> str:
+        """"ok", "DIVERGES"; where the parts are known, whether the op "ADDS" what is over, or it is "inherited"."""
+        if self.ok or self.added_of_token is None:
+            return "ok" if self.ok else "DIVERGES"
+        return "ADDS" if self.added_of_token.max(initial=0) > self.threshold else "inherited"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, without those of each token."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if not f.name.endswith("of_token")}
 
 
 @dataclass(frozen=True)
@@ -76,8 +99,8 @@ class Divergence:
 
 
 @dataclass
-class Report:
-    """What `traces` found. Prints as a table; true when no tap diverges.
+class Report(Plotted):
+    """What `traces` found. Prints as a table; true when no tap diverges; `html` and `plot` show it.
 
     Attributes
     ----------
@@ -88,13 +111,27 @@ class Report:
         Taps that one trace lacks; nothing is said about them.
     notes : list of str
         What was left out, or compared in another shape.
+    columns : list of str
+        The tokens: ``token 5``; of several sequences, also which.
+    cuts : tuple of int
+        At which tokens sequences begin, behind the first.
+    opened : list of Opened
+        The first tap that diverges, the one that adds most, and the last: their worst elements, where their error is.
+    about : tuple of str
+        What `a` and `b` say of themselves.
     """
+
+    _parts = of_traces
 
     rows: list[Row]
     first: Divergence | None
     only_a: list[str] = field(default_factory=list)
     only_b: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    columns: list[str] = field(default_factory=list, repr=False)
+    cuts: tuple[int, ...] = ()
+    opened: list[Opened] = field(default_factory=list, repr=False)
+    about: tuple[str, str] = ("", "")
 
     @property
     def ok(self) -> bool:
@@ -115,8 +152,8 @@ class Report:
         return f"ok: no divergence in {len(self.rows)} taps{how}"
 
     def __str__(self):
-        lines = aligned([self._head(), *(_cells(r, self.has_parts) for r in self.rows)])
-        return "\n".join([*lines, "", *self._left_out(), self.verdict])
+        lines = aligned([head(self.has_parts), *(row_cells(r, self.has_parts) for r in self.rows)])
+        return "\n".join([*lines, "", *self.left_out(), self.verdict])
 
     __repr__ = __str__
 
@@ -125,10 +162,8 @@ class Report:
         """Whether errors are told into added and inherited ones."""
         return any(r.added is not None for r in self.rows)
 
-    def _head(self):
-        return (*_HEAD[:3], "added", "inherited", *_HEAD[3:]) if self.has_parts else _HEAD
-
-    def _left_out(self):
+    def left_out(self) -> list[str]:
+        """Notes, and the taps of one trace alone."""
         lines = list(self.notes)
         for name, taps in (("a", self.only_a), ("b", self.only_b)):
             if taps:
@@ -136,18 +171,30 @@ class Report:
                 lines.append(f"only in {name}: {', '.join(taps[:6])}{more}")
         return lines
 
-    def _repr_html_(self):
-        def row(cells, tag, style=""):
-            return (
-                f"<tr{style}>"
-                + "".join(f"<{tag} style='text-align:left'>{html.escape(c)}</{tag}>" for c in cells)
-                + "</tr>"
-            )
+    def grid(self, layer: str | None = None) -> Grid:
+        """The error of layers and tokens, the added one where it is known; or of the taps of one ``layer 3``."""
+        parts = self.has_parts
+        lines = [Line(r.tap, r.added_of_token if parts else r.of_token, r.limit) for r in self.rows if self._is_row(r)]
+        if layer is None:
+            return by_layer(lines, self.columns, cuts=self.cuts)
+        return by_tap([x for x in lines if layer_of(x.tap) == layer], self.columns, cuts=self.cuts)
 
-        body = "".join(row(_cells(r, self.has_parts), "td", "" if r.ok else " style='background:#ffebe9'")
-                       for r in self.rows)
-        notes = "".join(f"<p>{html.escape(line)}</p>" for line in self._left_out())
-        return f"<p><b>{html.escape(self.verdict)}</b></p><table>{row(self._head(), 'th')}{body}</table>{notes}"
+    def by_depth(self) -> tuple[list[str], dict[str, list[float]], float]:
+        """(layers, errors of each, the limit): what has gathered at a layer's last tap, and the most that one of its
+        taps adds, where that is known."""
+        layers: dict[str, list[Row]] = {}
+        for r in self.rows:
+            if r.kind == "float" and not r.tap.endswith(_STATES):
+                layers.setdefault(layer_of(r.tap), []).append(r)
+        series = {"gathered by its end": [rows[-1].rms for rows in layers.values()]}
+        if self.has_parts:
+            series = {"added, worst tap": [max((r.added or 0.0) for r in rows) for rows in layers.values()], **series}
+        limits = [r.threshold for rows in layers.values() for r in rows]
+        return list(layers), series, min(limits, default=THRESHOLD)
+
+    def _is_row(self, r):
+        values = r.added_of_token if self.has_parts else r.of_token
+        return values is not None and len(values) == len(self.columns) and not r.tap.endswith(_STATES)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -155,17 +202,24 @@ class Report:
             "ok": self.ok,
             "verdict": self.verdict,
             "first": asdict(self.first) if self.first else None,
-            "rows": [asdict(r) | {"ok": r.ok} for r in self.rows],
+            "rows": [r.to_dict() | {"ok": r.ok} for r in self.rows],
             "only_a": self.only_a,
             "only_b": self.only_b,
             "notes": self.notes,
         }
 
 
+_STATES = (".state", "_history", "_cache")  # arrays without a row a token
 _HEAD = ("tap", "shape", "rms error", "largest", "at", "first token over", "tokens over")
 
 
-def _cells(r: Row, parts: bool = False) -> tuple[str, ...]:
+def head(parts: bool) -> tuple[str, ...]:
+    """Names of the columns of a table; `parts`: with added and inherited errors."""
+    return (*_HEAD[:3], "added", "inherited", *_HEAD[3:]) if parts else _HEAD
+
+
+def row_cells(r: Row, parts: bool = False) -> tuple[str, ...]:
+    """A row of the table."""
     cells = _plain_cells(r)
     if not parts:
         return cells
@@ -179,7 +233,7 @@ def _plain_cells(r: Row) -> tuple[str, ...]:
         return (r.tap, shape, "same" if r.ok else "other ids", "", "", *over)
     if r.rms == 0:
         return (r.tap, shape, "same", "", "", *over)
-    at = metrics.coordinates(r.worst, metrics.axis_names(r.shape))
+    at = metrics.coordinates(r.worst, axes_of(r.tap, r.shape))
     return (r.tap, shape, f"{r.rms:.2e}", f"{r.largest:.2e}", at, *over)
 
 
@@ -228,12 +282,16 @@ def traces(a, b, *, threshold: float | None = None, model=None) -> Report:
         rows.append(_row(tap, x, y, threshold))
     if model is not None:
         rows = _in_parts(rows, a, b, model)
+    first = _first(rows, a, b)
     return Report(
         rows,
-        _first(rows, a, b),
+        first,
         in_order(n for n in ours if n not in theirs),
         in_order(n for n in theirs if n not in ours),
         notes,
+        *_columns(a, b, rows),
+        [_open(r, a, b) for r in _of_interest(rows, first)],
+        (_about(a), _about(b)),
     )
 
 
@@ -300,11 +358,11 @@ def _row(tap, x, y, threshold):
             int(over.sum()),
             0.0,
             "ids",
+            of_token=over.astype(np.float64),
         )
     e = metrics.measure(x, y)
     limit = threshold_for(x.dtype, y.dtype) if threshold is None else threshold
-    error, _ = metrics.distance(metrics.as_float64(x, "a"), metrics.as_float64(y, "b"))
-    of_row = np.sqrt((error.reshape(rows, -1) ** 2).mean(axis=1)) if x.size else np.zeros(rows)
+    of_row = _rms_of_rows(x, y)
     over = of_row > limit * e.size
     first = int(over.argmax()) if over.any() else None
     return Row(
@@ -319,7 +377,19 @@ def _row(tap, x, y, threshold):
         int(over.sum()),
         limit,
         nonfinite=e.actual_nonfinite,
+        of_token=_over(of_row, e.size),
     )
+
+
+def _rms_of_rows(x, y):
+    """rms error of each row [T, ...]; infinite where one of the two is not finite."""
+    rows = len(x) if x.ndim else 1
+    error, _ = metrics.distance(metrics.as_float64(x, "a"), metrics.as_float64(y, "b"))
+    return np.sqrt((error.reshape(rows, -1) ** 2).mean(axis=1)) if x.size else np.zeros(rows)
+
+
+def _over(errors, size):
+    return errors / size if size else np.where(errors > 0, np.inf, 0.0)
 
 
 def _in_parts(rows, a, b, model):
@@ -330,9 +400,42 @@ def _in_parts(rows, a, b, model):
     for tap in own.keys() & by_tap.keys():
         y = own[tap].reshape(np.asarray(b[tap]).shape)
         size = metrics.measure(b[tap], b[tap]).size or 1.0
-        added, inherited = metrics.measure(np.asarray(a[tap]).reshape(y.shape), y), metrics.measure(y, b[tap])
-        by_tap[tap] = replace(by_tap[tap], added=added.rms / size, inherited=inherited.rms / size)
+        x = np.asarray(a[tap]).reshape(y.shape)
+        added, inherited = metrics.measure(x, y), metrics.measure(y, b[tap])
+        by_tap[tap] = replace(by_tap[tap], added=added.rms / size, inherited=inherited.rms / size,
+                              added_of_token=_rms_of_rows(x, y) / size)
     return list(by_tap.values())
+
+
+def _columns(a, b, rows):
+    """(names of the tokens, where further sequences begin)."""
+    known = next((np.size(t) for t in (getattr(x, "tokens", None) for x in (a, b)) if t is not None), None)
+    T = known if known is not None else next((r.shape[0] for r in rows if r.shape and not r.tap.endswith(_STATES)), 0)
+    cuts = next((np.ravel(x.meta["offsets"]).astype(int).tolist() for x in (a, b)
+                 if "offsets" in getattr(x, "meta", {})), [0, T])
+    if len(cuts) < 3 or cuts[-1] != T:
+        return [f"token {t}" for t in range(T)], ()
+    names = [f"sequence {n}, token {t}" for n, (i, j) in enumerate(zip(cuts, cuts[1:])) for t in range(j - i)]
+    return names, tuple(cuts[1:-1])
+
+
+def _about(x):
+    """``their engine, bfloat16``: what a trace's metadata say."""
+    meta = getattr(x, "meta", {})
+    return ", ".join(str(meta[k]) for k in ("model", "source", "dtype") if meta.get(k))
+
+
+def _of_interest(rows, first):
+    """The first that diverges, the float tap that adds most where this is known, and the last one."""
+    by_tap = {r.tap: r for r in rows}
+    most = max((r for r in rows if r.added), key=lambda r: r.added, default=None)
+    chosen = [by_tap[first.tap] if first else None, most, rows[-1]]
+    return list({r.tap: r for r in chosen if r is not None}.values())
+
+
+def _open(r, a, b):
+    x, y = (np.asarray(t[r.tap]).reshape(r.shape) for t in (a, b))
+    return open_ids(r.tap, x, y) if r.kind == "ids" else open_array(r.tap, x, y)
 
 
 def _first(rows, a, b):
@@ -341,7 +444,7 @@ def _first(rows, a, b):
         return None
     parts = row.tap.split(".")
     layer = int(parts[1]) if parts[0] == "layers" and len(parts) > 1 and parts[1].isdigit() else None
-    x, y = (np.asarray(t[row.tap]).reshape(row.shape)[row.first] for t in (a, b))
+    x, y = (np.asarray(t[row.tap]).reshape(row.shape or (1,))[row.first] for t in (a, b))
     clean = f"; the {rows.index(row)} taps before it agree" if rows.index(row) else ""
     if row.kind == "ids":
         lost, taken = (sorted(set(p.ravel().tolist()) - set(q.ravel().tolist())) for p, q in ((y, x), (x, y)))

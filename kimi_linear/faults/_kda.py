@@ -296,7 +296,9 @@ FAULTS = (
           choices=((-5.0,), (-20.0,)), source="a guard of chunked kernels; ggml's tests take g > -20"),
     Fault("chunk_overflow", "a chunk multiplies by exp(-c_j) alone, which overflows", DELTA, factored_chunks, STRONG,
           choices=((64,), (32,), (16,)), source="float32 exp overflows above 88.7"),
-    Fault("chunk_decays_subtracted", "decays in a chunk are differences of float32 sums: a strong one takes their bits",
+    Fault("chunk_decays_subtracted",
+          "decays in a chunk are differences of float32 running sums: a strong decay makes the sums large, and small "
+          "differences between them lose their last bits",
           DELTA, subtracted_chunks, STRONG, choices=((64,), (32,), (16,)),
           source="transformers and flash-linear-attention; arXiv:2510.26692, equations 2 to 9"),
     Fault("scale_missing", "q is not scaled by K^-1/2 (or scaled before its norm, which undoes it)", DELTA,

@@ -213,3 +213,58 @@ def test_blame_lists_faults_and_asks_for_files(cli):
     assert len(json.loads(cli("blame", "--faults", "--json")[1])) == len(kl.faults.CATALOGUE)
     code, _, err = cli("blame", KIMI_A)
     assert code == 2 and err == "kimi-linear blame: it needs MODEL and at least one THEIRS.safetensors\n"
+
+
+# ---- report ----
+
+
+def test_report_of_two_traces(cli, tmp_path):
+    model, page = kl.Model.from_pretrained(KIMI_A), tmp_path / "page.html"
+    [right] = kl.faults.run(model, [1, 2, 3, 4, 5])
+    [wrong] = kl.faults.run(model, [1, 2, 3, 4, 5], plant={"layers.1.kda.g": "dt_bias_twice"})
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    wrong.save(a), right.save(b)
+    code, out, err = cli("report", a, b, "-o", page)
+    assert code == 1 and out.startswith("DIVERGES at layers.1.kda.g, token 0") and err.startswith(f"{page}: ")
+    assert "inherited" not in page.read_text(encoding="utf-8")
+    code, out, _ = cli("report", a, b, "--model", KIMI_A, "-o", page)
+    assert code == 1 and "added by this op" in out and "inherited" in page.read_text(encoding="utf-8")
+    assert cli("report", b, b, "-o", page)[:2] == (0, "ok: no divergence in 155 taps; the largest rms error is "
+                                                      "0.00e+00, at embed\n")
+    assert json.loads(cli("report", a, b, "-o", page, "--json")[1])["first"]["tap"] == "layers.1.kda.g"
+
+
+def test_report_of_calls_and_of_transformers(cli, tmp_path):
+    model, page = kl.Model.from_pretrained(KIMI_A), tmp_path / "page.html"
+    calls = kl.faults.run(model, [[[1, 2, 3, 4, 5, 6]], [[7, 8, 9]]], plant={"layers.1.kda.g": "dt_bias_twice"})
+    paths = [tmp_path / f"call{i}.safetensors" for i in range(2)]
+    for path, trace in zip(paths, calls):
+        trace.save(path)
+    code, out, _ = cli("report", *paths, "--calls", "--model", KIMI_A, "-o", page)
+    assert code == 1 and "dt_bias_twice" in out and "call 1, token 2" in page.read_text(encoding="utf-8")
+    golden = DATA / "golden" / "kimi-a" / "golden.safetensors"
+    theirs = ("--names", "hf", "--prefix", "short/", "--model", KIMI_A)
+    code, out, _ = cli("report", golden, *theirs, "-o", page)
+    assert code == 0 and out.startswith("ok: none of ")
+    model.trace(read_safetensors(golden)["short/tokens"]).save(paths[0])
+    code, out, _ = cli("report", paths[0], golden, *theirs, "-o", page)
+    assert code == 0 and out.startswith("ok: no divergence in "), "of two files only theirs has their names"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("a", "b", "c"), "there are 3 traces; name two, or say --calls"),
+        (("a",), "name the checkpoint, --model MODEL"),
+        (("a", "b", "--calls"), "name the checkpoint, --model MODEL"),
+        (("a", "--model", "tiny", "--threshold", "1"), "--threshold is for two traces"),
+        (("a", "b", "--dtype", "float32"), "--dtype is for one trace"),
+        (("a", "b", "--names", "hf"), "--names hf needs --model MODEL"),
+        (("a", "b"), "a: No such file"),
+    ],
+)
+def test_report_of_what_it_cannot(cli, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = cli("report", *words, "-o", "page.html")
+    assert code == 2 and out == "" and message in err
+    assert os.listdir(tmp_path) == []

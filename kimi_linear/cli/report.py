@@ -1,0 +1,77 @@
+"""``kimi-linear report``: what `diff` or `blame` finds, as one HTML page."""
+
+from pathlib import Path
+
+from ._common import add_json_argument, human_bytes, print_report, say
+from .diff import threshold
+
+HELP = "one HTML page to look at: two traces beside each other, or the ops of one judged by float64"
+EPILOG = """
+kimi-linear report theirs.safetensors ours.safetensors -o report.html
+kimi-linear report theirs.safetensors ours.safetensors --model ~/models/kimi -o report.html
+kimi-linear report theirs.safetensors --model ~/models/kimi --names hf -o report.html
+kimi-linear report prompt.safetensors step1.safetensors --calls --model ~/models/kimi -o report.html
+
+Two files: diff, B being the measure; with a model, what each op of A adds.
+One file, or --calls: blame, each op on its own inputs; this needs the model.
+
+exit code 0: nothing found; 1: something is wrong or diverges; 2: bad usage or input
+"""
+
+
+def add_arguments(parser):
+    parser.add_argument("traces", metavar="TRACE", nargs="+", help="A B: traces to lay beside each other; or one alone")
+    parser.add_argument("-o", "--output", metavar="FILE", required=True, help="the page to write")
+    parser.add_argument("--model", metavar="MODEL",
+                        help='the same checkpoint: Hugging Face folder, hub id in the local cache, or "tiny"')
+    parser.add_argument("--calls", action="store_true",
+                        help="the files are consecutive calls of one run, from its beginning")
+    parser.add_argument("--names", choices=("hf",),
+                        help="the names in files that `kimi-linear trace` did not write: transformers' module paths")
+    parser.add_argument("--prefix", default="", metavar="TEXT", help="of the names in those files to take")
+    parser.add_argument("--dtype", choices=("float64", "float32", "float16", "bfloat16"),
+                        help="of one trace: what they computed in (default: as the file says, or as most ops show)")
+    parser.add_argument("--threshold", type=threshold, metavar="X",
+                        help="of two: rms error of a token over the tap's rms from which they have parted")
+    add_json_argument(parser)
+
+
+def run(args):
+    from ..diff import blame, traces
+
+    alone = args.calls or len(args.traces) == 1
+    _check(args, alone)
+    model = _model(args.model)
+    files = [_load(path, args, model) for path in args.traces]
+    found = blame(model, files, dtype=args.dtype) if alone else traces(*files, threshold=args.threshold, model=model)
+    found.html(args.output)
+    say(f"{args.output}: {human_bytes(Path(args.output).stat().st_size)}")
+    return print_report(args, found, lambda report: report.verdict)
+
+
+def _check(args, alone):
+    if not alone and len(args.traces) > 2:
+        raise ValueError(f"there are {len(args.traces)} traces; name two, or say --calls if they are calls of one run")
+    if alone and args.model is None:
+        raise ValueError("one trace is judged by running its ops again: name the checkpoint, --model MODEL")
+    if alone and args.threshold is not None:
+        raise ValueError("--threshold is for two traces; an op is judged by its own noise")
+    if not alone and args.dtype is not None:
+        raise ValueError("--dtype is for one trace; two are compared as they are")
+    if args.names and args.model is None:
+        raise ValueError("--names hf needs --model MODEL: shapes of heads are not in the file")
+
+
+def _model(name):
+    from ..model import Model
+
+    return None if name is None else Model.tiny() if name == "tiny" else Model.from_pretrained(name)
+
+
+def _load(path, args, model):
+    from ..trace import FORMAT, Trace
+
+    trace = Trace.load(path)
+    if trace.meta.get("format") == FORMAT or not (args.names or args.prefix):
+        return trace
+    return Trace.load(path, names=args.names, config=model.config if args.names else None, prefix=args.prefix)
