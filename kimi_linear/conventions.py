@@ -8,7 +8,9 @@ names the files that it was read from, and `but` makes a variant: ``conventions[
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 
-__all__ = ["Convention", "DeltaRule", "convention", "conventions"]
+from ._conventions import ARRAYS, OTHERS, OURS
+
+__all__ = ["Convention", "DeltaRule", "PlainOp", "convention", "conventions"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +103,26 @@ class DeltaRule(Convention):
     returns: str = "o, state"
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlainOp(Convention):
+    """The conventions of every other op.
+
+    Attributes
+    ----------
+    forms : tuple of str
+        How arguments and results lie and what they hold where that is not as ours, each a key of the op's FORMS in
+        `kimi_linear.testing`: "w [n, m]", "rate as A_log". They are applied in this order.
+    fixed : mapping
+        Arguments of ours that cannot be passed, and the values that they have there.
+    returned : int
+        How many of our results there are, the first; 0 is all.
+    """
+
+    forms: tuple = ()
+    fixed: MappingProxyType = field(default_factory=lambda: MappingProxyType({}))
+    returned: int = 0
+
+
 def _table(**values):
     return MappingProxyType(values)
 
@@ -139,8 +161,7 @@ _HF_KDA = DeltaRule(
     notes=("the chunk form subtracts cumulative sums of g: digits go with strong gates, and -inf gives NaN",
            "unknown keywords are swallowed: cu_seqlens does nothing without fla"))
 
-#: project -> op -> Convention.
-conventions = MappingProxyType({
+_DELTA_RULE = {
     "ours": _table(delta_rule=DeltaRule(
         project="ours", source=("kimi_linear/ops/_kda.py",), names=_OURS, l2_norm="l2_norm",
         dtypes="float32; float16 and bfloat16 widen exactly")),
@@ -179,7 +200,27 @@ conventions = MappingProxyType({
         l2_form="rms_norm with eps on the mean, times K**-0.5, by the caller; eps was 1e-6, now 1e-6 / K",
         notes=("g is the decay itself, exp of the log-decay",
                "the kernel wants K a multiple of 32; gated_delta_ops takes any"))),
-})
+}
+
+
+def _plain(project, entry):
+    names = dict(pair.partition("=")[::2] for pair in entry["names"].split())
+    rest = {n: entry[n] for n in ("forms", "notes", "returned") if n in entry}
+    return PlainOp(project=project, source=(entry["source"],), arrays=ARRAYS.get(project, "numpy"),
+                   names=_table(**names), always=_table(**entry.get("always", {})),
+                   fixed=_table(**entry.get("fixed", {})), **rest)
+
+
+def _ours(arguments):
+    return {"names": " ".join(f"{n}={n}" for n in [*arguments.split(), "out"]), "source": "kimi_linear/ops"}
+
+
+_PLAIN = {"ours": {op: _ours(arguments) for op, arguments in OURS.items()}} | OTHERS
+
+#: project -> op -> Convention.
+conventions = MappingProxyType({
+    project: _table(**delta_rule, **{op: _plain(project, e) for op, e in _PLAIN.get(project, {}).items()})
+    for project, delta_rule in _DELTA_RULE.items()})
 
 
 def convention(given, op):

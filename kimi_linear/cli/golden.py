@@ -2,17 +2,19 @@
 
 import os
 
+from ..testing.spec import OPS
 from ._common import add_json_argument, human_bytes, print_json, say
 
 HELP = "an op's cases with float64 results and allowed errors, in a file for kernels in any language"
 EPILOG = """
 kimi-linear golden delta_rule -o cases.npz
 kimi-linear golden delta_rule -o cases.safetensors --cases "rim gates" --cases "nan*"
+kimi-linear golden rms_norm -o cases.npz
 """
 
 
 def add_arguments(parser):
-    parser.add_argument("op", metavar="OP", help="an op that has cases: delta_rule")
+    parser.add_argument("op", metavar="OP", help=f"an op: {', '.join(OPS)}")
     parser.add_argument("-o", "--output", metavar="FILE", required=True, help="file to write")
     parser.add_argument("--format", choices=("npz", "safetensors"), help="(default: as the file's name ends, else npz)")
     parser.add_argument("--cases", action="append", metavar="GLOB",

@@ -19,19 +19,19 @@ import numpy as np
 from .. import dataflow
 from ..trace import Trace
 from . import _any, _kda, _mla, _moe
-from ._fault import FAINT, LARGE, LONG, RESTORED, SEVERAL, SPLIT, STRONG, TIES, WHOLE, Fault
+from ._fault import BOTH, CALL, FAINT, LARGE, LONG, RESTORED, RUN, SEVERAL, SPLIT, STRONG, TIES, WHOLE, Fault
 from .scene import Scene
-from .site import Site
+from .site import Call, Site
 
 __all__ = [
-    "CATALOGUE", "FAINT", "LARGE", "LONG", "RESTORED", "SEVERAL", "SPLIT", "STRONG", "TIES", "WHOLE", "Fault", "Scene",
-    "Site", "at", "by_name", "for_op", "run",
+    "BOTH", "CALL", "CATALOGUE", "FAINT", "LARGE", "LONG", "RESTORED", "RUN", "SEVERAL", "SPLIT", "STRONG", "TIES",
+    "WHOLE", "Call", "Fault", "Scene", "Site", "at", "by_name", "for_op", "mistakes", "run",
 ]
 
-#: Every fault, by name.
-CATALOGUE: dict[str, Fault] = {
-    f.name: f for f in (*_kda.FAULTS, *_mla.FAULTS, *_moe.FAULTS, *_any.FAULTS)
-}
+_ALL = (*_kda.FAULTS, *_mla.FAULTS, *_moe.FAULTS, *_any.FAULTS)
+
+#: Every fault that is planted in a model, by name.
+CATALOGUE: dict[str, Fault] = {f.name: f for f in _ALL if f.use != CALL}
 
 
 def by_name(name: str) -> Fault:
@@ -54,6 +54,11 @@ def for_op(op: str) -> list[Fault]:
     """The faults that an op can have, its own before those of any op."""
     own = [f for f in CATALOGUE.values() if op in f.ops]
     return own + [f for f in CATALOGUE.values() if "*" in f.ops]
+
+
+def mistakes(op: str) -> list[Fault]:
+    """The faults that one call of an op can have, those of any op last: what `kimi_linear.testing.check_op` tries."""
+    return [f for wanted in (op, "*") for f in _ALL if wanted in f.ops and f.use != RUN]
 
 
 def at(node: dataflow.Node, scene: Scene) -> list[Fault]:

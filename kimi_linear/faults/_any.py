@@ -9,35 +9,149 @@ import ml_dtypes
 import numpy as np
 
 from .. import reference
-from ._fault import LARGE, Fault, changed
+from ._fault import CALL, FAINT, LARGE, RUN, Fault, changed
 from .site import Site
 
 HALF_MAX = 65504.0
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
-def other_eps(site: Site, eps: float):
-    return site.run(eps=eps) if eps != site["eps"] else None
+# ---- norms -------------------------------------------------------------------------------------------
 
 
-def plus_one(site: Site):
-    return site.run(w=1 + site["w"])
+def other_eps(call, eps: float):
+    return call.run(eps=eps) if eps != call["eps"] else None
 
 
-def norm_of_product(site: Site):
+def over(length):
+    """The norm with another length: a function of the mean of squares, eps and the width."""
+    def function(call):
+        x, eps = call["x"], call["eps"]
+        right = np.sqrt((x * x).mean(-1, keepdims=True) + eps)
+        return call.run() * right / length((x * x).mean(-1, keepdims=True), eps, x.shape[-1])
+
+    return function
+
+
+def overflowing(mean, eps, D):
+    return np.where(mean * D > FLOAT32_MAX, np.inf, np.sqrt(mean + eps))
+
+
+def norm_of_weighted(call):
+    """The weight is on x before the norm."""
+    return call.run(x=call["x"] * call["w"], w=np.ones_like(call["w"]))
+
+
+def norm_of_product(call):
     """rms_norm(x gate(z)): the gate before the norm."""
-    return reference.rms_norm(site["x"] * reference.sigmoid(site["z"]), site["w"], eps=site["eps"])
+    act = reference.silu if call.args.get("activation") == "silu" else reference.sigmoid
+    return reference.rms_norm(call["x"] * act(call["z"]), call["w"], eps=call["eps"])
 
 
-def norm_of_all_heads(site: Site):
+def norm_of_all_heads(call):
     """One norm for a token, over all heads, not one for a head."""
-    x, shape = site["x"], site["x"].shape
-    flat, w = x.reshape(len(x), -1), np.tile(site["w"], shape[1])
-    return reference.rms_norm(flat, w, eps=site["eps"]).reshape(shape) * reference.sigmoid(site["z"])
+    x, shape = call["x"], call["x"].shape
+    if len(shape) < 3 or not x.size:
+        return None
+    flat, w = x.reshape(len(x), -1), np.tile(call["w"], shape[1])
+    return reference.rms_norm(flat, w, eps=call["eps"]).reshape(shape) * reference.sigmoid(call["z"])
 
 
-def centred(site: Site):
-    x = site["x"]
-    return site.run(x=x - x.mean(-1, keepdims=True))
+def other_gate(call):
+    return call.run(activation="sigmoid" if call.args.get("activation") == "silu" else "silu")
+
+
+def centred(call):
+    x = call["x"]
+    return call.run(x=x - x.mean(-1, keepdims=True))
+
+
+# ---- embedding, linear, activations ------------------------------------------------------------------
+
+
+def moved_ids(call, by: int):
+    """The row behind or before; the last and the first are each other's neighbours."""
+    return call.run(ids=(call.args["ids"] + by) % len(call.args["table"]))
+
+
+def short_ids(call):
+    """ids in 16 bits."""
+    ids = np.asarray(call.args["ids"])
+    return call.run(ids=ids & 0xFFFF) if (ids > 0xFFFF).any() else None
+
+
+def turned(argument):
+    """A matrix [m, n] read from memory that holds [n, m]."""
+    def function(call):
+        w = np.asarray(call.args[argument])
+        return call.run(**{argument: np.ascontiguousarray(w.T).reshape(w.shape)})
+
+    return function
+
+
+def no_padding_row(call):
+    y, ids = call.run().copy(), np.asarray(call.args["ids"])
+    y[ids == 0] = 0
+    return y
+
+
+def without_tail(call, n: int):
+    """The columns past a multiple of n are not summed."""
+    D = call["x"].shape[-1]
+    kept = D // n * n
+    if kept == D:
+        return None
+    return call.run(x=call["x"] * (np.arange(D) < kept))
+
+
+def to_ten_bits(call):
+    """Inputs as a TF32 matrix unit takes them: 10 bits behind the point, to nearest."""
+    def narrow(x):
+        bits = np.asarray(x, np.float32).view(np.uint32).astype(np.uint64)
+        bits = (bits + 0xFFF + ((bits >> np.uint64(13)) & np.uint64(1))) & np.uint64(0xFFFFE000)
+        return np.where(np.isfinite(x), bits.astype(np.uint32).view(np.float32), x).astype(np.float64)
+
+    return call.run(**{a: narrow(call.args[a]) for a in ("x", "w")})
+
+
+def activated(function):
+    return lambda call: function(call["gate"]) * call["up"]
+
+
+def gelu(x):
+    """The form with tanh, as most kernels have it."""
+    return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def clamped_inputs(call, most: float):
+    gate, up = call["gate"], call["up"]
+    return call.run(gate=np.minimum(gate, most), up=np.clip(up, -most, most)) if (np.abs(gate) > most).any() else None
+
+
+def without_largest(call):
+    """exp(x) over its sum in float32: infinity over infinity past 88.7, 0 over 0 below -104."""
+    x = call["x"]
+    e = np.where(x > 88.72, np.inf, np.where(x < -103.97, 0.0, np.exp(np.minimum(x, 88.72))))
+    total = e.sum(-1, keepdims=True)
+    return e / np.where(total > FLOAT32_MAX, np.inf, total)
+
+
+def along_tokens(call):
+    x = call["x"]
+    if x.ndim < 2:
+        return None
+    e = np.exp(x - x.max(0))
+    return e / e.sum(0)
+
+
+def plus_one_in_sum(call):
+    x = call["x"]
+    most = x.max(-1, keepdims=True)
+    e = np.exp(x - most)
+    return e / (e.sum(-1, keepdims=True) + np.exp(-most))
+
+
+# ---- what needs a run, roundings ---------------------------------------------------------------------
 
 
 def heads_interleaved(site: Site):
@@ -72,11 +186,20 @@ def rounded(dtype):
     return lambda site: _of_floats(site, narrow)
 
 
-def rounded_inputs(site: Site):
-    """What has a row a token is rounded to bfloat16 on the way in."""
-    floats = {a: site[a].astype(ml_dtypes.bfloat16).astype(np.float64) for a in site.node.inputs
-              if np.asarray(site.args[a]).dtype.kind not in "iu"}
-    return site.run(**floats) if floats and site.node.op not in ("add", "route") else None
+def rounded_inputs(call):
+    """What has a row a token is rounded to bfloat16 on the way in; of a single call, every array."""
+    floats = {a: call[a].astype(ml_dtypes.bfloat16).astype(np.float64) for a in call.inputs}
+    return call.run(**floats) if floats and call.op not in ("add", "route") else None
+
+
+def without_small_sigmoids(call):
+    x = call["z" if call.op == "gated_rms_norm" else "gate"]
+    return np.where(x < -88.72, 0.0, call.run()) if (x < -88.72).any() else None
+
+
+def flushed(call):
+    y = call.run()
+    return np.where(np.abs(y) < 2.0**-126, 0.0, y) if ((y != 0) & (np.abs(y) < 2.0**-126)).any() else None
 
 
 def overflowed(site: Site):
@@ -93,11 +216,11 @@ def _of_floats(site, change):
 
 
 NORMS = ("rms_norm", "gated_rms_norm")
-GATED = ("gated_rms_norm",)
+GATED, SWIGLU, SOFTMAX = ("gated_rms_norm",), ("swiglu",), ("softmax",)
 QWEN = "Qwen3-Next's norms have weight 1 + w"
 
 FAULTS = (
-    Fault("gated_norm_silu", "the output gate is SiLU, not sigmoid", GATED, changed(activation=lambda s: "silu"),
+    Fault("gated_norm_silu", "the output gate is SiLU, not sigmoid (or the other way round)", GATED, other_gate,
           source="flash-linear-attention: the class default; Gated DeltaNet has SiLU"),
     Fault("gate_before_norm", "the output gate multiplies before the norm", GATED, norm_of_product,
           source="flash-linear-attention: norm_before_gate"),
@@ -106,26 +229,79 @@ FAULTS = (
     Fault("norm_over_all_heads", "one norm for a token, over all heads", GATED, norm_of_all_heads,
           source="arXiv:2510.26692, section 4"),
     Fault("norm_eps_other", "another eps under the root", NORMS, other_eps, choices=((1e-6,), (1e-5,), (1e-12,)),
+          each="eps is {:g}",
           source="kv_a_layernorm has 1e-6 in the training code, 1e-5 in llama.cpp, vLLM and SGLang"),
-    Fault("norm_weight_plus_one", "the weight is taken as 1 + w", NORMS, plus_one, source=QWEN),
+    Fault("norm_weight_plus_one", "the weight is taken as 1 + w", NORMS, changed(w=lambda s: 1 + s["w"]), source=QWEN),
     Fault("norm_weight_missing", "the weight is left out", NORMS, changed(w=lambda s: np.ones_like(s["w"])),
           source=QWEN),
     Fault("norm_missing", "the norm is left out", ("rms_norm",), lambda s: s["x"],
           source="the latent is cached after its norm: arXiv:2405.04434"),
     Fault("norm_centred", "a LayerNorm: the mean is taken off", NORMS, centred, source="LayerNorm for RMSNorm"),
+    Fault("norm_eps_outside", "eps is outside of the root: x / (sqrt(mean) + eps)", NORMS,
+          over(lambda mean, eps, D: np.sqrt(mean) + eps), FAINT, use=CALL),
+    Fault("norm_eps_on_sum", "eps is on the sum of squares, not on their mean", NORMS,
+          over(lambda mean, eps, D: np.sqrt(mean + eps / D)), FAINT, use=CALL),
+    Fault("norm_eps_missing", "no eps", NORMS, over(lambda mean, eps, D: np.sqrt(mean)), FAINT, use=CALL),
+    Fault("norm_of_sum", "the sum of squares in place of their mean: an L2 norm", NORMS,
+          over(lambda mean, eps, D: np.sqrt(mean * D + eps)), use=CALL),
+    Fault("norm_overflow", "the sum of squares overflows float32", NORMS, over(overflowing), use=CALL),
+    Fault("norm_of_weighted", "the weight is on x before the norm", NORMS, norm_of_weighted, use=CALL),
     Fault("residual_missing", "the stream before the block is not added", ("add",), lambda s: s["b"]),
     Fault("block_missing", "the block's output is not added", ("add",), lambda s: s["a"]),
     Fault("embedding_scaled", "the embedding is scaled by the root of the width", ("embedding",),
-          lambda s: s.run() * s.node.shape[0] ** 0.5, source="Gemma does so"),
+          lambda s: s.run() * np.shape(s.args["table"])[1] ** 0.5, source="Gemma does so"),
+    Fault("embedding_off_by_one", "the row of the id before, or behind", ("embedding",), moved_ids, use=CALL,
+          choices=((1,), (-1,)), each="the row of id {:+d}", source="vocabularies that count from 1"),
+    Fault("embedding_of_16_bits", "ids go through 16 bits", ("embedding",), short_ids, use=CALL,
+          source="the vocabulary has 163,840 ids"),
+    Fault("embedding_transposed", "the table is read as [D, vocab]", ("embedding",), turned("table"), use=CALL),
+    Fault("embedding_padding_row", "the row of id 0 is taken for padding, and zero", ("embedding",), no_padding_row,
+          use=CALL, source="torch's padding_idx"),
+    Fault("linear_transposed", "the matrix is read as [n, m]", ("linear",), turned("w"), use=CALL,
+          source="MLX and torch keep [m, n], BLAS by columns and Flax [n, m]"),
+    Fault("linear_bias_missing", "the bias is not added", ("linear",), changed(bias=lambda s: None), use=CALL),
+    Fault("linear_bias_twice", "the bias is added twice", ("linear",),
+          lambda s: s.run(bias=2 * s["bias"]) if s.args.get("bias") is not None else None, use=CALL),
+    Fault("linear_bias_subtracted", "the bias is taken off", ("linear",),
+          lambda s: s.run(bias=-s["bias"]) if s.args.get("bias") is not None else None, use=CALL),
+    Fault("linear_without_tail", "columns past a multiple of the tile are left out", ("linear",), without_tail,
+          use=CALL,
+          choices=((4,), (8,), (16,), (32,), (64,), (128,)), each="columns past a multiple of {} are left out"),
+    Fault("linear_in_tf32", "inputs have 10 bits, as in TF32", ("linear",), to_ten_bits, use=CALL,
+          source="torch.backends.cuda.matmul.allow_tf32"),
+    Fault("swiglu_sigmoid", "sigmoid(gate) up: GLU, without the factor gate", SWIGLU, activated(reference.sigmoid),
+          use=CALL, source="arXiv:2002.05202"),
+    Fault("swiglu_gelu", "GELU in place of SiLU (its form with tanh)", SWIGLU, activated(gelu), use=CALL,
+          source="arXiv:2002.05202: GEGLU"),
+    Fault("swiglu_relu", "ReLU in place of SiLU", SWIGLU, activated(lambda x: np.maximum(x, 0)), use=CALL),
+    Fault("swiglu_of_product", "silu(gate up)", SWIGLU, lambda s: reference.silu(s["gate"] * s["up"]), use=CALL),
+    Fault("swiglu_bilinear", "no activation: gate up", SWIGLU, activated(lambda x: x), use=CALL),
+    Fault("swiglu_clamped", "inputs are clamped", SWIGLU, clamped_inputs, use=CALL, choices=((7.0,), (10.0,)),
+          each="inputs are clamped at {:g}", source="gpt-oss clamps at 7"),
+    Fault("softmax_overflow", "exp(x) without taking off the largest: it overflows float32", SOFTMAX, without_largest,
+          use=CALL),
+    Fault("softmax_of_two", "2 ** x in place of exp(x)", SOFTMAX, lambda s: s.run(x=s["x"] * np.log(2)), use=CALL,
+          source="kernels with exp2 multiply by log2(e) before"),
+    Fault("softmax_scaled_twice", "exp(x log2(e)): scaled for exp2, then exp", SOFTMAX,
+          lambda s: s.run(x=s["x"] / np.log(2)),
+          use=CALL),
+    Fault("softmax_log", "the logarithm of it", SOFTMAX, lambda s: np.log(s.run()), use=CALL),
+    Fault("softmax_other_axis", "over tokens, not over channels", SOFTMAX, along_tokens, use=CALL),
+    Fault("softmax_plus_one", "one more in the sum", SOFTMAX, plus_one_in_sum, use=CALL,
+          source="attention sinks; softmax1"),
     Fault("heads_interleaved", "channels lie as [width, heads], not [heads, width]", ("linear", "short_conv"),
-          heads_interleaved, source="llama.cpp permutes heads for rotary models"),
+          heads_interleaved, source="llama.cpp permutes heads for rotary models", use=RUN),
     Fault("weights_of_other_layer", "the weights are those of the layer before, or behind", ("*",), of_layer,
-          choices=((-1,), (1,)), source="kda_layers and full_attn_layers count from 1"),
-    Fault("bfloat16_result", "the result is rounded to bfloat16, here alone", ("*",), rounded(ml_dtypes.bfloat16),
+          choices=((-1,), (1,)), source="kda_layers and full_attn_layers count from 1", use=RUN),
+    Fault("sigmoid_underflow", "1 / (1 + exp(-x)) in float32: a sigmoid of 0 below -88.7", ("gated_rms_norm", "swiglu"),
+          without_small_sigmoids, use=CALL),
+    Fault("subnormals_flushed", "results below 2^-126 are 0", ("embedding", "gated_rms_norm", "swiglu", "softmax",
+          "decay_gate"), flushed, use=CALL, source="processors that flush subnormals"),
+    Fault("bfloat16_result", "the result is rounded to bfloat16", ("*",), rounded(ml_dtypes.bfloat16),
           source="autocast; beta by a sigmoid in the model's type"),
-    Fault("bfloat16_inputs", "the inputs are rounded to bfloat16, here alone", ("*",), rounded_inputs,
+    Fault("bfloat16_inputs", "the inputs are rounded to bfloat16", ("*",), rounded_inputs,
           source="TF32 and bfloat16 matrix units; routers in the model's type"),
-    Fault("float16_result", "the result is rounded to float16, here alone", ("*",), rounded(np.float16),
+    Fault("float16_result", "the result is rounded to float16", ("*",), rounded(np.float16),
           source="caches and activations in float16"),
     Fault("float16_overflow", "values past 65504 are infinite, as in float16", ("*",), overflowed, LARGE,
           source="large activations in float16 engines"),

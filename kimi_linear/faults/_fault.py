@@ -10,7 +10,7 @@ import numpy as np
 
 from ..dataflow import Node
 from .scene import Scene
-from .site import Site
+from .site import Call, Site
 
 WHOLE = "any prompt"
 SPLIT = "a prompt split in calls"
@@ -21,6 +21,9 @@ STRONG = "strong decay"
 FAINT = "activations near zero"
 LARGE = "activations past 65504"
 TIES = "equal router scores"
+
+#: Where a fault's function works: on any call of its op, in a run of a model alone, or on one call alone.
+BOTH, RUN, CALL = "both", "run", "call"
 
 _SHOWS: dict[str, Callable[[Scene], bool]] = {
     SPLIT: lambda scene: scene.is_split,
@@ -33,6 +36,9 @@ _SHOWS: dict[str, Callable[[Scene], bool]] = {
 class Fault:
     """One way in which a port was wrong.
 
+    The function is the one definition of it: `run` plants it in a model, `kimi_linear.diff.blame` finds it in a foreign
+    run, and `kimi_linear.testing.check_op` names it in a foreign kernel.
+
     Attributes
     ----------
     name : str
@@ -41,7 +47,8 @@ class Fault:
     ops : tuple of str
         Ops of the dataflow that it concerns; ``"*"`` is any.
     function : callable
-        (Site, *choice) -> the op's wrong result in float64, or None where the fault cannot be at this site.
+        (Site or Call, *choice) -> the op's wrong first result in float64, or a tuple of all of them; None where the
+        fault cannot be there.
     scenario : str
         What a run needs for the fault to show.
     taps : tuple of glob
@@ -50,6 +57,13 @@ class Fault:
         Values of the function's further arguments, where there are several ways to be wrong.
     source : str
         Where the fact is from.
+    use : {"both", "run", "call"}
+        "run": the function looks at the run, and gets a Site; "call": the fault is of one call (a layout, an initial
+        state), and not in the catalogue of those that are planted in a model.
+    more : tuple of tuples
+        Choices that `check_op` tries besides.
+    each : str
+        The text of one choice, a format of its values.
     """
 
     name: str
@@ -60,6 +74,15 @@ class Fault:
     taps: tuple[str, ...] = ("*",)
     choices: tuple[tuple, ...] = ((),)
     source: str = ""
+    use: str = BOTH
+    more: tuple[tuple, ...] = ()
+    each: str = ""
+
+    def says(self, choice: tuple = ()) -> str:
+        """The text of one choice."""
+        if self.each:
+            return self.each.format(*choice)
+        return f"{self.text} ({', '.join(map(str, choice))})" if choice else self.text
 
     def concerns(self, node: Node) -> bool:
         """Whether it can be at this node."""
@@ -74,11 +97,11 @@ class Fault:
         """The wrong result at a site, in the tap's shape; None where it cannot be."""
         with np.errstate(all="ignore"):
             y = self.function(site, *choice)
-        return None if y is None else site.shaped(y)
+        return None if y is None else site.shaped(y[0] if isinstance(y, tuple) else y)
 
 
-def changed(**changes: Callable[[Site], object]) -> Callable[[Site], np.ndarray]:
-    """The fault that runs the right op on wrong arguments, each a function of the site."""
+def changed(**changes: Callable[[Site | Call], object]) -> Callable[[Site | Call], np.ndarray | None]:
+    """The fault that runs the right op on wrong arguments, each a function of the call."""
     def function(site):
         return site.run(**{argument: change(site) for argument, change in changes.items()})
 

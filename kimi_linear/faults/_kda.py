@@ -6,96 +6,25 @@ import ml_dtypes
 import numpy as np
 
 from .. import reference
+from . import _delta, _l2
 from . import scene as rules
-from ._fault import FAINT, LONG, RESTORED, SEVERAL, SPLIT, STRONG, Fault, carried, changed, in_blocks
+from ._delta import wrong
+from ._fault import CALL, LONG, RESTORED, RUN, SEVERAL, SPLIT, STRONG, Fault, carried, changed, in_blocks
 from .site import Site
 
-LOG2E = np.log2(np.e)
 BLOCKS = ((8,), (16,), (32,), (64,), (128,), (256,), (512,), (1024,), (2048,))
 
-# ---- the delta rule, token by token ----------------------------------------------------------------
-# S [H, K, V]; q, scaled, and k [H, K]; v [H, V]; a = exp(g) [H, K]; b [H]. A step gives the next S and o [H, V].
+# ---- the delta rule, over several calls, and in chunks; its other faults are in _delta -------------------
+
+
+def recurrence(q, k, v, g, beta, *, offsets=None, **switches) -> np.ndarray:
+    """The outputs [T, H, V] of `wrong`, token by token."""
+    return wrong(dict(q=q, k=k, v=v, g=g, beta=beta, offsets=offsets), **switches)[0]
 
 
 def read(S, x):
     """S^T x of each head."""
     return np.einsum("hkv,hk->hv", S, x)
-
-
-def write(S, k, d):
-    """S + k d^T of each head."""
-    return S + k[:, :, None] * d[:, None, :]
-
-
-def right(S, q, k, v, a, b):
-    """The formula itself."""
-    S = a[:, :, None] * S
-    S = write(S, k, b[:, None] * (v - read(S, k)))
-    return S, read(S, q)
-
-
-def decay_after(S, q, k, v, a, b):
-    S = write(S, k, b[:, None] * (v - read(S, k)))
-    return a[:, :, None] * S, read(a[:, :, None] * S, q)
-
-
-def decay_after_correction(S, q, k, v, a, b):
-    S = write(a[:, :, None] * S, k, b[:, None] * (v - read(S, k)))
-    return S, read(S, q)
-
-
-def decay_of_columns(S, q, k, v, a, b):
-    S = a[:, None, :] * S
-    S = write(S, k, b[:, None] * (v - read(S, k)))
-    return S, read(S, q)
-
-
-def read_rows(S, q, k, v, a, b):
-    S, _ = right(S, q, k, v, a, b)
-    return S, read(S.swapaxes(1, 2), q)
-
-
-def read_before(S, q, k, v, a, b):
-    return right(S, q, k, v, a, b)[0], read(a[:, :, None] * S, q)
-
-
-def no_correction(S, q, k, v, a, b):
-    S = write(a[:, :, None] * S, k, b[:, None] * v)
-    return S, read(S, q)
-
-
-def half_beta(S, q, k, v, a, b):
-    S = a[:, :, None] * S
-    S = write(S, k, b[:, None] * v - read(S, k))
-    return S, read(S, q)
-
-
-def narrow_state(S, q, k, v, a, b):
-    S, _ = right(S, q, k, v, a, b)
-    S = S.astype(ml_dtypes.bfloat16).astype(np.float64)
-    return S, read(S, q)
-
-
-def recurrence(q, k, v, g, beta, *, step=right, offsets=None, turned_at=()) -> np.ndarray:
-    """The outputs [T, H, V] of a step over all tokens; before those of `turned_at` the state is transposed."""
-    o, a, scale = np.empty(v.shape), np.exp(g), q.shape[-1] ** -0.5
-    for r in reference.sequences(len(q), offsets):
-        S = np.zeros((*k.shape[1:], v.shape[-1]))
-        for t in range(r.start, r.stop):
-            S = S.swapaxes(1, 2) if t in turned_at else S
-            S, o[t] = step(S, scale * q[t], k[t], v[t], a[t], beta[t])
-    return o
-
-
-def stepping(step, *, square=False):
-    """The fault whose step is another; `square`: only where K = V."""
-    def function(site: Site):
-        q, k, v, g, beta = (site[a] for a in ("q", "k", "v", "g", "beta"))
-        if square and k.shape[-1] != v.shape[-1]:
-            return None
-        return _over_branches(site, lambda rows, skip: recurrence(*(x[rows] for x in (q, k, v, g, beta)), step=step))
-
-    return function
 
 
 def _over_branches(site, run):
@@ -115,7 +44,7 @@ def turned_between_calls(site: Site):
 
     def run(rows, skip):
         turned = [t for t, row in enumerate(rows) if t and int(row) in begins]
-        return recurrence(*(x[rows] for x in (q, k, v, g, beta)), turned_at=turned)
+        return recurrence(*(x[rows] for x in (q, k, v, g, beta)), turned=turned)
 
     return _over_branches(site, run)
 
@@ -139,30 +68,8 @@ def factored_chunks(site: Site, chunk: int):
 
 
 def subtracted_chunks(site: Site, chunk: int):
-    """Decays within a chunk as exp(c_i - c_j) of cumulative sums in float32: a strong decay takes their last bits."""
-    q, k, v, g, beta = (site[a] for a in ("q", "k", "v", "g", "beta"))
-
-    def run(rows, skip):
-        S, o = np.zeros((q.shape[1], q.shape[-1], v.shape[-1])), []
-        for i in range(0, len(rows), chunk):
-            r = rows[i:i + chunk]
-            c = np.cumsum(g[r], axis=0).astype(np.float32)
-            y, S = _subtracted(q[r] * q.shape[-1] ** -0.5, k[r], v[r], c, beta[r], S)
-            o.append(y)
-        return np.concatenate(o)
-
-    return _over_branches(site, run)
-
-
-def _subtracted(q, k, v, c, beta, S):
-    """A chunk's outputs and the state behind it; c [n, H, K] float32."""
-    up, d, o = np.exp(c.astype(np.float64)), np.zeros_like(v), np.empty_like(v)
-    for i in range(len(q)):
-        E = np.exp((c[i] - c[:i + 1]).astype(np.float64))
-        L = beta[i] * np.einsum("hk,jhk->jh", k[i], E[:i] * k[:i])
-        d[i] = beta[i][:, None] * (v[i] - read(S, up[i] * k[i])) - np.einsum("jh,jhv->hv", L, d[:i])
-        o[i] = read(S, up[i] * q[i]) + np.einsum("jh,jhv->hv", np.einsum("hk,jhk->jh", q[i], E * k[:i + 1]), d[:i + 1])
-    return o, up[-1][:, :, None] * S + np.einsum("jhk,jhv->hkv", E * k, d)
+    """`chunk_decays_subtracted` at a site."""
+    return next(f for f in _delta.FAULTS if f.name == "chunk_decays_subtracted").function(site, chunk)
 
 
 def _factored(q, k, v, g, beta, S):
@@ -180,16 +87,63 @@ def _factored(q, k, v, g, beta, S):
 # ---- convolution -----------------------------------------------------------------------------------
 
 
-def delayed(site: Site, n: int):
+def delayed(call, n: int):
     """Reads n tokens earlier (later, where n < 0) than it should."""
-    x, T = site["x"], site.scene.T
-    moved = np.zeros_like(x)
-    for past, own in site.scene.branches():
-        rows = np.concatenate([past, own])
-        to, of = (rows[n:], rows[:-n]) if n > 0 else (rows[:n], rows[-n:])
-        if len(rows) > abs(n):
-            moved[to] = x[of]
-    return site.run(x=moved) if T > abs(n) else None
+    def conv(x, offsets=None, **rest):
+        x, moved = reference.f64(x), np.zeros(np.shape(x))
+        for r in reference.sequences(len(x), offsets):
+            if r.stop - r.start > abs(n):
+                to, of = (slice(n, None), slice(-n)) if n > 0 else (slice(n), slice(-n, None))
+                moved[r][to] = x[r][of]
+        return reference.short_conv(moved, offsets=offsets, **rest)
+
+    return call.run(by=conv) if len(call["x"]) > abs(n) else None
+
+
+def without_history(call):
+    """Every call begins with zeros."""
+    return call.results(history=None) if call.args.get("history") is not None else None
+
+
+def history_turned(call):
+    """The history is taken with the newest row first."""
+    history = call.args.get("history")
+    return None if history is None else call.results(history=np.asarray(history)[..., ::-1, :])
+
+
+def history_kept(call):
+    """The history that is handed on is the one that came."""
+    y, after = call.results()
+    before = call.args.get("history")
+    return y, np.zeros_like(after) if before is None else reference.f64(before).reshape(after.shape)
+
+
+def history_without_the_past(call):
+    """Of fewer than W - 1 tokens: zeros for what came before them."""
+    return call.run(), call.results(history=None)[1]
+
+
+def history_of_outputs(call):
+    """The history that is handed on holds outputs."""
+    y, after = call.results()
+    return y, call.results(x=y)[1].reshape(after.shape)
+
+
+def packed_as_one(call):
+    """offsets are ignored: rows of the sequence before it are in a sequence's convolution."""
+    offsets = call.args.get("offsets")
+    if offsets is None:
+        return None
+    history = call.args.get("history")
+    first = None if history is None else np.asarray(history)[0]
+    return call.run(offsets=None, history=first)
+
+
+def activated_inputs(call):
+    """SiLU before the convolution, and none behind it."""
+    history = call.args.get("history")
+    return call.run(x=reference.silu(call["x"]), activation=None,
+                    history=None if history is None else reference.silu(history))
 
 
 def swapped_histories(site: Site, other: str):
@@ -222,108 +176,116 @@ def _starts(scene):
 # ---- norms of q and k, gate --------------------------------------------------------------------------
 
 
-def l2(outside):
-    """x over a function of its length and eps."""
-    def function(site, *choice):
-        x = site["x"]
-        length = np.sqrt((x * x).sum(-1, keepdims=True))
-        return x / outside(length, *choice)
-
-    return function
-
-
 def a_log(site):
     return np.log(site["rate"])
 
 
-def bounded(site: Site):
-    if site["lower_bound"] is not None:
-        return None
-    return site.run(lower_bound=-5.0)
+def _unbounded(function):
+    """Where the gate has no lower bound alone."""
+    return lambda call: function(call) if call.args.get("lower_bound") is None else None
 
 
-def no_softplus(site: Site):
-    if site["lower_bound"] is not None:
-        return None
-    return -site["rate"][:, None] * (site["f"] + _bias(site))
+def _rate(call):
+    return call["rate"].reshape(-1, *[1] * (call["f"].ndim - 2))
 
 
-def rate_inside(site: Site):
-    return -reference.softplus(site["rate"][:, None] * (site["f"] + _bias(site)))
+def _sum(call):
+    return call["f"] + call["dt_bias"].reshape(call["f"].shape[1:])
 
 
-def _bias(site):
-    return site["dt_bias"].reshape(site["f"].shape[1:])
+def no_softplus(call):
+    return -_rate(call) * _sum(call)
 
 
-def a_log_as_decay(site: Site):
+def rate_inside(call):
+    return -reference.softplus(_rate(call) * _sum(call))
+
+
+def bias_outside(call):
+    """-rate (softplus(f) + dt_bias)."""
+    return -_rate(call) * (reference.softplus(call["f"]) + _sum(call) - call["f"])
+
+
+def softplus_to(limit):
+    """softplus(x) = x above a threshold: what is left out is exp(-threshold) of x."""
+    def function(call):
+        x = _sum(call)
+        with np.errstate(over="ignore"):
+            y = np.where(x > limit, x, np.log1p(np.exp(x)))
+        return -_rate(call) * y if (x > limit).any() else None
+
+    return _unbounded(function)
+
+
+def overflowing_softplus(call):
+    """log(1 + exp(x)) in float32, without a threshold."""
+    x = _sum(call).astype(np.float32)
+    return -_rate(call) * np.where(x > 88.72, np.inf, reference.softplus(x))
+
+
+def a_log_as_decay(call):
     """g = exp(A_log) softplus(f + dt_bias), a growth."""
-    return -site.run()
+    return -call.run()
 
 
-def clamped(site: Site, bound: float):
-    if site.node.op == "delta_rule":
-        return site.run(g=np.maximum(site["g"], bound))
-    return np.maximum(site.run(), bound)
+# ---- sums of gates -----------------------------------------------------------------------------------
 
 
-DELTA, CONV, GATE, L2 = ("delta_rule",), ("short_conv",), ("decay_gate",), ("l2_norm",)
+def of_chunks(change):
+    """c of each chunk [n, ...], changed by a function of it and of its g."""
+    def function(call, *choice):
+        g, c = call["g"], call.run().copy()
+        for r in reference.sequences(len(g), call.args.get("offsets")):
+            for first in range(r.start, r.stop, call.args.get("chunk", 64)):
+                p = slice(first, min(first + call.args.get("chunk", 64), r.stop))
+                c[p] = change(c[p], g[p], *choice)
+        return c
+
+    return function
+
+
+def from_the_right(c, g):
+    return np.cumsum(g[::-1], axis=0)[::-1]
+
+
+def exclusive(c, g):
+    return np.concatenate([np.zeros_like(c[:1]), c[:-1]])
+
+
+def narrow_sums(c, g):
+    """bfloat16 after each addition."""
+    out = np.empty_like(c)
+    running = np.zeros(c.shape[1:])
+    for i, row in enumerate(g):
+        running = out[i] = (running + row).astype(ml_dtypes.bfloat16).astype(np.float64)
+    return out
+
+
+def sums_over_sequences(call):
+    return call.run(offsets=None) if call.args.get("offsets") is not None else None
+
+
+DELTA, CONV, GATE, SUM = ("delta_rule",), ("short_conv",), ("decay_gate",), ("decay_cumsum",)
+CARRYING = (*DELTA, *CONV, "latent_attention")
 KDA, FLA, GGML = "arXiv:2510.26692, equation 1", "flash-linear-attention", "llama.cpp"
 
 FAULTS = (
-    Fault("state_read_transposed", "the output reads the state by the wrong axis: S q for S^T q", DELTA,
-          stepping(read_rows, square=True), source="ggml and MLX keep [V, K], flash-linear-attention [K, V]"),
+    *_delta.FAULTS,
     Fault("state_transposed_between_calls", "the state is left as [V, K] and taken up as [K, V]", DELTA,
-          turned_between_calls, SPLIT, source="ggml and MLX keep [V, K], flash-linear-attention [K, V]"),
-    Fault("decay_after_update", "the state decays after the update, not before", DELTA, stepping(decay_after),
-          source=KDA),
-    Fault("decay_after_correction", "v - S^T k is taken before the state decays", DELTA,
-          stepping(decay_after_correction), source=KDA),
-    Fault("decay_missing", "the state does not decay", DELTA, changed(g=lambda s: 0 * s["g"]), source=KDA),
-    Fault("decay_in_log2", "exp2(g) for exp(g): the gate is in nats", DELTA, changed(g=lambda s: s["g"] / LOG2E),
-          source=f"{FLA}: chunk kernels work in log2, after g log2(e)"),
-    Fault("decay_scaled_to_log2", "exp(g log2(e)): scaled for exp2, then exp", DELTA,
-          changed(g=lambda s: s["g"] * LOG2E), source=f"{FLA}: chunk kernels work in log2"),
-    Fault("decay_on_value_axis", "the decay multiplies the columns of S, [K, V], not its rows", DELTA,
-          stepping(decay_of_columns, square=True), source=KDA),
-    Fault("decay_of_first_channel", "one decay for a head: that of its first channel", DELTA,
-          changed(g=lambda s: np.broadcast_to(s["g"][..., :1], s["g"].shape)),
-          source="arXiv:2412.06464 has a gate each head, arXiv:2510.26692 each channel"),
-    Fault("decay_averaged", "one decay for a head: the mean of its channels'", DELTA,
-          changed(g=lambda s: np.broadcast_to(s["g"].mean(-1, keepdims=True), s["g"].shape)),
-          source="arXiv:2412.06464 has a gate each head, arXiv:2510.26692 each channel"),
-    Fault("decay_clamped", "g is clamped from below", (*DELTA, *GATE), clamped, STRONG,
-          choices=((-5.0,), (-20.0,)), source="a guard of chunked kernels; ggml's tests take g > -20"),
+          turned_between_calls, SPLIT, source="ggml and MLX keep [V, K], flash-linear-attention [K, V]", use=RUN),
     Fault("chunk_overflow", "a chunk multiplies by exp(-c_j) alone, which overflows", DELTA, factored_chunks, STRONG,
-          choices=((64,), (32,), (16,)), source="float32 exp overflows above 88.7"),
-    Fault("chunk_decays_subtracted",
-          "decays in a chunk are differences of float32 running sums: a strong decay makes the sums large, and small "
-          "differences between them lose their last bits",
-          DELTA, subtracted_chunks, STRONG, choices=((64,), (32,), (16,)),
-          source="transformers and flash-linear-attention; arXiv:2510.26692, equations 2 to 9"),
-    Fault("scale_missing", "q is not scaled by K^-1/2 (or scaled before its norm, which undoes it)", DELTA,
-          changed(scale=lambda s: 1.0), source=f"{FLA}: l2 norm inside the kernel, then the scale"),
-    Fault("scale_twice", "q is scaled by K^-1/2 twice", DELTA, changed(scale=lambda s: 1.0 / s["q"].shape[-1]),
-          source=f"{FLA}: the kernel scales; so did the caller"),
-    Fault("correction_missing", "S + k beta v^T: plain gated linear attention", DELTA, stepping(no_correction),
-          source=KDA),
-    Fault("beta_missing_in_update", "beta is taken as 1", DELTA, changed(beta=lambda s: np.ones_like(s["beta"])),
-          source=KDA),
-    Fault("beta_on_value_alone", "beta v - S^T k for beta (v - S^T k)", DELTA, stepping(half_beta), source=KDA),
-    Fault("output_before_update", "the output reads the state before this token is written", DELTA,
-          stepping(read_before), source=KDA),
-    Fault("state_in_bfloat16", "the state is rounded to bfloat16 after every token", DELTA, stepping(narrow_state),
-          source="vLLM makes the state's type configurable; flash-linear-attention asks for float32"),
-    Fault("state_lost_between_calls", "every call begins with an empty state", (*DELTA, *CONV, "latent_attention"),
-          carried(rules.lost), SPLIT, source="a port's prefill in batches"),
+          choices=((64,), (32,), (16,)), source="float32 exp overflows above 88.7", use=RUN),
+    Fault("state_lost_between_calls", "every call begins with an empty state", CARRYING,
+          carried(rules.lost), SPLIT, source="a port's prefill in batches", use=RUN),
     Fault("state_lost_between_blocks", "every block of a call begins with an empty state",
-          (*DELTA, *CONV, "latent_attention"), in_blocks, LONG, choices=BLOCKS, source=f"{GGML}: ubatch boundaries"),
+          CARRYING, in_blocks, LONG, choices=BLOCKS, source=f"{GGML}: ubatch boundaries", use=RUN),
     Fault("state_leaks_between_sequences", "a sequence begins with the state of the one before it",
-          (*DELTA, *CONV, "latent_attention"), carried(rules.leaked), SEVERAL, source="packed batches without offsets"),
-    Fault("state_not_rolled_back", "truncate leaves the state as it was", (*DELTA, *CONV, "latent_attention"),
-          carried(rules.not_rolled_back), RESTORED, source=f"{GGML}: recurrent memory cannot drop single tokens"),
+          CARRYING, carried(rules.leaked), SEVERAL, source="packed batches without offsets", use=RUN),
+    Fault("state_not_rolled_back", "truncate leaves the state as it was", CARRYING,
+          carried(rules.not_rolled_back), RESTORED, source=f"{GGML}: recurrent memory cannot drop single tokens",
+          use=RUN),
     Fault("snapshot_without_state", "what is put back lacks this op's state (a snapshot without conv history)",
-          (*DELTA, *CONV), carried(rules.empty_after_restore), RESTORED, source="prompt caches of servers"),
+          (*DELTA, *CONV), carried(rules.empty_after_restore), RESTORED, source="prompt caches of servers", use=RUN),
     Fault("conv_taps_reversed", "the last tap is put on the oldest token", CONV, changed(w=lambda s: s["w"][:, ::-1]),
           source="torch's conv1d correlates; a convolution by the book turns the taps round"),
     Fault("conv_off_by_one", "the convolution reads one token too early, or too late", CONV, delayed,
@@ -333,18 +295,24 @@ FAULTS = (
     Fault("conv_silu_twice", "SiLU after the convolution, and once more", CONV, lambda s: reference.silu(s.run()),
           source="fused kernels have the activation inside"),
     Fault("conv_histories_swapped", "the history of another of q, k and v is taken up", CONV, swapped_histories, SPLIT,
-          choices=(("q",), ("k",), ("v",)), source=f"{GGML}: one buffer [q|k|v] for the three histories"),
+          choices=(("q",), ("k",), ("v",)), source=f"{GGML}: one buffer [q|k|v] for the three histories", use=RUN),
     Fault("conv_history_of_outputs", "the history holds outputs, where inputs belong", CONV, activated_history, SPLIT,
-          source="arXiv:2510.26692, section 4"),
-    Fault("l2_missing", "q or k is not normalised", L2, lambda s: s["x"], source=f"{FLA}: use_qk_l2norm_in_kernel"),
-    Fault("l2_eps_outside", "x / (|x| + eps): eps is added to the length, not to its square", L2,
-          l2(lambda n, eps: n + eps), FAINT, choices=((1e-6,), (1e-5,)), source=FLA),
-    Fault("l2_eps_as_floor", "x / max(|x|, eps)", L2, l2(lambda n, eps: np.maximum(n, eps)), FAINT,
-          choices=((1e-5,), (1e-6,), (1e-12,)), source=f"{GGML}: ggml_l2_norm; torch's F.normalize"),
-    Fault("l2_eps_on_mean", "an RMS norm rescaled: eps on the mean of squares, not on their sum", L2,
-          lambda s: s.run(eps=1e-6 * s["x"].shape[-1]), FAINT, source="MLX"),
-    Fault("l2_eps_other", "another eps than 1e-6 under the root of the sum", L2, lambda s, eps: s.run(eps=eps), FAINT,
-          choices=((1e-5,), (1e-8,)), source=f"{GGML}: rms_norm_eps is passed for it"),
+          source="arXiv:2510.26692, section 4", use=RUN),
+    Fault("conv_history_ignored", "the history is ignored: every call begins with zeros", CONV, without_history,
+          use=CALL),
+    Fault("conv_history_turned", "the history is read with the newest row first", CONV, history_turned,
+          use=CALL),
+    Fault("conv_history_not_renewed", "the history that is handed on is the one that came", CONV, history_kept,
+          use=CALL),
+    Fault("conv_history_cut", "the history that is handed on lacks what came before a short call", CONV,
+          history_without_the_past, use=CALL),
+    Fault("conv_hands_on_outputs", "the history that is handed on holds outputs, not inputs", CONV, history_of_outputs,
+          use=CALL),
+    Fault("conv_offsets_ignored", "offsets are ignored: sequences run into each other", CONV, packed_as_one, use=CALL),
+    Fault("conv_silu_before", "SiLU is before the convolution, not behind it", CONV, activated_inputs, use=CALL),
+    Fault("conv_taps_of_next_channel", "each channel has the taps of the next", CONV,
+          changed(w=lambda s: np.roll(s["w"], -1, axis=0)), use=CALL),
+    *_l2.FAULTS,
     Fault("dt_bias_twice", "dt_bias is added twice", GATE, changed(dt_bias=lambda s: 2 * s["dt_bias"]),
           source=f"{FLA}: the kernel adds it; so did the caller"),
     Fault("dt_bias_missing", "dt_bias is not added", GATE, changed(dt_bias=lambda s: 0 * s["dt_bias"]), source=FLA),
@@ -352,12 +320,35 @@ FAULTS = (
           source=f"{GGML}: the converter stores -exp(A_log)"),
     Fault("a_log_without_minus", "exp(A_log) softplus(...) without the minus: the state grows", GATE, a_log_as_decay,
           source=f"{GGML}: the converter stores -exp(A_log)"),
-    Fault("softplus_missing", "-rate (f + dt_bias)", GATE, no_softplus, source=KDA),
-    Fault("softplus_of_product", "-softplus(rate (f + dt_bias))", GATE, rate_inside, source=KDA),
-    Fault("gate_bounded", "the bounded gate, -5 sigmoid(rate (f + dt_bias)), for the unbounded one", GATE, bounded,
+    Fault("softplus_missing", "-rate (f + dt_bias)", GATE, _unbounded(no_softplus), source=KDA),
+    Fault("softplus_of_product", "-softplus(rate (f + dt_bias))", GATE, _unbounded(rate_inside), source=KDA),
+    Fault("gate_bounded", "the bounded gate, -5 sigmoid(rate (f + dt_bias)), for the unbounded one", GATE,
+          _unbounded(lambda s: s.run(lower_bound=-5.0)),
           source=f"{FLA}: lower_bound, which Kimi K3 uses"),
     Fault("gate_exponentiated", "exp(g) is handed on where g belongs", GATE, lambda s: np.exp(s.run()),
           source="kernels differ in which of the two they take"),
+    Fault("gate_bias_outside", "dt_bias is added behind the softplus", GATE, _unbounded(bias_outside), use=CALL),
+    Fault("gate_in_log2", "the gate is in log2: g log2(e)", GATE, lambda s: s.run() / np.log(2), use=CALL,
+          source=f"{FLA}: chunk kernels work in log2"),
+    Fault("softplus_threshold", "softplus(x) is x above a threshold of 10", GATE, softplus_to(10.0), use=CALL,
+          source="torch's softplus has 20, which float32 does not see"),
+    Fault("softplus_overflow", "log(1 + exp(x)) overflows float32", GATE, _unbounded(overflowing_softplus), use=CALL),
+    Fault("gate_heads_rolled", "each head has the rate of the next", GATE, changed(rate=lambda s: np.roll(s["rate"],
+                                                                                                          -1)),
+          use=CALL),
+    Fault("sums_across_chunks", "sums go on over the borders of chunks", SUM,
+          lambda s: s.run(chunk=max(len(s["g"]), 1)), use=CALL),
+    Fault("sums_exclusive", "each sum ends before its own token", SUM, of_chunks(exclusive), use=CALL),
+    Fault("sums_from_the_right", "sums run from the end of the chunk", SUM, of_chunks(from_the_right), use=CALL,
+          source=f"{FLA}: reverse=True, of the backward pass"),
+    Fault("sums_in_log2", "sums are in log2: multiplied by log2(e)", SUM, lambda s: s.run() / np.log(2), use=CALL,
+          source=f"{FLA}: chunk_local_cumsum takes a scale, log2(e) in the chunk kernels"),
+    Fault("sums_exponentiated", "exp of the sums", SUM, lambda s: np.exp(s.run()), use=CALL),
+    Fault("sums_over_sequences", "offsets are ignored: chunks are counted from the first token of all", SUM,
+          sums_over_sequences, use=CALL),
+    Fault("sums_in_bfloat16", "sums are rounded to bfloat16 at every step", SUM, of_chunks(narrow_sums), use=CALL),
+    Fault("sums_of_other_chunk", "chunks have another length", SUM, lambda s, n: s.run(chunk=n), use=CALL,
+          choices=((16,), (32,), (64,), (128,)), each="chunks have {} tokens"),
     Fault("beta_without_sigmoid", "b is handed on as beta", ("sigmoid",), lambda s: s["x"],
           source=f"{FLA}: kernels take beta, or b, by a flag"),
     Fault("beta_doubled", "2 sigmoid(b)", ("sigmoid",), lambda s: 2 * s.run(), source=f"{FLA}: allow_neg_eigval"),

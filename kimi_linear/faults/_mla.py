@@ -6,27 +6,35 @@ import numpy as np
 
 from .. import reference
 from . import scene as rules
-from ._fault import RESTORED, Fault, carried, changed
+from ._fault import CALL, RESTORED, RUN, Fault, carried, changed
 from .site import Site
 
 
-def rotary(site: Site, pairs: str, theta: float):
+def rotary(call, pairs: str, theta: float):
     """The last P values of queries and shared keys turned by their position."""
-    q, k_shared = site["q"].copy(), site["k_shared"]
-    P = k_shared.shape[-1]
-    if P % 2:
+    if call["k_shared"].shape[-1] % 2:
         return None
-    angle = positions(site.scene)[:, None] * theta ** (-np.arange(0, P, 2) / P)
-    q[..., -P:] = _turned(q[..., -P:], angle[:, None], pairs)
-    return site.run(q=q, k_shared=_turned(k_shared, angle, pairs))
+
+    def attend(q, k_shared, latent, offsets=None, kv_offsets=None, **rest):
+        q, k_shared = reference.f64(q).copy(), reference.f64(k_shared)
+        P = k_shared.shape[-1]
+        of_queries, of_keys = positions(len(q), len(latent), offsets, kv_offsets)
+        speed = theta ** (-np.arange(0, P, 2) / P)
+        q[..., -P:] = _turned(q[..., -P:], (of_queries[:, None] * speed)[:, None], pairs)
+        k_shared = _turned(k_shared, of_keys[:, None] * speed, pairs)
+        return reference.latent_attention(q, latent, k_shared, offsets=offsets, kv_offsets=kv_offsets, **rest)
+
+    return call.run(by=attend)
 
 
-def positions(scene) -> np.ndarray:
-    """The position of each row in its sequence."""
-    out = np.zeros(scene.T)
-    for past, own in scene.branches():
-        out[own] = len(past) + np.arange(len(own))
-    return out
+def positions(T, S, offsets, kv_offsets):
+    """(of queries [T], of cached rows [S]), each in its sequence."""
+    of_queries, of_keys = np.zeros(T), np.zeros(S)
+    cached = reference.sequences(S, offsets if kv_offsets is None else kv_offsets)
+    for r, c in zip(reference.sequences(T, offsets), cached):
+        of_keys[c] = np.arange(c.stop - c.start)
+        of_queries[r] = of_keys[c][len(of_keys[c]) - (r.stop - r.start):]
+    return of_queries, of_keys
 
 
 def _turned(x, angle, pairs):
@@ -36,11 +44,14 @@ def _turned(x, angle, pairs):
     return np.stack(y, -1).reshape(x.shape) if pairs == "neighbours" else np.concatenate(y, -1)
 
 
-def turned_keys(site: Site):
-    """w_uk [H, nope, R] read from memory that holds [H, R, nope]."""
-    w = site["w_uk"]
-    H, nope, R = w.shape
-    return site.run(w_uk=w.reshape(H, R, nope).swapaxes(1, 2))
+def turned(argument):
+    """A matrix of each head, [H, n, R], read from memory that holds [H, R, n]."""
+    def function(call):
+        w = call[argument]
+        H, n, R = w.shape
+        return call.run(**{argument: w.reshape(H, R, n).swapaxes(1, 2)})
+
+    return function
 
 
 def interleaved_values(site: Site):
@@ -73,28 +84,45 @@ def shared_not_scored(site: Site):
     return site.run(k_shared=0 * site["k_shared"])
 
 
-def unmasked(site: Site):
-    """Every query of a sequence sees all of its rows."""
-    return _masked(site, lambda t, S: S)
+def masked(seen):
+    """A query at position t of S rows sees the first seen(t, S) of them."""
+    def attend(q, latent, k_shared, w_uk, w_uv, scale, offsets=None, kv_offsets=None, **rest):
+        q, latent, k_shared, w_uk, w_uv = (reference.f64(a) for a in (q, latent, k_shared, w_uk, w_uv))
+        out = np.zeros((len(q), q.shape[1], w_uv.shape[1]))
+        cached = reference.sequences(len(latent), offsets if kv_offsets is None else kv_offsets)
+        for r, c in zip(reference.sequences(len(q), offsets), cached):
+            k, v = _keys_and_values(latent[c], k_shared[c], w_uk, w_uv)
+            S = c.stop - c.start
+            for t, row in zip(range(S - (r.stop - r.start), S), range(r.start, r.stop)):
+                first, n = seen(t, S)
+                p = reference.softmax(scale * np.einsum("hsn,hn->hs", k[:, first:n], q[row]))
+                out[row] = np.einsum("hs,hsv->hv", p, v[:, first:n])
+        return out
+
+    return lambda call: call.run(by=attend)
 
 
-def blind_to_itself(site: Site):
-    """A query sees the rows before its own; the first one its own."""
-    return _masked(site, lambda t, S: max(t, 1))
+def mask_from_the_left(call):
+    """Query t sees rows 0 to t, whatever was cached before it."""
+    if len(call["q"]) == len(call["latent"]):
+        return None
+
+    def attend(q, latent, k_shared, w_uk, w_uv, scale, offsets=None, kv_offsets=None, **rest):
+        o = np.zeros((len(q), np.shape(q)[1], np.shape(w_uv)[1]))
+        cached = reference.sequences(len(latent), offsets if kv_offsets is None else kv_offsets)
+        for r, c in zip(reference.sequences(len(q), offsets), cached):
+            rows = slice(c.start, c.start + r.stop - r.start)
+            o[r] = reference.latent_attention(q[r], latent[rows], k_shared[rows], w_uk, w_uv, scale=scale)
+        return o
+
+    return call.run(by=attend)
 
 
-def _masked(site, seen):
-    q, latent, k_shared = (site[a] for a in ("q", "latent", "k_shared"))
-    out = np.empty((len(q), q.shape[1], site["w_uv"].shape[1]))
-    for past, own in site.scene.branches():
-        rows = np.concatenate([past, own])
-        k, v = _keys_and_values(latent[rows], k_shared[rows], site["w_uk"], site["w_uv"])
-        for t, row in enumerate(rows):
-            n = seen(t, len(rows))
-            p = reference.softmax(site["scale"] * np.einsum("hsn,hn->hs", k[:, :n], q[row]))
-            if t >= len(past):
-                out[row] = np.einsum("hs,hsv->hv", p, v[:, :n])
-    return out
+def one_sequence(call):
+    """offsets are ignored: queries see the rows of sequences before their own."""
+    if call.args.get("offsets") is None:
+        return None
+    return call.run(offsets=None, kv_offsets=None)
 
 
 def _keys_and_values(latent, k_shared, w_uk, w_uv):
@@ -118,7 +146,7 @@ FAULTS = (
     Fault("mla_scale_missing", "scores are not scaled", MLA, changed(scale=lambda s: 1.0), source=PAPER),
     Fault("rotary_applied", "queries and shared keys are rotated; the model has no positions", MLA, rotary,
           choices=(("halves", 1e4), ("neighbours", 1e4)), source="config: mla_use_nope"),
-    Fault("k_b_transposed", "the key half of kv_b is read as [R, nope]", MLA, turned_keys,
+    Fault("k_b_transposed", "the key half of kv_b is read as [R, nope]", MLA, turned("w_uk"),
           source="llama.cpp: its converter transposes k_b for the absorbed form"),
     Fault("kv_b_halves_swapped", "kv_b is taken as values first, then keys", MLA, values_before_keys, source=PAPER),
     Fault("kv_b_not_by_head", "kv_b is split into all keys and all values, not head by head", MLA, unsplit_heads,
@@ -127,8 +155,23 @@ FAULTS = (
     Fault("key_parts_swapped", "keys are [shared | own], queries [own | shared]", MLA, shared_first,
           source="llama.cpp: the form without a split kv_b"),
     Fault("shared_key_missing", "the shared key part is not scored", MLA, shared_not_scored, source=PAPER),
-    Fault("mask_missing", "queries see the rows behind their own", MLA, unmasked, source=PAPER),
-    Fault("mask_off_by_one", "queries do not see their own row", MLA, blind_to_itself, source=PAPER),
+    Fault("mask_missing", "queries see the rows behind their own", MLA, masked(lambda t, S: (0, S)), source=PAPER),
+    Fault("mask_off_by_one", "queries do not see their own row", MLA, masked(lambda t, S: (0, max(t, 1))),
+          source=PAPER),
     Fault("stale_cache_row", "after truncate one row too many is left in the cache", MLA, carried(rules.stale_row),
-          RESTORED, source="caches that are cut by count, off by one"),
+          RESTORED, source="caches that are cut by count, off by one", use=RUN),
+    Fault("mla_scale_of_value", "scores are scaled by V^-1/2", MLA,
+          changed(scale=of_width(lambda s: s["w_uv"].shape[1])), use=CALL),
+    Fault("mla_scale_divides", "scores are divided by the scale", MLA, changed(scale=lambda s: 1 / s["scale"]),
+          use=CALL),
+    Fault("v_b_transposed", "the value half of kv_b is read as [R, V]", MLA, turned("w_uv"), use=CALL,
+          source="llama.cpp: attn_v_b"),
+    Fault("mask_from_the_left", "query t sees rows 0 to t, whatever was cached before it", MLA, mask_from_the_left,
+          use=CALL, source="torch's is_causal aligns at the first row, flash-attention at the last"),
+    Fault("window", "a query sees the last rows alone", MLA, lambda s, n: masked(lambda t, S: (max(t + 1 - n, 0),
+                                                                                               t + 1))(s),
+          use=CALL, choices=((16,), (32,), (64,), (128,)), each="a query sees the last {} rows alone"),
+    Fault("mla_offsets_ignored", "offsets are ignored: queries see the sequences before their own", MLA, one_sequence,
+          use=CALL),
+    Fault("own_keys_missing", "the keys' own part is not scored", MLA, changed(w_uk=lambda s: 0 * s["w_uk"]), use=CALL),
 )

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from .. import reference
-from ._fault import TIES, Fault, changed
+from ._fault import CALL, RUN, TIES, Fault, changed
 from .site import Site
 
 OTHER = {"sigmoid": "softmax", "softmax": "sigmoid"}
@@ -48,16 +48,16 @@ def highest_among_equals(site: Site):
 def shared_times(site: Site, scale: float):
     """The shared expert's output times `scale`; routed_scaling_factor is the sum of renormalised weights."""
     shared = site.args.get("shared")
-    return None if shared is None else site.run(shared=scale * site["shared"])
+    return site.run(shared=scale * site["shared"]) if isinstance(shared, np.ndarray) else None
 
 
 def weights_on_input(site: Site):
     """Each expert works on its weight times x."""
     x, ids, weights = site["x"], site.args["ids"], site["weights"]
-    y = np.zeros_like(x) if site.args.get("shared") is None else site["shared"].copy()
+    y = site.run(weights=0 * weights)
     for slot in range(ids.shape[-1]):
         one = np.ones((len(x), 1))
-        y += site.run(x=x * weights[:, slot, None], ids=ids[:, slot, None], weights=one, shared=None)
+        y += site.run(x=x * weights[:, slot, None], ids=ids[:, slot, None], weights=one, shared=None, shared_gate=None)
     return y
 
 
@@ -72,6 +72,55 @@ def sibling_matrix(site: Site):
     other = name.replace(a, b) if a in name else name.replace(b, a)
     w = site.node.weights["w"]._replace(name=other)
     return Site.of(replace(site.node, weights={"w": w}), site.values, site.weights, site.scene).run()
+
+
+def groups_by_the_largest(call):
+    """Groups are chosen by their best expert, not by the sum of their best two."""
+    groups, top = call.args.get("groups", 1), call.args.get("top_groups", 1)
+    if groups == top:
+        return None
+    s = getattr(reference, call["function"])(call["scores"])
+    s = s if call.args.get("bias") is None else s + call["bias"].reshape(-1)
+    best = s.reshape(len(s), groups, -1).max(-1)
+    kept = np.zeros(best.shape, bool)
+    np.put_along_axis(kept, np.argsort(-best, axis=-1, kind="stable")[:, :top], True, axis=-1)
+    chosen = np.where(np.repeat(kept, s.shape[1] // groups, axis=1), s, -np.inf)
+    return np.sort(np.argsort(-chosen, axis=-1, kind="stable")[:, :call["k"]], axis=-1)
+
+
+def lowest(call):
+    """The k smallest."""
+    bias = call.args.get("bias")
+    s = getattr(reference, call["function"])(call["scores"])
+    s = s if bias is None else s + call["bias"].reshape(-1)
+    return np.sort(np.argsort(s, axis=-1, kind="stable")[:, :call["k"]], axis=-1)
+
+
+def softmax_of_chosen(call):
+    """The softmax of the chosen logits alone."""
+    x = np.take_along_axis(call["scores"], np.asarray(call.args["ids"]).astype(np.int64), axis=-1)
+    return reference.softmax(x) * call["scale"]
+
+
+def rolled_weights(call):
+    """Each slot has the weight of the next."""
+    return call.run(weights=np.roll(call["weights"], -1, axis=-1)) if call["weights"].shape[-1] > 1 else None
+
+
+def turned_experts(argument):
+    """An expert's matrix [m, n] read from memory that holds [n, m]."""
+    def function(call):
+        w = np.asarray(call.args[argument])
+        return call.run(**{argument: w.reshape(len(w), w.shape[2], w.shape[1]).swapaxes(1, 2)})
+
+    return function
+
+
+def raw_shared_gate(call):
+    gate, shared = call.args.get("shared_gate"), call.args.get("shared")
+    if gate is None or isinstance(shared, tuple):
+        return None
+    return call.run(shared_gate=None, shared=reference.linear(call["x"], gate) * call["shared"])
 
 
 ROUTE, WEIGHTS, MOE, V3 = ("route",), ("route_weights",), ("moe",), "arXiv:2412.19437, section 2.1.2"
@@ -99,14 +148,27 @@ FAULTS = (
     Fault("shared_expert_missing", "the shared expert is left out", MOE, lambda s: shared_times(s, 0.0), source=V3),
     Fault("shared_expert_twice", "the shared expert is added twice", MOE, lambda s: shared_times(s, 2.0), source=V3),
     Fault("w1_w3_swapped", "SiLU is on w3 x (up), not on w1 x (gate)", (*MOE, "swiglu"),
-          lambda s: s.run(**({"w_gate": s.args["w_up"], "w_up": s.args["w_gate"]} if s.node.op == "moe" else
+          lambda s: s.run(**({"w_gate": s.args["w_up"], "w_up": s.args["w_gate"]} if s.op == "moe" else
                              {"gate": s["up"], "up": s["gate"]})), source="names of Mixtral's experts: w1, w3, w2"),
     Fault("gate_up_matrices_swapped", "one of gate_proj and up_proj is where the other belongs", ("linear",),
-          sibling_matrix, taps=GATE_UP, source="fused gate_up tensors differ in their order"),
+          sibling_matrix, taps=GATE_UP, use=RUN, source="fused gate_up tensors differ in their order"),
     Fault("expert_weights_on_input", "x is multiplied by the weight before the expert", MOE, weights_on_input,
           source="Llama 4 does so"),
     Fault("expert_weights_missing", "experts are summed with weight 1", MOE,
           changed(weights=lambda s: np.ones_like(s["weights"])), source=V3),
     Fault("experts_off_by_one", "expert e + 1 works in place of e", MOE, experts_off_by_one,
           source="stacked tensors that begin at the shared expert"),
+    Fault("router_groups_ignored", "experts are chosen among all groups", ROUTE,
+          changed(groups=lambda s: 1, top_groups=lambda s: 1), use=CALL, source=V3),
+    Fault("router_groups_by_largest", "groups are chosen by their best expert, not by the sum of their best two", ROUTE,
+          groups_by_the_largest, use=CALL, source="DeepSeek-V2: arXiv:2405.04434"),
+    Fault("router_lowest", "the lowest scores are chosen", ROUTE, lowest, use=CALL),
+    Fault("router_softmax_of_chosen", "weights are the softmax of the chosen logits", WEIGHTS, softmax_of_chosen,
+          use=CALL, source="Mixtral"),
+    Fault("expert_weights_rolled", "each slot has the weight of the next", MOE, rolled_weights, use=CALL),
+    Fault("w_down_transposed", "w_down is read as [F, D]", MOE, turned_experts("w_down"), use=CALL),
+    Fault("w_gate_transposed", "w_gate is read as [D, F]", MOE, turned_experts("w_gate"), use=CALL),
+    Fault("shared_gate_missing", "the shared expert's gate is left out", MOE,
+          lambda s: s.run(shared_gate=None) if s.args.get("shared_gate") is not None else None, use=CALL),
+    Fault("shared_gate_raw", "the shared expert's gate is not put through a sigmoid", MOE, raw_shared_gate, use=CALL),
 )

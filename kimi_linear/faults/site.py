@@ -1,9 +1,13 @@
-"""A `Site`: one op of the pass at one place, with its inputs, to be run rightly or wrongly in float64."""
+"""`Call` and `Site`: an op with its inputs, alone or at its place of a pass, to be run rightly or wrongly in float64.
+
+A fault's function takes either: both have `op`, `args`, ``[argument]``, `inputs` and `run`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +16,7 @@ from .. import dataflow, reference
 from ..dataflow import Node
 from .scene import Branch, Scene
 
-__all__ = ["CARRIED", "Site", "through"]
+__all__ = ["CARRIED", "Call", "Site", "through"]
 
 #: The ops that carry a state, and their arguments that have a row a token.
 CARRIED = {
@@ -20,6 +24,54 @@ CARRIED = {
     "delta_rule": ("q", "k", "v", "g", "beta"),
     "latent_attention": ("q", "latent", "k_shared"),
 }
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an op.
+
+    Attributes
+    ----------
+    op : str
+    args : mapping from argument to value
+    wrongly : callable(Call) -> results, optional
+        What runs in place of the reference: another fault, to have two at once.
+    """
+
+    op: str
+    args: Mapping[str, Any]
+    wrongly: Callable | None = None
+
+    def __getitem__(self, argument: str):
+        """An argument; arrays in float64."""
+        return _widened(self.args[argument])
+
+    @property
+    def inputs(self) -> list[str]:
+        """Arguments that are arrays of reals, but for biases."""
+        reals = [a for a, x in self.args.items() if isinstance(x, np.ndarray) and x.dtype.kind not in "iu"]
+        return [a for a in reals if "bias" not in a]
+
+    def results(self, by: Callable | None = None, **changes) -> tuple[np.ndarray, ...]:
+        """All results: of the op, or of ``by(**arguments)``, on arguments that are right but for `changes`."""
+        args = {**self.args, **changes}
+        if by is not None:
+            return _tuple(by(**args))
+        if self.wrongly is not None:
+            return _tuple(self.wrongly(Call(self.op, args)))
+        return dataflow.evaluate(Node("", self.op, (), {}), args)
+
+    def run(self, by: Callable | None = None, **changes) -> np.ndarray:
+        """The first of `results`."""
+        return self.results(by, **changes)[0]
+
+
+def _widened(x):
+    return reference.f64(x) if isinstance(x, np.ndarray) and x.dtype.kind not in "iu" else x
+
+
+def _tuple(results):
+    return results if isinstance(results, tuple) else (results,)
 
 
 @dataclass(frozen=True)
@@ -53,8 +105,17 @@ class Site:
 
     def __getitem__(self, argument: str):
         """An argument; arrays in float64."""
-        x = self.args[argument]
-        return reference.f64(x) if isinstance(x, np.ndarray) and x.dtype.kind not in "iu" else x
+        return _widened(self.args[argument])
+
+    @property
+    def op(self) -> str:
+        """The node's."""
+        return self.node.op
+
+    @property
+    def inputs(self) -> list[str]:
+        """Arguments that come from taps, if reals."""
+        return [a for a in self.node.inputs if np.asarray(self.args[a]).dtype.kind not in "iu"]
 
     def sibling(self, name: str) -> np.ndarray | None:
         """Another tap of the same layer, or None where it is not known."""
@@ -62,12 +123,14 @@ class Site:
         x = self.values.get(f"layers.{layer}.{name}")
         return None if x is None else reference.f64(x)
 
-    def run(self, branches: Sequence[Branch] | None = None, past: Mapping[str, np.ndarray] | None = None,
-            **changes) -> np.ndarray:
+    def run(self, by: Callable | None = None, *, branches: Sequence[Branch] | None = None,
+            past: Mapping[str, np.ndarray] | None = None, **changes) -> np.ndarray:
         """The op's first result, right but for what is changed.
 
         Parameters
         ----------
+        by : callable(**arguments), optional
+            What to run in place of the op; ops that carry a state get `offsets`, too.
         branches : list of Branch, optional
             How states are carried; by default rightly.
         past : mapping from argument to array, optional
@@ -76,9 +139,10 @@ class Site:
             Arguments to replace.
         """
         args = {**self.args, **changes}
+        by = by or partial(_evaluated, self.node)
         if self.node.op not in CARRIED:
-            return dataflow.evaluate(self.node, args)[0]
-        return through(self.node, args, branches or self.scene.branches(), past or {})
+            return _tuple(by(**args))[0]
+        return through(by, args, CARRIED[self.node.op], branches or self.scene.branches(), past or {})
 
     def last_states(self) -> np.ndarray:
         """The states, [N, ...], that the op leaves behind the last token of each sequence."""
@@ -96,27 +160,27 @@ class Site:
         return y.reshape(len(y), *self.node.shape)
 
 
-def through(node: Node, args, branches: Sequence[Branch], past) -> np.ndarray:
-    """An op that carries a state, over branches: [rows, ...]."""
+def through(by: Callable, args, carried, branches: Sequence[Branch], past) -> np.ndarray:
+    """An op that carries a state, over branches: [rows, ...]; the arguments `carried` have a row a token."""
     args = dict(args)
     rows = np.concatenate([np.concatenate(b) for b in branches])
     owned = np.concatenate([np.repeat([False, True], [len(b.past), len(b.own)]) for b in branches])
-    T = len(args[CARRIED[node.op][0]])
-    for a in CARRIED[node.op]:
+    T = len(args[carried[0]])
+    for a in carried:
         x = args[a][rows]
         if a in past:
             x = np.where(owned.reshape(-1, *[1] * (x.ndim - 1)), x, past[a][rows])
         args[a] = x
     offsets = np.cumsum([0, *(len(b.past) + len(b.own) for b in branches)])
-    y = _evaluate(node, args, offsets)[owned]
+    y = _tuple(by(**args, offsets=offsets))[0][owned]
     out = np.empty((T, *y.shape[1:]))
     out[rows[owned]] = y
     return out
 
 
-def _evaluate(node, args, offsets):
+def _evaluated(node, **args):
     if node.op == "delta_rule" and (np.asarray(args["g"]) > 0).any():
-        from ._kda import recurrence  # the reference refuses a growing state; a foreign run may have one
+        from ._delta import wrong  # the reference refuses a growing state; a foreign run may have one
 
-        return recurrence(*(reference.f64(args[a]) for a in CARRIED["delta_rule"]), offsets=offsets)
-    return dataflow.evaluate(node, {**args, "offsets": offsets})[0]
+        return wrong(args)
+    return dataflow.evaluate(node, args)

@@ -167,6 +167,11 @@ class _Run:
             self.known[case.name] = detail, ""
             return Row(case.name, case.group, "fails", detail=detail)
         ref, bounds = _reference(self.the.op, exact, self.form)
+        for name, a, r in zip(self.the.results, actual, ref, strict=True):
+            if a.shape != r.shape:
+                says = f"{name} has shape {list(a.shape)}; it must be {list(r.shape)}"
+                self.known[case.name] = says, ""
+                return Row(case.name, case.group, "fails", detail=says)
         parts = [judge(a, r, b, op=self.the.op) for a, r, b in zip(actual, ref, bounds, strict=True)]
         detail = self._fault(case, parts, actual, ref)
         row = Row(case.name, case.group, "fails" if detail else "holds", max(p.errors.rms_u for p in parts),
@@ -305,7 +310,7 @@ def _numpy(x):
     if type(x).__module__.split(".")[0] == "torch":
         x = x.detach().cpu()
     a = as_array(x, "a result")
-    return a.copy() if a.dtype.kind == "f" else a.astype(np.float32)  # the memory may be used again
+    return a.copy() if a.dtype.kind in "fiu" else a.astype(np.float32)  # the memory may be used again
 
 
 def _first_apart(a, r):

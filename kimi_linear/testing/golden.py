@@ -3,6 +3,7 @@
 import inspect
 import io
 import json
+import textwrap
 import zipfile
 
 import numpy as np
@@ -12,20 +13,23 @@ from .._version import __version__
 from ..diff.budgets import budget
 from ..load.safetensors import atomic_file, write_safetensors
 from .check import FACTOR
-from .spec import select, spec
+from .spec import defaults, given, select, spec
 
 __all__ = ["write_golden"]
 
 README = """Cases of {op}, written by kimi_linear {version}: `kimi-linear golden {op}`.
 
-CASE/in/NAME are the arguments, float32 (offsets int64); CASE/out/NAME the results in float64; CASE/bound/NAME the
-largest absolute error that the bound of docs/math.md allows at each element, in the op's own order of sums. Arrays are
-row-major. Judge a kernel by the largest |got - out| / bound; {factor} is what kimi_linear allows a foreign one. NaN in
-`out` must be NaN in yours, and nothing else may be; beside NaN a bound is infinite.
+CASE/in/NAME are the arguments, float32 (integers int32 or int64); CASE/out/NAME the results in float64;
+CASE/bound/NAME the largest absolute error that the bound of docs/math.md allows at each element, in the op's own
+order of sums. Arrays are row-major. Judge a kernel by the largest |got - out| / bound; {factor} is what kimi_linear
+allows a foreign one. NaN in `out` must be NaN in yours, and nothing else may be; beside NaN a bound is infinite, and
+where it is 0 the values must be the same.
 
 The index has an entry a case: what it is about (`says`), its group, which arrays it has, what it `needs` of a kernel,
-and arguments that are no arrays (`options`: scale, l2_norm, l2_eps, head_map). What is not there is the default: scale
-K**-0.5, no initial state, one sequence, no norm. Cases called model-* are a trained model's own inputs.
+and arguments that are no arrays (`options`). Cases called model-* are a trained model's own inputs. What is not there
+has its default:
+
+{defaults}
 
 {formula}
 """
@@ -68,26 +72,33 @@ def write_golden(op, path, *, format=None, cases="all"):
         for name, inputs in the.real().items():
             _add(the, name, inputs, about, entries, arrays)
     formula = inspect.getdoc(getattr(reference, op)).partition("Parameters")[0].strip()
-    readme = README.format(op=op, version=__version__, factor=FACTOR, formula=formula)
+    readme = README.format(op=op, version=__version__, factor=FACTOR, formula=formula, defaults=_defaults(op))
     index = {"op": op, "version": __version__, "results": list(the.results), "cases": entries}
     (_write_npz if format == "npz" else _write_safetensors)(path, arrays, readme, json.dumps(index, indent=1))
     return index
 
 
+def _defaults(op):
+    """In words; of the delta rule what None stands for."""
+    if op == "delta_rule":
+        return "scale K**-0.5, no initial state, one sequence, no norm"
+    return textwrap.fill(", ".join(f"{n} {value!r}" for n, value in defaults(op).items()) or "none", 115)
+
+
 def _add(the, name, inputs, about, entries, arrays):
     """One case: its arrays under its name, and its entry."""
-    inputs = {n: x for n, x in inputs.items() if x is not None}
-    given = {n: np.asarray(x) for n, x in inputs.items() if isinstance(x, np.ndarray)}
+    inputs = given(the.op, inputs)
+    arguments = {n: np.asarray(x) for n, x in inputs.items() if isinstance(x, np.ndarray)}
     whole = {n: inputs.get(n) for n in the.required} | inputs
     with np.errstate(all="ignore"):
         results = _tuple(getattr(reference, the.op)(**whole))
         bounds = _tuple(budget(the.op, results if len(results) > 1 else results[0], **whole))
-    held = {f"in/{n}": x for n, x in given.items()}
+    held = {f"in/{n}": x for n, x in arguments.items()}
     held |= {f"out/{n}": np.asarray(r, np.float64) for n, r in zip(the.results, results, strict=True)}
     held |= {f"bound/{n}": np.where(np.isnan(b), np.inf, b) for n, b in zip(the.results, bounds, strict=True)}
     arrays |= {f"{name}/{n}": x for n, x in held.items()}
     shapes = {n: {"shape": list(x.shape), "dtype": str(x.dtype)} for n, x in held.items()}
-    options = {n: x for n, x in inputs.items() if n not in given}
+    options = {n: x for n, x in inputs.items() if n not in arguments}
     entries.append({"name": name, **about, "options": options, "arrays": shapes})
 
 

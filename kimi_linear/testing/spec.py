@@ -4,13 +4,20 @@ An op's module in this package has a `SPEC`. `check`, `explain` and `golden` rea
 """
 
 import fnmatch
+import functools
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["Case", "Explanation", "Law", "NotOffered", "Plan", "Spec", "WrongResult", "select", "spec", "specs"]
+from .. import reference
 
-OPS = ("delta_rule",)  # modules of this package with a SPEC
+__all__ = ["Case", "Explanation", "Law", "NotOffered", "Plan", "Spec", "WrongResult", "defaults", "given", "select",
+           "spec", "specs"]
+
+#: Modules of this package with a SPEC: the delta rule, and the rest in the order of the pass.
+OPS = ("delta_rule", "embedding", "rms_norm", "linear", "short_conv", "l2_norm", "decay_gate", "decay_cumsum",
+       "gated_rms_norm", "latent_attention", "swiglu", "softmax", "route", "moe")
 
 
 class NotOffered(Exception):
@@ -154,6 +161,18 @@ def spec(op):
     if op not in OPS:
         raise ValueError(f"op is {op!r}; check_op knows {', '.join(OPS)}")
     return importlib.import_module(f"{__package__}.{op}").SPEC
+
+
+@functools.cache
+def defaults(op):
+    """The arguments of an op that have a default, and their defaults."""
+    parameters = inspect.signature(getattr(reference, op)).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def given(op, x):
+    """Arguments without those that are None, where None is the default."""
+    return {n: a for n, a in x.items() if a is not None or defaults(op).get(n) is not None}
 
 
 def select(cases, patterns):

@@ -9,13 +9,21 @@ from pathlib import Path
 import pytest
 
 import kimi_linear as kl
+from kimi_linear.testing import spec, specs
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/check-your-kernel.md").read_text(encoding="utf-8")
 
 
-def block(language):
-    return re.search(rf"^```{language}\n(.*?)^```", PAGE, re.M | re.S)[1]
+def block(language, about=""):
+    return next(b for b in re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.M | re.S) if about in b)
+
+
+def printed(code, folder):
+    """(what a block prints, what the page shows below it), in lines."""
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=folder, capture_output=True, text=True,
+                         env={"PYTHONPATH": str(ROOT)}, check=True)
+    return run.stdout.strip().splitlines(), PAGE.partition(code)[2].split("```")[2].strip().splitlines()
 
 
 @pytest.fixture
@@ -27,13 +35,28 @@ def folder(tmp_path):
 
 
 def test_the_kernel_in_c(folder):
-    run = subprocess.run([sys.executable, "-c", block("python")], cwd=folder, capture_output=True, text=True,
-                         env={"PYTHONPATH": str(ROOT)}, check=True)
-    shown = PAGE.partition(block("python"))[2].split("```")[2].strip().splitlines()
-    got = run.stdout.strip().splitlines()
+    got, shown = printed(block("python", "ctypes"), folder)
     assert len(got) == len(shown) and got[-1].startswith("ok: all ")
     for a, b in zip(got, shown):  # the errors are the compiler's
         assert re.split(r"[\d.]+ u rms|with [\d.]+", a)[0] == re.split(r"[\d.]+ u rms|with [\d.]+", b)[0]
+
+
+def test_the_norm(tmp_path):
+    got, shown = printed(block("python", "def rms_norm"), tmp_path)
+    assert len(got) == len(shown)
+    for a, b in zip(got, shown):  # the errors are NumPy's
+        assert re.split(r"[\d.,e+]+ u rms", a)[0] == re.split(r"[\d.,e+]+ u rms", b)[0]
+
+
+def test_the_table_is_that_of_the_ops():
+    rows = re.findall(r"^\| `(\w+)` \| (\d+): (.*?) \| (.*?) \| (.*?) \| (\d+) \|$", PAGE, re.M)
+    assert [row[0] for row in rows] == specs()
+    for op, cases, groups, laws, projects, mistakes in rows:
+        the = spec(op)
+        assert (int(cases), int(mistakes)) == (len(the.cases), len(the.explanations)), op
+        assert groups.split(", ") == list(dict.fromkeys(c.group for c in the.cases)), op
+        assert laws.split(", ") == [law.name for law in the.laws], op
+        assert re.findall(r"`([\w-]+)`", projects) == [p for p in kl.conventions if op in kl.conventions[p]], op
 
 
 def test_the_table_is_that_of_conventions():

@@ -10,7 +10,8 @@ from conftest import read_safetensors
 
 import kimi_linear as kl
 from kimi_linear.cli import main
-from kimi_linear.testing import spec, write_golden
+from kimi_linear.testing import spec, specs, write_golden
+from kimi_linear.testing.check import FACTOR
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,24 @@ def test_the_same_bytes_at_every_call(files, tmp_path):
     for name in ("cases.npz", "cases.safetensors"):
         write_golden("delta_rule", tmp_path / name)
         assert (tmp_path / name).read_bytes() == (files / name).read_bytes()
+
+
+@pytest.mark.parametrize("op", [op for op in specs() if op != "delta_rule"])
+def test_every_op_has_a_file_and_is_within_it(op, tmp_path):
+    write_golden(op, tmp_path / "cases.npz")
+    found = np.load(tmp_path / "cases.npz")
+    index = json.loads(found["index.json"])
+    assert {c["name"] for c in index["cases"]} >= {c.name for c in spec(op).cases if c.steps is None}
+    assert (op in ("decay_cumsum", "softmax")) != any(c["name"].startswith("model-") for c in index["cases"])
+    for case in index["cases"]:
+        given = {n.partition("/")[2]: found[f"{case['name']}/{n}"] for n in case["arrays"] if n.startswith("in/")}
+        got = getattr(kl.ops, op)(**given | case["options"])
+        for name, a in zip(index["results"], got if isinstance(got, tuple) else (got,), strict=True):
+            out, bound = (found[f"{case['name']}/{part}/{name}"] for part in ("out", "bound"))
+            with np.errstate(invalid="ignore"):
+                off = np.abs(np.float64(a) - out)
+            assert np.array_equal(np.isnan(a), np.isnan(out)), case["name"]
+            assert (off[np.isfinite(out)] <= FACTOR * bound[np.isfinite(out)]).all(), case["name"]
 
 
 def test_command(capsys, tmp_path):

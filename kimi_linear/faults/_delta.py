@@ -1,0 +1,341 @@
+"""Faults of the delta rule: one float64 recurrence with a switch for each, and the list of them."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+
+from ..reference_delta import key_heads, with_triangles
+from . import _l2
+from ._fault import BOTH, CALL, STRONG, Fault
+from .site import Call
+
+__all__ = ["FAULTS", "Switched", "acts", "wrong"]
+
+LOSSY = 20.0  # nats: a float32 sum of gates beyond is rounded by more than a budget allows
+
+# ---- the recurrence with its faults --------------------------------------------------------------------
+
+
+def wrong(x, *, l2=None, heads=None, scale=None, gate=None, axis=None, beta=None, order=None, read=None, stored=None,
+          initial=None, final=None, border=None, padding=None, ragged=None, sums=None, turned=()):
+    """`reference.delta_rule` of the arguments `x` with faults, all None: none. Takes gates above 0, too."""
+    q, k, v, b = (np.asarray(x[n], np.float64) for n in ("q", "k", "v", "beta"))
+    (T, Hk, K), (Hv, V) = q.shape, v.shape[1:]
+    if x.get("l2_norm"):
+        q, k = _norms(q, k, l2, x.get("l2_eps", 1e-6))
+    kinds = {"grouped": "tiled", "tiled": "grouped"}
+    given = x.get("head_map", "grouped")
+    index = key_heads(Hk, Hv, kinds[given] if heads == "other" else given)
+    q, k = _scales(q[:, index], k[:, index], K**-0.5 if x.get("scale") is None else x["scale"], V, scale)
+    g = np.zeros((T, Hv)) if x.get("g") is None else np.asarray(x["g"], np.float64)
+    g = np.broadcast_to(g[..., None] if g.ndim == 2 else g, (T, Hv, K))
+    b, b_read = _betas(b, beta)
+
+    offsets = [0, T] if x.get("offsets") is None else [int(n) for n in x["offsets"]]
+    shape = (len(offsets) - 1, Hv, K, V)
+    S0 = np.zeros(shape)
+    if x.get("initial_state") is not None and initial != "ignored":
+        S0 = np.asarray(x["initial_state"], np.float64).reshape(shape)
+    if initial == "swapped" and K == V:
+        S0 = S0.swapaxes(-1, -2)
+    o, states, S = np.zeros((T, Hv, V)), np.zeros(shape), None
+    for n, (first, last) in enumerate(zip(offsets, offsets[1:])):
+        S = S0[n] if ragged is None or n == 0 else S
+        rows = [a[first:last] for a in (q, k, v, g, b, b_read)]
+        if sums:
+            o[first:last], S = _by_sums(*rows[:5], S, sums)
+            states[n] = S
+        else:
+            o[first:last], S, states[n] = _sequence(*rows, S, gate, axis, order, read, stored, final, border,
+                                                            padding, turned)
+    if final == "swapped":
+        states = states.swapaxes(-1, -2)
+    return o, states if x.get("offsets") is not None else states[0]
+
+
+ACTS_ON = {"l2": "l2_norm", "gate": "g", "axis": "g", "sums": "g", "initial": "initial_state", "ragged": "offsets"}
+
+
+def acts(x, **switches):
+    """True where one of the switches that are on has something to act on, or none is on."""
+    on = {name: value for name, value in switches.items() if value}
+    return not on or any(_acts(x, name, value) for name, value in on.items())
+
+
+def _acts(x, name, value):
+    (Hk, K), (Hv, V) = x["q"].shape[1:], x["v"].shape[1:]
+    given = x.get(ACTS_ON.get(name))
+    if name in ACTS_ON and (given is None or given is False):
+        return False
+    if name == "sums":
+        return given.size > 0 and -np.nansum(given, axis=0).min() > LOSSY
+    if (name, value) in (("scale", "of V"), ("heads", "other")):
+        return K != V if name == "scale" else Hk not in (1, Hv)
+    if name == "axis":
+        return K == V and given.ndim == 3
+    return value != "rows" or K == V
+
+
+def _norms(q, k, l2, eps):
+    """q and k normed; `l2` is a fault of that op and its choice, or of which of the two it is left out."""
+    if l2 in ("of q alone", "of k alone"):
+        q_normed, k_normed = _norms(q, k, None, eps)
+        return (q_normed, k) if "q" in l2 else (q, k_normed)
+    function, choice = (Call.run, ()) if l2 is None else (_l2.BY_NAME[l2[0]].function, l2[1])
+    return tuple(function(Call("l2_norm", {"x": a, "eps": eps}), *choice) for a in (q, k))
+
+
+def _scales(q, k, s, V, fault):
+    on_q = {None: s, "missing": 1.0, "twice": s * s, "on k": 1.0, "on both": s, "of V": V**-0.5,
+            "inverse": 1 / s if s else s}
+    return q * on_q[fault], k * (s if fault in ("on k", "on both") else 1.0)
+
+
+def _betas(b, fault):
+    """beta of the value, and of what is read back."""
+    if fault == "on the read alone":
+        return np.ones_like(b), b
+    if fault == "on v alone":
+        return b, np.ones_like(b)
+    if fault == "without correction":
+        return b, np.zeros_like(b)
+    made = {None: b, "missing": np.ones_like(b), "sigmoid": 1 / (1 + np.exp(-b)), "squared": b * b, "doubled": 2 * b,
+            "halved": b / 2}[fault]
+    return made, made
+
+
+def _decays(g, gate):
+    """exp(g) [T, H, K] as it should be, or with a fault."""
+    if isinstance(gate, tuple):
+        return np.exp(np.maximum(g, gate[1]))
+    if gate in ("next", "previous"):
+        moved = np.zeros_like(g)
+        if gate == "next":
+            moved[:-1] = g[1:]
+        else:
+            moved[1:] = g[:-1]
+        return np.exp(moved)
+    forms = {
+        None: np.exp, "missing": np.ones_like, "log2": np.exp2, "log2e": lambda g: np.exp(g / np.log(2)),
+        "exp twice": lambda g: np.exp(np.exp(g)), "as it is": lambda g: g, "sign": lambda g: np.exp(-g),
+        "one channel": lambda g: np.exp(g[..., :1]), "mean": lambda g: np.exp(g.mean(-1, keepdims=True)),
+        "twice": lambda g: np.exp(2 * g)}
+    return np.broadcast_to(forms[gate](g), g.shape)
+
+
+def _sequence(q, k, v, g, b, b_read, S, gate, axis, order, read, stored, final, border, padding, turned):
+    """One sequence: o, the state to go on with, and the state returned."""
+    a, S, o = _decays(g, gate), S.copy(), np.zeros(v.shape)
+    kind, C = border or (None, len(q) + 1)
+    before = S
+    for t in range(len(q)):
+        S = S.swapaxes(1, 2) if t in turned else S
+        before, at = S, t % C
+        decay = a[t][:, None, :] if axis == "value" and a.shape[2] == v.shape[2] else a[t][:, :, None]
+        if kind == "no first gate" and at == 0 and t or kind == "no last gate" and at == C - 1:
+            decay = 1.0
+        if kind == "reset" and at == 0 and t:
+            S = np.zeros_like(S)
+        old = S
+        S = S if order == "update, then decay" else decay * S
+        seen = old if order == "reads the undecayed state" else S
+        d = b[t][:, None] * v[t] - b_read[t][:, None] * np.einsum("hkv,hk->hv", seen, k[t])
+        written = S + k[t][:, :, None] * d[:, None, :]
+        if order == "update, then decay":
+            written = decay * written
+        if stored is not None:
+            written = written.astype(getattr(ml_dtypes, stored)).astype(np.float64)
+        source = {None: written, "before": old, "decayed": S, "rows": written.swapaxes(1, 2)}[read]
+        o[t] = np.einsum("hkv,hk->hv", source, q[t])
+        S = S if kind == "no last write" and at == C - 1 else written
+    end = S
+    if padding and len(q):
+        end = _padded(k[-1], v[-1], a[-1], b[-1], S, padding[0], -len(q) % padding[1])
+    returned = {None: end, "swapped": end, "before the last": before}[final]
+    return o, end, returned
+
+
+def _padded(k, v, a, b, S, kind, rows):
+    for _ in range(rows):
+        S = a[:, :, None] * S
+        if kind == "repeats the last token":
+            d = b[:, None] * (v - np.einsum("hkv,hk->hv", S, k))
+            S = S + k[:, :, None] * d[:, None, :]
+    return S
+
+
+def _by_sums(q, k, v, g, b, S, how):
+    """The textbook chunk with sums of g in float32, which it subtracts: rounded at each step, or once at the end."""
+    rounded, C = how
+    o, S = np.zeros(v.shape), S.copy()
+    for t in range(0, len(q), C):
+        p = slice(t, min(t + C, len(q)))
+        c = np.cumsum(g[p].astype(np.float32), axis=0, dtype=np.float32 if rounded == "each" else np.float64)
+        c, n = c.astype(np.float32), p.stop - t
+        L, P = np.zeros((2, g.shape[1], n, n))
+        for i in range(n):
+            to = np.exp(np.float64(c[i] - c[:i + 1])) * k[p][:i + 1]
+            L[:, i, :i] = b[p][i][:, None] * np.einsum("hk,jhk->hj", k[p][i], to[:i])
+            P[:, i, :i + 1] = np.einsum("hk,jhk->hj", q[p][i], to)
+        ends = np.exp(np.float64(c)), np.exp(np.float64(c[-1] - c))
+        o[p], S = with_triangles(q[p], k[p], v[p], b[p], S, L, P, *ends)
+    return o, S
+
+
+# ---- faults of it --------------------------------------------------------------------------------------
+
+
+class Switched:
+    """A fault's function: the recurrence with switches, whose values may be functions of the choice.
+
+    `square`: where K = V alone; `elsewhere` serves other ops that the fault can be at.
+    """
+
+    def __init__(self, *, square=False, elsewhere=None, **switches):
+        self.square, self.elsewhere, self.made = square, elsewhere, switches
+
+    def switches(self, *choice):
+        """Of `wrong`, for a choice."""
+        return {n: value(*choice) if callable(value) else value for n, value in self.made.items()}
+
+    def __call__(self, call, *choice):
+        if call.op != "delta_rule":
+            return self.elsewhere(call, *choice)
+        if self.square and call.args["q"].shape[-1] != call.args["v"].shape[-1]:
+            return None
+        return call.run(by=lambda **args: wrong(args, **self.switches(*choice)))
+
+
+DELTA, GATED = ("delta_rule",), ("delta_rule", "decay_gate")
+KDA, FLA = "arXiv:2510.26692, equation 1", "flash-linear-attention"
+LAYOUT = f"ggml and MLX keep [V, K], {FLA} [K, V]"
+CHUNKS = ((64,), (32,), (16,))
+
+
+def _fault(name, text, source="", *, use=CALL, scenario=None, choices=((),), more=(), each="", square=False,
+           **switches):
+    scenario = {} if scenario is None else {"scenario": scenario}
+    return Fault(name, text, DELTA, Switched(square=square, **switches), choices=choices, source=source, use=use,
+                 more=more, each=each, **scenario)
+
+
+def _clamped(call, bound):
+    """decay_gate with a clamp behind it."""
+    return np.maximum(call.run(), bound)
+
+
+def _states():
+    yield _fault("final_state_transposed", "the final state equals ours with K and V swapped", LAYOUT, final="swapped")
+    yield _fault("state_transposed", "the state lies as [V, K]: initial and final state have K and V swapped", LAYOUT,
+                 initial="swapped", final="swapped")
+    yield _fault("initial_state_transposed", "the initial state is read with K and V swapped", LAYOUT,
+                 initial="swapped")
+    yield _fault("initial_state_ignored", "the initial state is ignored: nothing is carried", initial="ignored")
+    yield _fault("final_state_too_early", "the final state is that before the last token", final="before the last")
+    yield _fault("state_read_transposed", "the output reads the state by the wrong axis: S q for S^T q", LAYOUT,
+                 use=BOTH, square=True, read="rows")
+
+
+def _scaled():
+    yield _fault("scale_missing", "the scale is missing",
+                 f"{FLA}: l2 norm inside the kernel, then the scale; a scale before the norm is undone", use=BOTH,
+                 scale="missing")
+    yield _fault("scale_twice", "the scale is applied twice", f"{FLA}: the kernel scales; so did the caller", use=BOTH,
+                 scale="twice")
+    yield _fault("scale_on_k", "the scale is on k instead of q", scale="on k")
+    yield _fault("scale_on_both", "the scale is on k as well as q", scale="on both")
+    yield _fault("scale_of_V", "the scale is V ** -0.5 instead of K ** -0.5", scale="of V")
+    yield _fault("scale_divides", "the scale divides", scale="inverse")
+
+
+def _orders():
+    yield _fault("decay_after_update", "the update comes before the decay", KDA, use=BOTH, order="update, then decay")
+    yield _fault("decay_after_correction", "the prediction reads the state before its decay", KDA, use=BOTH,
+                 order="reads the undecayed state")
+    yield _fault("output_before_decay", "the output is read before the decay and the update", read="before")
+    yield _fault("output_before_update", "the output is read before the update", KDA, use=BOTH, read="decayed")
+    yield _fault("correction_missing", "the correction is missing, S + k beta v^T: plain gated linear attention", KDA,
+                 use=BOTH, beta="without correction")
+
+
+def _gates():
+    yield _fault("decay_missing", "the decay is missing", KDA, use=BOTH, gate="missing")
+    yield _fault("decay_in_log2", "the gate is taken as log2: 2 ** g",
+                 f"{FLA}: chunk kernels work in log2, after g log2(e)",
+                 use=BOTH, gate="log2")
+    yield _fault("decay_scaled_to_log2", "the gate is multiplied by log2(e), then exp instead of exp2",
+                 f"{FLA}: chunk kernels work in log2", use=BOTH, gate="log2e")
+    yield _fault("decay_exp_twice", "exp is taken twice of the gate", gate="exp twice")
+    yield _fault("decay_without_exp", "the gate is used as the decay, without exp", gate="as it is")
+    yield _fault("decay_sign", "the gate has the wrong sign: exp(-g)", gate="sign")
+    yield _fault("decay_twice", "the decay is applied twice", gate="twice")
+    yield Fault("decay_clamped", "the gate is clamped from below", GATED,
+                Switched(gate=lambda bound: ("clamp", bound), elsewhere=_clamped), STRONG, choices=((-5.0,), (-20.0,)),
+                more=((-10.0,), (-30.0,), (-50.0,), (-80.0,)), each="the gate is clamped at {:g}",
+                source="a guard of chunked kernels; ggml's tests take g > -20")
+    yield _fault("decay_of_next_token", "each token has the gate of the next", gate="next")
+    yield _fault("decay_of_last_token", "each token has the gate of the one before", gate="previous")
+    sources = "arXiv:2412.06464 has a gate each head, arXiv:2510.26692 each channel"
+    yield _fault("decay_of_first_channel", "all channels have the gate of the first", sources, use=BOTH,
+                 gate="one channel")
+    yield _fault("decay_averaged", "all channels have the mean gate of their head", sources, use=BOTH, gate="mean")
+    yield _fault("decay_on_value_axis", "the decay is along the values instead of the keys", KDA, use=BOTH, square=True,
+                 axis="value")
+
+
+def _betas_of():
+    yield _fault("beta_missing_in_update", "beta is missing", KDA, use=BOTH, beta="missing")
+    yield _fault("beta_sigmoid_again", "beta goes through a sigmoid again", beta="sigmoid")
+    yield _fault("beta_on_key_alone", "beta is on what is read back alone (on k), not on v", beta="on the read alone")
+    yield _fault("beta_on_value_alone", "beta is on v alone, not on what is read back", KDA, use=BOTH,
+                 beta="on v alone")
+    yield _fault("beta_twice", "beta is applied twice", beta="squared")
+    yield _fault("beta_times_two", "beta is doubled", beta="doubled")
+    yield _fault("beta_halved", "beta is halved", beta="halved")
+
+
+def _normed():
+    for alone in ("of q alone", "of k alone"):
+        yield _fault(f"l2_{alone.replace(' ', '_')}", f"the l2 norm is {alone}", l2=alone)
+    for f in _l2.FAULTS:
+        yield _fault(f"in_kernel_{f.name}", f"in its l2 norm, {f.text}", f.source, choices=f.choices + f.more,
+                     each=f"in its l2 norm, {f.each}" if f.each else "",
+                     l2=lambda *choice, name=f.name: (name, choice))
+
+
+def _chunks():
+    for name, says, switch in (
+            ("state_lost", "the state is lost at the border of chunks of {}", dict(border=lambda C: ("reset", C))),
+            ("no_first_gate", "the first gate of each chunk is left out, chunks of {}",
+             dict(border=lambda C: ("no first gate", C))),
+            ("no_last_gate", "the last gate of each chunk is left out, chunks of {}",
+             dict(border=lambda C: ("no last gate", C))),
+            ("no_last_write", "the last token of each chunk is not written, chunks of {}",
+             dict(border=lambda C: ("no last write", C))),
+            ("padding_repeats", "padding repeats the last token and reaches the state, chunks of {}",
+             dict(padding=lambda C: ("repeats the last token", C))),
+            ("padding_decays", "padding goes on decaying the state by the last gate, chunks of {}",
+             dict(padding=lambda C: ("decays", C)))):
+        yield _fault(f"chunk_{name}", says.rpartition(" of {}")[0], choices=CHUNKS, each=says, **switch)
+    says = "decays are formed by subtracting float32 sums of g over chunks of {}: digits are lost after a strong gate"
+    yield _fault("chunk_sums_in_float32", "decays are formed by subtracting sums that were added up in float32",
+                 choices=CHUNKS, each=says, sums=lambda C: ("each", C))
+    yield _fault("chunk_decays_subtracted",
+                 "decays in a chunk are differences of float32 running sums: a strong decay makes the sums large, and "
+                 "small differences between them lose their last bits", "transformers and flash-linear-attention; arXiv:2510.26692, equations 2 to 9", use=BOTH,
+                 scenario=STRONG, choices=CHUNKS, each=says, sums=lambda C: ("once", C))
+
+
+def _rest():
+    yield _fault("key_heads_other_way",
+                 "key heads are found the other way: grouped (h // G) for tiled (h % Hk), or the "
+                 "reverse", heads="other")
+    yield _fault("offsets_ignored", "sequences run into each other: the state is not begun anew at an offset",
+                 ragged="one")
+    yield _fault("state_in_bfloat16", "the state is rounded to bfloat16 after every token",
+                 "vLLM makes the state's type configurable; flash-linear-attention asks for float32", use=BOTH,
+                 stored="bfloat16")
+
+
+FAULTS = tuple(f for part in (_states, _scaled, _orders, _gates, _betas_of, _normed, _rest, _chunks) for f in part())

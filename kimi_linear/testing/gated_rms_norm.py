@@ -1,0 +1,44 @@
+"""What `check_op` knows of `gated_rms_norm`."""
+
+import numpy as np
+
+from .plain import Form, lone_rows, maker, plain
+from .rms_norm import FORMS as NORM_FORMS
+from .rms_norm import norm_cases
+
+__all__ = ["SPEC"]
+
+
+def inputs(rng, T, D=48, scale=1.0, eps=1e-5, spread=1.0, H=None, activation="sigmoid"):
+    """x, z [T, D] or [T, H, D], w [D]."""
+    lead = (T,) if H is None else (T, H)
+    x = scale * rng.standard_normal((*lead, D)) * np.exp(spread * rng.standard_normal((*lead, 1)))
+    return dict(x=x, z=3 * rng.standard_normal((*lead, D)), w=1 + 0.3 * rng.standard_normal(D), eps=eps,
+                activation=activation)
+
+
+case = maker("gated_rms_norm", inputs)
+
+
+def _saturated(x, rng):
+    x["z"][...] = rng.choice(np.float32([-70, -20, 0, 20, 100, 1e4]), x["z"].shape)
+
+
+def _closed(x, rng):
+    x["z"][...] = rng.choice(np.float32([-1e4, -100, -90]), x["z"].shape)
+
+
+def rest():
+    """What a gate adds."""
+    yield case("heads", "heads", 6, 16, 1.0, 1e-5, 1.0, 4, usual=True, says="[T, H, D], a norm for each head")
+    yield case("heads-of-a-model", "heads", 2, 128, 1.0, 1e-5, 1.0, 32)
+    for activation in ("sigmoid", "silu"):
+        yield case(activation, "activation", 6, activation=activation, usual=True, needs={activation})
+    yield case("saturated", "rim", 6, change=_saturated, says="gates next to 0, and 1")
+    yield case("closed", "rim", 6, change=_closed, needs={"subnormals"}, says="gates of -90 and below")
+
+
+FORMS = {"w less 1": NORM_FORMS["w less 1"], "swish": Form(
+    lambda x: {"activation": {"silu": "swish"}.get(x.get("activation"), "sigmoid")})}
+
+SPEC = plain("gated_rms_norm", ("y",), norm_cases(case, rest=rest()), lone_rows("gated_rms_norm", "x", "z"), FORMS)

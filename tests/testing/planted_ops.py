@@ -1,0 +1,338 @@
+"""Kernels to be judged: every op but the delta rule in float32 NumPy, right and with planted bugs.
+
+Each bug is a change of a line, as people make them; none of it uses the package.
+"""
+
+import numpy as np
+
+F = np.float32
+BUGS = {}  # (op, bug) -> words that the card must say
+
+
+def f(x):
+    return np.asarray(x, F)
+
+
+def sigmoid(x):
+    return F(1) / (F(1) + np.exp(-x))
+
+
+def silu(x):
+    return x * sigmoid(x)
+
+
+def softplus(x):
+    return np.maximum(x, F(0)) + np.log1p(np.exp(-np.abs(x)))
+
+
+# ---- embedding, norms, products --------------------------------------------------------------------------
+
+
+def embedding(ids, table, what=None):
+    if what == "one behind":
+        ids = (ids + 1) % len(table)
+    if what == "int16":
+        ids = ids.astype(np.uint16)
+    if what == "transposed":
+        table = table.T.reshape(table.shape)
+    y = table[ids]
+    if what == "scaled":
+        y = y * F(table.shape[1] ** 0.5)
+    if what == "padding":
+        y[ids == 0] = 0
+    return y
+
+
+BUGS |= {("embedding", "one behind"): "row of id +1", ("embedding", "int16"): "16 bits",
+         ("embedding", "transposed"): "read as [D, vocab]", ("embedding", "scaled"): "scaled by the root of the width",
+         ("embedding", "padding"): "row of id 0"}
+
+
+def mean_square(x, what):
+    """The mean of squares, of rows brought near 1 by a power of 2, and that power."""
+    most = np.abs(x).max(-1, keepdims=True, initial=0)
+    power = F(1) if what == "overflow" else np.where(most > 1e15, F(2.0**-64), F(1))
+    y = x * power
+    return (y * y).mean(-1, keepdims=True, dtype=F), y, power
+
+
+def rms_norm(x, w, eps, what=None):
+    if what == "centred":
+        x = x - x.mean(-1, keepdims=True)
+    square, x, power = mean_square(x, what)
+    eps = F(1e-6 if what == "eps" else eps) * power * power
+    if what == "on the sum":
+        eps = eps / F(x.shape[-1])
+    length = np.sqrt(square) + eps if what == "outside" else np.sqrt(square + eps)
+    if what == "sum":
+        length = np.sqrt(square * F(x.shape[-1]) + eps)
+    y = x / length
+    return y if what == "no weight" else (F(1) + w) * y if what == "1 + w" else w * y
+
+
+BUGS |= {("rms_norm", "centred"): "mean is taken off", ("rms_norm", "eps"): "eps is 1e-06",
+         ("rms_norm", "on the sum"): "eps is on the sum", ("rms_norm", "outside"): "eps is outside of the root",
+         ("rms_norm", "sum"): "an L2 norm", ("rms_norm", "no weight"): "weight is left out",
+         ("rms_norm", "1 + w"): "1 + w", ("rms_norm", "overflow"): "overflows float32"}
+
+
+def gated_rms_norm(x, z, w, eps, activation="sigmoid", what=None):
+    gate = silu(z) if (activation == "silu") != (what == "silu") else sigmoid(z)
+    if what == "gate first":
+        return rms_norm(x * gate, w, eps)
+    if what == "no gate":
+        return rms_norm(x, w, eps)
+    if what == "all heads" and x.ndim == 3:
+        flat = rms_norm(x.reshape(len(x), -1), np.tile(w, x.shape[1]), eps)
+        return flat.reshape(x.shape) * gate
+    return rms_norm(x, w, eps, {"1 + w": "1 + w", "outside": "outside"}.get(what)) * gate
+
+
+BUGS |= {("gated_rms_norm", "silu"): "output gate is SiLU", ("gated_rms_norm",
+                                                             "gate first"): "multiplies before the norm",
+         ("gated_rms_norm", "no gate"): "output gate is left out", ("gated_rms_norm", "all heads"): "over all heads",
+         ("gated_rms_norm", "1 + w"): "1 + w", ("gated_rms_norm", "outside"): "eps is outside of the root"}
+
+
+def l2_norm(x, eps=1e-6, what=None):
+    if what == "none":
+        return x
+    square, x, power = mean_square(x, what)
+    total = square * F(x.shape[-1])
+    eps = F(1e-5 if what == "eps" else eps) * power * power
+    if what == "mean":
+        eps = eps * F(x.shape[-1])
+    length = {"outside": np.sqrt(total) + F(1e-6), "floor": np.maximum(np.sqrt(total), F(1e-6)),
+              "rms": np.sqrt(square + eps)}.get(what, np.sqrt(total + eps))
+    return x / length
+
+
+BUGS |= {("l2_norm", "none"): "not normalised", ("l2_norm", "eps"): "eps 1e-05 under the root",
+         ("l2_norm", "mean"): "eps on the mean", ("l2_norm", "outside"): "eps outside of the root",
+         ("l2_norm", "floor"): "max(|x|", ("l2_norm", "overflow"): "overflows float32"}
+
+
+def linear(x, w, bias=None, what=None):
+    if what == "transposed":
+        w = w.T.reshape(w.shape)
+    if what == "tail":
+        x = np.where(np.arange(x.shape[1]) < x.shape[1] // 16 * 16, x, F(0))
+    if what == "bfloat16":
+        x, w = (((a.view(np.uint32) + 0x7FFF + ((a.view(np.uint32) >> 16) & 1)) & 0xFFFF0000).view(F) for a in (x, w))
+    y = x @ w.T
+    if bias is None or what == "no bias":
+        return y
+    return y + bias * F(2 if what == "bias twice" else 1)
+
+
+BUGS |= {("linear", "transposed"): "read as [n, m]", ("linear", "tail"): "past a multiple of 16",
+         ("linear", "bfloat16"): "inputs are rounded to bfloat16", ("linear", "no bias"): "bias is not added",
+         ("linear", "bias twice"): "bias is added twice"}
+
+
+# ---- KDA -----------------------------------------------------------------------------------------------
+
+
+def short_conv(x, w, history=None, offsets=None, activation="silu", what=None):
+    (T, C), W = x.shape, w.shape[1]
+    if what == "reversed":
+        w = w[:, ::-1]
+    bounds = [0, T] if offsets is None else offsets.tolist()
+    shape = (len(bounds) - 1, W - 1, C)
+    before = np.zeros(shape, F) if history is None or what == "no history" else history.reshape(shape)
+    if what == "newest first":
+        before = before[:, ::-1]
+    y, after = np.zeros((T, C), F), np.zeros(shape, F)
+    for n, (a, b) in enumerate(zip(bounds, bounds[1:])):
+        seen = np.concatenate([before[n], x[a:b]])
+        for j in range(W):
+            y[a:b] += w[:, j] * seen[j:j + b - a]
+        after[n] = seen[len(seen) - W + 1:]
+        if what == "not renewed":
+            after[n] = before[n]
+    if what == "late":
+        y = np.concatenate([np.zeros((1, C), F), y[:-1]])
+    if activation and what != "no silu":
+        y = silu(y)
+    if what == "silu twice":
+        y = silu(y)
+    return y, after if offsets is not None else after[0]
+
+
+BUGS |= {("short_conv", "reversed"): "last tap is put on the oldest", ("short_conv",
+                                                                       "no history"): "history is ignored",
+         ("short_conv", "newest first"): "newest row first", ("short_conv", "not renewed"): "the one that came",
+         ("short_conv", "no silu"): "no SiLU", ("short_conv", "silu twice"): "once more"}
+
+
+def decay_gate(f, rate, dt_bias, lower_bound=None, what=None):
+    r = rate.reshape(-1, *[1] * (f.ndim - 2))
+    if what == "A_log":
+        r = np.log(r)
+    x = f + dt_bias * F({"no bias": 0, "bias twice": 2}.get(what, 1))
+    if lower_bound is not None and what != "unbounded":
+        return F(lower_bound) * sigmoid(r * x)
+    y = {"no softplus": lambda: -r * x, "inside": lambda: -softplus(r * x),
+         "overflow": lambda: -r * np.log(1 + np.exp(x)),
+         "bounded": lambda: F(-5) * sigmoid(r * x), "clamped": lambda: np.maximum(-r * softplus(x), F(-5)),
+         "exp": lambda: np.exp(-r * softplus(x)), "sign": lambda: r * softplus(x)}
+    return y[what]() if what in y else -r * softplus(x)
+
+
+BUGS |= {("decay_gate", "A_log"): "A_log is used in place", ("decay_gate", "no bias"): "dt_bias is not added",
+         ("decay_gate", "bias twice"): "dt_bias is added twice", ("decay_gate", "no softplus"): "-rate (f + dt_bias)",
+         ("decay_gate", "inside"): "-softplus(rate", ("decay_gate", "bounded"): "the bounded gate",
+         ("decay_gate", "clamped"): "clamped at -5", ("decay_gate", "exp"): "exp(g) is handed on",
+         ("decay_gate", "sign"): "without the minus"}
+
+
+def decay_cumsum(g, chunk=64, offsets=None, what=None):
+    bounds = [0, len(g)] if offsets is None or what == "offsets" else offsets.tolist()
+    c = np.zeros_like(g)
+    for first, last in zip(bounds, bounds[1:]):
+        for a in range(first, last, max(len(g), 1) if what == "across" else chunk):
+            p = slice(a, min(a + (len(g) if what == "across" else chunk), last))
+            c[p] = np.cumsum(g[p], axis=0, dtype=F)
+            if what == "exclusive":
+                c[p] = np.concatenate([np.zeros_like(c[p][:1]), c[p][:-1]])
+            if what == "reverse":
+                c[p] = np.cumsum(g[p][::-1], axis=0, dtype=F)[::-1]
+    return np.exp(c) if what == "exp" else c * F(1.4426950408889634) if what == "log2" else c
+
+
+BUGS |= {("decay_cumsum", "across"): "go on over the borders", ("decay_cumsum", "exclusive"): "before its own token",
+         ("decay_cumsum", "reverse"): "from the end of the chunk", ("decay_cumsum", "exp"): "exp of the sums",
+         ("decay_cumsum", "log2"): "multiplied by log2(e)", ("decay_cumsum", "offsets"): "offsets are ignored"}
+
+
+# ---- MLA -----------------------------------------------------------------------------------------------
+
+
+def latent_attention(q, latent, k_shared, w_uk, w_uv, scale, offsets=None, kv_offsets=None, what=None):
+    scale = {"no scale": 1.0, "576": (latent.shape[1] + k_shared.shape[1]) ** -0.5, "128": w_uk.shape[1] ** -0.5}.get(
+        what, scale)
+    if what == "turned":
+        w_uk = w_uk.reshape(w_uk.shape[0], w_uk.shape[2], w_uk.shape[1]).swapaxes(1, 2)
+    rows = [0, len(q)] if offsets is None else offsets.tolist()
+    cached = [0, len(latent)] if offsets is None else rows if kv_offsets is None else kv_offsets.tolist()
+    o, P = np.zeros((len(q), len(w_uk), w_uv.shape[1]), F), k_shared.shape[1]
+    for a, b, c, d in zip(rows, rows[1:], cached, cached[1:]):
+        k = np.einsum("hnr,sr->hsn", w_uk, latent[c:d])
+        k = np.concatenate([k, np.broadcast_to(k_shared[c:d], (len(w_uk), d - c, P))], -1)
+        if what == "rotary":
+            k[..., -P:] = turn(k[..., -P:], np.arange(d - c))
+        v = np.einsum("hvr,sr->hsv", w_uv, latent[c:d])
+        for t in range(b - a):
+            last = d - c - (b - a) + t + 1
+            last = {"no mask": d - c, "off by one": max(last - 1, 1), "left": t + 1}.get(what, last)
+            query = q[a + t]
+            if what == "rotary":
+                query = query.copy()
+                query[:, -P:] = turn(query[:, None, -P:], np.array([d - c - (b - a) + t]))[:, 0]
+            s = F(scale) * np.einsum("hsn,hn->hs", k[:, :last], query)
+            p = np.exp(s - s.max(-1, keepdims=True))
+            o[a + t] = np.einsum("hs,hsv->hv", p / p.sum(-1, keepdims=True), v[:, :last])
+    return o
+
+
+def turn(x, positions):
+    """Rotary in halves; x [H, S, P]."""
+    P = x.shape[-1]
+    if P % 2:
+        return x
+    angle = positions[:, None] * 1e4 ** (-np.arange(0, P, 2) / P)
+    a, b, c, s = x[..., :P // 2], x[..., P // 2:], f(np.cos(angle)), f(np.sin(angle))
+    return np.concatenate([a * c - b * s, a * s + b * c], -1)
+
+
+BUGS |= {("latent_attention", "no scale"): "scores are not scaled",
+         ("latent_attention", "576"): "width of the absorbed product", ("latent_attention", "128"): "by nope^-1/2",
+         ("latent_attention", "turned"): "read as [R, nope]", ("latent_attention", "rotary"): "are rotated",
+         ("latent_attention", "no mask"): "see the rows behind", ("latent_attention", "off by one"): "their own row",
+         ("latent_attention", "left"): "query t sees rows 0 to t"}
+
+
+# ---- experts -------------------------------------------------------------------------------------------
+
+
+def swiglu(gate, up, what=None):
+    if what == "swapped":
+        gate, up = up, gate
+    if what == "clamped":
+        gate, up = np.minimum(gate, F(7)), np.clip(up, F(-7), F(7))
+    act = {"gelu": lambda x: x / 2 * (1 + np.tanh(F(0.7978845608) * (x + F(0.044715) * x * x * x))),
+           "sigmoid": sigmoid, "relu": lambda x: np.maximum(x, F(0)), "nothing": lambda x: x}.get(what, silu)
+    return act(gate) * up
+
+
+BUGS |= {("swiglu", "swapped"): "SiLU is on w3 x (up)", ("swiglu", "clamped"): "clamped at 7", ("swiglu",
+                                                                                                "gelu"): "GELU",
+         ("swiglu", "sigmoid"): "GLU, without the factor", ("swiglu", "relu"): "ReLU", ("swiglu",
+                                                                                        "nothing"): "no activation"}
+
+
+def softmax(x, what=None):
+    if what == "axis":
+        e = np.exp(x - x.max(0, initial=-np.inf))
+        return e / e.sum(0)
+    most = F(0) if what == "overflow" else x.max(-1, keepdims=True)
+    e = np.exp2(x - most) if what == "exp2" else np.exp(x - most)
+    total = e.sum(-1, keepdims=True, dtype=F)
+    y = e / (total + np.exp(-most) if what == "plus one" else total)
+    return np.log(y) if what == "log" else y
+
+
+BUGS |= {("softmax", "axis"): "over tokens", ("softmax", "overflow"): "without taking off the largest",
+         ("softmax", "exp2"): "2 ** x", ("softmax", "plus one"): "one more in the sum", ("softmax",
+                                                                                         "log"): "the logarithm"}
+
+
+def route(scores, k, bias=None, groups=1, top_groups=1, function="sigmoid", renormalise=True, scale=1.0, what=None):
+    s = softmax(scores) if (function == "softmax") != (what == "softmax") else sigmoid(scores)
+    chosen = s if bias is None or what == "no bias" else s + bias
+    T, E = s.shape
+    if groups > 1 and what != "no groups":
+        members = np.sort(chosen.reshape(T, groups, -1), -1)
+        best = members[..., -1] if what == "largest" else members[..., -2:].sum(-1)
+        kept = np.argsort(-best, axis=-1, kind="stable")[:, :top_groups]
+        mask = (np.arange(groups)[None, :, None] == kept[:, None, :]).any(-1)
+        chosen = np.where(np.repeat(mask, E // groups, -1), chosen, -np.inf)
+    if what == "last of equals":
+        order = E - 1 - np.argsort(-chosen[:, ::-1], axis=-1, kind="stable")
+    else:
+        order = np.argsort(-chosen, axis=-1, kind="stable")
+    ids = np.sort(order[:, :k], -1).astype(np.int32)
+    w = np.take_along_axis(s + bias if what == "biased" and bias is not None else s, ids.astype(np.int64), -1)
+    if renormalise != (what == "not renormalised"):
+        w = w / (w.sum(-1, keepdims=True) + F(1e-20))
+    return ids, w * F({"no scale": 1, "scale twice": scale**2}.get(what, scale))
+
+
+BUGS |= {("route", "no bias"): "without the bias", ("route", "softmax"): "softmax for sigmoid",
+         ("route", "no groups"): "among all groups", ("route", "largest"): "by their best expert",
+         ("route", "biased"): "is in the weights", ("route", "not renormalised"): "not divided by their sum",
+         ("route", "no scale"): "routed_scaling_factor is forgotten", ("route", "scale twice"): "is applied twice",
+         ("route", "last of equals"): "the last expert wins"}
+
+
+def moe(x, ids, weights, w_gate, w_up, w_down, shared=None, shared_gate=None, what=None):
+    y = np.zeros_like(x)
+    if what == "swapped":
+        w_gate, w_up = w_up, w_gate
+    for t in range(len(x)):
+        for e, weight in zip(ids[t], weights[t]):
+            e = (e + 1) % len(w_gate) if what == "next expert" else e
+            xt = x[t] * weight if what == "on the input" else x[t]
+            h = silu(w_gate[e] @ xt) * (w_up[e] @ xt)
+            y[t] += (F(1) if what in ("on the input", "no weights") else weight) * (w_down[e] @ h)
+    if shared is None or what == "no shared":
+        return y
+    if shared_gate is not None and what != "no gate":
+        shared = shared * (x @ shared_gate.T if what == "raw gate" else sigmoid(x @ shared_gate.T))
+    return y + shared * F(2 if what == "shared twice" else 1)
+
+
+BUGS |= {("moe", "swapped"): "SiLU is on w3 x (up)", ("moe", "next expert"): "expert e + 1",
+         ("moe", "on the input"): "before the expert", ("moe", "no weights"): "with weight 1",
+         ("moe", "no shared"): "shared expert is left out", ("moe", "shared twice"): "shared expert is added twice",
+         ("moe", "no gate"): "gate is left out", ("moe", "raw gate"): "not put through a sigmoid"}
