@@ -323,7 +323,8 @@ def _chunks():
                  choices=CHUNKS, each=says, sums=lambda C: ("each", C))
     yield _fault("chunk_decays_subtracted",
                  "decays in a chunk are differences of float32 running sums: a strong decay makes the sums large, and "
-                 "small differences between them lose their last bits", "transformers and flash-linear-attention; arXiv:2510.26692, equations 2 to 9", use=BOTH,
+                 "small differences between them lose their last bits",
+                 "transformers and flash-linear-attention; arXiv:2510.26692, equations 2 to 9", use=BOTH,
                  scenario=STRONG, choices=CHUNKS, each=says, sums=lambda C: ("once", C))
 
 
