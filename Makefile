@@ -126,13 +126,15 @@ long: build  ## what takes minutes: 131,072 tokens through one state, thousands 
 	@for script in tests/long/*.py; do $(PY) $$script; done
 
 # atheris is not among the tests' requirements: only this target installs it, and only fuzzing needs it.
-fuzz: build  ## state files by coverage-guided fuzzing, ten minutes; FUZZ="inputs -max_total_time=60" for others
+fuzz: build  ## state files and GGUF by coverage-guided fuzzing, ten minutes each; FUZZ="-max_total_time=60" for others
 	@$(PIP) "atheris>=3,<4"
+	$(PY) tools/requirements.py test | $(PIP) -r /dev/stdin
 	mkdir -p build/fuzz
-	fuzz="$(abspath tests/fuzz/fuzz_statefile.py)"
 	export PYTHONPATH=$(CURDIR)
 	cd build/fuzz  # what it finds is left here: crash-...
-	$(abspath $(PY)) $$fuzz $(or $(FUZZ),inputs -max_total_time=600)
+	for target in statefile gguf; do
+	    $(abspath $(PY)) $(CURDIR)/tests/fuzz/fuzz_$$target.py inputs-$$target $(or $(FUZZ),-max_total_time=600)
+	done
 
 bench: build  ## tokens/s, time and rate of every op beside the machine's roof
 	@$(PY) -m kimi_linear bench $(ARGS)

@@ -37,7 +37,8 @@ typedef struct kl_config {
     } ffn;
 } kl_config;
 
-/* A tensor of a checkpoint, by its Hugging Face name. data is borrowed until the model is destroyed. */
+/* A tensor of a checkpoint, by its Hugging Face name or one of those that stand in its place (model/weights.c). data is
+ * borrowed until the model is destroyed. */
 typedef struct kl_tensor {
     const char *name;
     const void *data;

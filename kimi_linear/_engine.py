@@ -5,9 +5,11 @@ import numpy as np
 from . import _core
 from ._arrays import TYPE_IDS, as_array
 from .context import ACTIVATIONS
+from .load.gguf import TYPES
 
 CACHE_TYPES = {"float32": 0, "float16": 1}
-_FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 30}
+_FILE_TYPES = {name: i for i, (name, _, _) in TYPES.items()}
+_PLAIN = {"F32": 4, "F16": 2, "BF16": 2}  # by the bytes that must divide their address
 _MIXERS = {"kda": 0, "mla": 1}
 _FFNS = {"dense": 0, "moe": 1}
 _NUMBERS = (
@@ -39,6 +41,7 @@ def core_model(context, config, tensors, activations="float32"):
     context : Context
     config : Config
     tensors : mapping from canonical name to array, or to a TensorView of a mapped file
+        What a GGUF stores otherwise goes to C as it lies, under the names of its `stored`.
     activations : {"float32", "int8"}
     """
     buffers, index, entries = [], {}, []
@@ -49,10 +52,10 @@ def core_model(context, config, tensors, activations="float32"):
             buffers.append(buffer)
         return index[id(buffer)]
 
-    for name, tensor in tensors.items():
+    for name, tensor in _as_stored(tensors):
         if hasattr(tensor, "file") and tensor.dtype in _FILE_TYPES and tensor.nbytes:
             type_id = _FILE_TYPES[tensor.dtype]
-            if tensor.offset % (4 if type_id == 0 else 2) == 0:
+            if tensor.dtype not in _PLAIN or tensor.offset % _PLAIN[tensor.dtype] == 0:
                 entries.append((name, place(tensor.file.mapping), tensor.offset, type_id, tuple(tensor.shape)))
                 continue
         a = tensor.array() if hasattr(tensor, "file") else as_array(tensor, name)
@@ -61,6 +64,11 @@ def core_model(context, config, tensors, activations="float32"):
         a = np.ascontiguousarray(a).reshape(a.shape)
         entries.append((name, place(a.view(np.uint16) if a.dtype.itemsize == 2 else a), 0, TYPE_IDS[a.dtype], a.shape))
     return _core.Model(context._core, config_numbers(config, activations), buffers, entries)
+
+
+def _as_stored(tensors):
+    for name, tensor in tensors.items():
+        yield from getattr(tensor, "stored", {name: tensor}).items()
 
 
 def planning_model(context, config, dtype):

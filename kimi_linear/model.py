@@ -1,5 +1,6 @@
 """The model: weights, tokenizer and config of a checkpoint, and the forward pass over them."""
 
+import contextlib
 import importlib.resources
 import threading
 from pathlib import Path
@@ -14,6 +15,7 @@ from .context import Context, check_activations, current
 from .perplexity import log_probs
 from .plan import of_core
 from .state import State
+from .tokenizer import Tokenizer
 from .trace import PASS, matches, on_request, stream, tap_table
 from .weights import Weights
 
@@ -30,7 +32,8 @@ class Model:
     ----------
     config : Config
     tokenizer : Tokenizer or None
-        None for a folder without one: token ids still work.
+        None for a checkpoint without one: token ids still work. A GGUF's is built when it is first asked for, and
+        raises FormatError then if its tokens do not give exact ids.
     generation_config : dict
         As the checkpoint has it.
     activations : {"float32", "int8"}
@@ -43,7 +46,7 @@ class Model:
     def __init__(self, config, tensors, *, tokenizer=None, generation_config=None, checkpoint=None, name="model",
                  cache="float32", activations="float32", ctx=None):
         self.config = config
-        self.tokenizer = tokenizer
+        self._tokenizer = tokenizer
         self.generation_config = dict(generation_config or {})
         self.name = name
         check_activations(activations)
@@ -67,8 +70,8 @@ class Model:
         Parameters
         ----------
         path : str or path
-            A Hugging Face folder (config.json, safetensors in one file or shards), or a hub id that is in the local
-            cache; nothing is downloaded.
+            A Hugging Face folder (config.json, safetensors in one file or shards), a hub id that is in the local
+            cache, or a GGUF file of any name, one part of several included; nothing is downloaded.
         device : {"cpu"}
         activations : {"float32", "int8"}
             What products with weights in blocks make of their activations: nothing, which is exact, or int8 with a
@@ -91,20 +94,19 @@ class Model:
         """
         import dataclasses
 
-        from .load import open_folder
-        from .tokenizer import Tokenizer
+        from .load import open_checkpoint
 
         check_activations(activations)
         if ctx is None and (threads is not None or device != "cpu"):
             ctx = Context(device, threads=threads)
-        checkpoint = open_folder(path)
+        checkpoint = open_checkpoint(path)
         config = checkpoint.config
         if latent_eps is not None:
             config = dataclasses.replace(config, latent_eps=float(latent_eps))
-        try:
-            tokenizer = Tokenizer.from_folder(checkpoint.path)
-        except FileNotFoundError:
-            tokenizer = None
+        tokenizer = checkpoint.tokenizer
+        if checkpoint.path.is_dir():
+            with contextlib.suppress(FileNotFoundError):
+                tokenizer = Tokenizer.from_folder(checkpoint.path)
         return cls(config, checkpoint.tensors, tokenizer=tokenizer, generation_config=checkpoint.generation_config,
                    checkpoint=checkpoint, name=Path(checkpoint.path).name, cache=cache, activations=activations,
                    ctx=ctx)
@@ -128,6 +130,17 @@ class Model:
         return cls(config, random_weights(config, seed, dtype), name=f"random-{seed}", cache=cache, ctx=ctx)
 
     # ---- what it is ----
+
+    @property
+    def tokenizer(self):
+        """The Tokenizer, or None; see the class."""
+        if self._tokenizer is not None and not isinstance(self._tokenizer, Tokenizer):
+            self._tokenizer = self._tokenizer()
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, value):
+        self._tokenizer = value
 
     @property
     def weights(self):

@@ -2,11 +2,12 @@
 
 import errno
 import json
+import math
 import shutil
 import tempfile
 from pathlib import Path
 
-from .load.safetensors import atomic_file, write_safetensors
+from .load.safetensors import DTYPES, atomic_file, write_safetensors
 
 __all__ = ["save_pretrained"]
 
@@ -43,10 +44,13 @@ def save_pretrained(model, folder, overwrite=False):
 
 
 def _write(model, weights, folder, own):
+    if own is not None and own.is_dir():
+        for name in TOKENIZER_FILES:
+            if (own / name).is_file():
+                shutil.copyfile(own / name, folder / name)
+    elif model.tokenizer is not None:
+        model.tokenizer.save(folder)
     _write_tensors(folder, weights, _shards(weights))
-    for name in TOKENIZER_FILES:
-        if own is not None and (own / name).is_file():
-            shutil.copyfile(own / name, folder / name)
     if model.generation_config:
         _write_json(folder / "generation_config.json", model.generation_config)
     types = {_DTYPES.get(str(t.dtype), str(t.dtype)) for name, t in weights.items() if name.endswith("proj.weight")}
@@ -58,10 +62,22 @@ class _Tensors(dict):
     """Name -> what `write_safetensors` takes: a tensor of a file stays there until its turn comes."""
 
     def __init__(self, model):
-        super().__init__(model._tensors)
+        super().__init__({name: _Plain(t) if hasattr(t, "digest_parts") else t for name, t in model._tensors.items()})
 
     def nbytes(self, name):
         return self[name].nbytes
+
+
+class _Plain:
+    """What a GGUF stores in another way, as a Hugging Face folder has it: blocks become float32."""
+
+    def __init__(self, tensor):
+        self.dtype = tensor.dtype if tensor.dtype in _DTYPES else "F32"
+        self.shape, self._tensor = tensor.shape, tensor
+        self.nbytes = math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def array(self):
+        return self._tensor.array().astype(DTYPES[self.dtype], copy=False)
 
 
 def _checkpoint_files(folder):

@@ -130,6 +130,34 @@ class Tokenizer:
             raise FormatError(problems, str(config_path))
         return cls(ranks, special, skipped=skipped, chat_template=template, **names)
 
+    def save(self, path: str | os.PathLike) -> None:
+        """Write tiktoken.model, tokenizer_config.json and chat_template.jinja, which `from_folder` reads.
+
+        Parameters
+        ----------
+        path : str or path
+            A folder that is there.
+
+        Raises
+        ------
+        ValueError
+            If there are not 256 special tokens, as the published files have.
+        """
+        if len(self.special_ids) != N_SPECIAL:
+            raise ValueError(f"The tokenizer has {len(self.special_ids)} special tokens; its files hold {N_SPECIAL}.")
+        folder = Path(path)
+        lines = (f"{base64.b64encode(self._bytes[i]).decode()} {i}\n" for i in range(self.n_base))
+        added = {
+            str(i): {"content": name, "special": i in self._skipped}
+            for name, i in self.special_ids.items() if name != f"<|reserved_token_{i}|>"
+        }
+        names = {key: name for key, name in self._names.items() if name is not None}
+        config = json.dumps({"added_tokens_decoder": added, **names}, indent=2, ensure_ascii=False)
+        (folder / "tiktoken.model").write_text("".join(lines), encoding="ascii")
+        (folder / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
+        if self.chat_template is not None:
+            (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8", newline="")
+
     def __len__(self) -> int:
         return self.vocab_size
 

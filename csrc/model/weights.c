@@ -1,5 +1,7 @@
 /* From a checkpoint's tensors, by their Hugging Face names, to weights by role. Matrices are borrowed;
- * vectors are widened into one block of the backend's memory. */
+ * vectors are widened into one block of the backend's memory. What GGUF stores otherwise has names of
+ * its own, which are looked for first: self_attn.k_b_proj.weight [H, R, K] and .v_b_proj.weight [H, V, R]
+ * for kv_b_proj, self_attn.rate [H] for exp(A_log). */
 #include "model.h"
 
 #include "../ops/product.h"
@@ -212,11 +214,48 @@ static void load_kda(loader *l, int64_t i, kda_weights *w)
     w->b = matrix(l, i, "self_attn.b_proj.weight", H, D);
     w->g_a = matrix(l, i, "self_attn.g_a_proj.weight", K, D);
     w->g_b = matrix(l, i, "self_attn.g_b_proj.weight", H * K, K);
-    layer_name(name, i, "self_attn.A_log");
-    w->rate = named_vector(l, name, H, 1, RATE);
+    layer_name(name, i, "self_attn.rate");
+    if (find(l, name) != NULL) {
+        w->rate = named_vector(l, name, H, 1, AS_IS);
+    } else {
+        layer_name(name, i, "self_attn.A_log");
+        w->rate = named_vector(l, name, H, 1, RATE);
+    }
     w->dt_bias = vector(l, i, "self_attn.dt_bias", H * K);
     w->o_norm = vector(l, i, "self_attn.o_norm.weight", K);
     w->o = matrix(l, i, "self_attn.o_proj.weight", D, H * K);
+}
+
+/* kv_b_proj [H * (K + V), R]: each head's rows of w_uk, then of w_uv */
+static void load_heads(loader *l, int64_t i, mla_weights *w)
+{
+    const kl_config *c = &l->model->config;
+    const int64_t H = c->mla.heads, K = c->mla.nope, V = c->mla.v, R = c->mla.rank;
+    char name[NAME];
+    layer_name(name, i, "self_attn.kv_b_proj.weight");
+    const kl_tensor *kv_b = tensor(l, name, H * (K + V), R);
+    count(l, kv_b, H * (K + V) * R);
+    const size_t head = kv_b != NULL ? kl_type_bytes(kv_b->type, (K + V) * R) : 0;
+    w->w_uk = view(l, kv_b, 0, H, head, K, R);
+    w->w_uv = view(l, kv_b, kv_b != NULL ? kl_type_bytes(kv_b->type, K * R) : 0, H, head, V, R);
+}
+
+/* The same as GGUF has it: k_b_proj [H, R, K], transposed in each head, and v_b_proj [H, V, R] */
+static void load_split_heads(loader *l, int64_t i, mla_weights *w)
+{
+    const kl_config *c = &l->model->config;
+    const int64_t H = c->mla.heads, K = c->mla.nope, V = c->mla.v, R = c->mla.rank;
+    char name[NAME];
+    layer_name(name, i, "self_attn.k_b_proj.weight");
+    const kl_tensor *k_b = tensor(l, name, H * R, K);
+    count(l, k_b, H * R * K);
+    w->w_uk = view(l, k_b, 0, H, k_b != NULL ? kl_type_bytes(k_b->type, R * K) : 0, K, R);
+    w->w_uk.transposed = 1;
+    w->w_uk.row_bytes = k_b != NULL ? kl_type_bytes(k_b->type, K) : 0;
+    layer_name(name, i, "self_attn.v_b_proj.weight");
+    const kl_tensor *v_b = tensor(l, name, H * V, R);
+    count(l, v_b, H * V * R);
+    w->w_uv = view(l, v_b, 0, H, v_b != NULL ? kl_type_bytes(v_b->type, V * R) : 0, V, R);
 }
 
 static void load_mla(loader *l, int64_t i, mla_weights *w)
@@ -238,12 +277,11 @@ static void load_mla(loader *l, int64_t i, mla_weights *w)
     w->k_shared =
         view(l, kv_a, kv_a != NULL ? kl_type_bytes(kv_a->type, R * c->D) : 0, 1, 0, P, c->D);
     w->latent_norm = vector(l, i, "self_attn.kv_a_layernorm.weight", R);
-    layer_name(name, i, "self_attn.kv_b_proj.weight");
-    const kl_tensor *kv_b = tensor(l, name, H * (K + V), R);
-    count(l, kv_b, H * (K + V) * R);
-    const size_t head = kv_b != NULL ? kl_type_bytes(kv_b->type, (K + V) * R) : 0;
-    w->w_uk = view(l, kv_b, 0, H, head, K, R);
-    w->w_uv = view(l, kv_b, kv_b != NULL ? kl_type_bytes(kv_b->type, K * R) : 0, H, head, V, R);
+    layer_name(name, i, "self_attn.k_b_proj.weight");
+    if (find(l, name) != NULL)
+        load_split_heads(l, i, w);
+    else
+        load_heads(l, i, w);
     w->o = matrix(l, i, "self_attn.o_proj.weight", c->D, H * V);
 }
 

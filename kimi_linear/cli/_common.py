@@ -14,9 +14,9 @@ __all__ = [
 # ---- arguments ----
 
 def add_model_argument(parser):
-    """``[MODEL]`` or ``--model MODEL``: a folder, or a hub id in the local cache; else the packaged model."""
+    """``[MODEL]`` or ``--model MODEL``: a folder, a GGUF, or a hub id in the local cache; else the packaged model."""
     parser.add_argument("model_positional", metavar="MODEL", nargs="?",
-                        help="Hugging Face folder, or hub id in the local cache (default: the packaged)")
+                        help="Hugging Face folder, GGUF file, or hub id in the local cache (default: the packaged)")
     parser.add_argument("--model", metavar="MODEL", help="the same, by name")
 
 

@@ -1,4 +1,4 @@
-"""``kimi-linear inspect``: what a checkpoint holds."""
+"""``kimi-linear inspect``: what a checkpoint holds, and whether it is good."""
 
 import fnmatch
 import math
@@ -6,6 +6,9 @@ import warnings
 from collections import Counter
 from dataclasses import asdict
 
+from ..errors import FormatError
+from ..file_check import FileReport, check_file, converter_of
+from ..load import GGUFFile
 from ._common import (
     add_json_argument,
     add_model_argument,
@@ -14,23 +17,32 @@ from ._common import (
     layer_pattern,
     load_model,
     print_json,
+    print_report,
     print_table,
+    progress,
 )
 
-HELP = "what a checkpoint holds: config, parameters, tensors, memory"
+HELP = "what a checkpoint holds: config, parameters, tensors, memory; whether its file is good"
 EPILOG = """
 kimi-linear inspect
 kimi-linear inspect ~/models/kimi --tensors "*.layers.3.*"
+kimi-linear inspect --check kimi-q4_k.gguf
+
+exit code with --check 0: good; 1: a fault was found; 2: bad usage, or no such file
 """
 
 
 def add_arguments(parser):
     add_model_argument(parser)
     parser.add_argument("--tensors", metavar="GLOB", help="list the tensors whose name matches")
+    parser.add_argument("--check", action="store_true",
+                        help="read every value, try the tokenizer, the template and a text, and give a verdict")
     add_json_argument(parser)
 
 
 def run(args):
+    if args.check:
+        return _check(args)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = load_model(args)
@@ -45,6 +57,20 @@ def run(args):
     else:
         _show(model, _facts(model, notes))
     return 0
+
+
+def _check(args):
+    if args.tensors:
+        raise ValueError("--tensors and --check are two questions; ask one")
+    try:
+        model = load_model(args)
+    except FormatError as error:  # a file that cannot be opened is not good
+        report = FileReport(list(error.problems), [], {})
+        return print_report(args, report)
+    total = sum(t.nbytes for t in model._tensors.values())
+    with progress(total, "values", "B") as bar:
+        report = check_file(model, bar.update)
+    return print_report(args, report)
 
 
 def parameters(config):
@@ -73,17 +99,35 @@ def _facts(model, notes):
     c = model.config
     types = Counter()
     for t in model._tensors.values():
-        types[_stored_as(t)] += int(t.nbytes)
+        for part in getattr(t, "stored", {"": t}).values():
+            types[_stored_as(part)] += int(part.nbytes)
     total, active = parameters(c)
     plan = model.plan()
     return {
         "model": model.name, "layers": layer_pattern(c), "parameters": total, "active_parameters": active,
         "stored_bytes": dict(types), "config": c.to_dict(), "latent_eps": c.latent_eps,
-        "tokenizer": None if model.tokenizer is None else len(model.tokenizer),
+        "tokenizer": _vocabulary(model, notes),
         "skipped_tensors": list(getattr(model._checkpoint, "skipped", ())),
         "plan": asdict(plan),
         "notes": notes,
-    }
+    } | _file_facts(model)
+
+
+def _vocabulary(model, notes):
+    try:
+        return None if model.tokenizer is None else len(model.tokenizer)
+    except FormatError as error:
+        notes += [f"tokenizer: {problem}" for problem in error.problems]
+        return None
+
+
+def _file_facts(model):
+    """What is told of a GGUF alone."""
+    files = [file for file in getattr(model._checkpoint, "files", ()) if isinstance(file, GGUFFile)]
+    if not files:
+        return {}
+    return {"gguf": {"version": files[0].version, "parts": len(files), "tensors": sum(map(len, files)),
+                     "alignment": files[0].alignment, "converter": converter_of(model)}}
 
 
 def _show(model, facts):
@@ -93,6 +137,7 @@ def _show(model, facts):
     own = human_bytes(plan["vectors"] + plan["state"] + plan["scratch"])
     rows = [
         ("model", facts["model"]),
+        *_file_rows(facts.get("gguf")),
         ("layers", f"{c.n_layers}: {facts['layers']}  (K is KDA, M is MLA; small: dense feed-forward)"),
         ("parameters", f"{total}, of which {active} work on a token"),
         ("stored as", stored),
@@ -109,6 +154,12 @@ def _show(model, facts):
         rows.append(("not read", ", ".join(facts["skipped_tensors"])))
     rows += [("note", note) for note in facts["notes"]]
     print_table(rows)
+
+
+def _file_rows(gguf):
+    if gguf:
+        parts = f" in {gguf['parts']} parts" if gguf["parts"] > 1 else ""
+        yield "file", f"GGUF version {gguf['version']}, {gguf['tensors']} tensors{parts}; {gguf['converter']}"
 
 
 def _mixers(c):

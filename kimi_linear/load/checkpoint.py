@@ -1,13 +1,17 @@
-"""A Hugging Face folder as a config and mapped, checked weights: every problem of the folder in one error."""
+"""A Hugging Face folder as a config and mapped, checked weights: every problem of the folder in one error.
+
+A GGUF becomes the same by `gguf_kimi.open_gguf`.
+"""
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..config import Config
 from ..errors import FormatError
+from .mapped import MappedFile
 from .names import canonical_name, canonical_shape, is_inert
 from .safetensors import SafetensorsFile, TensorView
 from .strict_json import load_object, show
@@ -25,24 +29,27 @@ class Checkpoint:
     Attributes
     ----------
     path : Path
-        The folder.
+        The folder, or the GGUF file.
     config : Config
     tensors : dict of str to TensorView
         By canonical name (names.py), in the order of `config.weight_shapes()`, with canonical shapes; no
-        value is read before it is used.
-    files : tuple of SafetensorsFile
+        value is read before it is used. Of a GGUF also the views of gguf_names.py.
+    files : tuple of MappedFile
     generation_config : dict
         generation_config.json as it stands; empty if the folder has none.
     skipped : tuple of str
         Tensors of the files that the model does not read: rotary buffers, the head of a tied model.
+    tokenizer : callable or None
+        Makes the Tokenizer of a GGUF; None for a folder, whose files say it (`Tokenizer.from_folder`).
     """
 
     path: Path
     config: Config
     tensors: Mapping[str, TensorView]
-    files: tuple[SafetensorsFile, ...]
+    files: tuple[MappedFile, ...]
     generation_config: dict
     skipped: tuple[str, ...] = ()
+    tokenizer: Callable | None = None
 
     def check_unchanged(self) -> None:
         """Raise FormatError if a weight file has another size, time of change or inode than when opened."""
@@ -72,7 +79,9 @@ def open_folder(path: str | os.PathLike) -> Checkpoint:
     folder = resolve(path)
     config_path = folder / "config.json"
     if not config_path.is_file():
-        raise FileNotFoundError(f"{folder} has no config.json, so it is not a Hugging Face model folder.")
+        ggufs = sorted(path.name for path in folder.glob("*.gguf"))
+        hint = f" It holds {', '.join(ggufs[:3])}: give the file." if ggufs else ""
+        raise FileNotFoundError(f"{folder} has no config.json, so it is not a Hugging Face model folder.{hint}")
     config = Config.from_dict(load_object(config_path))
 
     problems: list[str] = []
@@ -100,7 +109,8 @@ def resolve(path: str | os.PathLike) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise NotADirectoryError(f"{folder} is a file; the model is the folder that holds config.json.")
+        raise NotADirectoryError(f"{folder} is a file; the model is the folder that holds config.json, or a GGUF file, "
+                                 f"which begins with 'GGUF'.")
     if not _HUB_ID.fullmatch(text):
         raise FileNotFoundError(f"There is no folder {folder}.")
     return _cached_snapshot(text)

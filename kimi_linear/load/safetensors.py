@@ -8,11 +8,9 @@ import contextlib
 import errno
 import json
 import math
-import mmap
 import os
 import secrets
 import shutil
-import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ import numpy as np
 
 from ..errors import FormatError
 from . import strict_json
+from .mapped import MappedFile
 from .strict_json import show
 
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
@@ -62,7 +61,7 @@ class TensorView:
     dtype : str
         A key of `DTYPES`, as "F32" or "BF16".
     shape : tuple of int
-    file : SafetensorsFile
+    file : MappedFile
     offset : int
         First byte, counted from the start of the file.
     nbytes : int
@@ -71,7 +70,7 @@ class TensorView:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    file: "SafetensorsFile"
+    file: MappedFile
     offset: int
     nbytes: int
 
@@ -95,7 +94,7 @@ def array_of(tensor) -> np.ndarray:
     return tensor.array() if hasattr(tensor, "file") else np.asarray(tensor)
 
 
-class SafetensorsFile(Mapping):
+class SafetensorsFile(MappedFile, Mapping):
     """A mapped safetensors file: name -> `TensorView`, in the order of the header.
 
     Parameters
@@ -118,8 +117,7 @@ class SafetensorsFile(Mapping):
     """
 
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
-        self._map()
+        super().__init__(path, 8, "a safetensors file")
         problems: list[str] = []
         header, start = self._header(problems)
         self.metadata = _metadata(header, problems)
@@ -138,28 +136,6 @@ class SafetensorsFile(Mapping):
 
     def __repr__(self) -> str:
         return f"SafetensorsFile({str(self.path)!r}, {len(self)} tensors)"
-
-    def changes(self) -> str | None:
-        """What differs on disk from the file that was mapped, as a sentence; None if nothing does."""
-        try:
-            now = _stamp(os.stat(self.path))
-        except OSError as error:
-            return f"{self.path} can no longer be read: {error.strerror}."
-        for what, before, after in zip(("size", "mtime_ns", "inode"), self._stamp, now, strict=True):
-            if before != after:
-                return f"{self.path} changed after it was opened: its {what} was {before} and is now {after}."
-        return None
-
-    def _map(self) -> None:
-        if not stat.S_ISREG(os.stat(self.path).st_mode):
-            raise FormatError("it is not a regular file", str(self.path))
-        with open(self.path, "rb") as file:
-            self._stamp = _stamp(os.fstat(file.fileno()))
-            if self._stamp[0] < 8:
-                raise FormatError(
-                    f"it has {self._stamp[0]} bytes; a safetensors file has at least 8", str(self.path)
-                )
-            self.mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def _header(self, problems: list[str]) -> tuple[strict_json.Object, int]:
         """The header's object, and the file offset where the data begins."""
@@ -198,10 +174,6 @@ class SafetensorsFile(Mapping):
                 )
         problems += _cover_problems(tensors.values(), start, len(self.mapping), len(problems) == n_before)
         return tensors
-
-
-def _stamp(status: os.stat_result) -> tuple[int, int, int]:
-    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _quote(name: str) -> str:

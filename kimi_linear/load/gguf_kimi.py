@@ -1,0 +1,41 @@
+"""A GGUF of architecture ``kimi-linear`` as a Checkpoint: config, mapped and checked weights, tokenizer."""
+
+import functools
+import os
+from pathlib import Path
+
+from ..errors import FormatError
+from .checkpoint import Checkpoint
+from .gguf import split_files
+from .gguf_config import check_architecture, read_config
+from .gguf_names import match
+from .gguf_tokenizer import read_tokenizer
+
+
+def open_gguf(path: str | os.PathLike) -> Checkpoint:
+    """Open a GGUF, or all parts of the one that the file is a part of.
+
+    Parameters
+    ----------
+    path : str or path
+        A file of any name.
+
+    Raises
+    ------
+    FormatError
+        With every problem of the file, by key or tensor and byte; for another architecture, its name.
+    """
+    path = Path(path).expanduser()
+    files = split_files(path)
+    metadata = files[0].metadata
+    check_architecture(metadata, str(path))
+    stored = {name: view for file in files for name, view in file.items()}
+    config = read_config(metadata, stored, str(path))
+    problems: list[str] = []
+    tensors, skipped = match(config, stored, problems)
+    if problems:
+        raise FormatError(problems, str(path))
+    tokenizer = None
+    if "tokenizer.ggml.tokens" in metadata:
+        tokenizer = functools.partial(read_tokenizer, metadata, str(path))
+    return Checkpoint(path, config, tensors, tuple(files), {}, skipped, tokenizer)

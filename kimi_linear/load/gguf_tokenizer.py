@@ -1,0 +1,115 @@
+"""The tokenizer inside a GGUF.
+
+The file spells a token's bytes in the alphabet of GPT-2, and lists merges that lose some of the published ranks.
+A base token's id is its rank, so the ranks come from the tokens alone, and text is split as published: ids are those
+of the Hugging Face folder. Where that cannot be, the error says why.
+"""
+
+from collections.abc import Mapping
+
+from ..errors import FormatError
+from ..tokenizer import Tokenizer
+from .gguf import MetaArray
+from .strict_json import show
+
+_KEY = "tokenizer.ggml."
+_NORMAL, _CONTROL, _USER, _UNUSED = 1, 3, 4, 5
+_SHOWN_CONTROLS = ("<|tool_call",)  # published as not special: decoding keeps them
+
+
+def _alphabet() -> dict[int, str]:
+    """Character -> byte (as a character below 256): GPT-2's letters for bytes.
+
+    Printable bytes stand for themselves, the 68 others, in order, for U+0100 onwards. Source: gpt-2, encoder.py.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in set(printable)]
+    return {b: chr(b) for b in printable} | {0x100 + i: chr(b) for i, b in enumerate(others)}
+
+
+class _Alphabet(dict):
+    """For str.translate: a character that is no letter of the alphabet becomes one that latin-1 lacks."""
+
+    def __missing__(self, code: int) -> str:
+        return "\uffff"
+
+
+BYTES_OF = _Alphabet(_alphabet())
+
+
+def read_tokenizer(metadata: Mapping, where: str) -> Tokenizer:
+    """The tokenizer of a file's metadata.
+
+    Raises
+    ------
+    FormatError
+        If the file's tokenizer is another, or its tokens do not give the ranks back, with the first token at fault.
+    """
+    problems: list[str] = []
+    for key, wanted in (("model", "gpt2"), ("pre", "kimi-k2")):
+        if metadata.get(_KEY + key) != wanted:
+            problems.append(f"{_KEY}{key} is {show(metadata.get(_KEY + key))}; only {wanted!r} is read")
+    tokens = _array(metadata, "tokens", "string", problems)
+    types = _array(metadata, "token_type", "int32", problems)
+    if not problems and len(tokens) != len(types):
+        problems.append(f"{_KEY}tokens has {len(tokens)} entries and {_KEY}token_type {len(types)}; both have one a "
+                        f"token")
+    if not problems:
+        ranks, special, skipped = _vocabulary(tokens, types, problems)
+    template = metadata.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        problems.append(f"tokenizer.chat_template is {show(template)}; it must be text")
+    if problems:
+        raise FormatError(problems, where)
+    names = {i: name for name, i in special.items()}
+    ids = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id"}
+    named = {x: names.get(metadata.get(_KEY + key)) for x, key in ids.items()}
+    return Tokenizer(ranks, special, skipped=skipped, chat_template=template, **named)
+
+
+def _array(metadata: Mapping, key: str, kind: str, problems: list[str]) -> list | None:
+    value = metadata.get(_KEY + key)
+    if isinstance(value, MetaArray) and value.kind == kind:
+        values = value.values()
+        return values if isinstance(values, list) else values.tolist()
+    shown = f"an array of {value.kind}" if isinstance(value, MetaArray) else show(value)
+    problems.append(f"{_KEY}{key} is {shown}; it must be an array of {kind}, one a token")
+    return None
+
+
+def _vocabulary(tokens: list[str], types: list[int], problems: list[str]):
+    """(ranks, specials, ids that skipping leaves out) of tokens that begin with the base ones."""
+    n = next((i for i, kind in enumerate(types) if kind != _NORMAL), len(types))
+    ranks: dict[bytes, int] = {}
+    for i, token in enumerate(tokens[:n]):
+        try:
+            spelled = token.translate(BYTES_OF).encode("latin-1")
+        except UnicodeEncodeError:
+            problems.append(f"token {i} is {show(token)}, which is not spelled in the alphabet of bytes, so its rank "
+                            f"cannot be recovered")
+            break
+        if not spelled or spelled in ranks:
+            like = f"spelled as token {ranks[spelled]} is" if spelled else "empty"
+            problems.append(f"token {i} is {like}, so the ranks cannot be recovered")
+            break
+        ranks[spelled] = i
+    if not problems:
+        missing = [b for b in range(256) if bytes([b]) not in ranks]
+        if missing:
+            problems.append(f"among its {n} base tokens {len(missing)} single bytes are missing, the first "
+                            f"{missing[0]:#04x}: ids of text cannot be exact")
+    special: dict[str, int] = {}
+    skipped = set()
+    for i, (token, kind) in enumerate(zip(tokens[n:], types[n:]), n):
+        if kind not in (_CONTROL, _USER, _UNUSED):
+            problems.append(f"token {i}, {show(token)}, has the type {kind} behind the first special token, {n}: it "
+                            f"has no rank that could be recovered")
+            break
+        name = f"<|reserved_token_{i}|>" if kind == _UNUSED and token == f"[PAD{i}]" else token
+        if not name or special.setdefault(name, i) != i:
+            like = f"the name of {special[name]}, too" if name else "empty"
+            problems.append(f"token {i} is {show(token)}, {like}; special tokens must have names of their own")
+            break
+        if kind != _USER and not name.startswith(_SHOWN_CONTROLS):
+            skipped.add(i)
+    return ranks, special, skipped
