@@ -10,7 +10,7 @@ except ImportError as _error:
         f"{_platform.machine()} and its extension module cannot be loaded ({_error}). In a source tree: make build"
     ) from None
 
-from . import diff, faults, ops, reference, testing
+from . import adapters, diff, faults, ops, reference, testing
 from ._arrays import pack, unpack
 from ._version import __version__
 from .config import Config, ConfigError, LayerSpec
@@ -27,6 +27,6 @@ from .trace import Trace
 
 __all__ = [
     "Config", "ConfigError", "Context", "DeviceError", "FormatError", "Generation", "LayerSpec", "Model", "Plan",
-    "ReferenceModel", "Snapshot", "State", "Tokenizer", "Trace", "__version__", "conventions", "diff", "faults",
-    "isa_list", "ops", "pack", "plan", "reference", "set_num_threads", "testing", "threads", "unpack",
+    "ReferenceModel", "Snapshot", "State", "Tokenizer", "Trace", "__version__", "adapters", "conventions", "diff",
+    "faults", "isa_list", "ops", "pack", "plan", "reference", "set_num_threads", "testing", "threads", "unpack",
 ]

@@ -10,10 +10,11 @@ import numpy as np
 
 from .load.safetensors import SafetensorsFile, sparse_safetensors, write_safetensors
 
-__all__ = ["Trace", "matches", "tap_table"]
+__all__ = ["BEFORE", "Trace", "matches", "tap_table"]
 
 FORMAT = "kimi_linear trace 1"
 ON_REQUEST = ("moe.scores", "mla.probs")  # in no glob but one that names them
+BEFORE = "before."  # in front of a state array that holds what the kept tokens found, not what they left
 PASS = 512  # tokens of a forward call of a streamed trace; a multiple of 64, so that no byte depends on it
 
 
@@ -158,15 +159,16 @@ class Trace(Mapping):
         return f"Trace({len(self)} taps of {T} tokens, {self.nbytes / 2**20:.1f} MiB)"
 
 
-def stream(model, tokens, taps, to=None, tokens_slice=None, progress=None, *, state=None, edit=None, expert_ids=None,
-           check=None):
+def stream(model, tokens, taps, to=None, tokens_slice=None, progress=None, *, states=None, state=None, edit=None,
+           expert_ids=None, check=None):
     """A trace made in calls of PASS tokens through one state; see `Model.trace`.
 
-    Same bytes as in one call: calls end at multiples of 64 of the tokens.
+    Same bytes as in one call: calls end at multiples of 64 of the tokens. With `states` one ends before the first token
+    that is kept and one behind the last, wherever that is.
     """
     call = model._call(tokens)
     if call.form != "single":
-        raise ValueError("to and tokens_slice need one sequence of tokens [T]")
+        raise ValueError("to, tokens_slice and states need one sequence of tokens [T]")
     names = matches(call.names(), taps)
     probs = [name for name in names if name.endswith("mla.probs")]
     if probs:
@@ -178,7 +180,12 @@ def stream(model, tokens, taps, to=None, tokens_slice=None, progress=None, *, st
         specs["logits"] = _Spec((b - a, call.vocab), np.dtype(np.float32))
     meta = {**call.meta(), "tokens": call.ids[a:b].tolist(), "offsets": [0, b - a]}
     end = min(-(-b // 64) * 64, call.T) if state is None else call.T
-    state = model.new_state() if state is None else state
+    given, state = state, model.new_state() if state is None else state
+    if states is not None:
+        end = b if given is None else end
+        meta["position"] = [state.position + a]
+        steps.states = matches(state, "*" if states is True else states, "states")
+        specs |= _state_specs(state, steps.states, a, b)
     if to is None:
         arrays = {name: np.empty(spec.shape, spec.dtype) for name, spec in specs.items()}
 
@@ -190,6 +197,17 @@ def stream(model, tokens, taps, to=None, tokens_slice=None, progress=None, *, st
     with sparse_safetensors(to, specs, _metadata(meta, specs)) as keep:
         steps.run(state, a, b, end, keep, progress)
     return Trace.load(to)
+
+
+def _state_specs(state, names, a, b):
+    """Shapes of state arrays before and behind the tokens a..b; those of attention have a row a token."""
+    specs = {}
+    for name in names:
+        x = state[name]
+        grows = name.endswith("_cache")
+        for prefix, n in ((BEFORE, a), ("", b)):
+            specs[prefix + name] = _Spec((state.position + n, *x.shape[1:]) if grows else x.shape, x.dtype)
+    return specs
 
 
 class _Spec(NamedTuple):
@@ -215,16 +233,17 @@ class _Steps:
 
     def __init__(self, model, ids, names, edit, expert_ids, check):
         self.model, self.ids, self.names, self.check = model, ids, names, check
-        self.edit, self.expert_ids = edit, expert_ids or {}
+        self.edit, self.expert_ids, self.states = edit, expert_ids or {}, []
         call = model._call(ids)
         if edit is not None:
             call.edits(edit, len(ids) if "logits" in names else 0)
         call.experts(expert_ids)
 
     def run(self, state, a, b, end, keep, progress):
-        """Read tokens up to `end`; rows a..b-1 go to keep(name, row, values)."""
-        for first in range(0, end, PASS):
-            last = min(first + PASS, end)
+        """Read tokens up to `end`; rows a..b-1 go to keep(name, row, values), and the states before and behind them."""
+        cuts = sorted({*range(0, end, PASS), *((a, b) if self.states else ()), end})
+        self._keep_states(state, 0, a, b, keep)
+        for first, last in zip(cuts, cuts[1:]):
             low, high = max(a, first), min(b, last)
             names = self.names if low < high else []
             out = self.model.forward(
@@ -236,6 +255,15 @@ class _Steps:
                 keep(name, low - a, out[1][name][low - first : high - first])
             if progress is not None:
                 progress(last, end)
+            self._keep_states(state, last, a, b, keep)
+
+    def _keep_states(self, state, at, a, b, keep):
+        """The states after `at` tokens, where that is before the first that is kept or behind the last."""
+        for name in self.states:
+            if at == a:
+                keep(BEFORE + name, 0, state[name])
+            if at == b:
+                keep(name, 0, state[name])
 
     def _edit(self, first, last, names):
         """The edits of these tokens; those of logits where logits are made."""

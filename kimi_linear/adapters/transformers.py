@@ -10,6 +10,7 @@ import numpy as np
 from .. import golden
 from ..config import Config
 from ..trace import Trace
+from .calls import memory_of
 
 __all__ = ["config_of", "trace"]
 
@@ -46,7 +47,8 @@ def trace(model, tokens, taps="*", *, state=False):
     Returns
     -------
     Trace
-        Arrays [T, ...] of our taps, float32; ``moe.ids`` int32, ascending in each row.
+        Arrays [T, ...] of our taps, float32; ``moe.ids`` int32, ascending in each row. ``meta["layout"]`` says of each
+        module's result what it was in memory: shape, strides, offset, dtype, device.
 
     Raises
     ------
@@ -69,7 +71,8 @@ def trace(model, tokens, taps="*", *, state=False):
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     # Without an attention layer no cache of transformers knows a length, which making masks would ask for.
     mask = None if "mla" in mixers else {"full_attention": None, "linear_attention": None}
-    hooks = [module.register_forward_hook(_hook(path, config, keep)) for path, module in model.named_modules()
+    layout = {}
+    hooks = [module.register_forward_hook(_hook(path, config, keep, layout)) for path, module in model.named_modules()
              if path in known or path + "/ids" in known]
     try:
         with torch.no_grad():
@@ -80,21 +83,17 @@ def trace(model, tokens, taps="*", *, state=False):
     for i, layer in enumerate(result.past_key_values.layers if state else []):
         keep(golden.to_taps(_caches(layer, i), config))
     meta = {"model": model.config._name_or_path, "tokens": np.asarray(tokens).tolist(), "source": "transformers",
-            "dtype": str(model.dtype).removeprefix("torch.")}
+            "dtype": str(model.dtype).removeprefix("torch."), "layout": layout}
     return Trace(kept, meta).filter(patterns)
 
 
-def _hook(path, config, keep):
-    """A forward hook that hands on the taps that a module's output and input hold."""
+def _hook(path, config, keep, layout):
+    """A forward hook that hands on the taps that a module's output and input hold, and how the output lay in memory."""
     layer, _, rest = path.removeprefix("model.layers.").partition(".")
-    tap = INPUTS.get(rest)
-    if tap == "mla.o" and config.layers[int(layer)].mixer == "kda":
-        tap = None
-    heads = {"kda.o": (config.kda_heads, config.kda_head_dim), "mla.o": (config.mla_heads, config.v_head_dim)}
 
     def hook(module, args, result):
-        if tap:
-            keep({f"layers.{layer}.{tap}": _numpy(args[0]).reshape(-1, *heads.get(tap, args[0].shape[-1:]))})
+        layout[path] = memory_of(result[0] if isinstance(result, tuple) else result)
+        keep(input_taps(path, lambda: _numpy(args[0]), config))
         if rest == "mlp.gate":
             logits, weights, ids = (_numpy(t) for t in result)
             keep({f"layers.{layer}.moe.logits": logits})
@@ -103,6 +102,17 @@ def _hook(path, config, keep):
             keep(golden.to_taps({path: _numpy(result[0] if isinstance(result, tuple) else result)}, config))
 
     return hook
+
+
+def input_taps(path, get, config):
+    """The tap that a module's first argument holds, by its path, as {tap: [T, ...]}; `get` gives the argument."""
+    layer, _, rest = path.removeprefix("model.layers.").partition(".")
+    tap = INPUTS.get(rest)
+    if tap is None or not layer.isdigit() or tap == "mla.o" and config.layers[int(layer)].mixer == "kda":
+        return {}
+    heads = {"kda.o": (config.kda_heads, config.kda_head_dim), "mla.o": (config.mla_heads, config.v_head_dim)}
+    x = get()
+    return {f"layers.{layer}.{tap}": x.reshape(-1, *heads.get(tap, x.shape[-1:]))}
 
 
 def _caches(layer, i):

@@ -4,8 +4,8 @@ import json
 import sys
 
 __all__ = [
-    "add_compute_arguments", "add_json_argument", "add_model_argument", "human_bytes", "human_count",
-    "integers",
+    "add_compute_arguments", "add_json_argument", "add_model_argument", "add_names_arguments", "human_bytes",
+    "human_count", "integers",
     "layer_pattern", "load_model", "model_path", "non_negative", "positive", "print_json", "print_report",
     "print_table", "progress", "read_text", "say",
 ]
@@ -32,6 +32,26 @@ def add_compute_arguments(parser, *, cache=None):
 def add_json_argument(parser):
     """``--json``."""
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def add_names_arguments(parser, file):
+    """``--names``, ``--mapping``, ``--prefix``: what a foreign trace is."""
+    from ..adapters import KINDS
+
+    parser.add_argument("--names", choices=tuple(KINDS), metavar="KIND",
+                        help=f"what {file} is: {'; '.join(f'{k}, {text}' for k, (_, text) in KINDS.items())}")
+    parser.add_argument("--mapping", metavar="FILE",
+                        help="JSON, for arrays and pt (default: mapping.json in the folder)")
+    parser.add_argument("--prefix", default="", metavar="TEXT", help=f"of the names in {file} to take")
+
+
+def foreign_calls(args, path, config):
+    """The traces of `path`, one a call, as the arguments say."""
+    from ..adapters import load
+
+    if args.mapping is not None and args.names not in ("arrays", "pt"):
+        raise ValueError("--mapping is for --names arrays and --names pt")
+    return load(path, args.names, model=config, prefix=args.prefix, mapping=args.mapping)
 
 
 def positive(text):

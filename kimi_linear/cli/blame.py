@@ -1,12 +1,13 @@
 """``kimi-linear blame``: which ops of a foreign run are wrong in themselves, and by which known fault."""
 
-from ._common import add_json_argument, print_json, print_report
+from ._common import add_json_argument, add_names_arguments, foreign_calls, print_json, print_report
 
 HELP = "run every op of a foreign trace again in float64 on its own inputs: which are wrong, and how?"
 EPILOG = """
 kimi-linear blame ~/models/kimi theirs.safetensors
 kimi-linear blame ~/models/kimi theirs.safetensors --names hf --prefix short/ --dtype bfloat16
 kimi-linear blame ~/models/kimi prompt.safetensors first-token.safetensors second-token.safetensors
+kimi-linear blame ~/models/kimi calls --names vllm
 kimi-linear blame --faults
 
 exit code 0: no op is wrong in itself; 1: one is; 2: bad usage or input
@@ -18,8 +19,7 @@ def add_arguments(parser):
                         help='the same checkpoint: Hugging Face folder, hub id in the local cache, or "tiny"')
     parser.add_argument("theirs", metavar="THEIRS", nargs="*",
                         help="trace files, one for each of consecutive calls of the same sequences")
-    parser.add_argument("--names", choices=("hf",), help="the names in THEIRS: transformers' module paths")
-    parser.add_argument("--prefix", default="", metavar="TEXT", help="of the names in THEIRS to take")
+    add_names_arguments(parser, "THEIRS")
     parser.add_argument("--dtype", choices=("float64", "float32", "float16", "bfloat16"),
                         help="what they computed in (default: as the file says, or as most ops show)")
     parser.add_argument("--faults", action="store_true", help="list the known faults, and do nothing else")
@@ -33,11 +33,9 @@ def run(args):
         raise ValueError("it needs MODEL and at least one THEIRS.safetensors")
     from ..diff import blame
     from ..model import Model
-    from ..trace import Trace
 
     model = Model.tiny() if args.model == "tiny" else Model.from_pretrained(args.model)
-    calls = [Trace.load(path, names=args.names, config=model.config if args.names else None, prefix=args.prefix)
-             for path in args.theirs]
+    calls = [call for path in args.theirs for call in foreign_calls(args, path, model.config)]
     return print_report(args, blame(model, calls, dtype=args.dtype))
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ._common import add_json_argument, print_report
+from ._common import add_json_argument, add_names_arguments, foreign_calls, print_report
 
 HELP = "compare two trace files tap by tap: where do they part first?"
 EPILOG = """
@@ -10,6 +10,7 @@ kimi-linear trace --prompt "In the beginning" -o ours.safetensors
 kimi-linear trace --prompt "In the beginning" -o exact.safetensors --reference
 kimi-linear diff ours.safetensors exact.safetensors
 kimi-linear diff ours.safetensors theirs.safetensors --names hf --config ~/models/kimi --prefix short/
+kimi-linear diff ours.safetensors dumps --names arrays --mapping dumps.json --config ~/models/kimi
 
 exit code 0: no tap diverges; 1: one does; 2: bad usage or input
 """
@@ -18,11 +19,10 @@ exit code 0: no tap diverges; 1: one does; 2: bad usage or input
 def add_arguments(parser):
     parser.add_argument("a", metavar="A", help="trace file")
     parser.add_argument("b", metavar="B", help="trace file that is the measure")
-    parser.add_argument("--names", choices=("hf",), help="the names in B: transformers' module paths")
+    add_names_arguments(parser, "B")
     parser.add_argument(
         "--config", metavar="DIR", help="folder of config.json (or the file), needed with --names"
     )
-    parser.add_argument("--prefix", default="", metavar="TEXT", help="of the names in B to take")
     parser.add_argument("--taps", action="append", metavar="GLOB", help="only these; may be given again")
     parser.add_argument(
         "--threshold",
@@ -39,7 +39,10 @@ def run(args):
     from ..trace import Trace
 
     config = _config(args)
-    a, b = Trace.load(args.a), Trace.load(args.b, names=args.names, config=config, prefix=args.prefix)
+    a, calls = Trace.load(args.a), foreign_calls(args, args.b, config)
+    if len(calls) > 1:
+        raise ValueError(f"{args.b} has {len(calls)} calls; diff compares one: kimi-linear blame takes them all")
+    b = calls[0]
     if args.taps:
         a = a.filter(args.taps)
     return print_report(args, traces(a, b, threshold=args.threshold))
@@ -63,9 +66,9 @@ def _config(args):
 
     if args.names is None:
         if args.config is not None:
-            raise ValueError("--config is for --names hf; traces of ours have their shapes")
+            raise ValueError("--config is for --names; traces of ours have their shapes")
         return None
     if args.config is None:
-        raise ValueError("--names hf needs --config DIR: shapes of heads are not in the file")
+        raise ValueError(f"--names {args.names} needs --config DIR: shapes of heads are not in the file")
     path = Path(args.config)
     return Config.from_file(path / "config.json" if path.is_dir() else path)

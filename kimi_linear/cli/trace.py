@@ -32,6 +32,8 @@ def add_arguments(parser):
         metavar="GLOB",
         help="taps to keep, such as 'layers.3.kda.*'; may be given again (default: all)",
     )
+    parser.add_argument("--states", action="append", metavar="GLOB",
+                        help="state arrays to keep, before and after, such as 'layers.3' (not with --reference)")
     parser.add_argument("-o", "--output", metavar="FILE", required=True, help="safetensors file to write")
     parser.add_argument(
         "--reference", action="store_true", help="of the float64 reference model, not of the engine"
@@ -45,12 +47,15 @@ def run(args):
     model = load_model(args)
     tokens = args.ids if text is None else _encode(model, text)
     taps = args.taps or ["*"]
+    if args.reference and args.states:
+        raise ValueError("--states is of the engine; --reference keeps none")
     if args.reference:
         trace = _reference(model, tokens, taps)
         trace.save(args.output)
     else:
         with progress(len(tokens), "trace") as bar:
-            trace = model.trace(tokens, taps, to=args.output, progress=lambda read, _: bar.update(read - bar.n))
+            trace = model.trace(tokens, taps, to=args.output, states=args.states,
+                                progress=lambda read, _: bar.update(read - bar.n))
     if args.json:
         shapes = {name: {"shape": list(x.shape), "dtype": str(x.dtype)} for name, x in trace.items()}
         print_json({"file": args.output, "tokens": len(tokens), "bytes": trace.nbytes, "taps": shapes})

@@ -14,14 +14,13 @@ from .._arrays import as_array
 from ..faults import Scene, Site
 from . import metrics
 from ._opened import open_array, open_ids
-from .blame import WRONG, Blame, Judged, as_calls, ranked
+from .blame import USUAL, WRONG, Blame, Judged, as_calls, level_of, ranked
 
 EXPLAINED = 30  # a fault leaves this part of the error at most,
 CLOSE = 2.5  # or this many times the noise
 RIVAL = 2  # faults that leave no more than this many times as much explain as well
 TYPES = ("float64", "float32", "float16", "bfloat16")
 DRAWS = 2  # of a jitter, for the noise
-USUAL = 8.0  # the median op of an engine is at most that many times its noise
 TIED_ROWS = 6  # so many rows with equal scores, all to the last expert, are a rule and not chance
 LARGEST = 3e38
 OPENED = 4  # of the wrong ops, to be looked at
@@ -53,6 +52,10 @@ class Run:
                 if len(x) != _length(call, self.nodes):
                     raise ValueError(f"{tap} has {len(x)} rows; the call has {_length(call, self.nodes)} tokens")
             x = self.scene.lay(arrays)
+            if x.dtype.kind == "b" or (x.dtype.kind in "iu") != (self.nodes[tap].op == "route"):
+                must = "integers" if self.nodes[tap].op == "route" else "floats"
+                self.skipped.append((tap, f"it is {x.dtype}; it must be {must}"))
+                continue
             node, size = self.nodes[tap], int(np.prod(self.nodes[tap].shape))
             if x.size != self.scene.T * size:
                 raise ValueError(f"{tap} has shape {list(x.shape)}; it must be {[self.scene.T, *node.shape]}")
@@ -230,9 +233,9 @@ class Run:
                 return 1.0
             self.notes.append(f"most ops are as exact as {name}, less than the trace says: that is the noise")
             self.unit = metrics.unit_of(name)
-        if middle / factor > 2:
-            self.notes.append(f"most ops are at {middle / factor:.2g} times their noise: it is taken as so much larger")
-        return factor * max(1.0, middle / factor)
+        more, note = level_of([x / factor for x in found])
+        self.notes += [note.replace("most are", "most ops are")] if note else []
+        return factor * more
 
     def _leveled(self, row, level):
         return row if row.op == "route" else replace(row, noise=row.noise / level, of_token=row.of_token / level)

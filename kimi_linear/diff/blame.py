@@ -25,6 +25,8 @@ __all__ = ["Blame", "Judged", "WRONG", "blame"]
 
 #: In units of its noise: from here an op is wrong.
 WRONG = 7.0
+#: The median op of an engine is at most that many times its noise.
+USUAL = 8.0
 
 
 @dataclass(frozen=True)
@@ -275,6 +277,20 @@ def blame(model, theirs, *, dtype=None, tokens=None) -> Blame:
     from ._blame_run import Run
 
     return Run(model, theirs, dtype, tokens).report()
+
+
+def level_of(times):
+    """(what all noise is multiplied by, a note or "") where most ops, or calls, are off by more than rounding once.
+
+    `times` are errors over noise; `USUAL` times is still how well float32 or bfloat16 is done, more is taken for a
+    mistake.
+    """
+    middle = float(np.median(times)) if len(times) else 0.0
+    if middle > USUAL:
+        return 1.0, f"more than half are beyond {USUAL:.0f} times their noise"
+    if middle > 2:
+        return middle, f"most are at {middle:.2g} times their noise: it is taken as so much larger"
+    return max(1.0, middle), ""
 
 
 def ranked(rows: Sequence[Judged]) -> list[Judged]:

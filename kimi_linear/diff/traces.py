@@ -278,8 +278,13 @@ def traces(a, b, *, threshold: float | None = None, model=None) -> Report:
     rows, notes = [], []
     for tap in both:
         x, y = np.asarray(a[tap]), np.asarray(b[tap])
+        if (x.dtype.kind in "iub") != (y.dtype.kind in "iub") or "b" in x.dtype.kind + y.dtype.kind:
+            notes.append(f"{tap}: {x.dtype} in a and {y.dtype} in b; left out")
+            continue
         x, y = _same_shape(tap, x, y, notes)
         rows.append(_row(tap, x, y, threshold))
+    if not rows:
+        raise ValueError(f"no tap can be compared: {notes[0]}")
     if model is not None:
         rows = _in_parts(rows, a, b, model)
     first = _first(rows, a, b)

@@ -38,6 +38,42 @@ def test_help_shows_an_example(cli, command):
     assert code == 0 and "example:" in out and f"kimi-linear {command} " in out
 
 
+# ---- foreign traces ----
+
+
+def test_diff_and_blame_of_a_folder_of_arrays(cli, tmp_path):
+    model = kl.Model.tiny()
+    trace = model.trace(np.arange(3, 12))
+    trace.save(tmp_path / "ours.safetensors")
+    dump = tmp_path / "dump"
+    dump.mkdir()
+    for name in ("layers.0.kda.f", "layers.0.kda.g"):
+        np.save(dump / f"{name}.npy", trace[name].transpose(1, 0, 2) * np.float32(1 + name.endswith("g") / 100))
+    mapping = tmp_path / "m.json"
+    mapping.write_text(json.dumps({"taps": {n: {"file": f"{n}.npy", "axes": "HTK"}
+                                            for n in ("layers.0.kda.f", "layers.0.kda.g")}}), encoding="utf-8")
+    config = kl.__path__[0] + "/data/tiny"
+    code, out, err = cli("diff", tmp_path / "ours.safetensors", dump, "--names", "arrays", "--mapping", mapping,
+                         "--config", config)
+    assert code == 1 and "DIVERGES at layers.0.kda.g" in out, err
+    arrays = {n: x * np.float32(1.01) if n == "layers.0.kda.g" else x for n, x in trace.items()}
+    np.savez(tmp_path / "all.npz", **arrays, tokens=np.arange(3, 12))
+    code, out, err = cli("blame", "tiny", tmp_path / "all.npz", "--names", "arrays")
+    assert code == 1 and "WRONG: layers.0.kda.g (decay_gate)" in out, err
+    code, _, err = cli("blame", "tiny", dump, "--mapping", mapping)
+    assert code == 2 and "--mapping is for --names arrays and --names pt" in err
+    code, _, err = cli("diff", tmp_path / "ours.safetensors", dump, "--names", "vllm", "--config", config)
+    assert code == 2 and "holds no call-*.safetensors" in err
+
+
+def test_trace_keeps_states(cli, tmp_path):
+    out = tmp_path / "x.safetensors"
+    assert cli("trace", "--ids", "5,6,7", "--taps", "layers.1", "--states", "layers.1", "-o", out)[0] == 0
+    assert {"before.layers.1.kda.state", "layers.1.kda.state"} <= set(read_safetensors(out))
+    code, _, err = cli("trace", "--ids", "5,6,7", "--states", "layers.1", "--reference", "-o", out)
+    assert code == 2 and "--states is of the engine" in err
+
+
 # ---- verify ----
 
 
@@ -140,7 +176,7 @@ def test_diff_against_transformers(cli, tmp_path):
     [
         (("diff", "a", "b"), "a: No such file"),
         (("diff", "a", "b", "--names", "hf"), "--names hf needs --config DIR"),
-        (("diff", "a", "b", "--config", "."), "--config is for --names hf"),
+        (("diff", "a", "b", "--config", "."), "--config is for --names"),
         (("diff", "a", "b", "--threshold", "-1"), "'-1'; it must be a number >= 0"),
         (("diff", "a"), "required: B"),
         (("trace", "-o", "x"), "one of the arguments"),

@@ -1,0 +1,124 @@
+"""One call of an op beside float64: how far its results lie, in units of the noise that rounding makes there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from zlib import crc32
+
+import numpy as np
+
+from .._arrays import BFLOAT16
+from . import metrics
+from .blame import WRONG
+
+__all__ = ["jittered", "judged", "tied", "unit_of_arrays"]
+
+DRAWS = 2  # of a jitter, for the noise
+TRIES = 4  # of a jitter as large as a verdict, for ids
+
+
+def unit_of_arrays(arrays) -> float:
+    """u of the coarsest float type among arrays."""
+    units = [metrics.unit_of(a.dtype) for a in arrays if isinstance(a, np.ndarray) and _is_float(a)]
+    return max(units, default=metrics.U)
+
+
+def _is_float(a):
+    return a.dtype.kind == "f" or a.dtype == BFLOAT16
+
+
+def jittered(args, unit, draw):
+    """Arguments with random relative errors of at most `unit`, the same for the same name and draw."""
+    def moved(name, x):
+        if isinstance(x, tuple):
+            return tuple(moved(f"{name}.{i}", a) for i, a in enumerate(x))
+        if not isinstance(x, np.ndarray) or not _is_float(x):
+            return x
+        rng = np.random.default_rng([draw, crc32(name.encode())])
+        return x.astype(np.float64) * (1 + unit * rng.uniform(-1, 1, x.shape))
+
+    return {name: moved(name, x) for name, x in args.items()}
+
+
+def judged(run: Callable[[dict], tuple], args, got, unit, units):
+    """Each result of a call: (times its noise, rms error over the rms, where it is worst, what float64 makes).
+
+    Parameters
+    ----------
+    run : callable(args) -> tuple of arrays
+        In float64.
+    args : dict
+    got : sequence of array or None
+        Their results; None is not judged.
+    unit : float
+        The rounding of their inputs.
+    units : sequence of float
+        And of each result.
+
+    Raises
+    ------
+    ValueError
+        If a result has another shape than float64's.
+    """
+    exact = run(args)
+    moved = [run(jittered(args, unit, i)) for i in range(DRAWS)]
+    found = []
+    for i, (x, y) in enumerate(zip(got, exact, strict=False)):
+        if x is None:
+            continue
+        y = np.asarray(y)
+        x = x.reshape(y.shape) if x.size == y.size == 1 else x
+        if x.shape != y.shape:
+            raise ValueError(f"result {i} has shape {list(x.shape)}; it must be {list(y.shape)}")
+        if y.dtype.kind in "iu":
+            found.append((*_sets(x, y, tied(run, args, unit, i)), y))
+            continue
+        change = sum(_finite(np.asarray(m[i]) - y) ** 2 for m in moved) / DRAWS
+        noise = np.sqrt((units[i] * _finite(y)) ** 2 / 3 + change)
+        found.append((*_ratio(np.asarray(x, np.float64), y, noise), y))
+    return found
+
+
+def _finite(x):
+    return np.where(np.isfinite(x), x, 0)
+
+
+def _ratio(x, y, noise):
+    """(times the noise, rms error over the rms, worst element): the worse of the whole, and half of the worst row."""
+    if not x.size:
+        return 0.0, 0.0, ()
+    error, _ = metrics.distance(x, y)
+    error[~np.isfinite(x) & ~np.isfinite(y) & (np.isnan(x) == np.isnan(y))] = 0.0
+    rows = len(x) if x.ndim > 1 else 1
+    errors, noises = (np.sqrt((z.reshape(rows, -1) ** 2).mean(1)) for z in (error, noise))
+    whole = np.sqrt((noises ** 2).mean())
+    floor = np.maximum(noises, 0.1 * whole)
+    of_rows = np.array([_over(a, b) for a, b in zip(errors, floor)])
+    times = max(_over(np.sqrt((errors ** 2).mean()), whole), float(of_rows.max()) / 2)
+    worst = np.unravel_index(int(np.argmax(error)), error.shape)
+    return times, metrics.measure(x, y).rms_relative, tuple(int(i) for i in worst)
+
+
+def _over(a, b):
+    return float(a / b) if b else (0.0 if a == 0 else float("inf"))
+
+
+def tied(run, args, unit, i):
+    """Rows of ids that an error of a verdict's size would change: nobody can say which is right."""
+    exact = _rows(run(args)[i])
+    apart = np.zeros(len(exact), bool)
+    for draw in range(TRIES):
+        apart |= (_rows(run(jittered(args, WRONG * unit, 100 + draw))[i]) != exact).any(-1)
+    return apart
+
+
+def _rows(x):
+    x = np.asarray(x)
+    return np.sort(x.reshape(-1, x.shape[-1] if x.ndim else 1), -1)
+
+
+def _sets(x, y, ties):
+    """Ids as sets: rows that differ and are no ties count."""
+    other = (_rows(x) != _rows(y)).any(-1) & ~ties
+    return (float("inf") if other.any() else 0.0), float(other.mean()) if len(other) else 0.0, \
+        (int(other.argmax()),) if other.any() else ()

@@ -1,0 +1,79 @@
+"""Foreign traces that are not what they should be: a sentence each, and a comparison of what is left."""
+
+import numpy as np
+import pytest
+
+import kimi_linear as kl
+from kimi_linear.diff import blame, traces
+
+IDS = np.arange(3, 12)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return kl.Model.tiny()
+
+
+@pytest.fixture(scope="module")
+def ours(model):
+    return model.trace(IDS)
+
+
+def changed(ours, tap, change):
+    arrays = {n: np.array(x) for n, x in ours.items()}
+    arrays[tap] = change(arrays[tap])
+    return kl.Trace(arrays, ours.meta)
+
+
+def test_what_cannot_be_compared(model, ours, golden_dir):
+    other = kl.Model.from_pretrained(golden_dir / "kimi-a").trace(IDS)
+    cases = [
+        (other, r"embed has another shape: \[9, 64\] in a and \[9, 256\] in b",
+         r"embed has shape \[9, 64\]; it must be"),
+        (model.trace(IDS + 1), "of other tokens: token 0 is 4 in a and 3 in b", None),
+        (model.trace(IDS[:4]), "a is a trace of 4 tokens and b of 9; they must be runs of the same tokens", None),
+        (kl.Trace({}), "no tap is in both traces: a has none", "theirs has no tap of this model: it has none"),
+        (changed(ours, "layers.2.out", lambda x: x[:3]), r"layers.2.out has other tokens: \[3, 256\] in a",
+         "layers.2.out has 3 rows; the call has 9 tokens"),
+    ]
+    for theirs, of_traces, of_blame in cases:
+        with pytest.raises(ValueError, match=of_traces):
+            traces(theirs, ours)
+        if of_blame:
+            with pytest.raises(ValueError, match=of_blame):
+                blame(model, theirs)
+
+
+@pytest.mark.parametrize("tap, dtype, must", [("layers.2.kda.g", np.int64, "floats"), ("layers.2.out", bool, "floats"),
+                                              ("layers.2.moe.ids", np.float32, "integers")])
+def test_arrays_of_the_wrong_type_are_left_out(model, ours, tap, dtype, must):
+    theirs = changed(ours, tap, lambda x: x.astype(dtype))
+    name, was = np.dtype(dtype).name, ours[tap].dtype.name
+    report = traces(theirs, ours)
+    assert report.ok and f"{tap}: {name} in a and {was} in b; left out" in report.notes
+    assert len(report.rows) == len(ours) - 1
+    found = blame(model, theirs)
+    assert found.ok and (tap, f"it is {name}; it must be {must}") in found.skipped, str(found)
+    with pytest.raises(ValueError, match=f"no tap can be compared: {tap}"):
+        traces({tap: theirs[tap]}, ours)
+
+
+def test_nan_extra_and_missing_taps(model, ours):
+    theirs = changed(ours, "layers.2.kda.g", lambda x: x * np.nan)
+    assert traces(theirs, ours).verdict.startswith("DIVERGES at layers.2.kda.g, token 0: a is not finite there")
+    assert blame(model, theirs).wrong[0].tap == "layers.2.kda.g"
+    extra = kl.Trace({**{n: ours[n] for n in ours if n != "norm"}, "layers.99.kda.q": np.zeros(3)}, ours.meta)
+    report = traces(extra, ours)
+    assert report.ok and report.only_a == ["layers.99.kda.q"] and report.only_b == ["norm"]
+    assert blame(model, extra).ok
+
+
+def test_damaged_files(ours, tmp_path):
+    file = tmp_path / "x.safetensors"
+    ours.save(file)
+    whole = file.read_bytes()
+    for data, says in ((whole[:-100], "it is cut short or damaged"), (whole[:50], "promise a header"),
+                       (b"", "it has 0 bytes; a safetensors file has at least 8"), (b"hello there", "promise a h")):
+        file.write_bytes(data)
+        with pytest.raises(kl.FormatError, match=says):
+            kl.Trace.load(file)
