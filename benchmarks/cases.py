@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
+import kimi_linear as kl
+
 TOKENS = (1, 16, 64, 512)
 D, H, K, V, C, W = 2304, 32, 128, 128, 4096, 4      # model, KDA
 CHUNK = 64                                          # of the delta rule's halves
@@ -112,6 +114,27 @@ def embedding(T, rng):
 
 def embedding_work(T, arguments):
     return 0, T * D * (arguments["table"].dtype.itemsize + 4)
+
+
+def to_blocks(name):
+    """T rows to write as blocks."""
+    def make(T, rng):
+        return [{"x": normal(rng, T, D), "type": name}]
+
+    return make
+
+
+def from_blocks(name):
+    """T rows of blocks to read."""
+    def make(T, rng):
+        return [{"q": kl.ops.quantize(normal(rng, T, D), name)}]
+
+    return make
+
+
+def blocks_work(T, arguments):
+    kind = arguments["q"].storage if "q" in arguments else kl.storage_types[arguments["type"]]
+    return 0, T * (4 * D + kind.row_bytes(D))
 
 
 def linear(cols, rows, dtype):
@@ -238,6 +261,9 @@ CASES = [
     Case("rms_norm", "2304", norm(D), streamed(4)),
     Case("gated_rms_norm", "32x128", norm(V, gated=True), streamed(9)),
     Case("l2_norm", "32x128", one(x=(H, K)), streamed(3)),
+    *(Case("quantize", name, to_blocks(name), blocks_work, tokens=(512,)) for name in ("Q8_0", "Q4_K", "Q6_K")),
+    *(Case("dequantize", name, from_blocks(name), blocks_work, tokens=(512,))
+      for name in ("Q8_0", "Q4_K", "Q6_K", "IQ4_XS")),
     *(Case("linear", f"{cols}->{rows} {label}", linear(cols, rows, dtype), linear_work, sgemm=dtype is F32)
       for (cols, rows), (label, dtype) in itertools.product(
           [(D, C), (C, D), (D, F)], [("f32", F32), ("bf16", BF16), ("f16", F16)])),

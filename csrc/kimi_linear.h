@@ -77,6 +77,7 @@ typedef enum kl_type {
     KL_TQ2_0 = 35,
     KL_MXFP4 = 39,
     KL_NVFP4 = 40,
+    KL_TYPE_END, /* above every id */
 } kl_type;
 
 /* Values of a block: 1 for F32, F16 and BF16; 0 where the type is unknown. */
@@ -219,6 +220,14 @@ KL_API kl_status kl_l2_norm(kl_ctx *ctx, float *y, const float *x, int64_t T, in
                             float eps) KL_CHECKED;
 
 /* ---- ops: matrix products --------------------------------------------------------------------- */
+
+/* Rows of float32 [rows, cols] to rows of blocks and back; y and x share no memory. Rows must be whole
+ * blocks of the type. Where a value of x is NaN or infinite, quantize fails before it writes; so it does
+ * where the type can only be read. */
+KL_API kl_status kl_quantize(kl_ctx *ctx, void *y, const float *x, kl_type type, int64_t rows,
+                             int64_t cols) KL_CHECKED;
+KL_API kl_status kl_dequantize(kl_ctx *ctx, float *y, const void *x, kl_type type, int64_t rows,
+                               int64_t cols) KL_CHECKED;
 
 KL_API kl_status kl_embedding(kl_ctx *ctx, float *y, const int32_t *ids, const kl_weight *table,
                               int64_t T) KL_CHECKED;

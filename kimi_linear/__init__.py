@@ -20,6 +20,7 @@ from .errors import DeviceError, FormatError
 from .generate import Generation
 from .model import Model
 from .plan import Plan, plan
+from .quantized import Quantized, StorageType, storage_type, storage_types
 from .reference_model import ReferenceModel
 from .state import Snapshot, State
 from .tokenizer import Tokenizer
@@ -27,6 +28,7 @@ from .trace import Trace
 
 __all__ = [
     "Config", "ConfigError", "Context", "DeviceError", "FormatError", "Generation", "LayerSpec", "Model", "Plan",
-    "ReferenceModel", "Snapshot", "State", "Tokenizer", "Trace", "__version__", "adapters", "conventions", "diff",
-    "faults", "isa_list", "ops", "pack", "plan", "reference", "set_num_threads", "testing", "threads", "unpack",
+    "Quantized", "ReferenceModel", "Snapshot", "State", "StorageType", "Tokenizer", "Trace", "__version__", "adapters",
+    "conventions", "diff", "faults", "isa_list", "ops", "pack", "plan", "reference", "set_num_threads", "storage_type",
+    "storage_types", "testing", "threads", "unpack",
 ]

@@ -7,8 +7,11 @@ float16 and bfloat16 widen exactly to float32; float64 and integers are refused 
 import ml_dtypes
 import numpy as np
 
+from .quantized import Quantized, storage_types
+
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-TYPE_IDS = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, BFLOAT16: 30}
+_FLOATS = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", BFLOAT16: "BF16"}
+TYPE_IDS = {dtype: storage_types[name].id for dtype, name in _FLOATS.items()}
 
 
 def as_array(x, name):
@@ -119,17 +122,20 @@ def outputs(out, count):
 def as_weight(w, name, ndim=2):
     """A weight as the C core's tuple (buffer, type id, n, rows, cols), and its shape.
 
-    float32, float16 and bfloat16 are used as they lie; `w` is [rows, cols], or [n, rows, cols] with `ndim` 3.
+    float32, float16, bfloat16 and blocks are used as they lie; `w` is [rows, cols], or [n, rows, cols] with `ndim` 3.
     """
-    a = as_array(w, name)
-    if a.dtype not in TYPE_IDS:
-        raise TypeError(f"{name} is {a.dtype}; it must be float32, float16 or bfloat16: {name}.astype('float32')")
+    a = w if isinstance(w, Quantized) else as_array(w, name)
+    if not isinstance(a, Quantized) and a.dtype not in TYPE_IDS:
+        raise TypeError(f"{name} is {a.dtype}; it must be float32, float16 or bfloat16, or a kl.Quantized: "
+                        f"{name}.astype('float32')")
     if a.ndim != ndim:
         axes = "[rows, cols]" if ndim == 2 else "[n, rows, cols]"
         raise ValueError(f"{name} has shape {list(a.shape)}; it must be {axes}")
+    n, rows, cols = (1, *a.shape) if ndim == 2 else a.shape
+    if isinstance(a, Quantized):
+        return (np.ascontiguousarray(a.data), a.storage.id, n, rows, cols), a.shape
     a = np.ascontiguousarray(a).reshape(a.shape)
     buffer = a if a.dtype == np.float32 else a.view(np.uint16)
-    n, rows, cols = (1, *a.shape) if ndim == 2 else a.shape
     return (buffer, TYPE_IDS[a.dtype], n, rows, cols), a.shape
 
 

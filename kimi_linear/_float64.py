@@ -3,10 +3,14 @@
 import numpy as np
 
 from ._arrays import as_array
+from .quantized import Quantized
+from .reference_quant import dequantize
 
 
 def f64(x) -> np.ndarray:
-    """`x` as a float64 array, from all that `kl.ops` takes; float32, float16 and bfloat16 widen exactly."""
+    """`x` as a float64 array, from all that `kl.ops` takes; float32, float16, bfloat16 and blocks widen exactly."""
+    if isinstance(x, Quantized):
+        return dequantize(x)
     return as_array(x, "x").astype(np.float64, copy=False)
 
 

@@ -4,7 +4,8 @@ Names and arguments are those of ``kimi_linear.ops``. Inputs of any float type a
 stay integers. Shape letters: T tokens, N sequences, H heads (Hk of keys, Hv of values), K key width, V value
 width, D model width, R latent rank, P width of the shared key part, C channels, W taps, E experts, F inner
 width. With ``offsets`` [N+1] the tokens of N sequences lie one after another and states have a leading axis
-N. The delta rule and its chunked form are in :mod:`kimi_linear.reference_delta`, and are names of this module, too.
+N. The delta rule and its chunked form are in :mod:`kimi_linear.reference_delta`, the block types in
+:mod:`kimi_linear.reference_quant`; they are names of this module, too.
 
 Sources: Kimi Linear report, arXiv:2510.26692 (delta rule, decay, block); DeepSeek-V2, arXiv:2405.04434
 (latent attention); DeepSeek-V3, arXiv:2412.19437 (routing); Salmon et al., SC 2011 (Philox).
@@ -15,7 +16,9 @@ from __future__ import annotations
 import numpy as np
 
 from ._float64 import f64, sequences
+from .quantized import Quantized
 from .reference_delta import decay_cumsum, delta_rule, delta_rule_inter, delta_rule_intra  # noqa: F401
+from .reference_quant import dequantize, quantize  # noqa: F401
 
 # ---- element by element, norms -------------------------------------------------------------------
 
@@ -79,10 +82,11 @@ def l2_norm(x, *, eps=1e-6):
 
 def embedding(ids, table):
     """Rows of a table: ids [T] integers, table [vocab, D] -> [T, D]."""
+    table = table if isinstance(table, Quantized) else np.asarray(table)
     ids = np.asarray(ids)
     for t in np.flatnonzero((ids < 0) | (ids >= len(table)))[:1]:
         raise ValueError(f"ids[{t}] is {ids.flat[t]}; it must be in 0..{len(table) - 1}")
-    return f64(np.asarray(table)[ids])
+    return f64(table[ids])
 
 
 def linear(x, w, bias=None):

@@ -21,7 +21,7 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 
 OPS = re.findall(r"^\s+OP\((\w+),", (ROOT / "csrc/ops/list.h").read_text(), re.M)
 INNER = {"cache_append"}  # part of a forward pass: no function of kl.ops
-EXACT = {"cache_append", "sample"}  # nothing to bound: a copy or one rounding; an id
+EXACT = {"cache_append", "dequantize", "quantize", "sample"}  # nothing to bound: a copy or one rounding; bytes; an id
 PLAIN = {"add", "embedding", "linear", "sigmoid", "softmax"}  # textbook formulas, without a source
 PYTHON_OPS = [op for op in OPS if op not in INNER]
 

@@ -15,6 +15,8 @@
                         int64_t, float, kl_activation))                                            \
     OP(l2_norm, (kl_ctx *, float *, const float *, int64_t, int64_t, float))                       \
     OP(embedding, (kl_ctx *, float *, const int32_t *, const kl_weight *, int64_t))                \
+    OP(quantize, (kl_ctx *, void *, const float *, kl_type, int64_t, int64_t))                     \
+    OP(dequantize, (kl_ctx *, float *, const void *, kl_type, int64_t, int64_t))                   \
     OP(linear, (kl_ctx *, float *const *, const float *, const kl_weight *, const float *const *,  \
                 int, int64_t, int64_t))                                                            \
     OP(route, (kl_ctx *, int32_t *, float *, const float *, const float *, const kl_route_args *)) \

@@ -75,6 +75,6 @@ kl_py_context *kl_py_context_of(PyObject *o); /* NULL with TypeError when it is 
 
 /* op wrappers, one table a family */
 extern PyMethodDef kl_py_ops_basic[], kl_py_ops_delta[], kl_py_ops_dense[], kl_py_ops_kda[],
-    kl_py_ops_mla[];
+    kl_py_ops_mla[], kl_py_ops_quant[];
 
 #endif

@@ -45,8 +45,8 @@ static int module_exec(PyObject *module)
         || !add_type(module, "Model", &kl_py_model_spec)
         || !add_type(module, "State", &kl_py_state_spec))
         return -1;
-    PyMethodDef *families[] = { kl_py_ops_basic, kl_py_ops_delta, kl_py_ops_dense, kl_py_ops_kda,
-                                kl_py_ops_mla };
+    PyMethodDef *families[] = { kl_py_ops_basic, kl_py_ops_delta, kl_py_ops_dense,
+                                kl_py_ops_kda,   kl_py_ops_mla,   kl_py_ops_quant };
     for (size_t i = 0; i < sizeof families / sizeof families[0]; i++)
         if (PyModule_AddFunctions(module, families[i]) < 0)
             return -1;

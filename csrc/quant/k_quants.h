@@ -2,9 +2,7 @@
 #ifndef KL_K_QUANTS_H
 #define KL_K_QUANTS_H
 
-#include "quant.h"
-
-enum { KL_K_VALUES = 256 };
+#include "search.h"
 
 /* Q4_K, Q5_K: eight 6-bit scales and minima in 12 bytes. Scale s and minimum s of the first four are the low
  * six bits of bytes s and s + 4; of the last four, byte s + 4 has the low nibbles (scale low, minimum high),
@@ -17,6 +15,18 @@ static inline void kl_scale_and_min(const uint8_t packed[12], int s, uint8_t *sc
     } else {
         *scale = (uint8_t)((packed[s + 4] & 15) | packed[s - 4] >> 6 << 4);
         *min = (uint8_t)(packed[s + 4] >> 4 | packed[s] >> 6 << 4);
+    }
+}
+
+static inline void kl_pack_scale_and_min(uint8_t packed[12], int s, uint8_t scale, uint8_t min)
+{
+    if (s < 4) {
+        packed[s] |= scale;
+        packed[s + 4] |= min;
+    } else {
+        packed[s + 4] |= (uint8_t)((scale & 15) | (min & 15) << 4);
+        packed[s - 4] |= (uint8_t)(scale >> 4 << 6);
+        packed[s] |= (uint8_t)(min >> 4 << 6);
     }
 }
 

@@ -23,3 +23,21 @@ void kl_dequantize_q2_k(float *restrict y, const void *blocks, int64_t n)
         }
     }
 }
+
+/* quantize: kl_search_affine */
+void kl_quantize_q2_k(void *blocks, const float *x, int64_t n)
+{
+    block *b = blocks;
+    for (; n > 0; n--, b++, x += KL_K_VALUES) {
+        kl_affine f;
+        kl_search_affine(&f, x, 16, 3, 15);
+        memset(b, 0, sizeof *b);
+        memcpy(b->d, &f.d, sizeof f.d);
+        memcpy(b->dmin, &f.dmin, sizeof f.dmin);
+        for (int s = 0; s < 16; s++) {
+            b->scales[s] = (uint8_t)(f.scale[s] | f.min[s] << 4);
+            for (int j = 0; j < 16; j++)
+                b->q[s / 8][s % 2 * 16 + j] |= (uint8_t)(f.q[16 * s + j] << s / 2 % 4 * 2);
+        }
+    }
+}

@@ -31,3 +31,26 @@ void kl_dequantize_q3_k(float *restrict y, const void *blocks, int64_t n)
         }
     }
 }
+
+/* quantize: kl_search_signed */
+void kl_quantize_q3_k(void *blocks, const float *x, int64_t n)
+{
+    block *b = blocks;
+    for (; n > 0; n--, b++, x += KL_K_VALUES) {
+        kl_signed f;
+        kl_search_signed(&f, x, KL_K_VALUES,
+                         (kl_signed_format){ .width = 16, .half = 4, .top = 32 });
+        memset(b, 0, sizeof *b);
+        memcpy(b->d, &f.d, sizeof f.d);
+        for (int s = 0; s < 16; s++) {
+            const int scale = f.scale[s] + 32, r = s / 2;
+            b->scales[s % 8] |= (uint8_t)((scale & 15) << s / 8 * 4);
+            b->scales[8 + s % 4] |= (uint8_t)(scale >> 4 << s / 4 * 2);
+            for (int j = 0; j < 16; j++) {
+                const int q = f.q[16 * s + j];
+                b->low[r / 4][s % 2 * 16 + j] |= (uint8_t)((q & 3) << r % 4 * 2);
+                b->high[s % 2 * 16 + j] |= (uint8_t)(q >> 2 << r);
+            }
+        }
+    }
+}

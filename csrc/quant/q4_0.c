@@ -18,3 +18,18 @@ void kl_dequantize_q4_0(float *restrict y, const void *blocks, int64_t n)
         }
     }
 }
+
+/* quantize: d = extreme / -8; q = x / d + 8 to nearest, halves up */
+void kl_quantize_q4_0(void *blocks, const float *x, int64_t n)
+{
+    block *b = blocks;
+    for (; n > 0; n--, b++, x += 32) {
+        const float d = kl_extreme(x, 32) / -8.0f, inverse = kl_inverse(d);
+        kl_store_f16(b->d, d);
+        for (int j = 0; j < 16; j++) {
+            const int low = kl_clip_byte(x[j] * inverse + 8.5f, 15);
+            const int high = kl_clip_byte(x[j + 16] * inverse + 8.5f, 15);
+            b->q[j] = (uint8_t)(low | high << 4);
+        }
+    }
+}

@@ -18,3 +18,21 @@ void kl_dequantize_q4_1(float *restrict y, const void *blocks, int64_t n)
         }
     }
 }
+
+/* quantize: m = min x, d = (max x - m) / 15; q = (x - m) / d to nearest, halves up */
+void kl_quantize_q4_1(void *blocks, const float *x, int64_t n)
+{
+    block *b = blocks;
+    for (; n > 0; n--, b++, x += 32) {
+        float m, greatest;
+        kl_range(x, 32, &m, &greatest);
+        const float d = (greatest - m) / 15.0f, inverse = kl_inverse(d);
+        kl_store_f16(b->d, d);
+        kl_store_f16(b->m, m);
+        for (int j = 0; j < 16; j++) {
+            const int low = kl_clip_byte((x[j] - m) * inverse + 0.5f, 15);
+            const int high = kl_clip_byte((x[j + 16] - m) * inverse + 0.5f, 15);
+            b->q[j] = (uint8_t)(low | high << 4);
+        }
+    }
+}

@@ -21,3 +21,21 @@ void kl_dequantize_q5_0(float *restrict y, const void *blocks, int64_t n)
         }
     }
 }
+
+/* quantize: d = extreme / -16; q = x / d + 16 to nearest, halves up */
+void kl_quantize_q5_0(void *blocks, const float *x, int64_t n)
+{
+    block *b = blocks;
+    for (; n > 0; n--, b++, x += 32) {
+        const float d = kl_extreme(x, 32) / -16.0f, inverse = kl_inverse(d);
+        kl_store_f16(b->d, d);
+        memset(b->high, 0, sizeof b->high);
+        for (int j = 0; j < 16; j++) {
+            const int q0 = kl_clip_byte(x[j] * inverse + 16.5f, 31);
+            const int q1 = kl_clip_byte(x[j + 16] * inverse + 16.5f, 31);
+            b->low[j] = (uint8_t)((q0 & 15) | (q1 & 15) << 4);
+            b->high[j / 8] |= (uint8_t)(q0 >> 4 << j % 8);
+            b->high[2 + j / 8] |= (uint8_t)(q1 >> 4 << j % 8);
+        }
+    }
+}

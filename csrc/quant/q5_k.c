@@ -27,3 +27,24 @@ void kl_dequantize_q5_k(float *restrict y, const void *blocks, int64_t n)
         }
     }
 }
+
+/* quantize: kl_search_affine */
+void kl_quantize_q5_k(void *blocks, const float *x, int64_t n)
+{
+    block *b = blocks;
+    for (; n > 0; n--, b++, x += KL_K_VALUES) {
+        kl_affine f;
+        kl_search_affine(&f, x, 32, 31, 63);
+        memset(b, 0, sizeof *b);
+        memcpy(b->d, &f.d, sizeof f.d);
+        memcpy(b->dmin, &f.dmin, sizeof f.dmin);
+        for (int s = 0; s < 8; s++) {
+            kl_pack_scale_and_min(b->scales, s, f.scale[s], f.min[s]);
+            for (int j = 0; j < 32; j++) {
+                const int q = f.q[32 * s + j];
+                b->low[s / 2][j] |= (uint8_t)((q & 15) << s % 2 * 4);
+                b->high[j] |= (uint8_t)(q >> 4 << s);
+            }
+        }
+    }
+}

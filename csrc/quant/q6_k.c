@@ -26,3 +26,22 @@ void kl_dequantize_q6_k(float *restrict y, const void *blocks, int64_t n)
         }
     }
 }
+
+/* quantize: kl_search_signed */
+void kl_quantize_q6_k(void *blocks, const float *x, int64_t n)
+{
+    block *b = blocks;
+    for (; n > 0; n--, b++, x += KL_K_VALUES) {
+        kl_signed f;
+        kl_search_signed(&f, x, KL_K_VALUES,
+                         (kl_signed_format){ .width = 16, .half = 32, .top = 128 });
+        memset(b, 0, sizeof *b);
+        memcpy(b->d, &f.d, sizeof f.d);
+        memcpy(b->scales, f.scale, sizeof b->scales);
+        for (int i = 0; i < KL_K_VALUES; i++) {
+            const int half = i / 128, r = i / 32 % 4, j = i % 32;
+            b->low[half][r % 2 * 32 + j] |= (uint8_t)((f.q[i] & 15) << r / 2 * 4);
+            b->high[half][j] |= (uint8_t)(f.q[i] >> 4 << 2 * r);
+        }
+    }
+}

@@ -16,6 +16,14 @@ static const kl_block_type table[] = {
 #include "types.def"
 #undef KL_BLOCK_TYPE
 
+#define NAME_WRITTEN(name) " " #name
+#define NAME_READ_ONLY(name)
+#define KL_BLOCK_TYPE(name, body, id, values, bytes, access) NAME_##access(name)
+const char kl_written_types[] =
+#include "types.def"
+    ;
+#undef KL_BLOCK_TYPE
+
 const kl_block_type *kl_block_type_of(kl_type type)
 {
     for (size_t i = 0; i < sizeof table / sizeof table[0]; i++)
@@ -93,4 +101,10 @@ uint16_t kl_f16_of(float x)
     }
     magnitude += 0xfffu + (magnitude >> 13 & 1u);
     return (uint16_t)(sign | (magnitude - (112u << 23)) >> 13);
+}
+
+void kl_store_f16(uint8_t *p, float x)
+{
+    const uint16_t h = kl_f16_of(x);
+    memcpy(p, &h, sizeof h);
 }

@@ -31,3 +31,28 @@ void kl_dequantize_tq1_0(float *restrict y, const void *blocks, int64_t n)
         y = rows(y, b->q + 48, 4, 4, d);
     }
 }
+
+/* quantize: d = max |x|; q = x / d + 1 to nearest, halves away from zero */
+static const float *pack_rows(uint8_t *q, const float *x, int n, int digits, float inverse)
+{
+    for (int j = 0; j < n; j++) {
+        int number = 0; /* of five digits, from the highest; a missing one is 0 */
+        for (int k = 0; k < 5; k++)
+            number = number * 3
+                     + (k < digits ? (kl_byte_of(roundf(x[k * n + j] * inverse)) + 1) % 256 : 0);
+        q[j] = (uint8_t)((number * 256 + 242) / 243);
+    }
+    return x + n * digits;
+}
+
+void kl_quantize_tq1_0(void *blocks, const float *x, int64_t n)
+{
+    block *b = blocks;
+    for (; n > 0; n--, b++) {
+        const float d = fabsf(kl_extreme(x, 256)), inverse = kl_inverse(d);
+        kl_store_f16(b->d, d);
+        x = pack_rows(b->q, x, 32, 5, inverse);
+        x = pack_rows(b->q + 32, x, 16, 5, inverse);
+        x = pack_rows(b->q + 48, x, 4, 4, inverse);
+    }
+}

@@ -8,10 +8,11 @@ from ._delta import decay_cumsum, delta_rule, delta_rule_inter, delta_rule_intra
 from ._dense import embedding, linear, moe, route
 from ._kda import decay_gate, short_conv
 from ._mla import latent_attention
+from ._quant import dequantize, quantize
 from ._sample import sample
 
 __all__ = [
-    "add", "decay_cumsum", "decay_gate", "delta_rule", "delta_rule_inter", "delta_rule_intra", "embedding",
-    "gated_rms_norm", "l2_norm", "latent_attention", "linear", "moe", "rms_norm", "route", "sample", "short_conv",
-    "sigmoid", "softmax", "swiglu",
+    "add", "decay_cumsum", "decay_gate", "delta_rule", "delta_rule_inter", "delta_rule_intra", "dequantize",
+    "embedding", "gated_rms_norm", "l2_norm", "latent_attention", "linear", "moe", "quantize", "rms_norm", "route",
+    "sample", "short_conv", "sigmoid", "softmax", "swiglu",
 ]

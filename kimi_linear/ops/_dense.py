@@ -5,6 +5,7 @@ import numpy as np
 from .. import _core
 from .._arrays import as_array, as_float32, as_integers, as_weight, output
 from ..context import current
+from ..quantized import Quantized
 from ._basic import activation_id, sigmoid, swiglu
 
 _ROUTERS = {"sigmoid": 0, "softmax": 1}
@@ -20,7 +21,7 @@ def embedding(ids, table, *, out=None, ctx=None):
     ----------
     ids : (...) integers
         Token ids, ``0 <= id < vocabulary``.
-    table : (vocabulary, D) float32, float16 or bfloat16
+    table : (vocabulary, D) float32, float16, bfloat16 or Quantized
     out : (..., D) float32, optional
 
     Returns
@@ -35,7 +36,7 @@ def embedding(ids, table, *, out=None, ctx=None):
     weight, (vocabulary, D) = as_weight(table, "table")
     ids = as_integers(ids, "ids", low=0, high=vocabulary)
     y = output(out, (*ids.shape, D))
-    _refuse_overlap(y, table, "table")
+    _refuse_overlap(y, weight[0], "table")
     _core.embedding(current(ctx)._core, y, ids, weight, ids.size)
     return y
 
@@ -50,8 +51,8 @@ def linear(x, w, bias=None, *, out=None, ctx=None):
     Parameters
     ----------
     x : (..., D) float32
-    w : (M, D) float32, float16 or bfloat16, or a list of such arrays
-        Used as they lie: a narrower type is widened exactly, in registers or a few rows at a time.
+    w : (M, D) float32, float16, bfloat16 or Quantized, or a list of such arrays
+        Used as they lie: a narrower type is widened exactly, in registers or a few rows at a time; so are blocks.
     bias : (M,) float32, optional
         With a list of weights, a list of biases (or None each).
     out : (..., M) float32, optional
@@ -102,8 +103,8 @@ def _linear_of(x, weights, biases, outs, ctx, w_name, bias_name, first=0):
 
 def _as_stored(w, name, D):
     """(the core's tuple, whether it is stored transposed, its rows); `w` is [rows, D]."""
-    a = as_array(w, name)
-    transposed = a.ndim == 2 and a.flags.f_contiguous and not a.flags.c_contiguous
+    a = w if isinstance(w, Quantized) else as_array(w, name)
+    transposed = isinstance(a, np.ndarray) and a.ndim == 2 and a.flags.f_contiguous and not a.flags.c_contiguous
     weight, shape = as_weight(a.T if transposed else a, name)
     rows, cols = shape[::-1] if transposed else shape
     if cols != D:
@@ -198,8 +199,8 @@ def moe(x, ids, weights, w_gate, w_up, w_down, *, shared=None, shared_gate=None,
         Expert ids, ascending in each row, as `route` gives them.
     weights : (..., k) float32
         In the order of the ids.
-    w_gate, w_up : (E, F, D) float32, float16 or bfloat16
-    w_down : (E, D, F) float32, float16 or bfloat16
+    w_gate, w_up : (E, F, D) float32, float16, bfloat16 or Quantized
+    w_down : (E, D, F) float32, float16, bfloat16 or Quantized
     shared : (..., D) float32, or a tuple (w_gate, w_up, w_down), optional
         The shared expert's output, or its matrices [S, D], [S, D], [D, S].
     shared_gate : (1, D), optional

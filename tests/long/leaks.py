@@ -54,6 +54,7 @@ def op_calls(rng):
     latent, shared, w_uk, w_uv = f(6, 12), f(6, 2), f(2, 6, 12), f(2, 8, 12)
     ids, weights = np.tile(np.array([[0, 2]], np.int32), (6, 1)), np.abs(f(6, 2))
     experts, back = f(4, 8, 16), f(4, 16, 8)
+    blocks = kl.ops.quantize(f(2, 256), "Q4_K")
     return {
         "add": lambda: kl.ops.add(x, x),
         "sigmoid": lambda: kl.ops.sigmoid(x),
@@ -64,6 +65,8 @@ def op_calls(rng):
         "l2_norm": lambda: kl.ops.l2_norm(x),
         "embedding": lambda: kl.ops.embedding([1, 2, 3], w),
         "linear": lambda: kl.ops.linear(x, w),
+        "quantize": lambda: kl.ops.quantize(f(2, 256), "Q4_K"),
+        "dequantize": lambda: kl.ops.dequantize(blocks),
         "route": lambda: kl.ops.route(x, k=2),
         "moe": lambda: kl.ops.moe(x, ids, weights, experts, experts, back),
         "short_conv": lambda: kl.ops.short_conv(x, taps),

@@ -30,6 +30,8 @@ def inputs():
         "l2_norm": (dict(x=x(T, D)), {}),
         "embedding": (dict(table=x(E, D)), dict(ids=np.array([3, 0, 3]))),
         "linear": (dict(x=x(T, D), w=x(F, D), bias=x(F)), {}),
+        "quantize": (dict(x=x(T, 64)), dict(type="Q4_0")),
+        "dequantize": ({}, dict(q=rng.integers(0, 100, (T, 36), np.uint8), type="Q4_0")),
         "short_conv": (dict(x=x(T, C), w=x(C, W), history=x(W - 1, C)), {}),
         "decay_gate": (dict(f=x(T, H, K), rate=np.abs(x(H)), dt_bias=x(H, K)), {}),
         "delta_rule": (dict(q=x(T, H, K), k=x(T, H, K), v=x(T, H, K), g=g, beta=beta, initial_state=x(H, K, K)),
