@@ -1,12 +1,15 @@
 """Write a random model of real widths, to measure with: no model is held in memory, only a tensor at a time.
 
     python benchmarks/make_model.py --shape mini --type bfloat16 -o /somewhere/mini-bf16
-    python benchmarks/make_model.py --shape 48b --layers 4 --experts 64 -o /somewhere/part
+    python benchmarks/make_model.py --shape full --layers 4 --experts 64 -o /somewhere/part
+    python benchmarks/make_model.py --shape mini --type Q4_K -o /somewhere/mini-Q4_K.gguf
+    python benchmarks/make_model.py --shape full --type Q4_K --map '*_exps*=Q2_K' --map output.weight=Q6_K -o full.gguf
 
-Shapes: ``mini`` has the widths of Kimi-Linear-48B-A3B with 8 layers (MLA at 4 and 8, counted from 1), 32
-experts of which 8 are used and a vocabulary of 32,768; ``48b`` is the published one; ``tiny`` is the packaged
-model's. The values of a tensor depend on its name, shape and ``--seed`` alone. Matrices keep the size of
-their input, gates go from almost none to strong, so that a run meets no subnormals or infinities that a
+A name that ends in .gguf is a GGUF file that llama.cpp runs, too; any other a Hugging Face folder. Shapes: ``full`` is
+Kimi-Linear-48B-A3B as published; ``mini`` has its widths with 8 layers (MLA at 4 and 8, counted from 1), 32 experts of
+which 8 are used and a vocabulary of 32,768; ``small`` has two layers of widths that every block type divides; ``tiny``
+is the packaged model's. The values of a tensor depend on its name, shape, type and ``--seed`` alone. Matrices keep the
+size of their input, gates go from almost none to strong, so that a run meets no subnormals or infinities that a
 trained model would not.
 """
 
@@ -20,6 +23,8 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from random_blocks import TYPES as BLOCK_TYPES
+from random_gguf import plan_types, tensors_of, write_gguf
 from tqdm import tqdm
 
 from kimi_linear.cli._common import human_bytes, human_count, layer_pattern
@@ -28,6 +33,7 @@ from kimi_linear.load.safetensors import write_safetensors
 from kimi_linear.random_weights import random_tensor
 
 TYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("bfloat16", "float16", "float32")}
+GGUF_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 FLOAT32 = ("A_log", "dt_bias", "e_score_correction_bias")  # as published files keep them
 SHARD = 5 << 30  # bytes of one file at most
 POOL = 1 << 22   # random values that all matrices are cut from
@@ -59,28 +65,70 @@ TINY = PUBLISHED | {
     "num_experts_per_token": 2, "moe_intermediate_size": 96, "bos_token_id": 1792, "eos_token_id": 1794,
     "pad_token_id": 2047,
 }
+SMALL = PUBLISHED | {
+    "vocab_size": 1024, "hidden_size": 256, "num_hidden_layers": 2, "intermediate_size": 512,
+    "num_attention_heads": 2, "num_key_value_heads": 2,
+    "linear_attn_config": {"head_dim": 128, "num_heads": 2, "short_conv_kernel_size": 4,
+                           "kda_layers": [1], "full_attn_layers": [2]},
+    "kv_lora_rank": 256, "num_experts": 8, "num_experts_per_token": 2, "moe_intermediate_size": 256,
+    "bos_token_id": 768, "eos_token_id": 770, "pad_token_id": 1023,
+}
 MINI = {"layers": 8, "experts": 32, "vocab": 32768}
-SHAPES = {"mini": (PUBLISHED, MINI), "48b": (PUBLISHED, {}), "tiny": (TINY, {})}  # config, changes
+SHAPES = {"mini": (PUBLISHED, MINI), "full": (PUBLISHED, {}), "small": (SMALL, {}), "tiny": (TINY, {})}  # changes
 
 
 def main():
     args = arguments()
     config = config_of(args)
+    write = write_file if args.output.suffix == ".gguf" else write_folder
+    try:
+        return write(args, config)
+    except ValueError as error:
+        return f"make_model: {error}"
+
+
+def write_folder(args, config):
+    """A folder of safetensors with a config.json."""
+    if args.type not in TYPES or args.map:
+        return f"make_model: a folder's type is one of {', '.join(TYPES)}, the same for all; blocks need a .gguf name"
     shapes = config.weight_shapes()
     tensors = {name: RandomTensor(name, shape, TYPES[args.type], args.seed) for name, shape in shapes.items()}
     n_bytes = sum(t.nbytes for t in tensors.values())
-    n_values = sum(math.prod(shape) for shape in shapes.values())
-    print(f"{layer_pattern(config)}: {human_count(n_values)} parameters in {len(tensors):,} tensors, "
-          f"{human_bytes(n_bytes)} as {args.type}", file=sys.stderr)
-    room = shutil.disk_usage(existing_parent(args.output)).free
-    if n_bytes > room:
-        return f"make_model: there is room for {human_bytes(room)}; the model takes {human_bytes(n_bytes)}"
+    if problem := announce(config, n_bytes, args):
+        return problem
     args.output.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=n_bytes, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
-        write(args.output, tensors, bar)
+    with bar_of(n_bytes) as bar:
+        write_shards(args.output, tensors, bar)
     text = json.dumps(config.to_dict() | {"dtype": args.type}, indent=2)
     (args.output / "config.json").write_text(text + "\n")
     return 0
+
+
+def write_file(args, config):
+    """A GGUF file."""
+    tensors = tensors_of(config)
+    for sentence in plan_types(tensors, GGUF_NAMES.get(args.type, args.type), args.map):
+        print(sentence, file=sys.stderr)
+    n_bytes = sum(t.nbytes for t in tensors)
+    if problem := announce(config, n_bytes, args):
+        return problem
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with bar_of(n_bytes) as bar:
+        write_gguf(args.output, config, tensors, name=f"random {args.shape}", seed=args.seed, progress=bar.update)
+    print(f"{args.output}: {human_bytes(args.output.stat().st_size)}", file=sys.stderr)
+    return 0
+
+
+def announce(config, n_bytes, args):
+    """Says what is made; a sentence where the disk has no room for it."""
+    n_values = sum(math.prod(shape) for shape in config.weight_shapes().values())
+    print(f"{layer_pattern(config)}: {human_count(n_values)} parameters, {human_bytes(n_bytes)}", file=sys.stderr)
+    room = shutil.disk_usage(existing_parent(args.output)).free
+    return f"make_model: there is room for {human_bytes(room)}" if n_bytes > room else None
+
+
+def bar_of(n_bytes):
+    return tqdm(total=n_bytes, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
 
 
 def arguments():
@@ -88,14 +136,24 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("--family", choices=("kimi-linear",), default="kimi-linear")
     parser.add_argument("--shape", choices=SHAPES, default="mini")
-    parser.add_argument("--format", choices=("safetensors",), default="safetensors")
-    parser.add_argument("--type", choices=TYPES, default="bfloat16", help="storage type of the matrices")
+    parser.add_argument("--type", default="bfloat16", metavar="TYPE",
+                        help=f"storage type of the matrices: {', '.join(TYPES)}; in a GGUF file also "
+                             f"{', '.join(BLOCK_TYPES)} (default: %(default)s)")
+    parser.add_argument("--map", type=pattern_and_type, action="append", default=[], metavar="PATTERN=TYPE",
+                        help="another type for the tensors of a GGUF file with such names; the first that fits counts")
     parser.add_argument("--layers", type=int, metavar="N", help="another number of layers, each 4th MLA")
     parser.add_argument("--experts", type=int, metavar="N")
     parser.add_argument("--vocab", type=int, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="PATH")
     return parser.parse_args()
+
+
+def pattern_and_type(text):
+    pattern, _, kind = text.rpartition("=")
+    if not pattern:
+        raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=TYPE, such as '*_exps*=Q2_K'")
+    return pattern, kind
 
 
 def config_of(args):
@@ -113,7 +171,7 @@ def config_of(args):
     if n := changes.get("experts"):
         d |= {"num_experts": n, "num_experts_per_token": min(n, d["num_experts_per_token"])}
     if n := changes.get("vocab"):
-        d |= {"vocab_size": n, "bos_token_id": n - 3, "eos_token_id": n - 2, "pad_token_id": n - 1}
+        d |= {"vocab_size": n, "bos_token_id": n - 256, "eos_token_id": n - 254, "pad_token_id": n - 1}
     return Config.from_dict(d)
 
 
@@ -153,7 +211,7 @@ class Counted:
         return self.tensor.array()
 
 
-def write(folder, tensors, bar):
+def write_shards(folder, tensors, bar):
     """One file, or shards with an index."""
     shards = [{}]
     for name, tensor in tensors.items():

@@ -5,6 +5,7 @@
     python benchmarks/run.py linear --against old.json       time, then compare
     python benchmarks/run.py --compare old.json new.json     compare two files
     python benchmarks/run.py model --model DIR               a model's tokens/s, as `kimi-linear bench` does
+    python benchmarks/run.py model --model FILE.gguf         in turns with llama.cpp on the same file (models.py)
     python benchmarks/run.py delta_rule                      its forms beside other engines, too (delta_rule.py)
     python benchmarks/run.py delta_rule --accuracy           their errors instead, by kinds of gate
 
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import delta_accuracy
 import delta_rule
+import models
 import numpy as np
 from cases import CASES, OPS
 from delta_rule import PARTS
@@ -30,7 +32,7 @@ from peers import PEERS
 
 import kimi_linear as kl
 from kimi_linear.bench import Roofs, bench, blas_threads, machine, sample, spread, tokens_of
-from kimi_linear.cli._common import integers, print_table, progress
+from kimi_linear.cli._common import integers, positive, print_table, progress
 from kimi_linear.diff.budgets import budget
 
 SECONDS = 2.0      # that the turns of one case may take, all contenders together
@@ -69,12 +71,24 @@ def arguments():
     parser.add_argument("--threads", type=integers, metavar="N,N",
                         help="(default: 0, all; 1 and all for delta_rule beside its peers)")
     parser.add_argument("--tokens", type=integers, metavar="T,T", help="only these T (default: 1,16,64,512)")
-    parser.add_argument("--model", metavar="DIR", help="for the case model (default: the packaged one)")
+    parser.add_argument("--model", metavar="PATH", help="for the case model (default: the packaged one)")
     parser.add_argument("--parts", type=names, metavar="P,P", help=f"of delta_rule, only: {', '.join(PARTS)}")
     parser.add_argument("--peers", type=names, default=list(PEERS), metavar="P,P",
                         help=f"beside delta_rule: {', '.join(PEERS)}, or none (default: those that are here)")
     parser.add_argument("--quick", action="store_true", help="delta_rule's parts small, to see that they run")
     parser.add_argument("--accuracy", action="store_true", help="errors of delta_rule's forms, nothing timed")
+    of_model = parser.add_argument_group("a GGUF file beside llama.cpp (--peers none: ours alone)")
+    of_model.add_argument("--activations", type=names, default=["int8"], metavar="A,A",
+                          help="of ours: int8, float32, or both (default: int8)")
+    of_model.add_argument("--depths", type=integers, default=[0, 4096], metavar="N,N", help="(default: 0,4096)")
+    of_model.add_argument("--prefill", type=positive, default=512, metavar="N", help="(default: 512)")
+    of_model.add_argument("--decode", type=positive, default=64, metavar="N", help="(default: 64)")
+    of_model.add_argument("--samples", type=positive, default=5, metavar="N", help="turns (default: 5)")
+    of_model.add_argument("--apart", action=argparse.BooleanOptionalAction,
+                          help="open one engine at a time (default: where memory has no room for both)")
+    of_model.add_argument("--profile", action="store_true", help="time of each op of ours, too, at the first depth")
+    of_model.add_argument("--llama-python", metavar="PATH",
+                          help="interpreter that has llama_cpp (default: this one, or .venv-peers/bin/python)")
     parser.add_argument("--json", metavar="FILE", help="write the results")
     parser.add_argument("--against", metavar="FILE", help="compare with the results in a file")
     parser.add_argument("--compare", nargs=2, metavar=("OLD", "NEW"), help="compare two files, time nothing")
@@ -121,9 +135,12 @@ def say_machine(result):
 
 def contexts(args):
     """Contexts by their name in the results."""
-    isas = {"best": kl.isa_list()[-1:], "all": kl.isa_list()}.get(args.isa, args.isa.split(","))
-    made = [kl.Context(threads=n, isa=isa) for isa in isas for n in args.threads or [0]]
+    made = [kl.Context(threads=n, isa=isa) for isa in isas_of(args) for n in args.threads or [0]]
     return {f"{ctx.isa} {ctx.threads}": ctx for ctx in made}
+
+
+def isas_of(args):
+    return {"best": kl.isa_list()[-1:], "all": kl.isa_list()}.get(args.isa, args.isa.split(","))
 
 
 def run_case(case, args, results):
@@ -221,6 +238,8 @@ def run_accuracy(args):
 def run_model(args, result):
     from kimi_linear.cli.bench import show
 
+    if args.model and Path(args.model).is_file():
+        return run_file(args, result)
     for name, ctx in contexts(args).items():
         model = kl.Model.from_pretrained(args.model, ctx=ctx) if args.model else kl.Model.tiny(ctx=ctx)
         with progress(tokens_of(512, 64, (0, 4096)), f"{model.name} {name}") as bar:
@@ -229,6 +248,20 @@ def run_model(args, result):
         result.setdefault("models", {})[f"{model.name} {name}"] = found
         for row in found["rates"]:
             key = f"model {model.name} {row['kind']} at {row['depth']} {name}"
+            result["cases"][key] = {"seconds": row["seconds"], "flops": 0, "bytes": 0}
+
+
+def run_file(args, result):
+    """A GGUF file, ours in turns with llama.cpp."""
+    for n in args.threads or [0]:
+        settings = models.Settings(
+            threads=n, isas=tuple(isas_of(args)), activations=tuple(args.activations), peer=bool(args.peers),
+            python=args.llama_python, depths=tuple(sorted(set(args.depths))), prefill=args.prefill, decode=args.decode,
+            samples=args.samples, apart=args.apart, profile=args.profile)
+        found = models.run(args.model, settings)
+        result.setdefault("files", []).append(found)
+        for row in found["rates"]:
+            key = f"model {found['file']} {row['kind']} at {row['depth']} {row['engine']} {n or 'all'}"
             result["cases"][key] = {"seconds": row["seconds"], "flops": 0, "bytes": 0}
 
 
