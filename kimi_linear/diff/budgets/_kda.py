@@ -42,7 +42,7 @@ def decay_gate(ref, f, rate, dt_bias, lower_bound=None):
     s, x = reference.sigmoid(x), np.abs(x)
     rate = np.abs(_f64(rate).reshape(-1, *[1] * (np.ndim(dt_bias) - 1)))
     if lower_bound is None:
-        return U * (6 * np.abs(ref) + _finite(rate * s * x)) + TINY * (2 + rate)
+        return U * (6 * np.abs(ref) + _finite(rate * s * x)) + TINY * (2 + 2 * rate)
     s = np.abs(ref) / -lower_bound
     moved = -lower_bound * 2 * _finite(s * (1 - s) * rate * x)
     return U * (6 * np.abs(ref) + moved) + TINY * (2 - lower_bound)
