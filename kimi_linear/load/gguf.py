@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import FormatError
+from ..ops._quant import dequantize
+from ..quantized import storage_types
 from .mapped import MappedFile, overlaps
 from .safetensors import TensorView
 from .strict_json import show
@@ -40,19 +42,13 @@ _IDS = {name: kind for kind, name in _KINDS.items()}
 _LEAST = {**{kind: np.dtype(name).itemsize for kind, name in _NUMBERS.items()}, _BOOL: 1, _STRING: 8, _ARRAY: 12}
 _U64 = struct.Struct("<Q")
 
-# Storage types: name, id, values a block, bytes a block.
-TYPES = {
-    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
-    7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 40), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),
-    12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292),
-    16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50),
-    20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136),
-    24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8),
-    29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66),
-    39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36),
-}
-#: Name -> id of the block types that weights are read in; Q8_1 and Q8_K are for activations.
-BLOCK_TYPES = {name: i for i, (name, n_values, _) in TYPES.items() if n_values > 1 and name not in ("Q8_1", "Q8_K")}
+# Types that a file may hold beside the core's: id -> name, values a block, bytes a block. Q8_1 and Q8_K are for
+# activations.
+_OTHERS = {9: ("Q8_1", 32, 40), 15: ("Q8_K", 256, 292), 24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4),
+           27: ("I64", 1, 8), 28: ("F64", 1, 8)}
+TYPES = {t.id: (t.name, t.values, t.bytes) for t in storage_types.values()} | _OTHERS
+#: Name -> id of the block types that weights are read in.
+BLOCK_TYPES = {t.name: t.id for t in storage_types.values() if t.values > 1}
 
 
 def is_gguf(path: str | os.PathLike) -> bool:
@@ -113,16 +109,10 @@ class BlockView(TensorView):
 
     def array(self) -> np.ndarray:
         """The values, dequantised."""
-        from .. import _core
-        from ..context import current
-
-        rows, cols = math.prod(self.shape[:-1]), self.shape[-1]
-        values = np.empty((rows, cols), np.float32)
         stored = np.frombuffer(self.file.mapping, np.uint8, self.nbytes, self.offset)
-        weight = (stored, BLOCK_TYPES[self.dtype], 1, rows, cols)
-        _core.embedding(current()._core, values, np.arange(rows, dtype=np.int32), weight, rows)
+        values = dequantize(stored, self.dtype, self.shape)
         values.flags.writeable = False
-        return values.reshape(self.shape)
+        return values
 
 
 def stored_parts(view: TensorView, n: int) -> list[bytes]:

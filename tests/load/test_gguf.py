@@ -1,10 +1,8 @@
 """The GGUF reader: what it reads, and that hostile files are refused by key or tensor, and byte."""
 
 import os
-import re
 import struct
 import time
-from pathlib import Path
 
 import gguf
 import numpy as np
@@ -239,13 +237,6 @@ def test_any_bytes_open_or_are_refused(path, changes, cut):
 
 
 # ---- block types -----------------------------------------------------------------------------------
-
-
-def test_the_types_are_the_core_s():
-    lines = (Path(__file__).parents[2] / "csrc/quant/types.def").read_text()
-    found = re.findall(r"KL_BLOCK_TYPE\((\w+), \w+, (\d+), (\d+), (\d+)[,)]", lines)
-    assert {name: (int(i), int(n), int(b)) for name, i, n, b in found} == \
-        {name: (i, *reader.TYPES[i][1:]) for name, i in reader.BLOCK_TYPES.items()}
 
 
 @pytest.mark.parametrize("name", reader.BLOCK_TYPES)
