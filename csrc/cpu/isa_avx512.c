@@ -8,6 +8,7 @@
 #include "norm.inc"
 #include "dot.inc"
 #include "int8_avx512.inc"
+#include "blocks_x86.inc"
 #include "conv.inc"
 #include "delta_rule.inc"
 #include "delta_chunk.inc"

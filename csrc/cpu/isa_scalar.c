@@ -7,6 +7,7 @@
 #include "norm.inc"
 #include "dot.inc"
 #include "int8.inc"
+#include "blocks.inc"
 #include "conv.inc"
 #include "delta_rule.inc"
 #include "delta_chunk.inc"

@@ -5,7 +5,6 @@
 #include "../cpu/dot.h"
 #include "../cpu/gemm.h"
 #include "../cpu/kernels.h"
-#include "../quant/quant.h"
 
 enum {
     PANEL_BYTES = 640 * 1024, /* of a panel of float32 rows: it stays in an L2 of 1 MiB */
@@ -65,9 +64,8 @@ int64_t kl_product_block(const kl_ctx *ctx, const kl_weight *w, int64_t T, int64
 
 void kl_widen(const kl_ctx *ctx, float *y, const void *stored, kl_type type, int64_t n)
 {
-    const kl_block_type *blocks = kl_block_type_of(type);
-    if (blocks != NULL)
-        blocks->dequantize(y, stored, n / blocks->values);
+    if (kl_type_block(type) > 1)
+        ctx->k->unpack_blocks(y, stored, type, n);
     else
         ctx->k->unpack_row(y, stored, type, n);
 }

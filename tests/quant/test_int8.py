@@ -60,6 +60,42 @@ def test_rows_that_end_inside_a_group(name, K):
             assert np.array_equal(product(x[rows], data, type_id, K, isa=isa), y[rows])
 
 
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "MXFP4", "Q4_K", "Q3_K", "Q6_K"])
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 15, 16, 17, 24, 31, 33])
+def test_panels_that_are_not_full(name, rows):
+    """Panels have 8, 16 or 32 rows, tiles 4 or 8 rows of x: what is left over has the same bytes."""
+    rng = np.random.default_rng(rows)
+    K = 512
+    data, type_id = blocks(name, rows, K, rng)
+    x = rng.standard_normal((9, K)).astype(np.float32)
+    y = product(x, data, type_id, K, isa="scalar")
+    for isa in kl.isa_list():
+        for T in (1, 2, 3, 4, 5, 6, 7, 9):
+            assert np.array_equal(product(x[:T], data, type_id, K, isa=isa), y[:T])
+
+
+@pytest.mark.parametrize("name", INT8_TYPES)
+@pytest.mark.parametrize("byte", [0x00, 0x7F, 0x80, 0xFF])
+def test_sums_of_the_largest_integers_do_not_saturate(name, byte):
+    """Weights of all bits alike, x at 127 everywhere: the largest sums that a type has, of either sign."""
+    rng = np.random.default_rng(byte)
+    K = 512
+    scales, type_id = blocks(name, 20, K, rng)
+    data = np.full_like(scales, byte)
+    per_row = data.shape[1] // (K // (256 if name.endswith("_K") or name == "IQ4_XS" else 32))
+    at = {"Q2_K": (80, 84), "Q3_K": (108, 110), "Q6_K": (208, 210), "MXFP4": (0, 1)}
+    first, last = at.get(name, (0, 4 if name in ("Q4_K", "Q5_K") else 2))
+    data.reshape(-1, per_row)[:, first:last] = scales.reshape(-1, per_row)[:, first:last]
+    x = np.repeat([[1.0], [-1.0], [0.5], [-2.0], [1.0]], K, axis=1).astype(np.float32)
+    x[4, ::2] = -1
+    w, q = values_of(data, name).astype(np.float64), quantised(x)
+    y = product(x, data, type_id, K)
+    assert np.all(np.abs(y - q @ w.T) <= (K / 256 + 6) * U * (np.abs(q) @ (4 * np.abs(w) + 1).T))
+    for isa in kl.isa_list():
+        for T in (1, 3, 5):
+            assert np.array_equal(product(x[-T:], data, type_id, K, isa=isa), y[-T:])
+
+
 @pytest.mark.parametrize("name", INT8_TYPES)
 def test_batch_is_alone_and_threads_change_nothing(name):
     rng = np.random.default_rng(3)
