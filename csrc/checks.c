@@ -43,6 +43,24 @@ kl_status kl_check_weight(kl_ctx *ctx, const char *op, const char *name, const k
     return KL_OK;
 }
 
+kl_status kl_check_cache(kl_ctx *ctx, const char *op, const char *name, const kl_cache *cache,
+                         int64_t width)
+{
+    const int64_t block = kl_type_block(cache->type);
+    if (cache->type != KL_F32 && cache->type != KL_F16 && cache->type != KL_Q8_0)
+        return kl_fail(ctx, KL_ERR_DTYPE, "%s: %s has storage type %d; it must be F32, F16 or Q8_0",
+                       op, name, (int)cache->type);
+    if (width % block != 0)
+        return kl_fail(ctx, KL_ERR_SHAPE,
+                       "%s: %s has rows of %lld values; %s needs a multiple of %lld", op, name,
+                       (long long)width, kl_type_name(cache->type), (long long)block);
+    if (cache->row_bytes < kl_type_bytes(cache->type, width)
+        || cache->row_bytes % kl_type_bytes(cache->type, block) != 0)
+        return kl_fail(ctx, KL_ERR_SHAPE, "%s: %s has %zu bytes a row; a row needs %zu", op, name,
+                       cache->row_bytes, kl_type_bytes(cache->type, width));
+    return KL_OK;
+}
+
 kl_status kl_check_rows(kl_ctx *ctx, const char *op, const char *name, int64_t T, int64_t D)
 {
     int64_t n;

@@ -118,6 +118,9 @@ kl_status kl_check_offsets(kl_ctx *ctx, const char *op, const int64_t *offsets, 
 kl_status kl_check_weight(kl_ctx *ctx, const char *op, const char *name, const kl_weight *w,
                           int64_t n, int64_t rows, int64_t cols);
 
+/* a type that caches have, rows of whole blocks, room for `width` values a row */
+kl_status kl_check_cache(kl_ctx *ctx, const char *op, const char *name, const kl_cache *cache,
+                         int64_t width);
 /* x is [T, D] with T >= 0 and D >= 1, and T * D fits */
 kl_status kl_check_rows(kl_ctx *ctx, const char *op, const char *name, int64_t T, int64_t D);
 

@@ -200,7 +200,7 @@ typedef struct kl_slots {
 typedef struct kl_cache {
     void *const *const *page;
     size_t offset, row_bytes;
-    kl_type type; /* KL_F32 or KL_F16 */
+    kl_type type; /* KL_F32, KL_F16 or KL_Q8_0 (rows of whole blocks) */
 } kl_cache;
 
 /* ---- ops: element by element, norms ----------------------------------------------------------- */

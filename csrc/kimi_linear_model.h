@@ -60,7 +60,7 @@ KL_API void kl_model_destroy(kl_ctx *ctx, kl_model *model);
 /* ---- state ---- */
 
 /* An empty sequence. context 0: the cache grows as tokens come; above 0: it is taken at once for that many
- * tokens, and more are refused. */
+ * tokens, and more are refused. cache_type: KL_F32, KL_F16, or KL_Q8_0 where 32 divides the latent's width. */
 KL_API kl_status kl_state_create(kl_ctx *ctx, kl_state **state, const kl_model *model,
                                  kl_type cache_type, int64_t context) KL_CHECKED;
 KL_API void kl_state_destroy(kl_ctx *ctx, kl_state *state);
@@ -97,7 +97,7 @@ typedef enum kl_state_part {
     KL_STATE_K_HISTORY = 2,
     KL_STATE_V_HISTORY = 3,
     KL_STATE_LATENT = 4,   /* [position, R] in the cache's type */
-    KL_STATE_K_SHARED = 5, /* [position, P] in the cache's type */
+    KL_STATE_K_SHARED = 5, /* [position, P] alike; F16 where that is Q8_0 and P no whole blocks */
 } kl_state_part;
 
 /* Shape and type of a part of a layer's state; KL_ERR_ARG where the layer has no such part. */

@@ -280,8 +280,8 @@ def attention_probs(model, state, name, q):
         S positions; 0 behind the token's own.
     """
     c, layer = model.config, name.removesuffix("mla.probs")
-    latent = reference.f64(state[f"{layer}mla.latent_cache"])
-    k_shared = reference.f64(state[f"{layer}mla.k_shared_cache"])
+    latent = reference.f64(state.widened(f"{layer}mla.latent_cache"))
+    k_shared = reference.f64(state.widened(f"{layer}mla.k_shared_cache"))
     kv_b = reference.f64(model.weights[f"model.{layer}self_attn.kv_b_proj.weight"])
     w_uk = kv_b.reshape(c.mla_heads, c.nope_dim + c.v_head_dim, c.kv_rank)[:, : c.nope_dim]
     T, S = len(q), len(latent)

@@ -7,7 +7,7 @@ from ._arrays import TYPE_IDS, as_array
 from .context import ACTIVATIONS
 from .load.gguf import TYPES
 
-CACHE_TYPES = {"float32": 0, "float16": 1}
+CACHE_TYPES = {"float32": 0, "float16": 1, "q8_0": 8}
 _FILE_TYPES = {name: i for i, (name, _, _) in TYPES.items()}
 _PLAIN = {"F32": 4, "F16": 2, "BF16": 2}  # by the bytes that must divide their address
 _MIXERS = {"kda": 0, "mla": 1}

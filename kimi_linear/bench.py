@@ -18,6 +18,7 @@ import numpy as np
 
 from . import _core
 from .context import current
+from .plan import active
 
 __all__ = [
     "Roofs", "active_bytes", "active_flops", "anonymous_bytes", "bench", "blas_threads", "machine", "sample",
@@ -210,28 +211,18 @@ def anonymous_bytes():
 
 def active_bytes(model):
     """Bytes of weights that decoding one token reads: no unused experts, no other rows of the embedding."""
-    return sum(share * t.nbytes for _, t, share in _active(model))
+    return sum(share * t.nbytes for _, t, share in active(model.config, model._tensors))
 
 
 def active_flops(model, *, head=True):
     """Operations of the matrix products with weights for one token (the head's only with `head`)."""
     c = model.config
-    return sum(2 * share * math.prod(t.shape) for name, t, share in _active(model)
+    return sum(2 * share * math.prod(t.shape) for name, t, share in active(model.config, model._tensors)
                if len(t.shape) == 2 and "conv1d" not in name and (head or name not in _head(c)))
 
 
 def _head(c):
     return ("model.embed_tokens.weight",) if c.tie_embeddings else ("lm_head.weight",)
-
-
-def _active(model):
-    """(name, tensor, share of it that a token uses)."""
-    c = model.config
-    for name, t in model._tensors.items():
-        if ".experts." in name:
-            yield name, t, c.experts_per_token / c.n_experts
-        elif name != "model.embed_tokens.weight" or c.tie_embeddings:
-            yield name, t, 1.0
 
 
 # ---- the model ----
@@ -249,7 +240,7 @@ def bench(model, *, prefill=512, decode=64, depths=(0, 4096), repeat=3, cache=No
     model : Model
     prefill, decode, repeat : int
     depths : sequence of int
-    cache : {"float32", "float16"}, optional
+    cache : {"float32", "float16", "q8_0"}, optional
     progress : callable, optional
         Called with the number of tokens read, after each call of the model.
 

@@ -326,7 +326,7 @@ def arguments(
     args = {a: _value(node, tap, values) for a, tap in node.inputs.items()}
     for a, name in node.initial.items():
         if state is not None and name in state:
-            before = np.asarray(state[name])
+            before = state.widened(name) if hasattr(state, "widened") else np.asarray(state[name])
             args[a] = np.concatenate([before.astype(args[a].dtype), args[a]]) if a in node.inputs else before
     for a, weight in node.weights.items():
         if weight.count:

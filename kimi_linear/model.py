@@ -37,7 +37,7 @@ class Model:
     generation_config : dict
         As the checkpoint has it.
     activations : {"float32", "int8"}
-    cache : {"float32", "float16"}
+    cache : {"float32", "float16", "q8_0"}
         Type of the cache of new states.
     ctx : Context or None
         The context that calls run in; None is the calling thread's own.
@@ -73,11 +73,12 @@ class Model:
             A Hugging Face folder (config.json, safetensors in one file or shards), a hub id that is in the local
             cache, or a GGUF file of any name, one part of several included; nothing is downloaded.
         device : {"cpu"}
-        activations : {"float32", "int8"}
+        activations : {"float32", "int8", "auto"}
             What products with weights in blocks make of their activations: nothing, which is exact, or int8 with a
-            scale for each 32 values (docs/math.md#int8), which is fast. Other weights take float32.
-        cache : {"float32", "float16"}
-            Type of the latent cache of new states.
+            scale for each 32 values (docs/math.md#int8), which is fast. Other weights take float32. "auto" is int8
+            where there are weights in blocks, else float32.
+        cache : {"float32", "float16", "q8_0"}
+            Type of the latent cache of new states: docs/state.md#the-caches-type.
         latent_eps : float, optional
             Of the norm inside MLA; 1e-6, as in the training code. llama.cpp, vLLM and SGLang use 1e-5.
         threads : int, optional
@@ -96,10 +97,13 @@ class Model:
 
         from .load import open_checkpoint
 
-        check_activations(activations)
+        if activations != "auto":
+            check_activations(activations)
         if ctx is None and (threads is not None or device != "cpu"):
             ctx = Context(device, threads=threads)
         checkpoint = open_checkpoint(path)
+        if activations == "auto":
+            activations = "int8" if checkpoint.in_blocks else "float32"
         config = checkpoint.config
         if latent_eps is not None:
             config = dataclasses.replace(config, latent_eps=float(latent_eps))
@@ -143,6 +147,11 @@ class Model:
         self._tokenizer = value
 
     @property
+    def files(self):
+        """The mapped files that hold the weights; none for a model made from a config."""
+        return self._checkpoint.files if self._checkpoint else ()
+
+    @property
     def weights(self):
         """Mapping from name to tensor, read when asked for; ``model.weights[name] = array`` replaces one.
 
@@ -170,13 +179,14 @@ class Model:
         return [*(name for name in self._taps if not on_request(name)), "logits"]
 
     def plan(self, *, context=4096, sequences=1, cache=None, keep=0):
-        """Bytes for weights, state and scratch, before anything is taken.
+        """Bytes for weights, state and scratch, before anything is taken, and those that a decoded token reads.
 
         Returns
         -------
         Plan
         """
-        return of_core(self._core, current(self.ctx), context, sequences, cache or self.cache, keep=keep)
+        return of_core(self._core, current(self.ctx), context, sequences, cache or self.cache, keep=keep,
+                       config=self.config, tensors=self._tensors)
 
     def reference(self):
         """The same model in float64: a ReferenceModel over the same weights."""
@@ -192,7 +202,7 @@ class Model:
         context : int, optional
             Tokens it will hold: their memory is taken at once, and more are refused. By default the cache grows by
             512 positions as they come.
-        cache : {"float32", "float16"}, optional
+        cache : {"float32", "float16", "q8_0"}, optional
         checkpoints_every : int, optional
             Keep a copy of what does not grow at each so many tokens (the next end of 64 of a call's own tokens, or of
             the call), for ``state.truncate``. No other byte changes.

@@ -1,13 +1,22 @@
-"""Memory before it is taken: weights, state and scratch in bytes."""
+"""Memory before it is taken: weights, state and scratch in bytes; what a decoded token reads, and what that allows."""
 
-from dataclasses import dataclass
+import math
+import os
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from . import _engine
+from .config import Config
 from .context import current
+from .load.gguf import TYPES
 
 PAGE = 512  # positions; a sequence's cache grows by this many
+FITTING = ("BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "IQ2_XXS", "IQ1_S")  # by falling size
+_SIZES = {name: (values, n_bytes) for name, values, n_bytes in TYPES.values()}
+_SAMPLE = 256 << 20  # bytes that are read for the read rate
 
-__all__ = ["Plan", "available_memory", "plan"]
+__all__ = ["Plan", "active", "available_memory", "plan", "read_rate"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,14 @@ class Plan:
         Intermediates of the largest pass, with the copies that make it a transaction.
     checkpoints : int
         Copies of `state_fixed` that states keep to go back to, of all sequences.
+    active : int
+        Bytes of weights that decoding a token reads: no unused experts, no other rows of the embedding.
+    experts : int
+        Bytes of weights in routed experts, the part that may stay on disk until it is used.
+    routed : float
+        Share of the experts that a token uses.
+    typed : dict from str to int
+        Bytes of all weights if their matrices were of a type.
     """
 
     context: int
@@ -42,6 +59,10 @@ class Plan:
     state: int
     scratch: int
     checkpoints: int = 0
+    active: int = 0
+    experts: int = 0
+    routed: float = 0.0
+    typed: dict = field(default_factory=dict)
 
     @property
     def anonymous(self):
@@ -53,27 +74,52 @@ class Plan:
         """Bytes with the weights resident."""
         return self.weights + self.anonymous
 
-    def largest_context(self, memory):
-        """The longest context a sequence may have when all of it must fit `memory` bytes; 0 if none does."""
-        left = memory - (self.total - self.state) - self.sequences * self.state_fixed
+    @property
+    def step(self):
+        """Bytes that decoding a token of one sequence at the full context moves: weights, cache, and the fixed state,
+        which is read and written."""
+        return self.active + -(-self.context // PAGE) * self.state_page + 2 * self.state_fixed
+
+    def largest_context(self, memory, weights=None):
+        """The longest context a sequence may have when it must fit `memory` bytes together with so many bytes of
+        weights, by default all; 0 if none does."""
+        weights = self.weights if weights is None else weights
+        left = memory - weights - (self.anonymous - self.state) - self.sequences * self.state_fixed
         if left < 0:
             return 0
         return left // (self.sequences * self.state_page) * PAGE if self.state_page else 1 << 40
 
+    def from_disk(self, memory):
+        """Bytes of experts that a decoded token reads from disk where only `memory` bytes are there: an estimate.
 
-def plan(config, *, context=4096, sequences=1, cache="float32", dtype="BF16", pass_tokens=0, keep=0, ctx=None):
-    """Plan a model from its config alone, as if all its tensors were of one storage type.
+        All else stays in memory, and as many experts as there is room for, used all alike. None where not even what
+        is no expert fits.
+        """
+        room = memory - self.anonymous - (self.weights - self.experts)
+        if room < 0:
+            return None
+        return int(self.routed * max(0, self.experts - room))
+
+    def fitting_type(self, memory):
+        """The largest of the types in `typed` in which all fits `memory` bytes, or None."""
+        return next((name for name, n in self.typed.items() if n + self.anonymous <= memory), None)
+
+
+def plan(source, *, context=4096, sequences=1, cache="float32", dtype=None, pass_tokens=0, keep=0, ctx=None):
+    """Plan a model from its file, of which only the header is read, or from its config alone.
 
     Parameters
     ----------
-    config : Config
+    source : str or path, or Config
+        A GGUF or a Hugging Face folder, whose tensors have their types; or a config, as if all its tensors were of one
+        storage type.
     context : int
         Tokens a sequence may hold.
     sequences : int
         States at the same time.
-    cache : {"float32", "float16"}
+    cache : {"float32", "float16", "q8_0"}
     dtype : {"BF16", "F16", "F32"}
-        Storage type of the weights.
+        Storage type of the weights of a config; BF16 where it is not given.
     keep : int
         Checkpoints of each sequence, as for ``model.new_state(checkpoints_every=, keep=)``.
 
@@ -81,19 +127,80 @@ def plan(config, *, context=4096, sequences=1, cache="float32", dtype="BF16", pa
     -------
     Plan
     """
-    if dtype not in ("BF16", "F16", "F32"):
-        raise ValueError(f"dtype is {dtype!r}; it must be 'BF16', 'F16' or 'F32'")
     ctx = current(ctx)
-    return of_core(_engine.planning_model(ctx, config, dtype), ctx, context, sequences, cache, pass_tokens, keep)
+    if isinstance(source, str | os.PathLike):
+        from .load import open_checkpoint
+
+        if dtype is not None:
+            raise ValueError(f"dtype is {dtype!r}; it is for a config alone: a file's tensors have their types")
+        checkpoint = open_checkpoint(source)
+        config, tensors = checkpoint.config, checkpoint.tensors
+        core = _engine.core_model(ctx, config, tensors)
+    else:
+        if dtype not in (None, "BF16", "F16", "F32"):
+            raise ValueError(f"dtype is {dtype!r}; it must be 'BF16', 'F16' or 'F32'")
+        config, dtype = source, dtype or "BF16"
+        tensors = {name: _Planned(shape, _bytes(shape, dtype)) for name, shape in config.weight_shapes().items()}
+        core = _engine.planning_model(ctx, config, dtype)
+    return of_core(core, ctx, context, sequences, cache, pass_tokens, keep, config=config, tensors=tensors)
 
 
-def of_core(core, ctx, context, sequences, cache, pass_tokens=0, keep=0):
-    """The Plan of a ``_core.Model``."""
+@dataclass(frozen=True)
+class _Planned:
+    """A tensor that is not there."""
+
+    shape: tuple
+    nbytes: int
+
+
+def of_core(core, ctx, context, sequences, cache, pass_tokens=0, keep=0, *, config=None, tensors=None):
+    """The Plan of a ``_core.Model``; what a token reads only with the config and the tensors."""
     bytes_of = core.plan(ctx._core, _engine.cache_type(cache), context, sequences, pass_tokens)
     if keep < 0:
         raise ValueError(f"keep is {keep}; it must be >= 0")
     return Plan(context=context, sequences=sequences, cache=cache, **bytes_of,
-                checkpoints=sequences * keep * bytes_of["state_fixed"])
+                checkpoints=sequences * keep * bytes_of["state_fixed"],
+                **(_of_weights(config, tensors) if tensors is not None else {}))
+
+
+# ---- what a token reads ----
+
+def active(config, tensors):
+    """(name, tensor, share of it that decoding a token uses) of those that it uses."""
+    for name, t in tensors.items():
+        if ".experts." in name:
+            yield name, t, config.experts_per_token / config.n_experts
+        elif name != "model.embed_tokens.weight" or config.tie_embeddings:
+            yield name, t, 1.0
+
+
+def _of_weights(config: Config, tensors):
+    return {
+        "active": round(sum(share * t.nbytes for _, t, share in active(config, tensors))),
+        "experts": sum(t.nbytes for name, t in tensors.items() if ".experts." in name),
+        "routed": config.experts_per_token / config.n_experts if config.n_experts else 0.0,
+        "typed": {dtype: sum(_bytes_as(name, t, dtype) for name, t in tensors.items()) for dtype in FITTING},
+    }
+
+
+def _bytes(shape, dtype):
+    values, n_bytes = _SIZES[dtype]
+    return math.prod(shape) // values * n_bytes
+
+
+def _bytes_as(name, t, dtype):
+    """Bytes of a tensor of a type, or of the next one whose blocks make up its rows; vectors, convolutions and routers
+    stay as they are."""
+    if len(t.shape) != 2 or "conv1d" in name or name.endswith("block_sparse_moe.gate.weight"):
+        return t.nbytes
+    fits = next(d for d in (dtype, "Q8_0", "F16") if t.shape[-1] % _SIZES[d][0] == 0)
+    return _bytes(t.shape, fits)
+
+
+def read_rate(ctx=None):
+    """Bytes a second that this machine reads from memory with a context's threads: the best of five readings."""
+    core, data = current(ctx)._core, np.ones(_SAMPLE, np.uint8)
+    return max(core.roof_read(data) for _ in range(5))
 
 
 def available_memory():

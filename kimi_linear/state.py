@@ -52,15 +52,17 @@ class State:
     A KDA layer keeps a delta state ``layers.i.kda.state`` [H, K, V] and three convolution histories
     ``layers.i.kda.q_history`` (``k_``, ``v_``) [W-1, H*K], oldest first: their size does not grow. An MLA layer keeps
     a row for each token: ``layers.i.mla.latent_cache`` [position, R], ``layers.i.mla.k_shared_cache`` [position, P],
-    in the cache's type.
+    in the cache's type. Of a q8_0 cache these are the rows' blocks as they lie, uint8 [position, bytes], but for a
+    shared key of whose width 32 is no divisor: that is float16.
 
-    ``state[name]`` is a copy of an array; ``state[name] = array`` replaces it. What each verb costs: docs/state.md.
+    ``state[name]`` is a copy of an array; ``state[name] = array`` replaces it; ``state.widened(name)`` are its numbers.
+    What each verb costs: docs/state.md.
 
     Attributes
     ----------
     tokens : list of int
         Every token read, in order; -1 for a row of ``embeds`` that has no id.
-    cache : {"float32", "float16"}
+    cache : {"float32", "float16", "q8_0"}
     checkpoints_every, keep : int
         0 where the state keeps no checkpoints.
     """
@@ -242,6 +244,8 @@ class State:
             raise KeyError(f"{name!r} is no array of this state; it has {', '.join(self.keys()[:4])}, ...")
         layer, part = int(match[1]), _PARTS[match[2]]
         shape, type_id = self._core.shape(current()._core, layer, part)
+        if type_id == 8:
+            return layer, part, (shape[0], shape[1] // 32 * 34), np.uint8
         return layer, part, shape, np.float16 if type_id == 1 else np.float32
 
     def __getitem__(self, name):
@@ -249,6 +253,15 @@ class State:
         a = np.empty(shape, dtype)
         self._core.read(current()._core, layer, part, a)
         return a
+
+    def widened(self, name):
+        """The numbers of an array, as float32: those of a cache in float16 or q8_0 widened, exactly."""
+        a = self[name]
+        if a.dtype != np.uint8:
+            return a.astype(np.float32)
+        blocks = a.reshape(len(a), -1, 34)
+        scales, q = blocks[:, :, :2].copy().view(np.float16).astype(np.float32), blocks[:, :, 2:].view(np.int8)
+        return (scales * q).reshape(len(a), -1)
 
     def _of_checkpoint(self, i):
         """(name, copy of the array) of each array that checkpoint `i` holds, 0 the oldest."""

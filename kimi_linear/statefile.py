@@ -7,7 +7,7 @@ int32, and what checkpoint j keeps under ``checkpoints.j.`` and their own names.
     version      "2", or "1" where there are no checkpoints; a reader refuses newer ones
     position     tokens read
     checkpoints  JSON: positions of the checkpoints, rising; in version 2
-    cache        "float32" or "float16"
+    cache        "float32", "float16" or "q8_0"
     model        name of the model, for people
     fingerprint  of the model's config and weights: see `fingerprint`
     manifest     JSON: array -> {"dtype", "shape", "blake2b" of its bytes, 16 bytes in hex}
@@ -33,7 +33,8 @@ from .state import State
 __all__ = ["FORMAT", "VERSION", "fingerprint", "load", "save"]
 
 FORMAT, VERSION = "kimi_linear.state", 2
-_NAMES = {np.dtype(np.int32): "I32", np.dtype(np.float32): "F32", np.dtype(np.float16): "F16"}
+_NAMES = {np.dtype(np.int32): "I32", np.dtype(np.float32): "F32", np.dtype(np.float16): "F16",
+          np.dtype(np.uint8): "U8"}
 _DIGEST = 16  # bytes
 _SAMPLE = 64  # bytes of a tensor in a fingerprint
 _ALIGN = 64
@@ -97,7 +98,7 @@ def _arrays(state, tokens):
     yield "tokens", tokens
     for j in range(len(state.checkpoints)):
         yield from ((_of(j, name), a) for name, a in state._of_checkpoint(j))
-    yield from (item for width in (4, 2) for item in state.items() if item[1].itemsize == width)
+    yield from (item for width in (4, 2, 1) for item in state.items() if item[1].itemsize == width)
 
 
 def _of(j, name):

@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 enum { KL_BLOCK = 64 }; /* positions a block; blocks are aligned to position 0 of a sequence */
+enum { KL_Q8_0_VALUES = 32, KL_Q8_0_BYTES = 34 }; /* of a block */
 
 /* rows of float32, from one to the next */
 typedef struct kl_rows {

@@ -13,7 +13,7 @@
  *   compress(a, l)  the lanes named by the bits l, first to last; what follows them is undefined
  *   indices(i)      int32 i + lane, to be stored, not computed with
  *   v16d            sixteen lanes of double, to which float lanes are added
- *   load_f16, load_bf16   exact widenings */
+ *   load_f16, load_bf16, load_i8   exact widenings */
 #ifndef KL_SIMD_H
 #define KL_SIMD_H
 
@@ -99,6 +99,11 @@ static inline v16d v16d_add(v16d a, v16 b)
     a.part[0] = _mm512_add_pd(a.part[0], _mm512_cvtps_pd(_mm512_castps512_ps256(b)));
     a.part[1] = _mm512_add_pd(a.part[1], _mm512_cvtps_pd(_mm512_extractf32x8_ps(b, 1)));
     return a;
+}
+static inline v16 v16_load_i8(const int8_t *p)
+{
+    return _mm512_cvtepi32_ps(
+        _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)));
 }
 static inline v16 v16_load_bf16(const uint16_t *p)
 {
@@ -230,6 +235,12 @@ static inline v16d v16d_add(v16d a, v16 b)
     a.part[2] = _mm256_add_pd(a.part[2], _mm256_cvtps_pd(_mm256_castps256_ps128(b.hi)));
     a.part[3] = _mm256_add_pd(a.part[3], _mm256_cvtps_pd(_mm256_extractf128_ps(b.hi, 1)));
     return a;
+}
+static inline v16 v16_load_i8(const int8_t *p)
+{
+    const __m128i q = _mm_loadu_si128((const __m128i *)(const void *)p);
+    return (v16){ _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q)),
+                  _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(q, 8))) };
 }
 static inline v16 v16_of_bf16(__m128i lo, __m128i hi)
 {
@@ -375,6 +386,7 @@ static inline uint16_t v16_to_f16(float x)
     const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
     return (uint16_t)(sign | ((rounded - 0x38000000u) >> 13));
 }
+static inline v16 v16_load_i8(const int8_t *p) { V16_EACH((float)p[l]); }
 static inline v16 v16_load_bf16(const uint16_t *p)
 {
     V16_EACH(v16_float_of_bits((uint32_t)p[l] << 16));

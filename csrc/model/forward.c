@@ -108,10 +108,11 @@ static kl_status kda(pass *p, int64_t layer, float *out, const float *x)
     return kl_tap_at(p, KL_TAP_KDA_OUT, layer, out);
 }
 
-static kl_cache cache(const pass *p, size_t values, int64_t width)
+static kl_cache cache(const pass *p, int64_t layer, kl_state_part part)
 {
-    return (kl_cache){ p->page, kl_type_bytes(p->cache_type, (int64_t)values),
-                       kl_type_bytes(p->cache_type, width), p->cache_type };
+    kl_cache cache = kl_cache_of(p->model, p->cache_type, layer, part);
+    cache.page = p->page;
+    return cache;
 }
 
 /* The query of MLA: one projection, or two with a norm between them. */
@@ -135,10 +136,10 @@ static kl_status mla(pass *p, int64_t layer, float *out, const float *x)
     kl_ctx *ctx = p->ctx;
     const kl_config *c = &p->model->config;
     const mla_weights *w = &p->model->layer[layer].mla;
-    const layer_layout *at = &p->model->layout[layer];
     const int64_t T = p->T, H = c->mla.heads, K = c->mla.nope, P = c->mla.rope, V = c->mla.v,
                   R = c->mla.rank;
-    const kl_cache latents = cache(p, at->latent, R), k_shareds = cache(p, at->k_shared, P);
+    const kl_cache latents = cache(p, layer, KL_STATE_LATENT),
+                   k_shareds = cache(p, layer, KL_STATE_K_SHARED);
 
     NEW(q, T * H * (K + P));
     NEW(latent, T * R);

@@ -42,7 +42,8 @@ typedef struct layer_weights {
     };
 } layer_weights;
 
-/* Bytes from the start of a sequence's fixed block (KDA), or of a page (MLA). */
+/* Bytes from the start of a sequence's fixed block (KDA), or values before the layer's own in its half
+ * of a page (MLA): a page holds the latents of all layers, then their shared keys. */
 typedef struct layer_layout {
     size_t q_history, k_history, v_history, delta;
     size_t latent, k_shared;
@@ -50,7 +51,7 @@ typedef struct layer_layout {
 
 typedef struct state_layout {
     size_t fixed_bytes;
-    size_t page_values; /* of all MLA layers, KL_PAGE positions */
+    size_t page_latents, page_k_shareds; /* values of all MLA layers, KL_PAGE positions */
 } state_layout;
 
 struct kl_model {
@@ -60,7 +61,7 @@ struct kl_model {
     kl_weight embed, head;
     const float *norm;
     layer_weights *layer; /* [n_layers] */
-    layer_layout *layout; /* [n_layers]; latent, k_shared in values */
+    layer_layout *layout; /* [n_layers] */
     state_layout state;
     size_t weight_bytes;
     float *vectors; /* in the backend's memory */
@@ -88,6 +89,13 @@ struct kl_state {
 };
 
 size_t kl_state_page_bytes(const kl_state *state);
+
+/* The cache of a model in a type: whether it can be; where a layer's part lies, its page table left open;
+ * bytes of a page. */
+kl_status kl_cache_check(kl_ctx *ctx, const kl_model *model, kl_type type) KL_CHECKED;
+kl_cache kl_cache_of(const kl_model *model, kl_type type, int64_t layer, kl_state_part part);
+size_t kl_cache_page_bytes(const kl_model *model, kl_type type);
+
 /* Takes the pages that positions 0..n-1 need. */
 kl_status kl_state_grow(kl_ctx *ctx, kl_state *state, int64_t n);
 

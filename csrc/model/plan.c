@@ -102,15 +102,13 @@ kl_status kl_plan_make(kl_ctx *ctx, kl_plan *plan, const kl_model *m, kl_type ca
         return kl_fail(ctx, KL_ERR_ARG,
                        "plan: context is %lld and sequences is %lld; both must be >= 1",
                        (long long)context, (long long)sequences);
-    if (cache_type != KL_F32 && cache_type != KL_F16)
-        return kl_fail(ctx, KL_ERR_DTYPE, "plan: cache is of type %d; it must be F32 or F16",
-                       (int)cache_type);
+    KL_TRY(kl_cache_check(ctx, m, cache_type));
     const int64_t pages = kl_ceil_div(context, KL_PAGE);
     *plan = (kl_plan){
         .weights = m->weight_bytes,
         .vectors = m->vector_bytes,
         .state_fixed = m->state.fixed_bytes,
-        .state_page = kl_type_bytes(cache_type, (int64_t)m->state.page_values),
+        .state_page = kl_cache_page_bytes(m, cache_type),
     };
     plan->state = (size_t)sequences * (plan->state_fixed + (size_t)pages * plan->state_page);
     return widest_pass(ctx, m, cache_type, context, sequences,

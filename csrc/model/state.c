@@ -7,8 +7,53 @@
 
 size_t kl_state_page_bytes(const kl_state *state)
 {
-    return kl_type_bytes(state->cache_type, (int64_t)state->model->state.page_values);
+    return kl_cache_page_bytes(state->model, state->cache_type);
 }
+
+/* ---- the cache in its type ---- */
+
+kl_status kl_cache_check(kl_ctx *ctx, const kl_model *model, kl_type type)
+{
+    const int64_t rank = model->config.mla.rank, block = kl_type_block(type);
+    if (type != KL_F32 && type != KL_F16 && type != KL_Q8_0)
+        return kl_fail(ctx, KL_ERR_DTYPE, "cache is of type %d; it must be F32, F16 or Q8_0",
+                       (int)type);
+    if (model->state.page_latents > 0 && rank % block != 0)
+        return kl_fail(ctx, KL_ERR_SHAPE,
+                       "cache is of type %s, blocks of %lld values, which do not divide the "
+                       "latent's %lld; it must be F32 or F16",
+                       kl_type_name(type), (long long)block, (long long)rank);
+    return KL_OK;
+}
+
+/* A shared key that whole blocks do not make up is kept in float16. */
+static kl_type part_type(const kl_model *model, kl_type type, kl_state_part part)
+{
+    const bool whole = model->config.mla.rope % kl_type_block(type) == 0;
+    return part == KL_STATE_LATENT || whole ? type : KL_F16;
+}
+
+kl_cache kl_cache_of(const kl_model *model, kl_type type, int64_t layer, kl_state_part part)
+{
+    const layer_layout *at = &model->layout[layer];
+    const kl_type own = part_type(model, type, part);
+    if (part == KL_STATE_LATENT)
+        return (kl_cache){ NULL, kl_type_bytes(own, (int64_t)at->latent),
+                           kl_type_bytes(own, model->config.mla.rank), own };
+    return (kl_cache){ NULL,
+                       kl_type_bytes(type, (int64_t)model->state.page_latents)
+                           + kl_type_bytes(own, (int64_t)at->k_shared),
+                       kl_type_bytes(own, model->config.mla.rope), own };
+}
+
+size_t kl_cache_page_bytes(const kl_model *model, kl_type type)
+{
+    const kl_type shared = part_type(model, type, KL_STATE_K_SHARED);
+    return kl_type_bytes(type, (int64_t)model->state.page_latents)
+           + kl_type_bytes(shared, (int64_t)model->state.page_k_shareds);
+}
+
+/* ---- memory ---- */
 
 static void release_pages(kl_ctx *ctx, kl_state *state)
 {
@@ -44,9 +89,7 @@ kl_status kl_state_create(kl_ctx *ctx, kl_state **out, const kl_model *model, kl
                           int64_t context)
 {
     *out = NULL;
-    if (cache_type != KL_F32 && cache_type != KL_F16)
-        return kl_fail(ctx, KL_ERR_DTYPE, "cache is of type %d; it must be F32 or F16",
-                       (int)cache_type);
+    KL_TRY(kl_cache_check(ctx, model, cache_type));
     if (context < 0)
         return kl_fail(ctx, KL_ERR_ARG, "context is %lld; it must be >= 0", (long long)context);
     kl_state *state = calloc(1, sizeof *state);
@@ -121,7 +164,7 @@ kl_status kl_state_shape(kl_ctx *ctx, const kl_state *state, int64_t layer, kl_s
         || (c->layers[layer].mixer == KL_MIXER_MLA) != cache)
         return kl_fail(ctx, KL_ERR_ARG, "state: layer %lld of %lld has no part %d",
                        (long long)layer, (long long)c->n_layers, (int)part);
-    *type = cache ? state->cache_type : KL_F32;
+    *type = cache ? part_type(state->model, state->cache_type, part) : KL_F32;
     *n_dims = part == KL_STATE_DELTA ? 3 : 2;
     if (part == KL_STATE_DELTA) {
         shape[0] = c->kda.heads;
@@ -164,13 +207,11 @@ static kl_status move_part(kl_ctx *ctx, const kl_state *state, char *fixed, int6
             (size_t)(shape[0] * shape[1] * (n_dims == 3 ? shape[2] : 1)) * sizeof(float);
         return out ? move(ctx, host, place, bytes) : move(ctx, place, host, bytes);
     }
-    const size_t offset =
-        kl_type_bytes(type, (int64_t)(part == KL_STATE_LATENT ? at->latent : at->k_shared));
-    const size_t row = kl_type_bytes(type, shape[1]);
+    const kl_cache cache = kl_cache_of(state->model, state->cache_type, layer, part);
     for (int64_t i = 0; i * KL_PAGE < shape[0]; i++) {
-        char *place = (char *)state->page[i] + offset;
-        const size_t bytes = (size_t)kl_min(KL_PAGE, shape[0] - i * KL_PAGE) * row;
-        char *mine = host + (size_t)(i * KL_PAGE) * row;
+        char *place = (char *)state->page[i] + cache.offset;
+        const size_t bytes = (size_t)kl_min(KL_PAGE, shape[0] - i * KL_PAGE) * cache.row_bytes;
+        char *mine = host + (size_t)(i * KL_PAGE) * cache.row_bytes;
         KL_TRY(out ? move(ctx, mine, place, bytes) : move(ctx, place, mine, bytes));
     }
     return KL_OK;

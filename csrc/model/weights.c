@@ -367,11 +367,11 @@ static size_t place(size_t *end, size_t n)
     return at;
 }
 
-/* Where each layer's part lies: bytes in a sequence's fixed block, values in a page. */
+/* Where each layer's part lies: layer_layout. */
 static void lay_out(kl_model *m)
 {
     const kl_config *c = &m->config;
-    size_t fixed = 0, page = 0;
+    size_t fixed = 0, latents = 0, k_shareds = 0;
     for (int64_t i = 0; i < c->n_layers; i++) {
         layer_layout *at = &m->layout[i];
         if (c->layers[i].mixer == KL_MIXER_KDA) {
@@ -382,11 +382,11 @@ static void lay_out(kl_model *m)
             at->v_history = place(&fixed, history) * sizeof(float);
             at->delta = place(&fixed, channels * (size_t)c->kda.width) * sizeof(float);
         } else {
-            at->latent = place(&page, (size_t)c->mla.rank * KL_PAGE);
-            at->k_shared = place(&page, (size_t)c->mla.rope * KL_PAGE);
+            at->latent = place(&latents, (size_t)c->mla.rank * KL_PAGE);
+            at->k_shared = place(&k_shareds, (size_t)c->mla.rope * KL_PAGE);
         }
     }
-    m->state = (state_layout){ fixed * sizeof(float), page };
+    m->state = (state_layout){ fixed * sizeof(float), latents, k_shareds };
 }
 
 kl_status kl_model_create(kl_ctx *ctx, kl_model **out, const kl_config *config,

@@ -32,9 +32,13 @@ kl_rows kl_mla_cache_rows(const kl_mla *a, const kl_cache *cache, int64_t n, int
     if (cache->type == KL_F32)
         return (kl_rows){ (const float *)(const void *)first,
                           (int64_t)(cache->row_bytes / sizeof(float)), width };
-    for (int64_t i = 0; i < count; i++)
-        a->ctx->k->unpack_row(buffer + i * width, first + (size_t)i * cache->row_bytes, cache->type,
-                              width);
+    for (int64_t i = 0; i < count; i++) {
+        const char *row = first + (size_t)i * cache->row_bytes;
+        if (cache->type == KL_Q8_0)
+            a->ctx->k->unpack_q8_0(buffer + i * width, row, width / KL_Q8_0_VALUES);
+        else
+            a->ctx->k->unpack_row(buffer + i * width, row, cache->type, width);
+    }
     return (kl_rows){ buffer, width, width };
 }
 
@@ -51,20 +55,6 @@ kl_status cpu_latent_attention(kl_ctx *ctx, float *o, const float *q, kl_cache l
         return KL_OK;
     KL_TRY(kl_expanded_run(&expanded));
     return kl_absorbed_run(&absorbed);
-}
-
-static kl_status check_cache(kl_ctx *ctx, const char *name, const kl_cache *cache, int64_t width)
-{
-    if (cache->type != KL_F32 && cache->type != KL_F16)
-        return kl_fail(ctx, KL_ERR_DTYPE,
-                       "latent_attention: %s has storage type %d; it must be F32 or F16", name,
-                       (int)cache->type);
-    if (cache->row_bytes < kl_type_bytes(cache->type, width)
-        || cache->row_bytes % kl_type_bytes(cache->type, 1) != 0)
-        return kl_fail(ctx, KL_ERR_SHAPE,
-                       "latent_attention: %s has %zu bytes a row; a row needs %zu", name,
-                       cache->row_bytes, kl_type_bytes(cache->type, width));
-    return KL_OK;
 }
 
 static kl_status check_sizes(kl_ctx *ctx, const kl_latent_attention_args *a)
@@ -112,8 +102,8 @@ kl_status kl_latent_attention(kl_ctx *ctx, float *o, const float *q, kl_cache la
                            "among them",
                            (long long)n, (long long)args->positions[n],
                            (long long)(args->offsets[n + 1] - args->offsets[n]));
-    KL_TRY(check_cache(ctx, "latent", &latent, args->R));
-    KL_TRY(check_cache(ctx, "k_shared", &k_shared, args->P));
+    KL_TRY(kl_check_cache(ctx, "latent_attention", "latent", &latent, args->R));
+    KL_TRY(kl_check_cache(ctx, "latent_attention", "k_shared", &k_shared, args->P));
     KL_TRY(kl_check_weight(ctx, "latent_attention", "w_uk", w_uk, args->H, args->K, args->R));
     KL_TRY(kl_check_weight(ctx, "latent_attention", "w_uv", w_uv, args->H, args->V, args->R));
     if (args->form != KL_FORM_AUTO && args->form != KL_FORM_ABSORBED

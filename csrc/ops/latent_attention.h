@@ -28,7 +28,7 @@ static inline int64_t kl_mla_seen(const kl_latent_attention_args *args, int64_t 
 }
 
 /* Rows of `width` values of sequence n from `position` on, `count` of them, within one page: as
- * they lie, or widened into buffer [count, width] where the cache is float16. */
+ * they lie, or widened into buffer [count, width] where the cache is float16 or Q8_0. */
 kl_rows kl_mla_cache_rows(const kl_mla *a, const kl_cache *cache, int64_t n, int64_t position,
                           int64_t count, int64_t width, float *buffer);
 

@@ -26,11 +26,14 @@ static kl_cache cache_of(kl_py_call *c, void *data, int type, int64_t width, con
 static void *cache_buffer(kl_py_call *c, PyObject *o, int type, int64_t n, const char *name,
                           bool writable)
 {
-    if (!c->failed && type != KL_F32 && type != KL_F16) {
-        PyErr_Format(PyExc_TypeError, "%s has storage type %d; it must be F32 or F16", name, type);
+    if (!c->failed && type != KL_F32 && type != KL_F16 && type != KL_Q8_0) {
+        PyErr_Format(PyExc_TypeError, "%s has storage type %d; it must be F32, F16 or Q8_0", name,
+                     type);
         c->failed = true;
     }
-    const kl_py_kind kind = type == KL_F32 ? KL_PY_F32 : KL_PY_U16;
+    const kl_py_kind kind = type == KL_F32 ? KL_PY_F32 : type == KL_F16 ? KL_PY_U16 : KL_PY_U8;
+    if (type == KL_Q8_0)
+        n = (int64_t)kl_type_bytes(KL_Q8_0, n);
     return writable ? kl_py_out(c, o, kind, n, name)
                     : (void *)(uintptr_t)kl_py_in(c, o, kind, n, name);
 }

@@ -4,11 +4,13 @@ import json
 import sys
 
 __all__ = [
-    "add_compute_arguments", "add_json_argument", "add_model_argument", "add_names_arguments", "human_bytes",
-    "human_count", "integers",
-    "layer_pattern", "load_model", "model_path", "non_negative", "positive", "print_json", "print_report",
-    "print_table", "progress", "read_text", "say",
+    "CACHES", "add_compute_arguments", "add_json_argument", "add_model_argument", "add_names_arguments", "human_bytes",
+    "human_count", "integers", "layer_pattern", "load_model", "model_path", "non_negative", "positive", "print_json", "print_report",
+    "print_table", "progress", "read_text", "say", "types_of",
 ]
+
+
+CACHES = ("float32", "float16", "q8_0")
 
 
 # ---- arguments ----
@@ -20,13 +22,20 @@ def add_model_argument(parser):
     parser.add_argument("--model", metavar="MODEL", help="the same, by name")
 
 
-def add_compute_arguments(parser, *, cache=None):
-    """``--threads``, ``--isa`` and, with a default, ``--cache``."""
+def add_compute_arguments(parser, *, cache=None, activations=None, read_ahead=False):
+    """``--threads``, ``--isa`` and, with a default each, ``--cache`` and ``--activations``; ``--no-read-ahead``."""
     parser.add_argument("--threads", type=positive, metavar="N", help="(default: one for each processor)")
     parser.add_argument("--isa", choices=("scalar", "avx2", "avx512"), help="(default: the best here)")
     if cache is not None:
-        parser.add_argument("--cache", choices=("float32", "float16"), default=cache,
+        parser.add_argument("--cache", choices=CACHES, default=cache,
                             help="type of the latent cache (default: %(default)s)")
+    if activations is not None:
+        words = "int8 where weights are in blocks" if activations == "auto" else "%(default)s"
+        parser.add_argument("--activations", choices=("float32", "int8"), default=activations,
+                            help=f"what products with weights in blocks compute with (default: {words})")
+    if read_ahead:
+        parser.add_argument("--no-read-ahead", dest="read_ahead", action="store_false",
+                            help="do not read a cold file whole before the first token")
 
 
 def add_json_argument(parser):
@@ -90,16 +99,35 @@ def model_path(args):
 
 
 def load_model(args):
-    """The model that the arguments name, in the threads, kernels and cache type that they ask for."""
+    """The model that the arguments name, in the threads, kernels and types that they ask for; a cold file is read."""
     from ..context import Context
     from ..model import Model
 
     path = model_path(args)
-    options = {"cache": args.cache} if getattr(args, "cache", None) else {}
+    options = {name: getattr(args, name) for name in ("cache", "activations") if getattr(args, name, None)}
     threads, isa = getattr(args, "threads", None), getattr(args, "isa", None)
     if threads is not None or isa is not None:
         options["ctx"] = Context(threads=threads, isa=isa)
-    return Model.tiny(**options) if path is None else Model.from_pretrained(path, **options)
+    model = Model.tiny(**options) if path is None else Model.from_pretrained(path, **options)
+    if getattr(args, "read_ahead", False):
+        _read_ahead(model)
+    return model
+
+
+def _read_ahead(model):
+    """Brings the files of a model from disk, with a bar, where they are large, cold, and fit beside its state."""
+    from ..load.mapped import read_ahead
+    from ..plan import available_memory
+
+    free = available_memory()
+    if free is not None:
+        room = free - model.plan(context=1).anonymous
+        read_ahead(model.files, room, lambda n: progress(n, "reading from disk", unit="B"))
+
+
+def types_of(model):
+    """``activations int8, cache float16``: what a model computes with."""
+    return f"activations {model.activations}, cache {model.cache}"
 
 
 def read_text(path):
@@ -125,7 +153,8 @@ def progress(total, label, unit="token"):
     """A bar on stderr, to ``update(n)`` and use as a context; nothing where stderr is no terminal."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=label, unit=f" {unit}s", file=sys.stderr, leave=False, unit_scale=True,
+    unit = unit if unit == "B" else f" {unit}s"
+    return tqdm(total=total, desc=label, unit=unit, file=sys.stderr, leave=False, unit_scale=True,
                 disable=not sys.stderr.isatty())
 
 

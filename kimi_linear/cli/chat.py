@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ._common import add_compute_arguments, add_model_argument, load_model, positive, say
+from ._common import add_compute_arguments, add_model_argument, load_model, positive, say, types_of
 from .generate import add_generation_arguments, generation_options
 
 HELP = "talk with the model; each turn reads only its new tokens"
@@ -35,13 +35,14 @@ def add_arguments(parser):
     parser.add_argument("--checkpoints", type=positive, default=16, metavar="N",
                         help="places kept to go back to without reading again, two a turn (default: %(default)s)")
     add_generation_arguments(parser)
-    add_compute_arguments(parser, cache="float16")
+    add_compute_arguments(parser, cache="float16", activations="auto", read_ahead=True)
 
 
 def run(args):
     model = load_model(args)
     if model.tokenizer is None or model.tokenizer.chat_template is None:
         raise ValueError(f"{model.name} has no chat template; use kimi-linear generate")
+    say(f"[{model.name}: {types_of(model)}]")
     chat = Chat(model, checkpoints=args.checkpoints, **generation_options(args))
     if args.state is not None and os.path.exists(args.state):
         chat.load(args.state)

@@ -13,6 +13,7 @@ from ._common import (
     print_json,
     read_text,
     say,
+    types_of,
 )
 
 HELP = "continue a prompt, streamed to stdout"
@@ -34,7 +35,7 @@ def add_arguments(parser):
                         help="with --json: the K likeliest of each token, with log-probabilities")
     parser.add_argument("-n", "--samples", type=positive, default=1, metavar="N",
                         help="so many continuations; the prompt is read once (default: %(default)s)")
-    add_compute_arguments(parser, cache="float16")
+    add_compute_arguments(parser, cache="float16", activations="auto", read_ahead=True)
     add_json_argument(parser)
 
 
@@ -118,7 +119,7 @@ def _cost(model, generation):
     s, heat = generation.stats, generation.sampling["temperature"]
     how = "greedy" if heat == 0 else f"temperature {heat:g}, seed {generation.seed}"
     return (f"[{s.prompt_tokens} tokens read at {s.prefill_rate:,.0f}/s, {s.new_tokens} written at "
-            f"{s.decode_rate:,.0f}/s; {how}; activations {model.activations}, cache {model.cache}; "
+            f"{s.decode_rate:,.0f}/s; {how}; {types_of(model)}; "
             f"ended by {_reasons(generation)}]")
 
 

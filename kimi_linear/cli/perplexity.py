@@ -15,6 +15,7 @@ from ._common import (
     progress,
     read_text,
     say,
+    types_of,
 )
 
 HELP = "perplexity of a text, in windows or in one piece"
@@ -31,7 +32,7 @@ def add_arguments(parser):
                         help="tokens of a window, each from an empty state (default: %(default)s)")
     parser.add_argument("--whole", type=positive, metavar="N",
                         help="the first N tokens in one piece, instead of the whole text in windows")
-    add_compute_arguments(parser, cache="float32")
+    add_compute_arguments(parser, cache="float32", activations="float32")
     add_json_argument(parser)
 
 
@@ -49,7 +50,8 @@ def run(args):
     seconds = time.perf_counter() - begin
     n_bytes = len(text.encode()) if args.whole is None else len(model.tokenizer.decode_bytes(tokens))
     facts = {"model": model.name, "text": args.text, "bytes": n_bytes, "tokens": len(tokens),
-             "window": None if args.whole else args.window, **asdict(result)}
+             "window": None if args.whole else args.window,
+             "activations": model.activations, "cache": model.cache, **asdict(result)}
     if args.json:
         print_json(facts | {"seconds": seconds, "tokens_per_second": len(tokens) / seconds})
         return 0
@@ -60,6 +62,7 @@ def run(args):
         ("loss", f"{result.nll_per_token:.6f} nats a token"),
         ("perplexity", f"{result.perplexity:.5f}"),
         ("bits a byte", f"{result.bits_per_byte:.6f}"),
+        ("types", types_of(model)),
     ])
     say(f"{len(tokens):,} tokens in {seconds:.1f} s: {len(tokens) / seconds:,.0f} tokens/s")
     return 0

@@ -51,6 +51,11 @@ class Checkpoint:
     skipped: tuple[str, ...] = ()
     tokenizer: Callable | None = None
 
+    @property
+    def in_blocks(self) -> bool:
+        """Whether a weight is of a block type."""
+        return any(dtype not in WEIGHT_DTYPES for t in self.tensors.values() for dtype in t.dtype.split("/"))
+
     def check_unchanged(self) -> None:
         """Raise FormatError if a weight file has another size, time of change or inode than when opened."""
         problems = [change for file in self.files if (change := file.changes())]

@@ -1,11 +1,18 @@
 """A file mapped read-only, which remembers what it was when it was opened."""
 
+import contextlib
+import ctypes
 import mmap
 import os
 import stat
 from pathlib import Path
 
+import numpy as np
+
 from ..errors import FormatError
+
+PIECE = 32 << 20     # bytes read at once: Ctrl-C ends between two
+LARGE = 256 << 20    # bytes missing that are worth reading before they are asked for
 
 
 class MappedFile:
@@ -46,6 +53,73 @@ class MappedFile:
             if before != after:
                 return f"{self.path} changed after it was opened: its {what} was {before} and is now {after}."
         return None
+
+    def in_memory(self) -> np.ndarray | None:
+        """Which pages of the file lie in memory, as bools, by mincore; None where the system does not say."""
+        n_bytes = len(self.mapping)
+        flags = np.empty(-(-n_bytes // mmap.PAGESIZE), np.uint8)
+        address = np.frombuffer(self.mapping, np.uint8).ctypes.data
+        try:
+            failed = ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(n_bytes),
+                                               flags.ctypes.data_as(ctypes.c_void_p))
+        except (OSError, AttributeError):
+            return None
+        return None if failed else (flags & 1).astype(bool)
+
+    def cold_pieces(self) -> list[tuple[int, int]]:
+        """(offset, bytes) of the pieces of `PIECE` bytes with a page that does not lie in memory."""
+        pages = self.in_memory()
+        if pages is None or pages.all():
+            return []
+        step = PIECE // mmap.PAGESIZE
+        return [(at * mmap.PAGESIZE, min(PIECE, len(self.mapping) - at * mmap.PAGESIZE))
+                for at in range(0, len(pages), step) if not pages[at : at + step].all()]
+
+
+def read_ahead(files, room, bar) -> int:
+    """Read what large files lack in memory in one go, piece after piece, instead of a page at a time as it is used.
+
+    Nothing is read where less than `LARGE` bytes are missing, or less than half of the files, or where the files do
+    not fit `room` bytes: what came first would be gone again when it is used. Errors are left to the use.
+
+    Parameters
+    ----------
+    files : sequence of MappedFile
+    room : int
+        Bytes of memory that the files may take.
+    bar : callable
+        Given the bytes to read, a context with ``update(n_bytes)``, as a tqdm.
+
+    Returns
+    -------
+    int
+        Bytes that were read.
+    """
+    size = sum(len(file.mapping) for file in files)
+    if size < LARGE or size > room:
+        return 0
+    todo = [(file, piece) for file in files for piece in file.cold_pieces()]
+    missing = sum(n for _, (_, n) in todo)
+    if missing < max(LARGE, size / 2):
+        return 0
+    done = 0
+    with contextlib.suppress(OSError), bar(missing) as shown:
+        for file in files:
+            for n in _read(file.path, [piece for its, piece in todo if its is file]):
+                shown.update(n)
+                done += n
+    return done
+
+
+def _read(path, pieces):
+    """Reads pieces of a file, the next one already asked for; gives the bytes of each."""
+    buffer = bytearray(PIECE)
+    with open(path, "rb", buffering=0) as file:
+        for (at, n), (following, n_following) in zip(pieces, [*pieces[1:], (0, 0)], strict=True):
+            if n_following:
+                os.posix_fadvise(file.fileno(), following, n_following, os.POSIX_FADV_WILLNEED)
+            os.preadv(file.fileno(), [memoryview(buffer)[:n]], at)
+            yield n
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int, int]:

@@ -28,14 +28,16 @@ with atheris.instrument_imports(include=["kimi_linear.statefile", "kimi_linear.l
     import kimi_linear.statefile  # noqa: F401
 
 RAW, HEADER, CHECKSUM, MANIFEST = 0, 1, 2, 4
-ODD = [None, True, -1, 0, 1, 2, 2**31, 2**63, 2**64, 1e400, "", "0", "x", "1", "2", "float16", "I32", "F64", "BOOL",
-       [], [0], [-1], [1, 0], [0, 0], [2**62], {}, "[]", "[0]", "[0, 20]", "[20, 0]", "[true]", "[1e3]", "{}", "[" * 50]
+ODD = [None, True, -1, 0, 1, 2, 2**31, 2**63, 2**64, 1e400, "", "0", "x", "1", "2", "float16", "q8_0", "I32", "F64",
+       "BOOL", [], [0], [-1], [1, 0], [0, 0], [2**62], {}, "[]", "[0]", "[0, 20]", "[20, 0]", "[true]", "[1e3]", "{}",
+       "[" * 50]
 
 
 def whole_files(model):
-    """State files: without a token, without and with checkpoints, with a cache of half floats."""
+    """State files: without a token, without and with checkpoints, with a cache of half floats and of blocks."""
     folder = Path(tempfile.mkdtemp(prefix="fuzz"))
-    for n, options in ((0, {}), (20, {}), (20, dict(checkpoints_every=8, keep=2)), (3, dict(cache="float16"))):
+    for n, options in ((0, {}), (20, {}), (20, dict(checkpoints_every=8, keep=2)), (3, dict(cache="float16")),
+                       (3, dict(cache="q8_0"))):
         state = model.new_state(**options)
         for token in range(n):
             model.forward([token], state=state, logits="none")

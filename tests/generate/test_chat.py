@@ -191,6 +191,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_program():
     talk.stdin.write(b"Who?\n")
     talk.stdin.flush()
     assert talk.stdout.read(1)
+    assert talk.stderr.readline() == b"[tiny: activations float32, cache float16]\n"
     os.kill(talk.pid, signal.SIGINT)
     line = talk.stderr.readline()
     assert b"tokens read" in line and line.endswith(b"interrupted]\n")

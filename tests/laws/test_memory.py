@@ -42,9 +42,11 @@ def with_context():
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("cache", ["float32", "float16"])
+@pytest.mark.parametrize("cache", ["float32", "float16", "q8_0"])
 def test_states_hold_what_is_planned(case, cache):
     model = open_model(case)
+    if cache == "q8_0" and model.config.kv_rank % 32:
+        pytest.skip("blocks of 32 do not divide its latent")
     for context, sequences in itertools.product((1, 511, 512, 513, 1500), (1, 3)):
         plan = model.plan(context=context, sequences=sequences, cache=cache)
         states = model.new_state(sequences, context=context, cache=cache)
@@ -75,6 +77,7 @@ def compositions(context, sequences):
 @pytest.mark.parametrize("case, cache, context, sequences, threads", [
     ("tiny", "float32", 512, 1, 1), ("tiny", "float16", 530, 2, 2), ("tiny", "float32", 70, 9, 2),
     ("kimi-a", "float32", 512, 1, 2), ("kimi-a", "float16", 1300, 2, 1), ("kimi-a", "float32", 30, 9, 1),
+    ("tiny", "q8_0", 530, 2, 2), ("kimi-a", "q8_0", 70, 5, 1),
     ("kimi-b", "float32", 1, 1, 2), ("kimi-b", "float32", 530, 8, 3), ("kimi-b", "float16", 64, 5, 1),
 ])
 def test_scratch_of_the_widest_pass_is_what_is_planned(case, cache, context, sequences, threads, with_context):

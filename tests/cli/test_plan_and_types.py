@@ -1,0 +1,162 @@
+"""``kimi-linear plan`` of a GGUF, and the types that generate, chat and bench choose and print."""
+
+import dataclasses
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import kimi_linear as kl
+from kimi_linear import _engine, bench
+from kimi_linear.cli import _common, main
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "load"))
+import gguf_files  # noqa: E402
+
+MiB = 1 << 20
+planning = importlib.import_module("kimi_linear.plan")  # kl.plan is its function
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, tiny_dir):
+    folder = tmp_path_factory.mktemp("gguf")
+    return {dtype: str(gguf_files.write(folder / f"{dtype}.gguf", tiny_dir, dtype)) for dtype in ("BF16", "Q8_0")}
+
+
+def run(capfd, *argv):
+    code = main(list(argv))
+    return code, *capfd.readouterr()
+
+
+def plan_of(capfd, *argv):
+    code, out, _ = run(capfd, "plan", *argv, "--json")
+    assert code == 0
+    return json.loads(out)
+
+
+# ---- plan ----
+
+def test_bytes_of_a_step(files, capfd):
+    p = plan_of(capfd, files["Q8_0"], "--context", "1000", "--cache", "float16")
+    model = kl.Model.from_pretrained(files["Q8_0"])
+    assert p["active"] == round(bench.active_bytes(model))
+    assert p["step"] == p["active"] + 2 * p["state_page"] + 2 * p["state_fixed"]
+    assert p["experts"] == sum(t.nbytes for name, t in model._tensors.items() if ".experts." in name)
+    assert p["routed"] == 2 / 8 and p["weights"] > p["experts"] > 0
+    assert p["tokens_per_second"] == pytest.approx(p["read_rate"] / p["step"])
+    assert p["typed"]["Q8_0"] == p["weights"] < p["typed"]["BF16"]
+    assert list(p["typed"].values()) == sorted(p["typed"].values(), reverse=True)
+
+
+def test_nothing_is_measured_where_not_wanted(files, capfd, monkeypatch):
+    monkeypatch.setattr(planning, "read_rate", lambda: pytest.fail("measured"))
+    p = plan_of(capfd, files["Q8_0"], "--no-measure")
+    assert p["read_rate"] is None and p["tokens_per_second"] is None
+    out = run(capfd, "plan", files["Q8_0"], "--no-measure")[1]
+    assert "Decoding a token at 4,096 reads" in out and "tokens/s" not in out
+
+
+def test_kl_plan_takes_a_file(files):
+    by_model = kl.Model.from_pretrained(files["Q8_0"]).plan(context=700, sequences=2, cache="q8_0", keep=1)
+    assert kl.plan(files["Q8_0"], context=700, sequences=2, cache="q8_0", keep=1) == by_model
+    config = kl.Model.tiny().config
+    assert kl.plan(config).typed == kl.plan(config, dtype="BF16").typed
+    assert kl.plan(config, dtype="F32").active == 2 * kl.plan(config).active
+    with pytest.raises(ValueError, match="dtype is 'F32'; it is for a config alone"):
+        kl.plan(files["Q8_0"], dtype="F32")
+
+
+def with_memory(monkeypatch, n_bytes):
+    monkeypatch.setattr(planning, "available_memory", lambda: n_bytes)
+    monkeypatch.setattr(planning, "read_rate", lambda: 10e9)
+
+
+def test_what_fits(files, capfd, monkeypatch):
+    p = kl.plan(files["BF16"])
+    with_memory(monkeypatch, p.total)
+    facts = plan_of(capfd, files["BF16"])
+    assert facts["larger_than_memory"] is False and facts["disk_bytes_per_token"] == 0
+    assert facts["largest_context"] == 4096 and facts["tokens_per_second"] == pytest.approx(10e9 / p.step)
+    out = run(capfd, "plan", files["BF16"])[1]
+    assert "It fits" in out and "enough for 4,096 tokens" in out and "tokens/s at most (estimate)" in out
+
+
+def test_a_file_larger_than_memory(files, capfd, monkeypatch):
+    p = kl.plan(files["BF16"])
+    free = p.total - p.experts // 2
+    with_memory(monkeypatch, free)
+    facts = plan_of(capfd, files["BF16"])
+    assert facts["larger_than_memory"] is True and facts["tokens_per_second"] is None
+    assert facts["disk_bytes_per_token"] == pytest.approx(p.routed * (p.experts // 2), abs=1)
+    assert facts["largest_context"] == p.largest_context(free, p.weights - p.experts) > 4096
+    assert facts["fitting_type"] == "Q8_0"
+    out = run(capfd, "plan", files["BF16"])[1]
+    assert "Experts are read from disk as they are used" in out and "(estimate)" in out
+    assert "Weights in Q8_0 would fit" in out
+
+
+def test_a_machine_too_small(files, capfd, monkeypatch):
+    with_memory(monkeypatch, 7 * MiB)
+    facts = plan_of(capfd, files["BF16"])
+    assert facts["disk_bytes_per_token"] is None and facts["fitting_type"] is None
+    out = run(capfd, "plan", files["BF16"])[1]
+    assert "It does not fit" in out and "No type would fit" in out
+    with_memory(monkeypatch, None)
+    assert "does not say how much memory is free" in run(capfd, "plan", files["BF16"])[1]
+
+
+def test_a_plan_without_experts_reads_nothing_from_disk():
+    p = dataclasses.replace(kl.Model.tiny().plan(), experts=0, routed=0.0)
+    assert p.from_disk(p.total) == 0 and p.from_disk(p.total - 1) is None
+
+
+# ---- types ----
+
+def test_choices_are_those_of_the_library():
+    assert tuple(_engine.CACHE_TYPES) == _common.CACHES
+
+
+def test_auto_is_int8_where_weights_are_in_blocks(files):
+    assert kl.Model.from_pretrained(files["Q8_0"], activations="auto").activations == "int8"
+    assert kl.Model.from_pretrained(files["BF16"], activations="auto").activations == "float32"
+    assert kl.Model.tiny(activations="auto").activations == "float32"
+    assert kl.Model.from_pretrained(files["Q8_0"]).activations == "float32"
+
+
+@pytest.mark.parametrize("dtype, options, types", [
+    ("Q8_0", [], "activations int8, cache float16"),
+    ("BF16", [], "activations float32, cache float16"),
+    ("Q8_0", ["--activations", "float32", "--cache", "q8_0"], "activations float32, cache q8_0"),
+    ("BF16", ["--activations", "int8", "--cache", "float32"], "activations int8, cache float32"),
+])
+def test_generate_and_bench_print_their_types(files, capfd, dtype, options, types):
+    code, _, err = run(capfd, "generate", files[dtype], "--ids", "5,6,7", "--max-new-tokens", "2", *options)
+    assert code == 0 and types in err
+    small = ["--prefill", "4", "--decode", "2", "--depths", "0", "--repeat", "1"]
+    code, out, _ = run(capfd, "bench", files[dtype], *small, *options)
+    assert code == 0 and out.startswith(f"{dtype}.gguf: {types}\n")
+
+
+def test_generate_computes_in_them(files, capfd):
+    argv = ["generate", files["Q8_0"], "--ids", "5,6,7", "--max-new-tokens", "4", "--json"]
+    facts = json.loads(run(capfd, *argv, "--cache", "q8_0")[1])
+    assert (facts["activations"], facts["cache"]) == ("int8", "q8_0")
+    model = kl.Model.from_pretrained(files["Q8_0"], activations="int8", cache="q8_0")
+    want = model.generate([5, 6, 7], max_new_tokens=4, logprobs=1).run()
+    assert facts["tokens"] == want.tokens and facts["logprobs"] == want.logprobs
+
+
+def test_chat_says_its_types(capfd, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *prompt: "/quit")
+    code, _, err = run(capfd, "chat", "--cache", "q8_0")
+    assert code == 0 and "activations float32, cache q8_0]" in err
+
+
+def test_perplexity_is_exact_unless_told(files, capfd, tmp_path):
+    (tmp_path / "text").write_text("And it came to pass, when he had made an end of speaking.", encoding="utf-8")
+    argv = ["perplexity", files["Q8_0"], "--text", str(tmp_path / "text"), "--json"]
+    exact, fast = (json.loads(run(capfd, *argv, *more)[1]) for more in ([], ["--activations", "int8"]))
+    assert (exact["activations"], exact["cache"], fast["activations"]) == ("float32", "float32", "int8")
+    assert 0 < abs(exact["nll_per_token"] - fast["nll_per_token"]) < 0.05
