@@ -17,6 +17,7 @@ typedef struct kl_config {
     const kl_layer *layers; /* [n_layers] */
     float rms_eps;          /* of every norm but the latent's */
     float latent_eps;       /* of the norms inside MLA (latent, low-rank q) */
+    float l2_eps;           /* of the L2 norms of q and k inside KDA, under the root of the sum */
     int tied;               /* 1: the head is the embedding */
     kl_activations activations;
     struct {

@@ -13,7 +13,7 @@ _PLAIN = {"F32": 4, "F16": 2, "BF16": 2}  # by the bytes that must divide their 
 _MIXERS = {"kda": 0, "mla": 1}
 _FFNS = {"dense": 0, "moe": 1}
 _NUMBERS = (
-    "vocab_size", "hidden_size", "rms_norm_eps", "latent_eps", "kda_heads", "kda_head_dim", "conv_width",
+    "vocab_size", "hidden_size", "rms_norm_eps", "latent_eps", "l2_eps", "kda_heads", "kda_head_dim", "conv_width",
     "mla_heads", "nope_dim", "rope_dim", "v_head_dim", "kv_rank", "q_rank", "ffn_size", "n_experts",
     "experts_per_token", "n_shared_experts", "moe_size", "n_groups", "top_groups", "routed_scale",
 )

@@ -22,7 +22,7 @@ USED, INERT = "used", "inert"
 KEYS: dict[str, str] = {
     **dict.fromkeys([
         "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "hidden_act",
-        "rms_norm_eps", "latent_eps", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
+        "rms_norm_eps", "latent_eps", "l2_eps", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
         "model_max_length", "max_position_embeddings", "linear_attn_config", "layer_types", "linear_head_dim",
         "linear_num_heads", "linear_conv_kernel_dim", "num_attention_heads", "num_key_value_heads",
         "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "qk_head_dim", "v_head_dim",
@@ -68,6 +68,7 @@ ONLY: dict[str, tuple] = {
 
 ROUTER_FUNCTIONS = ("sigmoid", "softmax")
 LATENT_EPS = 1e-6             # of the norms on the latent and the low-rank q: the training code's default
+L2_EPS = 1e-6                 # of the L2 norms of q and k, under the root of the sum: the training code's
 LARGEST = 2**31 - 1           # of any size in a config
 MOST_LAYERS = 4096
 MOST_EXPERTS = 65536
@@ -103,6 +104,7 @@ class Config:
     n_layers: int
     rms_norm_eps: float
     latent_eps: float
+    l2_eps: float
     tie_embeddings: bool
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
@@ -196,6 +198,8 @@ class Config:
         }
         if self.latent_eps != LATENT_EPS:
             d["latent_eps"] = self.latent_eps
+        if self.l2_eps != L2_EPS:
+            d["l2_eps"] = self.l2_eps
         n_dense = sum(s.ffn == "dense" for s in self.layers)
         if all(s.ffn == "dense" for s in self.layers[:n_dense]):
             d["first_k_dense_replace"], d["moe_layer_freq"] = n_dense, 1
@@ -369,6 +373,7 @@ def _read(r: _Reader) -> dict[str, Any]:
     fields = dict(
         model_type="kimi_linear", vocab_size=vocab, hidden_size=r.integer("hidden_size"), n_layers=n,
         rms_norm_eps=r.number("rms_norm_eps"), latent_eps=r.number("latent_eps", default=LATENT_EPS),
+        l2_eps=r.number("l2_eps", default=L2_EPS),
         tie_embeddings=r.flag("tie_word_embeddings", False), max_length=_max_length(r),
         layers=tuple(LayerSpec(m, f) for m, f in zip(mixers, ffns)),
     )

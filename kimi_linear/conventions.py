@@ -186,7 +186,9 @@ _DELTA_RULE = {
         names=_table(q="q", k="k", v="v", g="g", beta="beta", initial_state="state"), axes="BTHK", state="VK",
         gates=("channel", "head"), gate_axis=True, beta_axis=True, scale="inside", heads=("equal", "tiled"),
         square=True, no_state="zeros", returns="packed",
-        l2_eps=1e-5, l2_form="x / max(sqrt(sum(x^2)), eps), by the caller",
+        l2_eps=1e-5,
+        l2_form="x / sqrt(sum(x^2) + eps), by the caller: rms_norm with eps / K, times K**-0.5. Older: "
+                "ggml_l2_norm, x / max(sqrt(sum(x^2)), eps)",
         notes=("axes are ggml's ne from last to first: ne = [K, H, T, B] is [B, T, H, K] here",
                "the scale is V**-0.5, and V is K",
                "one result: [B, T, H, V] of o, then [B, H, V, K] of the state"))),

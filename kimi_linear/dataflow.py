@@ -200,7 +200,7 @@ def _kda(c: Config, layer: _Layer) -> None:
         layer.add(f"kda.{s}_conv", "short_conv", heads, {"x": f"kda.{s}_proj"},
                   {"w": f"self_attn.{s}_conv1d.weight"}, state=history, initial={"history": history})
     for s in "qk":
-        layer.add(f"kda.{s}", "l2_norm", heads, {"x": f"kda.{s}_conv"})
+        layer.add(f"kda.{s}", "l2_norm", heads, {"x": f"kda.{s}_conv"}, eps=c.l2_eps)
     layer.linear("kda.f_a", (K,), "attn_norm", "self_attn.f_a_proj.weight")
     layer.linear("kda.f", heads, "kda.f_a", "self_attn.f_b_proj.weight")
     rate = layer.w("self_attn.A_log", _rate)

@@ -64,7 +64,7 @@ class Model:
 
     @classmethod
     def from_pretrained(cls, path, *, device="cpu", activations="float32", cache="float32", latent_eps=None,
-                        threads=None, ctx=None):
+                        l2_eps=None, threads=None, ctx=None):
         """Open a checkpoint.
 
         Parameters
@@ -81,6 +81,8 @@ class Model:
             Type of the latent cache of new states: docs/state.md#the-caches-type.
         latent_eps : float, optional
             Of the norm inside MLA; 1e-6, as in the training code. llama.cpp, vLLM and SGLang use 1e-5.
+        l2_eps : float, optional
+            Of the L2 norms of q and k inside KDA; 1e-6, as in the training code. llama.cpp uses 1e-5.
         threads : int, optional
             Threads of a context of this model's own; by default the calling thread's context serves it.
         ctx : Context, optional
@@ -105,8 +107,8 @@ class Model:
         if activations == "auto":
             activations = "int8" if checkpoint.in_blocks else "float32"
         config = checkpoint.config
-        if latent_eps is not None:
-            config = dataclasses.replace(config, latent_eps=float(latent_eps))
+        given = {"latent_eps": latent_eps, "l2_eps": l2_eps}
+        config = dataclasses.replace(config, **{k: float(v) for k, v in given.items() if v is not None})
         tokenizer = checkpoint.tokenizer
         if checkpoint.path.is_dir():
             with contextlib.suppress(FileNotFoundError):

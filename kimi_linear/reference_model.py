@@ -149,8 +149,8 @@ class ReferenceModel:
             y, state[key] = op.short_conv(p, w(f"self_attn.{s}_conv1d.weight"), history=state.get(key))
             return tap(f"kda.{s}_conv", y.reshape(heads))
 
-        q = tap("kda.q", op.l2_norm(convolved("q")))
-        k = tap("kda.k", op.l2_norm(convolved("k")))
+        q = tap("kda.q", op.l2_norm(convolved("q"), eps=c.l2_eps))
+        k = tap("kda.k", op.l2_norm(convolved("k"), eps=c.l2_eps))
         v = convolved("v")
 
         f = tap("kda.f_a", op.linear(x, w("self_attn.f_a_proj.weight")))

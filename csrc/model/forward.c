@@ -73,8 +73,8 @@ static kl_status kda(pass *p, int64_t layer, float *out, const float *x)
     TRY(kl_tap_at(p, KL_TAP_KDA_Q_CONV, layer, q));
     TRY(kl_tap_at(p, KL_TAP_KDA_K_CONV, layer, k));
     TRY(kl_tap_at(p, KL_TAP_KDA_V_CONV, layer, v));
-    TRY(kl_l2_norm(ctx, q, q, T * H, K, 1e-6f));
-    TRY(kl_l2_norm(ctx, k, k, T * H, K, 1e-6f));
+    TRY(kl_l2_norm(ctx, q, q, T * H, K, c->l2_eps));
+    TRY(kl_l2_norm(ctx, k, k, T * H, K, c->l2_eps));
     TRY(kl_tap_at(p, KL_TAP_KDA_Q, layer, q));
     TRY(kl_tap_at(p, KL_TAP_KDA_K, layer, k));
 

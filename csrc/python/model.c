@@ -53,7 +53,7 @@ static bool parse_config(PyObject *dict, py_model *self)
 {
     kl_config *c = &self->config;
     int64_t router = 0, renormalise = 0, tied = 0, activations = 0;
-    double rms_eps = 0, latent_eps = 0, lower_bound = 0, scale = 0;
+    double rms_eps = 0, latent_eps = 0, l2_eps = 0, lower_bound = 0, scale = 0;
     const struct {
         const char *key;
         int64_t *to;
@@ -86,6 +86,7 @@ static bool parse_config(PyObject *dict, py_model *self)
         double *to;
     } doubles[] = { { "rms_norm_eps", &rms_eps },
                     { "latent_eps", &latent_eps },
+                    { "l2_eps", &l2_eps },
                     { "gate_lower_bound", &lower_bound },
                     { "routed_scale", &scale } };
     if (!PyDict_Check(dict)) {
@@ -100,6 +101,7 @@ static bool parse_config(PyObject *dict, py_model *self)
             return false;
     c->rms_eps = (float)rms_eps;
     c->latent_eps = (float)latent_eps;
+    c->l2_eps = (float)l2_eps;
     c->kda.lower_bound = (float)lower_bound;
     c->ffn.scale = (float)scale;
     c->ffn.router = router ? KL_ROUTER_SOFTMAX : KL_ROUTER_SIGMOID;

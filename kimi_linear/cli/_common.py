@@ -5,8 +5,8 @@ import sys
 
 __all__ = [
     "CACHES", "add_compute_arguments", "add_json_argument", "add_model_argument", "add_names_arguments", "human_bytes",
-    "human_count", "integers", "layer_pattern", "load_model", "model_path", "non_negative", "positive", "print_json", "print_report",
-    "print_table", "progress", "read_text", "say", "types_of",
+    "human_count", "integers", "layer_pattern", "load_model", "model_path", "non_negative", "positive", "print_json",
+    "print_report", "print_table", "progress", "read_text", "say", "types_of",
 ]
 
 

@@ -1,5 +1,7 @@
 """``kimi-linear trace``: the intermediates of a run, in one file."""
 
+import os
+
 from ._common import (
     add_compute_arguments,
     add_json_argument,
@@ -7,6 +9,7 @@ from ._common import (
     human_bytes,
     integers,
     load_model,
+    model_path,
     print_json,
     progress,
     read_text,
@@ -17,6 +20,7 @@ HELP = "run tokens and keep their intermediates in a safetensors file"
 EPILOG = """
 kimi-linear trace --prompt "In the beginning" --taps "layers.3.*" -o ours.safetensors
 kimi-linear trace ~/models/kimi --ids 1,17,42 --taps "*.out" --taps logits -o ours.safetensors --reference
+kimi-linear trace kimi.gguf --ids 1,17,42 -o theirs.safetensors --engine llama.cpp
 """
 
 
@@ -38,6 +42,8 @@ def add_arguments(parser):
     parser.add_argument(
         "--reference", action="store_true", help="of the float64 reference model, not of the engine"
     )
+    parser.add_argument("--engine", choices=("ours", "llama.cpp"), default="ours",
+                        help="what runs it: llama.cpp takes a GGUF, and needs llama-cpp-python (default: %(default)s)")
     add_compute_arguments(parser, cache="float32")
     add_json_argument(parser)
 
@@ -49,7 +55,10 @@ def run(args):
     taps = args.taps or ["*"]
     if args.reference and args.states:
         raise ValueError("--states is of the engine; --reference keeps none")
-    if args.reference:
+    if args.engine == "llama.cpp":
+        trace = _llama_cpp(args, model, tokens, taps)
+        trace.save(args.output)
+    elif args.reference:
         trace = _reference(model, tokens, taps)
         trace.save(args.output)
     else:
@@ -68,6 +77,19 @@ def _encode(model, text):
     if model.tokenizer is None:
         raise ValueError(f"{model.name} has no tokenizer; give --ids")
     return model.tokenizer.encode(text)
+
+
+def _llama_cpp(args, model, tokens, taps):
+    """The same trace by llama.cpp."""
+    from ..adapters.llama_cpp import Engine
+
+    if args.reference or args.states:
+        raise ValueError("--reference and --states are of our engine; leave out --engine llama.cpp")
+    path = model_path(args)
+    if path is None or not os.path.isfile(os.path.expanduser(path)):
+        raise ValueError(f"{model.name} is a folder; llama.cpp takes a GGUF file")
+    with Engine(os.path.expanduser(path), model=model, threads=args.threads or 1) as engine:
+        return engine.trace(tokens, taps)
 
 
 def _reference(model, tokens, taps):

@@ -128,7 +128,8 @@ static kl_config config(void)
                     .n_layers = 2,
                     .layers = layers,
                     .rms_eps = 1e-5f,
-                    .latent_eps = 1e-6f };
+                    .latent_eps = 1e-6f,
+                    .l2_eps = 1e-6f };
     c.kda.heads = H;
     c.kda.width = K;
     c.kda.taps = W;

@@ -223,7 +223,8 @@ OPS = sorted(calls_of_every_op())
 
 
 def test_every_op_of_the_package_is_here():
-    assert set(OPS) == set(kl.ops.__all__) - {"pack", "unpack"}
+    storage = {"quantize", "dequantize"}  # judged by bytes, not by a bound: docs/block-types.md
+    assert set(OPS) == set(kl.ops.__all__) - {"pack", "unpack"} - storage
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -41,12 +41,12 @@ def with_context():
         model.ctx = ctx
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("cache", ["float32", "float16", "q8_0"])
+@pytest.mark.parametrize("cache, case", [
+    (cache, case) for cache in ("float32", "float16", "q8_0") for case in CASES
+    if not (cache == "q8_0" and case == "kimi-b")  # 32 does not divide its latent
+])
 def test_states_hold_what_is_planned(case, cache):
     model = open_model(case)
-    if cache == "q8_0" and model.config.kv_rank % 32:
-        pytest.skip("blocks of 32 do not divide its latent")
     for context, sequences in itertools.product((1, 511, 512, 513, 1500), (1, 3)):
         plan = model.plan(context=context, sequences=sequences, cache=cache)
         states = model.new_state(sequences, context=context, cache=cache)

@@ -146,10 +146,14 @@ def test_a_state_belongs_to_its_file(tmp_path, whole, kimi_b):
         other.load_state(tmp_path / "state")
 
 
-def test_latent_eps(whole):
-    model = kl.Model.from_pretrained(whole, latent_eps=1e-5)
-    assert model.config.latent_eps == 1e-5
-    assert (model(tokens_of(model)) != kl.Model.from_pretrained(whole)(tokens_of(model))).any()
+@pytest.mark.parametrize("name", ["latent_eps", "l2_eps"])
+def test_other_epsilons(whole, name):
+    """Large, so that they show: the engine has them where float64 has them."""
+    model, usual = kl.Model.from_pretrained(whole, **{name: 0.1}), kl.Model.from_pretrained(whole)
+    assert getattr(model.config, name) == 0.1 and getattr(usual.config, name) == 1e-6
+    tokens = tokens_of(model)
+    exact = model.reference().forward(np.asarray(tokens)).logits
+    assert np.abs(model(tokens) - exact).max() < 1e-4 < 1e-2 < np.abs(usual(tokens) - exact).max()
 
 
 def test_verify_finds_every_op_in_budget(tmp_path, tiny_dir):

@@ -100,6 +100,7 @@ VARIANTS = {
     "softmax": dict(moe_router_activation_func="softmax", moe_renormalize=False),
     "several ends": dict(eos_token_id=[5, 7], pad_token_id=None),
     "latent eps": dict(latent_eps=1e-5),
+    "l2 eps": dict(l2_eps=1e-5),
     "conv 1": dict(linear__short_conv_kernel_size=1),
     "odd heads": dict(linear__head_dim=20, v_head_dim=7, qk_rope_head_dim=0),
 }
