@@ -9,6 +9,7 @@ import numpy as np
 
 from .errors import FormatError
 from .load.gguf import BlockView
+from .load.gguf_kept import TYPES as KEPT_TYPES
 from .perplexity import perplexity
 
 __all__ = ["FileReport", "check_file", "converter_of"]
@@ -172,7 +173,9 @@ def converter_of(model):
     if "attn_qkv.weight" in names:
         marks.append("q, k and v are fused")
     c = model.config
-    if width is not None and width not in (c.kv_rank, c.v_head_dim) and c.mla_heads:
+    if KEPT_TYPES in metadata:
+        generation = "kimi_linear"
+    elif width is not None and width not in (c.kv_rank, c.v_head_dim) and c.mla_heads:
         marks.append(f"value_length is {width}, as conversions of February 2026 have it")
         generation = "llama.cpp, February 2026"
     else:

@@ -1,5 +1,6 @@
 """A model as a Hugging Face folder."""
 
+import contextlib
 import errno
 import json
 import math
@@ -18,23 +19,67 @@ _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def save_pretrained(model, folder, overwrite=False):
-    """Write `model` to `folder`; see `Model.save_pretrained`.
+    """Write `model` to `folder`; see `Model.save_pretrained`."""
+    own = model._checkpoint.path if model._checkpoint is not None else None
+    tensors = {name: _Plain(t) if hasattr(t, "digest_parts") else t for name, t in model._tensors.items()}
+    dtype = dtype_of(tensors)
+    config = model.config.to_dict() | ({"torch_dtype": dtype} if dtype else {})
+    write_folder(folder, tensors, config, model.generation_config, _tokenizer_writer(model, own), overwrite, own=own)
+
+
+def write_folder(folder, tensors, config, generation_config, tokenizer=None, overwrite=False, check=None, own=None):
+    """Write a Hugging Face folder.
 
     All files are written into a folder beside their places first, and moved when they are whole, config.json last:
-    what fails leaves what was there."""
+    what fails leaves what was there.
+
+    Parameters
+    ----------
+    folder : path
+        Made if it is not there.
+    tensors : mapping of str to tensor
+        As for `write_safetensors`, with `nbytes`.
+    config, generation_config : dict
+        The content of the files; an empty generation_config gives none.
+    tokenizer : callable, optional
+        Called with a folder, to write the tokenizer's files.
+    overwrite : bool
+    check : callable, optional
+        Called when all is written and nothing has its name yet.
+    own : path, optional
+        The folder whose files the tensors are in; it is refused.
+    """
     folder = Path(folder)
-    own = model._checkpoint.path if model._checkpoint is not None else None
     old = _checkpoint_files(folder)
     if own is not None and folder.exists() and folder.resolve() == own.resolve():
         raise FileExistsError(f"folder is {folder}, the model's own, whose files are in use; it must be another")
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"folder is {folder}, which is a file; it must be a folder")
     if old and not overwrite:
         raise FileExistsError(f"folder {folder} holds a checkpoint ({old[0].name}); overwrite=True replaces it")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    weights = _Tensors(model)
-    _check_room(folder, sum(weights.nbytes(name) for name in weights))
+    try:
+        _fill(folder, tensors, config, generation_config, tokenizer, check, old)
+    except BaseException:
+        for path in made:  # what was made for it is empty again
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def _fill(folder, tensors, config, generation_config, tokenizer, check, old):
+    _check_room(folder, sum(t.nbytes for t in tensors.values()))
     draft = Path(tempfile.mkdtemp(prefix=".", suffix=".part", dir=folder))
     try:
-        _write(model, weights, draft, own)
+        if tokenizer is not None:
+            tokenizer(draft)
+        _write_tensors(draft, tensors, _shards(tensors))
+        if generation_config:
+            _write_json(draft / "generation_config.json", generation_config)
+        _write_json(draft / CONFIG, config)
+        if check is not None:
+            check()
         for path in old:
             path.unlink()
         for path in sorted(draft.iterdir(), key=lambda path: path.name == CONFIG):
@@ -43,29 +88,23 @@ def save_pretrained(model, folder, overwrite=False):
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _write(model, weights, folder, own):
-    if own is not None and own.is_dir():
+def _tokenizer_writer(model, own):
+    """Copies the folder's files, else writes the tokenizer's; None where there is none."""
+    if own is None or not own.is_dir():
+        return None if model.tokenizer is None else model.tokenizer.save
+
+    def copy(folder):
         for name in TOKENIZER_FILES:
             if (own / name).is_file():
                 shutil.copyfile(own / name, folder / name)
-    elif model.tokenizer is not None:
-        model.tokenizer.save(folder)
-    _write_tensors(folder, weights, _shards(weights))
-    if model.generation_config:
-        _write_json(folder / "generation_config.json", model.generation_config)
-    types = {_DTYPES.get(str(t.dtype), str(t.dtype)) for name, t in weights.items() if name.endswith("proj.weight")}
-    dtype = {"torch_dtype": types.pop()} if len(types) == 1 else {}
-    _write_json(folder / CONFIG, model.config.to_dict() | dtype)
+
+    return copy
 
 
-class _Tensors(dict):
-    """Name -> what `write_safetensors` takes: a tensor of a file stays there until its turn comes."""
-
-    def __init__(self, model):
-        super().__init__({name: _Plain(t) if hasattr(t, "digest_parts") else t for name, t in model._tensors.items()})
-
-    def nbytes(self, name):
-        return self[name].nbytes
+def dtype_of(tensors):
+    """"bfloat16" and the like where all projections are of one type; None where they differ."""
+    types = {_DTYPES.get(str(t.dtype), str(t.dtype)) for name, t in tensors.items() if name.endswith("proj.weight")}
+    return types.pop() if len(types) == 1 else None
 
 
 class _Plain:
@@ -91,11 +130,11 @@ def _shards(weights):
     """Names by file: as many tensors, in their order, as stay within SHARD bytes; at least one."""
     shards, size = [[]], 0
     for name in weights:
-        if shards[-1] and size + weights.nbytes(name) > SHARD:
+        if shards[-1] and size + weights[name].nbytes > SHARD:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size += weights.nbytes(name)
+        size += weights[name].nbytes
     return shards
 
 
@@ -115,7 +154,7 @@ def _write_tensors(folder, weights, shards):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         write_safetensors(folder / file, {name: weights[name] for name in names}, meta)
         index |= dict.fromkeys(names, file)
-    size = sum(weights.nbytes(name) for name in weights)
+    size = sum(t.nbytes for t in weights.values())
     _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": index})
 
 

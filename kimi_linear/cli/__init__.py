@@ -17,7 +17,7 @@ from ..errors import DeviceError
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = ("demo", "generate", "chat", "inspect", "plan", "verify", "laws", "golden", "trace", "diff", "blame",
-            "report", "replay", "perplexity", "bench")
+            "report", "replay", "perplexity", "bench", "convert", "quantize")
 
 _BAD_INPUT = (ValueError, TypeError, KeyError, OSError, MemoryError, NotImplementedError, DeviceError)
 

@@ -1,5 +1,6 @@
-"""``kimi-linear verify``: every op of a model beside float64 and its budget."""
+"""``kimi-linear verify``: every op of a model beside float64 and its budget, or one file of a model beside another."""
 
+import argparse
 import os
 import sys
 
@@ -11,23 +12,27 @@ from ._common import (
     load_model,
     non_negative,
     positive,
+    print_json,
     print_report,
     progress,
     read_text,
     say,
 )
 
-HELP = "every op of a model beside the float64 reference: its error, its budget, the verdict"
+HELP = "every op of a model beside the float64 reference and its budget; or two files of one model"
 EPILOG = """
 kimi-linear verify
 kimi-linear verify ~/models/kimi --tokens 200 --text book.txt --all
+kimi-linear verify kimi-bf16.gguf kimi-q4_k.gguf
 
 exit code 0: every op inside its budget; 1: one is over it; 2: bad usage or input
+Two files: the error of each tensor's values, the worst first, then KL(A || B), top-1 and perplexities on the text.
 """
 
 
 def add_arguments(parser):
     add_model_argument(parser)
+    parser.add_argument("other", metavar="MODEL_B", nargs="?", help="another file of the model, to compare with it")
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--text", metavar="FILE", help="UTF-8 text to run; - is stdin (default: a text in the package)"
@@ -55,7 +60,11 @@ def add_arguments(parser):
     parser.add_argument(
         "--no-free-run", action="store_true", help="leave out the run that lists routing flips"
     )
-    parser.add_argument("--all", action="store_true", help="a line for every tap, not only for every op")
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="a line for every tap, not only for every op; of two files, for every tensor",
+    )
     add_compute_arguments(parser)
     add_json_argument(parser)
 
@@ -64,6 +73,8 @@ def run(args):
     from ..verify import verify
 
     text = read_text(args.text) if args.text is not None else None
+    if args.other is not None:
+        return _compare(args, text)
     model = load_model(args)
     tokens = _tokens(model, args, text)
     with progress(1, "verify", unit="tap") as bar:
@@ -82,6 +93,30 @@ def run(args):
         return report.render(all_taps=args.all, colour=colour, ascii_only=not _draws_blocks())
 
     return print_report(args, report, text)
+
+
+def _compare(args, text):
+    """Two files of one model."""
+    from ..compare_models import compare_models
+
+    if args.model is not None or args.own_experts or args.no_free_run:
+        raise ValueError("two files are compared; --model, --own-experts and --no-free-run are for one model")
+    first = load_model(args)
+    second = load_model(argparse.Namespace(**{**vars(args), "model_positional": args.other}))
+    tokens = _tokens(first, args, text)
+    with progress(1, "verify", unit="step") as bar:
+
+        def moved(done, total, name):
+            bar.total = total
+            bar.set_postfix_str(name, refresh=False)
+            bar.update(done - bar.n)
+
+        report = compare_models(first, second, tokens, progress=moved)
+    if args.json:
+        print_json(report.to_dict())
+    else:
+        print(report.render(all_tensors=args.all))
+    return 0
 
 
 def _tokens(model, args, text):

@@ -6,7 +6,7 @@ A GGUF becomes the same by `gguf_kimi.open_gguf`.
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..config import Config
@@ -41,6 +41,10 @@ class Checkpoint:
         Tensors of the files that the model does not read: rotary buffers, the head of a tied model.
     tokenizer : callable or None
         Makes the Tokenizer of a GGUF; None for a folder, whose files say it (`Tokenizer.from_folder`).
+    content : dict
+        config.json as it stands; of a GGUF what stands for it.
+    dtypes : dict of str to str
+        Of a GGUF: the storage types of the folder that it was made from, where it says so (gguf_kept.py).
     """
 
     path: Path
@@ -50,6 +54,8 @@ class Checkpoint:
     generation_config: dict
     skipped: tuple[str, ...] = ()
     tokenizer: Callable | None = None
+    content: Mapping = field(default_factory=dict)
+    dtypes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def in_blocks(self) -> bool:
@@ -87,7 +93,8 @@ def open_folder(path: str | os.PathLike) -> Checkpoint:
         ggufs = sorted(path.name for path in folder.glob("*.gguf"))
         hint = f" It holds {', '.join(ggufs[:3])}: give the file." if ggufs else ""
         raise FileNotFoundError(f"{folder} has no config.json, so it is not a Hugging Face model folder.{hint}")
-    config = Config.from_dict(load_object(config_path))
+    content = load_object(config_path)
+    config = Config.from_dict(content)
 
     problems: list[str] = []
     files, excused = _open_files(folder, problems)
@@ -96,7 +103,7 @@ def open_folder(path: str | os.PathLike) -> Checkpoint:
         raise FormatError(problems, str(folder))
     generation = folder / "generation_config.json"
     generation_config = load_object(generation) if generation.is_file() else {}
-    return Checkpoint(folder, config, tensors, tuple(files), generation_config, skipped)
+    return Checkpoint(folder, config, tensors, tuple(files), generation_config, skipped, content=content)
 
 
 def resolve(path: str | os.PathLike) -> Path:

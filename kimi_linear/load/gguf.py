@@ -136,6 +136,8 @@ class GGUFFile(MappedFile, Mapping):
     path : Path
     version : int
     metadata : dict of str to (int, float, bool, str or MetaArray)
+    pairs : dict of str to (int, int)
+        The bytes of the file that hold a key, its type and its value.
     alignment : int
     data_offset : int
         Byte where the tensors' data begin.
@@ -198,6 +200,7 @@ class GGUFFile(MappedFile, Mapping):
 
     def _metadata(self, cursor: "_Cursor", n: int, problems: list[str]) -> dict:
         metadata: dict = {}
+        self.pairs = {}
         for i in range(n):
             begin = cursor.at
             key = cursor.string(f"metadata key {i}", MAX_KEY)
@@ -208,6 +211,7 @@ class GGUFFile(MappedFile, Mapping):
             if key in metadata:
                 problems.append(f"the key {_quote(key)} is there twice, the second time at byte {begin}")
             metadata.setdefault(key, value)
+            self.pairs.setdefault(key, (begin, cursor.at))
         return metadata
 
     def _alignment(self, problems: list[str]) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..config import MOST_LAYERS, Config, ConfigError
 from ..errors import FormatError
+from . import gguf_kept
 from .gguf import MetaArray, place
 from .safetensors import TensorView
 from .strict_json import show
@@ -52,8 +53,8 @@ def check_architecture(metadata: Mapping, where: str) -> None:
         raise FormatError(f"its general.architecture is {show(found)}; {ARCHITECTURE!r} is supported", where)
 
 
-def read_config(metadata: Mapping, tensors: Mapping[str, TensorView], where: str) -> Config:
-    """The config of a checked architecture.
+def read_config(metadata: Mapping, tensors: Mapping[str, TensorView], where: str) -> tuple[Config, dict]:
+    """The config of a checked architecture, and config.json's content for it.
 
     Parameters
     ----------
@@ -63,6 +64,12 @@ def read_config(metadata: Mapping, tensors: Mapping[str, TensorView], where: str
         Of all files, by their GGUF names.
     where : str
         The file, for messages.
+
+    Returns
+    -------
+    config : Config
+    content : dict
+        As the folder had it that our converter read (gguf_kept.py); else the published form.
 
     Raises
     ------
@@ -78,7 +85,12 @@ def read_config(metadata: Mapping, tensors: Mapping[str, TensorView], where: str
     if unknown:
         warnings.warn(f"{where}: unknown keys, ignored: " + ", ".join(unknown), stacklevel=3)
     try:
-        return Config.from_dict(d)
+        config = Config.from_dict(d)
+        given = config.to_dict()
+        content = gguf_kept.restored(given, metadata, r.problems)
+        if r.problems:
+            raise FormatError(r.problems, where)
+        return (config if gguf_kept.same(content, given) else Config.from_dict(content)), content
     except ConfigError as error:
         raise FormatError([_renamed(problem) for problem in error.problems], where) from None
 

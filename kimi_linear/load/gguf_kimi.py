@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from ..errors import FormatError
+from . import gguf_kept
 from .checkpoint import Checkpoint
 from .gguf import split_files
 from .gguf_config import check_architecture, read_config
@@ -30,12 +31,15 @@ def open_gguf(path: str | os.PathLike) -> Checkpoint:
     metadata = files[0].metadata
     check_architecture(metadata, str(path))
     stored = {name: view for file in files for name, view in file.items()}
-    config = read_config(metadata, stored, str(path))
+    config, content = read_config(metadata, stored, str(path))
     problems: list[str] = []
-    tensors, skipped = match(config, stored, problems)
+    a_logs = gguf_kept.read_a_logs(metadata, config, problems)
+    generation = gguf_kept.json_object(metadata, gguf_kept.GENERATION, problems)
+    dtypes = gguf_kept.read_dtypes(metadata, problems)
+    tensors, skipped = match(config, stored, problems, a_logs)
     if problems:
         raise FormatError(problems, str(path))
     tokenizer = None
     if "tokenizer.ggml.tokens" in metadata:
         tokenizer = functools.partial(read_tokenizer, metadata, str(path))
-    return Checkpoint(path, config, tensors, tuple(files), {}, skipped, tokenizer)
+    return Checkpoint(path, config, tensors, tuple(files), generation, skipped, tokenizer, content, dtypes)

@@ -13,12 +13,13 @@ The engine takes the last two as they lie, by names of their own (csrc/model/wei
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..config import Config
 from .gguf import BLOCK_TYPES, BlockView, place, stored_parts
+from .gguf_kept import rate_of
 from .mapped import MappedFile
 from .safetensors import TensorView
 
@@ -115,12 +116,14 @@ class SplitHeads:
 class LogRate:
     """A_log [H], stored as -exp(A_log) in float32.
 
-    `array` is float64: its exponential, rounded once, is the rate that the file has.
+    `array` is float64: its exponential, rounded once, is the rate that the file has. `kept` is A_log itself, where the
+    file has it beside the rate; it holds for the heads whose rate is its exponential.
     """
 
     name: str
     shape: tuple[int, ...]
     ssm_a: TensorView
+    kept: np.ndarray | None = field(default=None, compare=False)
 
     @property
     def dtype(self) -> str:
@@ -154,11 +157,13 @@ class LogRate:
         """A_log [H] float64."""
         with np.errstate(divide="ignore"):
             values = np.log(self.rate().astype(np.float64))
+        if self.kept is not None:
+            values = np.where(rate_of(self.kept) == self.rate(), self.kept.astype(np.float64), values)
         values.flags.writeable = False
         return values
 
 
-def match(config: Config, tensors: Mapping[str, TensorView], problems: list[str]):
+def match(config: Config, tensors: Mapping[str, TensorView], problems: list[str], a_logs: Mapping | None = None):
     """The config's tensors among a file's.
 
     Parameters
@@ -168,6 +173,8 @@ def match(config: Config, tensors: Mapping[str, TensorView], problems: list[str]
         By GGUF names.
     problems : list of str
         Gets a sentence for each tensor that is missing, unknown, or of the wrong sizes, type or values.
+    a_logs : mapping of int to (H,) float32, optional
+        A_log by layer, of a file that keeps it beside the rates.
 
     Returns
     -------
@@ -176,7 +183,7 @@ def match(config: Config, tensors: Mapping[str, TensorView], problems: list[str]
     skipped : tuple of str
         Tensors of the file that are not read.
     """
-    m = _Matcher(config, tensors, problems)
+    m = _Matcher(config, tensors, problems, a_logs or {})
     found = {}
     for name, shape in config.weight_shapes().items():
         tensor = m.tensor(name, shape)
@@ -194,8 +201,8 @@ def match(config: Config, tensors: Mapping[str, TensorView], problems: list[str]
 class _Matcher:
     """Finds one tensor at a time, and remembers which of the file's were used."""
 
-    def __init__(self, config: Config, tensors: Mapping[str, TensorView], problems: list[str]):
-        self.config, self.tensors, self.problems = config, tensors, problems
+    def __init__(self, config: Config, tensors: Mapping[str, TensorView], problems: list[str], a_logs: Mapping):
+        self.config, self.tensors, self.problems, self.a_logs = config, tensors, problems, a_logs
         self.used: set[str] = set()
         self.skipped: set[str] = set()
         self.told: set[str] = set()
@@ -270,7 +277,7 @@ class _Matcher:
         return SplitHeads(name, shape, k, v) if k is not None and v is not None else None
 
     def log_rate(self, name: str, view: TensorView) -> LogRate | None:
-        tensor = LogRate(name, view.shape, view)
+        tensor = LogRate(name, view.shape, view, self.a_logs.get(int(name.split(".")[2])))
         rate = tensor.rate()
         bad = np.flatnonzero(~((rate >= 0) & np.isfinite(rate)))
         if bad.size:

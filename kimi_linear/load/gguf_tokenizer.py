@@ -8,7 +8,7 @@ of the Hugging Face folder. Where that cannot be, the error says why.
 from collections.abc import Mapping
 
 from ..errors import FormatError
-from ..tokenizer import Tokenizer
+from ..tokenizer import N_SPECIAL, Tokenizer
 from .gguf import MetaArray
 from .strict_json import show
 
@@ -35,6 +35,7 @@ class _Alphabet(dict):
 
 
 BYTES_OF = _Alphabet(_alphabet())
+LETTERS = {ord(byte): chr(letter) for letter, byte in _alphabet().items()}  # the other way, for str.translate
 
 
 def read_tokenizer(metadata: Mapping, where: str) -> Tokenizer:
@@ -105,6 +106,8 @@ def _vocabulary(tokens: list[str], types: list[int], problems: list[str]):
             problems.append(f"token {i}, {show(token)}, has the type {kind} behind the first special token, {n}: it "
                             f"has no rank that could be recovered")
             break
+        if i >= n + N_SPECIAL and kind == _UNUSED and token == f"[PAD{i}]":
+            continue  # a row of the embedding behind the tokenizer's slots
         name = f"<|reserved_token_{i}|>" if kind == _UNUSED and token == f"[PAD{i}]" else token
         if not name or special.setdefault(name, i) != i:
             like = f"the name of {special[name]}, too" if name else "empty"

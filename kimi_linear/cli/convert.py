@@ -1,0 +1,59 @@
+"""``kimi-linear convert``: a Hugging Face folder to a GGUF, and back."""
+
+from ._common import add_json_argument, print_json, progress
+
+HELP = "a Hugging Face folder to a GGUF that llama.cpp runs too, or a GGUF to a folder"
+EPILOG = """
+kimi-linear convert ~/models/kimi kimi-bf16.gguf
+kimi-linear convert ~/models/kimi kimi.gguf --type Q4_K --map 'output.weight=Q6_K' --map 'blk.*.ffn_down*=Q5_K'
+kimi-linear convert kimi-bf16.gguf ~/models/kimi-again
+
+A target that ends in .gguf is a GGUF, any other a folder. There and back gives the same bytes and an equal config.
+"""
+
+
+def add_arguments(parser):
+    parser.add_argument("source", metavar="SRC", help="Hugging Face folder, GGUF file, or hub id in the local cache")
+    parser.add_argument("target", metavar="DST", help="FILE.gguf; or, of a GGUF, a folder")
+    add_type_arguments(parser, "each keeps its own")
+    parser.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto",
+                        help="of a folder's tensors (default: as the file's folder had them, else a float type as it "
+                             "is and blocks as bfloat16)")
+    add_output_arguments(parser)
+
+
+def add_type_arguments(parser, default):
+    """``--type`` and ``--map``."""
+    parser.add_argument("--type", metavar="TYPE", help=f"of all matrices of a GGUF, as Q4_K (default: {default})")
+    parser.add_argument("--map", metavar="PATTERN=TYPE", action="append", default=[],
+                        help="of tensors whose GGUF name matches, before --type; repeatable, the first match wins")
+
+
+def add_output_arguments(parser):
+    """``--force`` and ``--json``."""
+    parser.add_argument("--force", action="store_true", help="replace what is there")
+    add_json_argument(parser)
+
+
+def run(args):
+    return convert_as(args, args.dtype)
+
+
+def convert_as(args, dtype="auto", label="convert"):
+    """Do what the arguments say, with a bar; what was written, on stdout."""
+    from ..convert import convert
+
+    with progress(0, label, unit="byte") as bar:
+
+        def moved(done, total, name):
+            bar.total = total
+            bar.set_postfix_str(name, refresh=False)
+            bar.update(done - bar.n)
+
+        result = convert(args.source, args.target, type=args.type, types=args.map, dtype=dtype,
+                         overwrite=args.force, progress=moved)
+    if args.json:
+        print_json(result.to_dict())
+    else:
+        print(result)
+    return 0

@@ -1,0 +1,291 @@
+"""Two files of one model: how far their weights are apart, and what that does to a text; see `compare_models`."""
+
+import math
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from ._arrays import as_integers
+from .diff import _html as parts
+from .load.gguf_tensors import VALUES, rows_of
+from .load.safetensors import TensorView
+
+__all__ = ["ModelComparison", "TensorDistance", "compare_models"]
+
+PASS = 128  # tokens of a forward call: no more logits than these are held, of both
+SHOWN = 24  # lines of the table
+_EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+_HEAD = ("tensor", "A", "B", "rms error", "largest", "values")
+
+
+@dataclass(frozen=True)
+class TensorDistance:
+    """Values of B less those of A, of one tensor or of the experts of a layer.
+
+    Attributes
+    ----------
+    name : str
+        Canonical; ``*`` stands for all experts.
+    types : tuple of str
+        Storage types in A and in B.
+    values : int
+    rms : float
+        Root of the mean square of the differences, over that of A's values; infinite where A is zero.
+    largest : float
+        The largest difference, over the root mean square of A's values.
+    """
+
+    name: str
+    types: tuple[str, str]
+    values: int
+    rms: float
+    largest: float
+
+
+@dataclass(frozen=True)
+class ModelComparison:
+    """What `compare_models` found. Prints as a table of tensors, the worst first, and what the text shows.
+
+    Attributes
+    ----------
+    a, b : str
+        The models' names.
+    tensors : list of TensorDistance
+        The worst first.
+    tokens : int
+        Of the text.
+    kl : float
+        Mean over its tokens of KL(A || B) of the next token's distribution, in nats.
+    kl_largest : float
+    kl_at : int
+        The token behind which it is largest.
+    top1 : float
+        Share of tokens behind which A and B rank the same token first.
+    perplexity : tuple of float
+        Of A and of B; NaN for a text of one token.
+    seconds : float
+    """
+
+    a: str
+    b: str
+    tensors: list[TensorDistance]
+    tokens: int
+    kl: float
+    kl_largest: float
+    kl_at: int
+    top1: float
+    perplexity: tuple[float, float]
+    seconds: float = 0.0
+
+    @property
+    def equal(self) -> int:
+        """Lines of the table that are without any difference."""
+        return sum(t.rms == 0 for t in self.tensors)
+
+    @property
+    def verdict(self) -> str:
+        """One sentence."""
+        worst = self.tensors[0]
+        if worst.rms == 0:
+            weights = "all values of all tensors are equal"
+        else:
+            weights = f"{worst.name} is furthest apart, {worst.rms:.2e} of its rms"
+        return f"{self.b} beside {self.a}: {weights}; KL {self.kl:.3e} nats, top-1 equal in {100 * self.top1:.2f} %"
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Label and text: what the text shows."""
+        first, second = self.perplexity
+        return [
+            ("text", f"{self.tokens:,} tokens, {self.seconds:.1f} s"),
+            ("KL(A || B)", f"{self.kl:.4e} nats a token in the mean; {self.kl_largest:.3e} behind token {self.kl_at}"),
+            ("top-1", f"{100 * self.top1:.2f} % equal"),
+            ("perplexity", f"A {first:.5f}, B {second:.5f} ({100 * (second / first - 1):+.3f} %)"),
+        ]
+
+    def render(self, *, all_tensors: bool = False) -> str:
+        """The comparison as text; the `SHOWN` worst tensors, or all of them."""
+        shown = self.tensors if all_tensors else [t for t in self.tensors[:SHOWN] if t.rms != 0]
+        rows = [_HEAD, *map(_cells, shown)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        left = (True, True, True, False, False, False)
+        table = ["  ".join(c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in zip(row, widths, left)).rstrip()
+                 for row in rows]
+        return "\n".join([f"A: {self.a}", f"B: {self.b}", "", *(table if shown else []), *self._rest(len(shown)), "",
+                          *(f"{label:<12}  {text}" for label, text in self.lines()), "", self.verdict])
+
+    def _rest(self, shown: int) -> list[str]:
+        rest = self.tensors[shown:]
+        if not rest:
+            return []
+        worst = "all of them equal" if rest[0].rms == 0 else f"at most {rest[0].rms:.2e}, {self.equal} of them equal"
+        return [f"{'and ' if shown else ''}{len(rest):,} {'more ' if shown else 'tensors '}({worst})"]
+
+    def __str__(self):
+        return self.render()
+
+    __repr__ = __str__
+
+    def _repr_html_(self):
+        rows = [_cells(t) for t in self.tensors[:SHOWN] if t.rms != 0]
+        notes = [*self._rest(len(rows)), *(f"{label}: {text}" for label, text in self.lines())]
+        return parts.fragment(parts.verdict(self.verdict, True), parts.table(rows, _HEAD) if rows else "",
+                              parts.notes(notes))
+
+    def to_dict(self) -> dict:
+        """Plain values, for JSON; what is not finite is None."""
+        return _plain(asdict(self) | {"verdict": self.verdict})
+
+
+def _plain(x):
+    if isinstance(x, dict):
+        return {key: _plain(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [_plain(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def _cells(t: TensorDistance) -> tuple[str, ...]:
+    return t.name, *t.types, f"{t.rms:.2e}", f"{t.largest:.2e}", f"{t.values:,}"
+
+
+def compare_models(a, b, tokens, progress: Callable[[int, int, str], None] | None = None) -> ModelComparison:
+    """Compare the weights of two models of one shape, and their answers to a text.
+
+    Values are dequantised some rows of one tensor at a time; both models read the text in the same pieces. Logarithms
+    of probabilities are in float64, of float32 logits.
+
+    Parameters
+    ----------
+    a, b : Model
+        A is the one that errors are relative to.
+    tokens : (T,) integers
+        One sequence, from an empty state.
+    progress : callable, optional
+        Called with values and tokens done, their number in all, and what was read.
+
+    Returns
+    -------
+    ModelComparison
+
+    Raises
+    ------
+    ValueError
+        If the models have other tensors or other shapes, there is no token, or one is outside the vocabulary.
+    """
+    _check_same(a, b)
+    ids = as_integers(tokens, "tokens", ("T",), low=0, high=a.config.vocab_size)
+    if not len(ids):
+        raise ValueError("tokens is empty; there must be at least one")
+    begin = time.perf_counter()
+    groups = _groups(a)
+    total, progress = len(groups) + len(ids), progress or (lambda *_: None)
+    distances = []
+    for i, (name, names) in enumerate(groups.items()):
+        distances.append(_distance(name, [(a._tensors[n], b._tensors[n]) for n in names]))
+        progress(i + 1, total, name)
+    distances.sort(key=lambda t: -math.inf if math.isnan(t.rms) else -t.rms)
+    rows = _Rows()
+    states = a.new_state(), b.new_state()
+    for first in range(0, len(ids), PASS):
+        piece = ids[first : first + PASS]
+        rows.add(*(model.forward(piece, state=state) for model, state in zip((a, b), states, strict=True)),
+                 ids[first + 1 : first + 1 + len(piece)])
+        progress(len(groups) + first + len(piece), total, "text")
+    return ModelComparison(a.name, b.name, distances, len(ids), *rows.results(), time.perf_counter() - begin)
+
+
+def _check_same(a, b) -> None:
+    shapes = [model.config.weight_shapes() for model in (a, b)]
+    for name in dict.fromkeys([*shapes[0], *shapes[1]]):
+        mine, theirs = (str(list(s[name])) if name in s else "absent" for s in shapes)
+        if mine != theirs:
+            raise ValueError(f"{a.name} and {b.name} are no two files of one model: {name} is {mine} in the one and "
+                             f"{theirs} in the other")
+    for field, value in vars(a.config).items():
+        if field not in _NOT_THE_MODEL and value != getattr(b.config, field):
+            raise ValueError(f"{a.name} and {b.name} are no two files of one model: {field} is {value} in the one and "
+                             f"{getattr(b.config, field)} in the other")
+
+
+_NOT_THE_MODEL = ("bos_token_id", "eos_token_ids", "pad_token_id", "max_length")
+
+
+def _groups(model) -> dict[str, list[str]]:
+    """Line of the table -> tensors: the experts of a layer are one line."""
+    found: dict[str, list[str]] = {}
+    for name in model._tensors:
+        found.setdefault(_EXPERT.sub("*", name), []).append(name)
+    return found
+
+
+def _distance(name: str, pairs: list) -> TensorDistance:
+    squares = own = largest = 0.0
+    values = 0
+    types = [dict.fromkeys(_type(pair[i]) for pair in pairs) for i in (0, 1)]
+    for pair in pairs:
+        for x, y in zip(*map(_values, pair), strict=True):
+            x, d = x.astype(np.float64), y.astype(np.float64) - x
+            squares, own = squares + float((d * d).sum()), own + float((x * x).sum())
+            largest = max(largest, float(np.abs(d).max())) if math.isfinite(largest) else largest
+            values += x.size
+    rms = math.sqrt(own / values) if own >= 0 else math.nan
+    errors = (math.sqrt(squares / values), largest)
+    relative = (e / rms if rms else math.inf if e else 0.0 for e in errors)
+    return TensorDistance(name, ("/".join(types[0]), "/".join(types[1])), values, *relative)
+
+
+def _type(tensor) -> str:
+    return _TYPES.get(str(tensor.dtype), str(tensor.dtype))
+
+
+def _values(tensor) -> Iterator[np.ndarray]:
+    """A tensor's values, some rows at a time: the same rows for any form of one shape."""
+    if isinstance(tensor, TensorView):
+        yield from (part.array() for part in rows_of(tensor))
+        return
+    values = tensor.array() if hasattr(tensor, "array") else np.asarray(tensor)
+    values = values.astype(np.float32, copy=False)  # a logarithm of rates has more digits than any file
+    values = values.reshape(-1, values.shape[-1])
+    step = max(1, VALUES // values.shape[-1])
+    for first in range(0, len(values), step):
+        yield values[first : first + step]
+
+
+class _Rows:
+    """Sums over the rows of logits."""
+
+    def __init__(self):
+        self.kl: list[float] = []
+        self.same = 0
+        self.losses: tuple[list, list] = ([], [])
+
+    def add(self, a: np.ndarray, b: np.ndarray, targets: np.ndarray) -> None:
+        """Logits [n, vocab] of both, and the tokens that followed: n, or one fewer at the end."""
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):  # a row at a time: all in float64 would be large
+            p, q = _log_softmax(x), _log_softmax(y)
+            self.kl.append(float((np.exp(p) * (p - q)).sum()))
+            self.same += int(x.argmax() == y.argmax())
+            if i < len(targets):
+                self.losses[0].append(-float(p[targets[i]]))
+                self.losses[1].append(-float(q[targets[i]]))
+
+    def results(self):
+        """(mean KL, largest KL, where, top-1, perplexities)."""
+        n, at = len(self.kl), int(np.argmax(self.kl))
+        perplexity = tuple(_perplexity(losses) for losses in self.losses)
+        return math.fsum(self.kl) / n, self.kl[at], at, self.same / n, perplexity
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x.astype(np.float64)
+    x -= x.max()
+    return x - np.log(np.exp(x).sum())
+
+
+def _perplexity(losses: list[float]) -> float:
+    mean = math.fsum(losses) / len(losses) if losses else math.nan
+    return math.exp(mean) if not mean >= 700 else math.inf

@@ -1,0 +1,320 @@
+"""From a Hugging Face folder to a GGUF, back, and from types to other types; see `convert`."""
+
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from .load import gguf_kept, gguf_metadata, gguf_types
+from .load.checkpoint import open_folder
+from .load.gguf import is_gguf
+from .load.gguf_kimi import open_gguf
+from .load.gguf_tensors import Incoming, cast, encoded, of_file, of_folder, rows_of
+from .load.gguf_write import Outgoing, write_gguf
+from .load.safetensors import DTYPES, TensorView
+from .quantized import storage_types
+
+__all__ = ["Conversion", "Fallback", "convert"]
+
+_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """Tensors whose rows a type does not divide: `wanted`, what they got instead, how many they are."""
+
+    wanted: str
+    used: str
+    tensors: int
+
+    def __str__(self):
+        some = "1 tensor has" if self.tensors == 1 else f"{self.tensors:,} tensors have"
+        return f"{self.wanted} -> {self.used}: {some} rows that {self.wanted} does not divide"
+
+
+@dataclass
+class Conversion:
+    """What `convert` wrote. Prints as a few lines.
+
+    Attributes
+    ----------
+    target : Path
+    tensors : int
+    nbytes : int
+        Of the GGUF, or of all tensors of the folder.
+    types : dict of str to (int, int)
+        Storage type -> tensors, and bytes of them.
+    fallbacks : list of Fallback
+    requantised : int
+        Tensors that went from one block type to another: their errors add up.
+    """
+
+    target: Path
+    tensors: int = 0
+    nbytes: int = 0
+    types: dict[str, tuple[int, int]] = field(default_factory=dict)
+    fallbacks: list[Fallback] = field(default_factory=list)
+    requantised: int = 0
+
+    def add(self, dtype: str, nbytes: int) -> None:
+        """Count a tensor."""
+        n, total = self.types.get(dtype, (0, 0))
+        self.types[dtype] = n + 1, total + nbytes
+        self.tensors += 1
+
+    def __str__(self):
+        rows = sorted(self.types.items(), key=lambda item: -item[1][1])
+        kinds = ", ".join(f"{name} {n:,} ({size:,} bytes)" for name, (n, size) in rows)
+        lines = [f"{self.target}: {self.tensors:,} tensors, {self.nbytes:,} bytes", f"types: {kinds}"]
+        lines += [f"fallback {fallback}" for fallback in self.fallbacks]
+        if self.requantised:
+            lines.append(f"note: {self.requantised:,} tensors were in blocks of another type before: errors add up")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict:
+        """Plain values, for JSON."""
+        types = {name: {"tensors": n, "bytes": size} for name, (n, size) in self.types.items()}
+        return asdict(self) | {"target": str(self.target), "types": types}
+
+
+def convert(source: str | os.PathLike, target: str | os.PathLike, *, type: str | None = None,
+            types: Mapping | Iterable = (), dtype: str = "auto", overwrite: bool = False,
+            progress: Callable[[int, int, str], None] | None = None) -> Conversion:
+    """Write a model in the other format, or in other types.
+
+    A GGUF has llama.cpp's names, metadata and tokenizer, so that llama.cpp runs it; what config.json and
+    generation_config.json say beyond these is kept in keys of our own, so that a folder made from it has an equal
+    config, every key, and the same bytes (docs/gguf.md#convert). One part of one tensor is in memory at a time.
+
+    Parameters
+    ----------
+    source : str or path
+        A Hugging Face folder, a hub id in the local cache, or a GGUF (any part of a split one).
+    target : str or path
+        A file that ends in ".gguf", or, of a GGUF, a folder.
+    type : str, optional
+        Storage type of all matrices of a GGUF, as "Q4_K"; by default each keeps its own. Vectors, norms, routers and
+        convolutions stay float32. Rows that a type does not divide get another, as llama.cpp chooses it.
+    types : mapping or list, optional
+        Types by fnmatch patterns on GGUF names, before `type`: ``{"blk.*.ffn_down*": "Q6_K"}``, or texts
+        ``"pattern=type"``; the first that matches holds.
+    dtype : {"auto", "float32", "float16", "bfloat16"}
+        Of a folder's tensors. "auto" is what each was in the folder that the GGUF was made from; where the file does
+        not say that, a float type stays and blocks become bfloat16.
+    overwrite : bool
+        Whether a file or a checkpoint that is there may be replaced.
+    progress : callable, optional
+        Called with bytes done, bytes in all and the tensor's name.
+
+    Returns
+    -------
+    Conversion
+
+    Raises
+    ------
+    FileExistsError
+        If the target is there and `overwrite` is False, or is the source.
+    ValueError
+        An unknown type, a pattern that decides nothing, an option of the other direction, a key of config.json that
+        would be lost, a tensor with values that the type cannot hold.
+    FormatError
+        With all that is wrong with the source.
+    OSError
+        If the target would not fit on its disk, or cannot be written; nothing is left under its name then, nor when
+        the process is killed.
+    """
+    source, target = Path(os.fspath(source)), Path(os.fspath(target)).expanduser()
+    from_gguf, to_gguf = is_gguf(source.expanduser()), target.name.lower().endswith(".gguf")
+    if to_gguf:
+        if dtype != "auto":
+            raise ValueError(f"dtype is {dtype!r}, and the target a GGUF; its types are `type` and `types`")
+        choice = gguf_types.Choice(None if type is None else gguf_types.checked_type(type),
+                                   gguf_types.checked_rules(types))
+        _check_target(source, target, overwrite)
+        plan = _plan_of_file if from_gguf else _plan_of_folder
+        return _write_gguf(target, *plan(source), choice, progress or (lambda *_: None))
+    if not from_gguf:
+        raise ValueError(f"target is {str(target)!r}; of a Hugging Face folder it must be a file that ends in .gguf")
+    if type is not None or types:
+        raise ValueError(f"type or types are given, and the target {str(target)!r} is a folder; a GGUF must end in "
+                         f".gguf, and a folder has `dtype`")
+    return _write_folder(source.expanduser(), target, dtype, overwrite, progress or (lambda *_: None))
+
+
+def _check_target(source: Path, target: Path, overwrite: bool) -> None:
+    if target.exists() and source.expanduser().exists() and target.samefile(source.expanduser()):
+        raise FileExistsError(f"target is {target}, the source itself; it must be another file")
+    if target.is_dir():
+        raise FileExistsError(f"target {target} is a folder; it must be a file")
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"target {target} is there; overwrite=True (--force) replaces it")
+    if not target.absolute().parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {target.absolute().parent}, in which {target.name} is to be")
+
+
+# ---- to a GGUF -------------------------------------------------------------------------------------
+
+
+def _plan_of_folder(source: Path) -> tuple[dict, list[Incoming], object]:
+    """Metadata, tensors, and what must not change meanwhile."""
+    from .tokenizer import Tokenizer
+
+    checkpoint = open_folder(source)
+    try:
+        tokenizer = Tokenizer.from_folder(checkpoint.path)
+    except FileNotFoundError:
+        tokenizer = None
+    tensors = of_folder(checkpoint.config, checkpoint.tensors)
+    name = checkpoint.path.resolve().name
+    metadata = gguf_metadata.metadata_of(checkpoint, tokenizer, {t.name: t for t in tensors}, name)
+    return metadata, tensors, checkpoint
+
+
+def _plan_of_file(source: Path) -> tuple[dict, list[Incoming], object]:
+    """The same of a GGUF: its metadata as they lie."""
+    checkpoint = open_gguf(source)
+    head = checkpoint.files[0]
+    metadata = {key: head.mapping[begin:end] for key, (begin, end) in head.pairs.items()
+                if not key.startswith("split.") and key != "general.alignment"}
+    return metadata, of_file({name: view for file in checkpoint.files for name, view in file.items()}), checkpoint
+
+
+def _write_gguf(target: Path, metadata: dict, tensors: list[Incoming], checkpoint, choice, progress) -> Conversion:
+    result = Conversion(target)
+    outgoing = _typed(tensors, choice, result)
+    kind = choice.default or _most_bytes(tensors, outgoing)
+    metadata = metadata | {"general.file_type": gguf_metadata.FILE_TYPES.get(kind, gguf_metadata.GUESSED),
+                           "general.quantization_version": gguf_metadata.QUANTIZATION_VERSION}
+    total, done = sum(t.nbytes for t in outgoing), 0
+
+    def written(n, name):
+        nonlocal done
+        done += n
+        progress(done, total, name)
+
+    result.nbytes = write_gguf(target, metadata, outgoing, written, check=checkpoint.check_unchanged)
+    return result
+
+
+def _typed(tensors: list[Incoming], choice, result: Conversion) -> list[Outgoing]:
+    """The tensors in the types of their choice; counted in `result`."""
+    outgoing, fallbacks = [], Counter()
+    for tensor in tensors:
+        wanted = used = tensor.fixed or choice.wanted(tensor.name, tensor.dtype)
+        if used != tensor.dtype and not tensor.fixed:
+            used = gguf_types.fitting(wanted, tensor.shape[-1])
+        fallbacks[wanted, used] += used != wanted
+        result.requantised += used != tensor.dtype and _in_blocks(used) and _in_blocks(tensor.dtype)
+        outgoing.append(Outgoing(tensor.name, used, tensor.shape, _parts(tensor, used)))
+        result.add(used, outgoing[-1].nbytes)
+    choice.check_met()
+    result.fallbacks = [Fallback(*key, n) for key, n in fallbacks.items() if n]
+    return outgoing
+
+
+def _most_bytes(tensors: list[Incoming], outgoing: list[Outgoing]) -> str:
+    """The type in which most bytes of matrices are."""
+    sizes = Counter()
+    for before, after in zip(tensors, outgoing, strict=True):
+        if not before.fixed:
+            sizes[after.dtype] += after.nbytes
+    return sizes.most_common(1)[0][0]
+
+
+def _in_blocks(dtype: str) -> bool:
+    return storage_types[dtype].values > 1
+
+
+def _parts(tensor: Incoming, dtype: str) -> Callable:
+    def parts():
+        for part in tensor.parts():
+            try:
+                yield encoded(part, dtype, tensor.shape[-1])
+            except ValueError as error:
+                raise ValueError(f"{tensor.name} as {dtype}: {error}") from None
+
+    return parts
+
+
+# ---- to a folder -----------------------------------------------------------------------------------
+
+
+class _Published:
+    """A tensor of a GGUF as the published checkpoint has it: its shape, a float type."""
+
+    def __init__(self, name: str, tensor, dtype: str, done: Callable):
+        self.name, self.dtype, self._tensor, self._done = name, dtype, tensor, done
+        self.shape = tuple(tensor.shape)
+        if name.endswith(".A_log"):
+            self.shape = (1, 1, *self.shape, 1)
+        elif name.endswith("conv1d.weight"):
+            self.shape = (self.shape[0], 1, self.shape[1])
+        self.nbytes = math.prod(self.shape) * DTYPES[dtype].itemsize
+
+    def array(self) -> np.ndarray:
+        """The values, read now."""
+        try:
+            whole = not isinstance(self._tensor, TensorView) or self._tensor.dtype == self.dtype
+            values = cast(self._tensor.array(), self.dtype) if whole else self._rows()
+        except ValueError as error:
+            raise ValueError(f"{self.name} as {self.dtype}: {error}") from None
+        self._done(self)
+        return values.reshape(self.shape)
+
+    def _rows(self) -> np.ndarray:
+        """Some rows of float32 at a time, so that a tensor is whole in its own type only."""
+        cols = self._tensor.shape[-1]
+        values, first = np.empty((math.prod(self.shape) // cols, cols), DTYPES[self.dtype]), 0
+        for part in rows_of(self._tensor):
+            values[first : first + part.shape[0]] = cast(part.array(), self.dtype)
+            first += part.shape[0]
+        return values
+
+
+def _write_folder(source: Path, target: Path, dtype: str, overwrite: bool, progress) -> Conversion:
+    from .saving import write_folder
+
+    if dtype != "auto" and dtype not in _NAMES:
+        raise ValueError(f"dtype is {dtype!r}; it must be auto, {', '.join(_NAMES)}")
+    checkpoint = open_gguf(source)
+    result = Conversion(target)
+    total = done = 0
+
+    def moved(tensor):
+        nonlocal done
+        done += tensor.nbytes
+        progress(done, total, tensor.name)
+
+    tensors = {}
+    for name, tensor in checkpoint.tensors.items():
+        tensors[name] = _Published(name, tensor, _folder_dtype(checkpoint, name, dtype), moved)
+        result.add(tensors[name].dtype, tensors[name].nbytes)
+    total = result.nbytes = sum(t.nbytes for t in tensors.values())
+    tokenizer = checkpoint.tokenizer() if checkpoint.tokenizer is not None else None
+    write_folder(target, tensors, _content(checkpoint.content, tensors, dtype), checkpoint.generation_config,
+                 tokenizer.save if tokenizer is not None else None, overwrite, checkpoint.check_unchanged)
+    return result
+
+
+def _folder_dtype(checkpoint, name: str, dtype: str) -> str:
+    """Storage type of a tensor in the folder."""
+    if dtype != "auto":
+        return _NAMES[dtype]
+    kept = checkpoint.dtypes.get(name) or checkpoint.dtypes.get(gguf_kept.pattern(name))
+    own = checkpoint.tensors[name].dtype
+    return kept or (own if own in gguf_types.PLAIN else "BF16")
+
+
+def _content(content: Mapping, tensors: Mapping, dtype: str) -> dict:
+    """config.json, its dtype that of the matrices."""
+    from .saving import dtype_of
+
+    named = [key for key in ("dtype", "torch_dtype") if key in content]
+    if dtype == "auto" and named:
+        return dict(content)
+    told = dtype_of(tensors) if dtype == "auto" else dtype
+    return {**content, **dict.fromkeys(named or ["torch_dtype"], told)} if told else dict(content)

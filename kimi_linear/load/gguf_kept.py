@@ -1,0 +1,144 @@
+"""What a Hugging Face folder says and a GGUF has no key for, in keys of our own: written here, and read back.
+
+========================================  ============================================================================
+``kimi_linear.config``                    JSON: keys of config.json whose values the GGUF's keys do not give
+``kimi_linear.config.absent``             keys that they give and config.json lacks
+``kimi_linear.generation_config``         JSON: generation_config.json
+``kimi_linear.dtypes``                    JSON: storage types of the folder's tensors, by name, ``*`` for a number
+``kimi_linear.A_log``                     A_log of all KDA layers, where the logarithm of the rates is not it
+========================================  ============================================================================
+
+A key of the GGUF that was changed later is obeyed: only what differs from what the keys gave is kept.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from ..config import Config
+from .gguf import MetaArray
+from .safetensors import DTYPES
+from .strict_json import parse, show
+
+CONFIG, ABSENT = "kimi_linear.config", "kimi_linear.config.absent"
+GENERATION, TYPES, RATES = "kimi_linear.generation_config", "kimi_linear.dtypes", "kimi_linear.A_log"
+MAX_DEPTH = 64  # of JSON
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+# ---- config.json -----------------------------------------------------------------------------------
+
+
+def same(a: object, b: object) -> bool:
+    """Whether two JSON values are one: 1, 1.0 and true are three."""
+    return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
+
+
+def differences(given: Mapping, wanted: Mapping) -> dict:
+    """Keys by which `restored` makes `wanted` of `given`: name -> JSON text, or (kind, items)."""
+    more = {key: value for key, value in wanted.items() if key not in given or not same(given[key], value)}
+    absent = [key for key in given if key not in wanted]
+    found: dict = {CONFIG: json.dumps(more, ensure_ascii=False)} if more else {}
+    return found | ({ABSENT: ("string", absent)} if absent else {})
+
+
+def restored(given: Mapping, metadata: Mapping, problems: list[str]) -> dict:
+    """The content of config.json: what the keys gave, as the folder had it."""
+    more = json_object(metadata, CONFIG, problems)
+    absent = metadata.get(ABSENT)
+    gone: list = []
+    if isinstance(absent, MetaArray) and absent.kind == "string":
+        gone = absent.values()
+    elif absent is not None:
+        problems.append(f"{ABSENT} is {_shown(absent)}; it must be an array of string")
+    return {key: value for key, value in (dict(given) | more).items() if key not in gone}
+
+
+def json_object(metadata: Mapping, key: str, problems: list[str]) -> dict:
+    """The object in a text of the metadata; empty where there is none."""
+    text = metadata.get(key)
+    if text is None:
+        return {}
+    if not isinstance(text, str):
+        problems.append(f"{key} is {_shown(text)}; it must be a JSON object in a string")
+        return {}
+    try:
+        value = parse(text.encode("utf-8"))
+    except ValueError as error:
+        problems.append(f"{key}: {error}")
+        return {}
+    if not isinstance(value, dict):
+        problems.append(f"{key} is a JSON {type(value).__name__}; it must be an object")
+        return {}
+    if _depth(value) > MAX_DEPTH:
+        problems.append(f"{key}: its JSON is nested deeper than {MAX_DEPTH}")
+        return {}
+    return value
+
+
+def _depth(value: object, most: int = 0) -> int:
+    """Depth of objects and lists, counted no further than is of interest."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return most if most > MAX_DEPTH else max((_depth(x, most + 1) for x in inside), default=most)
+
+
+def _shown(value: object) -> str:
+    return f"an array of {value.kind}" if isinstance(value, MetaArray) else show(value)
+
+
+# ---- storage types of the folder -------------------------------------------------------------------
+
+
+def pattern(name: str) -> str:
+    """A tensor's name without its layer and expert."""
+    return _NUMBER.sub("*", name)
+
+
+def dtypes_of(tensors: Mapping) -> str:
+    """JSON for `dtype_reader`: one entry for all tensors of a pattern where they are of one type."""
+    by_pattern: dict[str, dict] = {}
+    for name, tensor in tensors.items():
+        by_pattern.setdefault(pattern(name), {})[name] = tensor.dtype
+    found: dict = {}
+    for key, names in by_pattern.items():
+        found |= {key: next(iter(names.values()))} if len(set(names.values())) == 1 else names
+    return json.dumps(found)
+
+
+def read_dtypes(metadata: Mapping, problems: list[str]) -> dict[str, str]:
+    """Name or `pattern` -> storage type that the folder's tensors had; empty for files of others."""
+    found = json_object(metadata, TYPES, problems)
+    for name, dtype in found.items():
+        if dtype not in ("F32", "F16", "BF16"):
+            problems.append(f"{TYPES}: {show(name)} is {show(dtype)}; it must be F32, F16 or BF16")
+    return {} if problems else found
+
+
+# ---- A_log -----------------------------------------------------------------------------------------
+
+
+def rate_of(a_log: np.ndarray) -> np.ndarray:
+    """exp(A_log) in float64, rounded once to float32."""
+    return np.exp(a_log.astype(np.float64)).astype(np.float32)
+
+
+def needs_keeping(a_log: np.ndarray) -> bool:
+    """Whether the logarithm of the rate, rounded to the type of a_log, is another number."""
+    with np.errstate(divide="ignore"):
+        back = np.log(rate_of(a_log).astype(np.float64)).astype(a_log.dtype)
+    return back.tobytes() != a_log.tobytes()
+
+
+def read_a_logs(metadata: Mapping, config: Config, problems: list[str]) -> dict[int, np.ndarray]:
+    """Layer -> A_log [H] float32, of a file that keeps it."""
+    value = metadata.get(RATES)
+    layers = [i for i, spec in enumerate(config.layers) if spec.mixer == "kda"]
+    if value is None or not layers:
+        return {}
+    n = len(layers) * config.kda_heads
+    if not isinstance(value, MetaArray) or value.kind != "float32" or value.count != n:
+        problems.append(f"{RATES} is {_shown(value)}; it must be an array of {n} float32, one a head of a KDA layer")
+        return {}
+    return dict(zip(layers, np.split(value.values().astype(DTYPES["F32"]), len(layers)), strict=True))

@@ -1,0 +1,234 @@
+"""A config and a tokenizer as the metadata of a ``kimi-linear`` GGUF, as llama.cpp's converter writes them.
+
+The inverse of gguf_config.py and gguf_tokenizer.py, which say what each key is; what has no key is kept by
+gguf_kept.py. Nothing is lost: what was written is read back before the file is made.
+"""
+
+import json
+import warnings
+from collections.abc import Mapping
+
+import numpy as np
+
+from ..config import Config
+from ..tokenizer import Tokenizer
+from . import gguf_kept as kept
+from .gguf_config import ARCHITECTURE, read_config
+from .gguf_tokenizer import _CONTROL, _NORMAL, _SHOWN_CONTROLS, _UNUSED, _USER, LETTERS, read_tokenizer
+from .gguf_write import Values
+
+QUANTIZATION_VERSION = 2  # of ggml's block layouts
+_ROUTERS = {"softmax": 1, "sigmoid": 2}
+#: Type of most matrices -> general.file_type, llama.cpp's number for it.
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11,
+              "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "IQ2_XXS": 19, "IQ2_XS": 20, "IQ3_XXS": 23, "IQ1_S": 24,
+              "IQ4_NL": 25, "IQ3_S": 26, "IQ2_S": 28, "IQ4_XS": 30, "IQ1_M": 31, "BF16": 32, "TQ1_0": 36, "TQ2_0": 37,
+              "MXFP4": 38}
+GUESSED = 1024  # no type of its own
+
+
+def metadata_of(checkpoint, tokenizer: Tokenizer | None, stored: Mapping, name: str) -> dict:
+    """All keys but general.file_type of a Hugging Face checkpoint.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    tokenizer : Tokenizer or None
+    stored : mapping of str to a tensor with `shape`
+        By GGUF names: what the file will hold.
+    name : str
+        For general.name.
+
+    Raises
+    ------
+    ValueError
+        If a key of config.json, or a part of the tokenizer, would be lost; if dense layers are no prefix.
+    """
+    metadata = {"general.architecture": ARCHITECTURE, "general.type": "model", "general.name": name,
+                "general.quantization_version": QUANTIZATION_VERSION}
+    metadata |= {f"{ARCHITECTURE}.{key}": _single(value) for key, value in config_keys(checkpoint.config).items()}
+    metadata |= _no_vocabulary(checkpoint.config) if tokenizer is None else vocabulary_keys(
+        tokenizer, checkpoint.config.vocab_size)
+    where = f"the GGUF of {checkpoint.path}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of keys that are not known: the folder's reader has warned
+        metadata = _arrays(metadata)
+        metadata |= _arrays(_kept(checkpoint, read_config(metadata, stored, where)[1]))
+        _check_config(checkpoint, *read_config(metadata, stored, where))
+    if tokenizer is not None:
+        _check_tokenizer(tokenizer, metadata)
+    return metadata
+
+
+def _arrays(metadata: Mapping) -> dict:
+    return {key: Values(key, *value) if isinstance(value, tuple) else value for key, value in metadata.items()}
+
+
+def _single(value):
+    """A float as the file will hold it."""
+    return float(np.float32(value)) if isinstance(value, float) else value
+
+
+# ---- config ----------------------------------------------------------------------------------------
+
+
+def config_keys(c: Config) -> dict:
+    """Key below ``kimi-linear.`` -> value; an array is (kind, items).
+
+    Raises
+    ------
+    ValueError
+        If a dense layer follows a sparse one: the format counts leading dense layers only.
+    """
+    kinds = {layer.mixer for layer in c.layers}
+    heads = [c.kda_heads if layer.mixer == "kda" else c.mla_heads for layer in c.layers]
+    sparse = [layer.ffn == "moe" for layer in c.layers]
+    n_dense = sparse.index(True) if True in sparse else len(sparse)
+    if not all(sparse[n_dense:]):
+        i = n_dense + sparse[n_dense:].index(False)
+        raise ValueError(f"config.json's pattern of dense and sparse layers cannot be kept: layer {i} is dense behind "
+                         f"the sparse layer {n_dense}, and a GGUF counts leading dense layers only")
+    keys: dict = {
+        "block_count": c.n_layers, "context_length": c.max_length, "embedding_length": c.hidden_size,
+        "feed_forward_length": c.ffn_size, "vocab_size": c.vocab_size,
+        "attention.head_count": heads[0] if len(set(heads)) == 1 else ("int32", heads),
+        "attention.head_count_kv": ("int32", [int(layer.mixer == "mla") for layer in c.layers]),
+        "attention.layer_norm_rms_epsilon": c.rms_norm_eps, "rope.freq_base": 10000.0,
+        "leading_dense_block_count": n_dense,
+    }
+    if "mla" in kinds:
+        keys |= _mla_keys(c)
+    if "kda" in kinds:
+        keys |= {"ssm.conv_kernel": c.conv_width, "kda.head_dim": c.kda_head_dim}
+        keys |= {} if c.gate_lower_bound is None else {"kda.gate_lower_bound": c.gate_lower_bound}
+    return keys | (_moe_keys(c) if True in sparse else {})
+
+
+def _mla_keys(c: Config) -> dict:
+    keys = {
+        "attention.kv_lora_rank": c.kv_rank, "attention.key_length": c.kv_rank + c.rope_dim,
+        "attention.value_length": c.kv_rank, "attention.key_length_mla": c.nope_dim + c.rope_dim,
+        "attention.value_length_mla": c.v_head_dim, "rope.dimension_count": c.rope_dim,
+    }
+    return keys | ({"attention.q_lora_rank": c.q_rank} if c.q_rank else {})
+
+
+def _moe_keys(c: Config) -> dict:
+    keys = {
+        "expert_count": c.n_experts, "expert_used_count": c.experts_per_token,
+        "expert_shared_count": c.n_shared_experts, "expert_feed_forward_length": c.moe_size,
+        "expert_weights_scale": c.routed_scale, "expert_weights_norm": c.renormalise,
+        "expert_gating_func": _ROUTERS[c.router_function], "expert_group_used_count": c.top_groups,
+    }
+    return keys | ({"expert_group_count": c.n_groups} if c.n_groups > 1 else {})
+
+
+def _kept(checkpoint, given: Mapping) -> dict:
+    """Keys of our own (gguf_kept.py); `given` is what the others say of config.json."""
+    found = kept.differences(given, checkpoint.content)
+    if checkpoint.generation_config:
+        found[kept.GENERATION] = json.dumps(checkpoint.generation_config, ensure_ascii=False)
+    found[kept.TYPES] = kept.dtypes_of(checkpoint.tensors)
+    a_logs = [t.array() for name, t in checkpoint.tensors.items() if name.endswith(".A_log")]
+    if any(map(kept.needs_keeping, a_logs)):
+        found[kept.RATES] = ("float32", np.concatenate(a_logs).astype(np.float32))
+    return found
+
+
+def _check_config(checkpoint, config: Config, content: Mapping) -> None:
+    """Refuse a key that reading gives back as another: config and content are what it gives."""
+    wanted = checkpoint.content
+    lost = [key for key in {**wanted, **content} if key not in content or key not in wanted
+            or not kept.same(wanted[key], content[key])]
+    if not lost:
+        lost = [key for key, value in vars(checkpoint.config).items() if value != getattr(config, key)]
+    if lost:
+        raise ValueError(f"config.json of {checkpoint.path}: a GGUF cannot keep {', '.join(lost)}")
+
+
+# ---- tokenizer -------------------------------------------------------------------------------------
+
+
+def _no_vocabulary(c: Config) -> dict:
+    ids = {"bos": c.bos_token_id, "eos": c.eos_token_ids[0] if c.eos_token_ids else None, "padding": c.pad_token_id}
+    found = {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items() if i is not None}
+    return {"tokenizer.ggml.model": "none"} | found
+
+
+def vocabulary_keys(tokenizer: Tokenizer, n: int) -> dict:
+    """Tokens, types, merges, special ids and the template, for a vocabulary of n; an array is (kind, items).
+
+    Raises
+    ------
+    ValueError
+        If the tokenizer has more tokens than the model.
+    """
+    if tokenizer.vocab_size > n:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, and config.json a vocabulary of {n}; the "
+                         f"tokens must fit it")
+    base = [tokenizer.id_to_bytes(i) for i in range(tokenizer.n_base)]
+    tokens, types = [spelled(token) for token in base], [_NORMAL] * len(base)
+    names = {i: name for name, i in tokenizer.special_ids.items()}
+    for i in range(tokenizer.n_base, n):
+        token, kind = _special(i, names.get(i), i in tokenizer._skipped)
+        tokens.append(token)
+        types.append(kind)
+    keys = {"model": "gpt2", "pre": "kimi-k2", "tokens": ("string", tokens), "token_type": ("int32", types),
+            "merges": ("string", merges(base))}
+    ids = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token"}
+    for key, name in ids.items():
+        if tokenizer._names[name] is not None:
+            keys[f"{key}_token_id"] = tokenizer.special_ids[tokenizer._names[name]]
+    found = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
+    template = tokenizer.chat_template
+    return found if template is None else found | {"tokenizer.chat_template": template}
+
+
+def _special(i: int, name: str | None, skipped: bool) -> tuple[str, int]:
+    """Spelling and type of a special token; a slot without a name is unused."""
+    if name is None or (skipped and name == f"<|reserved_token_{i}|>"):
+        return f"[PAD{i}]", _UNUSED
+    return name, _CONTROL if skipped or name.startswith(_SHOWN_CONTROLS) else _USER
+
+
+def spelled(token: bytes) -> str:
+    """A token in GPT-2's alphabet of bytes."""
+    return token.decode("latin-1").translate(LETTERS)
+
+
+def merges(tokens: list[bytes]) -> list[str]:
+    """For each token, in order, the two parts that it is built from last; none where there are more.
+
+    The parts are what merging makes of its bytes with the ranks below its own.
+    """
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    found = []
+    for rank, token in enumerate(tokens):
+        if len(token) > 1 and len(parts := _parts(ranks, token, rank)) == 2:
+            found.append(" ".join(map(spelled, parts)))
+    return found
+
+
+def _parts(ranks: Mapping[bytes, int], token: bytes, limit: int) -> list[bytes]:
+    """`token` merged as far as ranks below `limit` go, the lowest first."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, limit) for a, b in zip(parts, parts[1:], strict=False)]
+        lowest = min(pairs)
+        if lowest >= limit:
+            break
+        i = pairs.index(lowest)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def _check_tokenizer(tokenizer: Tokenizer, metadata: Mapping) -> None:
+    """Refuse what reading would not give back."""
+    back = read_tokenizer(metadata, "the GGUF to be written")
+    for what, a, b in (("special tokens", tokenizer.special_ids, back.special_ids),
+                       ("base tokens", tokenizer._bytes, back._bytes),
+                       ("tokens that decoding leaves out", tokenizer._skipped, back._skipped),
+                       ("names of special tokens", tokenizer._names, back._names),
+                       ("chat template", tokenizer.chat_template, back.chat_template)):
+        if a != b:
+            raise ValueError(f"the tokenizer's {what} cannot be kept in a GGUF: they would be read back as others")

@@ -1,0 +1,140 @@
+"""The tensors of a GGUF that is to be made, of a Hugging Face folder's or of another GGUF's, a part at a time.
+
+Names and what changes of the values: gguf_names.py, which reads them.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..config import Config
+from .gguf_kept import rate_of
+from .gguf_names import _EXPERT, EXPERTS, K_B, LAYER, MODEL, V_B
+from .gguf_types import stays_float32
+from .safetensors import DTYPES, TensorView
+
+VALUES = 1 << 22  # of a part: 16 MiB in float32
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """A tensor by its GGUF name, as it is stored now.
+
+    Attributes
+    ----------
+    name : str
+    dtype : str
+        Of its values now.
+    shape : tuple of int
+        Row-major, as the GGUF will have it.
+    fixed : str or None
+        The type that it has to have, whatever was asked for.
+    parts : callable
+        Gives views or arrays, rows of the tensor one after the other.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    fixed: str | None
+    parts: Callable[[], Iterable]
+
+
+def of_folder(config: Config, tensors: Mapping[str, TensorView]) -> list[Incoming]:
+    """Of a Hugging Face checkpoint by canonical names, in their order; the experts of a layer are one tensor."""
+    stacks: dict[str, list[TensorView]] = {}
+    made: dict[str, Incoming | None] = {}
+    for name, view in tensors.items():
+        if name in MODEL:
+            made[MODEL[name]] = _whole(MODEL[name], view, view.shape)
+            continue
+        _, _, layer, rest = name.split(".", 3)
+        at = f"blk.{layer}."
+        if rest.startswith(_EXPERT):
+            stored = at + EXPERTS[rest.removeprefix(_EXPERT).split(".")[1]]
+            stacks.setdefault(stored, []).append(view)
+            made[stored] = None  # all of its experts are needed: below
+        elif rest == "self_attn.kv_b_proj.weight":
+            made |= {x.name: x for x in _heads(config, at, view)}
+        else:
+            made[at + LAYER[rest]] = _of_layer(at + LAYER[rest], rest, view)
+    return [_stacked(name, stacks[name]) if name in stacks else x for name, x in made.items()]
+
+
+def of_file(tensors: Mapping[str, TensorView]) -> list[Incoming]:
+    """Of another GGUF: as it has them; vectors and the like keep their types."""
+    return [_whole(name, view, view.shape, view.dtype) for name, view in tensors.items()]
+
+
+def _whole(name: str, view: TensorView, shape: tuple[int, ...], fixed: str = "F32") -> Incoming:
+    kept = stays_float32(name, len(shape))
+    return Incoming(name, view.dtype, shape, fixed if kept else None, lambda: rows_of(view))
+
+
+def _of_layer(name: str, rest: str, view: TensorView) -> Incoming:
+    if rest == "self_attn.A_log":
+        return Incoming(name, "F32", (1, 1, view.shape[0], 1), "F32", lambda: [-rate_of(view.array())])
+    if rest.endswith("conv1d.weight"):
+        return _whole(name, view, (1, view.shape[0], 1, view.shape[1]))
+    return _whole(name, view, view.shape)
+
+
+def _stacked(name: str, views: list[TensorView]) -> Incoming:
+    types = {view.dtype for view in views}
+    dtype = types.pop() if len(types) == 1 else "F32"
+    return Incoming(name, dtype, (len(views), *views[0].shape), None,
+                    lambda: (part for view in views for part in rows_of(view)))
+
+
+def _heads(c: Config, at: str, view: TensorView) -> list[Incoming]:
+    """kv_b [H (nope + v), R] as k_b [H, R, nope] and v_b [H, v, R]."""
+    def part(first, last, transposed):
+        heads = view.array().reshape(c.mla_heads, c.nope_dim + c.v_head_dim, c.kv_rank)[:, first:last]
+        return [heads.transpose(0, 2, 1) if transposed else heads]
+
+    n, v = c.nope_dim, c.v_head_dim
+    return [Incoming(at + K_B, view.dtype, (c.mla_heads, c.kv_rank, n), None, lambda: part(0, n, True)),
+            Incoming(at + V_B, view.dtype, (c.mla_heads, v, c.kv_rank), None, lambda: part(n, n + v, False))]
+
+
+def rows_of(view: TensorView) -> Iterator[TensorView]:
+    """A tensor as [rows, columns], so many rows at a time as hold about VALUES values."""
+    rows, cols = math.prod(view.shape[:-1]), view.shape[-1]
+    step = max(1, VALUES // cols)
+    for first in range(0, rows, step):
+        n = min(step, rows - first)
+        row_bytes = view.nbytes // rows
+        yield replace(view, shape=(n, cols), offset=view.offset + first * row_bytes, nbytes=n * row_bytes)
+
+
+def encoded(part: TensorView | np.ndarray, dtype: str, cols: int) -> memoryview | np.ndarray:
+    """The bytes of a part in a storage type, whose rows have `cols` values.
+
+    A view that is of this type already is not touched: its bytes are the file's.
+
+    Raises
+    ------
+    ValueError
+        If a value is not finite and the type has blocks, or it is too large for float16 or bfloat16.
+    """
+    if isinstance(part, TensorView) and part.dtype == dtype:
+        return memoryview(part.file.mapping)[part.offset : part.offset + part.nbytes]
+    values = part.array() if isinstance(part, TensorView) else part
+    if dtype in DTYPES:
+        return cast(values, dtype).reshape(-1).view(np.uint8)
+    from ..ops import quantize
+
+    return quantize(np.ascontiguousarray(values, np.float32).reshape(-1, cols), dtype).data.reshape(-1)
+
+
+def cast(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Values in a float type; ValueError where one is finite and too large for it."""
+    with np.errstate(over="ignore"):
+        made = np.ascontiguousarray(values, DTYPES[dtype])
+    if dtype != "F32" and values.dtype != made.dtype:
+        bad = np.isinf(made.astype(np.float32)) & np.isfinite(values.astype(np.float32))
+        if bad.any():
+            raise ValueError(f"it holds {values[bad].flat[0]}, which {dtype} cannot")
+    return made
