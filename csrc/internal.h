@@ -29,7 +29,7 @@ struct kl_ctx {
     kl_arena arena;
     kl_allocator allocator;
     kl_gemm gemm;
-    kl_form delta_rule; /* of a call that says auto */
+    kl_form delta_rule;         /* of a call that says auto */
     kl_activations activations; /* of products with block weights */
     int threads;
     int64_t allocations;
