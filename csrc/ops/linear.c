@@ -12,8 +12,7 @@
 typedef struct task {
     const kl_ctx *ctx;
     float *const *y;
-    const float *x;
-    kl_int8_rows x8; /* the same in int8, where a weight takes it */
+    kl_operand x;
     const kl_weight *w;
     const float *const *bias;
     int n_weights;
@@ -30,12 +29,7 @@ static void product_block(const task *a, int i, int64_t r0, int64_t t0, void *sc
     const int64_t rows = a->w[i].rows, n = kl_min(a->block, rows - r0),
                   T = kl_min(a->t_block, a->T - t0);
     float *y = a->y[i] + t0 * rows + r0;
-    if (kl_product_takes_int8(a->ctx, &a->w[i])) {
-        const kl_int8_rows x8 = { a->x8.group + t0 * a->x8.groups, a->x8.groups };
-        kl_product_int8(a->ctx, y, rows, &x8, NULL, T, &a->w[i], 0, r0, n, scratch);
-    } else {
-        kl_product(a->ctx, y, rows, a->x + t0 * a->D, a->D, NULL, T, &a->w[i], 0, r0, n, scratch);
-    }
+    kl_operand_product(a->ctx, y, rows, &a->x, t0, NULL, T, &a->w[i], 0, r0, n, scratch);
     if (a->bias != NULL && a->bias[i] != NULL)
         for (int64_t t = 0; t < T; t++)
             a->ctx->k->add(y + t * rows, y + t * rows, a->bias[i] + r0, n);
@@ -60,7 +54,7 @@ kl_status cpu_linear(kl_ctx *ctx, float *const *y, const float *x, const kl_weig
     enum { FEW_ROWS = 64, X_STEP = 12 }; /* of x: a smaller task reads its weights for too little */
     task a = { .ctx = ctx,
                .y = y,
-               .x = x,
+               .x = { x, D, { NULL, kl_int8_groups(D) } },
                .w = w,
                .bias = bias,
                .n_weights = n_weights,
@@ -74,12 +68,10 @@ kl_status cpu_linear(kl_ctx *ctx, float *const *y, const float *x, const kl_weig
     for (int i = 0; i < n_weights; i++)
         rows += w[i].rows;
     for (int i = 0; i < n_weights; i++) {
-        const bool int8 = kl_product_takes_int8(ctx, &w[i]);
-        const size_t n_bytes = int8 ? kl_product_int8_scratch(&w[i]) : kl_product_scratch(&w[i], T);
+        const size_t n_bytes = kl_operand_scratch(ctx, &w[i], T);
         a.scratch_bytes = n_bytes > a.scratch_bytes ? n_bytes : a.scratch_bytes;
-        a.block = kl_max(a.block, int8 ? kl_product_int8_block(ctx, &w[i], T, rows)
-                                       : kl_product_block(ctx, &w[i], T, rows));
-        takes_int8 = takes_int8 || int8;
+        a.block = kl_max(a.block, kl_operand_block(ctx, &w[i], T, rows));
+        takes_int8 = takes_int8 || kl_product_takes_int8(ctx, &w[i]);
     }
     for (int i = 0; i < n_weights; i++)
         row_blocks += blocks_of(&a, i);
@@ -90,13 +82,12 @@ kl_status cpu_linear(kl_ctx *ctx, float *const *y, const float *x, const kl_weig
         a.t_blocks = kl_ceil_div(T, a.t_block);
     }
     kl_int8_group *x8 = NULL;
-    a.x8.groups = kl_int8_groups(D);
     KL_SCRATCH(a.scratch, ctx, (size_t)ctx->threads * a.scratch_bytes);
     if (takes_int8)
-        KL_SCRATCH(x8, ctx, T * a.x8.groups);
+        KL_SCRATCH(x8, ctx, T * a.x.int8.groups);
     if (ctx->arena.measuring || T == 0)
         return KL_OK;
-    a.x8.group = x8;
+    a.x.int8.group = x8;
     if (takes_int8)
         KL_TRY(kl_int8_rows_make(ctx, x8, x, T, D));
     return kl_product_for(ctx, row_blocks * a.t_blocks, 1, blocks, &a);

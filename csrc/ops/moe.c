@@ -26,7 +26,7 @@ _Static_assert((int)MAX_BLOCK == (int)KL_INT8_VALUES, "a block of h is quantised
 typedef struct pass {
     kl_ctx *ctx;
     float *y;
-    const float *x;
+    kl_operand x; /* [T, D] */
     const kl_weight *w_gate, *w_up, *w_down;
     const float *shared;
     int64_t T, D, F;
@@ -36,10 +36,9 @@ typedef struct pass {
     int64_t *begin; /* [E + 1] first pair of each expert */
     int32_t *used;  /* [n_used] experts that have pairs, ascending */
     int64_t n_used;
-    float *h;            /* [pairs, F] */
-    kl_int8_rows x8, h8; /* x and h in int8, where the weights take them */
-    kl_int8_group *h8_to;
-    bool int8_gate, int8_up, int8_down;
+    kl_operand h; /* [pairs, F], made in h_to and h8_to */
+    float *h_to;
+    kl_int8_group *h8_to; /* NULL where w_down takes float32 */
     int64_t f_block, d_block;
     float *rows;   /* [T, MAX_BLOCK] of each thread */
     char *scratch; /* of products, of each thread */
@@ -69,17 +68,6 @@ static void group(pass *p, const int32_t *ids, const float *weights, int64_t k)
     p->begin[0] = 0;
 }
 
-/* rows f .. f + n - 1 of expert e with its tokens' rows of x */
-static void product_of_x(const pass *p, float *y, int64_t ldy, const int32_t *index, int64_t T,
-                         const kl_weight *w, bool int8, int64_t e, int64_t f, int64_t n,
-                         void *scratch)
-{
-    if (int8)
-        kl_product_int8(p->ctx, y, ldy, &p->x8, index, T, w, e, f, n, scratch);
-    else
-        kl_product(p->ctx, y, ldy, p->x, p->D, index, T, w, e, f, n, scratch);
-}
-
 static void hidden(void *arg, int64_t begin, int64_t end, int thread)
 {
     const pass *p = arg;
@@ -91,15 +79,15 @@ static void hidden(void *arg, int64_t begin, int64_t end, int thread)
         const int64_t f = j % blocks * p->f_block, n = kl_min(p->f_block, p->F - f);
         const int64_t first = p->begin[e], T = p->begin[e + 1] - first;
         const int32_t *index = p->token + first;
-        float *gate = p->h + first * p->F + f;
-        product_of_x(p, gate, p->F, index, T, p->w_gate, p->int8_gate, e, f, n, scratch);
-        product_of_x(p, up, n, index, T, p->w_up, p->int8_up, e, f, n, scratch);
+        float *gate = p->h_to + first * p->F + f;
+        kl_operand_product(p->ctx, gate, p->F, &p->x, 0, index, T, p->w_gate, e, f, n, scratch);
+        kl_operand_product(p->ctx, up, n, &p->x, 0, index, T, p->w_up, e, f, n, scratch);
         for (int64_t t = 0; t < T; t++) {
             float *h = gate + t * p->F;
             p->ctx->k->swiglu(h, h, up + t * n, n);
-            if (p->int8_down)
-                p->ctx->k->int8_quantize(p->h8_to + (first + t) * p->h8.groups + f / KL_INT8_VALUES,
-                                         h, n);
+            if (p->h8_to != NULL)
+                p->ctx->k->int8_quantize(
+                    p->h8_to + (first + t) * p->h.int8.groups + f / KL_INT8_VALUES, h, n);
         }
     }
 }
@@ -108,11 +96,7 @@ static void hidden(void *arg, int64_t begin, int64_t end, int thread)
 static void add_expert(const pass *p, int32_t e, int64_t d, int64_t n, float *out, void *scratch)
 {
     const int64_t first = p->begin[e], T = p->begin[e + 1] - first;
-    const kl_int8_rows h8 = { p->h8.group + first * p->h8.groups, p->h8.groups };
-    if (p->int8_down)
-        kl_product_int8(p->ctx, out, n, &h8, NULL, T, p->w_down, e, d, n, scratch);
-    else
-        kl_product(p->ctx, out, n, p->h + first * p->F, p->F, NULL, T, p->w_down, e, d, n, scratch);
+    kl_operand_product(p->ctx, out, n, &p->h, first, NULL, T, p->w_down, e, d, n, scratch);
     for (int64_t t = 0; t < T; t++)
         p->ctx->k->add_scaled(p->y + p->token[first + t] * p->D + d, out + t * n,
                               p->weight[first + t], n);
@@ -138,14 +122,7 @@ static void results(void *arg, int64_t begin, int64_t end, int thread)
 
 static int64_t block_of(const pass *p, const kl_weight *w, int64_t T, int64_t rows)
 {
-    return kl_min(MAX_BLOCK, kl_product_takes_int8(p->ctx, w)
-                                 ? kl_product_int8_block(p->ctx, w, T, rows)
-                                 : kl_product_block(p->ctx, w, T, rows));
-}
-
-static size_t scratch_of(const pass *p, const kl_weight *w, int64_t T)
-{
-    return kl_product_takes_int8(p->ctx, w) ? kl_product_int8_scratch(w) : kl_product_scratch(w, T);
+    return kl_min(MAX_BLOCK, kl_operand_block(p->ctx, w, T, rows));
 }
 
 static kl_status run(pass *p, const int32_t *ids, const float *weights, int64_t k)
@@ -153,7 +130,7 @@ static kl_status run(pass *p, const int32_t *ids, const float *weights, int64_t 
     group(p, ids, weights, k);
     const int64_t T =
         kl_ceil_div(p->T * k, kl_max(1, p->n_used)); /* rows of an expert, on average */
-    p->f_block = p->int8_down ? MAX_BLOCK : block_of(p, p->w_gate, T, p->n_used * p->F);
+    p->f_block = p->h8_to != NULL ? MAX_BLOCK : block_of(p, p->w_gate, T, p->n_used * p->F);
     /* a block of D goes through all experts, so blocks are kept small enough to balance */
     p->d_block = block_of(p, p->w_down, T, kl_max(1, p->D / 4));
     KL_TRY(kl_product_for(p->ctx, p->n_used * kl_ceil_div(p->F, p->f_block), 1, hidden, p));
@@ -188,37 +165,33 @@ kl_status cpu_moe(kl_ctx *ctx, float *y, const float *x, const int32_t *ids, con
     const int64_t most_T = kl_min(T, PASS), E = w_gate->n, pairs = most_T * k;
     pass p = { .ctx = ctx, .w_gate = w_gate, .w_up = w_up, .w_down = w_down, .D = D, .F = F };
     p.row_floats = most_T * MAX_BLOCK;
-    p.scratch_bytes = most(scratch_of(&p, w_gate, most_T),
-                           most(scratch_of(&p, w_up, most_T), scratch_of(&p, w_down, most_T)));
-    p.int8_gate = kl_product_takes_int8(ctx, w_gate);
-    p.int8_up = kl_product_takes_int8(ctx, w_up);
-    p.int8_down = kl_product_takes_int8(ctx, w_down);
-    p.x8.groups = kl_int8_groups(D);
-    p.h8.groups = kl_int8_groups(F);
+    p.scratch_bytes =
+        most(kl_operand_scratch(ctx, w_gate, most_T),
+             most(kl_operand_scratch(ctx, w_up, most_T), kl_operand_scratch(ctx, w_down, most_T)));
     KL_SCRATCH(p.token, ctx, pairs);
     KL_SCRATCH(p.weight, ctx, pairs);
     KL_SCRATCH(p.begin, ctx, E + 1);
     KL_SCRATCH(p.used, ctx, E);
-    KL_SCRATCH(p.h, ctx, pairs * F);
+    KL_SCRATCH(p.h_to, ctx, pairs * F);
     KL_SCRATCH(p.rows, ctx, ctx->threads * p.row_floats);
     KL_SCRATCH(p.scratch, ctx, (size_t)ctx->threads * p.scratch_bytes);
     kl_int8_group *x8 = NULL;
-    if (p.int8_gate || p.int8_up)
-        KL_SCRATCH(x8, ctx, most_T * p.x8.groups);
-    if (p.int8_down)
-        KL_SCRATCH(p.h8_to, ctx, pairs * p.h8.groups);
-    p.x8.group = x8;
-    p.h8.group = p.h8_to;
+    const int64_t x_groups = kl_int8_groups(D), h_groups = kl_int8_groups(F);
+    if (kl_product_takes_int8(ctx, w_gate) || kl_product_takes_int8(ctx, w_up))
+        KL_SCRATCH(x8, ctx, most_T * x_groups);
+    if (kl_product_takes_int8(ctx, w_down))
+        KL_SCRATCH(p.h8_to, ctx, pairs * h_groups);
+    p.h = (kl_operand){ p.h_to, F, { p.h8_to, h_groups } };
     if (ctx->arena.measuring)
         return KL_OK;
     KL_TRY(check_ids(ctx, ids, T, k, E));
     for (int64_t t = 0; t < T; t += PASS) {
         p.y = y + t * D;
-        p.x = x + t * D;
+        p.x = (kl_operand){ x + t * D, D, { x8, x_groups } };
         p.shared = shared != NULL ? shared + t * D : NULL;
         p.T = kl_min(PASS, T - t);
         if (x8 != NULL)
-            KL_TRY(kl_int8_rows_make(ctx, x8, p.x, p.T, D));
+            KL_TRY(kl_int8_rows_make(ctx, x8, p.x.x, p.T, D));
         KL_TRY(run(&p, ids + t * k, weights + t * k, k));
     }
     return KL_OK;

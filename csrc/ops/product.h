@@ -32,19 +32,30 @@ void kl_product(const kl_ctx *ctx, float *y, int64_t ldy, const float *x, int64_
  * memory once: a multiple of 4. T rows of x, of `rows` output rows in all. */
 int64_t kl_product_block(const kl_ctx *ctx, const kl_weight *w, int64_t T, int64_t rows);
 
-/* The same with x in int8 (cpu/int8.h), for weights that kl_product_takes_int8: the context asks for it and the
- * type is built for it. Groups of a row of x of width D; T rows of them made from float32 rows. */
+/* Rows of x for several products: as they are and, for the weights that kl_product_takes_int8 (the context asks
+ * for it and the type is built for it), in int8 (cpu/int8.h). */
+typedef struct kl_operand {
+    const float *x;
+    int64_t ldx;
+    kl_int8_rows int8; /* group NULL where no weight takes it */
+} kl_operand;
+
 bool kl_product_takes_int8(const kl_ctx *ctx, const kl_weight *w);
+
+/* Groups of a row of x of width D; T rows of them made from float32 rows. */
 int64_t kl_int8_groups(int64_t D);
 kl_status kl_int8_rows_make(kl_ctx *ctx, kl_int8_group *to, const float *x, int64_t T,
                             int64_t D) KL_CHECKED;
-size_t kl_product_int8_scratch(const kl_weight *w);
-int64_t kl_product_int8_block(const kl_ctx *ctx, const kl_weight *w, int64_t T, int64_t rows);
-void kl_product_int8(const kl_ctx *ctx, float *y, int64_t ldy, const kl_int8_rows *x,
-                     const int32_t *index, int64_t T, const kl_weight *w, int64_t which,
-                     int64_t row0, int64_t rows, void *scratch);
 
-/* The one or the other, for rows of x that one product uses: they are quantised in scratch. */
+/* kl_product, its scratch and its block, in whichever form the weight takes. Rows of x begin at first, or are
+ * those of index. */
+size_t kl_operand_scratch(const kl_ctx *ctx, const kl_weight *w, int64_t T);
+int64_t kl_operand_block(const kl_ctx *ctx, const kl_weight *w, int64_t T, int64_t rows);
+void kl_operand_product(const kl_ctx *ctx, float *y, int64_t ldy, const kl_operand *x,
+                        int64_t first, const int32_t *index, int64_t T, const kl_weight *w,
+                        int64_t which, int64_t row0, int64_t rows, void *scratch);
+
+/* The same for rows of x that one product uses: they are quantised in scratch. */
 size_t kl_product_once_scratch(const kl_ctx *ctx, const kl_weight *w, int64_t T);
 void kl_product_once(const kl_ctx *ctx, float *y, int64_t ldy, const float *x, int64_t ldx,
                      int64_t T, const kl_weight *w, int64_t which, int64_t row0, int64_t rows,
