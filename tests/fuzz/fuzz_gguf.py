@@ -8,7 +8,6 @@ An input is a file. What opens is also read: every array of the metadata, every 
 planned in C from the views. Python's part is instrumented, C's is not.
 """
 
-import hashlib
 import os
 import random
 import sys
@@ -17,6 +16,7 @@ import warnings
 from pathlib import Path
 
 import atheris
+from harness import run
 
 with atheris.instrument_imports(include=["kimi_linear.load.gguf", "kimi_linear.load.gguf_config",
                                          "kimi_linear.load.gguf_names", "kimi_linear.load.gguf_kimi",
@@ -143,19 +143,5 @@ def mutated(data, max_size, seed):
     return bytes(out[:max_size])
 
 
-def main(argv):
-    target = Target()
-    if len(argv) > 1 and os.path.isfile(argv[1]):
-        return target(Path(argv[1]).read_bytes())
-    folder = Path(argv[1]) if len(argv) > 1 and not argv[1].startswith("-") else Path(tempfile.mkdtemp(prefix="inputs"))
-    folder.mkdir(parents=True, exist_ok=True)
-    for seed in target.seeds():
-        (folder / hashlib.sha1(seed).hexdigest()).write_bytes(seed)
-    rest = argv[2:] if len(argv) > 1 and not argv[1].startswith("-") else argv[1:]
-    atheris.Setup([argv[0], str(folder), f"-max_len={max(map(len, target.files)) + 1024}", *rest], target,
-                  custom_mutator=mutated)
-    atheris.Fuzz()
-
-
 if __name__ == "__main__":
-    main(sys.argv)
+    run(Target(), sys.argv, mutated, room=1024)

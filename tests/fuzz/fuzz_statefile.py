@@ -11,13 +11,13 @@ in the manifest (bit 2), so that what lies behind them is reached, too. Python's
 
 import hashlib
 import json
-import os
 import random
 import sys
 import tempfile
 from pathlib import Path
 
 import atheris
+from harness import run
 
 with atheris.instrument_imports(include=["kimi_linear.statefile", "kimi_linear.load.safetensors",
                                          "kimi_linear.load.strict_json", "kimi_linear.state"]):
@@ -79,7 +79,7 @@ class Target:
     """What is fuzzed: one load, and what must hold behind it."""
 
     def __init__(self):
-        self.model = kl.Model.from_pretrained(Path(__file__).parents[1] / "data" / "golden" / "kimi-b")
+        self.model = kl.Model.from_pretrained(Path(__file__).parents[1] / "data" / "golden" / "kimi-a")
         self.files = list(whole_files(self.model))
         self.bodies = [split(file)[1] for file in self.files]
         self.path = Path(tempfile.mkdtemp(prefix="fuzz")) / "state"
@@ -141,19 +141,5 @@ def mutated(data, max_size, seed):
         return atheris.Mutate(data, max_size)
 
 
-def main(argv):
-    target = Target()
-    if len(argv) > 1 and os.path.isfile(argv[1]):
-        return target(Path(argv[1]).read_bytes())
-    folder = Path(argv[1]) if len(argv) > 1 and not argv[1].startswith("-") else Path(tempfile.mkdtemp(prefix="inputs"))
-    folder.mkdir(parents=True, exist_ok=True)
-    for seed in target.seeds():
-        (folder / hashlib.sha1(seed).hexdigest()).write_bytes(seed)
-    rest = argv[2:] if len(argv) > 1 and not argv[1].startswith("-") else argv[1:]
-    atheris.Setup([argv[0], str(folder), f"-max_len={max(map(len, target.files)) + 4096}", *rest], target,
-                  custom_mutator=mutated)
-    atheris.Fuzz()
-
-
 if __name__ == "__main__":
-    main(sys.argv)
+    run(Target(), sys.argv, mutated, room=4096)
