@@ -16,6 +16,8 @@ import gguf
 import numpy as np
 from random_blocks import TYPES, block_of, random_blocks, type_for
 
+from kimi_linear.load import gguf_names
+from kimi_linear.load.gguf_names import MODEL
 from kimi_linear.load.safetensors import atomic_file
 from kimi_linear.random_weights import random_tensor
 
@@ -31,30 +33,8 @@ SPECIALS = {0: "[BOS]", 1: "[EOS]", 2: "<|im_end|>", 3: "<|im_user|>", 4: "<|im_
             255: "[PAD]"}  # by their distance from the first special id
 NORMAL, CONTROL, USER, UNUSED = 1, 3, 4, 5
 
-LAYER = {
-    "input_layernorm.weight": "attn_norm.weight", "post_attention_layernorm.weight": "ffn_norm.weight",
-    "self_attn.q_proj.weight": "attn_q.weight", "self_attn.k_proj.weight": "attn_k.weight",
-    "self_attn.v_proj.weight": "attn_v.weight", "self_attn.o_proj.weight": "attn_output.weight",
-    "self_attn.q_conv1d.weight": "ssm_conv1d_q.weight", "self_attn.k_conv1d.weight": "ssm_conv1d_k.weight",
-    "self_attn.v_conv1d.weight": "ssm_conv1d_v.weight", "self_attn.f_a_proj.weight": "ssm_f_a.weight",
-    "self_attn.f_b_proj.weight": "ssm_f_b.weight", "self_attn.A_log": "ssm_a", "self_attn.dt_bias": "ssm_dt.bias",
-    "self_attn.b_proj.weight": "ssm_beta.weight", "self_attn.g_a_proj.weight": "ssm_g_a.weight",
-    "self_attn.g_b_proj.weight": "ssm_g_b.weight", "self_attn.o_norm.weight": "ssm_norm.weight",
-    "self_attn.q_a_proj.weight": "attn_q_a.weight", "self_attn.q_a_layernorm.weight": "attn_q_a_norm.weight",
-    "self_attn.q_b_proj.weight": "attn_q_b.weight", "self_attn.kv_a_proj_with_mqa.weight": "attn_kv_a_mqa.weight",
-    "self_attn.kv_a_layernorm.weight": "attn_kv_a_norm.weight", "mlp.gate_proj.weight": "ffn_gate.weight",
-    "mlp.up_proj.weight": "ffn_up.weight", "mlp.down_proj.weight": "ffn_down.weight",
-    "block_sparse_moe.gate.weight": "ffn_gate_inp.weight",
-    "block_sparse_moe.gate.e_score_correction_bias": "exp_probs_b.bias",
-    "block_sparse_moe.shared_experts.gate_proj.weight": "ffn_gate_shexp.weight",
-    "block_sparse_moe.shared_experts.up_proj.weight": "ffn_up_shexp.weight",
-    "block_sparse_moe.shared_experts.down_proj.weight": "ffn_down_shexp.weight",
-    "block_sparse_moe.experts.0.w1.weight": "ffn_gate_exps.weight",
-    "block_sparse_moe.experts.0.w3.weight": "ffn_up_exps.weight",
-    "block_sparse_moe.experts.0.w2.weight": "ffn_down_exps.weight",
-}
-MODEL = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
-         "lm_head.weight": "output.weight"}
+LAYER = {name: tensor for name, tensor in gguf_names.LAYER.items() if name != "self_attn.kv_b_proj.weight"} | {
+    f"block_sparse_moe.experts.0.{name}.weight": tensor for name, tensor in gguf_names.EXPERTS.items()}
 
 
 @dataclass

@@ -6,6 +6,7 @@
     python benchmarks/run.py --compare old.json new.json     compare two files
     python benchmarks/run.py model --model DIR               a model's tokens/s, as `kimi-linear bench` does
     python benchmarks/run.py model --model FILE.gguf         in turns with llama.cpp on the same file (models.py)
+    python benchmarks/run.py workbench                       a trace beside a forward pass, and blame (workbench.py)
     python benchmarks/run.py delta_rule                      its forms beside other engines, too (delta_rule.py)
     python benchmarks/run.py delta_rule --accuracy           their errors instead, by kinds of gate
 
@@ -26,6 +27,7 @@ import delta_accuracy
 import delta_rule
 import models
 import numpy as np
+import workbench
 from cases import CASES, OPS
 from delta_rule import PARTS
 from peers import PEERS
@@ -44,9 +46,9 @@ def main():
     args = arguments()
     if args.compare:
         return compare(*(json.loads(Path(path).read_text()) for path in args.compare))
-    unknown = set(args.ops) - set(OPS) - {"model"}
+    unknown = set(args.ops) - set(OPS) - {"model", "workbench"}
     if unknown:
-        return f"run: there is no case {', '.join(sorted(unknown))}; there are {', '.join(OPS)} and model"
+        return f"run: there is no case {', '.join(sorted(unknown))}; there are {', '.join(OPS)}, model and workbench"
     if args.accuracy:
         return run_accuracy(args)
     result = {"machine": machine(), "revision": revision(), "roof": {} if args.quick else roof(), "cases": {}}
@@ -58,6 +60,8 @@ def main():
         run_delta_rule(args, result)
     if "model" in args.ops:
         run_model(args, result)
+    if "workbench" in args.ops:
+        run_workbench(args, result)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
     return compare(json.loads(Path(args.against).read_text()), result) if args.against else 0
@@ -66,7 +70,7 @@ def main():
 def arguments():
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
-    parser.add_argument("ops", nargs="*", metavar="op", help=f"{', '.join(OPS)}, or model")
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"{', '.join(OPS)}, model or workbench")
     parser.add_argument("--isa", default="best", help="best, all, or names with commas (default: best)")
     parser.add_argument("--threads", type=integers, metavar="N,N",
                         help="(default: 0, all; 1 and all for delta_rule beside its peers)")
@@ -263,6 +267,20 @@ def run_file(args, result):
         for row in found["rates"]:
             key = f"model {found['file']} {row['kind']} at {row['depth']} {row['engine']} {n or 'all'}"
             result["cases"][key] = {"seconds": row["seconds"], "flops": 0, "bytes": 0}
+
+
+# ---- the workbench ----
+
+def run_workbench(args, result):
+    rows = []
+    for name, ctx in contexts(args).items():
+        for T in args.tokens or (2000,):
+            found = workbench.run(T, ctx)
+            for what, s in found.items():
+                result["cases"][f"workbench {what} T={T} {name}"] = {"seconds": s, "flops": 0, "bytes": 0}
+                ratio = f"{s['median'] / found['forward']['median']:.2f}"
+                rows.append((what, f"T={T}", name, f"{s['median']:.3f}", f"{s['low']:.3f} .. {s['high']:.3f}", ratio))
+    print_table(rows, ("", "", "kernels, threads", "s", "10 % .. 90 %", "of forward"), "<<<>>>")
 
 
 # ---- two results ----

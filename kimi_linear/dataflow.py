@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import reference
+from . import _reference_fast, reference
 from .config import Config
 
 __all__ = ["Experts", "Node", "Weight", "arguments", "evaluate", "in_order", "nodes", "run_node", "table"]
@@ -345,6 +345,10 @@ def _value(node, tap, values):
     return np.asarray(values[tap])
 
 
+#: Ops whose formula is row by row, and what computes the same faster.
+_FAST = {"delta_rule": _reference_fast, "latent_attention": _reference_fast}
+
+
 def evaluate(node: Node, args: Mapping[str, Any]) -> tuple[np.ndarray, ...]:
     """All results of the op in float64, in the op's own shapes; `args` as `arguments` gives them."""
     args = dict(args)
@@ -352,7 +356,7 @@ def evaluate(node: Node, args: Mapping[str, Any]) -> tuple[np.ndarray, ...]:
         return (reference.f64(args["x"]),)
     if node.op == "route_weights":
         args = {a: args[a] for a in ("scores", "ids", "function", "renormalise", "scale")}
-    results = getattr(reference, node.op)(**args)
+    results = getattr(_FAST.get(node.op, reference), node.op)(**args)
     return results if isinstance(results, tuple) else (results,)
 
 

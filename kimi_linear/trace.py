@@ -94,6 +94,9 @@ class Trace(Mapping):
             raise KeyError(f"{tap!r} is not in this trace{hint}") from None
         return value.array() if hasattr(value, "file") else value
 
+    def __contains__(self, tap):
+        return tap in self._arrays
+
     def __iter__(self):
         return iter(self._arrays)
 

@@ -39,20 +39,21 @@ def main(argv=None):
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] not in COMMANDS:
-        return _no_command(argv)
+        return _guarded("kimi-linear", _no_command, argv)
     command = importlib.import_module(f"{__name__}.{argv[0]}")
-    args = _parser(argv[0], command).parse_args(argv[1:])
+    parser = _parser(argv[0], command)
     prog = f"kimi-linear {argv[0]}"
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *rest, **named: print(f"{prog}: {message}", file=sys.stderr)
-        return _guarded(prog, command.run, args)
+        return _guarded(prog, lambda args: command.run(parser.parse_args(args)), argv[1:])
 
 
 def _guarded(prog, run, args):
     try:
-        code = run(args)
-        sys.stdout.flush()
-        return code
+        try:
+            return run(args)
+        finally:
+            sys.stdout.flush()  # of argparse's help, too, which exits
     except KeyboardInterrupt:
         print(f"\n{prog}: interrupted", file=sys.stderr)
         return 130

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import replace
 from zlib import crc32
 
@@ -13,12 +14,15 @@ from .. import dataflow, faults
 from .._arrays import as_array
 from ..faults import Scene, Site
 from . import metrics
+from ._noise import ATTENDS, long_sums
 from ._opened import open_array, open_ids
 from .blame import USUAL, WRONG, Blame, Judged, as_calls, level_of, ranked
 
 EXPLAINED = 30  # a fault leaves this part of the error at most,
 CLOSE = 2.5  # or this many times the noise
 RIVAL = 2  # faults that leave no more than this many times as much explain as well
+LONG, START = 512, 256  # in a run of more tokens, faults are tried on so many of them first,
+HOPELESS = 4  # and only there where they leave this many times what explains
 TYPES = ("float64", "float32", "float16", "bfloat16")
 DRAWS = 2  # of a jitter, for the noise
 TIED_ROWS = 6  # so many rows with equal scores, all to the last expert, are a rule and not chance
@@ -137,7 +141,7 @@ class Run:
                     self.skipped.append((tap, "g, which it takes, is above 0: the state grows without bound"))
                     continue
                 rows.append(self._judge(tap, group, details))
-            level = self._level(rows)
+            level, self.start = self._level(rows), self.of_first(START) if self.scene.T > LONG else None
             rows = [self._explained(self._leveled(r, level), details.get(r.tap), level) for r in rows]
             rows += self._judge_states(level, {tap for r in rows if not r.ok for tap in r.group})
         lacking = [tap for tap in self.nodes if tap not in self.values]
@@ -184,7 +188,7 @@ class Run:
         total, of_rows = _ratios(x, y, noise)
         worst = int(np.argmax(of_rows)) if len(of_rows) else 0
         details[tap] = group, y, noise
-        size = metrics.measure(x, y).rms_relative
+        size = metrics.rms_relative(x, y)
         at = self.scene.place(worst) if len(of_rows) else ""
         return Judged(tap, op, names, _score(total, of_rows), size, at, of_token=of_rows)
 
@@ -193,6 +197,8 @@ class Run:
         unit = self._unit_of_group(group)
         moved = [np.abs(self.run(group, unit=unit, draw=i) - y) for i in range(DRAWS)]
         moved = sum(np.where(np.isfinite(m), m, 0) ** 2 for m in moved) / DRAWS
+        if any(n.op in ATTENDS for n in group):
+            moved = moved * long_sums(self.scene.seen(), unit, y.ndim)
         return np.sqrt((self.unit_of(tap) * np.abs(y)) ** 2 / 3 + moved)
 
     def _judge_states(self, level, wrong):
@@ -210,7 +216,7 @@ class Run:
             noise = np.sqrt((self.unit * np.abs(y)) ** 2 / 3 + (moved - y) ** 2) * level
             far, turned = (_score(*_ratios(z, y, noise)) for z in (x, _turned(x, y)))
             kind = "right" if far < WRONG else "stored_transposed" if turned < CLOSE else "unknown"
-            error = metrics.measure(x, y).rms_relative
+            error = metrics.rms_relative(x, y)
             yield Judged(node.state, node.op, (node.state,), far, error, kind=kind, where=node.state)
 
     def _unit_of_group(self, group):
@@ -249,20 +255,49 @@ class Run:
             return row
         group, y, noise = detail
         x = self.values[row.tap]
-        found = []
-        for fault, choice, where, y_f in self._candidates(group):
+        most, found = HOPELESS * max(CLOSE, row.noise / EXPLAINED), []
+
+        def ruled_out(*candidate):
+            return self._fails_early(candidate, row.tap, detail, level, most)
+
+        for fault, choice, where, y_f in self._candidates(group, ruled_out):
             left = _score(*_ratios(x, y_f, _noise_of_fault(noise, y, y_f, self.unit_of(row.tap)))) / level
             found.append((left, fault, choice, where, y_f))
         return _named(row, found, lambda a, b: _score(*_ratios(a, b, noise)) / level < 1)
 
-    def _candidates(self, group):
-        """(fault, choice, tap that has it, result) of every fault that can be in a group."""
+    def _candidates(self, group, ruled_out=lambda *candidate: False):
+        """(fault, choice, tap that has it, result) of every fault that can be in a group, and is not ruled out."""
         for node in group:
             for fault in faults.at(node, self.scene):
                 for choice in fault.choices:
+                    if ruled_out(group, node, fault, choice):
+                        continue
                     y = self._try(group, node, fault, choice)
                     if y is not None:
                         yield fault, choice, node.tap, y
+
+    def _fails_early(self, candidate, tap, detail, level, most):
+        """Whether a fault leaves far too much in the first rows of a long run already."""
+        group, node, fault, choice = candidate
+        if self.start is None or fault.looks_ahead:
+            return False
+        y_f = self.start._try(group, node, fault, choice)
+        if y_f is None:
+            return False
+        x, (_, y, noise) = self.start.values[tap], detail
+        rows = len(x)
+        floor = 0.1 * np.sqrt((np.where(np.isfinite(noise), noise, 0) ** 2).mean())
+        noise = _noise_of_fault(np.maximum(noise[:rows], floor), y[:rows], y_f, self.unit_of(tap))
+        return not _score(*_ratios(x, y_f, noise)) / level <= most
+
+    def of_first(self, n):
+        """This run with the first n tokens of its first sequence's first call alone; None where that has none."""
+        rows = self.scene.pieces[0].rows[:n]
+        if not len(rows):
+            return None
+        run = copy(self)
+        run.scene, run.values = Scene([[0, len(rows)]]), {tap: x[rows] for tap, x in self.values.items()}
+        return run
 
     def _try(self, group, node, fault, choice):
         try:
@@ -323,7 +358,9 @@ class Run:
 
 def _in_range(y):
     """What is past the range of float32 and bfloat16 is infinite there."""
-    return y if y.dtype.kind in "iu" else np.where(np.abs(y) > LARGEST, np.copysign(np.inf, y), y)
+    if y.dtype.kind in "iu" or not y.size or max(y.max(), -y.min()) <= LARGEST:  # NaN is not
+        return y
+    return np.where(np.abs(y) > LARGEST, np.copysign(np.inf, y), y)
 
 
 def _turned(x, y):
@@ -377,12 +414,12 @@ def _ratios(x, y, noise):
     errors, noises = (np.sqrt((z.reshape(len(z), -1) ** 2).mean(1)) for z in (error, noise))
     whole = np.sqrt((noises ** 2).mean())
     total = _over(np.sqrt((errors ** 2).mean()), whole)
-    rows = np.array([_over(a, b) for a, b in zip(errors, np.maximum(noises, 0.1 * whole))])
-    return total, rows
+    return total, _over(errors, np.maximum(noises, 0.1 * whole))
 
 
 def _over(a, b):
-    return float(a / b) if b else (0.0 if a == 0 else float("inf"))
+    """a / b; of nothing, 0 for no error and infinity for any."""
+    return np.where(b == 0, np.where(a == 0, 0.0, np.inf), a / b)
 
 
 def _score(total, of_rows):

@@ -8,11 +8,14 @@ from zlib import crc32
 import numpy as np
 
 from .._arrays import BFLOAT16
+from .._float64 import sequences
 from . import metrics
 from .blame import WRONG
 
-__all__ = ["jittered", "judged", "tied", "unit_of_arrays"]
+__all__ = ["ATTENDS", "jittered", "judged", "long_sums", "seen_by", "tied", "unit_of_arrays"]
 
+ATTENDS = ("latent_attention", "attention")  # ops that sum over all rows before a token
+LANES = 8  # at least, of a sum in float32
 DRAWS = 2  # of a jitter, for the noise
 TRIES = 4  # of a jitter as large as a verdict, for ids
 
@@ -40,7 +43,29 @@ def jittered(args, unit, draw):
     return {name: moved(name, x) for name, x in args.items()}
 
 
-def judged(run: Callable[[dict], tuple], args, got, unit, units):
+def long_sums(n: np.ndarray, unit: float, ndim: int) -> np.ndarray:
+    """By what to multiply the squares of what a jitter of `unit` moves, row by row of an array, for float32 sums over
+    n [T] rows of attention.
+
+    A lane that adds n / LANES values of random sign moves by u / sqrt(6) sqrt(n / LANES) times their size; a jitter
+    of u moves them by u / sqrt(3).
+    """
+    return (1 + (metrics.U / unit) ** 2 * n / (2 * LANES)).reshape(-1, *[1] * (ndim - 1))
+
+
+def seen_by(args) -> np.ndarray:
+    """[T]: how many rows each query of a call of attention sees."""
+    T, S = len(args["q"]), len(args["latent" if "latent" in args else "k"])
+    rows = sequences(T, args.get("offsets"))
+    kv_offsets = args.get("kv_offsets")
+    cached = sequences(S, kv_offsets if kv_offsets is not None else args.get("offsets"))
+    n = np.zeros(T, int)
+    for r, c in zip(rows, cached):
+        n[r] = c.stop - c.start - (r.stop - r.start) + 1 + np.arange(r.stop - r.start)
+    return np.maximum(n, 0)
+
+
+def judged(run: Callable[[dict], tuple], args, got, unit, units, seen=None):
     """Each result of a call: (times its noise, rms error over the rms, where it is worst, what float64 makes).
 
     Parameters
@@ -54,6 +79,8 @@ def judged(run: Callable[[dict], tuple], args, got, unit, units):
         The rounding of their inputs.
     units : sequence of float
         And of each result.
+    seen : (T,) integers, optional
+        Of a call of attention: `seen_by`.
 
     Raises
     ------
@@ -74,6 +101,8 @@ def judged(run: Callable[[dict], tuple], args, got, unit, units):
             found.append((*_sets(x, y, tied(run, args, unit, i)), y))
             continue
         change = sum(_finite(np.asarray(m[i]) - y) ** 2 for m in moved) / DRAWS
+        if seen is not None:
+            change = change * long_sums(seen, unit, y.ndim)
         noise = np.sqrt((units[i] * _finite(y)) ** 2 / 3 + change)
         found.append((*_ratio(np.asarray(x, np.float64), y, noise), y))
     return found

@@ -14,7 +14,7 @@ import numpy as np
 from .. import reference
 from ..conventions import convention, conventions
 from . import metrics
-from ._noise import judged, unit_of_arrays
+from ._noise import ATTENDS, judged, seen_by, unit_of_arrays
 from .blame import WRONG, level_of
 from .budgets import budget
 from .budgets import names as budget_names
@@ -246,7 +246,7 @@ def _judge(file, op, project, unit):
     of_call = unit or unit_of_arrays(given + list(got))
     units = [max(of_call, unit_of_arrays([x])) for x in got]
     got = [x if x.dtype.kind in "iu" or x.dtype == np.float64 else x.astype(np.float64) for x in map(np.asarray, got)]
-    found = judged(run, args, got, of_call, units)
+    found = judged(run, args, got, of_call, units, seen_by(args) if name in ATTENDS else None)
     worst = max(range(len(found)), key=lambda i: found[i][0])
     times, error, at, y = found[worst]
     axes = metrics.axis_names(y.shape) if worst == 0 or y.ndim < 3 else ("sequence", "head", "key", "value")[-y.ndim:]

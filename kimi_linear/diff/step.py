@@ -8,7 +8,7 @@ from .. import dataflow
 from .._arrays import as_array
 from ..trace import BEFORE
 from . import metrics
-from ._noise import judged, unit_of_arrays
+from ._noise import ATTENDS, judged, seen_by, unit_of_arrays
 from .blame import WRONG, Blame, Judged, ranked
 
 __all__ = ["step"]
@@ -115,7 +115,7 @@ def _judge(node, values, before, weights, unit):
 
     units = [max(unit, unit_of_arrays([values[n]])) for n in (node.tap, node.state) if n in values]
     with np.errstate(all="ignore"):
-        found = judged(run, args, got, unit, units)
+        found = judged(run, args, got, unit, units, seen_by(args) if node.op in ATTENDS else None)
     for name, (times, error, at, _) in zip((node.tap, node.state), found):
         kind = "right" if times < WRONG else "unknown"
         axes = ("token",) if name == node.tap else ("head", "key", "value")[-len(at):]

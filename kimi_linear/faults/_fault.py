@@ -64,6 +64,8 @@ class Fault:
         Choices that `check_op` tries besides.
     each : str
         The text of one choice, a format of its values.
+    looks_ahead : bool
+        Whether a row of its result depends on rows behind it.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Fault:
     use: str = BOTH
     more: tuple[tuple, ...] = ()
     each: str = ""
+    looks_ahead: bool = False
 
     def says(self, choice: tuple = ()) -> str:
         """The text of one choice."""

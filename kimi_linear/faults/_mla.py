@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .. import reference
+from .. import _reference_fast, reference
 from . import scene as rules
 from ._fault import CALL, RESTORED, RUN, Fault, carried, changed
 from .site import Site
@@ -22,7 +22,7 @@ def rotary(call, pairs: str, theta: float):
         speed = theta ** (-np.arange(0, P, 2) / P)
         q[..., -P:] = _turned(q[..., -P:], (of_queries[:, None] * speed)[:, None], pairs)
         k_shared = _turned(k_shared, of_keys[:, None] * speed, pairs)
-        return reference.latent_attention(q, latent, k_shared, offsets=offsets, kv_offsets=kv_offsets, **rest)
+        return _reference_fast.latent_attention(q, latent, k_shared, offsets=offsets, kv_offsets=kv_offsets, **rest)
 
     return call.run(by=attend)
 
@@ -85,7 +85,7 @@ def shared_not_scored(site: Site):
 
 
 def masked(seen):
-    """A query at position t of S rows sees the first seen(t, S) of them."""
+    """A query at position t of S rows sees those from the first to before the second of seen(t, S)."""
     def attend(q, latent, k_shared, w_uk, w_uv, scale, offsets=None, kv_offsets=None, **rest):
         q, latent, k_shared, w_uk, w_uv = (reference.f64(a) for a in (q, latent, k_shared, w_uk, w_uv))
         out = np.zeros((len(q), q.shape[1], w_uv.shape[1]))
@@ -93,10 +93,8 @@ def masked(seen):
         for r, c in zip(reference.sequences(len(q), offsets), cached):
             k, v = _keys_and_values(latent[c], k_shared[c], w_uk, w_uv)
             S = c.stop - c.start
-            for t, row in zip(range(S - (r.stop - r.start), S), range(r.start, r.stop)):
-                first, n = seen(t, S)
-                p = reference.softmax(scale * np.einsum("hsn,hn->hs", k[:, first:n], q[row]))
-                out[row] = np.einsum("hs,hsv->hv", p, v[:, first:n])
+            first, end = np.array([seen(t, S) for t in range(S - (r.stop - r.start), S)], int).reshape(-1, 2).T
+            out[r] = _reference_fast.attend(q[r], k, v, scale, first, end)
         return out
 
     return lambda call: call.run(by=attend)
@@ -112,7 +110,7 @@ def mask_from_the_left(call):
         cached = reference.sequences(len(latent), offsets if kv_offsets is None else kv_offsets)
         for r, c in zip(reference.sequences(len(q), offsets), cached):
             rows = slice(c.start, c.start + r.stop - r.start)
-            o[r] = reference.latent_attention(q[r], latent[rows], k_shared[rows], w_uk, w_uv, scale=scale)
+            o[r] = _reference_fast.latent_attention(q[r], latent[rows], k_shared[rows], w_uk, w_uv, scale=scale)
         return o
 
     return call.run(by=attend)
@@ -155,7 +153,8 @@ FAULTS = (
     Fault("key_parts_swapped", "keys are [shared | own], queries [own | shared]", MLA, shared_first,
           source="llama.cpp: the form without a split kv_b"),
     Fault("shared_key_missing", "the shared key part is not scored", MLA, shared_not_scored, source=PAPER),
-    Fault("mask_missing", "queries see the rows behind their own", MLA, masked(lambda t, S: (0, S)), source=PAPER),
+    Fault("mask_missing", "queries see the rows behind their own", MLA, masked(lambda t, S: (0, S)), source=PAPER,
+          looks_ahead=True),
     Fault("mask_off_by_one", "queries do not see their own row", MLA, masked(lambda t, S: (0, max(t, 1))),
           source=PAPER),
     Fault("stale_cache_row", "after truncate one row too many is left in the cache", MLA, carried(rules.stale_row),

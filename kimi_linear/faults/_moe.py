@@ -144,7 +144,7 @@ FAULTS = (
           TIES, source="top-k kernels differ; the sources leave it open"),
     Fault("shared_expert_scaled", "the shared expert is scaled like the routed ones", MOE,
           lambda s: shared_times(s, s["weights"].sum(-1).mean()),
-          source="routed_scaling_factor is of the routed sum alone"),
+          source="routed_scaling_factor is of the routed sum alone", looks_ahead=True),
     Fault("shared_expert_missing", "the shared expert is left out", MOE, lambda s: shared_times(s, 0.0), source=V3),
     Fault("shared_expert_twice", "the shared expert is added twice", MOE, lambda s: shared_times(s, 2.0), source=V3),
     Fault("w1_w3_swapped", "SiLU is on w3 x (up), not on w1 x (gate)", (*MOE, "swiglu"),

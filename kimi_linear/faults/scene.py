@@ -146,6 +146,13 @@ class Scene:
             seen = np.concatenate([seen, p.rows])
         return out
 
+    def seen(self) -> np.ndarray:
+        """[T]: tokens of its sequence that each token sees, itself among them."""
+        n = np.zeros(self.T, int)
+        for past, own in self.branches():
+            n[own] = len(past) + 1 + np.arange(len(own))
+        return n
+
     def blocks(self, n: int) -> list[Branch]:
         """Every n tokens of a call as if they began a sequence."""
         return [Branch(NONE, p.rows[i:i + n]) for p in self.pieces for i in range(0, len(p.rows), n)]

@@ -257,3 +257,16 @@ def test_a_closed_pipe_is_quiet():
     process.stderr.close()
     assert process.wait(timeout=60) == 141
     assert err == ""
+
+
+@pytest.mark.parametrize("arguments, codes", [
+    (["--help"], (141,)),
+    (["--version"], (141,)),
+    (["trace", "--help"], (0, 141)),  # argparse drops what it cannot write
+])
+def test_help_into_a_closed_pipe_is_quiet(arguments, codes):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([*PROGRAM, *arguments], stdout=write, stderr=subprocess.PIPE, timeout=60, check=False)
+    os.close(write)
+    assert done.returncode in codes and done.stderr.decode() == ""

@@ -9,6 +9,7 @@ import pytest
 
 import kimi_linear as kl
 from kimi_linear import faults
+from kimi_linear.diff import _blame_run
 from kimi_linear.diff.blame import WRONG
 
 VISIBLE = 8.0  # times the noise: from there an op's fault must be named
@@ -206,3 +207,44 @@ def test_as_text_html_and_json(bench):
     assert len(str(found).splitlines()) < 24 and "<table>" in found._repr_html_()
     plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert plain["rows"][0]["kind"] == "conv_off_by_one" and plain["rows"][0]["layer"] == 1 and not plain["ok"]
+
+
+# ---- long runs, in which faults are tried on the first rows first --------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_first_rows_of_a_fault_are_those_of_the_whole_unless_it_looks_ahead(bench, name):
+    """What `blame` rules a fault out by in a long run."""
+    fault = faults.by_name(name)
+    tap = bench.places(fault)[0]
+    model, (trace,) = bench.run(faults.WHOLE, "float32", 3)
+    whole = _blame_run.Run(model, trace, None, None)
+    start = whole.of_first(16)
+    for choice in fault.choices:
+        parts = [run._try([run.nodes[tap]], run.nodes[tap], fault, choice) for run in (start, whole)]
+        if fault.looks_ahead or any(y is None for y in parts):
+            continue
+        np.testing.assert_allclose(parts[0], parts[1][:16], rtol=1e-9, atol=1e-9 * np.abs(parts[0]).max())
+
+
+@pytest.mark.parametrize("tap, fault", [("layers.2.kda.o", "decay_in_log2"), ("layers.3.mla.o", "mask_missing"),
+                                        ("layers.1.kda.q_conv", "conv_off_by_one"), ("layers.4.kda.o", None)])
+def test_long_runs_are_judged_as_short_ones(bench, monkeypatch, tap, fault):
+    plant = {tap: fault or faulty_runs.UNTOLD["sign of one head of the delta rule"][1]}
+    tokens = [[np.random.default_rng(0).integers(0, bench.config.vocab_size, 96).tolist()]]
+    model = bench.model(faults.WHOLE)
+    traces = faulty_runs.noisy_forward(model, tokens, "float32", np.random.default_rng(1), plant=plant)
+    short = kl.diff.blame(model, traces)
+    monkeypatch.setattr(_blame_run, "LONG", 64)
+    monkeypatch.setattr(_blame_run, "START", 24)
+    long = kl.diff.blame(model, traces)
+    assert [(r.tap, r.kind) for r in long.wrong] == [(tap, fault or "unknown")]
+    assert long.to_dict() == short.to_dict()
+
+
+def test_a_long_run_of_ours_is_right():
+    """2,000 tokens, on which attention sums 2,000 rows in float32."""
+    model = kl.Model.tiny()
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, 2000)
+    found = kl.diff.blame(model, model.trace(ids))
+    assert found.ok, found.verdict
