@@ -20,6 +20,7 @@ R, P, NOPE = 512, 64, 128                           # MLA
 E, USED, F, DENSE, VOCAB = 256, 8, 1024, 9216, 163840
 EXPERTS = 32       # held here: 256 would be 3.6 GB
 DEPTH = 4096       # cached positions before the new tokens
+HEADS, KV_HEADS, HEAD, TURNED = 16, 2, 256, 64      # attention of Qwen3-Next
 COLD = 256 << 20   # bytes of weights that no cache holds
 BFLOAT16 = ml_dtypes.bfloat16
 
@@ -251,6 +252,32 @@ def latent_attention_work(T, arguments):
     return min(absorbed, expanded), size(*arrays) + 4 * T * H * V
 
 
+# ---- grouped-query attention (Qwen3-Next) ----
+
+def rope(T, rng):
+    return [{"x": normal(rng, T, HEADS, HEAD), "positions": np.arange(DEPTH, DEPTH + T), "base": 1e7, "rotary": TURNED}]
+
+
+def rope_work(T, arguments):
+    return 3 * T * HEADS * TURNED, 2 * size(arguments["x"])
+
+
+def attention(dtype):
+    """T new tokens behind `DEPTH` cached ones."""
+    def make(T, rng):
+        S = DEPTH + T
+        k, v = (normal(rng, S, KV_HEADS, HEAD, dtype=dtype) for _ in "kv")
+        return [{"q": normal(rng, T, HEADS, HEAD), "k": k, "v": v, "scale": HEAD ** -0.5, "offsets": np.array([0, T]),
+                 "kv_offsets": np.array([0, S])}]
+
+    return make
+
+
+def attention_work(T, arguments):
+    seen = T * DEPTH + T * (T + 1) // 2
+    return 4 * HEADS * HEAD * seen, size(*(arguments[name] for name in "qkv")) + size(arguments["q"])
+
+
 def sample(T, rng):
     return [{"logits": normal(rng, T, VOCAB, scale=3), "temperature": 0.8, "top_p": 0.95}]
 
@@ -275,6 +302,10 @@ CASES = [
     Case("decay_cumsum", "32x128", decay_cumsum, streamed(1)),
     Case("latent_attention", f"at {DEPTH} f32", latent_attention(F32), latent_attention_work),
     Case("latent_attention", f"at {DEPTH} f16", latent_attention(F16), latent_attention_work),
+    Case("attention", f"at {DEPTH} f32", attention(F32), attention_work),
+    Case("attention", f"at {DEPTH} f16", attention(F16), attention_work),
+    Case("rope", f"{HEADS}x{HEAD}", rope, rope_work),
+    Case("sigmoid_gate", "4096", one(x=(HEADS * HEAD,), gate=(HEADS * HEAD,)), streamed(8)),
     Case("swiglu", "9216", one(gate=(DENSE,), up=(DENSE,)), streamed(8)),
     Case("sigmoid", "4096", one(x=(C,)), streamed(7)),
     Case("add", "2304", one(a=(D,), b=(D,)), streamed(1)),

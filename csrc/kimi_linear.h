@@ -210,6 +210,9 @@ KL_API kl_status kl_add(kl_ctx *ctx, float *y, const float *a, const float *b,
 KL_API kl_status kl_sigmoid(kl_ctx *ctx, float *y, const float *x, int64_t n) KL_CHECKED;
 KL_API kl_status kl_swiglu(kl_ctx *ctx, float *y, const float *gate, const float *up,
                            int64_t n) KL_CHECKED;
+/* x, y [T, D]; gate [T, G] before its sigmoid, each for D / G values; y may be x. */
+KL_API kl_status kl_sigmoid_gate(kl_ctx *ctx, float *y, const float *x, const float *gate,
+                                 int64_t T, int64_t D, int64_t G) KL_CHECKED;
 KL_API kl_status kl_softmax(kl_ctx *ctx, float *y, const float *x, int64_t T, int64_t D) KL_CHECKED;
 KL_API kl_status kl_rms_norm(kl_ctx *ctx, float *y, const float *x, const float *w, int64_t T,
                              int64_t D, float eps) KL_CHECKED;
@@ -232,8 +235,8 @@ KL_API kl_status kl_dequantize(kl_ctx *ctx, float *y, const void *x, kl_type typ
 KL_API kl_status kl_embedding(kl_ctx *ctx, float *y, const int32_t *ids, const kl_weight *table,
                               int64_t T) KL_CHECKED;
 
-/* y[i] [T, w[i].rows] = x w[i]^T + bias[i], for n_weights weights (n = 1 each) over one x [T, D].
- * bias may be NULL, and each bias[i] may be. */
+/* y[i] [T, n * rows of w[i]] = x w[i]^T + bias[i], for n_weights weights over one x [T, D]; the matrices of a
+ * weight stand one below the other. bias may be NULL, and each bias[i] may be. */
 KL_API kl_status kl_linear(kl_ctx *ctx, float *const *y, const float *x, const kl_weight *w,
                            const float *const *bias, int n_weights, int64_t T,
                            int64_t D) KL_CHECKED;
@@ -334,6 +337,24 @@ KL_API kl_status kl_latent_attention(kl_ctx *ctx, float *o, const float *q, kl_c
                                      kl_cache k_shared, const kl_weight *w_uk,
                                      const kl_weight *w_uv,
                                      const kl_latent_attention_args *args) KL_CHECKED;
+
+/* ---- ops: grouped-query attention ------------------------------------------------------------- */
+
+/* x, y [T, H, K], y may be x; positions [T] >= 0. Values j and j + rotary / 2 of a head are turned by the
+ * angle position * base^(-2j / rotary), for j < rotary / 2; the others are copied. rotary is even. */
+KL_API kl_status kl_rope(kl_ctx *ctx, float *y, const float *x, const int64_t *positions, int64_t T,
+                         int64_t H, int64_t K, int64_t rotary, double base) KL_CHECKED;
+
+typedef struct kl_attention_args {
+    const int64_t *offsets;     /* [N+1] of the queries */
+    const int64_t *positions;   /* [N] cached positions of each sequence, the new ones counted */
+    int64_t N, T, H, Hkv, K, V; /* query head h uses key head h / (H / Hkv) */
+    float scale;
+} kl_attention_args;
+
+/* o [T, H, V]; q [T, H, K]; caches of rows Hkv * K and Hkv * V wide (Q8_0: K, V of whole blocks). */
+KL_API kl_status kl_attention(kl_ctx *ctx, float *o, const float *q, kl_cache keys, kl_cache values,
+                              const kl_attention_args *args) KL_CHECKED;
 
 /* ---- ops: sampling ---------------------------------------------------------------------------- */
 

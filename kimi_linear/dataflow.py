@@ -20,11 +20,15 @@ import numpy as np
 
 from . import _reference_fast, reference
 from .config import Config
+from .weight_shapes import MOE_NAMES, ROUTER_BIAS, SHARED_GATE, attn_query_rows, gdn_channels, gdn_inputs
 
 __all__ = ["Experts", "Node", "Weight", "arguments", "evaluate", "in_order", "nodes", "run_node", "table"]
 
 #: The tap that stands for the token ids themselves, [T]: the input of the embedding.
 TOKENS = "tokens"
+
+#: What stands for the position of each token in its sequence, [T], where it is given; else they are counted.
+POSITIONS = "positions"
 
 #: Taps of a layer in the order of the pass; names below ``layers.<i>``.
 LAYER_ORDER = """
@@ -37,11 +41,19 @@ LAYER_ORDER = """
     mla.q_a mla.q_a_norm mla.q mla.latent_raw mla.latent mla.latent_cache mla.k_shared mla.k_shared_cache
     mla.o mla.out
 
+    gdn.q_proj gdn.k_proj gdn.v_proj gdn.q_conv gdn.k_conv gdn.v_conv
+    gdn.q_history gdn.k_history gdn.v_history gdn.q gdn.k
+    gdn.a gdn.g gdn.b gdn.beta gdn.o gdn.state gdn.z gdn.o_norm gdn.out
+
+    attn.q_proj attn.gate attn.k_proj attn.v attn.q_norm attn.k_norm attn.q attn.k attn.k_cache attn.v_cache
+    attn.o attn.gated attn.out
+
     mid ffn_norm
 
     mlp.gate mlp.up mlp.act mlp.out
 
-    moe.logits moe.ids moe.weights moe.shared_gate moe.shared_up moe.shared_act moe.shared moe.out
+    moe.logits moe.ids moe.weights moe.shared_gate moe.shared_up moe.shared_act moe.shared
+    moe.shared_g moe.shared_gated moe.out
 
     out
 """.split()
@@ -79,6 +91,8 @@ class Node:
     initial : mapping from argument to state array
         What an earlier call left; without, the sequence begins here. Where the argument is also an input
         (the latents of attention) the earlier rows go before it.
+    positions : str or None
+        The op takes the positions of its tokens; this state array has a row for each token before them.
     """
 
     tap: str
@@ -89,6 +103,7 @@ class Node:
     options: Mapping[str, Any] = field(default_factory=dict)
     state: str | None = None
     initial: Mapping[str, str] = field(default_factory=dict)
+    positions: str | None = None
 
 
 class Experts:
@@ -121,7 +136,7 @@ def nodes(config: Config) -> list[Node]:
         out += _layer(c, i, spec, h)
         h = f"layers.{i}.out"
     head = "model.embed_tokens.weight" if c.tie_embeddings else "lm_head.weight"
-    norm = {"w": Weight("model.norm.weight")}
+    norm = {"w": _norm(c, Weight("model.norm.weight"))}
     return out + [
         Node("norm", "rms_norm", D, {"x": h}, norm, {"eps": c.rms_norm_eps}),
         Node("logits", "linear", (c.vocab_size,), {"x": "norm"}, {"w": Weight(head)}),
@@ -162,14 +177,15 @@ class _Layer:
     def w(self, name: str, view=None, count: int = 0) -> Weight:
         return Weight(f"model.layers.{self.i}.{name}", view, count)
 
-    def add(self, tap, op, shape, inputs, weights=None, *, state=None, initial=None, **options):
-        """`inputs`, `state` and `initial` below this layer; ``weights`` from argument to name."""
+    def add(self, tap, op, shape, inputs, weights=None, *, state=None, initial=None, positions=None, **options):
+        """`inputs`, `state`, `initial` and `positions` below this layer; ``weights`` from argument to name."""
         def here(names):
             return {argument: self.t(name) for argument, name in (names or {}).items()}
 
         weights = {a: w if isinstance(w, Weight) else self.w(w) for a, w in (weights or {}).items()}
         self.nodes.append(Node(self.t(tap), op, tuple(shape), here(inputs), weights, options,
-                               self.t(state) if state else None, here(initial)))
+                               self.t(state) if state else None, here(initial),
+                               self.t(positions) if positions else None))
 
     def linear(self, tap, shape, x, weight, view=None):
         self.add(tap, "linear", shape, {"x": x}, {"w": self.w(weight, view)})
@@ -181,11 +197,12 @@ class _Layer:
 
 def _layer(c: Config, i: int, spec, h: str) -> list[Node]:
     layer, D = _Layer(i), (c.hidden_size,)
-    eps, norm = {"eps": c.rms_norm_eps}, {"w": layer.w("input_layernorm.weight")}
-    layer.nodes.append(Node(layer.t("attn_norm"), "rms_norm", D, {"x": h}, norm, eps))
-    (_kda if spec.mixer == "kda" else _mla)(c, layer)
+    eps = {"eps": c.rms_norm_eps}
+    before, after = ({"w": _norm(c, layer.w(f"{name}_layernorm.weight"))} for name in ("input", "post_attention"))
+    layer.nodes.append(Node(layer.t("attn_norm"), "rms_norm", D, {"x": h}, before, eps))
+    {"kda": _kda, "mla": _mla, "gdn": _gdn, "attn": _attn}[spec.mixer](c, layer)
     layer.residual("mid", D, h, f"{spec.mixer}.out")
-    layer.add("ffn_norm", "rms_norm", D, {"x": "mid"}, {"w": "post_attention_layernorm.weight"}, **eps)
+    layer.add("ffn_norm", "rms_norm", D, {"x": "mid"}, after, **eps)
     (_dense if spec.ffn == "dense" else _moe)(c, layer)
     layer.residual("out", D, layer.t("mid"), "mlp.out" if spec.ffn == "dense" else "moe.out")
     return layer.nodes
@@ -250,6 +267,59 @@ def _mla_query(c: Config, layer: _Layer) -> None:
     layer.linear("mla.q", shape, "mla.q_a_norm", "self_attn.q_b_proj.weight")
 
 
+def _gdn(c: Config, layer: _Layer) -> None:
+    Hv = c.gdn_v_heads
+    keys, values = (c.gdn_k_heads, c.gdn_k_dim), (Hv, c.gdn_v_dim)
+    heads, inputs, channels = dict(q=keys, k=keys, v=values), gdn_inputs(c), gdn_channels(c)
+
+    def projected(tap, shape, part):
+        name, rows = inputs[part]
+        layer.linear(tap, shape, "attn_norm", f"linear_attn.{name}", partial(_taken, rows))
+
+    for s, (H, n) in heads.items():
+        projected(f"gdn.{s}_proj", (H * n,), s)
+    for s, shape in heads.items():
+        history = f"gdn.{s}_history"
+        layer.add(f"gdn.{s}_conv", "short_conv", shape, {"x": f"gdn.{s}_proj"},
+                  {"w": layer.w("linear_attn.conv1d.weight", partial(_taken, channels[s]))},
+                  state=history, initial={"history": history})
+    for s in "qk":
+        layer.add(f"gdn.{s}", "l2_norm", keys, {"x": f"gdn.{s}_conv"}, eps=c.l2_eps)
+    projected("gdn.a", (Hv,), "a")
+    layer.add("gdn.g", "decay_gate", (Hv,), {"f": "gdn.a"},
+              {"rate": layer.w("linear_attn.A_log", _rate), "dt_bias": "linear_attn.dt_bias"})
+    projected("gdn.b", (Hv,), "b")
+    layer.add("gdn.beta", "sigmoid", (Hv,), {"x": "gdn.b"})
+    layer.add("gdn.o", "delta_rule", values,
+              {"q": "gdn.q", "k": "gdn.k", "v": "gdn.v_conv", "g": "gdn.g", "beta": "gdn.beta"},
+              state="gdn.state", initial={"initial_state": "gdn.state"}, head_map="tiled" if c.gdn_tiled else "grouped")
+    projected("gdn.z", values, "z")
+    layer.add("gdn.o_norm", "gated_rms_norm", values, {"x": "gdn.o", "z": "gdn.z"},
+              {"w": "linear_attn.norm.weight"}, eps=c.rms_norm_eps, activation="silu")
+    layer.linear("gdn.out", (c.hidden_size,), "gdn.o_norm", "linear_attn.out_proj.weight")
+
+
+def _attn(c: Config, layer: _Layer) -> None:
+    queries, keys, eps = (c.attn_heads, c.attn_head_dim), (c.attn_kv_heads, c.attn_head_dim), {"eps": c.rms_norm_eps}
+    for part, rows in attn_query_rows(c).items():
+        layer.linear(f"attn.{part}", queries, "attn_norm", "self_attn.q_proj.weight", partial(_taken, rows))
+    layer.linear("attn.k_proj", keys, "attn_norm", "self_attn.k_proj.weight")
+    layer.linear("attn.v", keys, "attn_norm", "self_attn.v_proj.weight")
+    for s, shape in (("q", queries), ("k", keys)):
+        weights = {"w": _norm(c, layer.w(f"self_attn.{s}_norm.weight"))}
+        layer.add(f"attn.{s}_norm", "rms_norm", shape, {"x": f"attn.{s}_proj"}, weights, **eps)
+    for s, shape in (("q", queries), ("k", keys)):
+        layer.add(f"attn.{s}", "rope", shape, {"x": f"attn.{s}_norm"}, positions="attn.k_cache",
+                  base=c.rope_base, rotary=c.rotary_dim)
+    caches = {s: f"attn.{s}_cache" for s in "kv"}
+    for s, kept in caches.items():
+        layer.add(kept, "cache_append", keys, {"x": f"attn.{s}"}, initial={"x": kept})
+    layer.add("attn.o", "attention", queries, {s: f"attn.{s}" for s in "qkv"}, initial=caches,
+              scale=c.attn_head_dim ** -0.5)
+    layer.add("attn.gated", "sigmoid_gate", queries, {"x": "attn.o", "gate": "attn.gate"})
+    layer.linear("attn.out", (c.hidden_size,), "attn.gated", "self_attn.o_proj.weight")
+
+
 def _ffn(c: Config, layer: _Layer, taps, width: int, prefix: str) -> None:
     gate, up, act, out = taps
     layer.linear(gate, (width,), "ffn_norm", f"{prefix}.gate_proj.weight")
@@ -263,21 +333,40 @@ def _dense(c: Config, layer: _Layer) -> None:
 
 
 def _moe(c: Config, layer: _Layer) -> None:
-    prefix, k = "block_sparse_moe", (c.experts_per_token,)
+    names, k = MOE_NAMES[c.moe_names], (c.experts_per_token,)
+    prefix = names.prefix
     layer.linear("moe.logits", (c.n_experts,), "ffn_norm", f"{prefix}.gate.weight")
-    bias = {"bias": f"{prefix}.gate.e_score_correction_bias"}
+    bias = {"bias": f"{prefix}.{ROUTER_BIAS}"} if c.router_bias else {}
     rule = dict(function=c.router_function, renormalise=c.renormalise, scale=c.routed_scale,
                 k=c.experts_per_token, groups=c.n_groups, top_groups=c.top_groups)
     layer.add("moe.ids", "route", k, {"scores": "moe.logits"}, bias, **rule)
     layer.add("moe.weights", "route_weights", k, {"scores": "moe.logits", "ids": "moe.ids"}, bias, **rule)
     inputs = {"x": "ffn_norm", "ids": "moe.ids", "weights": "moe.weights"}
-    if c.n_shared_experts:
-        taps = ("moe.shared_gate", "moe.shared_up", "moe.shared_act", "moe.shared")
-        _ffn(c, layer, taps, c.moe_size * c.n_shared_experts, f"{prefix}.shared_experts")
-        inputs["shared"] = "moe.shared"
-    experts = {argument: layer.w(f"{prefix}.experts.{{}}.w{n}.weight", count=c.n_experts)
-               for argument, n in (("w_gate", 1), ("w_up", 3), ("w_down", 2))}
+    if c.shared_size:
+        inputs["shared"] = _shared(c, layer, prefix, names.shared)
+    experts = {argument: layer.w(f"{prefix}.experts.{{}}.{name}.weight", count=c.n_experts)
+               for argument, name in zip(("w_gate", "w_up", "w_down"), names.experts)}
     layer.add("moe.out", "moe", (c.hidden_size,), inputs, experts)
+
+
+def _shared(c: Config, layer: _Layer, prefix: str, name: str) -> str:
+    """The shared expert; returns the tap that is added."""
+    taps = ("moe.shared_gate", "moe.shared_up", "moe.shared_act", "moe.shared")
+    _ffn(c, layer, taps, c.shared_size, f"{prefix}.{name}")
+    if not c.shared_gated:
+        return "moe.shared"
+    layer.linear("moe.shared_g", (1,), "ffn_norm", f"{prefix}.{SHARED_GATE}")
+    layer.add("moe.shared_gated", "sigmoid_gate", (c.hidden_size,), {"x": "moe.shared", "gate": "moe.shared_g"})
+    return "moe.shared_gated"
+
+
+def _norm(c: Config, weight: Weight) -> Weight:
+    """The weight of a norm of layers, queries or keys, or of the final one, as the op takes it."""
+    return weight._replace(view=_plus_one) if c.norm_plus_one else weight
+
+
+def _plus_one(w):
+    return 1 + reference.f64(w)
 
 
 def _rate(a_log):
@@ -287,6 +376,10 @@ def _rate(a_log):
 
 def _split(H, x):
     return np.asarray(x).reshape(H, -1)
+
+
+def _taken(rows, w):
+    return w[rows]
 
 
 def _rows(first, last, w):
@@ -316,7 +409,8 @@ def arguments(
         ``"tokens"`` are the ids of the embedding.
     weights : mapping from canonical name to array
     state : mapping from state array to array, optional
-        What the sequence had before these tokens; without, nothing.
+        What the sequence had before these tokens; without, nothing. Positions go on from it, unless `values` has
+        ``"positions"``.
 
     Raises
     ------
@@ -334,9 +428,22 @@ def arguments(
         else:
             w = weights[weight.name]
             args[a] = weight.view(w) if weight.view else w
-    if node.op == "linear":
-        args["x"] = args["x"].reshape(len(args["x"]), args["w"].shape[1])
+    for a in _FLAT.get(node.op, ()):
+        args[a] = args[a].reshape(len(args[a]), int(np.prod(args[a].shape[1:])))
+    if node.positions:
+        args["positions"] = _positions(node, values, state, len(args["x"]))
     return args | dict(node.options)
+
+
+#: Arguments that ops take as rows of one length.
+_FLAT = {"linear": ("x",), "sigmoid_gate": ("x", "gate")}
+
+
+def _positions(node, values, state, T):
+    if POSITIONS in values:
+        return np.asarray(values[POSITIONS])
+    known = state is not None and node.positions in state
+    return np.arange(T) + (len(state[node.positions]) if known else 0)
 
 
 def _value(node, tap, values):

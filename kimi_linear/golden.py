@@ -3,18 +3,44 @@
 A golden file names each array ``<module path>``, where needed behind a prompt's prefix:
 ``short/model.layers.2.mlp``. Leading batch axes of 1 are dropped, heads are split, router choices are sorted
 by expert id, and the convolution cache, [q|k|v channels, W] with the newest column last, becomes three
-histories [W-1, H * K], oldest first. The output of ``kv_a_proj_with_mqa``, [T, R + P], becomes the latent before
-its norm and the shared key part.
+histories [W-1, channels], oldest first. A module whose output holds several taps (the joint projections) is cut
+into them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
 from .config import Config
+from .weight_shapes import attn_query_rows, gdn_channels, gdn_inputs
+
+
+class Several(NamedTuple):
+    """An array that holds several taps: their name with ``{}`` for what differs, what that is, and columns of each."""
+
+    tap: str
+    parts: tuple[str, ...]
+    columns: Callable[[Config], Mapping[str, slice | np.ndarray]]
+
+
+def _latent_columns(c: Config):
+    return {"latent_raw": slice(0, c.kv_rank), "k_shared": slice(c.kv_rank, c.kv_rank + c.rope_dim)}
+
+
+def _kda_channels(c: Config):
+    n = c.kda_heads * c.kda_head_dim
+    return {s: slice(j * n, (j + 1) * n) for j, s in enumerate("qkv")}
+
+
+def _grouped_columns(c: Config):
+    """Of in_proj_qkvz and in_proj_ba, whose columns lie by key head."""
+    taps = {part: f"{part}_proj" if part in "qkv" else part for part in "qkvzba"}
+    return {taps[part]: columns for part, (_, columns) in gdn_inputs(c).items()}
+
 
 #: Outside the layers.
 GLOBAL = {"model.embed_tokens": "embed", "model.norm": "norm", "lm_head": "logits", "logits": "logits"}
@@ -32,24 +58,59 @@ KDA = {
 
 MLA = {
     "self_attn": "mla.out", "self_attn.o_proj": "mla.out",
-    "self_attn.kv_a_proj_with_mqa": "mla.{}", "self_attn.kv_a_layernorm": "mla.latent",
+    "self_attn.kv_a_proj_with_mqa": Several("mla.{}", ("latent_raw", "k_shared"), _latent_columns),
+    "self_attn.kv_a_layernorm": "mla.latent",
 }
 PLAIN_Q = {"self_attn.q_proj": "mla.q"}
 LOW_RANK_Q = {
     "self_attn.q_a_proj": "mla.q_a", "self_attn.q_a_layernorm": "mla.q_a_norm", "self_attn.q_b_proj": "mla.q",
 }
 
+GDN = {
+    "linear_attn": "gdn.out", "linear_attn.out_proj": "gdn.out", "linear_attn.norm": "gdn.o_norm",
+}
+GDN_INPUTS = {
+    "grouped": {
+        "linear_attn.in_proj_qkvz": Several("gdn.{}", ("q_proj", "k_proj", "v_proj", "z"), _grouped_columns),
+        "linear_attn.in_proj_ba": Several("gdn.{}", ("b", "a"), _grouped_columns),
+    },
+    "split": {
+        "linear_attn.in_proj_qkv": Several("gdn.{}_proj", ("q", "k", "v"), gdn_channels),
+        "linear_attn.in_proj_z": "gdn.z", "linear_attn.in_proj_b": "gdn.b", "linear_attn.in_proj_a": "gdn.a",
+    },
+}
+
+ATTN = {
+    "self_attn": "attn.out", "self_attn.o_proj": "attn.out",
+    "self_attn.q_proj": Several("attn.{}", ("q_proj", "gate"), attn_query_rows),
+    "self_attn.k_proj": "attn.k_proj", "self_attn.v_proj": "attn.v",
+    "self_attn.q_norm": "attn.q_norm", "self_attn.k_norm": "attn.k_norm",
+}
+
 DENSE = {"mlp": "mlp.out", "mlp.down_proj": "mlp.out", "mlp.gate_proj": "mlp.gate", "mlp.up_proj": "mlp.up"}
 
 MOE = {
     "mlp": "moe.out", "mlp.gate/ids": "moe.ids", "mlp.gate/weights": "moe.weights",
-    "mlp.shared_experts": "moe.shared", "mlp.shared_experts.down_proj": "moe.shared",
-    "mlp.shared_experts.gate_proj": "moe.shared_gate", "mlp.shared_experts.up_proj": "moe.shared_up",
+}
+SHARED = {
+    "block_sparse_moe": {
+        "mlp.shared_experts": "moe.shared", "mlp.shared_experts.down_proj": "moe.shared",
+        "mlp.shared_experts.gate_proj": "moe.shared_gate", "mlp.shared_experts.up_proj": "moe.shared_up",
+    },
+    "mlp": {
+        "mlp.shared_expert": "moe.shared", "mlp.shared_expert.down_proj": "moe.shared",
+        "mlp.shared_expert.gate_proj": "moe.shared_gate", "mlp.shared_expert.up_proj": "moe.shared_up",
+        "mlp.shared_expert_gate": "moe.shared_g",
+    },
 }
 
-#: Name below ``cache/<i>`` -> state below ``layers.<i>``; "conv" holds three.
-KDA_CACHE = {"state": "kda.state", "conv": "kda.{}_history"}
-MLA_CACHE = {"keys": "mla.latent_cache", "values": "mla.k_shared_cache"}
+#: Name below ``cache/<i>`` -> state below ``layers.<i>``, by kind of mixer.
+CACHES = {
+    "kda": {"state": "kda.state", "conv": Several("kda.{}_history", ("q", "k", "v"), _kda_channels)},
+    "mla": {"keys": "mla.latent_cache", "values": "mla.k_shared_cache"},
+    "gdn": {"state": "gdn.state", "conv": Several("gdn.{}_history", ("q", "k", "v"), gdn_channels)},
+    "attn": {"keys": "attn.k_cache", "values": "attn.v_cache"},
+}
 
 #: A module without a tap: latent times kv_b^T, [T, H * (nope + V)]; see `kv_b`.
 KV_B = "self_attn.kv_b_proj"
@@ -59,41 +120,60 @@ def tap_of(name: str, config: Config) -> str | None:
     """The tap or state array that holds what a module path names; None where there is none.
 
     Where an array holds several of ours the name has ``{}`` in place of what differs: ``cache/<i>/conv`` (q, k,
-    v) and ``kv_a_proj_with_mqa`` (latent_raw, k_shared).
+    v) and the joint projections, such as ``kv_a_proj_with_mqa`` (latent_raw, k_shared).
     """
+    entry = _entry(name, config)
+    return entry.tap if isinstance(entry, Several) else entry
+
+
+def _entry(name: str, config: Config) -> str | Several | None:
     if name in GLOBAL:
         return GLOBAL[name]
     found = re.fullmatch(r"(?:model\.layers\.|cache/)(\d+)(?:[./](.+))?", name)
     if not found or int(found[1]) >= config.n_layers:
         return None
     i, rest = int(found[1]), found[2] or ""
-    tap = _table(config, i, name.startswith("cache/")).get(rest)
-    return None if tap is None else f"layers.{i}.{tap}"
+    entry = _table(config, i, name.startswith("cache/")).get(rest)
+    return _in_layer(entry, i) if entry is not None else None
 
 
-def _table(config: Config, i: int, cache: bool) -> dict[str, str]:
+def _in_layer(entry: str | Several, i: int) -> str | Several:
+    at = f"layers.{i}."
+    return entry._replace(tap=at + entry.tap) if isinstance(entry, Several) else at + entry
+
+
+def _table(config: Config, i: int, cache: bool) -> dict[str, str | Several]:
     spec = config.layers[i]
     if cache:
-        return KDA_CACHE if spec.mixer == "kda" else MLA_CACHE
-    mixer = KDA if spec.mixer == "kda" else MLA | (LOW_RANK_Q if config.q_rank else PLAIN_Q)
-    return LAYER | mixer | (DENSE if spec.ffn == "dense" else MOE)
+        return CACHES[spec.mixer]
+    mixers = {
+        "kda": KDA, "mla": MLA | (LOW_RANK_Q if config.q_rank else PLAIN_Q), "gdn": GDN | GDN_INPUTS[config.gdn_inputs],
+        "attn": ATTN,
+    }
+    return LAYER | mixers[spec.mixer] | {"dense": DENSE, "moe": MOE | SHARED[config.moe_names]}[spec.ffn]
+
+
+def _entries(config: Config) -> dict[str, str | Several]:
+    """Every module path and cache name of a model of this config, and what it holds."""
+    table: dict[str, str | Several] = dict(GLOBAL)
+    for i in range(config.n_layers):
+        modules, caches = _table(config, i, False), _table(config, i, True)
+        table |= {f"model.layers.{i}" + (f".{m}" if m else ""): _in_layer(t, i) for m, t in modules.items()}
+        table |= {f"cache/{i}/{m}": _in_layer(t, i) for m, t in caches.items()}
+    return table
 
 
 def names(config: Config) -> dict[str, str]:
-    """Every module path and cache name of a model of this config -> its tap or state array."""
-    table = dict(GLOBAL)
-    for i in range(config.n_layers):
-        modules, caches = _table(config, i, False), _table(config, i, True)
-        table |= {f"model.layers.{i}" + (f".{m}" if m else ""): f"layers.{i}.{t}" for m, t in modules.items()}
-        table |= {f"cache/{i}/{m}": f"layers.{i}.{t}" for m, t in caches.items()}
-    return table
+    """Every module path and cache name of a model of this config -> its tap or state array, as `tap_of` has it."""
+    return {name: e.tap if isinstance(e, Several) else e for name, e in _entries(config).items()}
 
 
 def paths(tap: str, config: Config) -> list[str]:
     """Module paths and cache names that hold a tap, the inverse of `tap_of`; empty for taps of our own."""
-    wanted = re.sub(r"\.[qkv]_history$", ".{}_history", tap)
-    wanted = re.sub(r"mla\.(latent_raw|k_shared)$", "mla.{}", wanted)
-    return [name for name, t in names(config).items() if t == wanted]
+    def held(entry):
+        return [entry.tap.format(part) for part in entry.parts] if isinstance(entry, Several) else [entry]
+
+    return [name for name, entry in _entries(config).items() if tap in held(entry)]
 
 
 def to_taps(arrays: Mapping[str, np.ndarray], config: Config, prefix: str = "") -> dict[str, np.ndarray]:
@@ -114,41 +194,48 @@ def to_taps(arrays: Mapping[str, np.ndarray], config: Config, prefix: str = "") 
     for name in arrays:
         if not name.startswith(prefix):
             continue
-        tap = tap_of(name[len(prefix):], config)
-        if tap is None:
+        entry = _entry(name[len(prefix):], config)
+        if entry is None:
             continue
-        if tap.endswith("_history"):
-            out |= _histories(np.asarray(arrays[name]), tap, config)
-        elif tap.endswith("mla.{}"):
-            kv_a = np.asarray(arrays[name]).reshape(-1, config.kv_rank + config.rope_dim)
-            out[tap.format("latent_raw")] = kv_a[:, :config.kv_rank]
-            out[tap.format("k_shared")] = kv_a[:, config.kv_rank:]
-        else:
-            out[tap] = _shaped(np.asarray(arrays[name]), tap, name, config)
+        held = _cut(np.asarray(arrays[name]), name, entry, config) if isinstance(entry, Several) else {
+            entry: np.asarray(arrays[name])}
+        out |= {tap: _shaped(x, tap, name, config) for tap, x in held.items()}
     for tap in [t for t in out if t.endswith("moe.ids")]:
         _sort_experts(out, tap)
     return out
 
 
-def _histories(conv: np.ndarray, tap: str, config: Config) -> dict[str, np.ndarray]:
-    """[..., q|k|v channels, W] or [..., W-1] -> three [W-1, H * K]."""
-    n = config.conv_width - 1
-    conv = conv.reshape(3, config.kda_heads * config.kda_head_dim, -1)
-    return {tap.format(s): conv[j, :, conv.shape[-1] - n:].T for j, s in enumerate("qkv")}
+def _cut(x: np.ndarray, name: str, entry: Several, config: Config) -> dict[str, np.ndarray]:
+    """The taps of an array [T, columns], or the histories [W-1, channels] of one [channels, W] or [channels, W-1]."""
+    known = entry.columns(config)
+    columns = {part: known[part] for part in entry.parts}
+    width = sum(s.stop - s.start if isinstance(s, slice) else len(s) for s in columns.values())
+    if x.size % max(width, 1):
+        raise ValueError(f"{name} has shape {x.shape}; it must have {width} columns, of {', '.join(entry.parts)}")
+    if entry.tap.endswith("_history"):
+        x = x.reshape(width, -1)
+        x = x[:, x.shape[1] - (config.conv_width - 1):].T
+    return {entry.tap.format(part): x.reshape(-1, width)[:, s] for part, s in columns.items()}
 
 
 def _tail(tap: str, config: Config) -> tuple[int, ...] | None:
     """The axes of a tap after tokens, where it has heads."""
-    kind = tap.split(".", 2)[-1]
-    heads = (config.kda_heads, config.kda_head_dim)
+    c, kind = config, tap.split(".", 2)[-1]
+    kda, values = (c.kda_heads, c.kda_head_dim), (c.gdn_v_heads, c.gdn_v_dim)
+    queries, keys = (c.attn_heads, c.attn_head_dim), (c.attn_kv_heads, c.attn_head_dim)
     return {
-        "kda.g": heads, "kda.f": heads, "kda.z": heads, "kda.o_norm": heads,
-        "kda.state": (config.kda_head_dim, config.kda_head_dim),
-        "mla.q": (config.mla_heads, config.nope_dim + config.rope_dim),
+        "kda.g": kda, "kda.f": kda, "kda.z": kda, "kda.o_norm": kda,
+        "kda.state": (c.kda_head_dim, c.kda_head_dim),
+        "mla.q": (c.mla_heads, c.nope_dim + c.rope_dim),
+        "gdn.z": values, "gdn.o_norm": values, "gdn.state": (c.gdn_k_dim, c.gdn_v_dim),
+        "attn.q_proj": queries, "attn.gate": queries, "attn.q_norm": queries,
+        "attn.k_proj": keys, "attn.v": keys, "attn.k_norm": keys,
     }.get(kind)
 
 
 def _shaped(x: np.ndarray, tap: str, name: str, config: Config) -> np.ndarray:
+    if tap.endswith(("attn.k_cache", "attn.v_cache")):                # [..., Hkv, T, K] there
+        return x.reshape(-1, *x.shape[-2:]).swapaxes(0, 1)
     tail = _tail(tap, config) or x.shape[-1:]
     if x.size % max(int(np.prod(tail)), 1):
         raise ValueError(f"{name} has shape {x.shape}; for {tap} it must be [T, {', '.join(map(str, tail))}]")

@@ -51,6 +51,14 @@ def swiglu(gate, up):
     return silu(gate) * f64(up)
 
 
+def sigmoid_gate(x, gate):
+    """``x * sigmoid(gate)``: x [..., D], gate [..., G], each for D / G values that follow each other."""
+    x, gate = f64(x), f64(gate)
+    if x.shape[-1] % gate.shape[-1]:
+        raise ValueError(f"gate has {gate.shape[-1]} values for {x.shape[-1]} of x; it must divide them")
+    return x * np.repeat(sigmoid(gate), x.shape[-1] // gate.shape[-1], axis=-1)
+
+
 def softmax(x):
     """``exp(x - max) / sum``, over the last axis."""
     x = f64(x)
@@ -181,6 +189,44 @@ def _attend(q, k, v, scale, T, S):
         seen = S - T + t + 1
         p = softmax(scale * (k[:, :seen] @ q[t][:, :, None])[..., 0])                      # [H, seen]
         o[t] = (p[:, None, :] @ v[:, :seen])[:, 0]
+    return o
+
+
+# ---- attention with grouped queries --------------------------------------------------------------
+
+
+def rope(x, positions, *, base, rotary):
+    """Pairs (x[j], x[j + rotary / 2]) of each head turned by ``positions * base ** (-2 j / rotary)``; the rest stays.
+
+    x [..., H, K], positions [...] integers -> y as x.
+    """
+    x, half = f64(x), rotary // 2
+    if rotary % 2 or not 0 <= rotary <= x.shape[-1]:
+        raise ValueError(f"rotary is {rotary}; it must be even, from 0 to K = {x.shape[-1]}")
+    angle = f64(np.asarray(positions))[..., None, None] * base ** (-2.0 * np.arange(half) / max(rotary, 1))
+    a, b, rest = x[..., :half], x[..., half:rotary], x[..., rotary:]
+    c, s = np.cos(angle), np.sin(angle)
+    return np.concatenate([a * c - b * s, b * c + a * s, rest], axis=-1)
+
+
+def attention(q, k, v, *, scale, offsets=None, kv_offsets=None):
+    """Causal attention: q [T, H, K], k [S, Hkv, K], v [S, Hkv, V] -> o [T, H, V]; query head h has head h // (H / Hkv).
+
+    The query t of a sequence's T sees the first S - T + t + 1 of its S positions.
+    """
+    q, k, v = f64(q), f64(k), f64(v)
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"q has {q.shape[1]} heads and k {k.shape[1]}; these must divide those")
+    group = q.shape[1] // k.shape[1]
+    k, v = (np.repeat(a.swapaxes(0, 1), group, axis=0) for a in (k, v))                    # [H, S, .]
+    rows = sequences(len(q), offsets)
+    cached = sequences(k.shape[1], offsets if kv_offsets is None else kv_offsets)
+    o = np.zeros((*q.shape[:2], v.shape[-1]))
+    for r, c in zip(rows, cached, strict=True):
+        T, S = r.stop - r.start, c.stop - c.start
+        if S < T:
+            raise ValueError(f"k has {S} positions for {T} queries; the queries' own must be among them")
+        o[r] = _attend(q[r], k[:, c], v[:, c], scale, T, S)
     return o
 
 

@@ -1,4 +1,7 @@
-"""The whole model in float64 NumPy, layer by layer, with every tap. Source: arXiv:2510.26692, section 4.
+"""The whole model in float64 NumPy, layer by layer, with every tap.
+
+Sources: arXiv:2510.26692, section 4 (Kimi Linear); arXiv:2412.06464 (gated delta net); Hugging Face transformers,
+models qwen3_next and qwen3_5 (gated attention, the shared expert's gate).
 
 Weights come from any mapping of canonical names (``Config.weight_shapes``) to arrays of any float type. They
 are fetched and widened where they are used and dropped after, so that the largest matrix, not the model, sets
@@ -16,6 +19,7 @@ import numpy as np
 from . import reference as op
 from .config import Config
 from .trace import ON_REQUEST, on_request
+from .weight_shapes import MOE_NAMES, ROUTER_BIAS, SHARED_GATE, attn_query_rows, gdn_channels, gdn_inputs
 
 Tap = Callable[[str, np.ndarray], np.ndarray]
 
@@ -63,7 +67,7 @@ def _no_tap(name: str, x: np.ndarray) -> np.ndarray:
 
 
 class ReferenceModel:
-    """Kimi-Linear in float64.
+    """The model that a Config describes, in float64.
 
     Parameters
     ----------
@@ -117,12 +121,12 @@ class ReferenceModel:
     def head(self, h, tap: Tap = _no_tap) -> np.ndarray:
         """Final norm and logits: [T, D] -> [T, vocab]."""
         name = "model.embed_tokens.weight" if self.config.tie_embeddings else "lm_head.weight"
-        x = tap("norm", op.rms_norm(h, self.weights["model.norm.weight"], eps=self.config.rms_norm_eps))
+        x = tap("norm", self._norm(h, self.weights["model.norm.weight"]))
         return tap("logits", op.linear(x, self.weights[name]))
 
     def layer(self, i: int, h, state: dict | None = None, tap: Tap = _no_tap, expert_ids=None) -> np.ndarray:
         """One layer: h [T, D] -> [T, D]. `state`, a dict of the sequence, is read and brought up to date."""
-        c, spec = self.config, self.config.layers[i]
+        spec = self.config.layers[i]
         state = {} if state is None else state
 
         def w(name):
@@ -131,12 +135,16 @@ class ReferenceModel:
         def named(name, x):
             return tap(f"layers.{i}.{name}", x)
 
-        mixer = self._kda if spec.mixer == "kda" else self._mla
-        x = named("attn_norm", op.rms_norm(h, w("input_layernorm.weight"), eps=c.rms_norm_eps))
+        mixer = {"kda": self._kda, "mla": self._mla, "gdn": self._gdn, "attn": self._attn}[spec.mixer]
+        x = named("attn_norm", self._norm(h, w("input_layernorm.weight")))
         h = named("mid", op.add(h, mixer(i, x, w, state, named)))
-        x = named("ffn_norm", op.rms_norm(h, w("post_attention_layernorm.weight"), eps=c.rms_norm_eps))
+        x = named("ffn_norm", self._norm(h, w("post_attention_layernorm.weight")))
         y = self._dense(x, w, named) if spec.ffn == "dense" else self._moe(x, w, named, expert_ids)
         return named("out", op.add(h, y))
+
+    def _norm(self, x, w):
+        """The norm of layers, queries and keys, and the final one."""
+        return op.rms_norm(x, 1 + op.f64(w) if self.config.norm_plus_one else w, eps=self.config.rms_norm_eps)
 
     def _kda(self, i, x, w, state, tap):
         """Kimi Delta Attention."""
@@ -185,17 +193,70 @@ class ReferenceModel:
         latent, k_shared = tap("mla.latent_raw", kv[:, :R]), tap("mla.k_shared", kv[:, R:])
         latent = tap("mla.latent", op.rms_norm(latent, w("self_attn.kv_a_layernorm.weight"), eps=c.latent_eps))
 
-        def cached(name, new):
-            key = f"layers.{i}.mla.{name}_cache"
-            state[key] = np.concatenate([state[key], new]) if key in state else new
-            return state[key]
-
+        latents = _cached(state, f"layers.{i}.mla.latent_cache", latent)
+        k_shared = _cached(state, f"layers.{i}.mla.k_shared_cache", k_shared)
         kv_b = op.f64(w("self_attn.kv_b_proj.weight")).reshape(H, c.nope_dim + c.v_head_dim, R)
         w_uk, w_uv = kv_b[:, :c.nope_dim], kv_b[:, c.nope_dim:]
-        o = op.latent_attention(q, cached("latent", latent), cached("k_shared", k_shared), w_uk, w_uv,
-                                scale=(c.nope_dim + c.rope_dim) ** -0.5)
+        o = op.latent_attention(q, latents, k_shared, w_uk, w_uv, scale=(c.nope_dim + c.rope_dim) ** -0.5)
         o = tap("mla.o", o)
         return tap("mla.out", op.linear(o.reshape(T, H * c.v_head_dim), w("self_attn.o_proj.weight")))
+
+    def _gdn(self, i, x, w, state, tap):
+        """Gated delta net: one gate a head, key heads shared by value heads."""
+        c, T = self.config, len(x)
+        keys, values = (T, c.gdn_k_heads, c.gdn_k_dim), (T, c.gdn_v_heads, c.gdn_v_dim)
+        flat = (T, c.gdn_v_heads * c.gdn_v_dim)
+        inputs, channels = gdn_inputs(c), gdn_channels(c)
+        joint = {name: op.linear(x, w(f"linear_attn.{name}")) for name in {name for name, _ in inputs.values()}}
+
+        def projected(part):
+            name, rows = inputs[part]
+            return joint[name][:, rows]
+
+        def convolved(s, heads):
+            key = f"layers.{i}.gdn.{s}_history"
+            p = tap(f"gdn.{s}_proj", projected(s))
+            y, state[key] = op.short_conv(p, w("linear_attn.conv1d.weight")[channels[s]], history=state.get(key))
+            return tap(f"gdn.{s}_conv", y.reshape(heads))
+
+        q = tap("gdn.q", op.l2_norm(convolved("q", keys), eps=c.l2_eps))
+        k = tap("gdn.k", op.l2_norm(convolved("k", keys), eps=c.l2_eps))
+        v = convolved("v", values)
+
+        rate = np.exp(op.f64(w("linear_attn.A_log")))
+        g = tap("gdn.g", op.decay_gate(tap("gdn.a", projected("a")), rate, w("linear_attn.dt_bias")))
+        beta = tap("gdn.beta", op.sigmoid(tap("gdn.b", projected("b"))))
+
+        key = f"layers.{i}.gdn.state"
+        o, state[key] = op.delta_rule(q, k, v, g, beta, initial_state=state.get(key),
+                                      head_map="tiled" if c.gdn_tiled else "grouped")
+        o = tap("gdn.o", o)
+
+        z = tap("gdn.z", projected("z").reshape(values))
+        o = tap("gdn.o_norm", op.gated_rms_norm(o, z, w("linear_attn.norm.weight"), eps=c.rms_norm_eps,
+                                                activation="silu"))
+        return tap("gdn.out", op.linear(o.reshape(flat), w("linear_attn.out_proj.weight")))
+
+    def _attn(self, i, x, w, state, tap):
+        """Attention with grouped key heads, partly rotated, and a gate on its output."""
+        c, T = self.config, len(x)
+        queries, keys = (T, c.attn_heads, c.attn_head_dim), (T, c.attn_kv_heads, c.attn_head_dim)
+        flat = (T, c.attn_heads * c.attn_head_dim)
+        both, rows = op.linear(x, w("self_attn.q_proj.weight")), attn_query_rows(c)
+        q = tap("attn.q_proj", both[:, rows["q_proj"]].reshape(queries))
+        gate = tap("attn.gate", both[:, rows["gate"]].reshape(queries))
+        k = tap("attn.k_proj", op.linear(x, w("self_attn.k_proj.weight")).reshape(keys))
+        v = tap("attn.v", op.linear(x, w("self_attn.v_proj.weight")).reshape(keys))
+        q = tap("attn.q_norm", self._norm(q, w("self_attn.q_norm.weight")))
+        k = tap("attn.k_norm", self._norm(k, w("self_attn.k_norm.weight")))
+
+        k_cache, v_cache = (f"layers.{i}.attn.{s}_cache" for s in "kv")
+        turn = dict(positions=len(state.get(k_cache, ())) + np.arange(T), base=c.rope_base, rotary=c.rotary_dim)
+        q, k = tap("attn.q", op.rope(q, **turn)), tap("attn.k", op.rope(k, **turn))
+        o = op.attention(q, _cached(state, k_cache, k), _cached(state, v_cache, v), scale=c.attn_head_dim ** -0.5)
+        o = op.sigmoid_gate(tap("attn.o", o).reshape(flat), gate.reshape(flat))
+        o = tap("attn.gated", o.reshape(queries))
+        return tap("attn.out", op.linear(o.reshape(flat), w("self_attn.o_proj.weight")))
 
     def _dense(self, x, w, tap):
         gate = tap("mlp.gate", op.linear(x, w("mlp.gate_proj.weight")))
@@ -204,7 +265,8 @@ class ReferenceModel:
         return tap("mlp.out", op.linear(act, w("mlp.down_proj.weight")))
 
     def _moe(self, x, w, tap, expert_ids):
-        c, prefix = self.config, "block_sparse_moe"
+        c, names = self.config, MOE_NAMES[self.config.moe_names]
+        prefix = names.prefix
         scores = tap("moe.logits", op.linear(x, w(f"{prefix}.gate.weight")))
         function = c.router_function
         own = op.sigmoid(scores) if function == "sigmoid" else op.softmax(scores)
@@ -212,15 +274,18 @@ class ReferenceModel:
         if asked is not own:  # edited: they take the place of the logits
             scores, function = asked, "none"
         rule = dict(function=function, renormalise=c.renormalise, scale=c.routed_scale)
-        ids, _ = op.route(scores, k=c.experts_per_token, bias=w(f"{prefix}.gate.e_score_correction_bias"),
+        ids, _ = op.route(scores, k=c.experts_per_token, bias=w(f"{prefix}.{ROUTER_BIAS}") if c.router_bias else None,
                           groups=c.n_groups, top_groups=c.top_groups, **rule)
         if expert_ids is not None:
             ids = self._forced(expert_ids, ids)
         ids = np.sort(tap("moe.ids", ids), axis=-1)
         weights = tap("moe.weights", op.route_weights(scores, ids, **rule))
 
-        experts = [_Experts(w, f"{prefix}.experts.{{}}.w{n}.weight") for n in (1, 3, 2)]
-        shared = self._shared(x, w, tap, f"{prefix}.shared_experts") if c.n_shared_experts else None
+        experts = [_Experts(w, f"{prefix}.experts.{{}}.{n}.weight") for n in names.experts]
+        shared = self._shared(x, w, tap, f"{prefix}.{names.shared}") if c.shared_size else None
+        if c.shared_gated:
+            gate = tap("moe.shared_g", op.linear(x, w(f"{prefix}.{SHARED_GATE}")))
+            shared = tap("moe.shared_gated", op.sigmoid_gate(shared, gate))
         return tap("moe.out", op.moe(x, ids, weights, *experts, shared=shared))
 
     def _shared(self, x, w, tap, prefix):
@@ -235,6 +300,12 @@ class ReferenceModel:
             raise ValueError(f"expert_ids has shape {given.shape}, values {given.min(initial=0)} to "
                              f"{given.max(initial=0)}; it must have shape {own.shape}, values 0 to {E - 1}")
         return np.sort(given, axis=-1).astype(own.dtype)
+
+
+def _cached(state, key, new):
+    """A cache of the state brought up to date: what it held, then the new rows."""
+    state[key] = np.concatenate([state[key], new]) if key in state else new
+    return state[key]
 
 
 class _Experts:

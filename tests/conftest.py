@@ -14,6 +14,7 @@ HERE = Path(__file__).parent
 DATA = HERE / "data"
 TINY = HERE.parent / "kimi_linear" / "data" / "tiny"
 GOLDEN_CASES = ("kimi-a", "kimi-b")
+QWEN_CASES = ("qwen-a", "qwen35-a", "qwen35-moe")
 PROMPTS = ("short", "long")
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -60,12 +61,18 @@ def tiny_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
-    """Folders kimi-a and kimi-b: checkpoints, and what others compute for them."""
+    """Folders kimi-a, kimi-b, qwen-a, qwen35-a, qwen35-moe: checkpoints, and what others compute for them."""
     return DATA / "golden"
 
 
 @pytest.fixture(scope="session", params=GOLDEN_CASES)
 def golden_case(request) -> Path:
+    """Each golden folder of Kimi-Linear in turn."""
+    return DATA / "golden" / request.param
+
+
+@pytest.fixture(scope="session", params=GOLDEN_CASES + QWEN_CASES)
+def any_golden_case(request) -> Path:
     """Each golden folder in turn."""
     return DATA / "golden" / request.param
 

@@ -8,8 +8,9 @@ torch==2.13.0 safetensors`; nothing of this project. Run: `python make_golden.py
 Array names: `<prompt>/<module path>` is that module's output without the batch axis ([T, ...]);
 `<prompt>/tokens` int64; `<prompt>/logits` [T, vocab]; `<prompt>/cache/<layer>/{conv, state}` for a
 linear-attention layer: the last W inputs of the convolution ([channels, W], q|k|v, newest last) and the state
-[H, K, V]; `<prompt>/cache/<layer>/{keys, values}` for an attention layer: the normed latent and the shared
-part. Router modules give `ids` and `weights` ([T, k], in the order of the implementation: compare as sets).
+[H, K, V]; `<prompt>/cache/<layer>/{keys, values}` for an attention layer: [heads, T, K], or the normed latent and
+the shared part. Router modules give `ids` and `weights` ([T, k], in the order of the implementation: compare as
+sets).
 The table that maps these names to taps is kimi_linear/golden.py.
 """
 
@@ -18,7 +19,9 @@ import sys
 
 import torch
 from safetensors.torch import save_file
-from transformers import KimiLinearConfig, KimiLinearForCausalLM
+from transformers import KimiLinearConfig, KimiLinearForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
+from transformers.models.qwen3_5 import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from transformers.models.qwen3_5_moe import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
 PROMPTS = {"long": 70, "short": 21}          # 70 crosses a chunk of 64
 
@@ -41,6 +44,27 @@ def kimi(kda, full, dense, heads, width, conv, mla, moe, hidden=64, eps=1e-5, q_
         mlp_layer_types=["dense"] * dense + ["sparse"] * (layers - dense))
 
 
+def qwen(kind, k_heads, v_heads, k, v, theta, attn, moe=None, rope=None, **more):
+    """A config of five layers, the fourth of them attention: key and value heads, their widths, and the tuples
+    unpacked here."""
+    n, n_kv, d, rotary = attn
+    if moe:
+        experts, top, width_e, shared = moe
+        more |= dict(num_experts=experts, num_experts_per_tok=top, moe_intermediate_size=width_e,
+                     shared_expert_intermediate_size=shared)
+    rope = dict(rope_type="default", rope_theta=theta, partial_rotary_factor=rotary) | (rope or {})
+    return kind(
+        vocab_size=320, hidden_size=64, num_hidden_layers=5, num_attention_heads=n, num_key_value_heads=n_kv,
+        head_dim=d, rope_parameters=rope, linear_conv_kernel_dim=4, linear_key_head_dim=k, linear_value_head_dim=v,
+        linear_num_key_heads=k_heads, linear_num_value_heads=v_heads, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        **more)
+
+
+MROPE = dict(mrope_section=[2, 1, 1], mrope_interleaved=True)
+MODELS = {
+    "kimi_linear": KimiLinearForCausalLM, "qwen3_next": Qwen3NextForCausalLM, "qwen3_5_text": Qwen3_5ForCausalLM,
+    "qwen3_5_moe_text": Qwen3_5MoeForCausalLM,
+}
 CASES = {
     # the published model in small: layer 0 dense, the last layer breaks the period
     "kimi-a": lambda: (kimi([1, 2, 3, 5], [4, 6], 1, 2, 16, 4, (4, 16, 8, 16, 32),
@@ -50,6 +74,19 @@ CASES = {
     "kimi-b": lambda: (kimi([2, 3, 5], [1, 4], 2, 3, 8, 3, (2, 8, 8, 12, 24),
                             (12, 3, 3, 2, 2, 24, 1.3, False), hidden=48, eps=1e-6, q_lora=20),
                        torch.bfloat16),
+    # one gate a head: two value heads a key head, values wider than keys
+    "qwen-a": lambda: (qwen(Qwen3NextConfig, 2, 4, 16, 24, 1e4, (4, 2, 32, 0.25), (8, 2, 32, 48), intermediate_size=96,
+                            norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[], full_attention_interval=4,
+                            partial_rotary_factor=0.25),
+                       torch.float32),
+    # dense: separate projections, three value heads a key head, tied embeddings, bfloat16 file
+    "qwen35-a": lambda: (qwen(Qwen3_5TextConfig, 2, 6, 16, 16, 1e6, (4, 2, 32, 0.25), rope=MROPE, intermediate_size=96,
+                              tie_word_embeddings=True),
+                         torch.bfloat16),
+    # a mixture, always renormalised
+    "qwen35-moe": lambda: (qwen(Qwen3_5MoeTextConfig, 2, 4, 16, 16, 1e6, (4, 2, 32, 0.25), (8, 2, 32, 48), rope=MROPE,
+                                tie_word_embeddings=False),
+                           torch.float32),
 }
 
 
@@ -118,11 +155,11 @@ def capture(model, tokens):
 def make(name, folder):
     gen = torch.Generator().manual_seed(sum(map(ord, name)))
     config, dtype = CASES[name]()
-    model = KimiLinearForCausalLM(config).eval()
+    model = MODELS[config.model_type](config).eval()
     randomise(model, gen)
     model = model.to(dtype).to(torch.float32)                # the file's values, computed on in float32
     model.to(dtype).save_pretrained(folder)
-    model = KimiLinearForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = MODELS[config.model_type].from_pretrained(folder, dtype=torch.float32).eval()
     golden = {}
     with torch.no_grad():
         for prompt, length in PROMPTS.items():

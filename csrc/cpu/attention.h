@@ -20,12 +20,19 @@ typedef struct kl_running {
     int64_t stride, width; /* of acc */
 } kl_running;
 
+/* Stored rows that will be read next, n of them: a hint. */
+typedef struct kl_ahead {
+    const char *rows;
+    int64_t n, stride, bytes; /* bytes: of a row */
+} kl_ahead;
+
 /* n_queries queries on one block. A query and a key are two parts side by side (widths agree part
  * by part; the second may be empty). Query i sees the first min(n, first + i * step) positions of
  * the block, at least one: step 1 for queries of successive positions, 0 for heads of one token. */
 typedef struct kl_attend {
     kl_rows q[2], k[2], v;
     kl_running run;
+    kl_ahead ahead[2];
     int64_t n_queries, n, first, step;
     float scale;
 } kl_attend;

@@ -32,7 +32,7 @@ static size_t thread_bytes(const kl_absorbed *e)
 {
     const kl_latent_attention_args *g = e->a->args;
     const size_t block =
-        (size_t)(kl_mla_buffer(&e->a->latent, g->R) + kl_mla_buffer(&e->a->k_shared, g->P));
+        (size_t)(kl_cache_buffer(&e->a->latent, g->R) + kl_cache_buffer(&e->a->k_shared, g->P));
     const size_t product = product_bytes(e) + (size_t)(e->capacity * g->V) * sizeof(float);
     const size_t bytes = block * sizeof(float) > product ? block * sizeof(float) : product;
     return (bytes + 63) / 64 * 64;
@@ -134,7 +134,7 @@ static void attend_segment(const kl_absorbed *e, int64_t u, int64_t h, int64_t h
         const kl_attend block = {
             .q = { query, shared },
             .k = { latent, kl_mla_cache_rows(a, &a->k_shared, token->n, p, positions, g->P,
-                                             buffer + kl_mla_buffer(&a->latent, g->R)) },
+                                             buffer + kl_cache_buffer(&a->latent, g->R)) },
             .v = latent,
             .run = run,
             .n_queries = heads,

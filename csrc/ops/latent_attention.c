@@ -22,26 +22,6 @@ int64_t kl_mla_expanded_tokens(const kl_latent_attention_args *args, int64_t n)
     return L - L % KL_PIECE;
 }
 
-kl_rows kl_mla_cache_rows(const kl_mla *a, const kl_cache *cache, int64_t n, int64_t position,
-                          int64_t count, int64_t width, float *buffer)
-{
-    if (width == 0)
-        return (kl_rows){ NULL, 0, 0 };
-    const char *first = (const char *)cache->page[n][position / KL_PAGE] + cache->offset
-                        + (size_t)(position % KL_PAGE) * cache->row_bytes;
-    if (cache->type == KL_F32)
-        return (kl_rows){ (const float *)(const void *)first,
-                          (int64_t)(cache->row_bytes / sizeof(float)), width };
-    for (int64_t i = 0; i < count; i++) {
-        const char *row = first + (size_t)i * cache->row_bytes;
-        if (cache->type == KL_Q8_0)
-            a->ctx->k->unpack_q8_0(buffer + i * width, row, width / KL_Q8_0_VALUES);
-        else
-            a->ctx->k->unpack_row(buffer + i * width, row, cache->type, width);
-    }
-    return (kl_rows){ buffer, width, width };
-}
-
 kl_status cpu_latent_attention(kl_ctx *ctx, float *o, const float *q, kl_cache latent,
                                kl_cache k_shared, const kl_weight *w_uk, const kl_weight *w_uv,
                                const kl_latent_attention_args *args)

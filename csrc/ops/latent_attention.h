@@ -2,8 +2,7 @@
 #ifndef KL_LATENT_ATTENTION_H
 #define KL_LATENT_ATTENTION_H
 
-#include "../cpu/kernels.h"
-#include "ops.h"
+#include "cache_rows.h"
 
 /* New tokens of a sequence are cut into pieces of KL_PIECE, from the first of the call; a piece of
  * up to KL_ABSORBED_PIECE tokens is absorbed, a longer one expanded. */
@@ -27,15 +26,12 @@ static inline int64_t kl_mla_seen(const kl_latent_attention_args *args, int64_t 
     return args->positions[n] - (args->offsets[n + 1] - args->offsets[n]) + i + 1;
 }
 
-/* Rows of `width` values of sequence n from `position` on, `count` of them, within one page: as
- * they lie, or widened into buffer [count, width] where the cache is float16 or Q8_0. */
-kl_rows kl_mla_cache_rows(const kl_mla *a, const kl_cache *cache, int64_t n, int64_t position,
-                          int64_t count, int64_t width, float *buffer);
-
-/* floats of buffer that kl_mla_cache_rows needs for one block */
-static inline int64_t kl_mla_buffer(const kl_cache *cache, int64_t width)
+/* As kl_cache_rows, whole rows. */
+static inline kl_rows kl_mla_cache_rows(const kl_mla *a, const kl_cache *cache, int64_t n,
+                                        int64_t position, int64_t count, int64_t width,
+                                        float *buffer)
 {
-    return cache->type == KL_F32 ? 0 : KL_BLOCK * width;
+    return kl_cache_rows(a->ctx->k, cache, n, position, count, 0, width, buffer);
 }
 
 /* Each form: what it needs, taken before either runs. */

@@ -26,8 +26,8 @@ static size_t lay_out(room *r, const kl_expanded *e, char *base)
                                           (int64_t)kl_product_scratch(a->w_uv, KL_BLOCK));
     const size_t n[] = { (size_t)(KL_BLOCK * g->K),
                          (size_t)(KL_BLOCK * g->V),
-                         (size_t)kl_mla_buffer(&a->latent, g->R),
-                         (size_t)kl_mla_buffer(&a->k_shared, g->P),
+                         (size_t)kl_cache_buffer(&a->latent, g->R),
+                         (size_t)kl_cache_buffer(&a->k_shared, g->P),
                          (size_t)e->longest,
                          (size_t)e->longest,
                          (size_t)(e->longest * g->V),

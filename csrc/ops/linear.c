@@ -1,5 +1,6 @@
 /* linear: y[i][t, r] = sum_k x[t, k] w[i][r, k] + bias[i][r]     for several weights over one x
  *   x [T, D], y[i] [T, rows of w[i]] float32, y overlaps no input     w[i] [rows, D] in any storage type
+ *   A weight of n matrices is one whose rows are theirs, one matrix after another.
  *   Order of a sum: product.h, or cpu/int8.h where the context asks for it and the weight takes it; the bias is
  *   added last.
  *   Budget: |y - ref| <= (D/16 + 5) u sum_k |x w| + u |ref|, u = 2^-24. */
@@ -22,17 +23,23 @@ typedef struct task {
     size_t scratch_bytes; /* of one thread */
 } task;
 
-static int64_t blocks_of(const task *a, int i) { return kl_ceil_div(a->w[i].rows, a->block); }
+/* of one matrix, and of a weight */
+static int64_t matrix_blocks(const task *a, int i) { return kl_ceil_div(a->w[i].rows, a->block); }
+static int64_t blocks_of(const task *a, int i) { return a->w[i].n * matrix_blocks(a, i); }
+static int64_t rows_of(const kl_weight *w) { return w->n * w->rows; }
 
-static void product_block(const task *a, int i, int64_t r0, int64_t t0, void *scratch)
+/* rows block * a->block.. of matrix number `which` */
+static void product_block(const task *a, int i, int64_t which, int64_t block, int64_t t0,
+                          void *scratch)
 {
-    const int64_t rows = a->w[i].rows, n = kl_min(a->block, rows - r0),
-                  T = kl_min(a->t_block, a->T - t0);
-    float *y = a->y[i] + t0 * rows + r0;
-    kl_operand_product(a->ctx, y, rows, &a->x, t0, NULL, T, &a->w[i], 0, r0, n, scratch);
+    const kl_weight *w = &a->w[i];
+    const int64_t r0 = block * a->block, n = kl_min(a->block, w->rows - r0), rows = rows_of(w),
+                  first = which * w->rows + r0, T = kl_min(a->t_block, a->T - t0);
+    float *y = a->y[i] + t0 * rows + first;
+    kl_operand_product(a->ctx, y, rows, &a->x, t0, NULL, T, w, which, r0, n, scratch);
     if (a->bias != NULL && a->bias[i] != NULL)
         for (int64_t t = 0; t < T; t++)
-            a->ctx->k->add(y + t * rows, y + t * rows, a->bias[i] + r0, n);
+            a->ctx->k->add(y + t * rows, y + t * rows, a->bias[i] + first, n);
 }
 
 static void blocks(void *arg, int64_t begin, int64_t end, int thread)
@@ -44,7 +51,8 @@ static void blocks(void *arg, int64_t begin, int64_t end, int thread)
         int i = 0;
         while (r >= blocks_of(a, i))
             r -= blocks_of(a, i++);
-        product_block(a, i, r * a->block, j % a->t_blocks * a->t_block, scratch);
+        const int64_t n = matrix_blocks(a, i);
+        product_block(a, i, r / n, r % n, j % a->t_blocks * a->t_block, scratch);
     }
 }
 
@@ -66,7 +74,7 @@ kl_status cpu_linear(kl_ctx *ctx, float *const *y, const float *x, const kl_weig
     int64_t rows = 0, row_blocks = 0;
     bool takes_int8 = false;
     for (int i = 0; i < n_weights; i++)
-        rows += w[i].rows;
+        rows += rows_of(&w[i]);
     for (int i = 0; i < n_weights; i++) {
         const size_t n_bytes = kl_operand_scratch(ctx, &w[i], T);
         a.scratch_bytes = n_bytes > a.scratch_bytes ? n_bytes : a.scratch_bytes;
@@ -101,10 +109,14 @@ kl_status kl_linear(kl_ctx *ctx, float *const *y, const float *x, const kl_weigh
     if (n_weights < 0)
         return kl_fail(ctx, KL_ERR_ARG, "linear: n_weights is %d; it must be >= 0", n_weights);
     for (int i = 0; i < n_weights; i++) {
-        KL_TRY(kl_check_weight(ctx, "linear", "w", &w[i], 1, w[i].rows, D));
-        KL_TRY(kl_check_rows(ctx, "linear", "w", w[i].rows, D));
-        all_rows += w[i].rows;
-        weight_bytes += (int64_t)kl_type_bytes(w[i].type, w[i].rows * D);
+        int64_t rows;
+        KL_TRY(kl_check_weight(ctx, "linear", "w", &w[i], w[i].n, w[i].rows, D));
+        if (!kl_mul(&rows, w[i].n, w[i].rows))
+            return kl_fail(ctx, KL_ERR_SHAPE, "linear: w is %lld matrices of %lld rows",
+                           (long long)w[i].n, (long long)w[i].rows);
+        KL_TRY(kl_check_rows(ctx, "linear", "w", rows, D));
+        all_rows += rows;
+        weight_bytes += (int64_t)kl_type_bytes(w[i].type, rows * D);
     }
     const size_t mark = kl_scratch_mark(ctx);
     return kl_done(ctx, mark,

@@ -9,6 +9,7 @@
     OP(add, (kl_ctx *, float *, const float *, const float *, int64_t))                            \
     OP(sigmoid, (kl_ctx *, float *, const float *, int64_t))                                       \
     OP(swiglu, (kl_ctx *, float *, const float *, const float *, int64_t))                         \
+    OP(sigmoid_gate, (kl_ctx *, float *, const float *, const float *, int64_t, int64_t, int64_t)) \
     OP(softmax, (kl_ctx *, float *, const float *, int64_t, int64_t))                              \
     OP(rms_norm, (kl_ctx *, float *, const float *, const float *, int64_t, int64_t, float))       \
     OP(gated_rms_norm, (kl_ctx *, float *, const float *, const float *, const float *, int64_t,   \
@@ -41,6 +42,10 @@
                       int64_t, int64_t, int64_t))                                                  \
     OP(latent_attention, (kl_ctx *, float *, const float *, kl_cache, kl_cache, const kl_weight *, \
                           const kl_weight *, const kl_latent_attention_args *))                    \
+    OP(rope, (kl_ctx *, float *, const float *, const int64_t *, int64_t, int64_t, int64_t,        \
+              int64_t, double))                                                                    \
+    OP(attention,                                                                                  \
+       (kl_ctx *, float *, const float *, kl_cache, kl_cache, const kl_attention_args *))          \
     OP(sample, (kl_ctx *, int32_t *, const float *, const kl_sample_args *, int64_t, int64_t))
 
 typedef enum kl_op_id {

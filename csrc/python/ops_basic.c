@@ -47,6 +47,23 @@ static PyObject *py_swiglu(PyObject *module, PyObject *args)
     return kl_py_end(&c);
 }
 
+static PyObject *py_sigmoid_gate(PyObject *module, PyObject *args)
+{
+    (void)module;
+    kl_py_call c = { 0 };
+    PyObject *ctx, *oy, *ox, *ogate;
+    long long T, D, G;
+    if (!PyArg_ParseTuple(args, "OOOOLLL:sigmoid_gate", &ctx, &oy, &ox, &ogate, &T, &D, &G))
+        return NULL;
+    const int64_t n = kl_py_size(&c, "x", T, D, 1, 1), n_gate = kl_py_size(&c, "gate", T, G, 1, 1);
+    float *y = kl_py_out(&c, oy, KL_PY_F32, n, "out");
+    const float *x = kl_py_in(&c, ox, KL_PY_F32, n, "x"),
+                *gate = kl_py_in(&c, ogate, KL_PY_F32, n_gate, "gate");
+    if (kl_py_begin(&c, ctx))
+        c.status = kl_sigmoid_gate(c.ctx, y, x, gate, T, D, G);
+    return kl_py_end(&c);
+}
+
 static PyObject *py_softmax(PyObject *module, PyObject *args)
 {
     (void)module;
@@ -122,6 +139,7 @@ PyMethodDef kl_py_ops_basic[] = {
     { "add", py_add, METH_VARARGS, NULL },
     { "sigmoid", py_sigmoid, METH_VARARGS, NULL },
     { "swiglu", py_swiglu, METH_VARARGS, NULL },
+    { "sigmoid_gate", py_sigmoid_gate, METH_VARARGS, NULL },
     { "softmax", py_softmax, METH_VARARGS, NULL },
     { "rms_norm", py_rms_norm, METH_VARARGS, NULL },
     { "gated_rms_norm", py_gated_rms_norm, METH_VARARGS, NULL },

@@ -1,4 +1,4 @@
-/* Wrappers of latent attention, its cache, and sampling. */
+/* Wrappers of attention and its caches, rotary positions, and sampling. */
 #include "binding.h"
 
 /* A cache that lies in one array of rows: sequence n has rows begin[n] .. begin[n + 1] - 1. */
@@ -117,6 +117,57 @@ static PyObject *py_latent_attention(PyObject *module, PyObject *args)
     return kl_py_end(&c);
 }
 
+static PyObject *py_rope(PyObject *module, PyObject *args)
+{
+    (void)module;
+    kl_py_call c = { 0 };
+    PyObject *ctx, *oy, *ox, *opositions;
+    long long T, H, K, rotary;
+    double base;
+    if (!PyArg_ParseTuple(args, "OOOOLLLLd:rope", &ctx, &oy, &ox, &opositions, &T, &H, &K, &rotary,
+                          &base))
+        return NULL;
+    const int64_t n = kl_py_size(&c, "x", T, H, K, 1);
+    float *y = kl_py_out(&c, oy, KL_PY_F32, n, "out");
+    const float *x = kl_py_in(&c, ox, KL_PY_F32, n, "x");
+    const int64_t *positions = kl_py_in(&c, opositions, KL_PY_I64, T, "positions");
+    if (kl_py_begin(&c, ctx))
+        c.status = kl_rope(c.ctx, y, x, positions, T, H, K, rotary, base);
+    return kl_py_end(&c);
+}
+
+static PyObject *py_attention(PyObject *module, PyObject *args)
+{
+    (void)module;
+    kl_py_call c = { 0 };
+    PyObject *ctx, *oo, *oq, *ok, *ov, *ooffsets, *obegin;
+    int k_type, v_type;
+    long long N, T, S, H, Hkv, K, V;
+    double scale;
+    if (!PyArg_ParseTuple(args, "OOOOiOiOO(LLLLLLL)d:attention", &ctx, &oo, &oq, &ok, &k_type, &ov,
+                          &v_type, &ooffsets, &obegin, &N, &T, &S, &H, &Hkv, &K, &V, &scale))
+        return NULL;
+    const int64_t n_o = kl_py_size(&c, "out", T, H, V, 1), n_q = kl_py_size(&c, "q", T, H, K, 1);
+    const int64_t n_k = kl_py_size(&c, "k", S, Hkv, K, 1), n_v = kl_py_size(&c, "v", S, Hkv, V, 1);
+    const int64_t k_row = kl_py_size(&c, "k", Hkv, K, 1, 1),
+                  v_row = kl_py_size(&c, "v", Hkv, V, 1, 1);
+    float *o = kl_py_out(&c, oo, KL_PY_F32, n_o, "out");
+    const float *q = kl_py_in(&c, oq, KL_PY_F32, n_q, "q");
+    void *k = cache_buffer(&c, ok, k_type, n_k, "k", false),
+         *v = cache_buffer(&c, ov, v_type, n_v, "v", false);
+    const int64_t *offsets = ranges_of(&c, ooffsets, N, T, "offsets");
+    const int64_t *begin = ranges_of(&c, obegin, N, S, "kv_offsets");
+    const kl_cache keys = cache_of(&c, k, k_type, k_row, begin, N),
+                   values = cache_of(&c, v, v_type, v_row, begin, N);
+    int64_t *positions = (int64_t *)(void *)kl_py_pointers(&c, N, NULL, 0);
+    for (int64_t n = 0; !c.failed && n < N; n++)
+        positions[n] = begin[n + 1] - begin[n];
+    const kl_attention_args a = { offsets, positions, N, T, H, Hkv, K, V, (float)scale };
+    if (kl_py_begin(&c, ctx))
+        c.status = kl_attention(c.ctx, o, q, keys, values, &a);
+    return kl_py_end(&c);
+}
+
 /* Every argument of a row comes from an array [T]; 64-bit words as int64 bit patterns. */
 static PyObject *py_sample(PyObject *module, PyObject *args)
 {
@@ -157,6 +208,8 @@ static PyObject *py_sample(PyObject *module, PyObject *args)
 PyMethodDef kl_py_ops_mla[] = {
     { "cache_append", py_cache_append, METH_VARARGS, NULL },
     { "latent_attention", py_latent_attention, METH_VARARGS, NULL },
+    { "rope", py_rope, METH_VARARGS, NULL },
+    { "attention", py_attention, METH_VARARGS, NULL },
     { "sample", py_sample, METH_VARARGS, NULL },
     { NULL, NULL, 0, NULL },
 };

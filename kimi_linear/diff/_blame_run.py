@@ -69,6 +69,7 @@ class Run:
         if not values:
             raise ValueError(f"theirs has no tap of this model: it has {', '.join(list(calls[0])[:3]) or 'none'}; the "
                              f"model has {', '.join(list(self.nodes)[:3])}, ...")
+        values[dataflow.POSITIONS] = self.scene.positions()
         ids = [tokens] if tokens is not None else [getattr(x, "tokens", None) for x in calls]
         if all(x is not None for x in ids) and len(ids) == len(calls):
             values[dataflow.TOKENS] = self.scene.lay([np.ravel(x).astype(np.int64) for x in ids])
@@ -336,8 +337,8 @@ class Run:
         logits = self.run(group[:-1], unit=unit) if len(group) > 1 else self.values[node.inputs["scores"]]
         if unit:
             logits = _Jittered({"x": logits}, unit)["x"]
-        scores = getattr(reference, node.options["function"])(logits)
-        return scores + reference.f64(self.weights[node.weights["bias"].name]).reshape(-1)
+        scores, bias = getattr(reference, node.options["function"])(logits), node.weights.get("bias")
+        return scores if bias is None else scores + reference.f64(self.weights[bias.name]).reshape(-1)
 
     def _explained_ids(self, row, detail):
         """A fault must leave few of the wrong rows; many equal scores that all went to the last expert are one, too."""
@@ -455,14 +456,18 @@ def _length(call, nodes):
 
 def _wrong_kinds(config, calls):
     """A sentence where layers have the taps of another kind than they should."""
-    apart = []
+    apart, mixers = [], {spec.mixer for spec in config.layers}
     for i, spec in enumerate(config.layers):
-        other = {"kda": "mla", "mla": "kda"}[spec.mixer]
         names = {tap.split(".")[2] for tap in calls[0] if tap.startswith(f"layers.{i}.") and tap.count(".") > 2}
-        if other in names and spec.mixer not in names:
-            apart.append((i, other, spec.mixer))
+        others = (mixers - {spec.mixer}) & names
+        if others and spec.mixer not in names:
+            apart.append((i, min(others), spec.mixer))
     if not apart:
         return ""
     words = ", ".join(f"{i} is {other} and must be {right}" for i, other, right in apart[:6])
-    return (f"WRONG: layer_pattern_off_by_one: layer {words}; kda_layers and full_attn_layers of config.json count "
-            f"from 1")
+    return f"WRONG: layer_pattern_off_by_one: layer {words}; {_PATTERNS[apart[0][2]]}"
+
+
+_LISTS = "kda_layers and full_attn_layers of config.json count from 1"
+_INTERVAL = "layer l, from 0, is full attention where (l + 1) mod full_attention_interval is 0"
+_PATTERNS = {"kda": _LISTS, "mla": _LISTS, "gdn": _INTERVAL, "attn": _INTERVAL}

@@ -15,8 +15,9 @@ WORST = 8
 MOST = 0.9  # of the squared error: how few indices of an axis hold it
 DECADES = range(-4, 13)  # of the histogram, in u; what is outside goes to its ends
 
-_AXES = {"kda.state": ("head", "key", "value"), "logits": ("token", "id"), "moe.logits": ("token", "expert"),
-         "moe.scores": ("token", "expert"), "moe.ids": ("token", "choice"), "moe.weights": ("token", "choice")}
+_AXES = {"kda.state": ("head", "key", "value"), "gdn.state": ("head", "key", "value"), "logits": ("token", "id"),
+         "moe.logits": ("token", "expert"), "moe.scores": ("token", "expert"), "moe.ids": ("token", "choice"),
+         "moe.weights": ("token", "choice")}
 
 
 class Axis(NamedTuple):

@@ -59,6 +59,7 @@ def step(model, trace, layer: int, *, dtype=None) -> Blame:
     _check(values, shapes, len(values[here[0].tap]))
     position = _position(trace)
     before = before if position else {}  # a pool may hold what another sequence left
+    values[dataflow.POSITIONS] = position + np.arange(len(values[here[0].tap]))
     unit = _unit(dtype, getattr(trace, "meta", {}).get("dtype"), [*values.values(), *before.values()])
     rows, skipped = [], []
     for node in here:

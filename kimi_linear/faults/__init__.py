@@ -18,7 +18,7 @@ import numpy as np
 
 from .. import dataflow
 from ..trace import Trace
-from . import _any, _kda, _mla, _moe
+from . import _any, _attention, _kda, _mla, _moe
 from ._fault import BOTH, CALL, FAINT, LARGE, LONG, RESTORED, RUN, SEVERAL, SPLIT, STRONG, TIES, WHOLE, Fault
 from .scene import Scene
 from .site import Call, Site
@@ -28,7 +28,7 @@ __all__ = [
     "WHOLE", "Call", "Fault", "Scene", "Site", "at", "by_name", "for_op", "mistakes", "run",
 ]
 
-_ALL = (*_kda.FAULTS, *_mla.FAULTS, *_moe.FAULTS, *_any.FAULTS)
+_ALL = (*_kda.FAULTS, *_mla.FAULTS, *_attention.FAULTS, *_moe.FAULTS, *_any.FAULTS)
 
 #: Every fault that is planted in a model, by name.
 CATALOGUE: dict[str, Fault] = {f.name: f for f in _ALL if f.use != CALL}
@@ -97,7 +97,7 @@ def run(model, tokens, *, plant: Mapping[str, object] | None = None, positions: 
     offsets = [np.cumsum([0, *map(len, call)]) for call in calls]
     scene = Scene(offsets, positions)
     ids = [np.concatenate([np.asarray(s, np.int64) for s in call]) for call in calls]
-    values = {dataflow.TOKENS: scene.lay(ids)}
+    values = {dataflow.TOKENS: scene.lay(ids), dataflow.POSITIONS: scene.positions()}
     plant = dict(plant or {})
     with np.errstate(all="ignore"):
         for node in dataflow.nodes(model.config):
@@ -108,7 +108,8 @@ def run(model, tokens, *, plant: Mapping[str, object] | None = None, positions: 
             values[node.tap] = y if after is None else after(node.tap, y)
     if plant:
         raise ValueError(f"plant names {', '.join(plant)}; this model has no such tap")
-    taps = {tap: scene.split(x) for tap, x in values.items() if tap != dataflow.TOKENS}
+    given = (dataflow.TOKENS, dataflow.POSITIONS)
+    taps = {tap: scene.split(x) for tap, x in values.items() if tap not in given}
     positions = list(positions) if positions is not None else [None] * len(calls)
     return [Trace({tap: parts[c] for tap, parts in taps.items()}, _meta(ids[c], offsets[c], positions[c]))
             for c in range(len(calls))]

@@ -1,7 +1,7 @@
 """Which rows of a run belong together: sequences, the calls that they were split into, and steps back.
 
 Calls of packed sequences are laid end to end, sequence by sequence, in the order in which each was read. Then
-every op works on rows alone, but for the three that carry a state; for them a `Scene` says which rows are the
+every op works on rows alone, but for those that carry a state; for them a `Scene` says which rows are the
 past of which. Every way to carry a state, the right one and the wrong ones, is a rule: a function from the rows
 that a sequence has seen, and the piece that is to come, to the rows that this piece finds behind it.
 """
@@ -132,6 +132,13 @@ class Scene:
         call = f"call {p.call}, " if self.n_calls > 1 else ""
         sequence = f"sequence {p.sequence}, " if self.has_several else ""
         return f"{call}{sequence}token {row - p.rows[0] + p.source.start}"
+
+    def positions(self) -> np.ndarray:
+        """The position of each row in its sequence, [T]."""
+        out = np.empty(self.T, np.int64)
+        for b in self.branches():
+            out[b.own] = len(b.past) + np.arange(len(b.own))
+        return out
 
     def branches(self, rule: Rule | None = None) -> list[Branch]:
         """What runs as one sequence when states are carried by a rule; by default rightly."""

@@ -23,6 +23,7 @@ CARRIED = {
     "short_conv": ("x",),
     "delta_rule": ("q", "k", "v", "g", "beta"),
     "latent_attention": ("q", "latent", "k_shared"),
+    "attention": ("q", "k", "v"),
 }
 
 

@@ -3,7 +3,8 @@
 The same names with the same arguments stand in :mod:`kimi_linear.reference` in float64.
 """
 
-from ._basic import add, gated_rms_norm, l2_norm, rms_norm, sigmoid, softmax, swiglu
+from ._attention import attention, rope
+from ._basic import add, gated_rms_norm, l2_norm, rms_norm, sigmoid, sigmoid_gate, softmax, swiglu
 from ._delta import decay_cumsum, delta_rule, delta_rule_inter, delta_rule_intra
 from ._dense import embedding, linear, moe, route
 from ._kda import decay_gate, short_conv
@@ -12,7 +13,7 @@ from ._quant import dequantize, quantize
 from ._sample import sample
 
 __all__ = [
-    "add", "decay_cumsum", "decay_gate", "delta_rule", "delta_rule_inter", "delta_rule_intra", "dequantize",
-    "embedding", "gated_rms_norm", "l2_norm", "latent_attention", "linear", "moe", "quantize", "rms_norm", "route",
-    "sample", "short_conv", "sigmoid", "softmax", "swiglu",
+    "add", "attention", "decay_cumsum", "decay_gate", "delta_rule", "delta_rule_inter", "delta_rule_intra",
+    "dequantize", "embedding", "gated_rms_norm", "l2_norm", "latent_attention", "linear", "moe", "quantize",
+    "rms_norm", "rope", "route", "sample", "short_conv", "sigmoid", "sigmoid_gate", "softmax", "swiglu",
 ]

@@ -3,7 +3,7 @@
 import numpy as np
 
 from .. import _core
-from .._arrays import as_float32, output
+from .._arrays import apart, as_float32, output
 from ..context import current
 
 _ACTIVATIONS = {"none": 0, None: 0, "sigmoid": 1, "silu": 2}
@@ -69,6 +69,41 @@ def sigmoid(x, *, out=None, ctx=None):
     x = as_float32(x, "x")
     y = output(out, x.shape)
     _core.sigmoid(current(ctx)._core, y, x, x.size)
+    return y
+
+
+def sigmoid_gate(x, gate, *, out=None, ctx=None):
+    """Output gate: ``x * sigmoid(gate)``, one gate for each value, each head or each row.
+
+    Value d of a row has the gate ``d // (D / G)``. Source: Gated Attention for Large Language Models,
+    arXiv:2505.06708. Derivation: docs/math.md#sigmoid_gate.
+
+    Parameters
+    ----------
+    x : (..., D) float32
+    gate : (..., G) float32
+        Before its sigmoid. G divides D: D after the attention of Qwen3-Next, 1 for its shared expert.
+    out : (..., D) float32, optional
+        Result; may be `x`.
+
+    Returns
+    -------
+    y : (..., D) float32
+
+    Raises
+    ------
+    ValueError
+        If the shapes disagree; the message gives both.
+    """
+    x = as_float32(x, "x")
+    T, D = _rows(x)
+    gate = as_float32(gate, "gate")
+    if gate.ndim != x.ndim or gate.shape[:-1] != x.shape[:-1] or gate.shape[-1] == 0 or D % gate.shape[-1]:
+        wanted = ", ".join(map(str, (*x.shape[:-1], "G")))
+        raise ValueError(f"gate has shape {list(gate.shape)}; it must be [{wanted}], G a divisor of {D}")
+    y = output(out, x.shape)
+    gate = apart(gate, y)
+    _core.sigmoid_gate(current(ctx)._core, y, x, gate, T, D, gate.shape[-1])
     return y
 
 

@@ -75,18 +75,18 @@ def latent_attention(q, latent, k_shared, w_uk, w_uv, *, scale, offsets=None, kv
     check_shape(k_shared, "k_shared", (S, P))
     offsets = as_offsets(offsets, T)
     kv_offsets = as_offsets(offsets if kv_offsets is None and S == T else kv_offsets, S, "kv_offsets")
-    _check_lengths(offsets, kv_offsets)
+    check_lengths(offsets, kv_offsets)
     o = output(out, (*batch, H, V) if batch else (T, H, V))
     for name, given in (("q", q), ("latent", latent), ("k_shared", k_shared)):
         if np.may_share_memory(o, given):
             raise ValueError(f"out shares memory with {name}; latent_attention needs another array")
     sizes = (len(offsets) - 1, T, S, H, K, P, V, R)
-    _core.latent_attention(current(ctx)._core, o, q, *_typed(latent), *_typed(k_shared), w_uk, w_uv, offsets,
+    _core.latent_attention(current(ctx)._core, o, q, *typed(latent), *typed(k_shared), w_uk, w_uv, offsets,
                            kv_offsets, sizes, scale, _FORMS[form])
     return o
 
 
-def _cache(x, name):
+def as_cache(x, name):
     """A cache as it lies: contiguous float32 or float16; bfloat16 widens to float32."""
     a = as_array(x, name)
     if a.dtype == BFLOAT16:
@@ -97,14 +97,14 @@ def _cache(x, name):
     return np.ascontiguousarray(a).reshape(a.shape)
 
 
-def _typed(cache):
+def typed(cache):
     """(buffer, type id) for the C core."""
     return (cache, 0) if cache.dtype == np.float32 else (cache.view(np.uint16), 1)
 
 
 def _one_axis(q, latent, k_shared, offsets, kv_offsets):
     """Inputs without a batch axis, that axis as (B, T), and offsets that say the same."""
-    q, latent, k_shared = as_float32(q, "q"), _cache(latent, "latent"), _cache(k_shared, "k_shared")
+    q, latent, k_shared = as_float32(q, "q"), as_cache(latent, "latent"), as_cache(k_shared, "k_shared")
     if q.ndim != 4:
         check_shape(q, "q", ("T", "H", "K + P"))
         check_shape(latent, "latent", ("S", "R"))
@@ -120,7 +120,8 @@ def _one_axis(q, latent, k_shared, offsets, kv_offsets):
     return q, latent, k_shared, (B, T), np.arange(B + 1) * T, np.arange(B + 1) * S
 
 
-def _check_lengths(offsets, kv_offsets):
+def check_lengths(offsets, kv_offsets):
+    """ValueError where a sequence has fewer positions than queries."""
     if len(offsets) != len(kv_offsets):
         raise ValueError(f"kv_offsets has {len(kv_offsets)} values and offsets {len(offsets)}; one has to "
                          f"have as many as the other")

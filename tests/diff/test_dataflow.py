@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from conftest import QWEN_CASES, canonical_weights
 
 import kimi_linear as kl
 from kimi_linear import dataflow
@@ -13,7 +14,7 @@ VARIANTS = {
     "kimi-a": {},
     "kimi-b": {},
     "no shared part of the key": dict(rope_dim=0),
-    "no shared expert": dict(n_shared_experts=0),
+    "no shared expert": dict(n_shared_experts=0, shared_size=0),
     "tied, wide taps": dict(tie_embeddings=True, conv_width=8),
     "one tap": dict(conv_width=1),
     "bounded gate, softmax router": dict(gate_lower_bound=-5.0, router_function="softmax"),
@@ -22,12 +23,42 @@ VARIANTS = {
 }
 
 
+#: Of qwen-a; weights are the checkpoint's, as far as it has them.
+QWEN_VARIANTS = {
+    "tiled heads": dict(gdn_tiled=True),
+    "norms stored whole": dict(norm_plus_one=False),
+    "no shared expert there": dict(n_shared_experts=0, shared_size=0, shared_gated=False),
+    "shared expert without a gate": dict(shared_gated=False),
+    "separate inputs": dict(gdn_inputs="split"),
+    "every mixer": dict(layers=tuple(LayerSpec(mixer, ffn) for mixer, ffn in (
+        ("kda", "moe"), ("gdn", "dense"), ("mla", "moe"), ("attn", "moe"))), n_layers=4, kda_heads=2, kda_head_dim=8,
+        mla_heads=2, nope_dim=8, rope_dim=4, v_head_dim=8, kv_rank=12, router_bias=True),
+}
+
+
+def engine(name, golden_dir):
+    if name.startswith("kimi"):
+        return kl.Model.from_pretrained(golden_dir / name)
+    config = kl.Config.from_file(golden_dir / "kimi-a" / "config.json")
+    return kl.Model.from_config(dataclasses.replace(config, **VARIANTS[name]), seed=3)
+
+
 @pytest.fixture(params=VARIANTS)
 def model(request, golden_dir):
-    if request.param.startswith("kimi"):
-        return kl.Model.from_pretrained(golden_dir / request.param)
-    config = kl.Config.from_file(golden_dir / "kimi-a" / "config.json")
-    return kl.Model.from_config(dataclasses.replace(config, **VARIANTS[request.param]), seed=3)
+    return engine(request.param, golden_dir)
+
+
+@pytest.fixture(params=[*VARIANTS, *QWEN_CASES, *QWEN_VARIANTS])
+def reference_model(request, golden_dir):
+    name = request.param
+    if name in VARIANTS:
+        return engine(name, golden_dir).reference()
+    folder = golden_dir / (name if name in QWEN_CASES else "qwen-a")
+    config = dataclasses.replace(kl.Config.from_file(folder / "config.json"), **QWEN_VARIANTS.get(name, {}))
+    weights, rng = canonical_weights(folder / "model.safetensors"), np.random.default_rng(5)
+    weights |= {n: rng.normal(size=shape, scale=shape[-1] ** -0.5).astype(np.float32)
+                for n, shape in config.weight_shapes().items() if n not in weights or weights[n].shape != shape}
+    return kl.ReferenceModel(config, weights)
 
 
 def test_every_tap_of_the_engine_has_its_node(model):
@@ -42,22 +73,34 @@ def test_every_tap_of_the_engine_has_its_node(model):
             assert trace[node.tap].shape == (3, *node.shape), node.tap
 
 
-def test_inputs_are_made_before_they_are_used(model):
+def test_every_tap_of_the_reference_has_its_node(reference_model):
+    m = reference_model
+    run = m.forward([3, 1, 4], taps="*")
+    nodes = dataflow.nodes(m.config)
+    caches = {n for n in run.state if n.endswith("_cache")}
+    assert [n.tap for n in nodes if n.tap not in caches] == dataflow.in_order(run.taps)
+    assert {n.tap for n in nodes} - set(run.taps) == caches
+    assert {n.state for n in nodes if n.state} | caches == set(run.state)
+    for node in nodes:
+        assert (run.taps | run.state)[node.tap].shape == (3, *node.shape), node.tap
+
+
+def test_inputs_are_made_before_they_are_used(reference_model):
     made = {"tokens"}
-    for node in dataflow.nodes(model.config):
+    for node in dataflow.nodes(reference_model.config):
         assert made >= set(node.inputs.values()), node.tap
         made.add(node.tap)
 
 
-def test_each_node_gives_its_tap_again(model):
+def test_each_node_gives_its_tap_again(reference_model):
     """On the reference's own values: 1e-12, but for the rate, which ops take rounded to float32: that moves g
     by u, and a bounded gate in its tail, where ln g is about the rate times x, by u |ln g|."""
-    tokens, m = np.arange(2, 14), model.reference()
+    tokens, m = np.arange(2, 14), reference_model
     run = m.forward(tokens, taps="*")
-    again(model.config, run, m.weights, tokens, None)
+    again(m.config, run, m.weights, tokens, None)
     first = m.forward(tokens[:5])
     rest = m.forward(tokens[5:], taps="*", state=first.state)
-    again(model.config, rest, m.weights, tokens[5:], first.state)
+    again(m.config, rest, m.weights, tokens[5:], first.state)
 
 
 def again(config, run, weights, tokens, state):

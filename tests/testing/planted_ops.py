@@ -252,6 +252,60 @@ BUGS |= {("latent_attention", "no scale"): "scores are not scaled",
          ("latent_attention", "left"): "query t sees rows 0 to t"}
 
 
+# ---- grouped-query attention ---------------------------------------------------------------------------
+
+
+def attention(q, k, v, scale, offsets=None, kv_offsets=None, what=None):
+    scale = {"no scale": 1, "V": v.shape[-1] ** -0.5}.get(what, scale)
+    rows = [0, len(q)] if offsets is None else offsets.tolist()
+    cached = [0, len(k)] if offsets is None else rows if kv_offsets is None else kv_offsets.tolist()
+    H, Hkv = q.shape[1], k.shape[1]
+    use = np.arange(H) % Hkv if what == "tiled" else np.arange(H) // (H // Hkv)
+    o = np.zeros((len(q), H, v.shape[-1]), F)
+    for a, b, c, d in zip(rows, rows[1:], cached, cached[1:]):
+        keys, values = (x[c:d, use].swapaxes(0, 1) for x in (k, v))
+        for t in range(b - a):
+            last = d - c - (b - a) + t + 1
+            last = {"no mask": d - c, "off by one": max(last - 1, 1), "left": t + 1}.get(what, last)
+            s = F(scale) * np.einsum("hsn,hn->hs", keys[:, :last], q[a + t])
+            p = np.exp(s - s.max(-1, keepdims=True))
+            o[a + t] = np.einsum("hs,hsv->hv", p / p.sum(-1, keepdims=True), values[:, :last])
+    return o
+
+
+BUGS |= {("attention", "no scale"): "scores are not scaled", ("attention", "V"): "scaled by V^-1/2",
+         ("attention", "tiled"): "key head h % Hkv", ("attention", "no mask"): "see the positions behind",
+         ("attention", "off by one"): "their own position", ("attention", "left"): "query t sees positions 0 to t"}
+
+
+def rope(x, positions, base, rotary, what=None):
+    n = {"all": x.shape[-1] // 2 * 2}.get(what, rotary)
+    base = 1e6 if what == "base" else base
+    speed = base ** (-2 * np.arange(n // 2) / (x.shape[-1] if what == "width" else n))
+    angle = (positions + (what == "from 1"))[:, None, None] * speed * (-1 if what == "back" else 1)
+    c, s = f(np.cos(angle)), f(np.sin(angle))
+    even, odd = (slice(0, n, 2), slice(1, n, 2)) if what == "pairs" else (slice(0, n // 2), slice(n // 2, n))
+    y = x.copy()
+    y[..., even] = x[..., even] * c - x[..., odd] * s
+    y[..., odd] = x[..., odd] * c + x[..., even] * s
+    return y
+
+
+BUGS |= {("rope", "all"): "all values of a head", ("rope", "base"): "base is 1e+06",
+         ("rope", "width"): "over the width",
+         ("rope", "from 1"): "positions are +1", ("rope", "back"): "negative angle", ("rope", "pairs"): "neighbours"}
+
+
+def sigmoid_gate(x, gate, what=None):
+    act = {"raw": lambda g: g, "silu": silu, "complement": lambda g: sigmoid(-g),
+           "twice": lambda g: sigmoid(g) ** 2}.get(what, sigmoid)
+    return x * np.repeat(act(gate), x.shape[-1] // gate.shape[-1], axis=-1)
+
+
+BUGS |= {("sigmoid_gate", "raw"): "not put through a sigmoid", ("sigmoid_gate", "silu"): "SiLU of the gate",
+         ("sigmoid_gate", "complement"): "1 - sigmoid", ("sigmoid_gate", "twice"): "applied twice"}
+
+
 # ---- experts -------------------------------------------------------------------------------------------
 
 

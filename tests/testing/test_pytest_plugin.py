@@ -177,7 +177,7 @@ def test_none():
 def test_no_op():
     return mine.delta_rule
 
-@pytest.mark.kl_op("attention")
+@pytest.mark.kl_op("flash")
 def test_other_op():
     return mine.delta_rule
 
@@ -200,7 +200,7 @@ def test_mistakes_in_the_tests(run):
     assert "6 failed" in done.stdout, done.stdout + done.stderr
     for words in ("test_none is marked kl_op and returned None; it must return the callable to check",
                   "kl_op has the arguments (); it must have the name of an op",
-                  "check_op: op is 'attention'; check_op knows delta_rule",
+                  "check_op: op is 'flash'; check_op knows delta_rule",
                   "check_op: conventions is 'flash'; it must be one of",
                   "unexpected keyword argument 'convention'",
                   "NOT RUN: the plain case is not offered"):

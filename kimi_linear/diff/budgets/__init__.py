@@ -5,14 +5,14 @@ largest absolute error allowed at each element, derived in docs/math.md; u = 2**
 is judged by its largest ratio ``|got - ref| / budget``: above 1 is a finding, never a reason to raise the budget.
 """
 
-from . import _basic, _delta, _dense, _kda, _mla
+from . import _attention, _basic, _delta, _dense, _kda, _mla
 from ._basic import U
 
 __all__ = ["U", "budget", "names"]
 
 _TABLE = {
     name: getattr(module, name)
-    for module in (_basic, _delta, _dense, _kda, _mla)
+    for module in (_attention, _basic, _delta, _dense, _kda, _mla)
     for name in module.__all__
 }
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-__all__ = ["add", "gated_rms_norm", "l2_norm", "rms_norm", "sigmoid", "softmax", "swiglu"]
+__all__ = ["add", "gated_rms_norm", "l2_norm", "rms_norm", "sigmoid", "sigmoid_gate", "softmax", "swiglu"]
 
 U = 2.0**-24
 TINY = 2.0**-149  # the smallest subnormal: results down there are rounded to a multiple of it
@@ -20,6 +20,11 @@ def add(ref, a, b):
 def sigmoid(ref, x):
     """exp within 1.6 u, one sum, one division: 4 u."""
     return _relative(ref, 4)
+
+
+def sigmoid_gate(ref, x, gate):
+    """sigmoid and a product: 6 u; a sigmoid that underflows is off by TINY before it meets x."""
+    return _relative(ref, 6) + TINY * np.abs(np.asarray(x, np.float64))
 
 
 def swiglu(ref, gate, up):

@@ -31,23 +31,33 @@ def latent_attention(ref, q, latent, k_shared, w_uk, w_uv, scale, offsets=None, 
 
 def _head(q, c, k_shared, w_uk, w_uv, scale, sign):
     """One head of one sequence: q [T, K+P], c [S, R], k_shared [S, P], w_uk [K, R], w_uv [V, R] -> [T, V]."""
-    K, (S, R), P = len(w_uk), c.shape, k_shared.shape[1]
+    (K, R), P = w_uk.shape, k_shared.shape[1]
     k = np.concatenate([c @ w_uk.T, k_shared], axis=1)
     v = c @ w_uv.T
     k_size = np.concatenate([np.abs(c) @ np.abs(w_uk).T, np.abs(k_shared)], axis=1)
     v_size = np.abs(c) @ np.abs(w_uv).T
-    out = np.empty((len(q), len(w_uv)))
+    return attended(q, k, v, k_size, v_size, scale, sign, K / 16 + R / 16 + P / 16 + 16, R / 16 + 16)
+
+
+def attended(q, k, v, k_size, v_size, scale, sign, score_units, value_units):
+    """Softmax attention of one head with the blocks and segments of the engine: q [T, n], k [S, n], v [S, V].
+
+    Keys and values are sums whose terms have the sizes k_size and v_size; a score is off by score_units, a value
+    by value_units u of these.
+    """
+    S = len(k)
+    out = np.empty((len(q), v.shape[1]))
     for t in range(len(q)):
         seen = S - len(q) + t + 1
         score = sign * scale * (k[:seen] @ q[t])
         distance = score.max() - score
         w = np.exp(-distance) / np.exp(-distance).sum()
-        score_error = (K / 16 + R / 16 + P / 16 + 16) * scale * (k_size[:seen] @ np.abs(q[t]))
+        score_error = score_units * scale * (k_size[:seen] @ np.abs(q[t]))
         merges = seen / _BLOCK + 2 * (seen / _SEGMENT)
         error = (score_error + 2 * distance + 3 * merges + 4) * U            # relative, of exp(score - max)
         o = w @ v[:seen]
         moved = (w * error) @ np.abs(v[:seen] - o) * (1 + 4 * error.max())   # with the second order
-        sums = (R / 16 + seen + merges + 16) * U * (w @ v_size[:seen])
+        sums = (value_units + seen + merges) * U * (w @ v_size[:seen])
         denominator = (8 + 3 * merges) * U * np.abs(o)
         out[t] = moved + sums + denominator + (seen + 1) * TINY * (1 + v_size[:seen].max(axis=0))
     return out

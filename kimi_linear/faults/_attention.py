@@ -1,0 +1,184 @@
+"""Faults of grouped-query attention, of rotary positions and of the output gate, in one call."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .. import reference
+from ._fault import CALL, Fault, changed
+from ._mla import one_sequence
+
+# ---- attention -----------------------------------------------------------------------------------------
+
+
+def masked(seen):
+    """A query at position t of S sees positions seen(t, S) = (first, end)."""
+    def attend(q, k, v, scale, offsets=None, kv_offsets=None):
+        q, k, v = (reference.f64(a) for a in (q, k, v))
+        group, o = q.shape[1] // k.shape[1], np.zeros((*q.shape[:2], v.shape[-1]))
+        cached = reference.sequences(len(k), offsets if kv_offsets is None else kv_offsets)
+        for r, c in zip(reference.sequences(len(q), offsets), cached):
+            keys, values = (np.repeat(a[c].swapaxes(0, 1), group, axis=0) for a in (k, v))
+            S = c.stop - c.start
+            for t, row in zip(range(S - (r.stop - r.start), S), range(r.start, r.stop)):
+                first, end = seen(t, S)
+                p = reference.softmax(scale * np.einsum("hsn,hn->hs", keys[:, first:end], q[row]))
+                o[row] = np.einsum("hs,hsv->hv", p, values[:, first:end])
+        return o
+
+    return lambda call: call.run(by=attend)
+
+
+def mask_from_the_left(call):
+    """Query t sees positions 0 to t, whatever was cached before it."""
+    if len(call["q"]) == len(call["k"]):
+        return None
+
+    def attend(q, k, v, scale, offsets=None, kv_offsets=None):
+        o = np.zeros((*np.shape(q)[:2], np.shape(v)[-1]))
+        cached = reference.sequences(len(k), offsets if kv_offsets is None else kv_offsets)
+        for r, c in zip(reference.sequences(len(q), offsets), cached):
+            rows = slice(c.start, c.start + r.stop - r.start)
+            o[r] = reference.attention(q[r], k[rows], v[rows], scale=scale)
+        return o
+
+    return call.run(by=attend)
+
+
+def tiled_heads(call):
+    """Query head h uses key head h % Hkv."""
+    H, Hkv = call["q"].shape[1], call["k"].shape[1]
+    if Hkv in (1, H):
+        return None
+    use = np.arange(H) % Hkv
+    return call.run(k=call["k"][:, use], v=call["v"][:, use])
+
+
+def interleaved_values(call):
+    """Outputs in the order [V, H]."""
+    o = call.run()
+    return o.swapaxes(1, 2).reshape(o.shape)
+
+
+def exchanged(call):
+    """Values for keys and keys for values."""
+    k, v = call["k"], call["v"]
+    return call.run(k=v, v=k) if k.shape == v.shape else None
+
+
+def first_head(call):
+    """All query heads use the first head of keys and values."""
+    k, v = call["k"], call["v"]
+    return call.run(k=np.repeat(k[:, :1], k.shape[1], 1), v=np.repeat(v[:, :1], v.shape[1], 1))
+
+
+# ---- rope ----------------------------------------------------------------------------------------------
+
+
+def _turned(call, angle=None, pairs="halves", first=0, rotary=None):
+    """rope with its own angles [.., rotary / 2], pairs, or the values from `first` on turned."""
+    x, n = call["x"], call["rotary"] if rotary is None else rotary
+    if n == 0 or first + n > x.shape[-1]:
+        return None
+    angle = _angles(call, n) if angle is None else angle
+    part, c, s = x[..., first:first + n], np.cos(angle), np.sin(angle)
+    a, b = (part[..., ::2], part[..., 1::2]) if pairs == "neighbours" else np.split(part, 2, axis=-1)
+    both = (a * c - b * s, b * c + a * s)
+    turned = np.stack(both, -1).reshape(part.shape) if pairs == "neighbours" else np.concatenate(both, -1)
+    return np.concatenate([x[..., :first], turned, x[..., first + n:]], axis=-1)
+
+
+def _angles(call, rotary, over=None):
+    speed = call["base"] ** (-2.0 * np.arange(rotary // 2) / (rotary if over is None else over))
+    return reference.f64(np.asarray(call.args["positions"]))[..., None, None] * speed
+
+
+def angles_of_float32(call):
+    speed = np.float32(call["base"]) ** (-2 * np.arange(call["rotary"] // 2, dtype=np.float32) / max(call["rotary"], 1))
+    positions = np.asarray(call.args["positions"]).astype(np.float32)
+    return _turned(call, (positions[..., None, None] * speed.astype(np.float32)).astype(np.float64))
+
+
+def moved(call, by: int):
+    return call.run(positions=np.asarray(call.args["positions"]) + by)
+
+
+def all_turned(call):
+    K = call["x"].shape[-1]
+    return _turned(call, rotary=K) if K % 2 == 0 and K != call["rotary"] else None
+
+
+def of_last(call):
+    K, n = call["x"].shape[-1], call["rotary"]
+    return _turned(call, first=K - n) if n != K else None
+
+
+# ---- sigmoid_gate --------------------------------------------------------------------------------------
+
+
+def tiled_gate(call):
+    """Value d has the gate d % G."""
+    D, G = call["x"].shape[-1], call["gate"].shape[-1]
+    return call.run(gate=np.tile(call["gate"], D // G)) if 1 < G < D else None
+
+
+def with_factor(of_gate):
+    def function(call):
+        gate = call["gate"]
+        return call["x"] * np.repeat(of_gate(gate), call["x"].shape[-1] // gate.shape[-1], axis=-1)
+
+    return function
+
+
+ATTENTION, ROPE, GATE = ("attention",), ("rope",), ("sigmoid_gate",)
+NEOX, GATED = "arXiv:2104.09864 has neighbours, GPT-NeoX halves", "arXiv:2505.06708"
+
+FAULTS = (
+    Fault("attention_scale_missing", "scores are not scaled", ATTENTION, changed(scale=lambda s: 1.0), use=CALL),
+    Fault("attention_scale_of_value", "scores are scaled by V^-1/2", ATTENTION,
+          changed(scale=lambda s: s["v"].shape[-1] ** -0.5), use=CALL),
+    Fault("attention_scale_divides", "scores are divided by the scale", ATTENTION,
+          changed(scale=lambda s: 1 / s["scale"]), use=CALL),
+    Fault("attention_heads_tiled", "query head h uses key head h % Hkv, not h // (H / Hkv)", ATTENTION, tiled_heads,
+          use=CALL, source="arXiv:2305.13245: heads of a group are neighbours"),
+    Fault("attention_first_head", "all query heads use the first key head", ATTENTION, first_head, use=CALL),
+    Fault("attention_heads_interleaved", "outputs lie as [V, H], not [H, V]", ATTENTION, interleaved_values, use=CALL),
+    Fault("attention_keys_for_values", "keys and values are exchanged", ATTENTION, exchanged, use=CALL),
+    Fault("attention_mask_missing", "queries see the positions behind their own", ATTENTION,
+          masked(lambda t, S: (0, S)), use=CALL),
+    Fault("attention_mask_off_by_one", "queries do not see their own position", ATTENTION,
+          masked(lambda t, S: (0, max(t, 1))), use=CALL),
+    Fault("attention_mask_from_the_left", "query t sees positions 0 to t, whatever was cached before it", ATTENTION,
+          mask_from_the_left, use=CALL, source="torch's is_causal aligns at the first row"),
+    Fault("attention_window", "a query sees the last positions alone", ATTENTION,
+          lambda s, n: masked(lambda t, S: (max(t + 1 - n, 0), t + 1))(s),
+          use=CALL, choices=((16,), (32,), (64,), (128,)), each="a query sees the last {} positions alone"),
+    Fault("attention_offsets_ignored", "offsets are ignored: queries see the sequences before their own", ATTENTION,
+          one_sequence, use=CALL),
+    Fault("rope_neighbours", "neighbours are turned, not values half of `rotary` apart", ROPE,
+          lambda s: _turned(s, pairs="neighbours"), use=CALL, source=NEOX),
+    Fault("rope_backwards", "pairs are turned by the negative angle", ROPE,
+          lambda s: _turned(s, -_angles(s, s["rotary"])), use=CALL),
+    Fault("rope_missing", "nothing is turned", ROPE, lambda s: s["x"], use=CALL),
+    Fault("rope_of_all", "all values of a head are turned", ROPE, all_turned, use=CALL,
+          source="partial_rotary_factor is left out"),
+    Fault("rope_of_last", "the last values of a head are turned, not the first", ROPE, of_last, use=CALL),
+    Fault("rope_speed_of_width", "speeds are base^(-2j / K), over the width of the head", ROPE,
+          lambda s: _turned(s, _angles(s, s["rotary"], s["x"].shape[-1])), use=CALL),
+    Fault("rope_base_other", "another base", ROPE,
+          lambda s, base: s.run(base=base) if s["base"] != base else None, use=CALL,
+          choices=((1e4,), (1e6,), (1e7,)), each="base is {:g}", source="rope_theta of another model"),
+    Fault("rope_position_off_by_one", "positions count from 1, or are one behind", ROPE, moved, use=CALL,
+          choices=((1,), (-1,)), each="positions are {:+d}"),
+    Fault("rope_positions_from_zero", "positions are those in the call", ROPE,
+          lambda s: s.run(positions=np.arange(len(s["x"]))), use=CALL, source="a cache that is not counted"),
+    Fault("rope_angle_of_float32", "angles are float32", ROPE, angles_of_float32, use=CALL,
+          source="transformers computes angles in float32"),
+    Fault("gate_raw", "the gate is not put through a sigmoid", GATE, with_factor(lambda g: g), use=CALL),
+    Fault("gate_silu", "SiLU of the gate, not its sigmoid", GATE, with_factor(reference.silu), use=CALL,
+          source="Gated DeltaNet's output gate"),
+    Fault("gate_of_complement", "1 - sigmoid(gate)", GATE, changed(gate=lambda s: -s["gate"]), use=CALL),
+    Fault("gate_twice", "the gate is applied twice", GATE, with_factor(lambda g: reference.sigmoid(g) ** 2), use=CALL),
+    Fault("gate_left_out", "x without its gate", GATE, lambda s: s["x"], use=CALL, source=GATED),
+    Fault("gate_tiled", "value d has the gate d % G, not d // (D / G)", GATE, tiled_gate, use=CALL),
+)
