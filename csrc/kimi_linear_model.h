@@ -3,7 +3,14 @@
 #ifndef KIMI_LINEAR_MODEL_H
 #define KIMI_LINEAR_MODEL_H
 
-typedef enum kl_mixer { KL_MIXER_KDA = 0, KL_MIXER_MLA = 1 } kl_mixer;
+/* KDA and GDN are delta nets, with a decay for each key channel and for each head; MLA attends over a latent a
+ * token, ATTN over keys and values that groups of query heads share. */
+typedef enum kl_mixer {
+    KL_MIXER_KDA = 0,
+    KL_MIXER_MLA = 1,
+    KL_MIXER_GDN = 2,
+    KL_MIXER_ATTN = 3,
+} kl_mixer;
 typedef enum kl_ffn { KL_FFN_DENSE = 0, KL_FFN_MOE = 1 } kl_ffn;
 
 /* What a layer is made of. A model is a list of these. */
@@ -17,20 +24,28 @@ typedef struct kl_config {
     const kl_layer *layers; /* [n_layers] */
     float rms_eps;          /* of every norm but the latent's */
     float latent_eps;       /* of the norms inside MLA (latent, low-rank q) */
-    float l2_eps;           /* of the L2 norms of q and k inside KDA, under the root of the sum */
-    int tied;               /* 1: the head is the embedding */
+    float l2_eps;      /* of the L2 norms of q and k in a delta net, under the root of the sum */
+    int norm_plus_one; /* 1: norms are stored as w and multiply by 1 + w (but the delta net's own) */
+    int tied;          /* 1: the head is the embedding */
     kl_activations activations;
     struct {
-        int64_t heads, width, taps; /* K = V = width; convolution of taps */
+        int64_t Hk, Hv, K, V, taps; /* KDA: Hk = Hv and K = V; convolution of taps */
         float lower_bound;          /* 0: softplus gate; below 0: bounded gate */
-    } kda;
+        kl_head_map head_map;       /* which key head a value head uses */
+    } delta;
     struct {
         int64_t heads, nope, rope, v, rank, q_rank; /* q_rank 0: plain q */
     } mla;
     struct {
+        int64_t heads, kv_heads, width; /* of query, key and value alike */
+        int64_t rotary;                 /* leading values of a head that are rotated; 0: none */
+        double rope_base;
+    } attn;
+    struct {
         int64_t dense;             /* inner width of a dense layer */
         int64_t experts, k, width; /* routed experts, used a token, inner width of each */
-        int64_t shared;            /* shared experts, side by side in one of shared * width */
+        int64_t shared;            /* inner width of the shared experts, side by side; 0: none */
+        int shared_gated;          /* 1: times the sigmoid of a score of their own */
         int64_t groups, top_groups;
         kl_router router;
         int renormalise;
@@ -61,7 +76,8 @@ KL_API void kl_model_destroy(kl_ctx *ctx, kl_model *model);
 /* ---- state ---- */
 
 /* An empty sequence. context 0: the cache grows as tokens come; above 0: it is taken at once for that many
- * tokens, and more are refused. cache_type: KL_F32, KL_F16, or KL_Q8_0 where 32 divides the latent's width. */
+ * tokens, and more are refused. cache_type: KL_F32, KL_F16, or KL_Q8_0 where 32 divides the width of the latent,
+ * or of a position's keys. */
 KL_API kl_status kl_state_create(kl_ctx *ctx, kl_state **state, const kl_model *model,
                                  kl_type cache_type, int64_t context) KL_CHECKED;
 KL_API void kl_state_destroy(kl_ctx *ctx, kl_state *state);
@@ -93,12 +109,14 @@ KL_API kl_status kl_state_copy(kl_ctx *ctx, kl_state *to, kl_state *from) KL_CHE
 KL_API kl_status kl_state_fill(kl_ctx *ctx, kl_state *state, int64_t n) KL_CHECKED;
 
 typedef enum kl_state_part {
-    KL_STATE_DELTA = 0,     /* [H, K, V] float32 */
-    KL_STATE_Q_HISTORY = 1, /* [W-1, H*K] float32, oldest first; k and v alike */
+    KL_STATE_DELTA = 0,     /* [Hv, K, V] float32 */
+    KL_STATE_Q_HISTORY = 1, /* [W-1, Hk*K] float32, oldest first; k alike, v [W-1, Hv*V] */
     KL_STATE_K_HISTORY = 2,
     KL_STATE_V_HISTORY = 3,
     KL_STATE_LATENT = 4,   /* [position, R] in the cache's type */
     KL_STATE_K_SHARED = 5, /* [position, P] alike; F16 where that is Q8_0 and P no whole blocks */
+    KL_STATE_KEYS = 6,     /* [position, Hkv*K] in the cache's type; values alike */
+    KL_STATE_VALUES = 7,
 } kl_state_part;
 
 /* Shape and type of a part of a layer's state; KL_ERR_ARG where the layer has no such part. */
@@ -123,23 +141,23 @@ KL_API kl_status kl_state_write(kl_ctx *ctx, kl_state *state, int64_t layer, kl_
 #define KL_TAPS(KL_TAP)                                                                            \
     KL_TAP(EMBED, "embed", MODEL, c->D, 0, F32)                                                    \
     KL_TAP(ATTN_NORM, "attn_norm", LAYER, c->D, 0, F32)                                            \
-    KL_TAP(KDA_Q_PROJ, "kda.q_proj", KDA, c->kda.heads * c->kda.width, 0, F32)                     \
-    KL_TAP(KDA_K_PROJ, "kda.k_proj", KDA, c->kda.heads * c->kda.width, 0, F32)                     \
-    KL_TAP(KDA_V_PROJ, "kda.v_proj", KDA, c->kda.heads * c->kda.width, 0, F32)                     \
-    KL_TAP(KDA_Q_CONV, "kda.q_conv", KDA, c->kda.heads, c->kda.width, F32)                         \
-    KL_TAP(KDA_K_CONV, "kda.k_conv", KDA, c->kda.heads, c->kda.width, F32)                         \
-    KL_TAP(KDA_V_CONV, "kda.v_conv", KDA, c->kda.heads, c->kda.width, F32)                         \
-    KL_TAP(KDA_Q, "kda.q", KDA, c->kda.heads, c->kda.width, F32)                                   \
-    KL_TAP(KDA_K, "kda.k", KDA, c->kda.heads, c->kda.width, F32)                                   \
-    KL_TAP(KDA_F_A, "kda.f_a", KDA, c->kda.width, 0, F32)                                          \
-    KL_TAP(KDA_F, "kda.f", KDA, c->kda.heads, c->kda.width, F32)                                   \
-    KL_TAP(KDA_G, "kda.g", KDA, c->kda.heads, c->kda.width, F32)                                   \
-    KL_TAP(KDA_B, "kda.b", KDA, c->kda.heads, 0, F32)                                              \
-    KL_TAP(KDA_BETA, "kda.beta", KDA, c->kda.heads, 0, F32)                                        \
-    KL_TAP(KDA_O, "kda.o", KDA, c->kda.heads, c->kda.width, F32)                                   \
-    KL_TAP(KDA_G_A, "kda.g_a", KDA, c->kda.width, 0, F32)                                          \
-    KL_TAP(KDA_Z, "kda.z", KDA, c->kda.heads, c->kda.width, F32)                                   \
-    KL_TAP(KDA_O_NORM, "kda.o_norm", KDA, c->kda.heads, c->kda.width, F32)                         \
+    KL_TAP(KDA_Q_PROJ, "kda.q_proj", KDA, c->delta.Hk * c->delta.K, 0, F32)                        \
+    KL_TAP(KDA_K_PROJ, "kda.k_proj", KDA, c->delta.Hk * c->delta.K, 0, F32)                        \
+    KL_TAP(KDA_V_PROJ, "kda.v_proj", KDA, c->delta.Hk * c->delta.K, 0, F32)                        \
+    KL_TAP(KDA_Q_CONV, "kda.q_conv", KDA, c->delta.Hk, c->delta.K, F32)                            \
+    KL_TAP(KDA_K_CONV, "kda.k_conv", KDA, c->delta.Hk, c->delta.K, F32)                            \
+    KL_TAP(KDA_V_CONV, "kda.v_conv", KDA, c->delta.Hk, c->delta.K, F32)                            \
+    KL_TAP(KDA_Q, "kda.q", KDA, c->delta.Hk, c->delta.K, F32)                                      \
+    KL_TAP(KDA_K, "kda.k", KDA, c->delta.Hk, c->delta.K, F32)                                      \
+    KL_TAP(KDA_F_A, "kda.f_a", KDA, c->delta.K, 0, F32)                                            \
+    KL_TAP(KDA_F, "kda.f", KDA, c->delta.Hk, c->delta.K, F32)                                      \
+    KL_TAP(KDA_G, "kda.g", KDA, c->delta.Hk, c->delta.K, F32)                                      \
+    KL_TAP(KDA_B, "kda.b", KDA, c->delta.Hk, 0, F32)                                               \
+    KL_TAP(KDA_BETA, "kda.beta", KDA, c->delta.Hk, 0, F32)                                         \
+    KL_TAP(KDA_O, "kda.o", KDA, c->delta.Hk, c->delta.K, F32)                                      \
+    KL_TAP(KDA_G_A, "kda.g_a", KDA, c->delta.K, 0, F32)                                            \
+    KL_TAP(KDA_Z, "kda.z", KDA, c->delta.Hk, c->delta.K, F32)                                      \
+    KL_TAP(KDA_O_NORM, "kda.o_norm", KDA, c->delta.Hk, c->delta.K, F32)                            \
     KL_TAP(KDA_OUT, "kda.out", KDA, c->D, 0, F32)                                                  \
     KL_TAP(MLA_Q_A, "mla.q_a", MLA_LOW_RANK, c->mla.q_rank, 0, F32)                                \
     KL_TAP(MLA_Q_A_NORM, "mla.q_a_norm", MLA_LOW_RANK, c->mla.q_rank, 0, F32)                      \
@@ -149,6 +167,33 @@ KL_API kl_status kl_state_write(kl_ctx *ctx, kl_state *state, int64_t layer, kl_
     KL_TAP(MLA_K_SHARED, "mla.k_shared", MLA, c->mla.rope, 0, F32)                                 \
     KL_TAP(MLA_O, "mla.o", MLA, c->mla.heads, c->mla.v, F32)                                       \
     KL_TAP(MLA_OUT, "mla.out", MLA, c->D, 0, F32)                                                  \
+    KL_TAP(GDN_Q_PROJ, "gdn.q_proj", GDN, c->delta.Hk * c->delta.K, 0, F32)                        \
+    KL_TAP(GDN_K_PROJ, "gdn.k_proj", GDN, c->delta.Hk * c->delta.K, 0, F32)                        \
+    KL_TAP(GDN_V_PROJ, "gdn.v_proj", GDN, c->delta.Hv * c->delta.V, 0, F32)                        \
+    KL_TAP(GDN_Q_CONV, "gdn.q_conv", GDN, c->delta.Hk, c->delta.K, F32)                            \
+    KL_TAP(GDN_K_CONV, "gdn.k_conv", GDN, c->delta.Hk, c->delta.K, F32)                            \
+    KL_TAP(GDN_V_CONV, "gdn.v_conv", GDN, c->delta.Hv, c->delta.V, F32)                            \
+    KL_TAP(GDN_Q, "gdn.q", GDN, c->delta.Hk, c->delta.K, F32)                                      \
+    KL_TAP(GDN_K, "gdn.k", GDN, c->delta.Hk, c->delta.K, F32)                                      \
+    KL_TAP(GDN_A, "gdn.a", GDN, c->delta.Hv, 0, F32)                                               \
+    KL_TAP(GDN_G, "gdn.g", GDN, c->delta.Hv, 0, F32)                                               \
+    KL_TAP(GDN_B, "gdn.b", GDN, c->delta.Hv, 0, F32)                                               \
+    KL_TAP(GDN_BETA, "gdn.beta", GDN, c->delta.Hv, 0, F32)                                         \
+    KL_TAP(GDN_O, "gdn.o", GDN, c->delta.Hv, c->delta.V, F32)                                      \
+    KL_TAP(GDN_Z, "gdn.z", GDN, c->delta.Hv, c->delta.V, F32)                                      \
+    KL_TAP(GDN_O_NORM, "gdn.o_norm", GDN, c->delta.Hv, c->delta.V, F32)                            \
+    KL_TAP(GDN_OUT, "gdn.out", GDN, c->D, 0, F32)                                                  \
+    KL_TAP(ATTN_Q_PROJ, "attn.q_proj", ATTN, c->attn.heads, c->attn.width, F32)                    \
+    KL_TAP(ATTN_GATE, "attn.gate", ATTN, c->attn.heads, c->attn.width, F32)                        \
+    KL_TAP(ATTN_K_PROJ, "attn.k_proj", ATTN, c->attn.kv_heads, c->attn.width, F32)                 \
+    KL_TAP(ATTN_V, "attn.v", ATTN, c->attn.kv_heads, c->attn.width, F32)                           \
+    KL_TAP(ATTN_Q_NORM, "attn.q_norm", ATTN, c->attn.heads, c->attn.width, F32)                    \
+    KL_TAP(ATTN_K_NORM, "attn.k_norm", ATTN, c->attn.kv_heads, c->attn.width, F32)                 \
+    KL_TAP(ATTN_Q, "attn.q", ATTN, c->attn.heads, c->attn.width, F32)                              \
+    KL_TAP(ATTN_K, "attn.k", ATTN, c->attn.kv_heads, c->attn.width, F32)                           \
+    KL_TAP(ATTN_O, "attn.o", ATTN, c->attn.heads, c->attn.width, F32)                              \
+    KL_TAP(ATTN_GATED, "attn.gated", ATTN, c->attn.heads, c->attn.width, F32)                      \
+    KL_TAP(ATTN_OUT, "attn.out", ATTN, c->D, 0, F32)                                               \
     KL_TAP(MID, "mid", LAYER, c->D, 0, F32)                                                        \
     KL_TAP(FFN_NORM, "ffn_norm", LAYER, c->D, 0, F32)                                              \
     KL_TAP(MLP_GATE, "mlp.gate", DENSE, c->ffn.dense, 0, F32)                                      \
@@ -159,10 +204,12 @@ KL_API kl_status kl_state_write(kl_ctx *ctx, kl_state *state, int64_t layer, kl_
     KL_TAP(MOE_SCORES, "moe.scores", MOE, c->ffn.experts, 0, F32)                                  \
     KL_TAP(MOE_IDS, "moe.ids", MOE, c->ffn.k, 0, I32)                                              \
     KL_TAP(MOE_WEIGHTS, "moe.weights", MOE, c->ffn.k, 0, F32)                                      \
-    KL_TAP(MOE_SHARED_GATE, "moe.shared_gate", MOE_SHARED, c->ffn.shared * c->ffn.width, 0, F32)   \
-    KL_TAP(MOE_SHARED_UP, "moe.shared_up", MOE_SHARED, c->ffn.shared * c->ffn.width, 0, F32)       \
-    KL_TAP(MOE_SHARED_ACT, "moe.shared_act", MOE_SHARED, c->ffn.shared * c->ffn.width, 0, F32)     \
+    KL_TAP(MOE_SHARED_GATE, "moe.shared_gate", MOE_SHARED, c->ffn.shared, 0, F32)                  \
+    KL_TAP(MOE_SHARED_UP, "moe.shared_up", MOE_SHARED, c->ffn.shared, 0, F32)                      \
+    KL_TAP(MOE_SHARED_ACT, "moe.shared_act", MOE_SHARED, c->ffn.shared, 0, F32)                    \
     KL_TAP(MOE_SHARED_OUT, "moe.shared", MOE_SHARED, c->D, 0, F32)                                 \
+    KL_TAP(MOE_SHARED_G, "moe.shared_g", MOE_SHARED_GATED, 1, 0, F32)                              \
+    KL_TAP(MOE_SHARED_GATED, "moe.shared_gated", MOE_SHARED_GATED, c->D, 0, F32)                   \
     KL_TAP(MOE_OUT, "moe.out", MOE, c->D, 0, F32)                                                  \
     KL_TAP(OUT, "out", LAYER, c->D, 0, F32)                                                        \
     KL_TAP(NORM, "norm", MODEL, c->D, 0, F32)

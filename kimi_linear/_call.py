@@ -144,7 +144,7 @@ class Call:
         names = matches(self.names(), patterns)
         if "logits" in names and self.which != "all":
             raise ValueError("taps: 'logits' needs logits='all'")
-        probs = [name for name in names if name.endswith("mla.probs")]
+        probs = [name for name in names if name.endswith(".probs")]
         kept = {*names, *(name.replace("probs", "q") for name in probs)} & self.table.keys()
         self._refuse_probs(probs)
         arrays = {n: np.empty((self.T, *self.table[n][2]), self.table[n][3]) for n in self.table if n in kept}
@@ -159,8 +159,9 @@ class Call:
             return
         if self.N != 1:
             raise ValueError(f"taps: {names[0]} is of one sequence; {self.N} are given")
-        H, S = self.model.config.mla_heads, self.T + (self.states[0].position if self.states else 0)
-        refuse_what_does_not_fit(len(names) * self.T * H * S * 4, f"{len(names)} mla.probs of {self.T} x {H} x {S}",
+        c, S = self.model.config, self.T + (self.states[0].position if self.states else 0)
+        H = sum(c.mla_heads if name.endswith("mla.probs") else c.attn_heads for name in names)
+        refuse_what_does_not_fit(self.T * H * S * 4, f"probs of {self.T} x {H} x {S}, heads of all layers,",
                                  "ask for fewer tokens, behind a state")
 
     # ---- run ----
@@ -243,7 +244,7 @@ def tap_names(table):
     """Names of a table of taps, with those that are derived from them."""
     names = []
     for name in table:
-        if name.endswith("mla.o"):
+        if name.endswith((".mla.o", ".attn.o")):
             names.append(name[:-1] + "probs")
         names.append(name)
     return names
@@ -261,8 +262,9 @@ def refuse_what_does_not_fit(n_bytes, what, instead):
 def attention_probs(model, state, name, q):
     """What each token of a call attends to: softmax of its scores over all positions of the sequence.
 
-    p[t, h, s] = softmax_s(scale (q_nope[t, h] . w_uk[h] latent[s] + q_rope[t, h] . k_shared[s])), s <= t; in float64,
-    rounded once. Source: DeepSeek-V2, arXiv:2405.04434, section 2.1.
+    MLA: p[t, h, s] = softmax_s(scale (q_nope[t, h] . w_uk[h] latent[s] + q_rope[t, h] . k_shared[s])), s <= t; gated
+    attention: softmax_s(scale q[t, h] . k[s, h // (H/Hkv)]). In float64, rounded once. Source: DeepSeek-V2,
+    arXiv:2405.04434, section 2.1.
 
     Parameters
     ----------
@@ -270,27 +272,38 @@ def attention_probs(model, state, name, q):
     state : State
         After the call.
     name : str
-        ``layers.<i>.mla.probs``.
-    q : (T, H, nope + rope) float32
-        The tap ``mla.q``.
+        ``layers.<i>.mla.probs`` or ``layers.<i>.attn.probs``.
+    q : (T, H, K) float32
+        The tap ``mla.q``, or ``attn.q``.
 
     Returns
     -------
     p : (T, H, S) float32
         S positions; 0 behind the token's own.
     """
+    keys, scale = (_mla_keys if name.endswith("mla.probs") else _attn_keys)(model, state, name)
+    T, S = len(q), keys.shape[1]
+    unseen = np.arange(S) > np.arange(S - T, S)[:, None]
+    p = np.empty((T, q.shape[1], S), np.float32)
+    for h in range(q.shape[1]):
+        scores = scale * reference.f64(q[:, h]) @ keys[h * len(keys) // q.shape[1]].T
+        scores[unseen] = -np.inf
+        p[:, h] = reference.softmax(scores)
+    return p
+
+
+def _mla_keys(model, state, name):
+    """(keys [H, S, nope + rope], scale)."""
     c, layer = model.config, name.removesuffix("mla.probs")
     latent = reference.f64(state.widened(f"{layer}mla.latent_cache"))
     k_shared = reference.f64(state.widened(f"{layer}mla.k_shared_cache"))
     kv_b = reference.f64(model.weights[f"model.{layer}self_attn.kv_b_proj.weight"])
     w_uk = kv_b.reshape(c.mla_heads, c.nope_dim + c.v_head_dim, c.kv_rank)[:, : c.nope_dim]
-    T, S = len(q), len(latent)
-    unseen = np.arange(S) > np.arange(S - T, S)[:, None]
-    p = np.empty((T, c.mla_heads, S), np.float32)
-    for h in range(c.mla_heads):
-        own = reference.f64(q[:, h])
-        scores = own[:, : c.nope_dim] @ w_uk[h] @ latent.T + own[:, c.nope_dim :] @ k_shared.T
-        scores *= (c.nope_dim + c.rope_dim) ** -0.5
-        scores[unseen] = -np.inf
-        p[:, h] = reference.softmax(scores)
-    return p
+    shared = np.broadcast_to(k_shared, (c.mla_heads, *k_shared.shape))
+    return np.concatenate([latent @ w_uk.swapaxes(1, 2), shared], axis=-1), (c.nope_dim + c.rope_dim) ** -0.5
+
+
+def _attn_keys(model, state, name):
+    """(keys [Hkv, S, K], scale)."""
+    k = reference.f64(state.widened(f"{name.removesuffix('probs')}k_cache"))
+    return k.swapaxes(0, 1), model.config.attn_head_dim ** -0.5

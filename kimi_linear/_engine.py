@@ -10,19 +10,28 @@ from .load.gguf import TYPES
 CACHE_TYPES = {"float32": 0, "float16": 1, "q8_0": 8}
 _FILE_TYPES = {name: i for i, (name, _, _) in TYPES.items()}
 _PLAIN = {"F32": 4, "F16": 2, "BF16": 2}  # by the bytes that must divide their address
-_MIXERS = {"kda": 0, "mla": 1}
+_MIXERS = {"kda": 0, "mla": 1, "gdn": 2, "attn": 3}
 _FFNS = {"dense": 0, "moe": 1}
 _NUMBERS = (
-    "vocab_size", "hidden_size", "rms_norm_eps", "latent_eps", "l2_eps", "kda_heads", "kda_head_dim", "conv_width",
-    "mla_heads", "nope_dim", "rope_dim", "v_head_dim", "kv_rank", "q_rank", "ffn_size", "n_experts",
-    "experts_per_token", "n_shared_experts", "moe_size", "n_groups", "top_groups", "routed_scale",
+    "vocab_size", "hidden_size", "rms_norm_eps", "latent_eps", "l2_eps", "conv_width", "mla_heads", "nope_dim",
+    "rope_dim", "v_head_dim", "kv_rank", "q_rank", "attn_heads", "attn_kv_heads", "attn_head_dim", "rotary_dim",
+    "rope_base", "ffn_size", "n_experts", "experts_per_token", "shared_size", "moe_size", "n_groups", "top_groups",
+    "routed_scale",
 )
 
 
 def config_numbers(config, activations="float32"):
     """The config, and what its products compute with, as the dict of numbers that the C core reads."""
     numbers = {name: getattr(config, name) for name in _NUMBERS}
+    if any(layer.mixer == "gdn" for layer in config.layers):
+        delta = config.gdn_k_heads, config.gdn_v_heads, config.gdn_k_dim, config.gdn_v_dim
+    else:
+        delta = config.kda_heads, config.kda_heads, config.kda_head_dim, config.kda_head_dim
+    numbers |= dict(zip(("delta_k_heads", "delta_v_heads", "delta_k_dim", "delta_v_dim"), delta, strict=True))
     numbers |= {
+        "delta_tiled": int(config.gdn_tiled),
+        "norm_plus_one": int(config.norm_plus_one),
+        "shared_gated": int(config.shared_gated),
         "tied": int(config.tie_embeddings),
         "activations": ACTIVATIONS[activations],
         "gate_lower_bound": config.gate_lower_bound or 0.0,

@@ -10,7 +10,7 @@ import numpy as np
 from . import _engine
 from ._arrays import as_integers
 from ._call import Call, tap_names
-from .config import Config
+from .config import MIXER_LETTERS, Config
 from .context import Context, check_activations, current
 from .perplexity import log_probs
 from .plan import of_core
@@ -289,8 +289,8 @@ class Model:
         """The intermediates of a forward pass.
 
         Two are made only on request, by their whole name or a glob that ends in it: ``layers.3.moe.scores`` [T, E],
-        the router's scores before its bias, and ``layers.3.mla.probs`` [T, H, S], what each token of one sequence
-        attends to (float64 from the taps, rounded once).
+        the router's scores before its bias, and ``layers.3.mla.probs`` or ``attn.probs`` [T, H, S], what each token of
+        one sequence attends to (float64 from the taps, rounded once).
 
         Parameters
         ----------
@@ -300,7 +300,7 @@ class Model:
         to : str or path, optional
             Write the trace to this safetensors file as it is made: it may be larger than memory. The file's size is
             checked against the free disk before work starts, and it takes its name when it is whole. One sequence,
-            without ``mla.probs``.
+            without ``probs``.
         tokens_slice : slice, optional
             Keep only these rows of `tokens`, one sequence; the tokens before are read, those behind only for `state`.
         states : bool, or str or list of str, optional
@@ -412,5 +412,5 @@ class Model:
 
     def __repr__(self):
         c = self.config
-        kinds = "".join("K" if layer.mixer == "kda" else "M" for layer in c.layers)
+        kinds = "".join(MIXER_LETTERS[layer.mixer] for layer in c.layers)
         return f"Model({self.name!r}, {kinds}, hidden {c.hidden_size}, vocabulary {c.vocab_size})"

@@ -191,7 +191,7 @@ def _bytes(shape, dtype):
 def _bytes_as(name, t, dtype):
     """Bytes of a tensor of a type, or of the next one whose blocks make up its rows; vectors, convolutions and routers
     stay as they are."""
-    if len(t.shape) != 2 or "conv1d" in name or name.endswith("block_sparse_moe.gate.weight"):
+    if len(t.shape) != 2 or "conv1d" in name or name.endswith((".block_sparse_moe.gate.weight", ".mlp.gate.weight")):
         return t.nbytes
     fits = next(d for d in (dtype, "Q8_0", "F16") if t.shape[-1] % _SIZES[d][0] == 0)
     return _bytes(t.shape, fits)

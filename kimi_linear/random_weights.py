@@ -7,15 +7,16 @@ DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bf
 _FLOAT32 = ("A_log", "dt_bias", "e_score_correction_bias")  # as published files keep them
 
 
-def random_tensor(name, shape, rng):
-    """One tensor, float32: matrices keep the size of their input, gates go from almost none to strong."""
+def random_tensor(name, shape, rng, plus_one=False):
+    """One tensor, float32: matrices keep the size of their input, gates go from almost none to strong. plus_one: norms
+    are stored less 1, but those of delta nets."""
     if name.endswith("A_log"):
         return np.log(1 + 15 * rng.random(shape, np.float32))
     if name.endswith("dt_bias"):
         return -4 + 3 * rng.random(shape, np.float32)
     x = rng.standard_normal(shape, np.float32)
     if "norm" in name:
-        return 1 + np.float32(0.2) * x
+        return np.float32(0.2) * x + (0 if plus_one and "linear_attn" not in name else 1)
     if "conv1d" in name:
         return np.float32(0.5) * x
     if "correction_bias" in name:
@@ -31,6 +32,7 @@ def random_weights(config, seed=0, dtype="float32"):
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(map(repr, DTYPES))}")
     rng = np.random.default_rng(seed)
     return {
-        name: random_tensor(name, shape, rng).astype(np.float32 if name.endswith(_FLOAT32) else DTYPES[dtype])
+        name: random_tensor(name, shape, rng, config.norm_plus_one).astype(
+            np.float32 if name.endswith(_FLOAT32) else DTYPES[dtype])
         for name, shape in config.weight_shapes().items()
     }

@@ -11,11 +11,12 @@ from .context import current
 
 __all__ = ["Snapshot", "State"]
 
-_PARTS = {
-    "kda.state": 0, "kda.q_history": 1, "kda.k_history": 2, "kda.v_history": 3,
-    "mla.latent_cache": 4, "mla.k_shared_cache": 5,
+_DELTA = {"state": 0, "q_history": 1, "k_history": 2, "v_history": 3}
+_OF_MIXER = {  # the parts of a layer, by the number that C has for them
+    "kda": _DELTA, "gdn": _DELTA,
+    "mla": {"latent_cache": 4, "k_shared_cache": 5}, "attn": {"k_cache": 6, "v_cache": 7},
 }
-_OF_MIXER = {"kda": [n for n in _PARTS if n.startswith("kda")], "mla": [n for n in _PARTS if n.startswith("mla")]}
+_CACHES = {4, 5, 6, 7}  # what grows
 _KEEP = 4  # checkpoints, where only their distance is given
 
 
@@ -50,10 +51,12 @@ class State:
     """What a model keeps of one sequence; made by ``model.new_state()``, moved on by ``model.forward(state=)``.
 
     A KDA layer keeps a delta state ``layers.i.kda.state`` [H, K, V] and three convolution histories
-    ``layers.i.kda.q_history`` (``k_``, ``v_``) [W-1, H*K], oldest first: their size does not grow. An MLA layer keeps
-    a row for each token: ``layers.i.mla.latent_cache`` [position, R], ``layers.i.mla.k_shared_cache`` [position, P],
-    in the cache's type. Of a q8_0 cache these are the rows' blocks as they lie, uint8 [position, bytes], but for a
-    shared key of whose width 32 is no divisor: that is float16.
+    ``layers.i.kda.q_history`` (``k_``, ``v_``) [W-1, H*K], oldest first: their size does not grow. A GDN layer has
+    the same under ``gdn``: [Hv, K, V], [W-1, Hk*K] twice, [W-1, Hv*V]. An MLA layer keeps a row for each token:
+    ``layers.i.mla.latent_cache`` [position, R], ``layers.i.mla.k_shared_cache`` [position, P], in the cache's type; a
+    layer of gated attention ``layers.i.attn.k_cache`` and ``v_cache`` [position, Hkv, K]. Of a q8_0 cache these are
+    the rows' blocks as they lie, uint8 [position, bytes], but for a shared key of whose width 32 is no divisor: that
+    is float16.
 
     ``state[name]`` is a copy of an array; ``state[name] = array`` replaces it; ``state.widened(name)`` are its numbers.
     What each verb costs: docs/state.md.
@@ -227,7 +230,12 @@ class State:
 
     def keys(self):
         """Names of the arrays, in the order of the layers."""
-        return [f"layers.{i}.{name}" for i, layer in enumerate(self._config.layers) for name in _OF_MIXER[layer.mixer]]
+        return [f"layers.{i}.{layer.mixer}.{part}" for i, layer in enumerate(self._config.layers)
+                for part in _OF_MIXER[layer.mixer]]
+
+    def fixed(self):
+        """Names of the arrays whose size does not grow: those of delta nets, which checkpoints keep."""
+        return [name for name in self.keys() if self._part(name)[1] not in _CACHES]
 
     def __iter__(self):
         return iter(self.keys())
@@ -238,14 +246,20 @@ class State:
     def __contains__(self, name):
         return name in self.keys()
 
-    def _place(self, name):
-        match = re.fullmatch(r"layers\.(\d+)\.(.+)", str(name))
+    def _part(self, name):
+        """(layer, number of the part) of an array."""
+        match = re.fullmatch(r"layers\.(\d+)\.(\w+)\.(\w+)", str(name))
         if not match or name not in self.keys():
             raise KeyError(f"{name!r} is no array of this state; it has {', '.join(self.keys()[:4])}, ...")
-        layer, part = int(match[1]), _PARTS[match[2]]
+        return int(match[1]), _OF_MIXER[match[2]][match[3]]
+
+    def _place(self, name):
+        layer, part = self._part(name)
         shape, type_id = self._core.shape(current()._core, layer, part)
         if type_id == 8:
             return layer, part, (shape[0], shape[1] // 32 * 34), np.uint8
+        if self._config.layers[layer].mixer == "attn":
+            shape = (shape[0], self._config.attn_kv_heads, self._config.attn_head_dim)
         return layer, part, shape, np.float16 if type_id == 1 else np.float32
 
     def __getitem__(self, name):
@@ -261,16 +275,18 @@ class State:
             return a.astype(np.float32)
         blocks = a.reshape(len(a), -1, 34)
         scales, q = blocks[:, :, :2].copy().view(np.float16).astype(np.float32), blocks[:, :, 2:].view(np.int8)
-        return (scales * q).reshape(len(a), -1)
+        rows = (scales * q).reshape(len(a), -1)
+        c = self._config
+        attends = c.layers[self._part(name)[0]].mixer == "attn"
+        return rows.reshape(len(a), c.attn_kv_heads, c.attn_head_dim) if attends else rows
 
     def _of_checkpoint(self, i):
         """(name, copy of the array) of each array that checkpoint `i` holds, 0 the oldest."""
-        for name in self:
+        for name in self.fixed():
             layer, part, shape, dtype = self._place(name)
-            if ".kda." in name:
-                a = np.empty(shape, dtype)
-                self._core.read(current()._core, layer, part, a, i)
-                yield name, a
+            a = np.empty(shape, dtype)
+            self._core.read(current()._core, layer, part, a, i)
+            yield name, a
 
     def __setitem__(self, name, value):
         layer, part, shape, dtype = self._place(name)

@@ -209,7 +209,7 @@ def load(path, model, *, context=0, checkpoints_every=None, keep=0):
     arrays = _checked_arrays(file, meta)
     state = State(model, cache=meta.get("cache"), context=context, checkpoints_every=checkpoints_every, keep=keep,
                   ctx=model.ctx)
-    positions, kept = _checkpoints(file, meta), [name for name in state.keys() if ".kda." in name]
+    positions, kept = _checkpoints(file, meta), state.fixed()
     wanted = {"tokens", *state.keys(), *(_of(j, name) for j in range(len(positions)) for name in kept)}
     if arrays.keys() != wanted:
         odd = sorted(arrays.keys() ^ wanted)

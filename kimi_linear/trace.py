@@ -13,7 +13,7 @@ from .load.safetensors import SafetensorsFile, sparse_safetensors, write_safeten
 __all__ = ["BEFORE", "Trace", "matches", "tap_table"]
 
 FORMAT = "kimi_linear trace 1"
-ON_REQUEST = ("moe.scores", "mla.probs")  # in no glob but one that names them
+ON_REQUEST = ("moe.scores", "mla.probs", "attn.probs")  # in no glob but one that names them
 BEFORE = "before."  # in front of a state array that holds what the kept tokens found, not what they left
 PASS = 512  # tokens of a forward call of a streamed trace; a multiple of 64, so that no byte depends on it
 
@@ -39,8 +39,8 @@ def on_request(name):
 def matches(names, patterns, what="taps"):
     """Those of `names` that one of the globs matches; a plain prefix such as ``layers.3`` means all below it.
 
-    Taps on request (``moe.scores``, ``mla.probs``) are matched only by their whole name, or by a glob that ends in
-    it, such as ``*.mla.probs``.
+    Taps on request (``moe.scores``, ``mla.probs``, ``attn.probs``) are matched only by their whole name, or by a glob
+    that ends in it, such as ``*.mla.probs``.
 
     Parameters
     ----------
@@ -173,7 +173,7 @@ def stream(model, tokens, taps, to=None, tokens_slice=None, progress=None, *, st
     if call.form != "single":
         raise ValueError("to, tokens_slice and states need one sequence of tokens [T]")
     names = matches(call.names(), taps)
-    probs = [name for name in names if name.endswith("mla.probs")]
+    probs = [name for name in names if name.endswith(".probs")]
     if probs:
         raise ValueError(f"taps: {probs[0]} needs all positions at once; trace it without to and tokens_slice")
     steps = _Steps(model, call.ids, names, edit, expert_ids, check)

@@ -23,6 +23,7 @@ import numpy as np
 
 from . import reference
 from ._arrays import as_integers
+from .config import MIXER_LETTERS
 from .context import current
 from .dataflow import TOKENS, Node, arguments, evaluate, nodes
 from .diff import metrics
@@ -266,7 +267,7 @@ def verify(model, tokens, *, forced: bool = True, free_run: bool = True,
     for layers in run.groups():
         run.judge_group(layers)
     flips, misrouted = run.free_run() if free_run else (None, [])
-    kinds = "".join("K" if s.mixer == "kda" else "M" for s in model.config.layers)
+    kinds = "".join(MIXER_LETTERS[s.mixer] for s in model.config.layers)
     seconds = time.perf_counter() - begin
     return VerifyReport(model.name, kinds, len(tokens), forced, run.taps, flips, run.choices, misrouted,
                         run.memory, seconds, run.notes)
@@ -492,7 +493,7 @@ def _tap(node, name, actual, desired, own, bound):
 
 
 def _axes(name, ndim):
-    if name.endswith("kda.state"):
+    if name.endswith((".kda.state", ".gdn.state")):
         return "head", "key", "value"
     if name.endswith("_history"):
         return "row", "channel"

@@ -1,9 +1,32 @@
 /* Checks of a config, and the shapes of its taps. */
 #include "model.h"
 
+/* How the heads of a mixer fit each other. */
+static kl_status check_heads(kl_ctx *ctx, const kl_config *c, bool kda, bool gdn, bool attn)
+{
+    if (kda && gdn)
+        return kl_fail(ctx, KL_ERR_UNSUPPORTED,
+                       "config: layers are both kda and gdn; a model has delta nets of one kind");
+    if (kda && (c->delta.Hv != c->delta.Hk || c->delta.V != c->delta.K))
+        return kl_fail(ctx, KL_ERR_ARG,
+                       "config: kda has key and value heads of one number and width");
+    if (gdn && c->delta.Hv % c->delta.Hk != 0)
+        return kl_fail(ctx, KL_ERR_ARG,
+                       "config: gdn_v_heads is %lld; it must be a multiple of gdn_k_heads, %lld",
+                       (long long)c->delta.Hv, (long long)c->delta.Hk);
+    if (attn && c->attn.heads % c->attn.kv_heads != 0)
+        return kl_fail(ctx, KL_ERR_ARG,
+                       "config: attn_heads is %lld; it must be a multiple of attn_kv_heads, %lld",
+                       (long long)c->attn.heads, (long long)c->attn.kv_heads);
+    if (attn && c->attn.rotary % 2 != 0)
+        return kl_fail(ctx, KL_ERR_ARG, "config: rotary_dim is %lld; it must be even",
+                       (long long)c->attn.rotary);
+    return KL_OK;
+}
+
 kl_status kl_config_check(kl_ctx *ctx, const kl_config *c)
 {
-    bool kda = false, mla = false, dense = false, moe = false;
+    bool mixer[4] = { false }, dense = false, moe = false;
     const struct {
         const char *name;
         int64_t value;
@@ -15,30 +38,39 @@ kl_status kl_config_check(kl_ctx *ctx, const kl_config *c)
             return kl_fail(ctx, KL_ERR_ARG, "config: %s is %lld; it must be 1 to 2^31 - 1",
                            sizes[i].name, (long long)sizes[i].value);
     for (int64_t i = 0; i < c->n_layers; i++) {
-        kda |= c->layers[i].mixer == KL_MIXER_KDA;
-        mla |= c->layers[i].mixer == KL_MIXER_MLA;
+        mixer[c->layers[i].mixer] = true;
         dense |= c->layers[i].ffn == KL_FFN_DENSE;
         moe |= c->layers[i].ffn == KL_FFN_MOE;
     }
+    const bool kda = mixer[KL_MIXER_KDA], mla = mixer[KL_MIXER_MLA], gdn = mixer[KL_MIXER_GDN],
+               attn = mixer[KL_MIXER_ATTN];
     const struct {
         const char *name;
         bool used;
         int64_t value, low, high;
     } checks[] = {
-        { "kda_heads", kda, c->kda.heads, 1, 1 << 20 },
-        { "kda_head_dim", kda, c->kda.width, 1, 1 << 20 },
-        { "conv_width", kda, c->kda.taps, 1, 8 },
+        { "kda_heads", kda, c->delta.Hk, 1, 1 << 20 },
+        { "kda_head_dim", kda, c->delta.K, 1, 1 << 20 },
+        { "gdn_k_heads", gdn, c->delta.Hk, 1, 1 << 20 },
+        { "gdn_v_heads", gdn, c->delta.Hv, 1, 1 << 20 },
+        { "gdn_k_dim", gdn, c->delta.K, 1, 1 << 20 },
+        { "gdn_v_dim", gdn, c->delta.V, 1, 1 << 20 },
+        { "conv_width", kda || gdn, c->delta.taps, 1, 8 },
         { "mla_heads", mla, c->mla.heads, 1, 1 << 20 },
         { "nope_dim", mla, c->mla.nope, 1, 1 << 20 },
         { "rope_dim", mla, c->mla.rope, 0, 1 << 20 },
         { "v_head_dim", mla, c->mla.v, 1, 1 << 20 },
         { "kv_rank", mla, c->mla.rank, 1, 1 << 20 },
         { "q_rank", mla, c->mla.q_rank, 0, 1 << 20 },
+        { "attn_heads", attn, c->attn.heads, 1, 1 << 20 },
+        { "attn_kv_heads", attn, c->attn.kv_heads, 1, 1 << 20 },
+        { "attn_head_dim", attn, c->attn.width, 1, 1 << 20 },
+        { "rotary_dim", attn, c->attn.rotary, 0, c->attn.width },
         { "ffn_size", dense, c->ffn.dense, 1, 1 << 24 },
         { "n_experts", moe, c->ffn.experts, 1, 1 << 20 },
         { "moe_size", moe, c->ffn.width, 1, 1 << 24 },
         { "experts_per_token", moe, c->ffn.k, 1, c->ffn.experts },
-        { "n_shared_experts", moe, c->ffn.shared, 0, 1 << 10 },
+        { "shared_size", moe, c->ffn.shared, 0, 1 << 24 },
         { "n_groups", moe, c->ffn.groups, 1, c->ffn.experts },
         { "top_groups", moe, c->ffn.top_groups, 1, c->ffn.groups },
     };
@@ -47,10 +79,22 @@ kl_status kl_config_check(kl_ctx *ctx, const kl_config *c)
             return kl_fail(ctx, KL_ERR_ARG, "config: %s is %lld; it must be %lld to %lld",
                            checks[i].name, (long long)checks[i].value, (long long)checks[i].low,
                            (long long)checks[i].high);
-    return KL_OK;
+    return check_heads(ctx, c, kda, gdn, attn);
 }
 
-enum { MODEL, LAYER, KDA, MLA, MLA_LOW_RANK, DENSE, MOE, MOE_SHARED };
+enum {
+    MODEL,
+    LAYER,
+    KDA,
+    MLA,
+    MLA_LOW_RANK,
+    GDN,
+    ATTN,
+    DENSE,
+    MOE,
+    MOE_SHARED,
+    MOE_SHARED_GATED,
+};
 enum { F32, I32 };
 
 static bool is_at(const kl_config *c, int where, int64_t layer)
@@ -65,9 +109,12 @@ static bool is_at(const kl_config *c, int where, int64_t layer)
     case KDA: return l->mixer == KL_MIXER_KDA;
     case MLA: return l->mixer == KL_MIXER_MLA;
     case MLA_LOW_RANK: return l->mixer == KL_MIXER_MLA && c->mla.q_rank > 0;
+    case GDN: return l->mixer == KL_MIXER_GDN;
+    case ATTN: return l->mixer == KL_MIXER_ATTN;
     case DENSE: return l->ffn == KL_FFN_DENSE;
     case MOE: return l->ffn == KL_FFN_MOE;
     case MOE_SHARED: return l->ffn == KL_FFN_MOE && c->ffn.shared > 0;
+    case MOE_SHARED_GATED: return l->ffn == KL_FFN_MOE && c->ffn.shared > 0 && c->ffn.shared_gated;
     }
     return false;
 }

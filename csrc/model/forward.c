@@ -4,8 +4,8 @@
  *     for each layer:   h += mixer(norm(h));   h += ffn(norm(h))
  *     logits = head(norm(h))
  *
- * A layer is a description: its mixer is KDA or MLA, its feed-forward dense or a mixture of experts. Arrays
- * are addresses in the backend's memory; nothing here reads through them. */
+ * A layer is a description: its mixer is a delta net (KDA, GDN), MLA or gated attention, its feed-forward dense or
+ * a mixture of experts. Arrays are addresses in the backend's memory; nothing here reads through them. */
 #include "pass.h"
 
 #include <math.h>
@@ -31,82 +31,173 @@ static kl_status project_one(pass *p, float *y, const float *x, const kl_weight 
     return kl_linear(p->ctx, &y, x, w, NULL, 1, p->T, w->cols);
 }
 
+/* ---- delta nets -------------------------------------------------------------------------------- */
+
+/* In what the delta nets differ: how fine the decay is, what the output gate goes through, whether decay and
+ * output gate come from x by way of a low rank, and the names of their taps. */
+typedef struct delta_net {
+    kl_gate decay;
+    kl_activation output;
+    bool low_rank;
+    kl_tap q_proj, k_proj, v_proj, q_conv, k_conv, v_conv, q, k;
+    kl_tap f_x, f, g, b, beta, o, z_x, z, o_norm, out; /* f and z where low_rank */
+} delta_net;
+
+/* Kimi Delta Attention: a decay for each key channel. */
+static const delta_net kda = {
+    .decay = KL_GATE_CHANNEL,
+    .output = KL_SIGMOID,
+    .low_rank = true,
+    .q_proj = KL_TAP_KDA_Q_PROJ,
+    .k_proj = KL_TAP_KDA_K_PROJ,
+    .v_proj = KL_TAP_KDA_V_PROJ,
+    .q_conv = KL_TAP_KDA_Q_CONV,
+    .k_conv = KL_TAP_KDA_K_CONV,
+    .v_conv = KL_TAP_KDA_V_CONV,
+    .q = KL_TAP_KDA_Q,
+    .k = KL_TAP_KDA_K,
+    .f_x = KL_TAP_KDA_F_A,
+    .f = KL_TAP_KDA_F,
+    .g = KL_TAP_KDA_G,
+    .b = KL_TAP_KDA_B,
+    .beta = KL_TAP_KDA_BETA,
+    .o = KL_TAP_KDA_O,
+    .z_x = KL_TAP_KDA_G_A,
+    .z = KL_TAP_KDA_Z,
+    .o_norm = KL_TAP_KDA_O_NORM,
+    .out = KL_TAP_KDA_OUT,
+};
+
+/* Gated DeltaNet (arXiv:2412.06464): a decay for each head. */
+static const delta_net gdn = {
+    .decay = KL_GATE_HEAD,
+    .output = KL_SILU,
+    .q_proj = KL_TAP_GDN_Q_PROJ,
+    .k_proj = KL_TAP_GDN_K_PROJ,
+    .v_proj = KL_TAP_GDN_V_PROJ,
+    .q_conv = KL_TAP_GDN_Q_CONV,
+    .k_conv = KL_TAP_GDN_K_CONV,
+    .v_conv = KL_TAP_GDN_V_CONV,
+    .q = KL_TAP_GDN_Q,
+    .k = KL_TAP_GDN_K,
+    .f_x = KL_TAP_GDN_A,
+    .g = KL_TAP_GDN_G,
+    .b = KL_TAP_GDN_B,
+    .beta = KL_TAP_GDN_BETA,
+    .o = KL_TAP_GDN_O,
+    .z_x = KL_TAP_GDN_Z,
+    .o_norm = KL_TAP_GDN_O_NORM,
+    .out = KL_TAP_GDN_OUT,
+};
+
 /* x through the causal convolution and SiLU; the layer's history moves on */
-static kl_status convolve(pass *p, float *y, const float *x, const float *taps, size_t history)
+static kl_status convolve(pass *p, float *y, const float *x, const float *taps, size_t history,
+                          int64_t channels)
 {
-    const kl_config *c = &p->model->config;
     return kl_short_conv(p->ctx, y, slots(p, history), x, taps, slots(p, history), p->offsets, p->N,
-                         p->T, c->kda.heads * c->kda.width, c->kda.taps, KL_SILU);
+                         p->T, channels, p->model->config.delta.taps, KL_SILU);
 }
 
-/* KDA: linear attention by the gated delta rule, with a decay for each key channel. */
-static kl_status kda(pass *p, int64_t layer, float *out, const float *x)
+/* y: q, k and v convolved, then q and k of unit length */
+static kl_status delta_inputs(pass *p, int64_t layer, const delta_net *is, float *const y[3],
+                              float *const proj[3])
+{
+    const kl_config *c = &p->model->config;
+    const delta_weights *w = &p->model->layer[layer].delta;
+    const layer_layout *at = &p->model->layout[layer];
+    const int64_t T = p->T, Hk = c->delta.Hk, K = c->delta.K, HV = c->delta.Hv * c->delta.V;
+    TRY(convolve(p, y[0], proj[0], w->q_conv, at->q_history, Hk * K));
+    TRY(convolve(p, y[1], proj[1], w->k_conv, at->k_history, Hk * K));
+    TRY(convolve(p, y[2], proj[2], w->v_conv, at->v_history, HV));
+    TRY(kl_tap_at(p, is->q_conv, layer, y[0]));
+    TRY(kl_tap_at(p, is->k_conv, layer, y[1]));
+    TRY(kl_tap_at(p, is->v_conv, layer, y[2]));
+    TRY(kl_l2_norm(p->ctx, y[0], y[0], T * Hk, K, c->l2_eps));
+    TRY(kl_l2_norm(p->ctx, y[1], y[1], T * Hk, K, c->l2_eps));
+    TRY(kl_tap_at(p, is->q, layer, y[0]));
+    return kl_tap_at(p, is->k, layer, y[1]);
+}
+
+/* Linear attention by the gated delta rule. */
+static kl_status run_delta_net(pass *p, int64_t layer, float *out, const float *x,
+                               const delta_net *is)
 {
     kl_ctx *ctx = p->ctx;
     const kl_config *c = &p->model->config;
-    const kda_weights *w = &p->model->layer[layer].kda;
-    const layer_layout *at = &p->model->layout[layer];
-    const int64_t T = p->T, H = c->kda.heads, K = c->kda.width;
+    const delta_weights *w = &p->model->layer[layer].delta;
+    const size_t state = p->model->layout[layer].delta;
+    const int64_t T = p->T, Hk = c->delta.Hk, Hv = c->delta.Hv, K = c->delta.K, V = c->delta.V;
+    const int64_t decays = is->decay == KL_GATE_CHANNEL ? K : 1; /* of a head */
 
-    NEW(q, T * H * K);
-    NEW(k, T * H * K);
-    NEW(v, T * H * K);
-    NEW(q_proj, T * H * K);
-    NEW(k_proj, T * H * K);
-    NEW(v_proj, T * H * K);
-    NEW(f_a, T * K);
-    NEW(g_a, T * K);
-    NEW(beta, T * H);
-    float *const from_x[] = { q_proj, k_proj, v_proj, f_a, g_a, beta };
-    const kl_weight of_x[] = { w->q, w->k, w->v, w->f_a, w->g_a, w->b };
+    NEW(q, T * Hk * K);
+    NEW(k, T * Hk * K);
+    NEW(v, T * Hv * V);
+    NEW(q_proj, T * Hk * K);
+    NEW(k_proj, T * Hk * K);
+    NEW(v_proj, T * Hv * V);
+    NEW(f_x, T * w->f_x.n * w->f_x.rows);
+    NEW(z_x, T * w->z_x.n * w->z_x.rows);
+    NEW(beta, T * Hv);
+    float *const from_x[] = { q_proj, k_proj, v_proj, f_x, z_x, beta };
+    const kl_weight of_x[] = { w->q, w->k, w->v, w->f_x, w->z_x, w->b };
     TRY(project(p, from_x, x, of_x, 6, c->D));
-    TRY(kl_tap_at(p, KL_TAP_KDA_Q_PROJ, layer, q_proj));
-    TRY(kl_tap_at(p, KL_TAP_KDA_K_PROJ, layer, k_proj));
-    TRY(kl_tap_at(p, KL_TAP_KDA_V_PROJ, layer, v_proj));
-    TRY(kl_tap_at(p, KL_TAP_KDA_F_A, layer, f_a));
-    TRY(kl_tap_at(p, KL_TAP_KDA_G_A, layer, g_a));
-    TRY(kl_tap_at(p, KL_TAP_KDA_B, layer, beta));
+    TRY(kl_tap_at(p, is->q_proj, layer, q_proj));
+    TRY(kl_tap_at(p, is->k_proj, layer, k_proj));
+    TRY(kl_tap_at(p, is->v_proj, layer, v_proj));
+    TRY(kl_tap_at(p, is->f_x, layer, f_x));
+    TRY(kl_tap_at(p, is->z_x, layer, z_x));
+    TRY(kl_tap_at(p, is->b, layer, beta));
 
-    TRY(convolve(p, q, q_proj, w->q_conv, at->q_history));
-    TRY(convolve(p, k, k_proj, w->k_conv, at->k_history));
-    TRY(convolve(p, v, v_proj, w->v_conv, at->v_history));
-    TRY(kl_tap_at(p, KL_TAP_KDA_Q_CONV, layer, q));
-    TRY(kl_tap_at(p, KL_TAP_KDA_K_CONV, layer, k));
-    TRY(kl_tap_at(p, KL_TAP_KDA_V_CONV, layer, v));
-    TRY(kl_l2_norm(ctx, q, q, T * H, K, c->l2_eps));
-    TRY(kl_l2_norm(ctx, k, k, T * H, K, c->l2_eps));
-    TRY(kl_tap_at(p, KL_TAP_KDA_Q, layer, q));
-    TRY(kl_tap_at(p, KL_TAP_KDA_K, layer, k));
+    TRY(delta_inputs(p, layer, is, (float *const[]){ q, k, v },
+                     (float *const[]){ q_proj, k_proj, v_proj }));
 
-    float *g = q_proj, *z = k_proj, *o = v_proj; /* the projections are spent */
-    TRY(project_one(p, g, f_a, &w->f_b));
-    TRY(kl_tap_at(p, KL_TAP_KDA_F, layer, g));
-    TRY(kl_decay_gate(ctx, g, g, w->rate, w->dt_bias, T, H, K, c->kda.lower_bound));
-    TRY(kl_tap_at(p, KL_TAP_KDA_G, layer, g));
-    TRY(kl_sigmoid(ctx, beta, beta, T * H));
-    TRY(kl_tap_at(p, KL_TAP_KDA_BETA, layer, beta));
+    /* the projections are spent; of a low rank Hk = Hv and K = V */
+    float *g = is->low_rank ? q_proj : f_x, *z = is->low_rank ? k_proj : z_x, *o = v_proj;
+    if (is->low_rank) {
+        TRY(project_one(p, g, f_x, &w->f_b));
+        TRY(kl_tap_at(p, is->f, layer, g));
+    }
+    TRY(kl_decay_gate(ctx, g, g, w->rate, w->dt_bias, T, Hv, decays, c->delta.lower_bound));
+    TRY(kl_tap_at(p, is->g, layer, g));
+    TRY(kl_sigmoid(ctx, beta, beta, T * Hv));
+    TRY(kl_tap_at(p, is->beta, layer, beta));
 
     const kl_delta_rule_args rule = {
         .offsets = p->offsets,
         .N = p->N,
         .T = T,
-        .Hk = H,
-        .Hv = H,
+        .Hk = Hk,
+        .Hv = Hv,
         .K = K,
-        .V = K,
+        .V = V,
         .scale = inverse_sqrt(K),
-        .gate = KL_GATE_CHANNEL,
+        .gate = is->decay,
+        .head_map = c->delta.head_map,
     };
-    TRY(kl_delta_rule(ctx, o, slots(p, at->delta), q, k, v, g, beta, slots(p, at->delta), &rule));
-    TRY(kl_tap_at(p, KL_TAP_KDA_O, layer, o));
+    TRY(kl_delta_rule(ctx, o, slots(p, state), q, k, v, g, beta, slots(p, state), &rule));
+    TRY(kl_tap_at(p, is->o, layer, o));
 
-    TRY(project_one(p, z, g_a, &w->g_b));
-    TRY(kl_tap_at(p, KL_TAP_KDA_Z, layer, z));
-    TRY(kl_gated_rms_norm(ctx, o, o, z, w->o_norm, T * H, K, c->rms_eps, KL_SIGMOID));
-    TRY(kl_tap_at(p, KL_TAP_KDA_O_NORM, layer, o));
+    if (is->low_rank) {
+        TRY(project_one(p, z, z_x, &w->z_b));
+        TRY(kl_tap_at(p, is->z, layer, z));
+    }
+    TRY(kl_gated_rms_norm(ctx, o, o, z, w->o_norm, T * Hv, V, c->rms_eps, is->output));
+    TRY(kl_tap_at(p, is->o_norm, layer, o));
     TRY(project_one(p, out, o, &w->o));
-    return kl_tap_at(p, KL_TAP_KDA_OUT, layer, out);
+    return kl_tap_at(p, is->out, layer, out);
 }
+
+static kl_status run_kda(pass *p, int64_t layer, float *out, const float *x)
+{
+    return run_delta_net(p, layer, out, x, &kda);
+}
+
+static kl_status run_gdn(pass *p, int64_t layer, float *out, const float *x)
+{
+    return run_delta_net(p, layer, out, x, &gdn);
+}
+
+/* ---- attention --------------------------------------------------------------------------------- */
 
 static kl_cache cache(const pass *p, int64_t layer, kl_state_part part)
 {
@@ -131,7 +222,7 @@ static kl_status mla_query(pass *p, int64_t layer, float *q, const float *x)
 }
 
 /* MLA: softmax attention of all heads over one cached latent a token. No rotation. */
-static kl_status mla(pass *p, int64_t layer, float *out, const float *x)
+static kl_status run_mla(pass *p, int64_t layer, float *out, const float *x)
 {
     kl_ctx *ctx = p->ctx;
     const kl_config *c = &p->model->config;
@@ -177,6 +268,66 @@ static kl_status mla(pass *p, int64_t layer, float *out, const float *x)
     return kl_tap_at(p, KL_TAP_MLA_OUT, layer, out);
 }
 
+/* RMS norm and rotation of each head of x [T, heads, K], in place */
+static kl_status norm_and_rope(pass *p, int64_t layer, float *x, int64_t heads, const float *norm,
+                               kl_tap normed, kl_tap roped)
+{
+    const kl_config *c = &p->model->config;
+    const int64_t T = p->T, K = c->attn.width;
+    TRY(kl_rms_norm(p->ctx, x, x, norm, T * heads, K, c->rms_eps));
+    TRY(kl_tap_at(p, normed, layer, x));
+    if (c->attn.rotary > 0)
+        TRY(kl_rope(p->ctx, x, x, p->positions, T, heads, K, c->attn.rotary, c->attn.rope_base));
+    return kl_tap_at(p, roped, layer, x);
+}
+
+/* Softmax attention, a key head for a group of query heads, its output gated. */
+static kl_status run_attn(pass *p, int64_t layer, float *out, const float *x)
+{
+    kl_ctx *ctx = p->ctx;
+    const kl_config *c = &p->model->config;
+    const attn_weights *w = &p->model->layer[layer].attn;
+    const int64_t T = p->T, H = c->attn.heads, Hkv = c->attn.kv_heads, K = c->attn.width;
+    const kl_cache keys = cache(p, layer, KL_STATE_KEYS), values = cache(p, layer, KL_STATE_VALUES);
+
+    NEW(q, T * H * K);
+    NEW(gate, T * H * K);
+    NEW(k, T * Hkv * K);
+    NEW(v, T * Hkv * K);
+    float *const from_x[] = { q, gate, k, v };
+    const kl_weight of_x[] = { w->q, w->gate, w->k, w->v };
+    TRY(project(p, from_x, x, of_x, 4, c->D));
+    TRY(kl_tap_at(p, KL_TAP_ATTN_Q_PROJ, layer, q));
+    TRY(kl_tap_at(p, KL_TAP_ATTN_GATE, layer, gate));
+    TRY(kl_tap_at(p, KL_TAP_ATTN_K_PROJ, layer, k));
+    TRY(kl_tap_at(p, KL_TAP_ATTN_V, layer, v));
+    TRY(norm_and_rope(p, layer, q, H, w->q_norm, KL_TAP_ATTN_Q_NORM, KL_TAP_ATTN_Q));
+    TRY(norm_and_rope(p, layer, k, Hkv, w->k_norm, KL_TAP_ATTN_K_NORM, KL_TAP_ATTN_K));
+    TRY(kl_cache_append(ctx, keys, k, p->offsets, p->start, p->N, T, Hkv * K));
+    TRY(kl_cache_append(ctx, values, v, p->offsets, p->start, p->N, T, Hkv * K));
+
+    const kl_attention_args attention = {
+        .offsets = p->offsets,
+        .positions = p->end,
+        .N = p->N,
+        .T = T,
+        .H = H,
+        .Hkv = Hkv,
+        .K = K,
+        .V = K,
+        .scale = inverse_sqrt(K),
+    };
+    NEW(o, T * H * K);
+    TRY(kl_attention(ctx, o, q, keys, values, &attention));
+    TRY(kl_tap_at(p, KL_TAP_ATTN_O, layer, o));
+    TRY(kl_sigmoid_gate(ctx, o, o, gate, T, H * K, H * K));
+    TRY(kl_tap_at(p, KL_TAP_ATTN_GATED, layer, o));
+    TRY(project_one(p, out, o, &w->o));
+    return kl_tap_at(p, KL_TAP_ATTN_OUT, layer, out);
+}
+
+/* ---- feed-forward ------------------------------------------------------------------------------ */
+
 /* down(SiLU(gate x) * up x), each step tapped */
 static kl_status mlp(pass *p, int64_t layer, float *out, const float *x, const mlp_weights *w,
                      const kl_tap taps[4])
@@ -221,6 +372,17 @@ static kl_status router_scores(pass *p, int64_t layer, float *logits, kl_route_a
                                          (size_t)(route->T * route->E) * sizeof *scores);
 }
 
+/* The shared expert's output times the sigmoid of its own score. */
+static kl_status gate_shared(pass *p, int64_t layer, float *shared, const float *x,
+                             const kl_weight *w)
+{
+    NEW(score, p->T);
+    TRY(project_one(p, score, x, w));
+    TRY(kl_tap_at(p, KL_TAP_MOE_SHARED_G, layer, score));
+    TRY(kl_sigmoid_gate(p->ctx, shared, shared, score, p->T, p->model->config.D, 1));
+    return kl_tap_at(p, KL_TAP_MOE_SHARED_GATED, layer, shared);
+}
+
 /* Routed experts and the shared one. */
 static kl_status moe(pass *p, int64_t layer, float *out, const float *x)
 {
@@ -262,6 +424,8 @@ static kl_status moe(pass *p, int64_t layer, float *out, const float *x)
                                 KL_TAP_MOE_SHARED_OUT };
         KL_SCRATCH(shared, p->ctx, T * c->D);
         TRY(mlp(p, layer, shared, x, &w->shared, taps));
+        if (c->ffn.shared_gated)
+            TRY(gate_shared(p, layer, shared, x, &w->shared_gate));
     }
     TRY(kl_moe(p->ctx, out, x, ids, weights, &w->gate, &w->up, &w->down, shared, T, c->D,
                c->ffn.width, k));
@@ -288,10 +452,15 @@ static kl_status residual(pass *p, int64_t layer, float *h, const float *norm, k
 
 static kl_status run_layer(pass *p, int64_t layer, float *h)
 {
+    static const block mixers[] = {
+        [KL_MIXER_KDA] = run_kda,
+        [KL_MIXER_MLA] = run_mla,
+        [KL_MIXER_GDN] = run_gdn,
+        [KL_MIXER_ATTN] = run_attn,
+    };
     const kl_layer *is = &p->model->config.layers[layer];
     const layer_weights *w = &p->model->layer[layer];
-    TRY(residual(p, layer, h, w->attn_norm, KL_TAP_ATTN_NORM,
-                 is->mixer == KL_MIXER_KDA ? kda : mla));
+    TRY(residual(p, layer, h, w->attn_norm, KL_TAP_ATTN_NORM, mixers[is->mixer]));
     TRY(kl_tap_at(p, KL_TAP_MID, layer, h));
     TRY(residual(p, layer, h, w->ffn_norm, KL_TAP_FFN_NORM, is->ffn == KL_FFN_DENSE ? dense : moe));
     return kl_tap_at(p, KL_TAP_OUT, layer, h);

@@ -4,11 +4,21 @@
 
 #include "../ops/ops.h"
 
-typedef struct kda_weights {
-    kl_weight q, k, v, f_a, f_b, b, g_a, g_b, o;
-    const float *q_conv, *k_conv, *v_conv; /* [H*K, W] */
-    const float *rate, *dt_bias, *o_norm;  /* [H], [H*K], [V] */
-} kda_weights;
+/* A delta net. Its decay f and its output gate z are one projection of x each (GDN), or a low rank and what
+ * follows it (KDA). */
+typedef struct delta_weights {
+    kl_weight q, k, v, b, o;
+    kl_weight f_x, z_x;                    /* of x */
+    kl_weight f_b, z_b;                    /* of the low rank; n = 0 where there is none */
+    const float *q_conv, *k_conv, *v_conv; /* [Hk*K, W], alike, [Hv*V, W] */
+    const float *rate, *dt_bias, *o_norm;  /* [Hv], [Hv*K] or [Hv], [V] */
+} delta_weights;
+
+typedef struct attn_weights {
+    kl_weight q, gate; /* a matrix a head: rows of q_proj */
+    kl_weight k, v, o;
+    const float *q_norm, *k_norm; /* [K] */
+} attn_weights;
 
 typedef struct mla_weights {
     kl_weight q;                /* the plain projection, or the second of two */
@@ -28,13 +38,15 @@ typedef struct moe_weights {
     const float *bias;        /* [E], or NULL */
     kl_weight gate, up, down; /* n = E */
     mlp_weights shared;       /* n = 0 where there is none */
+    kl_weight shared_gate;    /* [1, D]; n = 0 where the shared expert is not gated */
 } moe_weights;
 
 typedef struct layer_weights {
     const float *attn_norm, *ffn_norm;
     union {
-        kda_weights kda;
+        delta_weights delta;
         mla_weights mla;
+        attn_weights attn;
     };
     union {
         mlp_weights mlp;
@@ -42,17 +54,10 @@ typedef struct layer_weights {
     };
 } layer_weights;
 
-/* Bytes from the start of a sequence's fixed block (KDA), or values before the layer's own in its half
- * of a page (MLA): a page holds the latents of all layers, then their shared keys. */
+/* Where a delta net's parts lie, in bytes from the start of a sequence's fixed block. */
 typedef struct layer_layout {
     size_t q_history, k_history, v_history, delta;
-    size_t latent, k_shared;
 } layer_layout;
-
-typedef struct state_layout {
-    size_t fixed_bytes;
-    size_t page_latents, page_k_shareds; /* values of all MLA layers, KL_PAGE positions */
-} state_layout;
 
 struct kl_model {
     kl_config config;
@@ -62,7 +67,7 @@ struct kl_model {
     const float *norm;
     layer_weights *layer; /* [n_layers] */
     layer_layout *layout; /* [n_layers] */
-    state_layout state;
+    size_t fixed_bytes;   /* of one sequence's delta nets */
     size_t weight_bytes;
     float *vectors; /* in the backend's memory */
     size_t vector_bytes;
@@ -91,9 +96,10 @@ struct kl_state {
 size_t kl_state_page_bytes(const kl_state *state);
 
 /* The cache of a model in a type: whether it can be; where a layer's part lies, its page table left open;
- * bytes of a page. */
+ * bytes of a page, which holds KL_PAGE positions of every layer that caches. */
 kl_status kl_cache_check(kl_ctx *ctx, const kl_model *model, kl_type type) KL_CHECKED;
 kl_cache kl_cache_of(const kl_model *model, kl_type type, int64_t layer, kl_state_part part);
+int64_t kl_cache_width(const kl_model *model, int64_t layer, kl_state_part part); /* values a row */
 size_t kl_cache_page_bytes(const kl_model *model, kl_type type);
 
 /* Takes the pages that positions 0..n-1 need. */

@@ -53,7 +53,9 @@ static kl_status new_pass(pass *p, int64_t N, int64_t T)
     p->fixed = malloc((size_t)N * sizeof *p->fixed + 1);
     p->page = malloc((size_t)N * sizeof *p->page + 1);
     p->ids = malloc((size_t)T * sizeof *p->ids + 1);
-    if (!p->segment || !p->offsets || !p->start || !p->end || !p->fixed || !p->page || !p->ids)
+    p->positions = malloc((size_t)T * sizeof *p->positions + 1);
+    if (!p->segment || !p->offsets || !p->start || !p->end || !p->fixed || !p->page || !p->ids
+        || !p->positions)
         return kl_fail(p->ctx, KL_ERR_MEMORY, "out of memory: pass of %lld tokens", (long long)T);
     return KL_OK;
 }
@@ -68,6 +70,7 @@ static void free_pass(pass *p)
     free(p->fixed);
     free(p->page);
     free(p->ids);
+    free(p->positions);
 }
 
 static void bind(pass *p)
@@ -83,6 +86,8 @@ static void bind(pass *p)
         p->cache_type = state->cache_type;
         memcpy(p->ids + p->offsets[n], a->ids + kl_call_row(p, n),
                (size_t)p->segment[n].n * sizeof *p->ids);
+        for (int64_t t = 0; t < p->segment[n].n; t++)
+            p->positions[p->offsets[n] + t] = p->start[n] + t;
     }
 }
 
@@ -92,7 +97,7 @@ static void bind(pass *p)
 static kl_status run_guarded(pass *p)
 {
     kl_ctx *ctx = p->ctx;
-    const size_t bytes = p->model->state.fixed_bytes;
+    const size_t bytes = p->model->fixed_bytes;
     const bool guarded = p->T > p->N || p->args->edit != NULL; /* an edit may fail */
     char *copies = NULL;
     if (guarded)

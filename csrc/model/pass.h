@@ -22,8 +22,9 @@ typedef struct pass {
     void **fixed;       /* [N] fixed block of each sequence's state */
     void *const **page; /* [N] page table of each */
     kl_type cache_type;
-    int32_t *ids;  /* [T] */
-    void *staging; /* on the host, for rows that are edited; NULL where none are */
+    int32_t *ids;       /* [T] */
+    int64_t *positions; /* [T] of each token in its sequence */
+    void *staging;      /* on the host, for rows that are edited; NULL where none are */
     size_t staging_bytes;
 } pass;
 

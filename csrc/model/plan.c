@@ -107,7 +107,7 @@ kl_status kl_plan_make(kl_ctx *ctx, kl_plan *plan, const kl_model *m, kl_type ca
     *plan = (kl_plan){
         .weights = m->weight_bytes,
         .vectors = m->vector_bytes,
-        .state_fixed = m->state.fixed_bytes,
+        .state_fixed = m->fixed_bytes,
         .state_page = kl_cache_page_bytes(m, cache_type),
     };
     plan->state = (size_t)sequences * (plan->state_fixed + (size_t)pages * plan->state_page);

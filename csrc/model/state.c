@@ -1,5 +1,5 @@
-/* The state of one sequence: a fixed block (convolution histories and delta states of all KDA layers) and a
- * cache in pages of KL_PAGE positions (all MLA layers in each page), so that growing moves nothing. */
+/* The state of one sequence: a fixed block (convolution histories and delta states of all delta nets) and a
+ * cache in pages of KL_PAGE positions (all layers of attention in each page), so that growing moves nothing. */
 #include "model.h"
 
 #include <stdlib.h>
@@ -8,49 +8,6 @@
 size_t kl_state_page_bytes(const kl_state *state)
 {
     return kl_cache_page_bytes(state->model, state->cache_type);
-}
-
-/* ---- the cache in its type ---- */
-
-kl_status kl_cache_check(kl_ctx *ctx, const kl_model *model, kl_type type)
-{
-    const int64_t rank = model->config.mla.rank, block = kl_type_block(type);
-    if (type != KL_F32 && type != KL_F16 && type != KL_Q8_0)
-        return kl_fail(ctx, KL_ERR_DTYPE, "cache is of type %d; it must be F32, F16 or Q8_0",
-                       (int)type);
-    if (model->state.page_latents > 0 && rank % block != 0)
-        return kl_fail(ctx, KL_ERR_SHAPE,
-                       "cache is of type %s, blocks of %lld values, which do not divide the "
-                       "latent's %lld; it must be F32 or F16",
-                       kl_type_name(type), (long long)block, (long long)rank);
-    return KL_OK;
-}
-
-/* A shared key that whole blocks do not make up is kept in float16. */
-static kl_type part_type(const kl_model *model, kl_type type, kl_state_part part)
-{
-    const bool whole = model->config.mla.rope % kl_type_block(type) == 0;
-    return part == KL_STATE_LATENT || whole ? type : KL_F16;
-}
-
-kl_cache kl_cache_of(const kl_model *model, kl_type type, int64_t layer, kl_state_part part)
-{
-    const layer_layout *at = &model->layout[layer];
-    const kl_type own = part_type(model, type, part);
-    if (part == KL_STATE_LATENT)
-        return (kl_cache){ NULL, kl_type_bytes(own, (int64_t)at->latent),
-                           kl_type_bytes(own, model->config.mla.rank), own };
-    return (kl_cache){ NULL,
-                       kl_type_bytes(type, (int64_t)model->state.page_latents)
-                           + kl_type_bytes(own, (int64_t)at->k_shared),
-                       kl_type_bytes(own, model->config.mla.rope), own };
-}
-
-size_t kl_cache_page_bytes(const kl_model *model, kl_type type)
-{
-    const kl_type shared = part_type(model, type, KL_STATE_K_SHARED);
-    return kl_type_bytes(type, (int64_t)model->state.page_latents)
-           + kl_type_bytes(shared, (int64_t)model->state.page_k_shareds);
 }
 
 /* ---- memory ---- */
@@ -98,11 +55,11 @@ kl_status kl_state_create(kl_ctx *ctx, kl_state **out, const kl_model *model, kl
     state->model = model;
     state->cache_type = cache_type;
     state->context = context;
-    state->fixed = model->backend->allocate(ctx, model->state.fixed_bytes);
-    kl_status status = state->fixed != NULL
-                           ? model->backend->clear(ctx, state->fixed, model->state.fixed_bytes)
-                           : kl_fail(ctx, KL_ERR_MEMORY, "out of memory: state of %zu bytes",
-                                     model->state.fixed_bytes);
+    state->fixed = model->backend->allocate(ctx, model->fixed_bytes);
+    kl_status status =
+        state->fixed != NULL
+            ? model->backend->clear(ctx, state->fixed, model->fixed_bytes)
+            : kl_fail(ctx, KL_ERR_MEMORY, "out of memory: state of %zu bytes", model->fixed_bytes);
     if (status == KL_OK)
         status = kl_state_grow(ctx, state, context);
     if (status != KL_OK)
@@ -118,10 +75,10 @@ void kl_state_destroy(kl_ctx *ctx, kl_state *state)
         return;
     release_pages(ctx, state);
     if (state->fixed != NULL)
-        state->model->backend->release(ctx, state->fixed, state->model->state.fixed_bytes);
+        state->model->backend->release(ctx, state->fixed, state->model->fixed_bytes);
     if (state->checkpoint != NULL)
         state->model->backend->release(ctx, state->checkpoint,
-                                       (size_t)state->keep * state->model->state.fixed_bytes);
+                                       (size_t)state->keep * state->model->fixed_bytes);
     free(state->checkpoint_at);
     free(state->page);
     free(state);
@@ -131,13 +88,13 @@ int64_t kl_state_position(const kl_state *state) { return state->position; }
 
 size_t kl_state_bytes(const kl_state *state)
 {
-    return (size_t)(1 + state->keep) * state->model->state.fixed_bytes
+    return (size_t)(1 + state->keep) * state->model->fixed_bytes
            + (size_t)state->n_pages * kl_state_page_bytes(state);
 }
 
 void kl_state_reset(kl_ctx *ctx, kl_state *state)
 {
-    (void)state->model->backend->clear(ctx, state->fixed, state->model->state.fixed_bytes);
+    (void)state->model->backend->clear(ctx, state->fixed, state->model->fixed_bytes);
     state->position = 0;
     state->lost = 0;
     state->n_checkpoints = state->oldest = 0;
@@ -155,26 +112,42 @@ void kl_state_release(kl_state *state) { atomic_store(&state->busy, 0); }
 
 /* ---- parts ---- */
 
+static bool is_cache(kl_state_part part) { return part >= KL_STATE_LATENT; }
+
+/* Whether layers of a mixer have the part. */
+static bool has_part(kl_mixer mixer, kl_state_part part)
+{
+    switch (mixer) {
+    case KL_MIXER_KDA:
+    case KL_MIXER_GDN: return !is_cache(part);
+    case KL_MIXER_MLA: return part == KL_STATE_LATENT || part == KL_STATE_K_SHARED;
+    case KL_MIXER_ATTN: return part == KL_STATE_KEYS || part == KL_STATE_VALUES;
+    }
+    return false;
+}
+
 kl_status kl_state_shape(kl_ctx *ctx, const kl_state *state, int64_t layer, kl_state_part part,
                          int64_t shape[3], int *n_dims, kl_type *type)
 {
     const kl_config *c = &state->model->config;
-    const bool cache = part == KL_STATE_LATENT || part == KL_STATE_K_SHARED;
-    if (layer < 0 || layer >= c->n_layers || (int)part < 0 || part > KL_STATE_K_SHARED
-        || (c->layers[layer].mixer == KL_MIXER_MLA) != cache)
+    if (layer < 0 || layer >= c->n_layers || (int)part < 0 || part > KL_STATE_VALUES
+        || !has_part(c->layers[layer].mixer, part))
         return kl_fail(ctx, KL_ERR_ARG, "state: layer %lld of %lld has no part %d",
                        (long long)layer, (long long)c->n_layers, (int)part);
-    *type = cache ? part_type(state->model, state->cache_type, part) : KL_F32;
-    *n_dims = part == KL_STATE_DELTA ? 3 : 2;
+    *type = KL_F32;
+    *n_dims = 2;
     if (part == KL_STATE_DELTA) {
-        shape[0] = c->kda.heads;
-        shape[1] = shape[2] = c->kda.width;
-    } else if (cache) {
+        *n_dims = 3;
+        shape[0] = c->delta.Hv;
+        shape[1] = c->delta.K;
+        shape[2] = c->delta.V;
+    } else if (is_cache(part)) {
+        *type = kl_cache_of(state->model, state->cache_type, layer, part).type;
         shape[0] = state->position;
-        shape[1] = part == KL_STATE_LATENT ? c->mla.rank : c->mla.rope;
+        shape[1] = kl_cache_width(state->model, layer, part);
     } else {
-        shape[0] = c->kda.taps - 1;
-        shape[1] = c->kda.heads * c->kda.width;
+        shape[0] = c->delta.taps - 1;
+        shape[1] = part == KL_STATE_V_HISTORY ? c->delta.Hv * c->delta.V : c->delta.Hk * c->delta.K;
     }
     return KL_OK;
 }
@@ -201,7 +174,7 @@ static kl_status move_part(kl_ctx *ctx, const kl_state *state, char *fixed, int6
     KL_TRY(kl_state_shape(ctx, state, layer, part, shape, &n_dims, &type));
     const layer_layout *at = &state->model->layout[layer];
     const mover move = out ? state->model->backend->download : state->model->backend->upload;
-    if (part != KL_STATE_LATENT && part != KL_STATE_K_SHARED) {
+    if (!is_cache(part)) {
         char *place = fixed + fixed_offset(at, part);
         const size_t bytes =
             (size_t)(shape[0] * shape[1] * (n_dims == 3 ? shape[2] : 1)) * sizeof(float);
@@ -233,7 +206,7 @@ kl_status kl_state_write(kl_ctx *ctx, kl_state *state, int64_t layer, kl_state_p
 
 kl_status kl_state_keep(kl_ctx *ctx, kl_state *state, int64_t every, int64_t keep)
 {
-    const size_t bytes = state->model->state.fixed_bytes;
+    const size_t bytes = state->model->fixed_bytes;
     int64_t total;
     if (every < 1 || keep < 1)
         return kl_fail(
@@ -264,13 +237,13 @@ static int64_t slot(const kl_state *state, int64_t i) { return (state->oldest + 
 
 static char *checkpoint_data(const kl_state *state, int64_t i)
 {
-    return state->checkpoint + (size_t)slot(state, i) * state->model->state.fixed_bytes;
+    return state->checkpoint + (size_t)slot(state, i) * state->model->fixed_bytes;
 }
 
 kl_status kl_state_read_checkpoint(kl_ctx *ctx, const kl_state *state, int64_t i, int64_t layer,
                                    kl_state_part part, void *to)
 {
-    if (i < 0 || i >= state->n_checkpoints || part == KL_STATE_LATENT || part == KL_STATE_K_SHARED)
+    if (i < 0 || i >= state->n_checkpoints || is_cache(part))
         return kl_fail(ctx, KL_ERR_ARG, "state: checkpoint %lld of %lld has no part %d",
                        (long long)i, (long long)state->n_checkpoints, (int)part);
     return move_part(ctx, state, checkpoint_data(state, i), layer, part, to, true);
@@ -300,7 +273,7 @@ static kl_status push(kl_ctx *ctx, kl_state *state, int64_t position)
         state->past_start = 1;
     }
     KL_TRY(state->model->backend->copy(ctx, checkpoint_data(state, state->n_checkpoints),
-                                       state->fixed, state->model->state.fixed_bytes));
+                                       state->fixed, state->model->fixed_bytes));
     state->checkpoint_at[slot(state, state->n_checkpoints)] = position;
     state->n_checkpoints++;
     return KL_OK;
@@ -364,7 +337,7 @@ static kl_status truncate_to(kl_ctx *ctx, kl_state *state, int64_t n)
             (long long)(state->n_checkpoints > 0 ? state->checkpoint_at[slot(state, 0)]
                                                  : state->position));
     KL_TRY(state->model->backend->copy(ctx, state->fixed, checkpoint_data(state, i - 1),
-                                       state->model->state.fixed_bytes));
+                                       state->model->fixed_bytes));
     state->n_checkpoints = i;
     state->position = state->checkpoint_at[slot(state, i - 1)];
     state->lost = 0;
@@ -407,7 +380,7 @@ static kl_status check_copy(kl_ctx *ctx, const kl_state *to, const kl_state *fro
 
 static kl_status copy_checkpoints(kl_ctx *ctx, kl_state *to, const kl_state *from)
 {
-    const size_t bytes = from->model->state.fixed_bytes;
+    const size_t bytes = from->model->fixed_bytes;
     const int64_t n = kl_min(to->keep, from->n_checkpoints), skip = from->n_checkpoints - n;
     to->oldest = to->n_checkpoints = 0;
     to->past_start = from->past_start || skip > 0 || (from->keep == 0 && from->position > 0);
@@ -427,7 +400,7 @@ static kl_status copy_all(kl_ctx *ctx, kl_state *to, const kl_state *from)
         kl_state_page_bytes(from) > 0 ? kl_ceil_div(from->position, KL_PAGE) : 0;
     KL_TRY(check_copy(ctx, to, from));
     KL_TRY(kl_state_grow(ctx, to, from->position));
-    KL_TRY(backend->copy(ctx, to->fixed, from->fixed, from->model->state.fixed_bytes));
+    KL_TRY(backend->copy(ctx, to->fixed, from->fixed, from->model->fixed_bytes));
     for (int64_t i = 0; i < n_pages; i++)
         KL_TRY(backend->copy(ctx, to->page[i], from->page[i], kl_state_page_bytes(from)));
     KL_TRY(copy_checkpoints(ctx, to, from));

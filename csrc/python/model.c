@@ -36,7 +36,7 @@ static bool parse_layers(PyObject *list, py_model *self)
         int mixer, ffn;
         PyObject *pair = PyList_GetItem(list, i);
         if (!PyTuple_Check(pair) || !PyArg_ParseTuple(pair, "ii", &mixer, &ffn)
-            || (mixer != KL_MIXER_KDA && mixer != KL_MIXER_MLA)
+            || mixer < KL_MIXER_KDA || mixer > KL_MIXER_ATTN
             || (ffn != KL_FFN_DENSE && ffn != KL_FFN_MOE)) {
             if (!PyErr_Occurred())
                 PyErr_SetString(PyExc_TypeError, "config: layers must be a list of (mixer, ffn)");
@@ -52,7 +52,8 @@ static bool parse_layers(PyObject *list, py_model *self)
 static bool parse_config(PyObject *dict, py_model *self)
 {
     kl_config *c = &self->config;
-    int64_t router = 0, renormalise = 0, tied = 0, activations = 0;
+    int64_t router = 0, renormalise = 0, tied = 0, activations = 0, tiled = 0, shared_gated = 0,
+            norm_plus_one = 0;
     double rms_eps = 0, latent_eps = 0, l2_eps = 0, lower_bound = 0, scale = 0;
     const struct {
         const char *key;
@@ -62,20 +63,29 @@ static bool parse_config(PyObject *dict, py_model *self)
         { "hidden_size", &c->D },
         { "tied", &tied },
         { "activations", &activations },
-        { "kda_heads", &c->kda.heads },
-        { "kda_head_dim", &c->kda.width },
-        { "conv_width", &c->kda.taps },
+        { "delta_k_heads", &c->delta.Hk },
+        { "delta_v_heads", &c->delta.Hv },
+        { "delta_k_dim", &c->delta.K },
+        { "delta_v_dim", &c->delta.V },
+        { "delta_tiled", &tiled },
+        { "conv_width", &c->delta.taps },
         { "mla_heads", &c->mla.heads },
         { "nope_dim", &c->mla.nope },
         { "rope_dim", &c->mla.rope },
         { "v_head_dim", &c->mla.v },
         { "kv_rank", &c->mla.rank },
         { "q_rank", &c->mla.q_rank },
+        { "attn_heads", &c->attn.heads },
+        { "attn_kv_heads", &c->attn.kv_heads },
+        { "attn_head_dim", &c->attn.width },
+        { "rotary_dim", &c->attn.rotary },
         { "ffn_size", &c->ffn.dense },
         { "n_experts", &c->ffn.experts },
         { "experts_per_token", &c->ffn.k },
         { "moe_size", &c->ffn.width },
-        { "n_shared_experts", &c->ffn.shared },
+        { "shared_size", &c->ffn.shared },
+        { "shared_gated", &shared_gated },
+        { "norm_plus_one", &norm_plus_one },
         { "n_groups", &c->ffn.groups },
         { "top_groups", &c->ffn.top_groups },
         { "router", &router },
@@ -88,6 +98,7 @@ static bool parse_config(PyObject *dict, py_model *self)
                     { "latent_eps", &latent_eps },
                     { "l2_eps", &l2_eps },
                     { "gate_lower_bound", &lower_bound },
+                    { "rope_base", &c->attn.rope_base },
                     { "routed_scale", &scale } };
     if (!PyDict_Check(dict)) {
         PyErr_SetString(PyExc_TypeError, "config must be a dict");
@@ -102,7 +113,10 @@ static bool parse_config(PyObject *dict, py_model *self)
     c->rms_eps = (float)rms_eps;
     c->latent_eps = (float)latent_eps;
     c->l2_eps = (float)l2_eps;
-    c->kda.lower_bound = (float)lower_bound;
+    c->delta.lower_bound = (float)lower_bound;
+    c->delta.head_map = tiled ? KL_HEADS_TILED : KL_HEADS_GROUPED;
+    c->norm_plus_one = norm_plus_one != 0;
+    c->ffn.shared_gated = shared_gated != 0;
     c->ffn.scale = (float)scale;
     c->ffn.router = router ? KL_ROUTER_SOFTMAX : KL_ROUTER_SIGMOID;
     c->ffn.renormalise = renormalise != 0;

@@ -3,6 +3,8 @@
 import json
 import sys
 
+from ..config import MIXER_LETTERS
+
 __all__ = [
     "CACHES", "add_compute_arguments", "add_json_argument", "add_model_argument", "add_names_arguments", "human_bytes",
     "human_count", "integers", "layer_pattern", "load_model", "model_path", "non_negative", "positive", "print_json",
@@ -190,9 +192,9 @@ def human_count(n):
 
 
 def layer_pattern(config):
-    """``KKKM``: one letter a layer, K for KDA and M for MLA, small where the feed-forward is dense."""
-    letters = {("kda", "moe"): "K", ("mla", "moe"): "M", ("kda", "dense"): "k", ("mla", "dense"): "m"}
-    return "".join(letters[layer.mixer, layer.ffn] for layer in config.layers)
+    """``KKKM``: one letter a layer, that of its mixer, small where the feed-forward is dense."""
+    letters = ((MIXER_LETTERS[layer.mixer], layer.ffn) for layer in config.layers)
+    return "".join(letter.lower() if ffn == "dense" else letter for letter, ffn in letters)
 
 
 def print_table(rows, header=None, align="", file=None):

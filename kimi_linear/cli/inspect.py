@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from dataclasses import asdict
 
+from ..config import MIXER_LETTERS
 from ..errors import FormatError
 from ..file_check import FileReport, check_file, converter_of
 from ..load import GGUFFile
@@ -138,13 +139,13 @@ def _show(model, facts):
     rows = [
         ("model", facts["model"]),
         *_file_rows(facts.get("gguf")),
-        ("layers", f"{c.n_layers}: {facts['layers']}  (K is KDA, M is MLA; small: dense feed-forward)"),
+        ("layers", f"{c.n_layers}: {facts['layers']}  ({_letters(c)}small: dense feed-forward)"),
         ("parameters", f"{total}, of which {active} work on a token"),
         ("stored as", stored),
         ("hidden", f"{c.hidden_size:,}"),
         ("vocabulary", f"{c.vocab_size:,}{', tied head' if c.tie_embeddings else ''}"),
         *_mixers(c), *_feed_forward(c),
-        ("norms", f"eps {c.rms_norm_eps:g}; inside MLA {c.latent_eps:g}"),
+        ("norms", f"eps {c.rms_norm_eps:g}" + (f"; inside MLA {c.latent_eps:g}" if c.mla_heads else "")),
         ("context", f"{c.max_length:,} tokens" if c.max_length else "no limit is named"),
         ("tokenizer", f"{facts['tokenizer']:,} tokens" if facts["tokenizer"] else "none: token ids only"),
         ("memory", f"{human_bytes(plan['weights'])} of weights, mapped; {own} of its own for one sequence of "
@@ -162,8 +163,23 @@ def _file_rows(gguf):
         yield "file", f"GGUF version {gguf['version']}, {gguf['tensors']} tensors{parts}; {gguf['converter']}"
 
 
+_NAMES = {"kda": "KDA", "mla": "MLA", "gdn": "gated delta net", "attn": "gated attention"}
+
+
+def _letters(c):
+    used = {layer.mixer for layer in c.layers}
+    return "".join(f"{MIXER_LETTERS[m]} is {name}, " for m, name in _NAMES.items() if m in used)[:-2] + "; "
+
+
 def _mixers(c):
     mixers = Counter(layer.mixer for layer in c.layers)
+    if mixers["gdn"]:
+        tiled = ", tiled" if c.gdn_tiled else ""
+        yield "GDN", (f"{mixers['gdn']} layers: {c.gdn_v_heads} value heads of {c.gdn_v_dim} over {c.gdn_k_heads} key "
+                      f"heads of {c.gdn_k_dim}{tiled}, convolution of {c.conv_width}")
+    if mixers["attn"]:
+        yield "attention", (f"{mixers['attn']} layers: {c.attn_heads} query heads over {c.attn_kv_heads} key heads of "
+                            f"{c.attn_head_dim}, {c.rotary_dim} of them rotated, base {c.rope_base:,.0f}")
     if mixers["kda"]:
         gate = "softplus gate" if c.gate_lower_bound is None else f"gate bounded at {c.gate_lower_bound:g}"
         yield "KDA", (f"{mixers['kda']} layers: {c.kda_heads} heads of {c.kda_head_dim}, "
@@ -181,6 +197,7 @@ def _feed_forward(c):
     if kinds["moe"]:
         groups = f", in the best {c.top_groups} of {c.n_groups} groups" if c.n_groups > 1 else ""
         norm = ", renormalised" if c.renormalise else ""
+        gated = " and gated" if c.shared_gated else ""
         yield "experts", (f"{kinds['moe']} layers: {c.experts_per_token} of {c.n_experts} of width "
-                          f"{c.moe_size:,}{groups}, {c.n_shared_experts} shared; {c.router_function} router"
+                          f"{c.moe_size:,}{groups}, {c.n_shared_experts} shared{gated}; {c.router_function} router"
                           f"{norm}, scale {c.routed_scale:g}")

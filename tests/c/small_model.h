@@ -130,9 +130,9 @@ static kl_config config(void)
                     .rms_eps = 1e-5f,
                     .latent_eps = 1e-6f,
                     .l2_eps = 1e-6f };
-    c.kda.heads = H;
-    c.kda.width = K;
-    c.kda.taps = W;
+    c.delta.Hk = c.delta.Hv = H;
+    c.delta.K = c.delta.V = K;
+    c.delta.taps = W;
     c.mla.heads = H;
     c.mla.nope = NOPE;
     c.mla.rope = ROPE;
@@ -142,7 +142,7 @@ static kl_config config(void)
     c.ffn.experts = E;
     c.ffn.k = 2;
     c.ffn.width = F;
-    c.ffn.shared = 1;
+    c.ffn.shared = F;
     c.ffn.groups = c.ffn.top_groups = 1;
     c.ffn.renormalise = 1;
     c.ffn.scale = 2.0f;

@@ -93,7 +93,7 @@ static void test_wrong_checkpoints(kl_ctx *ctx)
     CHECK(kl_model_create(ctx, &model, &c, tensors, n_tensors, 0) == KL_ERR_FORMAT);
     CHECK(strstr(kl_ctx_error(ctx), "model.embed_tokens.weight") != NULL);
     tensors[0].shape[0]++;
-    c.kda.taps = 9;
+    c.delta.taps = 9;
     CHECK(kl_model_create(ctx, &model, &c, tensors, n_tensors, 0) == KL_ERR_ARG);
     CHECK(strstr(kl_ctx_error(ctx), "conv_width is 9") != NULL);
 }
