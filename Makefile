@@ -15,10 +15,10 @@ PEERS := .venv-peers
 CTEST := $(MAKE) -C tests/c
 ASAN_TREE := build/asan/kimi_linear
 
-.PHONY: help system venv build lib ctest test demo oracles peers lint format asan tsan long fuzz bench clean
+.PHONY: help system venv build lib ctest test hip-host hip hip-nvidia hip-system demo oracles peers lint format asan tsan long fuzz bench clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
 
 system:
 	@sh tools/setup-system.sh
@@ -55,9 +55,22 @@ ctest: lib  ## the C programs of tests/c against build/lib, and what the library
 	@sh tools/setup-system.sh pkg-config
 	$(CTEST) LIB=$(CURDIR)/build/lib
 
-test: venv build ctest  ## everything that needs no torch; opens pages in Chromium
+test: venv build ctest hip-host  ## everything that needs no torch; opens pages in Chromium
 	@sh tools/setup-system.sh chromium
 	$(PY) -m pytest $(ARGS)
+
+hip-host:  ## the GPU's kernels for the CPU (a C++ compiler): device="hip-host", and the faults that its tests plant
+	@sh tools/setup-system.sh g++
+	$(MAKE) -s -j2 -C csrc/hip host faults
+
+hip:  ## for AMD GPUs, by hipcc; AMD_ARCHS="gfx90a gfx1030" names others
+	@$(MAKE) -j2 -C csrc/hip amd
+
+hip-nvidia:  ## for NVIDIA GPUs, by nvcc; NVIDIA_ARCHS="80 90" names others
+	@$(MAKE) -j2 -C csrc/hip nvidia
+
+hip-system:  ## as root: Debian's hipcc, its runtime and device libraries, which `make hip` needs (1.5 GB)
+	@sh tools/setup-system.sh hipcc
 
 demo: build  ## the packaged model writes text and shows its cost and its errors
 	@$(PY) -m kimi_linear demo
@@ -89,12 +102,12 @@ peers: $(PEERS)/.ready build  ## other engines, to measure beside: .venv-peers/b
 
 lint: venv  ## ruff, clang-format, and a build in which warnings are errors
 	@$(VENV)/bin/ruff check .
-	find csrc tests/c benchmarks -name '*.[ch]' -o -name '*.inc' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	find csrc tests/c tests/hip benchmarks -name '*.[ch]' -o -name '*.inc' -o -name '*.cpp' -o -name '*.hip' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 	KL_WERROR=1 $(PY) setup.py -q lib build_ext --build-lib build/werror
 	echo "lint: clean"
 
 format: venv  ## bring C and Python into the form that `make lint` asks for
-	@find csrc tests/c benchmarks -name '*.[ch]' -o -name '*.inc' | xargs $(VENV)/bin/clang-format -i
+	@find csrc tests/c tests/hip benchmarks -name '*.[ch]' -o -name '*.inc' -o -name '*.cpp' -o -name '*.hip' | xargs $(VENV)/bin/clang-format -i
 	$(VENV)/bin/ruff check --fix --quiet .
 
 # A copy of the tree with a build of its own: the tests run there unchanged, but for the leak tests, which count

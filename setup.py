@@ -251,7 +251,7 @@ class Toolchain:
         """Link to a new file, then rename it: a process that has the old one mapped keeps it."""
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh = target.with_name(f".{target.name}.new")
-        self.run([*self.cc, *self.link_flags(), *objects, *self.blas.libs, "-lm", *extra, "-o", str(fresh)])
+        self.run([*self.cc, *self.link_flags(), *objects, *self.blas.libs, "-lm", "-ldl", *extra, "-o", str(fresh)])
         os.replace(fresh, target)
 
     @staticmethod

@@ -2,6 +2,7 @@
 #include "internal.h"
 
 #include "cpu/kernels.h"
+#include "device.h"
 #include "ops/ops.h"
 
 #include <stdarg.h>
@@ -41,12 +42,17 @@ static void default_release(void *user, void *p, size_t n_bytes)
     free(p);
 }
 
+int kl_allocation_fails(kl_ctx *ctx)
+{
+    ctx->allocations++;
+    return ctx->fail_at > 0 && --ctx->fail_at == 0;
+}
+
 void *kl_allocate(kl_ctx *ctx, size_t n_bytes)
 {
-    const bool fails = ctx->fail_at > 0 && --ctx->fail_at == 0;
+    const bool fails = kl_allocation_fails(ctx);
     void *p =
         fails ? NULL : ctx->allocator.allocate(ctx->allocator.user, n_bytes > 0 ? n_bytes : 1);
-    ctx->allocations++;
     if (p == NULL)
         (void)kl_fail(ctx, KL_ERR_MEMORY, "out of memory: %zu bytes were wanted", n_bytes);
     return p;
@@ -125,7 +131,9 @@ kl_status kl_scratch(kl_ctx *ctx, void **p, size_t n_bytes)
         const chunk *c = &a->chunks[a->current];
         *p = c->data + (a->used - c->begin);
 #ifdef KL_DEBUG
-        memset(*p, 0xff, n_bytes); /* NaN in every type: what is read before it is written shows */
+        if (ctx->backend == &kl_cpu_backend)
+            memset(*p, 0xff,
+                   n_bytes); /* NaN in every type: what is read before it is written shows */
 #endif
     }
     a->used += n_bytes;
@@ -208,6 +216,7 @@ kl_status kl_ctx_create(kl_ctx **out, const kl_ctx_options *options)
         return kl_fail(ctx, KL_ERR_ARG, "activations is %d; it must be float32 or int8",
                        (int)options->activations);
     KL_TRY(kl_kernels_choose(ctx, options->isa));
+    KL_TRY(kl_device_choose(ctx, options->device));
     return kl_ctx_set_threads(ctx, options->threads);
 }
 
@@ -218,6 +227,8 @@ void kl_ctx_destroy(kl_ctx *ctx)
     kl_pool_destroy(ctx);
     if (ctx->arena.chunks != NULL)
         kl_ctx_trim(ctx);
+    if (ctx->backend != NULL && ctx->backend->close != NULL)
+        ctx->backend->close(ctx, ctx->device);
     free(ctx->arena.chunks);
     free(ctx);
 }
@@ -232,6 +243,7 @@ kl_status kl_ctx_set_threads(kl_ctx *ctx, int threads)
 }
 
 const char *kl_ctx_error(const kl_ctx *ctx) { return ctx == NULL ? "out of memory" : ctx->error; }
+const char *kl_ctx_device(const kl_ctx *ctx) { return ctx->backend->name; }
 const char *kl_ctx_isa(const kl_ctx *ctx) { return ctx->k->name; }
 int kl_ctx_threads(const kl_ctx *ctx) { return ctx->threads; }
 void kl_ctx_cancel(kl_ctx *ctx) { atomic_store(&ctx->cancelled, 1); }

@@ -10,7 +10,7 @@
 
 typedef struct kl_kernels kl_kernels; /* cpu/kernels.h: one table an instruction set */
 typedef struct kl_pool kl_pool;       /* pool.c */
-typedef struct kl_backend kl_backend; /* ops/ops.h: the op table */
+typedef struct kl_backend kl_backend; /* ops/backend.h: the op table */
 
 /* A stack of scratch memory in chunks: an allocation never moves, and once a context has seen its
  * largest call it allocates no more. While measuring nothing is allocated: addresses are NULL and
@@ -24,6 +24,7 @@ typedef struct kl_arena {
 
 struct kl_ctx {
     const kl_backend *backend;
+    void *device; /* the backend's own part, NULL on the CPU */
     const kl_kernels *k;
     kl_pool *pool;
     kl_arena arena;
@@ -56,6 +57,7 @@ bool kl_mul(int64_t *product, int64_t a, int64_t b);
 
 void *kl_allocate(kl_ctx *ctx, size_t n_bytes); /* NULL: out of memory, the error is set */
 void kl_release(kl_ctx *ctx, void *p, size_t n_bytes);
+int kl_allocation_fails(kl_ctx *ctx); /* counts it; 1: a test wants this one to fail */
 
 /* Scratch, 64-byte aligned, valid until kl_scratch_reset to a mark taken before. An op takes all of
  * its scratch first, then returns KL_OK if the context is only measuring:

@@ -118,6 +118,7 @@ typedef struct kl_ctx_options {
     kl_gemm gemm; /* KL_GEMM_BLAS: float32 products by OpenBLAS, within a budget, not byte-equal */
     kl_form delta_rule;         /* of kl_delta_rule where a call says KL_FORM_AUTO */
     kl_activations activations; /* of kl_linear and kl_moe; a model has its own */
+    const char *device;         /* "cpu" or NULL, "hip", "hip:N", "hip-host": docs/hip.md */
 } kl_ctx_options;
 
 KL_API kl_status kl_ctx_create(kl_ctx **ctx, const kl_ctx_options *options);
@@ -130,6 +131,18 @@ KL_API const char *kl_blas_name(void); /* provider and version, or "none" */
 
 /* Instruction sets that this build has and this machine runs, best last; returns their number. */
 KL_API int kl_isa_list(const char *names[], int capacity);
+
+/* Devices that a context can be made for, and those that are not there with the reason. Returns their number;
+ * fills in the first `capacity`. Opens the libraries of the devices. */
+typedef struct kl_device_info {
+    char name[32]; /* for kl_ctx_options.device */
+    int available;
+    char description[256], reason[256];
+    int64_t memory_bytes; /* 0: the host's */
+} kl_device_info;
+KL_API int kl_device_list(kl_device_info *list, int capacity);
+/* "cpu", "hip (host)", "hip (amd)", "hip (nvidia)" */
+KL_API const char *kl_ctx_device(const kl_ctx *ctx);
 
 /* Stops the call in flight from another thread: it returns KL_ERR_INTERRUPTED at the end of a task. */
 KL_API void kl_ctx_cancel(kl_ctx *ctx);

@@ -15,7 +15,7 @@ from ._arrays import pack, unpack
 from ._version import __version__
 from .compare_models import ModelComparison, compare_models
 from .config import Config, ConfigError, LayerSpec
-from .context import Context, isa_list, set_num_threads, threads
+from .context import Context, Device, devices, isa_list, set_num_threads, threads
 from .conventions import conventions
 from .convert import Conversion, convert
 from .errors import DeviceError, FormatError
@@ -29,8 +29,9 @@ from .tokenizer import Tokenizer
 from .trace import Trace
 
 __all__ = [
-    "Config", "ConfigError", "Context", "Conversion", "DeviceError", "FormatError", "Generation", "LayerSpec", "Model",
-    "ModelComparison", "Plan", "Quantized", "ReferenceModel", "Snapshot", "State", "StorageType", "Tokenizer", "Trace",
-    "__version__", "adapters", "compare_models", "conventions", "convert", "diff", "faults", "isa_list", "ops", "pack",
-    "plan", "reference", "set_num_threads", "storage_type", "storage_types", "testing", "threads", "unpack",
+    "Config", "ConfigError", "Context", "Conversion", "Device", "DeviceError", "FormatError", "Generation",
+    "LayerSpec", "Model", "ModelComparison", "Plan", "Quantized", "ReferenceModel", "Snapshot", "State",
+    "StorageType", "Tokenizer", "Trace", "__version__", "adapters", "compare_models", "conventions", "convert",
+    "devices", "diff", "faults", "isa_list", "ops", "pack", "plan", "reference", "set_num_threads", "storage_type",
+    "storage_types", "testing", "threads", "unpack",
 ]

@@ -3,10 +3,11 @@
 import contextlib
 import os
 import threading
+from typing import NamedTuple
 
 from . import _core
 
-__all__ = ["Context", "current", "set_num_threads", "threads", "isa_list"]
+__all__ = ["Context", "Device", "current", "devices", "set_num_threads", "threads", "isa_list"]
 
 _GEMM = {"own": 0, "blas": 1}
 ACTIVATIONS = {"float32": 0, "int8": 1}
@@ -21,7 +22,8 @@ class Context:
     Parameters
     ----------
     device : str
-        ``"cpu"``.
+        ``"cpu"``; ``"hip"``, the first GPU, or ``"hip:1"``, ...; ``"hip-host"``, the GPU's kernels run on the CPU,
+        slowly and with their faults found. Arrays are copied to the device and back. `devices` lists them.
     threads : int, optional
         Threads to use; by default `OMP_NUM_THREADS`, else one for each processor this process may use.
         The number changes no byte of any result.
@@ -46,18 +48,21 @@ class Context:
         Unknown device, gemm, delta_rule or activations, or a number of threads outside 0..1024.
     NotImplementedError
         An instruction set that this machine does not run, or a BLAS that this build does not have.
+    DeviceError
+        The device is not there; the message says why.
     """
 
     def __init__(self, device="cpu", *, threads=None, isa=None, gemm="own", delta_rule="auto", activations="float32"):
-        if device != "cpu":
-            raise ValueError(f"device is {device!r}; this build has only 'cpu'")
+        if not isinstance(device, str):
+            raise TypeError(f"device is {type(device).__name__}; it must be a str, as 'cpu' or 'hip'")
         if gemm not in _GEMM:
             raise ValueError(f"gemm is {gemm!r}; it must be 'own' or 'blas'")
         if delta_rule not in _DELTA_RULE:
             raise ValueError(f"delta_rule is {delta_rule!r}; it must be 'auto', 'recurrent' or 'chunked'")
         check_activations(activations)
         threads = _default_threads() if threads is None else threads
-        self._core = _core.Context(threads, isa, _GEMM[gemm], _DELTA_RULE[delta_rule], ACTIVATIONS[activations])
+        self._core = _core.Context(threads, isa, _GEMM[gemm], _DELTA_RULE[delta_rule], ACTIVATIONS[activations],
+                                   device)
         self.device = device
         self.gemm = gemm
         self.delta_rule = delta_rule
@@ -152,6 +157,38 @@ def threads(n):
         yield
     finally:
         _settings["threads"] = before
+
+
+class Device(NamedTuple):
+    """A device that a `Context` can be made for, or cannot, and why.
+
+    Attributes
+    ----------
+    name : str
+        For ``Context(device=...)``.
+    available : bool
+    description : str
+    reason : str
+        Why it is not available; empty where it is.
+    memory : int
+        Bytes of its own; 0 where it is the host's.
+    """
+
+    name: str
+    available: bool
+    description: str
+    reason: str
+    memory: int
+
+
+def devices():
+    """Devices of this machine, and those that are not there with the reason.
+
+    Returns
+    -------
+    devices : list of Device
+    """
+    return [Device(*row) for row in _core.devices()]
 
 
 def isa_list():

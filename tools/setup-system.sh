@@ -4,7 +4,7 @@
 #   sh tools/setup-system.sh [command ...]     check; as root, install what is missing (Debian, Ubuntu)
 #   sh tools/setup-system.sh --python          print the interpreter to use
 #
-# Further commands that must exist may be named: pkg-config, g++; chromium, in which `make test` opens the HTML pages.
+# Further commands that must exist may be named: pkg-config, g++; hipcc, with what it needs; chromium, in which `make test` opens the HTML pages.
 # PYTHON chooses an interpreter.
 set -eu
 
@@ -55,6 +55,8 @@ look() {
     for tool in "$@"; do
         case $tool in
         chromium) have chromium chromium-browser google-chrome || need chromium "a browser, to open pages in tests" ;;
+        hipcc) have hipcc || { need hipcc "HIP's compiler for AMD GPUs" && need libamdhip64-dev "its runtime" &&
+            need rocm-device-libs "its device libraries"; } ;;
         *) have "$tool" || need "$tool" "the command $tool" ;;
         esac
     done

@@ -295,6 +295,10 @@ kl_status kl_model_create(kl_ctx *ctx, kl_model **out, const kl_config *config,
 {
     *out = NULL;
     KL_TRY(kl_config_check(ctx, config));
+    if (ctx->device != NULL) /* until its matrices are uploaded */
+        return kl_fail(ctx, KL_ERR_UNSUPPORTED,
+                       "a model on %s is not there yet; use a context of the CPU",
+                       ctx->backend->name);
     const size_t n = (size_t)config->n_layers;
     kl_model *m = calloc(1, sizeof *m);
     kl_loader l = { .ctx = ctx, .model = m };

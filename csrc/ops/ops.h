@@ -5,6 +5,7 @@
 #define KL_OPS_H
 
 #include "../internal.h"
+#include "backend.h"
 
 /* Runs the backend's entry of an op and, while profiling, books its time, flops and bytes. */
 #define KL_RUN(op, flops, bytes, ...)                                                              \
@@ -12,21 +13,6 @@
                                      ctx->backend->op(__VA_ARGS__)))
 void kl_book_begin(kl_ctx *ctx);
 kl_status kl_book_end(kl_ctx *ctx, kl_op_id op, int64_t flops, int64_t bytes, kl_status status);
-
-struct kl_backend {
-    const char *name;
-    /* memory of the backend, 64-byte aligned; NULL when there is none left */
-    void *(*allocate)(kl_ctx *ctx, size_t n_bytes);
-    void (*release)(kl_ctx *ctx, void *p, size_t n_bytes);
-    /* copies between its memory and the host's, in order with the ops */
-    kl_status (*upload)(kl_ctx *ctx, void *to, const void *from, size_t n_bytes);
-    kl_status (*download)(kl_ctx *ctx, void *to, const void *from, size_t n_bytes);
-    kl_status (*copy)(kl_ctx *ctx, void *to, const void *from, size_t n_bytes);
-    kl_status (*clear)(kl_ctx *ctx, void *to, size_t n_bytes);
-#define KL_OP(name, parameters) kl_status(*name) parameters;
-    KL_OPS(KL_OP)
-#undef KL_OP
-};
 
 #define KL_OP(name, parameters) kl_status cpu_##name parameters;
 KL_OPS(KL_OP)

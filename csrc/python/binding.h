@@ -5,6 +5,7 @@
  *
  *     kl_py_call c = { 0 };
  *     ...PyArg_ParseTuple...
+ *     kl_py_on(&c, octx);
  *     float *y = kl_py_out(&c, oy, KL_PY_F32, n, "out");
  *     const float *x = kl_py_in(&c, ox, KL_PY_F32, n, "x");
  *     if (!c.failed && kl_py_begin(&c, octx))
@@ -25,6 +26,8 @@ typedef enum kl_py_kind { KL_PY_F32, KL_PY_I32, KL_PY_I64, KL_PY_U16, KL_PY_U8 }
 
 typedef struct kl_py_call {
     Py_buffer view[KL_PY_MAX_BUFFERS];
+    void *on_device[KL_PY_MAX_BUFFERS]; /* its address in the backend's memory; NULL: host memory */
+    uint8_t moves[KL_PY_MAX_BUFFERS];   /* MOVE_ of buffers.c */
     int n_views;
     bool failed; /* an exception is set */
     kl_ctx *ctx;
@@ -36,12 +39,22 @@ typedef struct kl_py_call {
     int n_pointers;
 } kl_py_call;
 
+/* Takes the context, and its lock, before arrays are borrowed: on a device they get addresses in its memory,
+ * are uploaded by kl_py_begin and downloaded by kl_py_end. Arrays of one address share one there. */
+void kl_py_on(kl_py_call *c, PyObject *context);
+
 /* Buffers of exactly n values, C-contiguous; NULL (and c->failed) with an exception otherwise. The _opt
  * forms take None and give NULL. */
 void *kl_py_out(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, const char *name);
 const void *kl_py_in(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, const char *name);
 void *kl_py_out_opt(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, const char *name);
 const void *kl_py_in_opt(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, const char *name);
+
+/* As kl_py_out, of which the op leaves a part as it was: the old values are uploaded, too. */
+void *kl_py_inout(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, const char *name);
+/* Control data, which stay in the host's memory on every device. int64 always do. */
+void *kl_py_host_out(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, const char *name);
+const void *kl_py_host_in(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, const char *name);
 
 /* Offsets of n sequences: n + 1 of them. */
 const int64_t *kl_py_offsets(kl_py_call *c, PyObject *o, int64_t n, const char *name);

@@ -1,4 +1,5 @@
 /* Buffers in, statuses out. */
+#include "../ops/ops.h"
 #include "model.h"
 
 #include <stdlib.h>
@@ -13,8 +14,40 @@ static const struct {
     [KL_PY_U8] = { "B", "uint8", 1 },
 };
 
+/* what is done with the values of an array when the context is of a device */
+enum { MOVE_NONE = 0, MOVE_IN = 1, MOVE_OUT = 2 };
+
+static bool is_on_device(const kl_py_call *c)
+{
+    return c->context != NULL && c->context->ctx->device != NULL;
+}
+
+/* The address of the last view in the memory of the device; NULL with an exception. */
+static void *place(kl_py_call *c, unsigned moves)
+{
+    kl_ctx *ctx = c->context->ctx;
+    const int last = c->n_views - 1;
+    const Py_buffer *view = &c->view[last];
+    for (int i = 0; i < last; i++)
+        if (c->on_device[i] != NULL && c->view[i].buf == view->buf && c->view[i].len == view->len) {
+            if (c->moves[i] & MOVE_OUT && moves & MOVE_IN)
+                c->moves[i] |= MOVE_IN; /* an output that is an input, too */
+            else if (moves & MOVE_OUT)
+                c->moves[i] |= MOVE_OUT;
+            return c->on_device[i];
+        }
+    void *p = ctx->backend->allocate(ctx, (size_t)view->len);
+    if (p == NULL) {
+        (void)kl_py_raise(KL_ERR_MEMORY, ctx->error);
+        return NULL;
+    }
+    c->on_device[last] = p;
+    c->moves[last] = (uint8_t)moves;
+    return p;
+}
+
 static void *hold(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, const char *name,
-                  int flags)
+                  int flags, unsigned moves)
 {
     if (c->failed)
         return NULL;
@@ -43,18 +76,39 @@ static void *hold(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, const 
                      (long long)(view->len / view->itemsize), (long long)n);
         return NULL;
     }
+    void *p = view->buf;
+    if (moves != MOVE_NONE && kind != KL_PY_I64 && is_on_device(c)) {
+        p = place(c, moves);
+        if (p == NULL)
+            return NULL;
+    }
     c->failed = false;
-    return view->buf;
+    return p;
 }
 
 void *kl_py_out(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, const char *name)
 {
-    return hold(c, o, kind, n, name, PyBUF_WRITABLE);
+    return hold(c, o, kind, n, name, PyBUF_WRITABLE, MOVE_OUT);
+}
+
+void *kl_py_inout(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, const char *name)
+{
+    return hold(c, o, kind, n, name, PyBUF_WRITABLE, MOVE_IN | MOVE_OUT);
 }
 
 const void *kl_py_in(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, const char *name)
 {
-    return hold(c, o, kind, n, name, 0);
+    return hold(c, o, kind, n, name, 0, MOVE_IN);
+}
+
+void *kl_py_host_out(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, const char *name)
+{
+    return hold(c, o, kind, n, name, PyBUF_WRITABLE, MOVE_NONE);
+}
+
+const void *kl_py_host_in(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, const char *name)
+{
+    return hold(c, o, kind, n, name, 0, MOVE_NONE);
 }
 
 void *kl_py_out_opt(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, const char *name)
@@ -146,38 +200,76 @@ kl_weight kl_py_weight(kl_py_call *c, PyObject *o, const char *name)
     return w;
 }
 
-bool kl_py_begin(kl_py_call *c, PyObject *context)
+void kl_py_on(kl_py_call *c, PyObject *context)
 {
     if (c->failed)
-        return false;
-    c->context = kl_py_context_of(context);
-    if (c->context == NULL) {
-        c->failed = true;
-        return false;
-    }
+        return;
+    c->failed = true;
+    kl_py_context *taken = kl_py_context_of(context);
+    if (taken == NULL)
+        return;
     const unsigned long me = PyThread_get_thread_ident();
-    if (atomic_load(&c->context->owner) == me) {
+    if (atomic_load(&taken->owner) == me) {
         PyErr_SetString(PyExc_ValueError, "ctx is in use by the call that this one is made from");
-        return !(c->failed = true);
+        return;
     }
-    c->ctx = c->context->ctx;
+    if (PyThread_acquire_lock(taken->lock, NOWAIT_LOCK) == 0) {
+        PyThreadState *thread = PyEval_SaveThread();
+        PyThread_acquire_lock(taken->lock, WAIT_LOCK);
+        PyEval_RestoreThread(thread);
+    }
+    atomic_store(&taken->owner, me);
+    c->context = taken;
+    c->ctx = taken->ctx;
+    c->failed = false;
+}
+
+/* the last step before the op: what it reads, to the device */
+static void upload(kl_py_call *c)
+{
+    for (int i = 0; i < c->n_views && c->status == KL_OK; i++)
+        if (c->on_device[i] != NULL && c->moves[i] & MOVE_IN)
+            c->status = c->ctx->backend->upload(c->ctx, c->on_device[i], c->view[i].buf,
+                                                (size_t)c->view[i].len);
+}
+
+/* the first step after it: what it wrote, back; nothing when it failed */
+static void download(kl_py_call *c)
+{
+    for (int i = 0; i < c->n_views && c->status == KL_OK; i++)
+        if (c->on_device[i] != NULL && c->moves[i] & MOVE_OUT)
+            c->status = c->ctx->backend->download(c->ctx, c->view[i].buf, c->on_device[i],
+                                                  (size_t)c->view[i].len);
+}
+
+bool kl_py_begin(kl_py_call *c, PyObject *context)
+{
+    if (c->context == NULL)
+        kl_py_on(c, context);
+    if (c->failed)
+        return false;
     c->thread = PyEval_SaveThread();
-    PyThread_acquire_lock(c->context->lock, WAIT_LOCK);
-    atomic_store(&c->context->owner, me);
-    return true;
+    upload(c);
+    return c->status == KL_OK;
 }
 
 PyObject *kl_py_end(kl_py_call *c)
 {
     char sentence[512] = "";
-    if (c->thread != NULL) {
+    if (c->thread != NULL)
+        download(c);
+    if (c->context != NULL) {
+        for (int i = 0; i < c->n_views; i++)
+            c->ctx->backend->release(c->ctx, c->on_device[i],
+                                     c->on_device[i] != NULL ? (size_t)c->view[i].len : 0);
         if (c->status != KL_OK)
             memcpy(sentence, c->ctx->error, sizeof sentence);
         kl_scratch_reset(c->ctx, 0);
         atomic_store(&c->context->owner, 0);
         PyThread_release_lock(c->context->lock);
-        PyEval_RestoreThread(c->thread);
     }
+    if (c->thread != NULL)
+        PyEval_RestoreThread(c->thread);
     for (int i = 0; i < c->n_views; i++)
         PyBuffer_Release(&c->view[i]);
     for (int i = 0; i < c->n_pointers; i++)

@@ -12,11 +12,14 @@ static int poll_signals(void *user)
 
 static PyObject *context_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = { "threads", "isa", "gemm", "delta_rule", "activations", NULL };
+    static char *names[] = {
+        "threads", "isa", "gemm", "delta_rule", "activations", "device", NULL
+    };
     kl_ctx_options options = { 0 };
     int gemm = 0, delta_rule = KL_FORM_AUTO, activations = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|iziii:Context", names, &options.threads,
-                                     &options.isa, &gemm, &delta_rule, &activations))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|iziiiz:Context", names, &options.threads,
+                                     &options.isa, &gemm, &delta_rule, &activations,
+                                     &options.device))
         return NULL;
     options.gemm = gemm ? KL_GEMM_BLAS : KL_GEMM_OWN;
     options.delta_rule = (kl_form)delta_rule;

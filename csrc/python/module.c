@@ -25,8 +25,28 @@ static PyObject *blas_name(PyObject *module, PyObject *args)
     return PyUnicode_FromString(kl_blas_name());
 }
 
+/* [(name, available, description, reason, memory in bytes)] */
+static PyObject *devices(PyObject *module, PyObject *args)
+{
+    (void)module;
+    (void)args;
+    kl_device_info row[64];
+    int n = kl_device_list(row, 64);
+    PyObject *list = PyList_New(0);
+    for (int i = 0; list != NULL && i < n && i < 64; i++) {
+        PyObject *item =
+            Py_BuildValue("(sOssL)", row[i].name, row[i].available ? Py_True : Py_False,
+                          row[i].description, row[i].reason, (long long)row[i].memory_bytes);
+        if (item == NULL || PyList_Append(list, item) < 0)
+            Py_CLEAR(list);
+        Py_XDECREF(item);
+    }
+    return list;
+}
+
 static PyMethodDef module_methods[] = {
     { "isa_list", isa_list, METH_NOARGS, "Instruction sets that run here, best last." },
+    { "devices", devices, METH_NOARGS, "Devices, and why one is not there." },
     { "blas_name", blas_name, METH_NOARGS, "BLAS that this build uses, or 'none'." },
     { NULL, NULL, 0, NULL },
 };

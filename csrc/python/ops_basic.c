@@ -9,6 +9,7 @@ static PyObject *py_add(PyObject *module, PyObject *args)
     long long n;
     if (!PyArg_ParseTuple(args, "OOOOL:add", &ctx, &oy, &oa, &ob, &n))
         return NULL;
+    kl_py_on(&c, ctx);
     float *y = kl_py_out(&c, oy, KL_PY_F32, n, "out");
     const float *a = kl_py_in(&c, oa, KL_PY_F32, n, "a"), *b = kl_py_in(&c, ob, KL_PY_F32, n, "b");
     if (kl_py_begin(&c, ctx))
@@ -24,6 +25,7 @@ static PyObject *py_sigmoid(PyObject *module, PyObject *args)
     long long n;
     if (!PyArg_ParseTuple(args, "OOOL:sigmoid", &ctx, &oy, &ox, &n))
         return NULL;
+    kl_py_on(&c, ctx);
     float *y = kl_py_out(&c, oy, KL_PY_F32, n, "out");
     const float *x = kl_py_in(&c, ox, KL_PY_F32, n, "x");
     if (kl_py_begin(&c, ctx))
@@ -39,6 +41,7 @@ static PyObject *py_swiglu(PyObject *module, PyObject *args)
     long long n;
     if (!PyArg_ParseTuple(args, "OOOOL:swiglu", &ctx, &oy, &ogate, &oup, &n))
         return NULL;
+    kl_py_on(&c, ctx);
     float *y = kl_py_out(&c, oy, KL_PY_F32, n, "out");
     const float *gate = kl_py_in(&c, ogate, KL_PY_F32, n, "gate"),
                 *up = kl_py_in(&c, oup, KL_PY_F32, n, "up");
@@ -72,6 +75,7 @@ static PyObject *py_softmax(PyObject *module, PyObject *args)
     long long T, D;
     if (!PyArg_ParseTuple(args, "OOOLL:softmax", &ctx, &oy, &ox, &T, &D))
         return NULL;
+    kl_py_on(&c, ctx);
     const int64_t n = kl_py_size(&c, "x", T, D, 1, 1);
     float *y = kl_py_out(&c, oy, KL_PY_F32, n, "out");
     const float *x = kl_py_in(&c, ox, KL_PY_F32, n, "x");
@@ -89,6 +93,7 @@ static PyObject *py_rms_norm(PyObject *module, PyObject *args)
     double eps;
     if (!PyArg_ParseTuple(args, "OOOOLLd:rms_norm", &ctx, &oy, &ox, &ow, &T, &D, &eps))
         return NULL;
+    kl_py_on(&c, ctx);
     const int64_t n = kl_py_size(&c, "x", T, D, 1, 1);
     float *y = kl_py_out(&c, oy, KL_PY_F32, n, "out");
     const float *x = kl_py_in(&c, ox, KL_PY_F32, n, "x"), *w = kl_py_in(&c, ow, KL_PY_F32, D, "w");
@@ -108,6 +113,7 @@ static PyObject *py_gated_rms_norm(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "OOOOOLLdi:gated_rms_norm", &ctx, &oy, &ox, &oz, &ow, &T, &D, &eps,
                           &activation))
         return NULL;
+    kl_py_on(&c, ctx);
     const int64_t n = kl_py_size(&c, "x", T, D, 1, 1);
     float *y = kl_py_out(&c, oy, KL_PY_F32, n, "out");
     const float *x = kl_py_in(&c, ox, KL_PY_F32, n, "x"), *z = kl_py_in(&c, oz, KL_PY_F32, n, "z");
@@ -127,6 +133,7 @@ static PyObject *py_l2_norm(PyObject *module, PyObject *args)
     double eps;
     if (!PyArg_ParseTuple(args, "OOOLLd:l2_norm", &ctx, &oy, &ox, &T, &D, &eps))
         return NULL;
+    kl_py_on(&c, ctx);
     const int64_t n = kl_py_size(&c, "x", T, D, 1, 1);
     float *y = kl_py_out(&c, oy, KL_PY_F32, n, "out");
     const float *x = kl_py_in(&c, ox, KL_PY_F32, n, "x");

@@ -14,6 +14,7 @@ static PyObject *py_delta_rule(PyObject *module, PyObject *args)
                           &gate, &form, &head_map, &chunk, &l2_norm, &l2_eps, &omarks, &oof, &okept,
                           &n_marks))
         return NULL;
+    kl_py_on(&c, ctx);
     const int64_t keys = kl_py_size(&c, "q", T, Hk, K, 1),
                   values = kl_py_size(&c, "v", T, Hv, V, 1);
     const int64_t state = kl_py_size(&c, "state", Hv, K, V, 1),
@@ -103,6 +104,7 @@ static PyObject *py_delta_rule_intra(PyObject *module, PyObject *args)
                           &oU, &h.q, &h.k, &ov, &h.g, &obeta, &h.offsets, &h.N, &h.T, &h.Hk, &h.Hv,
                           &h.K, &h.V, &h.scale, &h.gate, &h.head_map, &h.chunk))
         return NULL;
+    kl_py_on(&c, ctx);
     borrow(&c, &h);
     float *L = kl_py_out(&c, oL, KL_PY_F32, h.squares, "out[0]"),
           *P = kl_py_out(&c, oP, KL_PY_F32, h.squares, "out[1]"),
@@ -128,6 +130,7 @@ static PyObject *py_delta_rule_inter(PyObject *module, PyObject *args)
                           &h.q, &h.k, &h.g, &oP, &oW, &oU, &oin, &h.offsets, &h.N, &h.T, &h.Hk,
                           &h.Hv, &h.K, &h.V, &h.scale, &h.gate, &h.head_map, &h.chunk))
         return NULL;
+    kl_py_on(&c, ctx);
     borrow(&c, &h);
     const int64_t state = kl_py_size(&c, "state", h.Hv, h.K, h.V, 1);
     float *o = kl_py_out(&c, oo, KL_PY_F32, h.values, "out[0]"),
@@ -154,6 +157,7 @@ static PyObject *py_decay_cumsum(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "OOOOLLLL:decay_cumsum", &ctx, &out, &og, &ooffsets, &N, &T, &D,
                           &chunk))
         return NULL;
+    kl_py_on(&c, ctx);
     const int64_t n = kl_py_size(&c, "g", T, D, 1, 1);
     float *sums = kl_py_out(&c, out, KL_PY_F32, n, "out");
     const float *g = kl_py_in(&c, og, KL_PY_F32, n, "g");

@@ -11,9 +11,10 @@ static PyObject *py_embedding(PyObject *module, PyObject *args)
     long long T;
     if (!PyArg_ParseTuple(args, "OOOOL:embedding", &ctx, &oy, &oids, &otable, &T))
         return NULL;
+    kl_py_on(&c, ctx);
     const kl_weight table = kl_py_weight(&c, otable, "table");
     float *y = kl_py_out(&c, oy, KL_PY_F32, kl_py_size(&c, "out", T, table.cols, 1, 1), "out");
-    const int32_t *ids = kl_py_in(&c, oids, KL_PY_I32, T, "ids");
+    const int32_t *ids = kl_py_host_in(&c, oids, KL_PY_I32, T, "ids");
     if (!c.failed && table.n != 1) {
         PyErr_SetString(PyExc_ValueError, "table must be one matrix");
         c.failed = true;
@@ -56,6 +57,7 @@ static PyObject *py_linear(PyObject *module, PyObject *args)
                             "w has %zd weights; it must be up to %d, with an out, a bias and "
                             "a flag each",
                             n, MAX_WEIGHTS);
+    kl_py_on(&c, ctx);
     const float *x = kl_py_in(&c, ox, KL_PY_F32, kl_py_size(&c, "x", T, D, 1, 1), "x");
     for (Py_ssize_t i = 0; i < n && !c.failed; i++) {
         w[i] =
@@ -80,6 +82,7 @@ static PyObject *py_route(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "OOOOOLLLLLipd:route", &ctx, &oids, &oweights, &oscores, &obias, &T,
                           &E, &k, &groups, &top_groups, &function, &renormalise, &scale))
         return NULL;
+    kl_py_on(&c, ctx);
     const int64_t n = kl_py_size(&c, "ids", T, k, 1, 1);
     int32_t *ids = kl_py_out(&c, oids, KL_PY_I32, n, "ids");
     float *weights = kl_py_out(&c, oweights, KL_PY_F32, n, "weights");
@@ -103,6 +106,7 @@ static PyObject *py_moe(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "OOOOOOOOOLLLL:moe", &ctx, &oy, &ox, &oids, &oweights, &ogate, &oup,
                           &odown, &oshared, &T, &D, &F, &k))
         return NULL;
+    kl_py_on(&c, ctx);
     const int64_t n = kl_py_size(&c, "x", T, D, 1, 1), pairs = kl_py_size(&c, "ids", T, k, 1, 1);
     float *y = kl_py_out(&c, oy, KL_PY_F32, n, "out");
     const float *x = kl_py_in(&c, ox, KL_PY_F32, n, "x");

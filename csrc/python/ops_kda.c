@@ -11,6 +11,7 @@ static PyObject *py_short_conv(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "OOOOOOOLLLLi:short_conv", &ctx, &oy, &oout, &ox, &ow, &oin,
                           &ooffsets, &N, &T, &C, &W, &activation))
         return NULL;
+    kl_py_on(&c, ctx);
     const int64_t n = kl_py_size(&c, "x", T, C, 1, 1), taps = kl_py_size(&c, "w", C, W, 1, 1);
     const int64_t kept = kl_py_size(&c, "history", W > 0 ? W - 1 : 0, C, 1, 1);
     const int64_t all = kl_py_size(&c, "history", N, kept, 1, 1);
@@ -38,6 +39,7 @@ static PyObject *py_decay_gate(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "OOOOOLLLd:decay_gate", &ctx, &og, &of, &orate, &obias, &T, &H, &K,
                           &lower_bound))
         return NULL;
+    kl_py_on(&c, ctx);
     const int64_t width = kl_py_size(&c, "dt_bias", H, K, 1, 1),
                   n = kl_py_size(&c, "f", T, width, 1, 1);
     float *g = kl_py_out(&c, og, KL_PY_F32, n, "out");

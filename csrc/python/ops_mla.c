@@ -34,7 +34,7 @@ static void *cache_buffer(kl_py_call *c, PyObject *o, int type, int64_t n, const
     const kl_py_kind kind = type == KL_F32 ? KL_PY_F32 : type == KL_F16 ? KL_PY_U16 : KL_PY_U8;
     if (type == KL_Q8_0)
         n = (int64_t)kl_type_bytes(KL_Q8_0, n);
-    return writable ? kl_py_out(c, o, kind, n, name)
+    return writable ? kl_py_inout(c, o, kind, n, name)
                     : (void *)(uintptr_t)kl_py_in(c, o, kind, n, name);
 }
 
@@ -62,6 +62,7 @@ static PyObject *py_cache_append(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "OOiOOOOLLLL:cache_append", &ctx, &ocache, &type, &ox, &ooffsets,
                           &ostart, &obegin, &N, &T, &D, &S))
         return NULL;
+    kl_py_on(&c, ctx);
     const int64_t n_x = kl_py_size(&c, "x", T, D, 1, 1),
                   n_cache = kl_py_size(&c, "cache", S, D, 1, 1);
     void *data = cache_buffer(&c, ocache, type, n_cache, "cache", true);
@@ -93,6 +94,7 @@ static PyObject *py_latent_attention(PyObject *module, PyObject *args)
                           &olatent, &latent_type, &oshared, &shared_type, &ouk, &ouv, &ooffsets,
                           &obegin, &N, &T, &S, &H, &K, &P, &V, &R, &scale, &form))
         return NULL;
+    kl_py_on(&c, ctx);
     const int64_t n_o = kl_py_size(&c, "out", T, H, V, 1),
                   width = K >= 0 && P >= 0 && K <= INT32_MAX ? K + P : -1;
     const int64_t n_q = kl_py_size(&c, "q", T, H, width, 1);
@@ -179,14 +181,15 @@ static PyObject *py_sample(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "OOOOOOOOOOLL:sample", &ctx, &oids, &ologits, &otemperature,
                           &otop_k, &otop_p, &omin_p, &oseed, &osequence, &oposition, &T, &D))
         return NULL;
+    kl_py_on(&c, ctx);
     const int64_t n = kl_py_size(&c, "logits", T, D, 1, 1),
                   rows = kl_py_size(&c, "ids", T, sizeof(kl_sample_args), 1, 1);
-    int32_t *ids = kl_py_out(&c, oids, KL_PY_I32, T, "out");
+    int32_t *ids = kl_py_host_out(&c, oids, KL_PY_I32, T, "out");
     const float *logits = kl_py_in(&c, ologits, KL_PY_F32, n, "logits");
-    const float *temperature = kl_py_in(&c, otemperature, KL_PY_F32, T, "temperature");
+    const float *temperature = kl_py_host_in(&c, otemperature, KL_PY_F32, T, "temperature");
     const int64_t *top_k = kl_py_in(&c, otop_k, KL_PY_I64, T, "top_k");
-    const float *top_p = kl_py_in(&c, otop_p, KL_PY_F32, T, "top_p"),
-                *min_p = kl_py_in(&c, omin_p, KL_PY_F32, T, "min_p");
+    const float *top_p = kl_py_host_in(&c, otop_p, KL_PY_F32, T, "top_p"),
+                *min_p = kl_py_host_in(&c, omin_p, KL_PY_F32, T, "min_p");
     const int64_t *seed = kl_py_in(&c, oseed, KL_PY_I64, T, "seed");
     const int64_t *sequence = kl_py_in(&c, osequence, KL_PY_I64, T, "sequence");
     const int64_t *position = kl_py_in(&c, oposition, KL_PY_I64, T, "position");

@@ -61,6 +61,7 @@ static PyObject *py_quantize(PyObject *module, PyObject *args)
     long long rows, cols;
     if (!PyArg_ParseTuple(args, "OOOiLL:quantize", &ctx, &oy, &ox, &type, &rows, &cols))
         return NULL;
+    kl_py_on(&c, ctx);
     const int64_t n_bytes = bytes_of(&c, type, rows, cols);
     void *y = kl_py_out(&c, oy, KL_PY_U8, n_bytes, "out");
     const float *x = kl_py_in(&c, ox, KL_PY_F32, c.failed ? 0 : rows * cols, "x");
@@ -78,6 +79,7 @@ static PyObject *py_dequantize(PyObject *module, PyObject *args)
     long long rows, cols;
     if (!PyArg_ParseTuple(args, "OOOiLL:dequantize", &ctx, &oy, &ox, &type, &rows, &cols))
         return NULL;
+    kl_py_on(&c, ctx);
     const int64_t n_bytes = bytes_of(&c, type, rows, cols);
     float *y = kl_py_out(&c, oy, KL_PY_F32, c.failed ? 0 : rows * cols, "out");
     const void *x = kl_py_in(&c, ox, KL_PY_U8, n_bytes, "x");

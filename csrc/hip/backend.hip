@@ -1,0 +1,244 @@
+/* The HIP backend: memory, copies, streams, the op table, and what the core asks a device library. One text
+ * for AMD, NVIDIA and the host build. */
+#include "runtime.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+const kl_core *kl_core_of;
+
+namespace
+{
+
+struct handle {
+    int device;
+    hipStream_t stream;
+};
+
+handle *handle_of(const kl_ctx *ctx) { return static_cast<handle *>(kl_core_of->handle(ctx)); }
+
+bool waits()
+{
+    const char *text = getenv("KL_GPU_SYNC");
+    return text != nullptr && *text != 0 && strcmp(text, "0") != 0;
+}
+
+kl_status check(kl_ctx *ctx, const char *what, hipError_t error)
+{
+    if (error == hipSuccess)
+        return KL_OK;
+    (void)hipGetLastError();
+    return kl_core_of->fail(ctx, error == hipErrorOutOfMemory ? KL_ERR_MEMORY : KL_ERR_DEVICE,
+                            "%s: %s", what, hipGetErrorString(error));
+}
+
+/* ---- a context's part ---- */
+
+kl_status open_device(kl_ctx *ctx, int device, void **to)
+{
+    hipStream_t stream;
+    *to = nullptr;
+    KL_TRY(check(ctx, "device", hipSetDevice(device)));
+    KL_TRY(check(ctx, "device: stream", hipStreamCreate(&stream)));
+    handle *h = static_cast<handle *>(malloc(sizeof *h));
+    if (h == nullptr) {
+        (void)hipStreamDestroy(stream);
+        return kl_core_of->fail(ctx, KL_ERR_MEMORY, "out of memory: context");
+    }
+    *h = handle{ device, stream };
+    *to = h;
+    return KL_OK;
+}
+
+void close_device(kl_ctx *, void *p)
+{
+    handle *h = static_cast<handle *>(p);
+    if (h == nullptr)
+        return;
+    (void)hipSetDevice(h->device);
+    (void)hipStreamSynchronize(h->stream);
+    (void)hipStreamDestroy(h->stream);
+    free(h);
+}
+
+/* the calling thread may be another than the last: a device is a thread's setting */
+kl_status enter(kl_ctx *ctx) { return check(ctx, "device", hipSetDevice(handle_of(ctx)->device)); }
+
+/* ---- memory ---- */
+
+void *allocate(kl_ctx *ctx, size_t n_bytes)
+{
+    void *p = nullptr;
+    const bool fails = kl_core_of->allocation_fails(ctx) != 0;
+    if (!fails && (enter(ctx) != KL_OK || hipMalloc(&p, n_bytes > 0 ? n_bytes : 1) != hipSuccess))
+        p = nullptr;
+    if (p == nullptr) {
+        size_t free_bytes = 0, total = 0;
+        (void)hipGetLastError();
+        (void)hipMemGetInfo(&free_bytes, &total);
+        (void)kl_core_of->fail(ctx, KL_ERR_MEMORY,
+                               "out of device memory: %zu bytes were wanted, %zu of %zu are free",
+                               n_bytes, free_bytes, total);
+    }
+    return p;
+}
+
+void release(kl_ctx *ctx, void *p, size_t)
+{
+    if (p == nullptr)
+        return;
+    (void)hipSetDevice(handle_of(ctx)->device);
+    (void)hipStreamSynchronize(handle_of(ctx)->stream);
+    (void)hipFree(p);
+}
+
+kl_status move(kl_ctx *ctx, const char *what, void *to, const void *from, size_t n_bytes,
+               hipMemcpyKind kind)
+{
+    KL_TRY(enter(ctx));
+    return check(ctx, what, hipMemcpyAsync(to, from, n_bytes, kind, kl_stream(ctx)));
+}
+
+kl_status wait(kl_ctx *ctx, const char *what)
+{
+    return check(ctx, what, hipStreamSynchronize(kl_stream(ctx)));
+}
+
+kl_status upload(kl_ctx *ctx, void *to, const void *from, size_t n_bytes)
+{
+    KL_TRY(move(ctx, "upload", to, from, n_bytes, hipMemcpyHostToDevice));
+    return wait(ctx, "upload");
+}
+
+kl_status download(kl_ctx *ctx, void *to, const void *from, size_t n_bytes)
+{
+    KL_TRY(move(ctx, "download", to, from, n_bytes, hipMemcpyDeviceToHost));
+    return wait(ctx, "download");
+}
+
+kl_status copy(kl_ctx *ctx, void *to, const void *from, size_t n_bytes)
+{
+    return move(ctx, "copy", to, from, n_bytes, hipMemcpyDeviceToDevice);
+}
+
+kl_status clear(kl_ctx *ctx, void *to, size_t n_bytes)
+{
+    KL_TRY(enter(ctx));
+    return check(ctx, "clear", hipMemsetAsync(to, 0, n_bytes, kl_stream(ctx)));
+}
+
+/* ---- the op table ---- */
+
+/* an op without kernels: it says so */
+template <int ID, class ENTRY> struct missing;
+template <int ID, class... A> struct missing<ID, kl_status (*)(kl_ctx *, A...)> {
+    static kl_status entry(kl_ctx *ctx, A...)
+    {
+        static const char *const names[] = {
+#define KL_OP(name, parameters) #name,
+            KL_OPS(KL_OP)
+#undef KL_OP
+        };
+        return kl_core_of->fail(ctx, KL_ERR_UNSUPPORTED,
+                                "%s: there is no kernel for it yet on hip; use device='cpu'",
+                                names[ID]);
+    }
+};
+
+/* an op with kernels: on the context's device */
+template <class ENTRY, ENTRY OP> struct present;
+template <class... A, kl_status (*OP)(kl_ctx *, A...)>
+struct present<kl_status (*)(kl_ctx *, A...), OP> {
+    static kl_status entry(kl_ctx *ctx, A... a)
+    {
+        KL_TRY(enter(ctx));
+        return OP(ctx, a...);
+    }
+};
+
+kl_backend make_backend()
+{
+    kl_backend b = {};
+    b.name = "hip (" KL_GPU_PLATFORM ")";
+    b.open = open_device;
+    b.close = close_device;
+    b.allocate = allocate;
+    b.release = release;
+    b.upload = upload;
+    b.download = download;
+    b.copy = copy;
+    b.clear = clear;
+#define KL_OP(name, parameters) b.name = missing<KL_OP_##name, decltype(b.name)>::entry;
+    KL_OPS(KL_OP)
+#undef KL_OP
+#define KL_HAVE(name) b.name = present<decltype(b.name), hip_##name>::entry;
+#include "ops.def"
+#undef KL_HAVE
+    return b;
+}
+
+/* ---- devices ---- */
+
+int count_devices(char *reason, size_t n)
+{
+    int count = 0;
+    const hipError_t error = hipGetDeviceCount(&count);
+    if (error == hipSuccess && count > 0)
+        return count;
+    (void)hipGetLastError();
+    snprintf(reason, n, "no " KL_GPU_PLATFORM " GPU: %s",
+             error != hipSuccess ? hipGetErrorString(error) : "none found");
+    return 0;
+}
+
+int describe(int device, kl_device_info *to)
+{
+    hipDeviceProp_t p;
+    if (hipGetDeviceProperties(&p, device) != hipSuccess) {
+        (void)hipGetLastError();
+        return 0;
+    }
+    snprintf(to->description, sizeof to->description, "%s", p.name);
+    to->memory_bytes = static_cast<int64_t>(p.totalGlobalMem);
+    return 1;
+}
+
+} // namespace
+
+hipStream_t kl_stream(kl_ctx *ctx) { return handle_of(ctx)->stream; }
+
+int kl_version()
+{
+    const char *text = getenv("KL_GPU_VERSION");
+    return text != nullptr && *text != 0 ? atoi(text) : 99;
+}
+
+kl_status kl_launched(kl_ctx *ctx, const char *op)
+{
+    hipError_t error = hipGetLastError();
+    if (error == hipSuccess && waits())
+        error = hipStreamSynchronize(kl_stream(ctx));
+    return check(ctx, op, error);
+}
+
+kl_status kl_no_type(kl_ctx *ctx, const char *op, const char *name, kl_type type)
+{
+    return kl_core_of->fail(ctx, KL_ERR_UNSUPPORTED,
+                            "%s: %s has storage type %d, which has no kernel on hip; float32, "
+                            "float16 and bfloat16 have",
+                            op, name, static_cast<int>(type));
+}
+
+kl_status kl_put(kl_ctx *ctx, void *to, const void *from, size_t n_bytes)
+{
+    return move(ctx, "upload", to, from, n_bytes, hipMemcpyHostToDevice);
+}
+
+extern "C" KL_API const kl_device_library *kl_hip_library(const kl_core *core)
+{
+    static const kl_backend backend = make_backend();
+    static const kl_device_library library = { KL_VERSION, &backend, count_devices, describe };
+    kl_core_of = core;
+    return &library;
+}

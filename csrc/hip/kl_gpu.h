@@ -1,0 +1,81 @@
+/* One spelling, HIP's, for three compilers: hipcc (AMD), nvcc (NVIDIA: names are mapped here), and a C++
+ * compiler (hip/host/ runs blocks and threads on the CPU). docs/hip.md tells how kernels are written.
+ *
+ * What differs from plain HIP, so that the host build can check it:
+ *     KL_LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...)    parentheses around a<b, c>
+ *     KL_SHARED(float, tile, [M][N]);               __shared__ float tile[M][N]
+ *     KL_DYNAMIC_SHARED(float, values);             the launch's shared_bytes, as float values[]
+ *     kl_shared<float> p                            a pointer into shared memory, as a parameter
+ * An element of shared memory is read into a variable of a named type, never into `auto`. */
+#ifndef KL_GPU_H
+#define KL_GPU_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__HIPCC__)
+
+#include <hip/hip_runtime.h>
+#define KL_GPU_PLATFORM "amd"
+
+#elif defined(__CUDACC__)
+
+#include <cuda_runtime.h>
+#define KL_GPU_PLATFORM "nvidia"
+
+#define hipError_t cudaError_t
+#define hipSuccess cudaSuccess
+#define hipErrorOutOfMemory cudaErrorMemoryAllocation
+#define hipGetLastError cudaGetLastError
+#define hipGetErrorString cudaGetErrorString
+#define hipGetDeviceCount cudaGetDeviceCount
+#define hipSetDevice cudaSetDevice
+#define hipDeviceProp_t cudaDeviceProp
+#define hipGetDeviceProperties cudaGetDeviceProperties
+#define hipMemGetInfo cudaMemGetInfo
+#define hipMalloc cudaMalloc
+#define hipFree cudaFree
+#define hipHostMalloc cudaMallocHost
+#define hipHostFree cudaFreeHost
+#define hipMemcpyAsync cudaMemcpyAsync
+#define hipMemcpyKind cudaMemcpyKind
+#define hipMemcpyHostToDevice cudaMemcpyHostToDevice
+#define hipMemcpyDeviceToHost cudaMemcpyDeviceToHost
+#define hipMemcpyDeviceToDevice cudaMemcpyDeviceToDevice
+#define hipMemsetAsync cudaMemsetAsync
+#define hipStream_t cudaStream_t
+#define hipStreamCreate cudaStreamCreate
+#define hipStreamDestroy cudaStreamDestroy
+#define hipStreamSynchronize cudaStreamSynchronize
+#define hipEvent_t cudaEvent_t
+#define hipEventCreate cudaEventCreate
+#define hipEventDestroy cudaEventDestroy
+#define hipEventRecord cudaEventRecord
+#define hipEventSynchronize cudaEventSynchronize
+#define hipEventElapsedTime cudaEventElapsedTime
+
+#define __shfl(value, lane, width) __shfl_sync(0xffffffffu, value, lane, width)
+#define __shfl_xor(value, mask, width) __shfl_xor_sync(0xffffffffu, value, mask, width)
+#define __shfl_up(value, delta, width) __shfl_up_sync(0xffffffffu, value, delta, width)
+#define __shfl_down(value, delta, width) __shfl_down_sync(0xffffffffu, value, delta, width)
+
+#else
+
+#include "host/gpu.h"
+#define KL_GPU_PLATFORM "host"
+
+#endif
+
+#if defined(__HIPCC__) || defined(__CUDACC__)
+
+#define KL_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                  \
+    kernel<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__)
+#define KL_SHARED(type, name, extents) __shared__ type name extents
+#define KL_DYNAMIC_SHARED(type, name)                                                              \
+    extern __shared__ __align__(16) unsigned char kl_dynamic_shared[];                             \
+    type *name = reinterpret_cast<type *>(kl_dynamic_shared)
+template <class T> using kl_shared = T *;
+
+#endif
+
+#endif

@@ -1,0 +1,56 @@
+/* The host side of a HIP op: what its launcher needs. An op is `kl_status hip_<op>(...)`, with the parameters of
+ * ops/list.h: arguments are checked already (ops/<op>.c), pointers to numbers are device memory, tables of pointers
+ * and control data are host memory. It takes scratch by KL_SCRATCH_OF, returns KL_OK if the context is only measuring,
+ * launches on the context's stream, and ends with `return kl_launched(ctx, "<op>")`. It allocates nothing and does
+ * not wait. */
+#ifndef KL_HIP_RUNTIME_H
+#define KL_HIP_RUNTIME_H
+
+#include "../ops/backend.h"
+#include "kl_gpu.h"
+
+#define KL_OP(name, parameters) kl_status hip_##name parameters;
+KL_OPS(KL_OP)
+#undef KL_OP
+
+extern const kl_core *kl_core_of; /* the core's functions */
+
+#define KL_TRY(call)                                                                               \
+    do {                                                                                           \
+        const kl_status kl_try_status = (call);                                                    \
+        if (kl_try_status != KL_OK)                                                                \
+            return kl_try_status;                                                                  \
+    } while (0)
+
+/* n values of *pointer's type in device memory */
+#define KL_SCRATCH_OF(pointer, ctx, n)                                                             \
+    do {                                                                                           \
+        void *kl_p = nullptr;                                                                      \
+        KL_TRY(kl_core_of->scratch((ctx), &kl_p, static_cast<size_t>(n) * sizeof *(pointer)));     \
+        (pointer) = static_cast<decltype(pointer)>(kl_p);                                          \
+    } while (0)
+
+hipStream_t kl_stream(kl_ctx *ctx);
+
+/* The sentence of a failed launch of `op`; with KL_GPU_SYNC=1 it waits first, so that the op that failed is named. */
+kl_status kl_launched(kl_ctx *ctx, const char *op) KL_CHECKED;
+
+/* The failure of a storage type that has no kernels. */
+kl_status kl_no_type(kl_ctx *ctx, const char *op, const char *name, kl_type type);
+
+/* Host values to device memory, in order with the launches. */
+kl_status kl_put(kl_ctx *ctx, void *to, const void *from, size_t n_bytes) KL_CHECKED;
+
+/* The highest version of a ladder that may be launched: KL_GPU_VERSION, by which a test runs the oracles. */
+int kl_version();
+
+static inline int64_t kl_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* Blocks for n tasks: kernels walk over tasks by gridDim.x, so that any number of them fits a grid. */
+static inline unsigned kl_grid(int64_t n)
+{
+    const int64_t most = 65535;
+    return static_cast<unsigned>(n < most ? n : most);
+}
+
+#endif

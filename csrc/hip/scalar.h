@@ -1,0 +1,76 @@
+/* exp and what is made of it, as cpu/simd.h has them: the same operations in the same order on every platform.
+ * No vendor's fast functions, no flushed subnormals, correctly rounded division and root (docs/hip.md#numbers). */
+#ifndef KL_HIP_SCALAR_H
+#define KL_HIP_SCALAR_H
+
+#include "kl_gpu.h"
+
+#include "../kimi_linear.h"
+
+#include <string.h>
+
+static __device__ __forceinline__ float kl_float_of(uint32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* 2^(magic - 0x1.8p23), where the low bits of `magic` hold the exponent */
+static __device__ __forceinline__ float kl_exp2_of_magic(float magic)
+{
+    uint32_t bits;
+    memcpy(&bits, &magic, sizeof bits);
+    return kl_float_of((bits + 127u) << 23);
+}
+
+/* exp(x) within 1.6 u; 0 below -104, infinity above 88.8, NaN for NaN (cpu/simd.h: v16_exp) */
+static __device__ __forceinline__ float kl_exp(float x)
+{
+    const float magic = 0x1.8p23f;
+    float c = x < -104.0f ? -104.0f : x; /* NaN compares false and goes through */
+    c = c > 89.0f ? 89.0f : c;
+    const float n = fmaf(c, 0x1.715476p+0f, magic) - magic;
+    float r = fmaf(n, -0x1.62e4p-1f, c);
+    r = fmaf(n, -0x1.7f7d1cp-20f, r);
+    float p = fmaf(0x1.a01a02p-13f, r, 0x1.6c16c2p-10f);
+    p = fmaf(p, r, 0x1.111112p-7f);
+    p = fmaf(p, r, 0x1.555556p-5f);
+    p = fmaf(p, r, 0x1.555556p-3f);
+    p = fmaf(p, r, 0.5f);
+    p = fmaf(p * r, r, r) + 1.0f;
+    const float half_magic = fmaf(n, 0.5f, magic);
+    const float rest_magic = (n - (half_magic - magic)) + magic;
+    return p * kl_exp2_of_magic(half_magic) * kl_exp2_of_magic(rest_magic);
+}
+
+/* 1 / (1 + exp(-x)) as e^min(x, 0) / (1 + e^-|x|): no overflow, within 4 u */
+static __device__ __forceinline__ float kl_sigmoid_of(float x)
+{
+    const float e = kl_exp(-fabsf(x));
+    return (x < 0.0f ? e : 1.0f) / (1.0f + e);
+}
+
+static __device__ __forceinline__ float kl_silu_of(float x) { return x * kl_sigmoid_of(x); }
+
+static __device__ __forceinline__ float kl_gate_of(float z, kl_activation activation)
+{
+    return activation == KL_SILU ? kl_silu_of(z) : kl_sigmoid_of(z);
+}
+
+/* float16 and bfloat16 to float32, exact; NaN stays NaN */
+static __device__ __forceinline__ float kl_from_bf16(uint16_t bits)
+{
+    return kl_float_of(static_cast<uint32_t>(bits) << 16);
+}
+
+static __device__ __forceinline__ float kl_from_f16(uint16_t bits)
+{
+    const uint32_t magnitude = bits & 0x7fffu, sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
+    if (magnitude >= 0x7c00u) /* infinity, NaN */
+        return kl_float_of(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+    const float scaled = kl_float_of(magnitude << 13) * 0x1p112f; /* the exponent's bias; exact */
+    return sign != 0 ? -scaled : scaled;
+}
+
+#endif

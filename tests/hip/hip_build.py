@@ -1,0 +1,58 @@
+"""What the tests of the HIP kernels share: the host build, made where it is not, and its settings."""
+
+import ctypes
+import functools
+import itertools
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import kimi_linear as kl
+
+ROOT = Path(__file__).parents[2]
+LIBRARY = Path(kl.__file__).parent / "_hip_host.so"
+
+# lanes of a wave, seed of the order of threads and blocks (0: rising)
+SETTINGS = list(itertools.product((32, 64), (0, 1, 7)))
+
+
+@functools.cache
+def built():
+    """Paths of the host build and of the planted faults; both are up to date with their sources."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("there is no C++ compiler (make hip-host installs one)")
+    subprocess.run(["make", "-s", "-j2", "-C", str(ROOT / "csrc/hip"), "host", "faults"], check=True, timeout=600)
+    return LIBRARY, ROOT / "build/hip/faults.so"
+
+
+def set_up(library, wave=32, seed=0, checks=True):
+    library.kl_host_set(wave, ctypes.c_uint64(seed), int(checks))
+
+
+@functools.cache
+def host_library():
+    return ctypes.CDLL(str(built()[0]))
+
+
+@functools.cache
+def context():
+    """The context of the host build's device."""
+    host_library()
+    return kl.Context(device="hip-host")
+
+
+def everywhere(run):
+    """`run(ctx)` for both wave sizes and several orders of threads: one result, the same bytes from all."""
+    first = None
+    try:
+        for wave, seed in SETTINGS:
+            set_up(host_library(), wave, seed)
+            got = run(context())
+            first = got if first is None else first
+            assert got.tobytes() == first.tobytes(), f"a wave of {wave} with seed {seed} gives other bytes"
+    finally:
+        set_up(host_library())
+    return first

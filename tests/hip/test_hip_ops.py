@@ -1,0 +1,238 @@
+"""Ops on the host build of the HIP kernels: against float64 within the CPU's budgets, the same bytes for waves of 32
+and 64 and any order of threads, every version of a ladder, rims, guards, in place, errors."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hip_build import built, context, everywhere
+
+import kimi_linear as kl
+from kimi_linear.diff.budgets import budget
+
+BFLOAT16 = ml_dtypes.bfloat16
+WIDTHS = [1, 2, 15, 16, 17, 33, 128, 700]
+RIM = np.array([0, -0.0, 1, -1, 1e-45, -1e-40, 1e-30, 3e38, -3e38, 87, -87, 88.7, -104, 1e4, -1e4, 20, -20], np.float32)
+OPS = ["add", "sigmoid", "swiglu", "softmax", "rms_norm", "gated_rms_norm", "l2_norm"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library():
+    built()
+
+
+@pytest.fixture(params=["1", "2", ""], ids=["v1", "v2", "last"])
+def version(request, monkeypatch):
+    monkeypatch.setenv("KL_GPU_VERSION", request.param)
+
+
+def normal(*shape, scale=1.0, seed=0):
+    return (scale * np.random.default_rng([seed, *shape]).standard_normal(shape)).astype(np.float32)
+
+
+def op_inputs(op, T, D, scale=1.0):
+    x = normal(T, D, scale=scale)
+    return {
+        "add": dict(a=x, b=normal(T, D, seed=1)),
+        "sigmoid": dict(x=x),
+        "swiglu": dict(gate=x, up=normal(T, D, seed=1)),
+        "softmax": dict(x=x),
+        "rms_norm": dict(x=x, w=normal(D, seed=2), eps=1e-5),
+        "gated_rms_norm": dict(x=x, z=normal(T, D, seed=1, scale=3), w=normal(D, seed=2), eps=1e-5),
+        "l2_norm": dict(x=x, eps=1e-6),
+    }[op]
+
+
+def judge(op, got, ref, **inputs):
+    """AssertionError where an element is further from `ref` than the op's budget."""
+    ref = np.asarray(ref, np.float64)
+    bound = np.broadcast_to(np.asarray(budget(op, ref, **inputs), np.float64), ref.shape)
+    alike = (got == ref) | (np.isnan(got) & np.isnan(ref))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = np.where(alike, 0.0, np.abs(got - ref) / bound)
+    assert got.shape == ref.shape and (ratio <= 1).all(), f"{op}: {np.nanmax(ratio):.3g} times its budget"
+
+
+def run(op, inputs):
+    def one(ctx):
+        first = next(iter(inputs.values()))
+        whole = np.full(first.size + 128, 7, np.float32)
+        out = whole[64: first.size + 64].reshape(first.shape)
+        out[:] = np.nan
+        assert getattr(kl.ops, op)(**inputs, out=out, ctx=ctx) is out
+        assert (whole[:64] == 7).all() and (whole[first.size + 64:] == 7).all()
+        return out.copy()
+
+    return everywhere(one)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("D", WIDTHS)
+def test_hip_op_within_budget(op, D, version):
+    for T in (0, 1, 11):
+        inputs = op_inputs(op, T, D, scale=4.0)
+        before = {name: np.copy(value) for name, value in inputs.items()}
+        judge(op, run(op, inputs), getattr(kl.reference, op)(**inputs), **inputs)
+        assert all(np.array_equal(before[name], value) for name, value in inputs.items())
+
+
+@pytest.mark.parametrize("op", ["sigmoid", "swiglu", "add", "softmax"])
+def test_hip_rim_of_float32(op, version):
+    x = np.tile(RIM, (3, 1))
+    inputs = {"add": dict(a=x, b=x[::-1] * 0.5), "sigmoid": dict(x=x), "swiglu": dict(gate=x, up=np.sign(x)),
+              "softmax": dict(x=x)}[op]
+    with np.errstate(over="ignore"):
+        ref = getattr(kl.reference, op)(**inputs)
+    ref = np.where(np.abs(ref) > np.finfo(np.float32).max, np.copysign(np.inf, ref), ref)
+    judge(op, run(op, inputs), ref, **inputs)
+
+
+@pytest.mark.parametrize("op", ["add", "sigmoid", "swiglu"])
+def test_hip_elementwise_has_the_bytes_of_the_cpu(op):
+    inputs = op_inputs(op, 40, 333, scale=8.0)
+    assert run(op, inputs).tobytes() == getattr(kl.ops, op)(**inputs).tobytes()
+
+
+@pytest.mark.parametrize("op", ["softmax", "rms_norm", "gated_rms_norm", "l2_norm"])
+def test_hip_oracle_has_the_bytes_of_the_cpu(op, monkeypatch):
+    """The first version of each ladder sums in the CPU's order."""
+    monkeypatch.setenv("KL_GPU_VERSION", "1")
+    inputs = op_inputs(op, 5, 333)
+    assert run(op, inputs).tobytes() == getattr(kl.ops, op)(**inputs).tobytes()
+
+
+@pytest.mark.parametrize("eps, scale", [(1e-6, 1e-42), (1e-6, 1e19), (1e-6, 3e38), (0, 0), (0, 1e-45), (0, 1e-20)])
+@pytest.mark.parametrize("D", [100, 600])
+@pytest.mark.parametrize("op", ["rms_norm", "l2_norm", "gated_rms_norm"])
+def test_hip_norms_of_tiny_and_huge_rows(op, D, eps, scale):
+    inputs = op_inputs(op, 3, D) | dict(eps=eps)
+    inputs["x"] = (np.sign(inputs["x"]) * np.float32(scale)).astype(np.float32)
+    inputs["x"][1] = normal(D)  # neighbours in a block take different ways
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ref = getattr(kl.reference, op)(**inputs)
+    judge(op, run(op, inputs), ref, **inputs)
+
+
+@pytest.mark.parametrize("op, first", [("rms_norm", "x"), ("l2_norm", "x"), ("softmax", "x"), ("sigmoid", "x"),
+                                       ("swiglu", "up"), ("add", "b"), ("gated_rms_norm", "z")])
+def test_hip_in_place(op, first):
+    inputs = op_inputs(op, 5, 33)
+    wanted = run(op, inputs)
+    got = getattr(kl.ops, op)(**inputs, out=inputs[first], ctx=context())
+    assert got is inputs[first] and got.tobytes() == wanted.tobytes()
+
+
+def test_hip_nan_stays_in_its_row():
+    x = normal(4, 40)
+    x[2, 7] = np.nan
+    for y in (run("softmax", dict(x=x)), run("l2_norm", dict(x=x))):
+        assert np.isnan(y[2]).all() and np.isfinite(np.delete(y, 2, axis=0)).all()
+
+
+def test_hip_more_rows_than_blocks_of_a_grid(monkeypatch):
+    """65,535 blocks at most: the kernels walk over what is more."""
+    monkeypatch.setenv("KL_GPU_VERSION", "2")  # a block a row
+    ids = (np.arange(65_541) * 7919 % 1000).astype(np.int32)
+    table = normal(1000, 1)
+    assert kl.ops.embedding(ids, table, ctx=context()).tobytes() == table[ids].tobytes()
+
+
+# ---- weights ----
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, BFLOAT16])
+def test_hip_embedding_is_exact(dtype, version):
+    table = normal(50, 33, scale=100).astype(dtype)
+    table.reshape(-1)[:4] = [0.0, 6e-8, np.inf, -2e-5]  # subnormals of float16, infinity
+    ids = np.array([49, 0, 0, 7, 31], np.int32)
+    got = everywhere(lambda ctx: kl.ops.embedding(ids, table, ctx=ctx))
+    assert got.tobytes() == table[ids].astype(np.float32).tobytes()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, BFLOAT16])
+@pytest.mark.parametrize("T, M, D", [(1, 1, 1), (1, 70, 257), (5, 3, 33), (8, 17, 16), (9, 65, 17), (20, 130, 100)])
+def test_hip_linear_within_budget(T, M, D, dtype, version):
+    inputs = dict(x=normal(T, D), w=normal(M, D, seed=1).astype(dtype), bias=normal(M, seed=2))
+    ref = kl.reference.linear(**inputs)
+    for w in (inputs["w"], np.ascontiguousarray(inputs["w"].T).T):
+        got = everywhere(lambda ctx, w=w: kl.ops.linear(inputs["x"], w, bias=inputs["bias"], ctx=ctx))
+        judge("linear", got, ref, **inputs)
+
+
+def test_hip_linear_of_several_weights_and_of_no_tokens():
+    x, weights = normal(12, 40), [normal(10, 40, seed=1), normal(70, 40, seed=2)]
+    for y, w in zip(kl.ops.linear(x, weights, ctx=context()), weights, strict=True):
+        assert y.tobytes() == kl.ops.linear(x, w, ctx=context()).tobytes()
+    assert kl.ops.linear(x[:0], weights[0], ctx=context()).shape == (0, 10)
+
+
+def test_hip_a_token_has_the_same_bytes_in_any_batch_of_one_kernel():
+    x, w = normal(200, 100), normal(70, 100, seed=1)
+    whole = kl.ops.linear(x, w, ctx=context())
+    assert kl.ops.linear(x[50:120], w, ctx=context()).tobytes() == whole[50:120].tobytes()
+
+
+# ---- errors, memory, threads ----
+
+
+def test_hip_op_without_a_kernel_says_so():
+    with pytest.raises(NotImplementedError, match="quantize: there is no kernel for it yet on hip"):
+        kl.ops.quantize(normal(1, 32), "Q8_0", ctx=context())
+
+
+def test_hip_type_without_a_kernel_says_so():
+    w = kl.ops.quantize(normal(4, 32), "Q8_0")
+    with pytest.raises(NotImplementedError, match="linear: w has storage type 8"):
+        kl.ops.linear(normal(1, 32), w, ctx=context())
+
+
+def test_hip_arguments_are_checked_as_on_the_cpu():
+    with pytest.raises(ValueError, match=r"ids.* 50"):
+        kl.ops.embedding(np.array([50]), normal(50, 4), ctx=context())
+    with pytest.raises(ValueError, match="eps is -1.0"):
+        kl.ops.l2_norm(normal(2, 2), eps=-1, ctx=context())
+
+
+def test_hip_out_of_memory_says_how_much_and_leaves_nothing():
+    ctx, x = kl.Context(device="hip-host"), normal(4, 100)
+    wanted = kl.ops.sigmoid(x, ctx=ctx)
+    for nth in (1, 2):
+        out = np.full_like(x, 3)
+        ctx._core.fail_at(nth)
+        with pytest.raises(MemoryError, match=r"out of device memory: 1600 bytes were wanted, \d+ of \d+ are free"):
+            kl.ops.sigmoid(x, out=out, ctx=ctx)
+        assert (out == 3).all()
+    ctx._core.fail_at(0)
+    assert kl.ops.sigmoid(x, ctx=ctx).tobytes() == wanted.tobytes()
+
+
+def test_hip_model_says_that_it_is_not_there():
+    with pytest.raises(NotImplementedError, match="a model on hip"):
+        kl.Model.tiny(ctx=context())
+
+
+def test_hip_devices_are_listed_with_the_reason():
+    found = {d.name: d for d in kl.devices()}
+    assert found["cpu"].available and found["hip-host"].available and not found["hip-host"].reason
+    assert all(d.available or d.reason for d in found.values())
+    assert "hip-host" in repr(context())
+
+
+def test_hip_device_that_is_not_there_is_a_sentence(monkeypatch, tmp_path):
+    monkeypatch.setenv("KL_DEVICE_PATH", str(tmp_path))
+    with pytest.raises(kl.DeviceError, match="device 'hip:0' is not there: _hip_amd.so is not there .make hip builds"):
+        kl.Context(device="hip:0")
+    (tmp_path / "_hip_host.so").write_text("no library")
+    with pytest.raises(kl.DeviceError, match="_hip_host.so cannot be opened"):
+        kl.Context(device="hip-host")
+    with pytest.raises(ValueError, match="device is 'cuda'; it must be 'cpu', 'hip', 'hip:N' or 'hip-host'"):
+        kl.Context(device="cuda")
+
+
+def test_hip_two_threads_wait_for_each_other():
+    from concurrent.futures import ThreadPoolExecutor
+
+    x = normal(20, 300)
+    wanted = kl.ops.softmax(x, ctx=context()).tobytes()
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(lambda _: kl.ops.softmax(x, ctx=context()).tobytes(), range(12)):
+            assert got == wanted
