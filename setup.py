@@ -43,12 +43,12 @@ COMMON = """
     -ffp-contract=off -fno-math-errno
     -Wall -Wextra -Wshadow -Wdouble-promotion -Wconversion -Wvla
 """.split()
-OPTIMISED = {"csrc/cpu/isa_scalar.c": "-O3", "csrc/cpu/isa_avx2.c": "-O3", "csrc/cpu/isa_avx512.c": "-O3"}
+AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma -mf16c -mprefer-vector-width=512".split()
 ISA = {
+    "csrc/cpu/isa_scalar.c": [],
     "csrc/cpu/isa_avx2.c": "-mavx2 -mfma -mf16c".split(),
-    "csrc/cpu/isa_avx512.c": (
-        "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma -mf16c -mprefer-vector-width=512".split()
-    ),
+    "csrc/cpu/isa_avx512.c": AVX512,
+    "csrc/cpu/isa_avx512bf16.c": [*AVX512, "-mavx512bf16"],
 }
 
 INSTALL = "apt-get install -y gcc libc6-dev python3-dev"
@@ -189,7 +189,7 @@ class Toolchain:
 
     def flags(self, source):
         """Every compiler flag of one source file, in order."""
-        level = "-O1" if self.sanitize else OPTIMISED.get(source, "-O2")
+        level = "-O1" if self.sanitize else "-O3" if source in ISA else "-O2"
         flags = [*COMMON, level, "-Icsrc", f'-DKL_BLAS_NAME="{self.blas.name}"']
         flags += self.blas.defines
         flags += ["-DKL_DEBUG"] if self.debug else ["-DNDEBUG"]

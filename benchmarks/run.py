@@ -83,7 +83,7 @@ def arguments():
     parser.add_argument("--accuracy", action="store_true", help="errors of delta_rule's forms, nothing timed")
     of_model = parser.add_argument_group("a GGUF file beside llama.cpp (--peers none: ours alone)")
     of_model.add_argument("--activations", type=names, default=["int8"], metavar="A,A",
-                          help="of ours: int8, float32, or both (default: int8)")
+                          help="of ours: int8, bfloat16, float32, or several (default: int8)")
     of_model.add_argument("--depths", type=integers, default=[0, 4096], metavar="N,N", help="(default: 0,4096)")
     of_model.add_argument("--prefill", type=positive, default=512, metavar="N", help="(default: 512)")
     of_model.add_argument("--decode", type=positive, default=64, metavar="N", help="(default: 64)")

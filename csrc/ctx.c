@@ -212,8 +212,9 @@ kl_status kl_ctx_create(kl_ctx **out, const kl_ctx_options *options)
     if (options->delta_rule < KL_FORM_AUTO || options->delta_rule > KL_FORM_CHUNKED)
         return kl_fail(ctx, KL_ERR_ARG, "delta_rule is %d; it must be auto, recurrent or chunked",
                        (int)options->delta_rule);
-    if (options->activations < KL_ACTIVATIONS_FLOAT32 || options->activations > KL_ACTIVATIONS_INT8)
-        return kl_fail(ctx, KL_ERR_ARG, "activations is %d; it must be float32 or int8",
+    if (options->activations < KL_ACTIVATIONS_FLOAT32
+        || options->activations > KL_ACTIVATIONS_BFLOAT16)
+        return kl_fail(ctx, KL_ERR_ARG, "activations is %d; it must be float32, int8 or bfloat16",
                        (int)options->activations);
     KL_TRY(kl_kernels_choose(ctx, options->isa));
     KL_TRY(kl_device_choose(ctx, options->device));

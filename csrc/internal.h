@@ -31,7 +31,7 @@ struct kl_ctx {
     kl_allocator allocator;
     kl_gemm gemm;
     kl_form delta_rule;         /* of a call that says auto */
-    kl_activations activations; /* of products with block weights */
+    kl_activations activations; /* of products */
     int threads;
     int64_t allocations;
     int64_t fail_at, cancel_at; /* calls of kl_allocate, of kl_for, until one fails; 0: never */

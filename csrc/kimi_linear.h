@@ -103,21 +103,22 @@ typedef enum kl_form {
     KL_FORM_EXPANDED = 4,
 } kl_form;
 
-/* What a product with weights in blocks makes of its float32 activations first. */
+/* What a product makes of its float32 activations first. Weights of other types than named take float32, and so do
+ * those that are stored transposed. */
 typedef enum kl_activations {
     KL_ACTIVATIONS_FLOAT32 = 0, /* nothing: the dequantised weight times float32 */
-    KL_ACTIVATIONS_INT8 =
-        1, /* int8, a scale for each 32 values; types that are not built for it: float32 */
+    KL_ACTIVATIONS_INT8 = 1,    /* weights in blocks: int8, a scale for each 32 values */
+    KL_ACTIVATIONS_BFLOAT16 = 2 /* weights in bfloat16: bfloat16, subnormals flushed */
 } kl_activations;
 
 typedef enum kl_gemm { KL_GEMM_OWN = 0, KL_GEMM_BLAS = 1 } kl_gemm;
 
 typedef struct kl_ctx_options {
     int threads;     /* 0: one for each processor that this process may use */
-    const char *isa; /* "scalar", "avx2", "avx512", or NULL for the best that runs here */
+    const char *isa; /* "scalar", "avx2", "avx512", "avx512bf16"; NULL: the best that runs here */
     kl_gemm gemm; /* KL_GEMM_BLAS: float32 products by OpenBLAS, within a budget, not byte-equal */
     kl_form delta_rule;         /* of kl_delta_rule where a call says KL_FORM_AUTO */
-    kl_activations activations; /* of kl_linear and kl_moe; a model has its own */
+    kl_activations activations; /* of products in every op; a model has its own */
     const char *device;         /* "cpu" or NULL, "hip", "hip:N", "hip-host": docs/hip.md */
 } kl_ctx_options;
 

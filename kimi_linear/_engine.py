@@ -51,7 +51,7 @@ def core_model(context, config, tensors, activations="float32"):
     config : Config
     tensors : mapping from canonical name to array, or to a TensorView of a mapped file
         What a GGUF stores otherwise goes to C as it lies, under the names of its `stored`.
-    activations : {"float32", "int8"}
+    activations : {"float32", "int8", "bfloat16"}
     """
     buffers, index, entries = [], {}, []
 

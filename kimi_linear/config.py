@@ -10,7 +10,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import config_kimi, config_qwen
@@ -134,6 +134,10 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """A config.json that reads back equal."""
         return FAMILIES[self.model_type].to_dict(self)
+
+    def published(self) -> Config:
+        """This config of weights that are stored as in a Hugging Face folder, whatever a GGUF had done to them."""
+        return replace(self, **FAMILIES[self.model_type].PUBLISHED)
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that a checkpoint of this config holds, in the order of their use.

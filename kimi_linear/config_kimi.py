@@ -74,6 +74,9 @@ ONLY: dict[str, tuple] = {
 
 ROUTER_FUNCTIONS = ("sigmoid", "softmax")
 
+#: How a folder's weights are stored, as fields of Config: a GGUF changes nothing of them.
+PUBLISHED: dict[str, Any] = {}
+
 
 def read(d: Mapping[str, Any]) -> tuple[dict[str, Any], Reader]:
     """The fields of a Config, ``layers`` as (mixer, ffn) pairs, and the reader that knows what is wrong with them."""

@@ -231,6 +231,10 @@ def _moe(r: Reader, n_experts: int, occurs: bool) -> dict[str, Any]:
         router_function="softmax")
 
 
+#: How a folder's weights are stored, as fields of Config.
+PUBLISHED = {"gdn_tiled": False, "norm_plus_one": True}
+
+
 def to_dict(config) -> dict[str, Any]:
     """The form that transformers 5.23 saves of the text model alone.
 
@@ -250,7 +254,7 @@ def to_dict(config) -> dict[str, Any]:
         "max_position_embeddings": c.max_length, "tie_word_embeddings": c.tie_embeddings,
         "bos_token_id": c.bos_token_id, "eos_token_id": eos_of(c), "pad_token_id": c.pad_token_id,
     }
-    d |= own_keys(c, gdn_tiled=False, norm_plus_one=True)
+    d |= own_keys(c, **PUBLISHED)
     if not c.n_experts:
         return d | ({"num_experts": 0} if kind.experts.get("default") is None else {})
     d |= {

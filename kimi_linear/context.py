@@ -10,7 +10,7 @@ from . import _core
 __all__ = ["Context", "Device", "current", "devices", "set_num_threads", "threads", "isa_list"]
 
 _GEMM = {"own": 0, "blas": 1}
-ACTIVATIONS = {"float32": 0, "int8": 1}
+ACTIVATIONS = {"float32": 0, "int8": 1, "bfloat16": 2}
 _DELTA_RULE = {"auto": 0, "recurrent": 1, "chunked": 2}
 
 
@@ -28,7 +28,8 @@ class Context:
         Threads to use; by default `OMP_NUM_THREADS`, else one for each processor this process may use.
         The number changes no byte of any result.
     isa : str, optional
-        ``"scalar"``, ``"avx2"`` or ``"avx512"``; by default the best that runs here. It changes no byte either.
+        ``"scalar"``, ``"avx2"``, ``"avx512"`` or ``"avx512bf16"``; by default the best that
+        runs here. It changes no byte either.
     gemm : {"own", "blas"}
         Who multiplies float32 matrices. ``"own"`` keeps one order of sums; ``"blas"`` (OpenBLAS) does not, so
         results with it are within the budget and not the same bytes.
@@ -37,10 +38,11 @@ class Context:
         token by token, or chunks of 64 (of `chunk` tokens, where the call names it). They agree within the budget;
         with "recurrent" any split of a sequence gives the same bytes of the op.
 
-    activations : {"float32", "int8"}
-        What `ops.linear` and `ops.moe` make of x where a weight lies in blocks: nothing, so that a result is that of
-        the dequantised weight, or int8 with a scale for each 32 values (docs/math.md#int8), which is faster and less
-        exact. A model has its own setting.
+    activations : {"float32", "int8", "bfloat16"}
+        What products make of x, in `ops.linear`, `ops.moe` and the absorbed `ops.latent_attention`: nothing, so that a
+        result is that of the dequantised weight; or, which is faster and less exact, int8 with a scale for each 32
+        values where a weight lies in blocks (docs/math.md#int8), or bfloat16 where it is of that type
+        (docs/math.md#bfloat16). A model has its own setting.
 
     Raises
     ------
@@ -93,7 +95,7 @@ class Context:
 
 def check_activations(activations):
     if activations not in ACTIVATIONS:
-        raise ValueError(f"activations is {activations!r}; it must be 'float32' or 'int8'")
+        raise ValueError(f"activations is {activations!r}; it must be 'float32', 'int8' or 'bfloat16'")
 
 
 _local = threading.local()

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .load import gguf_kept, gguf_metadata, gguf_types
+from .config import Config
+from .load import gguf_heads, gguf_kept, gguf_metadata, gguf_types
 from .load.checkpoint import open_folder
 from .load.gguf import is_gguf
 from .load.gguf_kimi import open_gguf
@@ -249,7 +250,7 @@ class _Published:
     def __init__(self, name: str, tensor, dtype: str, done: Callable):
         self.name, self.dtype, self._tensor, self._done = name, dtype, tensor, done
         self.shape = tuple(tensor.shape)
-        if name.endswith(".A_log"):
+        if name.endswith("self_attn.A_log"):
             self.shape = (1, 1, *self.shape, 1)
         elif name.endswith("conv1d.weight"):
             self.shape = (self.shape[0], 1, self.shape[1])
@@ -289,8 +290,9 @@ def _write_folder(source: Path, target: Path, dtype: str, overwrite: bool, progr
         done += tensor.nbytes
         progress(done, total, tensor.name)
 
-    tensors = {}
+    tensors, published = {}, Config.from_dict(checkpoint.content)
     for name, tensor in checkpoint.tensors.items():
+        tensor = gguf_heads.as_published(checkpoint.config, published, name, tensor)
         tensors[name] = _Published(name, tensor, _folder_dtype(checkpoint, name, dtype), moved)
         result.add(tensors[name].dtype, tensors[name].nbytes)
     total = result.nbytes = sum(t.nbytes for t in tensors.values())

@@ -1,6 +1,6 @@
 """The model: weights, tokenizer and config of a checkpoint, and the forward pass over them."""
 
-import contextlib
+import functools
 import importlib.resources
 import threading
 from pathlib import Path
@@ -33,10 +33,11 @@ class Model:
     config : Config
     tokenizer : Tokenizer or None
         None for a checkpoint without one: token ids still work. A GGUF's is built when it is first asked for, and
-        raises FormatError then if its tokens do not give exact ids.
+        raises FormatError then if its tokens do not give exact ids. A tokenizer.json needs the package `tokenizers`,
+        and raises ModuleNotFoundError without it.
     generation_config : dict
         As the checkpoint has it.
-    activations : {"float32", "int8"}
+    activations : {"float32", "int8", "bfloat16"}
     cache : {"float32", "float16", "q8_0"}
         Type of the cache of new states.
     ctx : Context or None
@@ -73,10 +74,11 @@ class Model:
             A Hugging Face folder (config.json, safetensors in one file or shards), a hub id that is in the local
             cache, or a GGUF file of any name, one part of several included; nothing is downloaded.
         device : {"cpu"}
-        activations : {"float32", "int8", "auto"}
-            What products with weights in blocks make of their activations: nothing, which is exact, or int8 with a
-            scale for each 32 values (docs/math.md#int8), which is fast. Other weights take float32. "auto" is int8
-            where there are weights in blocks, else float32.
+        activations : {"float32", "int8", "bfloat16", "auto"}
+            What products make of their activations: nothing, which is exact; with weights in blocks, int8 with a scale
+            for each 32 values (docs/math.md#int8); with weights in bfloat16, that (docs/math.md#bfloat16). Both are
+            fast, and other weights take float32. "auto" is int8 where there are weights in blocks, bfloat16 where
+            there are matrices in that, else float32.
         cache : {"float32", "float16", "q8_0"}
             Type of the latent cache of new states: docs/state.md#the-caches-type.
         latent_eps : float, optional
@@ -105,14 +107,18 @@ class Model:
             ctx = Context(device, threads=threads)
         checkpoint = open_checkpoint(path)
         if activations == "auto":
-            activations = "int8" if checkpoint.in_blocks else "float32"
+            activations = checkpoint.fast_activations
         config = checkpoint.config
         given = {"latent_eps": latent_eps, "l2_eps": l2_eps}
         config = dataclasses.replace(config, **{k: float(v) for k, v in given.items() if v is not None})
         tokenizer = checkpoint.tokenizer
         if checkpoint.path.is_dir():
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 tokenizer = Tokenizer.from_folder(checkpoint.path)
+            except FileNotFoundError:
+                pass
+            except ModuleNotFoundError:  # said again when the tokenizer is asked for
+                tokenizer = functools.partial(Tokenizer.from_folder, checkpoint.path)
         return cls(config, checkpoint.tensors, tokenizer=tokenizer, generation_config=checkpoint.generation_config,
                    checkpoint=checkpoint, name=Path(checkpoint.path).name, cache=cache, activations=activations,
                    ctx=ctx)

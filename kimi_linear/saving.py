@@ -8,22 +8,28 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from .load.gguf_heads import as_published
 from .load.safetensors import DTYPES, atomic_file, write_safetensors
 
 __all__ = ["save_pretrained"]
 
 SHARD = 5 * 10**9  # bytes of tensors a file
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-TOKENIZER_FILES = ("tiktoken.model", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+TOKENIZER_FILES = ("tiktoken.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+                   "special_tokens_map.json")
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def save_pretrained(model, folder, overwrite=False):
     """Write `model` to `folder`; see `Model.save_pretrained`."""
     own = model._checkpoint.path if model._checkpoint is not None else None
-    tensors = {name: _Plain(t) if hasattr(t, "digest_parts") else t for name, t in model._tensors.items()}
+    published = model.config.published()  # a GGUF's has other norms and another order of heads
+    tensors = {}
+    for name, tensor in model._tensors.items():
+        found = as_published(model.config, published, name, tensor)
+        tensors[name] = _Plain(found) if found is not tensor or hasattr(tensor, "digest_parts") else tensor
     dtype = dtype_of(tensors)
-    config = model.config.to_dict() | ({"torch_dtype": dtype} if dtype else {})
+    config = published.to_dict() | ({"torch_dtype": dtype} if dtype else {})
     write_folder(folder, tensors, config, model.generation_config, _tokenizer_writer(model, own), overwrite, own=own)
 
 

@@ -11,7 +11,7 @@ import json
 import operator
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jinja2
@@ -86,15 +86,9 @@ class Tokenizer:
         pad: str | None = None,
         chat_template: str | None = None,
     ):
+        self._set_specials(special, special.values() if skipped is None else skipped, bos, eos, pad, chat_template)
         self.n_base = len(ranks)
-        self.special_ids = dict(special)
         self.vocab_size = self.n_base + len(self.special_ids)
-        self.bos_id, self.pad_id = self.special_ids.get(bos), self.special_ids.get(pad)
-        self.eos_ids = tuple(sorted({special[name] for name in (eos, "<|im_end|>") if name in special}))
-        self.chat_template = chat_template
-        self._skipped = frozenset(self.special_ids.values() if skipped is None else skipped)
-        self._names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
-
         self._bytes = [b""] * self.vocab_size
         for token, rank in ranks.items():
             self._bytes[rank] = token
@@ -104,18 +98,32 @@ class Tokenizer:
             "kimi", pat_str=PATTERN, mergeable_ranks=dict(ranks), special_tokens=self.special_ids
         )
 
+    def _set_specials(self, special, skipped, bos, eos, pad, chat_template):
+        self.special_ids = dict(special)
+        self.bos_id, self.pad_id = self.special_ids.get(bos), self.special_ids.get(pad)
+        self.eos_ids = tuple(sorted({special[name] for name in (eos, "<|im_end|>") if name in special}))
+        self.chat_template = chat_template
+        self._skipped = frozenset(skipped)
+        self._names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
+
     @classmethod
     def from_folder(cls, path: str | os.PathLike) -> "Tokenizer":
-        """The tokenizer of a model folder.
+        """The tokenizer of a model folder: of tiktoken.model, or a `JsonTokenizer` where it has tokenizer.json instead.
 
         Raises
         ------
         FileNotFoundError
-            If tiktoken.model or tokenizer_config.json is not there.
+            If neither is there, or tokenizer_config.json is not there.
         FormatError
             With every problem of the file that is wrong.
+        ModuleNotFoundError
+            If it is tokenizer.json, and the package `tokenizers` is not installed.
         """
         folder = Path(path)
+        if (folder / "tokenizer.json").is_file() and not (folder / "tiktoken.model").is_file():
+            from .tokenizer_json import JsonTokenizer
+
+            return JsonTokenizer.from_folder(folder)
         for name in ("tiktoken.model", "tokenizer_config.json"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} has no {name}, so no tokenizer; token ids still work.")
@@ -124,8 +132,8 @@ class Tokenizer:
         config = load_object(config_path)
         problems: list[str] = []
         special, skipped = _special_tokens(config, len(ranks), problems)
-        names = {x: _token_name(config, f"{x}_token", special, problems) for x in ("bos", "eos", "pad")}
-        template = _read_template(folder, config, problems)
+        names = {x: token_name(config, f"{x}_token", special, problems) for x in ("bos", "eos", "pad")}
+        template = read_template(folder, config, problems)
         if problems:
             raise FormatError(problems, str(config_path))
         return cls(ranks, special, skipped=skipped, chat_template=template, **names)
@@ -191,6 +199,9 @@ class Tokenizer:
             code = ord(text[error.start])
             what = f"U+{code:04X}, half of a surrogate pair; text must be whole characters"
             raise ValueError(f"text[{error.start}] is {what}.") from None
+        return self._encode(text, specials)
+
+    def _encode(self, text: str, specials: bool) -> list[int]:
         allowed = "all" if specials else set()
         ids: list[int] = []
         for piece in _cut(text):
@@ -383,9 +394,8 @@ def _special_tokens(config: Mapping, n_base: int, problems: list[str]) -> tuple[
     return special, skipped
 
 
-def _token_name(
-    config: Mapping, key: str, special: Mapping[str, int], problems: list[str]
-) -> str | None:
+def token_name(config: Mapping, key: str, special: Container[str], problems: list[str]) -> str | None:
+    """The special token that tokenizer_config.json names under a key."""
     name = config.get(key)
     if isinstance(name, dict):
         name = name.get("content")
@@ -395,7 +405,7 @@ def _token_name(
     return None
 
 
-def _read_template(folder: Path, config: Mapping, problems: list[str]) -> str | None:
+def read_template(folder: Path, config: Mapping, problems: list[str]) -> str | None:
     """chat_template.jinja, else the config's "chat_template": a text, or of a list the one named default."""
     path = folder / "chat_template.jinja"
     if path.is_file():

@@ -17,9 +17,13 @@ static bool runs_avx512(void)
            && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
            && __builtin_cpu_supports("avx512vnni");
 }
+
+static bool runs_avx512bf16(void) { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
-static int available(const kl_kernels *tables[3])
+enum { TABLES = 4 };
+
+static int available(const kl_kernels *tables[TABLES])
 {
     int n = 0;
     tables[n++] = &kl_kernels_scalar;
@@ -28,13 +32,15 @@ static int available(const kl_kernels *tables[3])
         tables[n++] = &kl_kernels_avx2;
     if (runs_avx512())
         tables[n++] = &kl_kernels_avx512;
+    if (runs_avx512bf16())
+        tables[n++] = &kl_kernels_avx512bf16;
 #endif
     return n;
 }
 
 int kl_isa_list(const char *names[], int capacity)
 {
-    const kl_kernels *tables[3];
+    const kl_kernels *tables[TABLES];
     const int n = available(tables);
     for (int i = 0; i < n && i < capacity; i++)
         names[i] = tables[i]->name;
@@ -43,7 +49,7 @@ int kl_isa_list(const char *names[], int capacity)
 
 kl_status kl_kernels_choose(kl_ctx *ctx, const char *isa)
 {
-    const kl_kernels *tables[3];
+    const kl_kernels *tables[TABLES];
     const int n = available(tables);
     ctx->k = tables[n - 1];
     if (isa == NULL)
@@ -53,6 +59,7 @@ kl_status kl_kernels_choose(kl_ctx *ctx, const char *isa)
             ctx->k = tables[i];
             return KL_OK;
         }
-    return kl_fail(ctx, KL_ERR_UNSUPPORTED, "isa is \"%s\"; here it must be one of: scalar%s%s",
-                   isa, n > 1 ? ", avx2" : "", n > 2 ? ", avx512" : "");
+    return kl_fail(ctx, KL_ERR_UNSUPPORTED, "isa is \"%s\"; here it must be one of: scalar%s%s%s",
+                   isa, n > 1 ? ", avx2" : "", n > 2 ? ", avx512" : "",
+                   n > 3 ? ", avx512bf16" : "");
 }

@@ -7,6 +7,7 @@
 #include "elementwise.inc"
 #include "norm.inc"
 #include "dot.inc"
+#include "bfloat16.inc"
 #include "int8_avx2.inc"
 #include "blocks_x86.inc"
 #include "conv.inc"

@@ -1,4 +1,4 @@
-/* The kernel bodies, compiled for AVX-512 F, BW, DQ, VL and VNNI. */
+/* The kernel bodies, compiled for AVX-512 F, BW, DQ, VL and VNNI; and the table of processors that have BF16, too. */
 #define KL_AVX512 1
 #if defined(__x86_64__)
 #include "kernels.h"
@@ -7,6 +7,7 @@
 #include "elementwise.inc"
 #include "norm.inc"
 #include "dot.inc"
+#include "bfloat16.inc"
 #include "int8_avx512.inc"
 #include "blocks_x86.inc"
 #include "conv.inc"
@@ -18,6 +19,14 @@
 
 const kl_kernels kl_kernels_avx512 = {
     .name = "avx512",
+#define KL_KERNEL(name, type, parameters) .name = kernel_##name,
+#include "kernels.def"
+#undef KL_KERNEL
+};
+
+#define kernel_bfloat16_dot kl_avx512bf16_dot
+const kl_kernels kl_kernels_avx512bf16 = {
+    .name = "avx512bf16",
 #define KL_KERNEL(name, type, parameters) .name = kernel_##name,
 #include "kernels.def"
 #undef KL_KERNEL

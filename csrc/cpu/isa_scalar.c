@@ -6,6 +6,7 @@
 #include "elementwise.inc"
 #include "norm.inc"
 #include "dot.inc"
+#include "bfloat16.inc"
 #include "int8.inc"
 #include "blocks.inc"
 #include "conv.inc"

@@ -16,7 +16,12 @@ struct kl_kernels {
 
 extern const kl_kernels kl_kernels_scalar;
 #if defined(__x86_64__)
-extern const kl_kernels kl_kernels_avx2, kl_kernels_avx512;
+extern const kl_kernels kl_kernels_avx2, kl_kernels_avx512, kl_kernels_avx512bf16;
+
+/* bfloat16_dot by vdpbf16ps (isa_avx512bf16.c) */
+void kl_avx512bf16_dot(float *y, int64_t ldy, const uint16_t *x, int64_t ldx, const int32_t *index,
+                       int64_t T, const void *w, size_t row_bytes, int64_t rows, int64_t K,
+                       void *scratch);
 #endif
 
 /* Sets ctx->k to the named table (NULL: the best that runs here). */

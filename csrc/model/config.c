@@ -49,6 +49,7 @@ kl_status kl_config_check(kl_ctx *ctx, const kl_config *c)
         bool used;
         int64_t value, low, high;
     } checks[] = {
+        { "activations", true, c->activations, 0, KL_ACTIVATIONS_BFLOAT16 },
         { "kda_heads", kda, c->delta.Hk, 1, 1 << 20 },
         { "kda_head_dim", kda, c->delta.K, 1, 1 << 20 },
         { "gdn_k_heads", gdn, c->delta.Hk, 1, 1 << 20 },

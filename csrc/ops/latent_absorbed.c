@@ -3,7 +3,7 @@
  *   q~_h = w_uk_h^T q_h
  *   a_h = sum_s p_s c_s,   l_h = sum_s p_s   over the positions s
  *   o_h = w_uv_h a_h / l_h
- * The two products take the activations that the context asks for (q_h, a_h in int8), where the weights do.
+ * The two products take the activations that the context asks for (q_h, a_h in int8 or bfloat16), where the weights do.
  * The positions of a token are cut into segments of a page. A segment is a sum of its own, so that
  * threads can share a long cache; segments are merged in rising order, in waves that bound the
  * memory. Neither the wave nor the group of heads in a task changes a byte. */

@@ -1,8 +1,8 @@
 /* linear: y[i][t, r] = sum_k x[t, k] w[i][r, k] + bias[i][r]     for several weights over one x
  *   x [T, D], y[i] [T, rows of w[i]] float32, y overlaps no input     w[i] [rows, D] in any storage type
  *   A weight of n matrices is one whose rows are theirs, one matrix after another.
- *   Order of a sum: product.h, or cpu/int8.h where the context asks for it and the weight takes it; the bias is
- *   added last.
+ *   Order of a sum: product.h, or cpu/int8.h or cpu/bfloat16.inc where the context asks for it and the weight takes
+ *   it; the bias is added last.
  *   Budget: |y - ref| <= (D/16 + 5) u sum_k |x w| + u |ref|, u = 2^-24. */
 #include "ops.h"
 
@@ -62,7 +62,7 @@ kl_status cpu_linear(kl_ctx *ctx, float *const *y, const float *x, const kl_weig
     enum { FEW_ROWS = 64, X_STEP = 12 }; /* of x: a smaller task reads its weights for too little */
     task a = { .ctx = ctx,
                .y = y,
-               .x = { x, D, { NULL, kl_int8_groups(D) } },
+               .x = { x, D, NULL, kl_narrow_bytes(ctx, D) },
                .w = w,
                .bias = bias,
                .n_weights = n_weights,
@@ -72,14 +72,14 @@ kl_status cpu_linear(kl_ctx *ctx, float *const *y, const float *x, const kl_weig
                .t_block = T,
                .t_blocks = 1 };
     int64_t rows = 0, row_blocks = 0;
-    bool takes_int8 = false;
+    bool narrow = false;
     for (int i = 0; i < n_weights; i++)
         rows += rows_of(&w[i]);
     for (int i = 0; i < n_weights; i++) {
         const size_t n_bytes = kl_operand_scratch(ctx, &w[i], T);
         a.scratch_bytes = n_bytes > a.scratch_bytes ? n_bytes : a.scratch_bytes;
         a.block = kl_max(a.block, kl_operand_block(ctx, &w[i], T, rows));
-        takes_int8 = takes_int8 || kl_product_takes_int8(ctx, &w[i]);
+        narrow = narrow || kl_product_is_narrow(ctx, &w[i]);
     }
     for (int i = 0; i < n_weights; i++)
         row_blocks += blocks_of(&a, i);
@@ -89,15 +89,15 @@ kl_status cpu_linear(kl_ctx *ctx, float *const *y, const float *x, const kl_weig
         a.t_block = kl_ceil_div(kl_ceil_div(T, parts), X_STEP) * X_STEP;
         a.t_blocks = kl_ceil_div(T, a.t_block);
     }
-    kl_int8_group *x8 = NULL;
+    char *narrow_x = NULL;
     KL_SCRATCH(a.scratch, ctx, (size_t)ctx->threads * a.scratch_bytes);
-    if (takes_int8)
-        KL_SCRATCH(x8, ctx, T * a.x.int8.groups);
+    if (narrow)
+        KL_SCRATCH(narrow_x, ctx, (size_t)T * a.x.narrow_bytes);
     if (ctx->arena.measuring || T == 0)
         return KL_OK;
-    a.x.int8.group = x8;
-    if (takes_int8)
-        KL_TRY(kl_int8_rows_make(ctx, x8, x, T, D));
+    a.x.narrow = narrow_x;
+    if (narrow)
+        KL_TRY(kl_narrow_make(ctx, narrow_x, x, T, D));
     return kl_product_for(ctx, row_blocks * a.t_blocks, 1, blocks, &a);
 }
 

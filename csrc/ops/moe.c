@@ -18,10 +18,10 @@
 
 enum {
     PASS = 1024,    /* tokens: h is 32 MiB for k = 8, F = 1024 */
-    MAX_BLOCK = 256 /* rows of a matrix in a task; a group of int8 activations is as wide */
+    MAX_BLOCK = 256 /* rows of a matrix in a task; a part of a narrow row is as wide */
 };
 
-_Static_assert((int)MAX_BLOCK == (int)KL_INT8_VALUES, "a block of h is quantised as a group");
+_Static_assert((int)MAX_BLOCK == (int)KL_NARROW_PART, "a block of h is made narrow in one");
 
 typedef struct pass {
     kl_ctx *ctx;
@@ -36,9 +36,9 @@ typedef struct pass {
     int64_t *begin; /* [E + 1] first pair of each expert */
     int32_t *used;  /* [n_used] experts that have pairs, ascending */
     int64_t n_used;
-    kl_operand h; /* [pairs, F], made in h_to and h8_to */
+    kl_operand h; /* [pairs, F], made in h_to and narrow_h */
     float *h_to;
-    kl_int8_group *h8_to; /* NULL where w_down takes float32 */
+    char *narrow_h; /* NULL where w_down takes float32 */
     int64_t f_block, d_block;
     float *rows;   /* [T, MAX_BLOCK] of each thread */
     char *scratch; /* of products, of each thread */
@@ -85,9 +85,9 @@ static void hidden(void *arg, int64_t begin, int64_t end, int thread)
         for (int64_t t = 0; t < T; t++) {
             float *h = gate + t * p->F;
             p->ctx->k->swiglu(h, h, up + t * n, n);
-            if (p->h8_to != NULL)
-                p->ctx->k->int8_quantize(
-                    p->h8_to + (first + t) * p->h.int8.groups + f / KL_INT8_VALUES, h, n);
+            if (p->narrow_h != NULL)
+                kl_narrow_part(p->ctx, p->narrow_h + (size_t)(first + t) * p->h.narrow_bytes, f, h,
+                               n);
         }
     }
 }
@@ -130,7 +130,7 @@ static kl_status run(pass *p, const int32_t *ids, const float *weights, int64_t 
     group(p, ids, weights, k);
     const int64_t T =
         kl_ceil_div(p->T * k, kl_max(1, p->n_used)); /* rows of an expert, on average */
-    p->f_block = p->h8_to != NULL ? MAX_BLOCK : block_of(p, p->w_gate, T, p->n_used * p->F);
+    p->f_block = p->narrow_h != NULL ? MAX_BLOCK : block_of(p, p->w_gate, T, p->n_used * p->F);
     /* a block of D goes through all experts, so blocks are kept small enough to balance */
     p->d_block = block_of(p, p->w_down, T, kl_max(1, p->D / 4));
     KL_TRY(kl_product_for(p->ctx, p->n_used * kl_ceil_div(p->F, p->f_block), 1, hidden, p));
@@ -175,23 +175,23 @@ kl_status cpu_moe(kl_ctx *ctx, float *y, const float *x, const int32_t *ids, con
     KL_SCRATCH(p.h_to, ctx, pairs * F);
     KL_SCRATCH(p.rows, ctx, ctx->threads * p.row_floats);
     KL_SCRATCH(p.scratch, ctx, (size_t)ctx->threads * p.scratch_bytes);
-    kl_int8_group *x8 = NULL;
-    const int64_t x_groups = kl_int8_groups(D), h_groups = kl_int8_groups(F);
-    if (kl_product_takes_int8(ctx, w_gate) || kl_product_takes_int8(ctx, w_up))
-        KL_SCRATCH(x8, ctx, most_T * x_groups);
-    if (kl_product_takes_int8(ctx, w_down))
-        KL_SCRATCH(p.h8_to, ctx, pairs * h_groups);
-    p.h = (kl_operand){ p.h_to, F, { p.h8_to, h_groups } };
+    char *narrow_x = NULL;
+    const size_t x_bytes = kl_narrow_bytes(ctx, D), h_bytes = kl_narrow_bytes(ctx, F);
+    if (kl_product_is_narrow(ctx, w_gate) || kl_product_is_narrow(ctx, w_up))
+        KL_SCRATCH(narrow_x, ctx, (size_t)most_T * x_bytes);
+    if (kl_product_is_narrow(ctx, w_down))
+        KL_SCRATCH(p.narrow_h, ctx, (size_t)pairs * h_bytes);
+    p.h = (kl_operand){ p.h_to, F, p.narrow_h, h_bytes };
     if (ctx->arena.measuring)
         return KL_OK;
     KL_TRY(check_ids(ctx, ids, T, k, E));
     for (int64_t t = 0; t < T; t += PASS) {
         p.y = y + t * D;
-        p.x = (kl_operand){ x + t * D, D, { x8, x_groups } };
+        p.x = (kl_operand){ x + t * D, D, narrow_x, x_bytes };
         p.shared = shared != NULL ? shared + t * D : NULL;
         p.T = kl_min(PASS, T - t);
-        if (x8 != NULL)
-            KL_TRY(kl_int8_rows_make(ctx, x8, p.x.x, p.T, D));
+        if (narrow_x != NULL)
+            KL_TRY(kl_narrow_make(ctx, narrow_x, p.x.x, p.T, D));
         KL_TRY(run(&p, ids + t * k, weights + t * k, k));
     }
     return KL_OK;

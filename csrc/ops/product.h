@@ -10,7 +10,6 @@
 #ifndef KL_PRODUCT_H
 #define KL_PRODUCT_H
 
-#include "../cpu/int8.h"
 #include "../internal.h"
 
 /* n stored values, whole blocks of them, widened exactly */
@@ -32,20 +31,23 @@ void kl_product(const kl_ctx *ctx, float *y, int64_t ldy, const float *x, int64_
  * memory once: a multiple of 4. T rows of x, of `rows` output rows in all. */
 int64_t kl_product_block(const kl_ctx *ctx, const kl_weight *w, int64_t T, int64_t rows);
 
-/* Rows of x for several products: as they are and, for the weights that kl_product_takes_int8 (the context asks
- * for it and the type is built for it), in int8 (cpu/int8.h). */
+/* Rows of x for several products: as they are and, for the weights that kl_product_is_narrow (they are of the kind
+ * that the context's activations are made for), in those: int8 (cpu/int8.h) or bfloat16 (cpu/bfloat16.inc). */
 typedef struct kl_operand {
     const float *x;
     int64_t ldx;
-    kl_int8_rows int8; /* group NULL where no weight takes it */
+    const char *narrow;  /* NULL where no weight takes it */
+    size_t narrow_bytes; /* of a row */
 } kl_operand;
 
-bool kl_product_takes_int8(const kl_ctx *ctx, const kl_weight *w);
+bool kl_product_is_narrow(const kl_ctx *ctx, const kl_weight *w);
 
-/* Groups of a row of x of width D; T rows of them made from float32 rows. */
-int64_t kl_int8_groups(int64_t D);
-kl_status kl_int8_rows_make(kl_ctx *ctx, kl_int8_group *to, const float *x, int64_t T,
-                            int64_t D) KL_CHECKED;
+/* Bytes of a narrow row of width D; T rows of them made from float32 rows; n values made from part of a row, which
+ * begin at a multiple of KL_NARROW_PART and go on to the next one or to the row's end. */
+enum { KL_NARROW_PART = 256 };
+size_t kl_narrow_bytes(const kl_ctx *ctx, int64_t D);
+kl_status kl_narrow_make(kl_ctx *ctx, char *to, const float *x, int64_t T, int64_t D) KL_CHECKED;
+void kl_narrow_part(const kl_ctx *ctx, char *row, int64_t at, const float *x, int64_t n);
 
 /* kl_product, its scratch and its block, in whichever form the weight takes. Rows of x begin at first, or are
  * those of index. */
@@ -55,7 +57,7 @@ void kl_operand_product(const kl_ctx *ctx, float *y, int64_t ldy, const kl_opera
                         int64_t first, const int32_t *index, int64_t T, const kl_weight *w,
                         int64_t which, int64_t row0, int64_t rows, void *scratch);
 
-/* The same for rows of x that one product uses: they are quantised in scratch. */
+/* The same for rows of x that one product uses: they are made narrow in scratch. */
 size_t kl_product_once_scratch(const kl_ctx *ctx, const kl_weight *w, int64_t T);
 void kl_product_once(const kl_ctx *ctx, float *y, int64_t ldy, const float *x, int64_t ldx,
                      int64_t T, const kl_weight *w, int64_t which, int64_t row0, int64_t rows,

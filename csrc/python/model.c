@@ -121,7 +121,7 @@ static bool parse_config(PyObject *dict, py_model *self)
     c->ffn.router = router ? KL_ROUTER_SOFTMAX : KL_ROUTER_SIGMOID;
     c->ffn.renormalise = renormalise != 0;
     c->tied = tied != 0;
-    c->activations = activations != 0 ? KL_ACTIVATIONS_INT8 : KL_ACTIVATIONS_FLOAT32;
+    c->activations = (kl_activations)activations;
     PyObject *layers = PyDict_GetItemString(dict, "layers");
     if (layers == NULL) {
         PyErr_SetString(PyExc_ValueError, "config: layers is missing");

@@ -58,6 +58,7 @@ static PyObject *py_sigmoid_gate(PyObject *module, PyObject *args)
     long long T, D, G;
     if (!PyArg_ParseTuple(args, "OOOOLLL:sigmoid_gate", &ctx, &oy, &ox, &ogate, &T, &D, &G))
         return NULL;
+    kl_py_on(&c, ctx);
     const int64_t n = kl_py_size(&c, "x", T, D, 1, 1), n_gate = kl_py_size(&c, "gate", T, G, 1, 1);
     float *y = kl_py_out(&c, oy, KL_PY_F32, n, "out");
     const float *x = kl_py_in(&c, ox, KL_PY_F32, n, "x"),

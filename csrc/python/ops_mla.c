@@ -129,6 +129,7 @@ static PyObject *py_rope(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "OOOOLLLLd:rope", &ctx, &oy, &ox, &opositions, &T, &H, &K, &rotary,
                           &base))
         return NULL;
+    kl_py_on(&c, ctx);
     const int64_t n = kl_py_size(&c, "x", T, H, K, 1);
     float *y = kl_py_out(&c, oy, KL_PY_F32, n, "out");
     const float *x = kl_py_in(&c, ox, KL_PY_F32, n, "x");
@@ -149,6 +150,7 @@ static PyObject *py_attention(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "OOOOiOiOO(LLLLLLL)d:attention", &ctx, &oo, &oq, &ok, &k_type, &ov,
                           &v_type, &ooffsets, &obegin, &N, &T, &S, &H, &Hkv, &K, &V, &scale))
         return NULL;
+    kl_py_on(&c, ctx);
     const int64_t n_o = kl_py_size(&c, "out", T, H, V, 1), n_q = kl_py_size(&c, "q", T, H, K, 1);
     const int64_t n_k = kl_py_size(&c, "k", S, Hkv, K, 1), n_v = kl_py_size(&c, "v", S, Hkv, V, 1);
     const int64_t k_row = kl_py_size(&c, "k", Hkv, K, 1, 1),

@@ -27,14 +27,15 @@ def add_model_argument(parser):
 def add_compute_arguments(parser, *, cache=None, activations=None, read_ahead=False):
     """``--threads``, ``--isa`` and, with a default each, ``--cache`` and ``--activations``; ``--no-read-ahead``."""
     parser.add_argument("--threads", type=positive, metavar="N", help="(default: one for each processor)")
-    parser.add_argument("--isa", choices=("scalar", "avx2", "avx512"), help="(default: the best here)")
+    parser.add_argument("--isa", choices=("scalar", "avx2", "avx512", "avx512bf16"), help="(default: the best here)")
     if cache is not None:
         parser.add_argument("--cache", choices=CACHES, default=cache,
                             help="type of the latent cache (default: %(default)s)")
     if activations is not None:
-        words = "int8 where weights are in blocks" if activations == "auto" else "%(default)s"
-        parser.add_argument("--activations", choices=("float32", "int8"), default=activations,
-                            help=f"what products with weights in blocks compute with (default: {words})")
+        fast = "int8 where weights are in blocks, bfloat16 where they are in that"
+        words = fast if activations == "auto" else "%(default)s"
+        parser.add_argument("--activations", choices=("float32", "int8", "bfloat16"), default=activations,
+                            help=f"what products compute with (default: {words})")
     if read_ahead:
         parser.add_argument("--no-read-ahead", dest="read_ahead", action="store_false",
                             help="do not read a cold file whole before the first token")

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..config import Config
 from ..errors import FormatError
 from .mapped import MappedFile
-from .names import canonical_name, canonical_shape, is_inert
+from .names import canonical_name, canonical_shape, fused_name, fused_parts, is_inert
 from .safetensors import SafetensorsFile, TensorView
 from .strict_json import load_object, show
 
@@ -38,7 +38,8 @@ class Checkpoint:
     generation_config : dict
         generation_config.json as it stands; empty if the folder has none.
     skipped : tuple of str
-        Tensors of the files that the model does not read: rotary buffers, the head of a tied model.
+        Tensors of the files that the model does not read: rotary buffers, the head of a tied model, a vision tower,
+        layers that predict a second token.
     tokenizer : callable or None
         Makes the Tokenizer of a GGUF; None for a folder, whose files say it (`Tokenizer.from_folder`).
     content : dict
@@ -61,6 +62,14 @@ class Checkpoint:
     def in_blocks(self) -> bool:
         """Whether a weight is of a block type."""
         return any(dtype not in WEIGHT_DTYPES for t in self.tensors.values() for dtype in t.dtype.split("/"))
+
+    @property
+    def fast_activations(self) -> str:
+        """What "auto" is: "int8" where weights are in blocks, "bfloat16" where matrices are in that, else "float32"."""
+        if self.in_blocks:
+            return "int8"
+        matrices = [t for t in self.tensors.values() if len(t.shape) > 1]
+        return "bfloat16" if any("BF16" in t.dtype.split("/") for t in matrices) else "float32"
 
     def check_unchanged(self) -> None:
         """Raise FormatError if a weight file has another size, time of change or inode than when opened."""
@@ -227,27 +236,61 @@ def _match(
     """Tensors by canonical name in the config's order, and the names of those that are not read."""
     expected = config.weight_shapes()
     found: dict[str, TensorView] = {}
+    fused: dict[str, TensorView] = {}
     skipped = []
     for file in files:
         for name, view in file.items():
             canonical = canonical_name(name)
+            is_fused = _holds_experts(canonical, expected)
+            held = fused if is_fused else found
             if is_inert(name) or (canonical == "lm_head.weight" and config.tie_embeddings):
                 skipped.append(name)
-            elif canonical not in expected:
+            elif not is_fused and canonical not in expected:
                 problems.append(f"{name} is in {file.path.name}, but by config.json there is no such tensor")
-            elif canonical in found:
-                problems.append(_twice(canonical, found[canonical], view))
+            elif canonical in held:
+                problems.append(_twice(canonical, held[canonical], view))
             else:
-                found[canonical] = view
+                held[canonical] = view
+    refused = {name for whole, view in fused.items() for name in _split(config, whole, view, expected, found, problems)}
 
     tensors = {}
     for name, shape in expected.items():
         if name in found:
             problems += _tensor_problems(name, found[name], canonical_shape(name, shape))
             tensors[name] = replace(found[name], name=name, shape=canonical_shape(name, shape))
-        elif excused is not None and name not in excused:
+        elif name not in refused and excused is not None and not {name, fused_name(name)} & excused:
             problems.append(f"{name} {list(shape)} is missing")
     return tensors, tuple(skipped)
+
+
+def _holds_experts(canonical: str, expected: Mapping) -> bool:
+    """Whether a tensor holds all experts of a layer, of which the config has some."""
+    fused = fused_parts(canonical)
+    return fused is not None and f"{fused[0]}.0.{fused[1][0]}.weight" in expected
+
+
+def _split(config: Config, whole: str, view: TensorView, expected: Mapping, found: dict[str, TensorView],
+           problems: list[str]) -> set[str]:
+    """Put the experts of a fused tensor into `found`, as views of its bytes; names that are not, after a problem."""
+    prefix, parts = fused_parts(whole)
+    E = config.n_experts
+    names = [f"{prefix}.{e}.{part}.weight" for e in range(E) for part in parts]
+    rows, cols = expected[names[0]]
+    wanted = (E, len(parts) * rows, cols)
+    both = [name for name in names if name in found]
+    if both:
+        problems.append(f"{whole} is there twice: {view.name} in {view.file.path.name} holds the experts together, and "
+                        f"{both[0]} in {found[both[0]].file.path.name} holds one of {len(both)} by themselves")
+    elif view.shape != wanted:
+        problems.append(f"{view.name} has shape {list(view.shape)}; by config.json it must be {list(wanted)}")
+    elif view.dtype not in WEIGHT_DTYPES:
+        problems += _tensor_problems(whole, view, wanted)
+    else:
+        size = view.nbytes // len(names)
+        for i, name in enumerate(names):
+            found[name] = replace(view, name=name, shape=(rows, cols), offset=view.offset + i * size, nbytes=size)
+        return set()
+    return set(names)
 
 
 def _twice(canonical: str, first: TensorView, second: TensorView) -> str:

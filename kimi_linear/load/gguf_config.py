@@ -1,4 +1,4 @@
-"""The metadata of a GGUF of architecture ``kimi-linear``, as the content of a config.json.
+"""The metadata of a GGUF as the content of a config.json: any architecture's, and here those of ``kimi-linear``.
 
 Where the metadata and the tensors both tell a size they must agree; where a key is absent the tensors are asked.
 Keys, and which of them not to rely on: docs/gguf.md.
@@ -6,19 +6,16 @@ Keys, and which of them not to rely on: docs/gguf.md.
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
-import numpy as np
-
-from ..config import MOST_LAYERS, Config, ConfigError
+from ..config import Config, ConfigError
 from ..errors import FormatError
+from . import gguf_config_qwen as qwen
 from . import gguf_kept
-from .gguf import MetaArray, place
+from .gguf_keys import Keys
 from .safetensors import TensorView
 from .strict_json import show
-
-ARCHITECTURE = "kimi-linear"
-_PREFIX = ARCHITECTURE + "."
 
 #: config.json's keys and the GGUF's, for messages.
 NAMES = {
@@ -46,11 +43,50 @@ _USED = {*NAMES.values(), "attention.head_count_kv", "attention.key_length", "ex
 _ROUTERS = {1: "softmax", 2: "sigmoid"}
 
 
+@dataclass(frozen=True)
+class Architecture:
+    """How a kind of GGUF says what config.json says.
+
+    Attributes
+    ----------
+    name : str
+        Its general.architecture.
+    read : callable
+        From `Keys` to the content of a config.json.
+    names : dict of str to str
+        config.json's keys and the GGUF's, for messages.
+    known : set of str
+        Keys below the name that are read, or change nothing.
+    form : dict
+        Fields of the Config by which the file's tensors are others than the folder's.
+    described : callable
+        What `Config.to_dict` lacks of config.json and the file says: (Keys, content) to content.
+    """
+
+    name: str
+    read: Callable
+    names: Mapping[str, str]
+    known: frozenset
+    form: Mapping = field(default_factory=dict)
+    described: Callable = lambda keys, content: content
+
+
+def architecture_of(config: Config) -> Architecture:
+    """The architecture that a model is written as."""
+    return ARCHITECTURES[_OF_MODEL_TYPE[config.model_type]]
+
+
+def stored_form(config: Config) -> Config:
+    """A config of a folder as that of its GGUF."""
+    return replace(config, **architecture_of(config).form)
+
+
 def check_architecture(metadata: Mapping, where: str) -> None:
-    """Raise FormatError unless the file is a Kimi-Linear model."""
+    """Raise FormatError unless the file's architecture is one of `ARCHITECTURES`."""
     found = metadata.get("general.architecture")
-    if found != ARCHITECTURE:
-        raise FormatError(f"its general.architecture is {show(found)}; {ARCHITECTURE!r} is supported", where)
+    if not isinstance(found, str) or found not in ARCHITECTURES:
+        names = ", ".join(map(repr, ARCHITECTURES))
+        raise FormatError(f"its general.architecture is {show(found)}; supported are {names}", where)
 
 
 def read_config(metadata: Mapping, tensors: Mapping[str, TensorView], where: str) -> tuple[Config, dict]:
@@ -68,6 +104,7 @@ def read_config(metadata: Mapping, tensors: Mapping[str, TensorView], where: str
     Returns
     -------
     config : Config
+        Of the tensors as they lie (`Architecture.form`).
     content : dict
         As the folder had it that our converter read (gguf_kept.py); else the published form.
 
@@ -76,117 +113,41 @@ def read_config(metadata: Mapping, tensors: Mapping[str, TensorView], where: str
     FormatError
         With every key that is missing, of the wrong type or value, or says other than the tensors do.
     """
-    r = _Reader(metadata, tensors)
-    d = _read(r)
+    kind = ARCHITECTURES[metadata["general.architecture"]]
+    r = Keys(kind.name, metadata, tensors)
+    d = kind.read(r)
     if r.problems:
         raise FormatError(r.problems, where)
-    unknown = sorted(key for key in metadata if key.startswith(_PREFIX)
-                     and key.removeprefix(_PREFIX) not in _USED | INERT)
+    unknown = sorted(key for key in metadata if key.startswith(r.prefix)
+                     and key.removeprefix(r.prefix) not in kind.known)
     if unknown:
         warnings.warn(f"{where}: unknown keys, ignored: " + ", ".join(unknown), stacklevel=3)
     try:
         config = Config.from_dict(d)
-        given = config.to_dict()
+        given = kind.described(r, config.to_dict())
         content = gguf_kept.restored(given, metadata, r.problems)
         if r.problems:
             raise FormatError(r.problems, where)
-        return (config if gguf_kept.same(content, given) else Config.from_dict(content)), content
+        if not gguf_kept.same(content, given):
+            config = Config.from_dict(content)
+        return replace(config, **kind.form), content
     except ConfigError as error:
-        raise FormatError([_renamed(problem) for problem in error.problems], where) from None
+        raise FormatError([_renamed(problem, kind) for problem in error.problems], where) from None
 
 
-def _renamed(problem: str) -> str:
+def _renamed(problem: str, kind: Architecture) -> str:
     """A sentence about config.json's keys, about the GGUF's."""
-    keys = "|".join(map(re.escape, sorted(NAMES, key=len, reverse=True)))
+    keys = "|".join(map(re.escape, sorted(kind.names, key=len, reverse=True)))
     problem = re.sub(r"\b(bos|eos|pad)_token_id\b", r"tokenizer.ggml.\1_token_id", problem)
-    return re.sub(rf"\b({keys})\b", lambda m: _PREFIX + NAMES[m[1]], problem)
+    return re.sub(rf"\b({keys})\b", lambda m: f"{kind.name}.{kind.names[m[1]]}", problem)
 
 
-class _Reader:
-    """Typed access to keys and to tensors' sizes; problems are collected."""
-
-    def __init__(self, metadata: Mapping, tensors: Mapping[str, TensorView]):
-        self.metadata, self.tensors = metadata, tensors
-        self.problems: list[str] = []
-
-    def wrong(self, key: str, value: object, rule: str) -> None:
-        shown = f"an array of {value.kind}" if isinstance(value, MetaArray) else show(value)
-        self.problems.append(f"{key} is {shown}; it must be {rule}")
-
-    def integer(self, key: str, default: int | None = None) -> int | None:
-        value = self.metadata.get(_PREFIX + key)
-        if value is None:
-            return default
-        if type(value) is int and 0 <= value < 2**63:
-            return value
-        self.wrong(_PREFIX + key, value, "an integer >= 0")
-        return default
-
-    def needed(self, key: str) -> int:
-        value = self.integer(key)
-        if value is None and self.metadata.get(_PREFIX + key) is None:
-            self.problems.append(f"{_PREFIX}{key} is missing; it must be an integer >= 0")
-        return value or 0
-
-    def typed(self, key: str, kind: type, default=None):
-        """A float (or bool) of that key; an integer will do for a float.
-
-        A float32 becomes the shortest decimal that it is the rounding of: 1e-05, as config.json has it.
-        """
-        value = self.metadata.get(_PREFIX + key)
-        if value is None:
-            return default
-        if kind is float and type(value) in (int, float):
-            narrow = np.float32(value)
-            return float(str(narrow)) if narrow == value else value
-        if type(value) is kind:
-            return value
-        self.wrong(_PREFIX + key, value, "a number" if kind is float else "a bool")
-        return default
-
-    def per_layer(self, key: str, n: int) -> list[int]:
-        """An integer for each of n layers: an array of so many, or one that holds for all."""
-        value = self.metadata.get(_PREFIX + key)
-        if isinstance(value, MetaArray) and value.count == n and value.kind.startswith(("int", "uint")):
-            return [int(x) for x in value.values()]
-        if type(value) is int:
-            return [value] * n
-        if value is None:
-            self.problems.append(f"{_PREFIX}{key} is missing; it must have an integer for each of {n} layers")
-        elif isinstance(value, MetaArray):
-            self.problems.append(f"{_PREFIX}{key} is an array of {value.count} {value.kind}; it must have an integer "
-                                 f"for each of {n} layers")
-        else:
-            self.wrong(_PREFIX + key, value, f"an integer for each of {n} layers")
-        return []
-
-    def ne(self, tensor: str, axis: int, short: int = 1) -> int | None:
-        """A size of a tensor, the fastest axis 0; None where there is no such tensor or axis."""
-        view = self.tensors.get(tensor)
-        if view is None:
-            return None
-        sizes = view.shape[::-1]
-        return sizes[axis] if axis < len(sizes) else short
-
-    def size(self, key: str, tensor: str, axis: int, value: int | None = None) -> int | None:
-        """A size that a key (or `value`, which was read from it) and a tensor tell: they must agree."""
-        told = self.integer(key) if value is None else value
-        found = self.ne(tensor, axis)
-        if told is not None and found is not None and told != found:
-            self.contradiction(key, told, tensor, f"is {found} along axis {axis}")
-        return told if told is not None else found
-
-    def contradiction(self, key: str, told: object, tensor: str, found: str) -> None:
-        view = self.tensors[tensor]
-        self.problems.append(f"{_PREFIX}{key} is {told}, but {tensor} {place(view)} {found} "
-                             f"(its sizes are {list(view.shape[::-1])})")
+# ---- kimi-linear -----------------------------------------------------------------------------------
 
 
-def _read(r: _Reader) -> dict:
-    n = r.needed("block_count")
-    if not 1 <= n <= MOST_LAYERS:
-        if not r.problems:
-            r.wrong(_PREFIX + "block_count", n, f"an integer from 1 to {MOST_LAYERS}")
+def _read(r: Keys) -> dict:
+    n = r.layers()
+    if not n:
         return {}
     mla_layers = _mla_layers(r, n)
     if mla_layers is None:
@@ -196,7 +157,7 @@ def _read(r: _Reader) -> dict:
     d = {
         "model_type": "kimi_linear", "num_hidden_layers": n, "rms_norm_eps": eps,
         "hidden_size": r.size("embedding_length", "token_embd.weight", 0),
-        "vocab_size": _vocabulary(r),
+        "vocab_size": r.vocabulary(),
         "model_max_length": r.integer("context_length"),
         "tie_word_embeddings": "output.weight" not in r.tensors,
         "mla_use_nope": True,
@@ -204,10 +165,10 @@ def _read(r: _Reader) -> dict:
     heads = r.per_layer("attention.head_count", n)
     d["linear_attn_config"] = _kda(r, kda, heads) | {
         "kda_layers": [i + 1 for i in kda], "full_attn_layers": [i + 1 for i in mla]}
-    return d | _mla(r, mla, heads) | _ffn(r, n) | _specials(r)
+    return d | _mla(r, mla, heads) | _ffn(r, n) | r.specials()
 
 
-def _mla_layers(r: _Reader, n: int) -> list[bool] | None:
+def _mla_layers(r: Keys, n: int) -> list[bool] | None:
     """Whether each layer is MLA, by head_count_kv, in which 0 marks KDA; the tensors must agree."""
     marks = r.per_layer("attention.head_count_kv", n)
     for i, mark in enumerate(marks):
@@ -219,41 +180,24 @@ def _mla_layers(r: _Reader, n: int) -> list[bool] | None:
     return [mark != 0 for mark in marks] or None
 
 
-def _vocabulary(r: _Reader) -> int | None:
-    """From its key, the embedding and the list of tokens, as far as they are there."""
-    size = r.size("vocab_size", "token_embd.weight", 1)
-    tokens = r.metadata.get("tokenizer.ggml.tokens")
-    if isinstance(tokens, MetaArray) and size is not None and tokens.count != size:
-        r.problems.append(f"tokenizer.ggml.tokens has {tokens.count} tokens, but the model's vocabulary has {size}")
-    return size
-
-
-def _of_kind(r: _Reader, heads: list[int], layers: list[int]) -> int | None:
-    """The head count of these layers, which must be the same."""
-    found = {heads[i] for i in layers} if heads else set()
-    if len(found) > 1:
-        r.problems.append(f"{_PREFIX}attention.head_count differs among layers of one kind: {sorted(found)}")
-    return found.pop() if found else None
-
-
-def _kda(r: _Reader, layers: list[int], heads: list[int]) -> dict:
+def _kda(r: Keys, layers: list[int], heads: list[int]) -> dict:
     if not layers:
         return {}
     at = f"blk.{layers[0]}."
     width = r.size("kda.head_dim", at + "ssm_f_a.weight", 1)
     return {
-        "num_heads": r.size("attention.head_count", at + "ssm_beta.weight", 1, _of_kind(r, heads, layers)),
+        "num_heads": r.size("attention.head_count", at + "ssm_beta.weight", 1, r.of_kind(heads, layers)),
         "head_dim": r.size("kda.head_dim", at + "ssm_norm.weight", 0, width),
         "short_conv_kernel_size": r.size("ssm.conv_kernel", at + "ssm_conv1d_q.weight", 0),
         "gate_lower_bound": r.typed("kda.gate_lower_bound", float),
     }
 
 
-def _mla(r: _Reader, layers: list[int], heads: list[int]) -> dict:
+def _mla(r: Keys, layers: list[int], heads: list[int]) -> dict:
     if not layers:
         return {}
     at = f"blk.{layers[0]}."
-    H = _of_kind(r, heads, layers)
+    H = r.of_kind(heads, layers)
     rank = r.size("attention.kv_lora_rank", at + "attn_kv_a_norm.weight", 0)
     q_rank = r.size("attention.q_lora_rank", at + "attn_q_a.weight", 1)
     q = at + ("attn_q_b.weight" if q_rank else "attn_q.weight")
@@ -273,7 +217,7 @@ def _mla(r: _Reader, layers: list[int], heads: list[int]) -> dict:
         elif value is None and width % H == 0:
             value = width // H
     if key is not None and rope is not None and key <= rope:
-        r.problems.append(f"{_PREFIX}attention.key_length_mla is {key}; it must be above the {rope} of "
+        r.problems.append(f"{r.prefix}attention.key_length_mla is {key}; it must be above the {rope} of "
                           f"rope.dimension_count, which it includes")
     return {
         "num_attention_heads": H, "kv_lora_rank": rank, "q_lora_rank": q_rank or None, "v_head_dim": value,
@@ -281,7 +225,7 @@ def _mla(r: _Reader, layers: list[int], heads: list[int]) -> dict:
     }
 
 
-def _rope_width(r: _Reader, kv_a: str, rank: int | None) -> int | None:
+def _rope_width(r: Keys, kv_a: str, rank: int | None) -> int | None:
     """Width of the shared part of a key: rows of kv_a behind the latent's.
 
     The key rope.dimension_count says the same, but in files whose converter wrote the config's head_dim (a model
@@ -291,7 +235,7 @@ def _rope_width(r: _Reader, kv_a: str, rank: int | None) -> int | None:
     if rows is None or rank is None:
         return told
     found = rows - rank
-    heads, D = r.metadata.get(_PREFIX + "attention.head_count"), r.integer("embedding_length")
+    heads, D = r.metadata.get(r.prefix + "attention.head_count"), r.integer("embedding_length")
     head_dim = D // heads if type(heads) is int and heads > 0 and D else None
     if told is not None and told not in (found, head_dim):
         r.contradiction("rope.dimension_count", told, kv_a, f"has {rows} rows, {found} behind the latent's {rank}")
@@ -301,7 +245,7 @@ def _rope_width(r: _Reader, kv_a: str, rank: int | None) -> int | None:
     return found
 
 
-def _ffn(r: _Reader, n: int) -> dict:
+def _ffn(r: Keys, n: int) -> dict:
     sparse = [i for i in range(n) if f"blk.{i}.ffn_gate_inp.weight" in r.tensors]
     dense = [i for i in range(n) if f"blk.{i}.ffn_gate.weight" in r.tensors]
     d: dict = {"num_experts": 0}
@@ -319,7 +263,7 @@ def _ffn(r: _Reader, n: int) -> dict:
             break
     if not sparse:
         if n_experts := r.integer("expert_count"):
-            r.problems.append(f"{_PREFIX}expert_count is {n_experts}, but no layer has a router, ffn_gate_inp.weight")
+            r.problems.append(f"{r.prefix}expert_count is {n_experts}, but no layer has a router, ffn_gate_inp.weight")
         return d
     at = f"blk.{sparse[0]}."
     width = r.size("expert_feed_forward_length", at + "ffn_gate_exps.weight", 1)
@@ -330,7 +274,7 @@ def _ffn(r: _Reader, n: int) -> dict:
                         f"has {shared} rows")
     function = r.integer("expert_gating_func", 2)
     if function not in _ROUTERS:
-        r.wrong(_PREFIX + "expert_gating_func", function, "1 (softmax) or 2 (sigmoid)")
+        r.wrong(r.prefix + "expert_gating_func", function, "1 (softmax) or 2 (sigmoid)")
     return d | {
         "first_k_dense_replace": leading,
         "num_experts": r.size("expert_count", at + "ffn_gate_inp.weight", 1),
@@ -343,14 +287,13 @@ def _ffn(r: _Reader, n: int) -> dict:
     }
 
 
-def _specials(r: _Reader) -> dict:
-    """Ids of special tokens; a generation may end with eos and with eot."""
-    found = {}
-    for name in ("bos", "eos", "eot", "padding"):
-        value = r.metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if value is not None and type(value) is not int:
-            r.wrong(f"tokenizer.ggml.{name}_token_id", value, "an integer")
-        elif value is not None:
-            found[name] = value
-    eos = list(dict.fromkeys(found[name] for name in ("eos", "eot") if name in found))
-    return {"bos_token_id": found.get("bos"), "eos_token_id": eos, "pad_token_id": found.get("padding")}
+_QWEN = dict(names=qwen.NAMES, known=qwen.KNOWN)
+_FOLDED = {"norm_plus_one": False}  # 1 + w is what the norms of a file hold
+ARCHITECTURES = {kind.name: kind for kind in (
+    Architecture("kimi-linear", _read, NAMES, frozenset(_USED | INERT)),
+    Architecture("qwen3next", qwen.read_next, **_QWEN, form=_FOLDED),
+    Architecture("qwen35", qwen.read_dense, **_QWEN, form=_FOLDED | {"gdn_tiled": True}, described=qwen.described),
+    Architecture("qwen35moe", qwen.read_moe, **_QWEN, form=_FOLDED | {"gdn_tiled": True}, described=qwen.described),
+)}
+_OF_MODEL_TYPE = {"kimi_linear": "kimi-linear", "qwen3_next": "qwen3next", "qwen3_5_text": "qwen35",
+                  "qwen3_5_moe_text": "qwen35moe"}

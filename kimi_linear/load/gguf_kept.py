@@ -5,7 +5,7 @@
 ``kimi_linear.config.absent``             keys that they give and config.json lacks
 ``kimi_linear.generation_config``         JSON: generation_config.json
 ``kimi_linear.dtypes``                    JSON: storage types of the folder's tensors, by name, ``*`` for a number
-``kimi_linear.A_log``                     A_log of all KDA layers, where the logarithm of the rates is not it
+``kimi_linear.A_log``                     A_log of all linear layers, where the logarithm of the rates is not it
 ========================================  ============================================================================
 
 A key of the GGUF that was changed later is obeyed: only what differs from what the keys gave is kept.
@@ -134,11 +134,12 @@ def needs_keeping(a_log: np.ndarray) -> bool:
 def read_a_logs(metadata: Mapping, config: Config, problems: list[str]) -> dict[int, np.ndarray]:
     """Layer -> A_log [H] float32, of a file that keeps it."""
     value = metadata.get(RATES)
-    layers = [i for i, spec in enumerate(config.layers) if spec.mixer == "kda"]
+    heads = {"kda": config.kda_heads, "gdn": config.gdn_v_heads}
+    layers = [i for i, spec in enumerate(config.layers) if spec.mixer in heads]
     if value is None or not layers:
         return {}
-    n = len(layers) * config.kda_heads
+    n = sum(heads[config.layers[i].mixer] for i in layers)
     if not isinstance(value, MetaArray) or value.kind != "float32" or value.count != n:
-        problems.append(f"{RATES} is {_shown(value)}; it must be an array of {n} float32, one a head of a KDA layer")
+        problems.append(f"{RATES} is {_shown(value)}; it must be an array of {n} float32, one a head of a linear layer")
         return {}
     return dict(zip(layers, np.split(value.values().astype(DTYPES["F32"]), len(layers)), strict=True))

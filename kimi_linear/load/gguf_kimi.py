@@ -1,4 +1,4 @@
-"""A GGUF of architecture ``kimi-linear`` as a Checkpoint: config, mapped and checked weights, tokenizer."""
+"""A GGUF of a known architecture as a Checkpoint: config, mapped and checked weights, tokenizer."""
 
 import functools
 import os
@@ -36,7 +36,8 @@ def open_gguf(path: str | os.PathLike) -> Checkpoint:
     a_logs = gguf_kept.read_a_logs(metadata, config, problems)
     generation = gguf_kept.json_object(metadata, gguf_kept.GENERATION, problems)
     dtypes = gguf_kept.read_dtypes(metadata, problems)
-    tensors, skipped = match(config, stored, problems, a_logs)
+    blocks = metadata[f"{metadata['general.architecture']}.block_count"]
+    tensors, skipped = match(config, stored, problems, a_logs, blocks)
     if problems:
         raise FormatError(problems, str(path))
     tokenizer = None

@@ -1,7 +1,7 @@
-"""A config and a tokenizer as the metadata of a ``kimi-linear`` GGUF, as llama.cpp's converter writes them.
+"""A config and a tokenizer as the metadata of a GGUF, as llama.cpp's converter writes them.
 
-The inverse of gguf_config.py and gguf_tokenizer.py, which say what each key is; what has no key is kept by
-gguf_kept.py. Nothing is lost: what was written is read back before the file is made.
+The inverse of gguf_config.py, gguf_config_qwen.py and gguf_tokenizer.py, which say what each key is; what has no key is
+kept by gguf_kept.py. Nothing is lost: what was written is read back before the file is made.
 """
 
 import json
@@ -12,9 +12,13 @@ import numpy as np
 
 from ..config import Config
 from ..tokenizer import Tokenizer
+from ..tokenizer_json import JsonTokenizer
+from . import gguf_heads as order
 from . import gguf_kept as kept
-from .gguf_config import ARCHITECTURE, read_config
-from .gguf_tokenizer import _CONTROL, _NORMAL, _SHOWN_CONTROLS, _UNUSED, _USER, LETTERS, read_tokenizer
+from . import gguf_tokenizer_json as by_merges
+from .byte_alphabet import spelled
+from .gguf_config import architecture_of, read_config, stored_form
+from .gguf_tokenizer import _CONTROL, _NORMAL, _SHOWN_CONTROLS, _UNUSED, _USER, read_tokenizer
 from .gguf_write import Values
 
 QUANTIZATION_VERSION = 2  # of ggml's block layouts
@@ -44,17 +48,20 @@ def metadata_of(checkpoint, tokenizer: Tokenizer | None, stored: Mapping, name: 
     ValueError
         If a key of config.json, or a part of the tokenizer, would be lost; if dense layers are no prefix.
     """
-    metadata = {"general.architecture": ARCHITECTURE, "general.type": "model", "general.name": name,
+    architecture = architecture_of(checkpoint.config).name
+    metadata = {"general.architecture": architecture, "general.type": "model", "general.name": name,
                 "general.quantization_version": QUANTIZATION_VERSION}
-    metadata |= {f"{ARCHITECTURE}.{key}": _single(value) for key, value in config_keys(checkpoint.config).items()}
+    content = text_content(checkpoint)
+    keys = config_keys(checkpoint.config) if architecture == "kimi-linear" else qwen_keys(checkpoint.config, content)
+    metadata |= {f"{architecture}.{key}": _single(value) for key, value in keys.items()}
     metadata |= _no_vocabulary(checkpoint.config) if tokenizer is None else vocabulary_keys(
         tokenizer, checkpoint.config.vocab_size)
     where = f"the GGUF of {checkpoint.path}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of keys that are not known: the folder's reader has warned
         metadata = _arrays(metadata)
-        metadata |= _arrays(_kept(checkpoint, read_config(metadata, stored, where)[1]))
-        _check_config(checkpoint, *read_config(metadata, stored, where))
+        metadata |= _arrays(_kept(checkpoint, content, read_config(metadata, stored, where)[1]))
+        _check_config(checkpoint, content, *read_config(metadata, stored, where))
     if tokenizer is not None:
         _check_tokenizer(tokenizer, metadata)
     return metadata
@@ -73,7 +80,7 @@ def _single(value):
 
 
 def config_keys(c: Config) -> dict:
-    """Key below ``kimi-linear.`` -> value; an array is (kind, items).
+    """Of Kimi-Linear: key below ``kimi-linear.`` -> value; an array is (kind, items).
 
     Raises
     ------
@@ -123,25 +130,85 @@ def _moe_keys(c: Config) -> dict:
     return keys | ({"expert_group_count": c.n_groups} if c.n_groups > 1 else {})
 
 
-def _kept(checkpoint, given: Mapping) -> dict:
-    """Keys of our own (gguf_kept.py); `given` is what the others say of config.json."""
-    found = kept.differences(given, checkpoint.content)
+def text_content(checkpoint) -> Mapping:
+    """config.json; of a model that sees, what it would be for its text model alone, which is all that is converted."""
+    inside = "text_config" in checkpoint.content
+    return checkpoint.config.published().to_dict() if inside else checkpoint.content
+
+
+def qwen_keys(c: Config, content: Mapping) -> dict:
+    """Of the Qwen kinds: key below the architecture's name -> value; an array is (kind, items).
+
+    Raises
+    ------
+    ValueError
+        If dense layers are among sparse ones: the format has no key for it.
+    """
+    kinds = {layer.ffn for layer in c.layers}
+    if len(kinds) > 1 or (c.model_type == "qwen3_next" and kinds == {"dense"}):
+        i = [layer.ffn for layer in c.layers].index("dense")
+        raise ValueError(f"config.json's pattern of dense and sparse layers cannot be kept: layer {i} is dense, and a "
+                         f"GGUF of architecture {architecture_of(c).name} has experts in every layer or in none")
+    keys: dict = {
+        "block_count": c.n_layers, "context_length": c.max_length, "embedding_length": c.hidden_size,
+        "vocab_size": c.vocab_size, "attention.head_count": c.attn_heads, "attention.head_count_kv": c.attn_kv_heads,
+        "attention.key_length": c.attn_head_dim, "attention.value_length": c.attn_head_dim,
+        "attention.layer_norm_rms_epsilon": c.rms_norm_eps, "rope.freq_base": c.rope_base,
+        "rope.dimension_count": c.rotary_dim, "ssm.conv_kernel": c.conv_width, "ssm.state_size": c.gdn_k_dim,
+        "ssm.group_count": c.gdn_k_heads, "ssm.time_step_rank": c.gdn_v_heads,
+        "ssm.inner_size": c.gdn_v_heads * c.gdn_v_dim,
+    }
+    keys |= {"feed_forward_length": c.ffn_size} if c.ffn_size else {}
+    keys |= _layer_kinds([layer.mixer == "gdn" for layer in c.layers])
+    if c.model_type != "qwen3_next":
+        keys["rope.dimension_sections"] = ("int32", _sections(content, c.rotary_dim // 2))
+    if "moe" in kinds:
+        keys |= {"expert_count": c.n_experts, "expert_used_count": c.experts_per_token,
+                 "expert_feed_forward_length": c.moe_size, "expert_shared_feed_forward_length": c.shared_size}
+        keys |= {} if c.renormalise else {"expert_weights_norm": False}
+    return keys
+
+
+def _layer_kinds(linear: list[bool]) -> dict:
+    """The interval of full attention, or which layers are linear where there is no such interval."""
+    every = linear.index(False) + 1 if False in linear else len(linear) + 1
+    if linear == [(i + 1) % every != 0 for i in range(len(linear))]:
+        return {"full_attention_interval": every}
+    return {"attention.recurrent_layers": ("bool", linear)}
+
+
+def _sections(content: Mapping, n: int) -> list[int]:
+    """How the n pairs of the rotary embedding are shared by time, height and width, and a fourth of none.
+
+    Text does not need them; llama.cpp does, and that they are no more than a head is wide. By default as even as can
+    be: 11, 11 and 10 of the 32 of published models.
+    """
+    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    found = rope.get("mrope_section") if isinstance(rope, Mapping) else None
+    return [*(found or ((n + 2) // 3, (n + 1) // 3, n // 3)), 0, 0, 0, 0][:4]
+
+
+def _kept(checkpoint, content: Mapping, given: Mapping) -> dict:
+    """Keys of our own (gguf_kept.py); `given` is what the others say of config.json's content."""
+    found = kept.differences(given, content)
     if checkpoint.generation_config:
         found[kept.GENERATION] = json.dumps(checkpoint.generation_config, ensure_ascii=False)
     found[kept.TYPES] = kept.dtypes_of(checkpoint.tensors)
     a_logs = [t.array() for name, t in checkpoint.tensors.items() if name.endswith(".A_log")]
     if any(map(kept.needs_keeping, a_logs)):
+        if stored_form(checkpoint.config).gdn_tiled:
+            a_logs = [a_log[order.tiled(checkpoint.config)] for a_log in a_logs]
         found[kept.RATES] = ("float32", np.concatenate(a_logs).astype(np.float32))
     return found
 
 
-def _check_config(checkpoint, config: Config, content: Mapping) -> None:
+def _check_config(checkpoint, wanted: Mapping, config: Config, content: Mapping) -> None:
     """Refuse a key that reading gives back as another: config and content are what it gives."""
-    wanted = checkpoint.content
     lost = [key for key in {**wanted, **content} if key not in content or key not in wanted
             or not kept.same(wanted[key], content[key])]
     if not lost:
-        lost = [key for key, value in vars(checkpoint.config).items() if value != getattr(config, key)]
+        own = stored_form(checkpoint.config)
+        lost = [key for key, value in vars(own).items() if value != getattr(config, key)]
     if lost:
         raise ValueError(f"config.json of {checkpoint.path}: a GGUF cannot keep {', '.join(lost)}")
 
@@ -161,8 +228,10 @@ def vocabulary_keys(tokenizer: Tokenizer, n: int) -> dict:
     Raises
     ------
     ValueError
-        If the tokenizer has more tokens than the model.
+        If the tokenizer has more tokens than the model, or what no key says.
     """
+    if isinstance(tokenizer, JsonTokenizer):
+        return by_merges.keys_of(tokenizer, n)
     if tokenizer.vocab_size > n:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, and config.json a vocabulary of {n}; the "
                          f"tokens must fit it")
@@ -189,11 +258,6 @@ def _special(i: int, name: str | None, skipped: bool) -> tuple[str, int]:
     if name is None or (skipped and name == f"<|reserved_token_{i}|>"):
         return f"[PAD{i}]", _UNUSED
     return name, _CONTROL if skipped or name.startswith(_SHOWN_CONTROLS) else _USER
-
-
-def spelled(token: bytes) -> str:
-    """A token in GPT-2's alphabet of bytes."""
-    return token.decode("latin-1").translate(LETTERS)
 
 
 def merges(tokens: list[bytes]) -> list[str]:
@@ -232,3 +296,5 @@ def _check_tokenizer(tokenizer: Tokenizer, metadata: Mapping) -> None:
                        ("chat template", tokenizer.chat_template, back.chat_template)):
         if a != b:
             raise ValueError(f"the tokenizer's {what} cannot be kept in a GGUF: they would be read back as others")
+    if isinstance(tokenizer, JsonTokenizer) and by_merges.merges_of(tokenizer.spec) != by_merges.merges_of(back.spec):
+        raise ValueError("the tokenizer's merges cannot be kept in a GGUF: they would be read back as others")

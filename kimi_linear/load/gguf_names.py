@@ -1,17 +1,23 @@
-"""Tensors of a ``kimi-linear`` GGUF by the names of the Hugging Face checkpoint, as views: nothing is copied.
+"""Tensors of a GGUF by the names of the Hugging Face checkpoint, as views: nothing is copied.
 
 The one place that says how the two differ (docs/gguf.md#names):
 
-- an expert is a slice of a stacked tensor;
-- q, k and v of a KDA layer may be rows of one ``attn_qkv``;
+- an expert is a slice of a stacked tensor, in which gate and up may lie together;
+- q, k and v of a layer may be rows of one ``attn_qkv``;
 - ``kv_b_proj`` is stored as ``attn_k_b``, transposed in each head, and ``attn_v_b``; older files have it whole;
-- ``A_log`` is stored as its effect, -exp(A_log).
+- ``in_proj_qkvz`` is stored as ``attn_qkv``, no longer grouped by key heads, and ``attn_gate``; older files have it
+  whole, as ``ssm_in``;
+- ``A_log`` is stored as its effect, -exp(A_log);
+- of the Qwen kinds norms hold 1 + w, and ``qwen35`` has its value heads in another order: that is the file's Config
+  (gguf_config.py, `Architecture.form`), and tensors are as they lie.
 
-The engine takes the last two as they lie, by names of their own (csrc/model/weights.c):
-``self_attn.k_b_proj.weight`` [H, R, nope], ``self_attn.v_b_proj.weight`` [H, V, R], ``self_attn.rate`` [H].
+The engine takes kv_b_proj, in_proj_qkvz and A_log as they lie, by names of their own (csrc/model/weights.c):
+``self_attn.k_b_proj.weight`` [H, R, nope], ``self_attn.v_b_proj.weight`` [H, V, R];
+``linear_attn.in_proj_qkv.weight``, ``linear_attn.in_proj_z.weight``; ``self_attn.rate`` or ``linear_attn.rate`` [H].
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -28,9 +34,8 @@ MODEL = {
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
 }
-LAYER = {
+_LAYER = {
     "input_layernorm.weight": "attn_norm.weight",
-    "post_attention_layernorm.weight": "ffn_norm.weight",
     "self_attn.q_proj.weight": "attn_q.weight",
     "self_attn.k_proj.weight": "attn_k.weight",
     "self_attn.v_proj.weight": "attn_v.weight",
@@ -60,56 +65,131 @@ LAYER = {
     "block_sparse_moe.shared_experts.gate_proj.weight": "ffn_gate_shexp.weight",
     "block_sparse_moe.shared_experts.up_proj.weight": "ffn_up_shexp.weight",
     "block_sparse_moe.shared_experts.down_proj.weight": "ffn_down_shexp.weight",
+    "mlp.gate.weight": "ffn_gate_inp.weight",
+    "mlp.shared_expert.gate_proj.weight": "ffn_gate_shexp.weight",
+    "mlp.shared_expert.up_proj.weight": "ffn_up_shexp.weight",
+    "mlp.shared_expert.down_proj.weight": "ffn_down_shexp.weight",
+    "mlp.shared_expert_gate.weight": "ffn_gate_inp_shexp.weight",
+    "self_attn.q_norm.weight": "attn_q_norm.weight",
+    "self_attn.k_norm.weight": "attn_k_norm.weight",
+    "linear_attn.in_proj_qkvz.weight": "ssm_in.weight",
+    "linear_attn.in_proj_ba.weight": "ssm_ba.weight",
+    "linear_attn.in_proj_qkv.weight": "attn_qkv.weight",
+    "linear_attn.in_proj_z.weight": "attn_gate.weight",
+    "linear_attn.in_proj_b.weight": "ssm_beta.weight",
+    "linear_attn.in_proj_a.weight": "ssm_alpha.weight",
+    "linear_attn.conv1d.weight": "ssm_conv1d.weight",
+    "linear_attn.A_log": "ssm_a",
+    "linear_attn.dt_bias": "ssm_dt.bias",
+    "linear_attn.norm.weight": "ssm_norm.weight",
+    "linear_attn.out_proj.weight": "ssm_out.weight",
 }
-EXPERTS = {"w1": "ffn_gate_exps.weight", "w3": "ffn_up_exps.weight", "w2": "ffn_down_exps.weight"}
-FUSED, K_B, V_B = "attn_qkv.weight", "attn_k_b.weight", "attn_v_b.weight"
+#: The second norm of a layer, which llama.cpp names by architecture.
+_SECOND_NORM = {"kimi_linear": "ffn_norm.weight"}
+_POST_NORM = "post_attention_norm.weight"
+EXPERTS = {"w1": "ffn_gate_exps.weight", "w3": "ffn_up_exps.weight", "w2": "ffn_down_exps.weight",
+           "gate_proj": "ffn_gate_exps.weight", "up_proj": "ffn_up_exps.weight", "down_proj": "ffn_down_exps.weight"}
+GATE_UP = "ffn_gate_up_exps.weight"  # the rows of gate, then those of up, of each expert
+FUSED, K_B, V_B, GATE = "attn_qkv.weight", "attn_k_b.weight", "attn_v_b.weight", "attn_gate.weight"
 INERT = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
 PLAIN = ("F32", "F16", "BF16")
-_EXPERT = "block_sparse_moe.experts."
+#: What may stand in a tensor's place: of two that are there one is too many.
+_INSTEAD = {"attn_qkv": "ssm_in.weight", "attn_gate": "ssm_in.weight", "ffn_gate_exps": GATE_UP, "ffn_up_exps": GATE_UP,
+            "attn_q": FUSED, "attn_k": FUSED, "attn_v": FUSED}
+_EXPERT = re.compile(r"(?:block_sparse_moe|mlp)\.experts\.(\d+)\.(\w+)\.weight")
+_QKV = re.compile(r"self_attn\.([qkv])_proj\.weight")
+
+
+def layer_name(config: Config, rest: str) -> str:
+    """The GGUF's name below ``blk.N.`` of a tensor below ``model.layers.N.`` that is stored as it is."""
+    if rest == "post_attention_layernorm.weight":
+        return _SECOND_NORM.get(config.model_type, _POST_NORM)
+    return _LAYER[rest]
+
+
+def expert_of(rest: str) -> tuple[int, str] | None:
+    """(expert, part) of a name below ``model.layers.N.``; None where it is no expert's."""
+    found = _EXPERT.fullmatch(rest)
+    return None if found is None else (int(found[1]), found[2])
 
 
 @dataclass(frozen=True)
-class SplitHeads:
-    """kv_b_proj [H * (nope + v), R], stored as k_b [H, R, nope] and v_b [H, v, R]."""
+class _Pair:
+    """A matrix stored as two tensors; see the classes of it."""
 
     name: str
     shape: tuple[int, ...]
-    k_b: TensorView
-    v_b: TensorView
+    first: TensorView
+    second: TensorView
+
+    def _names(self) -> tuple[str, str]:
+        raise NotImplementedError
+
+    def _joined(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
 
     @property
     def stored(self) -> dict[str, TensorView]:
         """What the engine takes in its place."""
-        head = self.name.removesuffix("kv_b_proj.weight")
-        return {head + "k_b_proj.weight": self.k_b, head + "v_b_proj.weight": self.v_b}
+        head, _, _ = self.name.rpartition(".weight")[0].rpartition(".")
+        return {f"{head}.{name}.weight": part for name, part in zip(self._names(), (self.first, self.second))}
 
     @property
     def dtype(self) -> str:
         """The parts' storage type, or both."""
-        return self.k_b.dtype if self.k_b.dtype == self.v_b.dtype else f"{self.k_b.dtype}/{self.v_b.dtype}"
+        a, b = self.first.dtype, self.second.dtype
+        return a if a == b else f"{a}/{b}"
 
     @property
     def file(self) -> MappedFile:
         """The file that holds the first part."""
-        return self.k_b.file
+        return self.first.file
 
     @property
     def nbytes(self) -> int:
         """As stored."""
-        return self.k_b.nbytes + self.v_b.nbytes
+        return self.first.nbytes + self.second.nbytes
 
     def digest_parts(self, n: int) -> list[bytes]:
         """As of a BlockView, of both parts."""
-        return stored_parts(self.k_b, n) + stored_parts(self.v_b, n)
+        return stored_parts(self.first, n) + stored_parts(self.second, n)
 
     def array(self) -> np.ndarray:
         """The matrix of the Hugging Face checkpoint: a copy."""
-        k, v = self.k_b.array(), self.v_b.array()
-        if k.dtype != v.dtype:
-            k, v = k.astype(np.float32), v.astype(np.float32)
-        values = np.concatenate([k.transpose(0, 2, 1), v], axis=1).reshape(self.shape)
+        first, second = self.first.array(), self.second.array()
+        if first.dtype != second.dtype:
+            first, second = first.astype(np.float32), second.astype(np.float32)
+        values = self._joined(first, second).reshape(self.shape)
         values.flags.writeable = False
         return values
+
+
+class SplitHeads(_Pair):
+    """kv_b_proj [H * (nope + v), R], stored as k_b [H, R, nope] and v_b [H, v, R]."""
+
+    def _names(self) -> tuple[str, str]:
+        return "k_b_proj", "v_b_proj"
+
+    def _joined(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        return np.concatenate([first.transpose(0, 2, 1), second], axis=1)
+
+
+@dataclass(frozen=True)
+class SplitInputs(_Pair):
+    """in_proj_qkvz, whose rows are grouped by key head, stored as qkv and z with each part's heads together.
+
+    `heads` is (Hk, Hv, K, V).
+    """
+
+    heads: tuple[int, int, int, int]
+
+    def _names(self) -> tuple[str, str]:
+        return "in_proj_qkv", "in_proj_z"
+
+    def _joined(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        Hk, Hv, K, V = self.heads
+        q, k, v = np.split(first, [Hk * K, 2 * Hk * K])
+        return np.concatenate([x.reshape(Hk, -1, x.shape[-1]) for x in (q, k, v, second)], axis=1)
 
 
 @dataclass(frozen=True)
@@ -163,7 +243,8 @@ class LogRate:
         return values
 
 
-def match(config: Config, tensors: Mapping[str, TensorView], problems: list[str], a_logs: Mapping | None = None):
+def match(config: Config, tensors: Mapping[str, TensorView], problems: list[str], a_logs: Mapping | None = None,
+          blocks: int = 0):
     """The config's tensors among a file's.
 
     Parameters
@@ -175,27 +256,44 @@ def match(config: Config, tensors: Mapping[str, TensorView], problems: list[str]
         Gets a sentence for each tensor that is missing, unknown, or of the wrong sizes, type or values.
     a_logs : mapping of int to (H,) float32, optional
         A_log by layer, of a file that keeps it beside the rates.
+    blocks : int
+        Blocks of the file; those behind the config's layers predict a second token, and are not read.
 
     Returns
     -------
-    found : dict of str to (TensorView, BlockView, SplitHeads or LogRate)
+    found : dict of str to (TensorView, BlockView, SplitHeads, SplitInputs or LogRate)
         By canonical names, in the config's order.
     skipped : tuple of str
         Tensors of the file that are not read.
     """
     m = _Matcher(config, tensors, problems, a_logs or {})
     found = {}
-    for name, shape in config.weight_shapes().items():
+    for name, shape in m.shapes.items():
         tensor = m.tensor(name, shape)
         if tensor is not None:
             found[name] = tensor
     for name in tensors:
         if name not in m.used and name not in m.skipped:
-            if name in INERT:
+            if name in INERT or _block(name) in range(config.n_layers, blocks):
                 m.skipped.add(name)
             else:
-                problems.append(f"{name!r} is in the file, but by its metadata there is no such tensor")
+                problems.append(_unread(name, tensors))
     return found, tuple(name for name in tensors if name in m.skipped)
+
+
+def _unread(name: str, tensors: Mapping) -> str:
+    """A sentence about a tensor that nothing has asked for."""
+    at, _, rest = name.rpartition(".weight")[0].rpartition(".")
+    other = at + "." + _INSTEAD.get(rest, "")
+    if other in tensors:
+        return f"{name!r} is in the file, and {other!r}, which holds the same; one of them must do"
+    return f"{name!r} is in the file, but by its metadata there is no such tensor"
+
+
+def _block(name: str) -> int:
+    """The block of a GGUF's name; -1 for one of none."""
+    found = re.match(r"blk\.(\d{1,9})\.", name)
+    return int(found[1]) if found else -1
 
 
 class _Matcher:
@@ -206,22 +304,36 @@ class _Matcher:
         self.used: set[str] = set()
         self.skipped: set[str] = set()
         self.told: set[str] = set()
+        self.shapes = config.weight_shapes()
 
     def tensor(self, name: str, shape: tuple[int, ...]):
         if name in MODEL:
             return self.whole(name, MODEL[name], shape)
         _, _, layer, rest = name.split(".", 3)
         at = f"blk.{layer}."
-        if rest.startswith(_EXPERT):
-            expert, part, _ = rest.removeprefix(_EXPERT).split(".")
-            return self.slice(name, at + EXPERTS[part], int(expert), (self.config.n_experts, *shape), shape)
+        if (expert := expert_of(rest)) is not None:
+            return self.expert(name, at, *expert, shape)
         if rest == "self_attn.kv_b_proj.weight" and at + K_B in self.tensors:
             return self.split_heads(name, at, shape)
-        if rest[:12] in ("self_attn.q_", "self_attn.k_", "self_attn.v_") and rest[12:] == "proj.weight" \
-                and at + FUSED in self.tensors:
-            return self.slice(name, at + FUSED, "qkv".index(rest[10]), (3 * shape[0], shape[1]), shape)
-        view = self.whole(name, at + LAYER[rest], shape)
-        return self.log_rate(name, view) if view is not None and rest == "self_attn.A_log" else view
+        if rest == "linear_attn.in_proj_qkvz.weight" and at + _LAYER[rest] not in self.tensors:
+            return self.split_inputs(name, at, shape)
+        if (part := _QKV.fullmatch(rest)) and at + FUSED in self.tensors and (rows := self.rows_of_qkv(int(layer))):
+            before, total = sum(rows["qkv"[i]] for i in range("qkv".index(part[1]))), sum(rows.values())
+            return self.part(name, at + FUSED, before * shape[1], (total, shape[1]), shape)
+        view = self.whole(name, at + layer_name(self.config, rest), shape)
+        return self.log_rate(name, view) if view is not None and rest.endswith(".A_log") else view
+
+    def rows_of_qkv(self, layer: int) -> dict[str, int]:
+        """Rows of q, k and v in a layer's attn_qkv; none of MLA, which has no k."""
+        names = {x: f"model.layers.{layer}.self_attn.{x}_proj.weight" for x in "qkv"}
+        return {x: self.shapes[name][0] for x, name in names.items()} if names["k"] in self.shapes else {}
+
+    def expert(self, name: str, at: str, e: int, part: str, shape: tuple[int, ...]) -> TensorView | None:
+        E, n = self.config.n_experts, math.prod(shape)
+        if at + GATE_UP in self.tensors and part in ("gate_proj", "up_proj"):
+            whole = (E, 2 * shape[0], shape[1])
+            return self.part(name, at + GATE_UP, (2 * e + (part == "up_proj")) * n, whole, shape)
+        return self.part(name, at + EXPERTS[part], e * n, (E, *shape), shape)
 
     def view(self, name: str, shape: tuple[int, ...]) -> TensorView | None:
         """The file's tensor, if it has these sizes; axes of 1 do not count: files differ in them."""
@@ -256,8 +368,8 @@ class _Matcher:
         kind = TensorView if view.dtype in PLAIN else BlockView
         return kind(name, view.dtype, shape, view.file, view.offset + first, view.nbytes if nbytes is None else nbytes)
 
-    def slice(self, name: str, stored: str, i: int, whole: tuple[int, ...], shape: tuple[int, ...]):
-        """Matrix i of those that lie one behind the other in a tensor of the shape `whole`."""
+    def part(self, name: str, stored: str, first: int, whole: tuple[int, ...], shape: tuple[int, ...]):
+        """The matrix that begins with value `first` of a tensor of the shape `whole`."""
         if stored in self.told:
             return None
         view = self.view(stored, whole)
@@ -265,16 +377,24 @@ class _Matcher:
             return None
         if not self.readable(view, blocks=True):
             return None
-        nbytes = view.nbytes * math.prod(shape) // math.prod(whole)
-        return self.typed(view, name, shape, i * nbytes, nbytes)
+        n = math.prod(whole)
+        return self.typed(view, name, shape, view.nbytes * first // n, view.nbytes * math.prod(shape) // n)
 
     def split_heads(self, name: str, at: str, shape: tuple[int, ...]) -> SplitHeads | None:
         c = self.config
-        if at + LAYER["self_attn.kv_b_proj.weight"] in self.tensors:
-            self.skipped.add(at + LAYER["self_attn.kv_b_proj.weight"])
+        if at + _LAYER["self_attn.kv_b_proj.weight"] in self.tensors:
+            self.skipped.add(at + _LAYER["self_attn.kv_b_proj.weight"])
         k = self.whole(name, at + K_B, (c.mla_heads, c.kv_rank, c.nope_dim))
         v = self.whole(name, at + V_B, (c.mla_heads, c.v_head_dim, c.kv_rank))
         return SplitHeads(name, shape, k, v) if k is not None and v is not None else None
+
+    def split_inputs(self, name: str, at: str, shape: tuple[int, ...]) -> SplitInputs | None:
+        c = self.config
+        n_z = c.gdn_v_heads * c.gdn_v_dim
+        qkv = self.whole(name, at + FUSED, (shape[0] - n_z, shape[1]))
+        z = self.whole(name, at + GATE, (n_z, shape[1]))
+        heads = (c.gdn_k_heads, c.gdn_v_heads, c.gdn_k_dim, c.gdn_v_dim)
+        return SplitInputs(name, shape, qkv, z, heads) if qkv is not None and z is not None else None
 
     def log_rate(self, name: str, view: TensorView) -> LogRate | None:
         tensor = LogRate(name, view.shape, view, self.a_logs.get(int(name.split(".")[2])))

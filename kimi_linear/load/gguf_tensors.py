@@ -1,6 +1,6 @@
 """The tensors of a GGUF that is to be made, of a Hugging Face folder's or of another GGUF's, a part at a time.
 
-Names and what changes of the values: gguf_names.py, which reads them.
+Names and what changes of the values: gguf_names.py, which reads them, and gguf_heads.py.
 """
 
 import math
@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..config import Config
+from . import gguf_heads as order
+from .gguf_config import stored_form
 from .gguf_kept import rate_of
-from .gguf_names import _EXPERT, EXPERTS, K_B, LAYER, MODEL, V_B
+from .gguf_names import EXPERTS, FUSED, GATE, K_B, MODEL, V_B, expert_of, layer_name
 from .gguf_types import stays_float32
 from .safetensors import DTYPES, TensorView
 
@@ -48,18 +50,17 @@ def of_folder(config: Config, tensors: Mapping[str, TensorView]) -> list[Incomin
     made: dict[str, Incoming | None] = {}
     for name, view in tensors.items():
         if name in MODEL:
-            made[MODEL[name]] = _whole(MODEL[name], view, view.shape)
-            continue
-        _, _, layer, rest = name.split(".", 3)
-        at = f"blk.{layer}."
-        if rest.startswith(_EXPERT):
-            stored = at + EXPERTS[rest.removeprefix(_EXPERT).split(".")[1]]
-            stacks.setdefault(stored, []).append(view)
-            made[stored] = None  # all of its experts are needed: below
-        elif rest == "self_attn.kv_b_proj.weight":
-            made |= {x.name: x for x in _heads(config, at, view)}
+            found = [_plus_one(MODEL[name], view) if _folded(config, name) else _whole(MODEL[name], view, view.shape)]
         else:
-            made[at + LAYER[rest]] = _of_layer(at + LAYER[rest], rest, view)
+            _, _, layer, rest = name.split(".", 3)
+            at = f"blk.{layer}."
+            if (expert := expert_of(rest)) is not None:
+                stored = at + EXPERTS[expert[1]]
+                stacks.setdefault(stored, []).append(view)
+                made[stored] = None  # all of its experts are needed: below
+                continue
+            found = _of_layer(config, at, rest, view)
+        made |= {x.name: x for x in found}
     return [_stacked(name, stacks[name]) if name in stacks else x for name, x in made.items()]
 
 
@@ -73,12 +74,59 @@ def _whole(name: str, view: TensorView, shape: tuple[int, ...], fixed: str = "F3
     return Incoming(name, view.dtype, shape, fixed if kept else None, lambda: rows_of(view))
 
 
-def _of_layer(name: str, rest: str, view: TensorView) -> Incoming:
+def _of_layer(config: Config, at: str, rest: str, view: TensorView) -> list[Incoming]:
+    """What a tensor below ``model.layers.N.`` becomes."""
+    if rest == "self_attn.kv_b_proj.weight":
+        return _heads(config, at, view)
+    if rest == "linear_attn.in_proj_qkvz.weight":
+        return [_moved(at + stored, view, ranges)
+                for stored, ranges in zip((FUSED, GATE), order.ungrouped(config))]
+    name = at + layer_name(config, rest)
+    if rest.startswith("linear_attn."):
+        return [_of_linear(config, name, rest, view)]
+    if _folded(config, rest):
+        return [_plus_one(name, view)]
     if rest == "self_attn.A_log":
-        return Incoming(name, "F32", (1, 1, view.shape[0], 1), "F32", lambda: [-rate_of(view.array())])
+        return [Incoming(name, "F32", (1, 1, view.shape[0], 1), "F32", lambda: [-rate_of(view.array())])]
     if rest.endswith("conv1d.weight"):
-        return _whole(name, view, (1, view.shape[0], 1, view.shape[1]))
-    return _whole(name, view, view.shape)
+        return [_whole(name, view, (1, view.shape[0], 1, view.shape[1]))]
+    return [_whole(name, view, view.shape[1:] if rest == "mlp.shared_expert_gate.weight" else view.shape)]
+
+
+def _of_linear(config: Config, name: str, rest: str, view: TensorView) -> Incoming:
+    """A tensor of a gated delta net: its value heads in the order of the file."""
+    is_tiled = stored_form(config).gdn_tiled and config.gdn_v_heads != config.gdn_k_heads
+    heads = order.tiled(config) if is_tiled else None
+    ranges = order.rows(config, rest, heads) if is_tiled else None
+    if rest == "linear_attn.A_log":
+        return Incoming(name, "F32", view.shape, "F32",
+                        lambda: [-rate_of(view.array() if heads is None else view.array()[heads])])
+    if is_tiled and rest == "linear_attn.out_proj.weight":
+        return Incoming(name, view.dtype, view.shape, None,
+                        lambda: (order.take_columns(config, part.array(), heads) for part in rows_of(view)))
+    return _whole(name, view, view.shape) if ranges is None else _moved(name, view, ranges)
+
+
+def _folded(config: Config, name: str) -> bool:
+    """Whether a tensor is a norm w that the file stores as 1 + w; ``linear_attn.norm`` is none."""
+    return config.norm_plus_one and name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight")
+
+
+def _plus_one(name: str, view: TensorView) -> Incoming:
+    return Incoming(name, "F32", view.shape, "F32", lambda: [view.array().astype(np.float32) + np.float32(1)])
+
+
+def _moved(name: str, view: TensorView, ranges: order.Ranges) -> Incoming:
+    """The rows of a tensor in another order: no value is touched."""
+    row_bytes, inner = view.nbytes // view.shape[0], view.shape[1:]
+
+    def parts():
+        for first, n in ranges:
+            yield from rows_of(replace(view, shape=(n, *inner), offset=view.offset + first * row_bytes,
+                                       nbytes=n * row_bytes))
+
+    shape = (sum(n for _, n in ranges), *inner)
+    return Incoming(name, view.dtype, shape, "F32" if stays_float32(name, len(shape)) else None, parts)
 
 
 def _stacked(name: str, views: list[TensorView]) -> Incoming:

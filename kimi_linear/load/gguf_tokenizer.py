@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF.
+"""The tokenizer inside a GGUF: here Kimi's, by ranks; by merges in gguf_tokenizer_json.py.
 
 The file spells a token's bytes in the alphabet of GPT-2, and lists merges that lose some of the published ranks.
 A base token's id is its rank, so the ranks come from the tokens alone, and text is split as published: ids are those
@@ -9,37 +9,19 @@ from collections.abc import Mapping
 
 from ..errors import FormatError
 from ..tokenizer import N_SPECIAL, Tokenizer
-from .gguf import MetaArray
+from . import gguf_tokenizer_json as by_merges
+from .byte_alphabet import bytes_of
+from .gguf_keys import string_array, token_types
 from .strict_json import show
 
 _KEY = "tokenizer.ggml."
+_RANKS = "kimi-k2"
 _NORMAL, _CONTROL, _USER, _UNUSED = 1, 3, 4, 5
 _SHOWN_CONTROLS = ("<|tool_call",)  # published as not special: decoding keeps them
 
 
-def _alphabet() -> dict[int, str]:
-    """Character -> byte (as a character below 256): GPT-2's letters for bytes.
-
-    Printable bytes stand for themselves, the 68 others, in order, for U+0100 onwards. Source: gpt-2, encoder.py.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in set(printable)]
-    return {b: chr(b) for b in printable} | {0x100 + i: chr(b) for i, b in enumerate(others)}
-
-
-class _Alphabet(dict):
-    """For str.translate: a character that is no letter of the alphabet becomes one that latin-1 lacks."""
-
-    def __missing__(self, code: int) -> str:
-        return "\uffff"
-
-
-BYTES_OF = _Alphabet(_alphabet())
-LETTERS = {ord(byte): chr(letter) for letter, byte in _alphabet().items()}  # the other way, for str.translate
-
-
 def read_tokenizer(metadata: Mapping, where: str) -> Tokenizer:
-    """The tokenizer of a file's metadata.
+    """The tokenizer of a file's metadata, a `JsonTokenizer` where it is one of merges.
 
     Raises
     ------
@@ -47,14 +29,14 @@ def read_tokenizer(metadata: Mapping, where: str) -> Tokenizer:
         If the file's tokenizer is another, or its tokens do not give the ranks back, with the first token at fault.
     """
     problems: list[str] = []
-    for key, wanted in (("model", "gpt2"), ("pre", "kimi-k2")):
-        if metadata.get(_KEY + key) != wanted:
-            problems.append(f"{_KEY}{key} is {show(metadata.get(_KEY + key))}; only {wanted!r} is read")
-    tokens = _array(metadata, "tokens", "string", problems)
-    types = _array(metadata, "token_type", "int32", problems)
-    if not problems and len(tokens) != len(types):
-        problems.append(f"{_KEY}tokens has {len(tokens)} entries and {_KEY}token_type {len(types)}; both have one a "
-                        f"token")
+    for key, read in (("model", ["gpt2"]), ("pre", [_RANKS, *by_merges.PATTERNS])):
+        if metadata.get(_KEY + key) not in read:
+            rule = f"only {read[0]!r} is read" if len(read) == 1 else f"read are {', '.join(map(repr, read))}"
+            problems.append(f"{_KEY}{key} is {show(metadata.get(_KEY + key))}; {rule}")
+    if not problems and metadata[_KEY + "pre"] != _RANKS:
+        return by_merges.read(metadata, where)
+    tokens = string_array(metadata, "tokens", problems)
+    types = token_types(metadata, tokens, problems)
     if not problems:
         ranks, special, skipped = _vocabulary(tokens, types, problems)
     template = metadata.get("tokenizer.chat_template")
@@ -68,24 +50,13 @@ def read_tokenizer(metadata: Mapping, where: str) -> Tokenizer:
     return Tokenizer(ranks, special, skipped=skipped, chat_template=template, **named)
 
 
-def _array(metadata: Mapping, key: str, kind: str, problems: list[str]) -> list | None:
-    value = metadata.get(_KEY + key)
-    if isinstance(value, MetaArray) and value.kind == kind:
-        values = value.values()
-        return values if isinstance(values, list) else values.tolist()
-    shown = f"an array of {value.kind}" if isinstance(value, MetaArray) else show(value)
-    problems.append(f"{_KEY}{key} is {shown}; it must be an array of {kind}, one a token")
-    return None
-
-
 def _vocabulary(tokens: list[str], types: list[int], problems: list[str]):
     """(ranks, specials, ids that skipping leaves out) of tokens that begin with the base ones."""
     n = next((i for i, kind in enumerate(types) if kind != _NORMAL), len(types))
     ranks: dict[bytes, int] = {}
     for i, token in enumerate(tokens[:n]):
-        try:
-            spelled = token.translate(BYTES_OF).encode("latin-1")
-        except UnicodeEncodeError:
+        spelled = bytes_of(token)
+        if token and not spelled:
             problems.append(f"token {i} is {show(token)}, which is not spelled in the alphabet of bytes, so its rank "
                             f"cannot be recovered")
             break

@@ -31,7 +31,9 @@ class Values(MetaArray):
 
     def values(self) -> list | np.ndarray:
         """The elements."""
-        return self.items if self.kind == "string" else np.asarray(self.items, _NUMBERS[_IDS[self.kind]])
+        if self.kind == "string":
+            return self.items
+        return np.asarray(self.items, np.bool_ if self.kind == "bool" else _NUMBERS[_IDS[self.kind]])
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,61 @@
 """Spellings of weight names and shapes in Hugging Face checkpoints, brought to the one used inside.
 
-The canonical names are those of the published checkpoint, the canonical shapes `Config.weight_shapes()`'s.
+The canonical names are those of the published checkpoints, the canonical shapes `Config.weight_shapes()`'s.
 """
 
 import re
 
 _DENSE = re.compile(r"(model\.layers\.\d+)\.block_sparse_moe\.((?:gate|up|down)_proj\.weight)")
 _BASE_MODEL = re.compile(r"(?:embed_tokens|norm|layers\.\d+)\.")
+_INSIDE = "model.language_model."  # of a model that sees
 _INERT = re.compile(r"(?:.*\.)?rotary_emb\.(?:inv_freq|original_inv_freq)")
-_CONV = re.compile(r".*\.[qkv]_conv1d\.weight")
+_OTHER_PARTS = re.compile(r"(?:model\.)?(?:mtp|visual)\..+")
+_CONV = re.compile(r".*\.(?:[qkv]_conv1d|linear_attn\.conv1d)\.weight")
+_FUSED = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(gate_up|down)_proj(?:\.weight)?")
+_EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.\d+\.(gate|up|down)_proj\.weight")
 
 
 def is_inert(name: str) -> bool:
-    """Whether the tensor is a buffer that some writers save and no model of this family reads."""
-    return _INERT.fullmatch(name) is not None
+    """Whether the tensor is none of the language model's: a buffer that some writers save, or of another part.
+
+    Other parts are the vision tower, ``model.visual``, and the layers that predict a second token, ``mtp``.
+    """
+    return _INERT.fullmatch(name) is not None or _OTHER_PARTS.fullmatch(name) is not None
 
 
 def canonical_name(name: str) -> str:
     """The name used inside for a name found in a file.
 
-    Files of the bare model lack the prefix ``model.``; transformers 5.23 saves the feed-forward of a dense
-    layer as ``block_sparse_moe.gate_proj`` where published files have ``mlp.gate_proj``.
+    Files of the bare model lack the prefix ``model.``, those of a model that sees have ``model.language_model.``;
+    transformers 5.23 saves the feed-forward of a dense layer as ``block_sparse_moe.gate_proj`` where published files
+    have ``mlp.gate_proj``.
     """
-    if _BASE_MODEL.match(name):
+    if name.startswith(_INSIDE):
+        name = "model." + name.removeprefix(_INSIDE)
+    elif _BASE_MODEL.match(name):
         name = "model." + name
     if dense := _DENSE.fullmatch(name):
         return f"{dense[1]}.mlp.{dense[2]}"
+    if fused := _FUSED.fullmatch(name):
+        return f"{fused[1]}.{fused[2]}_proj"
     return name
+
+
+def fused_parts(name: str) -> tuple[str, tuple[str, ...]] | None:
+    """(prefix, parts) of a canonical name under which all experts of a layer lie: [experts, parts x rows, columns].
+
+    Expert e's tensors are ``prefix.e.part.weight``. None for another name. Source: transformers 5.23, qwen3_5_moe.
+    """
+    fused = _FUSED.fullmatch(name)
+    if fused is None:
+        return None
+    return fused[1], ("gate_proj", "up_proj") if fused[2] == "gate_up" else ("down_proj",)
+
+
+def fused_name(name: str) -> str | None:
+    """The name of the tensor in which the tensor of one expert may lie with the others; None for another name."""
+    expert = _EXPERT.fullmatch(name)
+    return None if expert is None else f"{expert[1]}.{'down' if expert[2] == 'down' else 'gate_up'}_proj"
 
 
 def canonical_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -74,7 +74,7 @@ def with_memory(monkeypatch, n_bytes):
 
 
 def test_what_fits(files, capfd, monkeypatch):
-    p = kl.plan(files["BF16"])
+    p = kl.Model.from_pretrained(files["BF16"], activations="auto").plan()  # as the command line computes
     with_memory(monkeypatch, p.total)
     facts = plan_of(capfd, files["BF16"])
     assert facts["larger_than_memory"] is False and facts["disk_bytes_per_token"] == 0
@@ -84,7 +84,7 @@ def test_what_fits(files, capfd, monkeypatch):
 
 
 def test_a_file_larger_than_memory(files, capfd, monkeypatch):
-    p = kl.plan(files["BF16"])
+    p = kl.Model.from_pretrained(files["BF16"], activations="auto").plan()
     free = p.total - p.experts // 2
     with_memory(monkeypatch, free)
     facts = plan_of(capfd, files["BF16"])
@@ -118,16 +118,18 @@ def test_choices_are_those_of_the_library():
     assert tuple(_engine.CACHE_TYPES) == _common.CACHES
 
 
-def test_auto_is_int8_where_weights_are_in_blocks(files):
+def test_auto_is_the_fast_one_for_the_weights(files):
     assert kl.Model.from_pretrained(files["Q8_0"], activations="auto").activations == "int8"
-    assert kl.Model.from_pretrained(files["BF16"], activations="auto").activations == "float32"
-    assert kl.Model.tiny(activations="auto").activations == "float32"
+    assert kl.Model.from_pretrained(files["BF16"], activations="auto").activations == "bfloat16"
+    assert kl.Model.tiny(activations="auto").activations == "bfloat16"
+    assert kl.Model.tiny().activations == "float32"
     assert kl.Model.from_pretrained(files["Q8_0"]).activations == "float32"
 
 
 @pytest.mark.parametrize("dtype, options, types", [
     ("Q8_0", [], "activations int8, cache float16"),
-    ("BF16", [], "activations float32, cache float16"),
+    ("BF16", [], "activations bfloat16, cache float16"),
+    ("BF16", ["--activations", "float32"], "activations float32, cache float16"),
     ("Q8_0", ["--activations", "float32", "--cache", "q8_0"], "activations float32, cache q8_0"),
     ("BF16", ["--activations", "int8", "--cache", "float32"], "activations int8, cache float32"),
 ])
@@ -151,7 +153,7 @@ def test_generate_computes_in_them(files, capfd):
 def test_chat_says_its_types(capfd, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *prompt: "/quit")
     code, _, err = run(capfd, "chat", "--cache", "q8_0")
-    assert code == 0 and "activations float32, cache q8_0]" in err
+    assert code == 0 and "activations bfloat16, cache q8_0]" in err
 
 
 def test_perplexity_is_exact_unless_told(files, capfd, tmp_path):

@@ -19,8 +19,10 @@ import atheris
 from harness import run
 
 with atheris.instrument_imports(include=["kimi_linear.load.gguf", "kimi_linear.load.gguf_config",
+                                         "kimi_linear.load.gguf_config_qwen", "kimi_linear.load.gguf_keys",
                                          "kimi_linear.load.gguf_names", "kimi_linear.load.gguf_kimi",
-                                         "kimi_linear.load.gguf_tokenizer", "kimi_linear.load.mapped"]):
+                                         "kimi_linear.load.gguf_tokenizer", "kimi_linear.load.gguf_tokenizer_json",
+                                         "kimi_linear.load.mapped"]):
     import kimi_linear as kl
     import kimi_linear.load.gguf
     import kimi_linear.load.gguf_config

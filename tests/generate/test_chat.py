@@ -101,8 +101,8 @@ def test_a_saved_chat_goes_on_the_same_in_a_new_process(chat, tmp_path):
     spoken(chat, "Who made the heavens?", "And the earth?")
     chat.save(tmp_path / "evening.chat")
     spoken(chat, "And man?")
-    argv = ["--state", str(tmp_path / "evening.chat"), "--cache", "float32", "--max-new-tokens", "14", "--temperature",
-            "0.9", "--seed", "3"]
+    argv = ["--state", str(tmp_path / "evening.chat"), "--cache", "float32", "--activations", "float32",
+            "--max-new-tokens", "14", "--temperature", "0.9", "--seed", "3"]
     done = subprocess.run([*PROGRAM, *argv], input="And man?\n", capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout == chat.messages[-1]["content"] + "\n"
     assert f"[{chat.stats.prompt_tokens} tokens read, {chat.stats.reused_tokens} reused" in done.stderr
@@ -191,7 +191,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_program():
     talk.stdin.write(b"Who?\n")
     talk.stdin.flush()
     assert talk.stdout.read(1)
-    assert talk.stderr.readline() == b"[tiny: activations float32, cache float16]\n"
+    assert talk.stderr.readline() == b"[tiny: activations bfloat16, cache float16]\n"
     os.kill(talk.pid, signal.SIGINT)
     line = talk.stderr.readline()
     assert b"tokens read" in line and line.endswith(b"interrupted]\n")

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 import kimi_linear as kl
 from kimi_linear.errors import FormatError
 from kimi_linear.generate import _stop_ids
+from kimi_linear.load.byte_alphabet import BYTES_OF
 from kimi_linear.load.gguf import MetaArray
-from kimi_linear.load.gguf_tokenizer import BYTES_OF, read_tokenizer
+from kimi_linear.load.gguf_tokenizer import read_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "load"))
 import gguf_files  # noqa: E402
@@ -161,7 +162,7 @@ def test_what_makes_exact_ids_impossible(parts):
 
 @pytest.mark.parametrize(("key", "value", "message"), [
     ("tokenizer.ggml.model", "llama", "tokenizer.ggml.model is 'llama'; only 'gpt2' is read"),
-    ("tokenizer.ggml.pre", "qwen2", "tokenizer.ggml.pre is 'qwen2'; only 'kimi-k2' is read"),
+    ("tokenizer.ggml.pre", "llama-bpe", "tokenizer.ggml.pre is 'llama-bpe'; read are 'kimi-k2', 'qwen2', 'qwen35'"),
     ("tokenizer.ggml.tokens", "x", "tokenizer.ggml.tokens is 'x'; it must be an array of string"),
     ("tokenizer.ggml.token_type", None, "tokenizer.ggml.token_type is None; it must be an array of int32"),
     ("tokenizer.chat_template", 3, "tokenizer.chat_template is 3; it must be text"),

@@ -1,0 +1,156 @@
+"""Typed access to the metadata of a GGUF beside its tensors' sizes, whatever the architecture."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from ..config import MOST_LAYERS
+from .gguf import MetaArray, place
+from .safetensors import TensorView
+from .strict_json import show
+
+
+class Keys:
+    """Keys below an architecture's name, and tensors' sizes; problems are collected."""
+
+    def __init__(self, architecture: str, metadata: Mapping, tensors: Mapping[str, TensorView]):
+        self.prefix = architecture + "."
+        self.metadata, self.tensors = metadata, tensors
+        self.problems: list[str] = []
+
+    def wrong(self, key: str, value: object, rule: str) -> None:
+        shown = f"an array of {value.kind}" if isinstance(value, MetaArray) else show(value)
+        self.problems.append(f"{key} is {shown}; it must be {rule}")
+
+    def integer(self, key: str, default: int | None = None) -> int | None:
+        value = self.metadata.get(self.prefix + key)
+        if value is None:
+            return default
+        if type(value) is int and 0 <= value < 2**63:
+            return value
+        self.wrong(self.prefix + key, value, "an integer >= 0")
+        return default
+
+    def needed(self, key: str) -> int:
+        value = self.integer(key)
+        if value is None and self.metadata.get(self.prefix + key) is None:
+            self.problems.append(f"{self.prefix}{key} is missing; it must be an integer >= 0")
+        return value or 0
+
+    def typed(self, key: str, kind: type, default=None):
+        """A float (or bool) of that key; an integer will do for a float.
+
+        A float32 becomes the shortest decimal that it is the rounding of: 1e-05, as config.json has it.
+        """
+        value = self.metadata.get(self.prefix + key)
+        if value is None:
+            return default
+        if kind is float and type(value) in (int, float):
+            narrow = np.float32(value)
+            return float(str(narrow)) if narrow == value else value
+        if type(value) is kind:
+            return value
+        self.wrong(self.prefix + key, value, "a number" if kind is float else "a bool")
+        return default
+
+    def per_layer(self, key: str, n: int) -> list[int]:
+        """An integer for each of n layers: an array of so many, or one that holds for all."""
+        value = self.metadata.get(self.prefix + key)
+        if isinstance(value, MetaArray) and value.count == n and value.kind.startswith(("int", "uint")):
+            return [int(x) for x in value.values()]
+        if type(value) is int:
+            return [value] * n
+        if value is None:
+            self.problems.append(f"{self.prefix}{key} is missing; it must have an integer for each of {n} layers")
+        elif isinstance(value, MetaArray):
+            self.problems.append(f"{self.prefix}{key} is an array of {value.count} {value.kind}; it must have an "
+                                 f"integer for each of {n} layers")
+        else:
+            self.wrong(self.prefix + key, value, f"an integer for each of {n} layers")
+        return []
+
+    def ne(self, tensor: str, axis: int, short: int = 1) -> int | None:
+        """A size of a tensor, the fastest axis 0; None where there is no such tensor or axis."""
+        view = self.tensors.get(tensor)
+        if view is None:
+            return None
+        sizes = view.shape[::-1]
+        return sizes[axis] if axis < len(sizes) else short
+
+    def size(self, key: str, tensor: str, axis: int, value: int | None = None) -> int | None:
+        """A size that a key (or `value`, which was read from it) and a tensor tell: they must agree."""
+        told = self.integer(key) if value is None else value
+        found = self.ne(tensor, axis)
+        if told is not None and found is not None and told != found:
+            self.contradiction(key, told, tensor, f"is {found} along axis {axis}")
+        return told if told is not None else found
+
+    def contradiction(self, key: str, told: object, tensor: str, found: str) -> None:
+        view = self.tensors[tensor]
+        self.problems.append(f"{self.prefix}{key} is {told}, but {tensor} {place(view)} {found} "
+                             f"(its sizes are {list(view.shape[::-1])})")
+
+    def layers(self) -> int:
+        """The number of blocks; 0 after a problem."""
+        n = self.needed("block_count")
+        if 1 <= n <= MOST_LAYERS:
+            return n
+        if not self.problems:
+            self.wrong(self.prefix + "block_count", n, f"an integer from 1 to {MOST_LAYERS}")
+        return 0
+
+    def vocabulary(self) -> int | None:
+        """From its key, the embedding and the list of tokens, as far as they are there."""
+        size = self.size("vocab_size", "token_embd.weight", 1)
+        tokens = self.metadata.get("tokenizer.ggml.tokens")
+        if isinstance(tokens, MetaArray) and size is not None and tokens.count != size:
+            self.problems.append(f"tokenizer.ggml.tokens has {tokens.count} tokens, but the model's vocabulary has "
+                                 f"{size}")
+        return size
+
+    def of_kind(self, heads: list[int], layers: list[int], key: str = "attention.head_count") -> int | None:
+        """The head count of these layers, which must be the same."""
+        found = {heads[i] for i in layers} if heads else set()
+        if len(found) > 1:
+            self.problems.append(f"{self.prefix}{key} differs among layers of one kind: {sorted(found)}")
+        return found.pop() if found else None
+
+    def specials(self) -> dict:
+        """Ids of special tokens; a generation may end with eos and with eot."""
+        found = {}
+        for name in ("bos", "eos", "eot", "padding"):
+            value = self.metadata.get(f"tokenizer.ggml.{name}_token_id")
+            if value is not None and type(value) is not int:
+                self.wrong(f"tokenizer.ggml.{name}_token_id", value, "an integer")
+            elif value is not None:
+                found[name] = value
+        eos = list(dict.fromkeys(found[name] for name in ("eos", "eot") if name in found))
+        return {"bos_token_id": found.get("bos"), "eos_token_id": eos, "pad_token_id": found.get("padding")}
+
+
+# ---- arrays of the tokenizer -----------------------------------------------------------------------
+
+
+def string_array(metadata: Mapping, key: str, problems: list[str]) -> list[str]:
+    """``tokenizer.ggml.key``, an array of string; none after a problem."""
+    return _array(metadata, key, "string", problems)
+
+
+def token_types(metadata: Mapping, tokens: list[str], problems: list[str]) -> list[int]:
+    """``tokenizer.ggml.token_type``, one a token."""
+    types = _array(metadata, "token_type", "int32", problems)
+    if not problems and len(tokens) != len(types):
+        problems.append(f"tokenizer.ggml.tokens has {len(tokens)} entries and tokenizer.ggml.token_type {len(types)}; "
+                        f"both have one a token")
+    return types
+
+
+def _array(metadata: Mapping, key: str, kind: str, problems: list[str]) -> list:
+    value = metadata.get("tokenizer.ggml." + key)
+    if isinstance(value, MetaArray) and value.kind == kind:
+        values = value.values()
+        return values if isinstance(values, list) else values.tolist()
+    shown = f"an array of {value.kind}" if isinstance(value, MetaArray) else show(value)
+    rule = "" if key == "merges" else ", one a token"
+    problems.append(f"tokenizer.ggml.{key} is {shown}; it must be an array of {kind}{rule}")
+    return []
