@@ -423,7 +423,9 @@ class _Run:
         return [f for f in apart if not f.gap <= limit]
 
     def _bias(self, node):
-        return reference.f64(self.weights[node.weights["bias"].name]).reshape(-1)
+        """[E]: zeros where a router has none."""
+        bias = node.weights.get("bias")
+        return reference.f64(self.weights[bias.name]).reshape(-1) if bias else np.zeros(self.config.n_experts)
 
     def _flips(self, node, layer, got, ids, logits, first):
         score = getattr(reference, node.options["function"])

@@ -13,8 +13,8 @@ import pytest
 HERE = Path(__file__).parent
 DATA = HERE / "data"
 TINY = HERE.parent / "kimi_linear" / "data" / "tiny"
-GOLDEN_CASES = ("kimi-a", "kimi-b")
-QWEN_CASES = ("qwen-a", "qwen35-a", "qwen35-moe")
+KIMI_CASES, QWEN_CASES = ("kimi-a", "kimi-b"), ("qwen-a", "qwen35-a", "qwen35-moe")
+GOLDEN_CASES = KIMI_CASES + QWEN_CASES
 PROMPTS = ("short", "long")
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -65,14 +65,14 @@ def golden_dir() -> Path:
     return DATA / "golden"
 
 
-@pytest.fixture(scope="session", params=GOLDEN_CASES)
-def golden_case(request) -> Path:
+@pytest.fixture(scope="session", params=KIMI_CASES)
+def kimi_case(request) -> Path:
     """Each golden folder of Kimi-Linear in turn."""
     return DATA / "golden" / request.param
 
 
-@pytest.fixture(scope="session", params=GOLDEN_CASES + QWEN_CASES)
-def any_golden_case(request) -> Path:
+@pytest.fixture(scope="session", params=GOLDEN_CASES)
+def golden_case(request) -> Path:
     """Each golden folder in turn."""
     return DATA / "golden" / request.param
 

@@ -52,10 +52,10 @@ def bytes_of(model):
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_float32_is_the_folder_byte_for_byte(tmp_path, golden_case, form):
+def test_float32_is_the_folder_byte_for_byte(tmp_path, kimi_case, form):
     """k_b is stored transposed, and a sum has one order for both layouts."""
-    folder = kl.Model.from_pretrained(golden_case)
-    model = kl.Model.from_pretrained(write(tmp_path, golden_case, **form))
+    folder = kl.Model.from_pretrained(kimi_case)
+    model = kl.Model.from_pretrained(write(tmp_path, kimi_case, **form))
     assert bytes_of(model) == bytes_of(folder)
 
 
@@ -69,10 +69,10 @@ def test_bfloat16_is_the_folder_byte_for_byte(tmp_path, tiny_dir, kimi_b):
 @pytest.mark.parametrize("case", ["tiny", "kimi-b"])
 def test_other_types_are_their_own_values(tmp_path, tiny_dir, golden_dir, case, dtype):
     """The file gives the bytes of a float32 model over the values that it holds, blocks of k_b included."""
-    golden_case = tiny_dir if case == "tiny" else golden_dir / case
-    model = kl.Model.from_pretrained(write(tmp_path, golden_case, dtype))
+    kimi_case = tiny_dir if case == "tiny" else golden_dir / case
+    model = kl.Model.from_pretrained(write(tmp_path, kimi_case, dtype))
     values = {name: np.asarray(a, np.float32) for name, a in model.weights.items() if not name.endswith("A_log")}
-    plain = kl.Model.from_pretrained(golden_case)
+    plain = kl.Model.from_pretrained(kimi_case)
     for name, a in values.items():
         plain.weights[name] = a
     kv_b = next(t for name, t in model._tensors.items() if name.endswith("kv_b_proj.weight"))
@@ -80,9 +80,9 @@ def test_other_types_are_their_own_values(tmp_path, tiny_dir, golden_dir, case, 
     assert bytes_of(model) == bytes_of(plain)
 
 
-def test_config_and_weights(tmp_path, golden_case):
-    folder = kl.Model.from_pretrained(golden_case)
-    model = kl.Model.from_pretrained(write(tmp_path, golden_case))
+def test_config_and_weights(tmp_path, kimi_case):
+    folder = kl.Model.from_pretrained(kimi_case)
+    model = kl.Model.from_pretrained(write(tmp_path, kimi_case))
     told = {"bos_token_id", "eos_token_id", "pad_token_id"}  # a file without a tokenizer does not say them
     ours, theirs = model.config.to_dict(), folder.config.to_dict()
     assert {k: v for k, v in ours.items() if k not in told} == {k: v for k, v in theirs.items() if k not in told}
@@ -118,8 +118,8 @@ def test_replaced_weights(whole, kimi_b):
 
 
 @pytest.mark.parametrize("dtype", ["F32", "Q8_0"])
-def test_saved_as_a_folder(tmp_path, golden_case, dtype):
-    model = kl.Model.from_pretrained(write(tmp_path, golden_case, dtype))
+def test_saved_as_a_folder(tmp_path, kimi_case, dtype):
+    model = kl.Model.from_pretrained(write(tmp_path, kimi_case, dtype))
     model.save_pretrained(tmp_path / "folder")
     again = kl.Model.from_pretrained(tmp_path / "folder")
     assert again.config == model.config

@@ -14,6 +14,7 @@ from kimi_linear.diff.budgets import budget
 from kimi_linear.diff.budgets import names as budget_names
 
 CASES = ["tiny", *GOLDEN_CASES]
+MIXTURES = [case for case in CASES if case != "qwen35-a"]  # which has none
 FOLDERS = {"tiny": TINY, **{case: DATA / "golden" / case for case in GOLDEN_CASES}}
 _models = {}
 
@@ -29,6 +30,11 @@ def model(request):
     return open_model(request.param)
 
 
+@pytest.fixture(params=MIXTURES)
+def mixture(request):
+    return open_model(request.param)
+
+
 @pytest.fixture
 def tiny():
     return open_model("tiny")
@@ -36,6 +42,11 @@ def tiny():
 
 def ids(model, T, seed=0):
     return np.random.default_rng(seed).integers(3, model.config.vocab_size, T).astype(np.int32)
+
+
+def attention_of(model):
+    """(layer, mixer) of the first layer of attention."""
+    return next((i, spec.mixer) for i, spec in enumerate(model.config.layers) if spec.mixer in ("mla", "attn"))
 
 
 def every_tap(model):
@@ -63,7 +74,7 @@ def test_the_identity_changes_no_byte(model):
         state = model.new_state()
         assert model.forward(tokens, edit={name: lambda x: x}).tobytes() == whole.tobytes(), name
         assert model.forward(tokens, state=state, edit={name: trace[name]}).tobytes() == whole.tobytes(), name
-    identity = model.forward(tokens, taps="*", edit={"*": lambda x: x, "*.moe.scores": lambda x: x})[1]
+    identity = model.forward(tokens, taps="*", edit=dict.fromkeys(["*", *every_tap(model)], lambda x: x))[1]
     assert all(identity[name].tobytes() == trace[name].tobytes() for name in identity)
 
 
@@ -122,7 +133,8 @@ def test_a_tap_of_the_reference_gives_the_rest_of_the_reference(model):
     assert (np.abs(got - wanted.logits) <= (D / 32 + 8 + 2 + D / 16 + 16) * 2**-24 * size).all()
 
 
-def test_new_expert_ids_are_weighed_by_the_router(model):
+def test_new_expert_ids_are_weighed_by_the_router(mixture):
+    model = mixture
     tokens = ids(model, 40)
     E, k = model.config.n_experts, model.config.experts_per_token
     for layer in (i for i, spec in enumerate(model.config.layers) if spec.ffn == "moe"):
@@ -133,12 +145,14 @@ def test_new_expert_ids_are_weighed_by_the_router(model):
         assert all(trace[name].tobytes() == other[name].tobytes() for name in trace)
 
 
-def test_edited_scores_choose_and_weigh(model):
+def test_edited_scores_choose_and_weigh(mixture):
+    model = mixture
     c, tokens = model.config, ids(model, 40)
     layer = next(i for i, spec in enumerate(c.layers) if spec.ffn == "moe")
     scores = np.random.default_rng(2).random((40, c.n_experts), np.float32)
     trace = model.trace(tokens, f"layers.{layer}.moe.*", edit={f"layers.{layer}.moe.scores": scores})
-    bias = model.weights[f"model.layers.{layer}.block_sparse_moe.gate.e_score_correction_bias"]
+    name = f"model.layers.{layer}.block_sparse_moe.gate.e_score_correction_bias"
+    bias = model.weights[name] if c.router_bias else None
     chosen, weights = reference.route(scores, k=c.experts_per_token, bias=bias, groups=c.n_groups, scale=c.routed_scale,
                                       top_groups=c.top_groups, function="none", renormalise=c.renormalise)
     assert np.array_equal(trace[f"layers.{layer}.moe.ids"], chosen)
@@ -352,13 +366,15 @@ def test_taps_on_request_are_in_no_glob_but_their_own(model):
     tokens = ids(model, 5)
     assert list(model.trace(tokens)) == model.taps
     assert not any(fnmatch.fnmatch(name, "*.moe.scores") for name in model.taps)
-    mla = next(i for i, spec in enumerate(model.config.layers) if spec.mixer == "mla")
-    assert f"layers.{mla}.mla.probs" not in model.trace(tokens, f"layers.{mla}")
-    assert f"layers.{mla}.mla.probs" not in model.trace(tokens, f"layers.{mla}.mla.*")
-    assert list(model.trace(tokens, f"layers.{mla}.mla.probs")) == [f"layers.{mla}.mla.probs"]
+    layer, mixer = attention_of(model)
+    probs = f"layers.{layer}.{mixer}.probs"
+    assert probs not in model.trace(tokens, f"layers.{layer}")
+    assert probs not in model.trace(tokens, f"layers.{layer}.{mixer}.*")
+    assert list(model.trace(tokens, probs)) == [probs]
 
 
-def test_scores_are_the_routers(model):
+def test_scores_are_the_routers(mixture):
+    model = mixture
     tokens, function = ids(model, 30), getattr(reference, model.config.router_function)
     trace = model.trace(tokens, ["*.moe.scores", "*.moe.logits"])
     exact = model.reference().forward(tokens[:3], taps="*.moe.scores").taps
@@ -368,29 +384,42 @@ def test_scores_are_the_routers(model):
                                                     x=trace[name.replace("scores", "logits")])).all()
 
 
+def attention_args(model, layer, mixer, state, q):
+    """The arguments of a layer's attention in the reference, and its values [S, H, V]."""
+    c = model.config
+
+    def cache(name):
+        return state.widened(f"layers.{layer}.{mixer}.{name}_cache")
+
+    if mixer == "attn":
+        k, v = cache("k"), cache("v")
+        values = np.repeat(reference.f64(v), c.attn_heads // c.attn_kv_heads, axis=1)
+        return dict(q=q, k=k, v=v, scale=c.attn_head_dim**-0.5), values
+    kv_b = reference.f64(model.weights[f"model.layers.{layer}.self_attn.kv_b_proj.weight"])
+    kv_b = kv_b.reshape(c.mla_heads, -1, c.kv_rank)
+    w_uk, w_uv = kv_b[:, : c.nope_dim], kv_b[:, c.nope_dim :]
+    return dict(q=q, latent=cache("latent"), k_shared=cache("k_shared"), w_uk=w_uk, w_uv=w_uv,
+                scale=(c.nope_dim + c.rope_dim) ** -0.5), np.einsum("sr,hvr->shv", cache("latent").astype(float), w_uv)
+
+
 @pytest.mark.parametrize("cache", ["float32", "float16"])
 def test_probs_are_what_attention_weighs_its_values_with(model, cache):
-    """mla.o is the values summed by mla.probs: the attention's own budget, and one rounding of each probability."""
-    c = model.config
-    layer = next(i for i, spec in enumerate(c.layers) if spec.mixer == "mla")
+    """An attention's o is the values summed by its probs: its own budget, and one rounding of each probability."""
+    layer, mixer = attention_of(model)
     state = model.new_state(cache=cache)
     model.forward(ids(model, 20), state=state, logits="none")
     _, trace = model.forward(ids(model, 33, seed=1), state=state, logits="none",
-                             taps=[f"layers.{layer}.mla.{x}" for x in ("probs", "q", "o")])
-    p = trace[f"layers.{layer}.mla.probs"].astype(np.float64)
-    assert p.shape == (33, c.mla_heads, 53)
+                             taps=[f"layers.{layer}.{mixer}.{x}" for x in ("probs", "q", "o")])
+    p, q, o = (trace[f"layers.{layer}.{mixer}.{x}"].astype(np.float64) for x in ("probs", "q", "o"))
+    assert p.shape == (33, q.shape[1], 53)
     assert np.abs(p.sum(-1) - 1).max() <= 53 * 2**-24
     assert (p[np.broadcast_to((np.arange(53) > np.arange(20, 53)[:, None])[:, None], p.shape)] == 0).all()
-    kv_b = reference.f64(model.weights[f"model.layers.{layer}.self_attn.kv_b_proj.weight"])
-    kv_b = kv_b.reshape(c.mla_heads, -1, c.kv_rank)
-    args = dict(q=trace[f"layers.{layer}.mla.q"], latent=state[f"layers.{layer}.mla.latent_cache"].astype(np.float32),
-                k_shared=state[f"layers.{layer}.mla.k_shared_cache"].astype(np.float32), w_uk=kv_b[:, : c.nope_dim],
-                w_uv=kv_b[:, c.nope_dim :], scale=(c.nope_dim + c.rope_dim) ** -0.5)
-    desired = reference.latent_attention(**args)
-    values = np.einsum("sr,hvr->hsv", reference.f64(args["latent"]), args["w_uv"])
-    rounding = 2**-24 * np.einsum("ths,hsv->thv", p, np.abs(values)) + 53 * 2**-149 * np.abs(values).max()
-    assert (np.abs(np.einsum("ths,hsv->thv", p, values) - desired) <= rounding * 1.01).all()
-    assert (np.abs(trace[f"layers.{layer}.mla.o"] - desired) <= budget("latent_attention", desired, **args)).all()
+    op = {"mla": "latent_attention", "attn": "attention"}[mixer]
+    args, values = attention_args(model, layer, mixer, state, q)
+    desired = getattr(reference, op)(**args)
+    rounding = 2**-24 * np.einsum("ths,shv->thv", p, np.abs(values)) + 53 * 2**-149 * np.abs(values).max()
+    assert (np.abs(np.einsum("ths,shv->thv", p, values) - desired) <= rounding * 1.01).all()
+    assert (np.abs(o - desired) <= budget(op, desired, **args)).all()
 
 
 def test_probs_need_one_sequence_and_memory(tiny, monkeypatch):
@@ -398,7 +427,7 @@ def test_probs_need_one_sequence_and_memory(tiny, monkeypatch):
         tiny.trace([ids(tiny, 3), ids(tiny, 4)], "*.mla.probs")
     monkeypatch.setattr("kimi_linear._call.SMALL", 0)
     monkeypatch.setattr("kimi_linear._call.available_memory", lambda: 1000)
-    with pytest.raises(MemoryError, match="mla.probs of 100 x 4 x 100"):
+    with pytest.raises(MemoryError, match="probs of 100 x 8 x 100, heads of all layers"):
         tiny.trace(ids(tiny, 100), "*.mla.probs")
 
 
@@ -479,7 +508,9 @@ def test_logprobs_take_text_and_refuse_none(tiny):
 def test_a_replaced_weight_is_used_and_old_states_are_refused(model):
     model, tokens = kl.Model.from_pretrained(model._checkpoint.path), ids(model, 40)
     before, state = model.forward(tokens), model.new_state()
-    name, out = "model.layers.0.self_attn.o_proj.weight", f"layers.0.{model.config.layers[0].mixer}.out"
+    mixer = model.config.layers[0].mixer
+    last = "linear_attn.out_proj" if mixer == "gdn" else "self_attn.o_proj"
+    name, out = f"model.layers.0.{last}.weight", f"layers.0.{mixer}.out"
     old = model.weights[name]
     new = np.zeros(old.shape, np.float32)
     model.weights[name] = new

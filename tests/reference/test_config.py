@@ -78,8 +78,8 @@ def test_transformers_form(golden_dir):
     assert (b.conv_width, b.router_function, b.routed_scale) == (3, "sigmoid", 1.3)
 
 
-def test_weight_shapes_are_those_of_the_files(golden_case, tiny_dir):
-    for folder in (golden_case, tiny_dir):
+def test_weight_shapes_are_those_of_the_files(kimi_case, tiny_dir):
+    for folder in (kimi_case, tiny_dir):
         weights = canonical_weights(folder / "model.safetensors")
         shapes = Config.from_file(folder / "config.json").weight_shapes()
         assert {name: x.shape for name, x in weights.items()} == shapes
@@ -116,8 +116,8 @@ def test_round_trip(name):
     assert again.weight_shapes() == c.weight_shapes()
 
 
-def test_round_trip_of_the_transformers_form(golden_case):
-    c = Config.from_file(golden_case / "config.json")
+def test_round_trip_of_the_transformers_form(kimi_case):
+    c = Config.from_file(kimi_case / "config.json")
     assert Config.from_dict(c.to_dict()) == c
 
 
@@ -222,8 +222,8 @@ def test_unknown_keys_are_one_warning():
         "config: unknown keys, ignored: linear_attn_config.rank, sliding_window, zeta"]
 
 
-def test_every_published_key_is_known(golden_case, tiny_dir):
-    for folder in (golden_case, tiny_dir):
+def test_every_published_key_is_known(kimi_case, tiny_dir):
+    for folder in (kimi_case, tiny_dir):
         d = json.loads((folder / "config.json").read_text())
         assert set(d) <= set(KEYS) and set(d["linear_attn_config"]) <= set(LINEAR_KEYS)
 

@@ -63,19 +63,19 @@ def worst(pairs):
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_every_float64_array(any_golden_case, prompt):
-    arrays = read_safetensors(any_golden_case / "golden64.safetensors")
-    largest, _, seen = worst(named_pairs(any_golden_case, arrays, prompt + "/", result(any_golden_case, prompt)))
+def test_every_float64_array(golden_case, prompt):
+    arrays = read_safetensors(golden_case / "golden64.safetensors")
+    largest, _, seen = worst(named_pairs(golden_case, arrays, prompt + "/", result(golden_case, prompt)))
     floats = {n for n, x in arrays.items() if n.startswith(prompt) and x.dtype == np.float64}
     assert seen >= floats
     assert largest[0] <= 1e-11, largest
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_every_float32_array(any_golden_case, prompt):
+def test_every_float32_array(golden_case, prompt):
     """transformers in float32: 1e-4 rms and 2e-3 largest, of which it uses a tenth."""
-    arrays = read_safetensors(any_golden_case / "golden.safetensors")
-    largest, rms, seen = worst(named_pairs(any_golden_case, arrays, prompt + "/", result(any_golden_case, prompt)))
+    arrays = read_safetensors(golden_case / "golden.safetensors")
+    largest, rms, seen = worst(named_pairs(golden_case, arrays, prompt + "/", result(golden_case, prompt)))
     floats = {n for n, x in arrays.items() if n.startswith(prompt) and x.dtype == np.float32}
     assert seen >= floats
     assert largest[0] <= 2e-3, largest
@@ -91,12 +91,12 @@ def test_tiny():
 
 
 @pytest.mark.parametrize("cuts", [[1], [17], [64], list(range(1, 70)), [0, 30, 30]])
-def test_pieces_equal_the_whole(any_golden_case, cuts):
-    whole = result(any_golden_case, "long")
-    tokens = tokens_of(any_golden_case, "long")
+def test_pieces_equal_the_whole(golden_case, cuts):
+    whole = result(golden_case, "long")
+    tokens = tokens_of(golden_case, "long")
     state, logits = None, []
     for part in np.split(tokens, cuts):
-        run = model(any_golden_case).forward(part, state=state)
+        run = model(golden_case).forward(part, state=state)
         state = run.state
         logits.append(run.logits)
     size = np.sqrt(np.mean(whole.logits**2))
@@ -106,16 +106,16 @@ def test_pieces_equal_the_whole(any_golden_case, cuts):
         np.testing.assert_allclose(state[name], x, rtol=0, atol=1e-11 * np.sqrt(np.mean(x**2)), err_msg=name)
 
 
-def test_a_carried_state_is_not_changed(any_golden_case):
-    first = model(any_golden_case).forward([5, 6, 7])
+def test_a_carried_state_is_not_changed(golden_case):
+    first = model(golden_case).forward([5, 6, 7])
     before = {name: x.copy() for name, x in first.state.items()}
-    model(any_golden_case).forward([8, 9], state=first.state)
+    model(golden_case).forward([8, 9], state=first.state)
     assert all((first.state[name] == x).all() for name, x in before.items())
 
 
-def test_layer_by_layer_is_forward(any_golden_case):
-    m, whole = model(any_golden_case), result(any_golden_case, "short")
-    h, state = m.embed(tokens_of(any_golden_case, "short")), {}
+def test_layer_by_layer_is_forward(golden_case):
+    m, whole = model(golden_case), result(golden_case, "short")
+    h, state = m.embed(tokens_of(golden_case, "short")), {}
     for i in range(m.config.n_layers):
         h = m.layer(i, h, state)
         assert (h == whole.taps[f"layers.{i}.out"]).all()
@@ -157,8 +157,8 @@ def shapes_of_ffn(c, ffn, T):
                      "moe.out": (T, D)}
 
 
-def test_taps_have_their_names_and_shapes(any_golden_case):
-    c, run, T = model(any_golden_case).config, result(any_golden_case, "short"), 21
+def test_taps_have_their_names_and_shapes(golden_case):
+    c, run, T = model(golden_case).config, result(golden_case, "short"), 21
     D = c.hidden_size
     expected = {"embed": (T, D), "norm": (T, D), "logits": (T, c.vocab_size)}
     states = {}
@@ -183,9 +183,9 @@ def state_shapes(c, mixer, T):
     return shapes | {f"{mixer}.state": (values[0], keys[1], values[1])}
 
 
-def test_edit(any_golden_case):
-    m, whole = model(any_golden_case), result(any_golden_case, "short")
-    tokens = tokens_of(any_golden_case, "short")
+def test_edit(golden_case):
+    m, whole = model(golden_case), result(golden_case, "short")
+    tokens = tokens_of(golden_case, "short")
     same = m.forward(tokens, edit={"*": lambda x: x, "layers.1.out": whole.taps["layers.1.out"]})
     assert (same.logits == whole.logits).all()
     off = m.forward(tokens, edit={"layers.*.mid": lambda x: 0 * x}, taps="layers.0.mid")
@@ -194,9 +194,9 @@ def test_edit(any_golden_case):
         m.forward(tokens, edit={"embed": np.zeros(2)})
 
 
-def test_forced_experts(any_golden_case):
-    m, whole = model(any_golden_case), result(any_golden_case, "short")
-    tokens = tokens_of(any_golden_case, "short")
+def test_forced_experts(golden_case):
+    m, whole = model(golden_case), result(golden_case, "short")
+    tokens = tokens_of(golden_case, "short")
     if not m.config.n_experts:
         pytest.skip("no experts")
     i = m.config.n_layers - 1
@@ -212,8 +212,8 @@ def test_forced_experts(any_golden_case):
         m.forward(tokens, expert_ids={i: other + m.config.n_experts})
 
 
-def test_weights_are_fetched_lazily_and_missing_ones_named(any_golden_case):
-    weights = model(any_golden_case).weights
+def test_weights_are_fetched_lazily_and_missing_ones_named(golden_case):
+    weights = model(golden_case).weights
     asked = []
 
     class Lazy(dict):
@@ -221,7 +221,7 @@ def test_weights_are_fetched_lazily_and_missing_ones_named(any_golden_case):
             asked.append(name)
             return super().__getitem__(name)
 
-    m = ReferenceModel(model(any_golden_case).config, Lazy(weights))
+    m = ReferenceModel(model(golden_case).config, Lazy(weights))
     assert not asked
     m.layer(1, np.ones((2, m.config.hidden_size)))
     assert asked and all(name.startswith("model.layers.1.") for name in asked)
@@ -236,17 +236,17 @@ def test_only_one_sequence():
         model(TINY).forward([1, 2, 3], offsets=[0, 1, 3])
 
 
-def test_tied_embeddings(any_golden_case):
-    d = Config.from_file(any_golden_case / "config.json").to_dict() | dict(tie_word_embeddings=True)
-    m = ReferenceModel(Config.from_dict(d), model(any_golden_case).weights)
+def test_tied_embeddings(golden_case):
+    d = Config.from_file(golden_case / "config.json").to_dict() | dict(tie_word_embeddings=True)
+    m = ReferenceModel(Config.from_dict(d), model(golden_case).weights)
     x = np.ones((1, m.config.hidden_size))
     run = m.forward([3], edit={"norm": x})
     table = m.weights["model.embed_tokens.weight"].astype(float)
     np.testing.assert_allclose(run.logits, x @ table.T, rtol=1e-12)
 
 
-def test_names_have_inverses(any_golden_case):
-    c = model(any_golden_case).config
+def test_names_have_inverses(golden_case):
+    c = model(golden_case).config
     for name, tap in golden.names(c).items():
         assert golden.tap_of(name, c) == tap
         held = [tap.format(s) for s in ("k_shared", "q", "gate", "v_proj", "a")]
