@@ -83,8 +83,12 @@ class State:
         self._core = self._new_core(self._context, ctx)
 
     def _new_core(self, context, ctx=None):
-        return _core.State(current(ctx)._core, self._owner, _engine.cache_type(self.cache), context,
+        return _core.State(self._ctx(ctx)._core, self._owner, _engine.cache_type(self.cache), context,
                            self.checkpoints_every, self.keep)
+
+    def _ctx(self, ctx=None):
+        """The context of a call: the model's, of which arrays on a device have need."""
+        return current(ctx or self._model.ctx)
 
     def _append(self, ids):
         """Told by forward: the ids that it has read."""
@@ -109,7 +113,7 @@ class State:
 
     def reset(self):
         """Forget everything: an empty sequence again, its memory kept."""
-        self._core.reset(current()._core)
+        self._core.reset(self._ctx()._core)
         self.tokens = []
 
     def checkpoint(self):
@@ -120,7 +124,7 @@ class State:
         ValueError
             If the state was made to keep none.
         """
-        self._core.checkpoint(current()._core)
+        self._core.checkpoint(self._ctx()._core)
 
     def fork(self):
         """An independent copy, checkpoints included; costs one copy of the state."""
@@ -134,7 +138,7 @@ class State:
 
     def _copy(self, context):
         core = self._new_core(context)
-        core.copy_from(current()._core, self._core)
+        core.copy_from(self._ctx()._core, self._core)
         return core
 
     def restore(self, snapshot):
@@ -151,7 +155,7 @@ class State:
         """
         if not isinstance(snapshot, Snapshot):
             raise TypeError(f"snapshot is a {type(snapshot).__name__}; it must be a Snapshot of state.snapshot()")
-        self._core.copy_from(current()._core, snapshot._core)
+        self._core.copy_from(self._ctx()._core, snapshot._core)
         self.tokens = list(snapshot._tokens)
 
     def truncate(self, n):
@@ -174,7 +178,7 @@ class State:
         """
         n = operator.index(n)
         self._refuse_nameless(n)
-        at = self._core.truncate(current()._core, n)
+        at = self._core.truncate(self._ctx()._core, n)
         between, self.tokens = self.tokens[at:n], self.tokens[:at]
         if between:
             self._model.forward(np.array(between, np.int32), state=self, logits="none")
@@ -255,7 +259,7 @@ class State:
 
     def _place(self, name):
         layer, part = self._part(name)
-        shape, type_id = self._core.shape(current()._core, layer, part)
+        shape, type_id = self._core.shape(self._ctx()._core, layer, part)
         if type_id == 8:
             return layer, part, (shape[0], shape[1] // 32 * 34), np.uint8
         if self._config.layers[layer].mixer == "attn":
@@ -265,7 +269,7 @@ class State:
     def __getitem__(self, name):
         layer, part, shape, dtype = self._place(name)
         a = np.empty(shape, dtype)
-        self._core.read(current()._core, layer, part, a)
+        self._core.read(self._ctx()._core, layer, part, a)
         return a
 
     def widened(self, name):
@@ -285,7 +289,7 @@ class State:
         for name in self.fixed():
             layer, part, shape, dtype = self._place(name)
             a = np.empty(shape, dtype)
-            self._core.read(current()._core, layer, part, a, i)
+            self._core.read(self._ctx()._core, layer, part, a, i)
             yield name, a
 
     def __setitem__(self, name, value):
@@ -294,7 +298,7 @@ class State:
         if a.dtype != dtype:
             raise TypeError(f"{name} is {a.dtype}; it must be {np.dtype(dtype)}")
         check_shape(a, name, shape)
-        self._core.write(current()._core, layer, part, np.ascontiguousarray(a))
+        self._core.write(self._ctx()._core, layer, part, np.ascontiguousarray(a))
 
     def items(self):
         """(name, copy of the array) of each."""

@@ -18,6 +18,7 @@ static kl_status clear_bytes(kl_ctx *ctx, void *to, size_t n_bytes)
 }
 
 const kl_backend kl_cpu_backend = { .name = "cpu",
+                                    .reads_host_memory = 1,
                                     .allocate = kl_allocate,
                                     .release = kl_release,
                                     .upload = copy_bytes,

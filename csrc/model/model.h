@@ -69,6 +69,8 @@ struct kl_model {
     layer_layout *layout; /* [n_layers] */
     size_t fixed_bytes;   /* of one sequence's delta nets */
     size_t weight_bytes;
+    char *matrices; /* all of them, where the backend does not read host memory; else NULL */
+    size_t matrix_bytes;
     float *vectors; /* in the backend's memory */
     size_t vector_bytes;
     const void **addresses; /* of all matrices */
@@ -92,6 +94,9 @@ struct kl_state {
     atomic_int busy;
     int lost; /* a step failed half-way: its arrays belong to no position */
 };
+
+/* Whether a call of who may use the model, and states of it, with this context: they are of one backend. */
+kl_status kl_model_check_ctx(kl_ctx *ctx, const kl_model *model, const char *who);
 
 size_t kl_state_page_bytes(const kl_state *state);
 

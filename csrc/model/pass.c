@@ -283,9 +283,7 @@ kl_status kl_forward(kl_ctx *ctx, const kl_model *model, const kl_forward_args *
 {
     if (args->done != NULL && args->N > 0)
         memset(args->done, 0, (size_t)args->N * sizeof *args->done);
-    if (ctx->backend != model->backend)
-        return kl_fail(ctx, KL_ERR_ARG, "forward: ctx is of %s; the model lies on %s",
-                       ctx->backend->name, model->backend->name);
+    KL_TRY(kl_model_check_ctx(ctx, model, "forward"));
     KL_TRY(check_args(ctx, model, args));
     int64_t taken;
     if (!acquire(args, &taken)) {

@@ -46,6 +46,7 @@ kl_status kl_state_create(kl_ctx *ctx, kl_state **out, const kl_model *model, kl
                           int64_t context)
 {
     *out = NULL;
+    KL_TRY(kl_model_check_ctx(ctx, model, "state"));
     KL_TRY(kl_cache_check(ctx, model, cache_type));
     if (context < 0)
         return kl_fail(ctx, KL_ERR_ARG, "context is %lld; it must be >= 0", (long long)context);
@@ -103,6 +104,7 @@ void kl_state_reset(kl_ctx *ctx, kl_state *state)
 
 kl_status kl_state_acquire(kl_ctx *ctx, kl_state *state, const char *who)
 {
+    KL_TRY(kl_model_check_ctx(ctx, state->model, who));
     if (atomic_exchange(&state->busy, 1))
         return kl_fail(ctx, KL_ERR_STATE, "%s: the state is in use by another call", who);
     return KL_OK;
@@ -171,6 +173,7 @@ static kl_status move_part(kl_ctx *ctx, const kl_state *state, char *fixed, int6
     int64_t shape[3] = { 0, 0, 1 };
     int n_dims;
     kl_type type;
+    KL_TRY(kl_model_check_ctx(ctx, state->model, "state"));
     KL_TRY(kl_state_shape(ctx, state, layer, part, shape, &n_dims, &type));
     const layer_layout *at = &state->model->layout[layer];
     const mover move = out ? state->model->backend->download : state->model->backend->upload;
@@ -208,6 +211,7 @@ kl_status kl_state_keep(kl_ctx *ctx, kl_state *state, int64_t every, int64_t kee
 {
     const size_t bytes = state->model->fixed_bytes;
     int64_t total;
+    KL_TRY(kl_model_check_ctx(ctx, state->model, "state"));
     if (every < 1 || keep < 1)
         return kl_fail(
             ctx, KL_ERR_ARG,
@@ -423,6 +427,7 @@ kl_status kl_state_copy(kl_ctx *ctx, kl_state *to, kl_state *from)
 
 kl_status kl_state_fill(kl_ctx *ctx, kl_state *state, int64_t n)
 {
+    KL_TRY(kl_model_check_ctx(ctx, state->model, "state"));
     if (state->position != 0 || n < 0)
         return kl_fail(
             ctx, KL_ERR_STATE,

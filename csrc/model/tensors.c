@@ -18,14 +18,24 @@ static int by_name(const void *a, const void *b)
 
 kl_status kl_loader_begin(kl_loader *l, const kl_tensor *tensors, int64_t n)
 {
+    l->tensors = tensors;
     l->n = n;
     l->sorted = malloc(((size_t)n + 1) * sizeof *l->sorted);
-    if (l->sorted == NULL)
+    if (!l->model->backend->reads_host_memory)
+        l->uploaded = calloc((size_t)n + 1, sizeof *l->uploaded);
+    if (l->sorted == NULL || (l->uploaded == NULL && !l->model->backend->reads_host_memory))
         return kl_fail(l->ctx, KL_ERR_MEMORY, "out of memory: %lld tensors", (long long)n);
     for (int64_t i = 0; i < n; i++)
         l->sorted[i] = &tensors[i];
     qsort(l->sorted, (size_t)n, sizeof *l->sorted, by_name);
     return KL_OK;
+}
+
+void kl_loader_end(kl_loader *l)
+{
+    free(l->sorted);
+    free(l->uploaded);
+    free(l->staging);
 }
 
 static void name_of(char name[NAME], int64_t layer, const char *rest)
@@ -110,6 +120,31 @@ const kl_tensor *kl_find_tensor(kl_loader *l, int64_t layer, const char *rest, i
 
 /* ---- views ---- */
 
+static size_t bytes_of(const kl_tensor *t)
+{
+    int64_t values = 1;
+    for (int i = 0; i < t->n_dims; i++)
+        values *= t->shape[i];
+    return kl_type_bytes(t->type, values);
+}
+
+/* Where a tensor's values are in the backend's memory; NULL while they are only counted. */
+static const char *values_of(kl_loader *l, const kl_tensor *t)
+{
+    if (l->uploaded == NULL || t->data == NULL)
+        return t->data;
+    const char **at = &l->uploaded[t - l->tensors];
+    char *const begin = l->model->matrices;
+    if (*at == NULL) {
+        *at = begin != NULL ? begin + l->upload_bytes : t->data;
+        if (begin != NULL && l->status == KL_OK)
+            l->status =
+                l->model->backend->upload(l->ctx, begin + l->upload_bytes, t->data, bytes_of(t));
+        l->upload_bytes += (bytes_of(t) + 63) / 64 * 64;
+    }
+    return begin != NULL ? *at : NULL;
+}
+
 static const void **take_addresses(kl_loader *l, int64_t n)
 {
     const void **p =
@@ -128,8 +163,9 @@ kl_weight kl_rows_of(kl_loader *l, const kl_tensor *t, int64_t first, int64_t n,
     w.type = t->type;
     w.row_bytes = kl_type_bytes(t->type, cols);
     w.matrix = matrix;
-    for (int64_t i = 0; matrix != NULL && t->data != NULL && i < n; i++)
-        matrix[i] = (const char *)t->data + (size_t)(first + i * step) * w.row_bytes;
+    const char *values = values_of(l, t);
+    for (int64_t i = 0; matrix != NULL && values != NULL && i < n; i++)
+        matrix[i] = values + (size_t)(first + i * step) * w.row_bytes;
     return w;
 }
 
@@ -159,8 +195,9 @@ kl_weight kl_matrices(kl_loader *l, int64_t layer, const char *format, int64_t n
                  "checkpoint: %s is %s and number 0 is %s; they must be of one type", t->name,
                  kl_type_name(t->type), kl_type_name(w.type));
         }
+        const char *values = values_of(l, t);
         if (matrix != NULL)
-            matrix[i] = t->data;
+            matrix[i] = values;
     }
     return w;
 }

@@ -9,14 +9,19 @@
 typedef struct kl_loader {
     kl_ctx *ctx;
     kl_model *model;
-    const kl_tensor **sorted; /* by name */
+    const kl_tensor *tensors, **sorted; /* sorted: by name */
     int64_t n;
+    /* Of a backend that does not read host memory: where each tensor that views are of was uploaded to, and the bytes
+     * of all of them; in the pass that only counts, a mark. */
+    const char **uploaded;
+    size_t upload_bytes;
     size_t vector_values; /* of the model's vectors, in float32 */
     float *staging;       /* host copy of the vectors; NULL in the pass that only counts */
     kl_status status;
 } kl_loader;
 
 kl_status kl_loader_begin(kl_loader *l, const kl_tensor *tensors, int64_t n) KL_CHECKED;
+void kl_loader_end(kl_loader *l);
 
 /* Names are "model.layers.<layer>.<rest>", or rest alone where layer is -1. */
 

@@ -254,6 +254,14 @@ static kl_status load(kl_loader *l)
         m->vectors = NULL;
         return KL_OK;
     }
+    if (l->uploaded != NULL) {
+        m->matrix_bytes = l->upload_bytes;
+        m->matrices = m->backend->allocate(ctx, m->matrix_bytes);
+        if (m->matrices == NULL)
+            return KL_ERR_MEMORY; /* the backend says how much */
+        memset(l->uploaded, 0, (size_t)l->n * sizeof *l->uploaded);
+        l->upload_bytes = 0;
+    }
     m->addresses = calloc(m->n_addresses + 1, sizeof *m->addresses);
     m->vectors = m->backend->allocate(ctx, m->vector_bytes);
     l->staging = calloc(l->vector_values + 1, sizeof *l->staging);
@@ -295,10 +303,6 @@ kl_status kl_model_create(kl_ctx *ctx, kl_model **out, const kl_config *config,
 {
     *out = NULL;
     KL_TRY(kl_config_check(ctx, config));
-    if (ctx->device != NULL) /* until its matrices are uploaded */
-        return kl_fail(ctx, KL_ERR_UNSUPPORTED,
-                       "a model on %s is not there yet; use a context of the CPU",
-                       ctx->backend->name);
     const size_t n = (size_t)config->n_layers;
     kl_model *m = calloc(1, sizeof *m);
     kl_loader l = { .ctx = ctx, .model = m };
@@ -320,8 +324,7 @@ kl_status kl_model_create(kl_ctx *ctx, kl_model **out, const kl_config *config,
     if (status == KL_OK)
         status = load(&l);
 done:
-    free(l.sorted);
-    free(l.staging);
+    kl_loader_end(&l);
     if (status != KL_OK)
         kl_model_destroy(ctx, m);
     else
@@ -329,10 +332,20 @@ done:
     return status;
 }
 
+kl_status kl_model_check_ctx(kl_ctx *ctx, const kl_model *model, const char *who)
+{
+    if (ctx->backend == model->backend)
+        return KL_OK;
+    return kl_fail(ctx, KL_ERR_ARG, "%s: the context computes on %s and the model is on %s", who,
+                   ctx->backend->name, model->backend->name);
+}
+
 void kl_model_destroy(kl_ctx *ctx, kl_model *model)
 {
     if (model == NULL)
         return;
+    if (model->matrices != NULL)
+        model->backend->release(ctx, model->matrices, model->matrix_bytes);
     if (model->vectors != NULL)
         model->backend->release(ctx, model->vectors, model->vector_bytes);
     free(model->addresses);

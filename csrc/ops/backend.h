@@ -12,6 +12,7 @@ extern "C" {
 
 typedef struct kl_backend {
     const char *name;
+    int reads_host_memory; /* 1: weights are used where they lie; 0: they are uploaded */
     /* What a context has of its own on a device (a stream); NULL where there is nothing. open leaves a
      * sentence in the context when it fails. */
     kl_status (*open)(kl_ctx *ctx, int device, void **handle);
