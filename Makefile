@@ -15,7 +15,7 @@ PEERS := .venv-peers
 CTEST := $(MAKE) -C tests/c
 ASAN_TREE := build/asan/kimi_linear
 
-.PHONY: help system venv build lib ctest test hip-host hip hip-nvidia hip-system demo oracles peers lint format asan tsan long fuzz bench clean
+.PHONY: help system venv build lib ctest test hip-host hip hip-nvidia hip-resources hip-system demo oracles peers lint format asan tsan long fuzz bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
@@ -68,6 +68,9 @@ hip:  ## for AMD GPUs, by hipcc; AMD_ARCHS="gfx90a gfx1030" names others
 
 hip-nvidia:  ## for NVIDIA GPUs, by nvcc; NVIDIA_ARCHS="80 90" names others
 	@$(MAKE) -j2 -C csrc/hip nvidia
+
+hip-resources:  ## registers, spills and shared memory of each kernel, beside csrc/hip/resources.txt: what hipcc and nvcc are here for
+	$(VENV)/bin/python tools/hip_resources.py
 
 hip-system:  ## as root: Debian's hipcc, its runtime and device libraries, which `make hip` needs (1.5 GB)
 	@sh tools/setup-system.sh hipcc

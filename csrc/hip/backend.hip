@@ -1,6 +1,7 @@
 /* The HIP backend: memory, copies, streams, the op table, and what the core asks a device library. One text
  * for AMD, NVIDIA and the host build. */
 #include "runtime.h"
+#include "stored.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -14,7 +15,12 @@ namespace
 struct handle {
     int device;
     hipStream_t stream;
+    unsigned long long *faults; /* [KL_FAULTS] place << 32 | bits; all bits: none */
+    bool noting;                /* kernels that may note were launched since they were looked at */
+    int64_t E, k;               /* of the call that they belong to */
 };
+
+const size_t FAULT_BYTES = KL_FAULTS * sizeof(unsigned long long);
 
 handle *handle_of(const kl_ctx *ctx) { return static_cast<handle *>(kl_core_of->handle(ctx)); }
 
@@ -46,9 +52,15 @@ kl_status open_device(kl_ctx *ctx, int device, void **to)
         (void)hipStreamDestroy(stream);
         return kl_core_of->fail(ctx, KL_ERR_MEMORY, "out of memory: context");
     }
-    *h = handle{ device, stream };
+    *h = handle{};
+    h->device = device;
+    h->stream = stream;
     *to = h;
-    return KL_OK;
+    void *faults = nullptr;
+    const hipError_t error = hipMalloc(&faults, FAULT_BYTES);
+    h->faults = static_cast<unsigned long long *>(faults);
+    return check(ctx, "device: memory",
+                 error == hipSuccess ? hipMemsetAsync(faults, 0xff, FAULT_BYTES, stream) : error);
 }
 
 void close_device(kl_ctx *, void *p)
@@ -59,6 +71,7 @@ void close_device(kl_ctx *, void *p)
     (void)hipSetDevice(h->device);
     (void)hipStreamSynchronize(h->stream);
     (void)hipStreamDestroy(h->stream);
+    (void)hipFree(h->faults);
     free(h);
 }
 
@@ -111,8 +124,59 @@ kl_status upload(kl_ctx *ctx, void *to, const void *from, size_t n_bytes)
     return wait(ctx, "upload");
 }
 
+/* ---- what kernels noted ---- */
+
+kl_status sentence_of(kl_ctx *ctx, int kind, unsigned long long noted, int64_t E, int64_t k)
+{
+    const int64_t place = static_cast<int64_t>(noted >> 32);
+    const uint32_t bits = static_cast<uint32_t>(noted);
+    const int64_t cols = kind == KL_FAULT_SCORES ? E : kind == KL_FAULT_BIAS ? INT64_MAX : k;
+    const long long row = place / cols, col = place % cols;
+    float value;
+    int32_t id;
+    memcpy(&value, &bits, sizeof value);
+    memcpy(&id, &bits, sizeof id);
+    if (kind == KL_FAULT_BIAS)
+        return kl_core_of->fail(ctx, KL_ERR_ARG,
+                                "route: bias[%lld] is %g; it must be a number below infinity", col,
+                                static_cast<double>(value));
+    if (kind == KL_FAULT_SCORES && value != value)
+        return kl_core_of->fail(
+            ctx, KL_ERR_ARG,
+            "route: scores[%lld, %lld] (token, expert) is NaN; scores must be numbers", row, col);
+    if (kind == KL_FAULT_SCORES)
+        return kl_core_of->fail(ctx, KL_ERR_ARG,
+                                "route: scores[%lld, %lld] is %g, the largest of its token; with "
+                                "softmax that must be finite",
+                                row, col, static_cast<double>(value));
+    return kl_core_of->fail(
+        ctx, KL_ERR_ARG,
+        "%s: ids[%lld, %lld] (token, slot) is %d; ids of a token must rise within 0 to %lld",
+        kind == KL_FAULT_MOE_IDS ? "moe" : "route", row, col, static_cast<int>(id),
+        static_cast<long long>(E) - 1);
+}
+
+/* the sentence of what was noted, once */
+kl_status look_at_faults(kl_ctx *ctx)
+{
+    handle *h = handle_of(ctx);
+    unsigned long long noted[KL_FAULTS];
+    if (!h->noting)
+        return KL_OK;
+    h->noting = false;
+    KL_TRY(move(ctx, "download", noted, h->faults, FAULT_BYTES, hipMemcpyDeviceToHost));
+    KL_TRY(wait(ctx, "download"));
+    for (int kind = 0; kind < KL_FAULTS; kind++)
+        if (noted[kind] != ~0ULL) {
+            KL_TRY(check(ctx, "clear", hipMemsetAsync(h->faults, 0xff, FAULT_BYTES, h->stream)));
+            return sentence_of(ctx, kind, noted[kind], h->E, h->k);
+        }
+    return KL_OK;
+}
+
 kl_status download(kl_ctx *ctx, void *to, const void *from, size_t n_bytes)
 {
+    KL_TRY(look_at_faults(ctx));
     KL_TRY(move(ctx, "download", to, from, n_bytes, hipMemcpyDeviceToHost));
     return wait(ctx, "download");
 }
@@ -224,15 +288,36 @@ kl_status kl_launched(kl_ctx *ctx, const char *op)
 
 kl_status kl_no_type(kl_ctx *ctx, const char *op, const char *name, kl_type type)
 {
+    static const char types[] =
+#define NAME(TYPE) " " #TYPE
+        KL_STORED_TYPES(NAME)
+#undef NAME
+        ;
     return kl_core_of->fail(ctx, KL_ERR_UNSUPPORTED,
-                            "%s: %s has storage type %d, which has no kernel on hip; float32, "
-                            "float16 and bfloat16 have",
-                            op, name, static_cast<int>(type));
+                            "%s: %s has storage type %d, which has no kernel on hip; these have:%s",
+                            op, name, static_cast<int>(type), types);
+}
+
+kl_status kl_faults_of(kl_ctx *ctx, unsigned long long **faults, int64_t E, int64_t k)
+{
+    handle *h = handle_of(ctx);
+    if (h->noting && (h->E != E || h->k != k)) /* notes of another shape: looked at first */
+        KL_TRY(look_at_faults(ctx));
+    h->noting = true;
+    h->E = E;
+    h->k = k;
+    *faults = h->faults;
+    return KL_OK;
 }
 
 kl_status kl_put(kl_ctx *ctx, void *to, const void *from, size_t n_bytes)
 {
     return move(ctx, "upload", to, from, n_bytes, hipMemcpyHostToDevice);
+}
+
+kl_status kl_get(kl_ctx *ctx, void *to, const void *from, size_t n_bytes)
+{
+    return download(ctx, to, from, n_bytes);
 }
 
 extern "C" KL_API const kl_device_library *kl_hip_library(const kl_core *core)

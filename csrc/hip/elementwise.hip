@@ -1,4 +1,4 @@
-/* The ops that work element by element (ops/elementwise.c); y may be an input.
+/* The ops that work element by element (ops/elementwise.c, ops/sigmoid_gate.c); y may be an input.
  *   v1  one value a thread, walking over the array.
  *   v2  four values a thread, in one load (launched where the arrays lie on 16 bytes). */
 #include "scalar.h"
@@ -47,6 +47,24 @@ __global__ void __launch_bounds__(256)
     }
 }
 
+/* sigmoid_gate: v1 divides for the gate of each value; v2 has a block a row and divides in 32 bits */
+__global__ void __launch_bounds__(256)
+    sigmoid_gate_v1(float *y, const float *x, const float *gate, int64_t n, int64_t width)
+{
+    const int64_t step = static_cast<int64_t>(gridDim.x) * BLOCK;
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * BLOCK + threadIdx.x; i < n; i += step)
+        y[i] = x[i] * kl_sigmoid_of(gate[i / width]);
+}
+
+__global__ void __launch_bounds__(256) sigmoid_gate_v2(float *y, const float *x, const float *gate,
+                                                       int64_t T, int64_t G, unsigned width)
+{
+    const unsigned D = static_cast<unsigned>(G) * width;
+    for (int64_t t = blockIdx.x; t < T; t += gridDim.x)
+        for (unsigned d = threadIdx.x; d < D; d += BLOCK)
+            y[t * D + d] = x[t * D + d] * kl_sigmoid_of(gate[t * G + d / width]);
+}
+
 bool on_16_bytes(const void *p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 template <class OF>
@@ -79,4 +97,18 @@ kl_status hip_sigmoid(kl_ctx *ctx, float *y, const float *x, int64_t n)
 kl_status hip_swiglu(kl_ctx *ctx, float *y, const float *gate, const float *up, int64_t n)
 {
     return launch<swiglu>(ctx, "swiglu", y, gate, up, n);
+}
+
+kl_status hip_sigmoid_gate(kl_ctx *ctx, float *y, const float *x, const float *gate, int64_t T,
+                           int64_t D, int64_t G)
+{
+    if (T == 0)
+        return KL_OK;
+    if (kl_version() == 1 || D > INT32_MAX)
+        KL_LAUNCH(sigmoid_gate_v1, kl_grid(kl_ceil_div(T * D, BLOCK)), BLOCK, 0, kl_stream(ctx), y,
+                  x, gate, T * D, D / G);
+    else
+        KL_LAUNCH(sigmoid_gate_v2, kl_grid(T), BLOCK, 0, kl_stream(ctx), y, x, gate, T, G,
+                  static_cast<unsigned>(D / G));
+    return kl_launched(ctx, "sigmoid_gate");
 }

@@ -2,7 +2,7 @@
  *   v1  one value a thread, its row by a division.
  *   v2  one block a row: no division, the id is read once (launched). */
 #include "runtime.h"
-#include "tile.h"
+#include "stored.h"
 
 namespace
 {

@@ -6,6 +6,7 @@
  *     KL_SHARED(float, tile, [M][N]);               __shared__ float tile[M][N]
  *     KL_DYNAMIC_SHARED(float, values);             the launch's shared_bytes, as float values[]
  *     kl_shared<float> p                            a pointer into shared memory, as a parameter
+ *     KL_UNROLL                                     before a loop whose index names registers
  * An element of shared memory is read into a variable of a named type, never into `auto`. */
 #ifndef KL_GPU_H
 #define KL_GPU_H
@@ -75,6 +76,9 @@
     extern __shared__ __align__(16) unsigned char kl_dynamic_shared[];                             \
     type *name = reinterpret_cast<type *>(kl_dynamic_shared)
 template <class T> using kl_shared = T *;
+#define KL_UNROLL _Pragma("unroll")
+#else
+#define KL_UNROLL
 
 #endif
 

@@ -64,6 +64,58 @@ template <class T> static __device__ __forceinline__ T kl_team_get(T v, int lane
     return __shfl(v, lane, KL_TEAM);
 }
 
+/* for whole numbers and double: the same tree; and the sum over the lanes before this one */
+template <class T> static __device__ __forceinline__ T kl_team_total(T v)
+{
+    for (int m = 1; m < KL_TEAM; m *= 2)
+        v += __shfl_xor(v, m, KL_TEAM);
+    return v;
+}
+template <class T> static __device__ __forceinline__ T kl_team_before(T v)
+{
+    T sum = v;
+    for (int m = 1; m < KL_TEAM; m *= 2) {
+        const T other = __shfl_up(sum, m, KL_TEAM);
+        if (kl_lane() >= m)
+            sum += other;
+    }
+    return sum - v;
+}
+
+static __device__ __forceinline__ int32_t kl_team_least(int32_t v)
+{
+    for (int m = 1; m < KL_TEAM; m *= 2) {
+        const int32_t other = __shfl_xor(v, m, KL_TEAM);
+        v = other < v ? other : v;
+    }
+    return v;
+}
+
+/* A place with its value; the best is the one with the largest value, the first place of equals. */
+struct kl_best {
+    float value;
+    int32_t at;
+    __device__ __forceinline__ bool is_before(const kl_best &other) const
+    {
+        return value > other.value || (value == other.value && at < other.at);
+    }
+};
+static __device__ __forceinline__ kl_best kl_team_best(kl_best b)
+{
+    for (int m = 1; m < KL_TEAM; m *= 2) {
+        const kl_best other = { __shfl_xor(b.value, m, KL_TEAM), __shfl_xor(b.at, m, KL_TEAM) };
+        if (other.is_before(b))
+            b = other;
+    }
+    return b;
+}
+
+/* the value of the lane whose number differs in the bits of `mask` */
+template <class T> static __device__ __forceinline__ T kl_team_swap(T v, int mask)
+{
+    return __shfl_xor(v, mask, KL_TEAM);
+}
+
 /* BLOCK threads, a power of two and a multiple of KL_TEAM; `shared` has BLOCK / KL_TEAM values, free for use again
  * after the call */
 template <class OF, int BLOCK>

@@ -38,8 +38,15 @@ kl_status kl_launched(kl_ctx *ctx, const char *op) KL_CHECKED;
 /* The failure of a storage type that has no kernels. */
 kl_status kl_no_type(kl_ctx *ctx, const char *op, const char *name, kl_type type);
 
-/* Host values to device memory, in order with the launches. */
+/* Host values to device memory, in order with the launches; and back, when all before is done. */
 kl_status kl_put(kl_ctx *ctx, void *to, const void *from, size_t n_bytes) KL_CHECKED;
+kl_status kl_get(kl_ctx *ctx, void *to, const void *from, size_t n_bytes) KL_CHECKED;
+
+/* Wrong values that only the device sees. A kernel notes the first of them (kl_note), goes on with something that stays
+ * inside its arrays, and the next copy to the host fails with the sentence: no op waits for its own check. */
+enum kl_fault { KL_FAULT_SCORES, KL_FAULT_BIAS, KL_FAULT_ROUTE_IDS, KL_FAULT_MOE_IDS, KL_FAULTS };
+/* Where the kernels of a call note: [KL_FAULTS]. Rows of scores are E wide, those of ids k. */
+kl_status kl_faults_of(kl_ctx *ctx, unsigned long long **faults, int64_t E, int64_t k) KL_CHECKED;
 
 /* The highest version of a ladder that may be launched: KL_GPU_VERSION, by which a test runs the oracles. */
 int kl_version();

@@ -51,6 +51,21 @@ static __device__ __forceinline__ float kl_sigmoid_of(float x)
     return (x < 0.0f ? e : 1.0f) / (1.0f + e);
 }
 
+/* log(1 + exp(x)) as max(x, 0) + log1p(exp(-|x|)), within 5 u (cpu/simd.h: v16_softplus) */
+static __device__ __forceinline__ float kl_softplus_of(float x)
+{
+    const float y = kl_exp(-fabsf(x)), s = y / (2.0f + y), s2 = s * s;
+    float p = 2.0f / 15;
+    p = fmaf(p, s2, 2.0f / 13);
+    p = fmaf(p, s2, 2.0f / 11);
+    p = fmaf(p, s2, 2.0f / 9);
+    p = fmaf(p, s2, 2.0f / 7);
+    p = fmaf(p, s2, 2.0f / 5);
+    p = fmaf(p, s2, 2.0f / 3);
+    const float tail = fmaf(p * s2, s, s + s);
+    return (x < 0.0f ? 0.0f : x) + tail;
+}
+
 static __device__ __forceinline__ float kl_silu_of(float x) { return x * kl_sigmoid_of(x); }
 
 static __device__ __forceinline__ float kl_gate_of(float z, kl_activation activation)
@@ -71,6 +86,45 @@ static __device__ __forceinline__ float kl_from_f16(uint16_t bits)
         return kl_float_of(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
     const float scaled = kl_float_of(magnitude << 13) * 0x1p112f; /* the exponent's bias; exact */
     return sign != 0 ? -scaled : scaled;
+}
+
+/* Notes a wrong value by its place, the first place of all: runtime.h. */
+static __device__ __forceinline__ void kl_note_bits(unsigned long long *fault, int64_t place,
+                                                    uint32_t bits)
+{
+    const unsigned long long at =
+        place < 0xffffffffLL ? static_cast<unsigned long long>(place) : 0xfffffffeULL;
+    atomicMin(fault, at << 32 | bits);
+}
+static __device__ __forceinline__ void kl_note(unsigned long long *fault, int64_t place, float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    kl_note_bits(fault, place, bits);
+}
+static __device__ __forceinline__ void kl_note(unsigned long long *fault, int64_t place, int32_t id)
+{
+    kl_note_bits(fault, place, static_cast<uint32_t>(id));
+}
+
+/* float32 to float16, to nearest even; NaN stays NaN */
+static __device__ __forceinline__ uint16_t kl_to_f16(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    const uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u)
+        return static_cast<uint16_t>(sign | 0x7e00u);
+    if (magnitude >= 0x47800000u) /* 2^16 and more */
+        return static_cast<uint16_t>(sign | 0x7c00u);
+    if (magnitude < 0x38800000u) { /* below 2^-14: the sum's last bit is 2^-24 */
+        const float sum = kl_float_of(magnitude) + 0.5f;
+        uint32_t rounded;
+        memcpy(&rounded, &sum, sizeof rounded);
+        return static_cast<uint16_t>(sign | (rounded - 0x3f000000u));
+    }
+    const uint32_t even = magnitude >> 13 & 1u;
+    return static_cast<uint16_t>(sign | (magnitude - 0x38000000u + 0xfffu + even) >> 13);
 }
 
 #endif

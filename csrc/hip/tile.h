@@ -1,60 +1,10 @@
-/* Stored matrices and tiles of a product: what kernels that multiply share.
- *
- * A storage type is one struct with `at`, value k of a stored row; KL_STORED_TYPES lists the types, and every
- * kernel over weights is made for each. The arithmetic on tiles is in two functions here, plain fma; a body for
+/* Tiles of a product in shared memory. The arithmetic on tiles is in two functions here, plain fma; a body for
  * matrix instructions (MFMA, WMMA, mma) takes their place behind the same names. */
 #ifndef KL_HIP_TILE_H
 #define KL_HIP_TILE_H
 
-#include "scalar.h"
 #include "reduce.h"
-
-template <kl_type TYPE> struct kl_stored;
-
-template <> struct kl_stored<KL_F32> {
-    static __device__ __forceinline__ float at(const char *row, int64_t k)
-    {
-        float x;
-        memcpy(&x, __builtin_assume_aligned(row + 4 * k, 4), sizeof x);
-        return x;
-    }
-};
-template <> struct kl_stored<KL_F16> {
-    static __device__ __forceinline__ float at(const char *row, int64_t k)
-    {
-        uint16_t bits;
-        memcpy(&bits, __builtin_assume_aligned(row + 2 * k, 2), sizeof bits);
-        return kl_from_f16(bits);
-    }
-};
-template <> struct kl_stored<KL_BF16> {
-    static __device__ __forceinline__ float at(const char *row, int64_t k)
-    {
-        uint16_t bits;
-        memcpy(&bits, __builtin_assume_aligned(row + 2 * k, 2), sizeof bits);
-        return kl_from_bf16(bits);
-    }
-};
-
-#define KL_STORED_TYPES(TYPE) TYPE(KL_F32) TYPE(KL_F16) TYPE(KL_BF16)
-
-/* One matrix of a kl_weight, as a kernel's argument: element (r, k), r an output, k an input. */
-struct kl_matrix {
-    const char *data;
-    size_t row_bytes; /* from one stored row to the next */
-    int64_t rows, cols;
-};
-static inline kl_matrix kl_matrix_of(const kl_weight *w, int64_t i)
-{
-    return kl_matrix{ static_cast<const char *>(w->matrix[i]), w->row_bytes, w->rows, w->cols };
-}
-
-template <kl_type TYPE, bool TRANSPOSED>
-static __device__ __forceinline__ float kl_matrix_at(const kl_matrix &w, int64_t r, int64_t k)
-{
-    return TRANSPOSED ? kl_stored<TYPE>::at(w.data + static_cast<size_t>(k) * w.row_bytes, r)
-                      : kl_stored<TYPE>::at(w.data + static_cast<size_t>(r) * w.row_bytes, k);
-}
+#include "stored.h"
 
 /* ---- a block of 256 threads makes 64 x 64 outputs, 4 x 4 a thread ---- */
 

@@ -62,9 +62,10 @@ static PyObject *py_linear(PyObject *module, PyObject *args)
     for (Py_ssize_t i = 0; i < n && !c.failed; i++) {
         w[i] =
             weight_of(&c, PyList_GetItem(ows, i), PyObject_IsTrue(PyList_GetItem(oflags, i)) == 1);
+        const int64_t rows = kl_py_size(&c, "w", w[i].n, w[i].rows, 1, 1);
         y[i] = kl_py_out(&c, PyList_GetItem(oys, i), KL_PY_F32,
-                         kl_py_size(&c, "out", T, w[i].rows, 1, 1), "out");
-        bias[i] = kl_py_in_opt(&c, PyList_GetItem(obs, i), KL_PY_F32, w[i].rows, "bias");
+                         kl_py_size(&c, "out", T, rows, 1, 1), "out");
+        bias[i] = kl_py_in_opt(&c, PyList_GetItem(obs, i), KL_PY_F32, rows, "bias");
     }
     if (kl_py_begin(&c, ctx))
         c.status = kl_linear(c.ctx, y, x, w, bias, (int)n, T, D);

@@ -174,17 +174,6 @@ def test_hip_a_token_has_the_same_bytes_in_any_batch_of_one_kernel():
 # ---- errors, memory, threads ----
 
 
-def test_hip_op_without_a_kernel_says_so():
-    with pytest.raises(NotImplementedError, match="quantize: there is no kernel for it yet on hip"):
-        kl.ops.quantize(normal(1, 32), "Q8_0", ctx=context())
-
-
-def test_hip_type_without_a_kernel_says_so():
-    w = kl.ops.quantize(normal(4, 32), "Q8_0")
-    with pytest.raises(NotImplementedError, match="linear: w has storage type 8"):
-        kl.ops.linear(normal(1, 32), w, ctx=context())
-
-
 def test_hip_arguments_are_checked_as_on_the_cpu():
     with pytest.raises(ValueError, match=r"ids.* 50"):
         kl.ops.embedding(np.array([50]), normal(50, 4), ctx=context())
@@ -203,11 +192,6 @@ def test_hip_out_of_memory_says_how_much_and_leaves_nothing():
         assert (out == 3).all()
     ctx._core.fail_at(0)
     assert kl.ops.sigmoid(x, ctx=ctx).tobytes() == wanted.tobytes()
-
-
-def test_hip_model_says_that_it_is_not_there():
-    with pytest.raises(NotImplementedError, match="a model on hip"):
-        kl.Model.tiny(ctx=context())
 
 
 def test_hip_devices_are_listed_with_the_reason():

@@ -476,7 +476,8 @@ void note_read(const region *r, const void *p, size_t n_bytes)
             && !is_before(c.write_epoch, c.write_team_epoch, c.writer / TEAM == self / TEAM))
             fail_race(r, c, "reads", c.writer);
         const int team = self / TEAM;
-        if (c.read_epoch < e.epoch || c.reader == self)
+        if (c.reader == self
+            || is_before(c.read_epoch, c.read_team_epoch, team_of(c.reader) == team))
             c.reader = self;
         else
             c.reader = static_cast<int16_t>(team_of(c.reader) == team ? -2 - team : SEVERAL_TEAMS);

@@ -293,6 +293,12 @@ template <class T> T atomicAdd(T *p, T v)
     *p = before + v;
     return before;
 }
+template <class T> T atomicMin(T *p, T v)
+{
+    const T before = *p;
+    *p = v < before ? v : before;
+    return before;
+}
 template <class T> T atomicAdd(kl_host::shared<T> p, T v) { return (*p).atomic_add(v); }
 
 #define KL_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                  \

@@ -1,0 +1,61 @@
+/* Caches in pages, as kernels take them. */
+#ifndef KL_HIP_CACHE_H
+#define KL_HIP_CACHE_H
+
+#include "ragged.h"
+#include "tile.h"
+
+/* kl_cache with its table of pages on the device: [N, pages] addresses. */
+struct kl_cached {
+    void *const *page;
+    int64_t pages;
+    size_t offset, row_bytes;
+    kl_type type;
+};
+
+/* positions(n): how many of sequence n may be touched; 0: its pages are not looked at */
+template <class COUNT>
+static inline kl_status kl_put_cache(kl_ctx *ctx, kl_cached *to, const kl_cache &from, int64_t N,
+                                     COUNT positions)
+{
+    int64_t most = 0;
+    void **table;
+    for (int64_t n = 0; n < N; n++)
+        most = positions(n) > most ? positions(n) : most;
+    const int64_t pages = kl_ceil_div(most, KL_PAGE);
+    KL_SCRATCH_OF(table, ctx, N * pages > 0 ? N * pages : 1);
+    *to = kl_cached{ table, pages, from.offset, from.row_bytes, from.type };
+    for (int64_t n = 0; n < N && !kl_core_of->measuring(ctx); n++) {
+        const size_t used = static_cast<size_t>(kl_ceil_div(positions(n), KL_PAGE));
+        if (used > 0)
+            KL_TRY(kl_put(ctx, table + n * pages, from.page[n], used * sizeof *table));
+    }
+    return KL_OK;
+}
+
+/* row `position` of sequence n */
+static __device__ __forceinline__ char *kl_cached_row(const kl_cached &c, int64_t n,
+                                                      int64_t position)
+{
+    return static_cast<char *>(c.page[n * c.pages + position / KL_PAGE]) + c.offset
+           + static_cast<size_t>(position % KL_PAGE) * c.row_bytes;
+}
+
+/* value k of a row; Q8_0: 32 values are a float16 scale and their int8 */
+template <kl_type TYPE>
+static __device__ __forceinline__ float kl_cached_at(const char *row, int64_t k)
+{
+    if (TYPE != KL_Q8_0)
+        return kl_stored < TYPE == KL_F16 ? KL_F16 : KL_F32 > ::at(row, k);
+    const char *block = row + k / 32 * 34;
+    const float d = kl_stored<KL_F16>::at(block, 0);
+    return d * static_cast<float>(static_cast<signed char>(block[2 + k % 32]));
+}
+static __device__ __forceinline__ float kl_cached_value(kl_type type, const char *row, int64_t k)
+{
+    return type == KL_Q8_0  ? kl_cached_at<KL_Q8_0>(row, k)
+           : type == KL_F16 ? kl_cached_at<KL_F16>(row, k)
+                            : kl_cached_at<KL_F32>(row, k);
+}
+
+#endif

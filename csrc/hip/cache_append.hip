@@ -1,0 +1,194 @@
+/* cache_append (ops/cache_append.c): the CPU's bytes.
+ *   v1  one value a thread, or one block of Q8_0; its token and sequence by division and search.
+ *   v2  one block a token; a team a block of Q8_0 (launched).
+ * float16 and Q8_0 cannot hold every finite value: such a call waits for the device, which has looked first. A
+ * float32 cache does not. */
+#include "cache.h"
+#include "reduce.h"
+
+namespace
+{
+
+const int BLOCK = 256, TEAMS = BLOCK / KL_TEAM, VALUES = 32, LOOKERS = 64;
+
+struct rows {
+    const float *x;
+    const int64_t *offsets, *start;
+    int64_t N, T, D;
+    kl_cached cache;
+};
+
+__device__ __forceinline__ char *row_of(const rows &a, int64_t t)
+{
+    const int64_t n = kl_sequence_of(a.offsets, a.N, t);
+    return kl_cached_row(a.cache, n, a.start[n] + t - a.offsets[n]);
+}
+
+__device__ __forceinline__ void put(kl_type type, char *row, int64_t d, float x)
+{
+    if (type == KL_F16) {
+        const uint16_t bits = kl_to_f16(x);
+        memcpy(row + 2 * d, &bits, sizeof bits);
+    } else {
+        memcpy(row + 4 * d, &x, sizeof x);
+    }
+}
+
+/* A block of Q8_0: what is made of the largest of 32 sizes. A block that is not finite is NaN; one whose scale has
+ * no inverse is zeros. */
+struct scale {
+    uint16_t bits;
+    float inverse;
+};
+__device__ __forceinline__ scale scale_of(float largest)
+{
+    if (!(largest < INFINITY))
+        return scale{ 0x7e00, 0.0f };
+    if (largest < 0x1p-120f)
+        return scale{ 0, 0.0f };
+    const float d = largest / 127.0f;
+    return scale{ kl_to_f16(d), 1.0f / d };
+}
+__device__ __forceinline__ char byte_of(float x, const scale &s)
+{
+    const float q = s.inverse != 0.0f ? x * s.inverse : 0.0f;
+    const float down = floorf(fabsf(q)), size = fabsf(q) - down >= 0.5f ? down + 1.0f : down;
+    return static_cast<char>(static_cast<int>(q < 0.0f ? -size : size));
+}
+
+__global__ void __launch_bounds__(256) cache_append_v1(rows a)
+{
+    const int64_t step = static_cast<int64_t>(gridDim.x) * BLOCK;
+    const int64_t width = a.cache.type == KL_Q8_0 ? a.D / VALUES : a.D;
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * BLOCK + threadIdx.x; i < a.T * width;
+         i += step) {
+        char *row = row_of(a, i / width);
+        if (a.cache.type != KL_Q8_0) {
+            put(a.cache.type, row, i % width, a.x[i]);
+            continue;
+        }
+        float largest = 0.0f;
+        for (int j = 0; j < VALUES; j++)
+            largest = kl_larger(largest, fabsf(a.x[i * VALUES + j]));
+        const scale s = scale_of(largest);
+        char *block = row + i % width * 34;
+        memcpy(block, &s.bits, sizeof s.bits);
+        for (int j = 0; j < VALUES; j++)
+            block[2 + j] = byte_of(a.x[i * VALUES + j], s);
+    }
+}
+
+__global__ void __launch_bounds__(256) cache_append_v2(rows a)
+{
+    for (int64_t t = blockIdx.x; t < a.T; t += gridDim.x) {
+        char *row = row_of(a, t);
+        for (int64_t d = threadIdx.x; d < a.D; d += BLOCK)
+            put(a.cache.type, row, d, a.x[t * a.D + d]);
+    }
+}
+
+__global__ void __launch_bounds__(256) cache_append_q8_0_v2(rows a)
+{
+    for (int64_t t = blockIdx.x; t < a.T; t += gridDim.x) {
+        char *row = row_of(a, t);
+        for (int64_t first = 0; first < a.D / VALUES; first += TEAMS) {
+            const int64_t b = first + kl_team();
+            const bool mine = b < a.D / VALUES; /* a team behind the last block only shuffles */
+            const float x = mine ? a.x[t * a.D + b * VALUES + kl_lane()] : 0.0f;
+            const scale s = scale_of(kl_team_max(fabsf(x)));
+            if (mine && kl_lane() == 0)
+                memcpy(row + b * 34, &s.bits, sizeof s.bits);
+            if (mine)
+                row[b * 34 + 2 + kl_lane()] = byte_of(x, s);
+        }
+    }
+}
+
+__device__ __forceinline__ bool too_large(float x, float limit)
+{
+    return fabsf(x) >= limit && fabsf(x) < INFINITY;
+}
+
+/* found [gridDim.x]: 1 where a block saw a value too large */
+__global__ void __launch_bounds__(256)
+    cache_append_look(float *found, const float *x, int64_t n, float limit)
+{
+    KL_SHARED(float, parts, [TEAMS]);
+    const int64_t step = static_cast<int64_t>(gridDim.x) * BLOCK;
+    float any = 0.0f;
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * BLOCK + threadIdx.x; i < n; i += step)
+        any = too_large(x[i], limit) ? 1.0f : any;
+    any = kl_block_max<BLOCK>(any, parts);
+    if (threadIdx.x == 0)
+        found[blockIdx.x] = any;
+}
+
+/* first [BLOCK]: the first that each thread of one block sees, or n; only for the sentence */
+__global__ void __launch_bounds__(256)
+    cache_append_find(int64_t *first, const float *x, int64_t n, float limit)
+{
+    int64_t i = threadIdx.x;
+    while (i < n && !too_large(x[i], limit))
+        i += BLOCK;
+    first[threadIdx.x] = i;
+}
+
+kl_status refuse(kl_ctx *ctx, const float *x, int64_t n, int64_t D, kl_type type, float limit)
+{
+    int64_t *on_device, first[BLOCK], i = n;
+    float value;
+    KL_SCRATCH_OF(on_device, ctx, BLOCK);
+    KL_LAUNCH(cache_append_find, 1, BLOCK, 0, kl_stream(ctx), on_device, x, n, limit);
+    KL_TRY(kl_get(ctx, first, on_device, sizeof first));
+    for (int j = 0; j < BLOCK; j++)
+        i = first[j] < i ? first[j] : i;
+    KL_TRY(kl_get(ctx, &value, x + i, sizeof value));
+    return kl_core_of->fail(
+        ctx, KL_ERR_ARG,
+        "cache_append: x[%lld, %lld] is %g, too large for a %s cache (%s at most); "
+        "use a float32 cache",
+        static_cast<long long>(i / D), static_cast<long long>(i % D), static_cast<double>(value),
+        type == KL_F16 ? "float16" : "q8_0", type == KL_F16 ? "65504" : "8319008");
+}
+
+/* KL_OK when the cache can hold all values */
+kl_status look(kl_ctx *ctx, const float *x, int64_t n, int64_t D, kl_type type)
+{
+    const float limit = type == KL_Q8_0 ? 127.0f * 65520.0f : 65520.0f;
+    const int64_t wanted = kl_ceil_div(n, BLOCK), blocks = wanted < LOOKERS ? wanted : LOOKERS;
+    float *on_device, found[LOOKERS];
+    KL_SCRATCH_OF(on_device, ctx, LOOKERS);
+    KL_LAUNCH(cache_append_look, kl_grid(blocks), BLOCK, 0, kl_stream(ctx), on_device, x, n, limit);
+    KL_TRY(kl_get(ctx, found, on_device, static_cast<size_t>(blocks) * sizeof *found));
+    for (int64_t i = 0; i < blocks; i++)
+        if (found[i] != 0.0f)
+            return refuse(ctx, x, n, D, type, limit);
+    return KL_OK;
+}
+
+} // namespace
+
+kl_status hip_cache_append(kl_ctx *ctx, kl_cache cache, const float *x, const int64_t *offsets,
+                           const int64_t *start, int64_t N, int64_t T, int64_t D)
+{
+    const size_t mark = kl_core_of->scratch_mark(ctx);
+    rows a = { x, nullptr, nullptr, N, T, D, {} };
+    if (T == 0)
+        return KL_OK;
+    if (cache.type != KL_F32)
+        KL_TRY(look(ctx, x, T * D, D, cache.type));
+    KL_TRY(kl_put_table(ctx, &a.offsets, offsets, N + 1));
+    KL_TRY(kl_put_table(ctx, &a.start, start, N));
+    KL_TRY(kl_put_cache(ctx, &a.cache, cache, N, [=](int64_t n) {
+        const int64_t tokens = offsets[n + 1] - offsets[n];
+        return tokens > 0 ? start[n] + tokens : 0;
+    }));
+    if (kl_version() == 1)
+        KL_LAUNCH(cache_append_v1, kl_grid(kl_ceil_div(T * D, BLOCK)), BLOCK, 0, kl_stream(ctx), a);
+    else if (cache.type == KL_Q8_0)
+        KL_LAUNCH(cache_append_q8_0_v2, kl_grid(T), BLOCK, 0, kl_stream(ctx), a);
+    else
+        KL_LAUNCH(cache_append_v2, kl_grid(T), BLOCK, 0, kl_stream(ctx), a);
+    kl_core_of->scratch_reset(ctx, mark);
+    return kl_launched(ctx, "cache_append");
+}

@@ -1,0 +1,168 @@
+/* What the kernels of the delta rule share: a call as they take it, where a head's rows lie, and the state of some
+ * columns in registers. */
+#ifndef KL_HIP_DELTA_H
+#define KL_HIP_DELTA_H
+
+#include "ragged.h"
+#include "reduce.h"
+#include "scalar.h"
+
+struct kl_delta {
+    float *o;
+    const float *q, *k, *v, *g, *beta; /* g NULL: no gate */
+    kl_states out, in;
+    const int64_t *offsets, *marks, *mark_offsets; /* marks NULL: no checkpoints */
+    float *kept;
+    int64_t N, Hk, Hv, K, V, chunk, tiles; /* tiles: tasks a head, by columns of V */
+    float scale;
+    bool by_channel, tiled;
+};
+
+/* One head of a sequence: its first token, how many, and which of the marks are its own. */
+struct kl_delta_task {
+    int64_t n, head, key_head, tile, first, tokens, mark, mark_end;
+};
+static __device__ __forceinline__ kl_delta_task kl_delta_task_of(const kl_delta &a, int64_t i)
+{
+    kl_delta_task p;
+    p.tile = i % a.tiles;
+    p.head = i / a.tiles % a.Hv;
+    p.n = i / a.tiles / a.Hv;
+    p.key_head = a.tiled ? p.head % a.Hk : p.head / (a.Hv / a.Hk);
+    p.first = a.offsets[p.n];
+    p.tokens = a.offsets[p.n + 1] - p.first;
+    p.mark = a.marks != nullptr ? a.mark_offsets[p.n] : 0;
+    p.mark_end = a.marks != nullptr ? a.mark_offsets[p.n + 1] : 0;
+    return p;
+}
+
+/* Factors of channel k at token t of the task: exp(g), scaled q, k. */
+static __device__ __forceinline__ float kl_delta_alpha(const kl_delta &a, const kl_delta_task &p,
+                                                       int64_t t, int64_t k)
+{
+    if (a.g == nullptr)
+        return 1.0f;
+    const int64_t row = (p.first + t) * a.Hv + p.head;
+    return kl_exp(a.by_channel ? a.g[row * a.K + k] : a.g[row]);
+}
+static __device__ __forceinline__ int64_t kl_delta_key(const kl_delta &a, const kl_delta_task &p,
+                                                       int64_t t, int64_t k)
+{
+    return ((p.first + t) * a.Hk + p.key_head) * a.K + k;
+}
+
+/* The state of a task at `states` [Hv, K, V]; NULL stays. */
+static __device__ __forceinline__ float *kl_delta_head(const kl_delta &a, const kl_delta_task &p,
+                                                       float *states)
+{
+    return states != nullptr ? states + p.head * a.K * a.V : nullptr;
+}
+
+/* ---- a tile of columns in registers: LANES threads share COLS columns, thread `lane` has rows lane + LANES i ---- */
+
+enum { KL_DELTA_LANES = 8, KL_DELTA_COLS = 4, KL_DELTA_BLOCK = 16 };
+
+template <int ROWS> struct kl_delta_state {
+    float s[KL_DELTA_COLS][ROWS];
+    int64_t c0; /* first column; those from V on are not there */
+    int lane;
+};
+
+template <int ROWS>
+static __device__ __forceinline__ void kl_delta_place(kl_delta_state<ROWS> &x, int64_t first_column)
+{
+    x.lane = static_cast<int>(threadIdx.x) % KL_DELTA_LANES;
+    x.c0 = first_column + static_cast<int>(threadIdx.x) / KL_DELTA_LANES * KL_DELTA_COLS;
+}
+
+template <int ROWS>
+static __device__ __forceinline__ void kl_delta_load(kl_delta_state<ROWS> &x, const kl_delta &a,
+                                                     const float *from)
+{
+    KL_UNROLL
+    for (int i = 0; i < ROWS; i++) {
+        const int k = x.lane + KL_DELTA_LANES * i;
+        KL_UNROLL
+        for (int c = 0; c < KL_DELTA_COLS; c++)
+            x.s[c][i] =
+                from != nullptr && k < a.K && x.c0 + c < a.V ? from[k * a.V + x.c0 + c] : 0.0f;
+    }
+}
+
+template <int ROWS>
+static __device__ __forceinline__ void kl_delta_store(const kl_delta_state<ROWS> &x,
+                                                      const kl_delta &a, float *to)
+{
+    KL_UNROLL
+    for (int i = 0; i < ROWS; i++) {
+        const int k = x.lane + KL_DELTA_LANES * i;
+        KL_UNROLL
+        for (int c = 0; c < KL_DELTA_COLS; c++)
+            if (k < a.K && x.c0 + c < a.V)
+                to[k * a.V + x.c0 + c] = x.s[c][i];
+    }
+}
+
+/* What is to be kept after `t` tokens. */
+template <int ROWS>
+static __device__ __forceinline__ void kl_delta_keep(const kl_delta_state<ROWS> &x,
+                                                     const kl_delta &a, kl_delta_task &p, int64_t t)
+{
+    for (; p.mark < p.mark_end && a.marks[p.mark] == t; p.mark++)
+        kl_delta_store(x, a, kl_delta_head(a, p, a.kept + p.mark * a.Hv * a.K * a.V));
+}
+
+/* One token on the columns c that `takes(c)` names; its factors lie in shared rows of `alpha`, `q`, `k`. o is
+ * written if `write`. The sums over K: ROWS rows by fma, then the tree over the lanes. Rows past K are left out: 0
+ * times an infinity would be NaN. */
+template <int ROWS, class FACTORS, class TAKES>
+static __device__ __forceinline__ void
+kl_delta_token(kl_delta_state<ROWS> &x, const kl_delta &a, const kl_delta_task &p, int64_t t,
+               const FACTORS &alpha, const FACTORS &q, const FACTORS &k, bool write, TAKES takes)
+{
+    const int64_t row = (p.first + t) * a.Hv + p.head;
+    const float beta = a.beta[row];
+    float u[KL_DELTA_COLS] = {}, o[KL_DELTA_COLS] = {}, d[KL_DELTA_COLS];
+    KL_UNROLL
+    for (int i = 0; i < ROWS; i++) {
+        const int at = x.lane + KL_DELTA_LANES * i;
+        if (at < a.K) {
+            const float ai = alpha[at], ki = k[at];
+            KL_UNROLL
+            for (int c = 0; c < KL_DELTA_COLS; c++) {
+                const float s = ai * x.s[c][i];
+                x.s[c][i] = takes(c) ? s : x.s[c][i];
+                u[c] = fmaf(ki, s, u[c]);
+            }
+        }
+    }
+    KL_UNROLL
+    for (int c = 0; c < KL_DELTA_COLS; c++) {
+        u[c] = kl_team_reduce<kl_add_of>(u[c], KL_DELTA_LANES);
+        d[c] = x.c0 + c < a.V ? beta * (a.v[row * a.V + x.c0 + c] - u[c]) : 0.0f;
+    }
+    KL_UNROLL
+    for (int i = 0; i < ROWS; i++) {
+        const int at = x.lane + KL_DELTA_LANES * i;
+        if (at < a.K) {
+            const float qi = q[at], ki = k[at];
+            KL_UNROLL
+            for (int c = 0; c < KL_DELTA_COLS; c++) {
+                const float s = fmaf(ki, d[c], x.s[c][i]);
+                x.s[c][i] = takes(c) ? s : x.s[c][i];
+                o[c] = fmaf(qi, s, o[c]);
+            }
+        }
+    }
+    KL_UNROLL
+    for (int c = 0; c < KL_DELTA_COLS; c++) {
+        o[c] = kl_team_reduce<kl_add_of>(o[c], KL_DELTA_LANES);
+        if (x.lane == c && x.c0 + c < a.V && write && takes(c))
+            a.o[row * a.V + x.c0 + c] = o[c];
+    }
+}
+
+/* v3 (delta_chunk.hip): K up to 128; a.chunk 0 is auto. */
+void kl_delta_chunks(kl_ctx *ctx, kl_delta a);
+
+#endif

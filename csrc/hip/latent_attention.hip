@@ -1,0 +1,228 @@
+/* latent_attention (ops/latent_attention.c), absorbed: w_uk moves to the query and w_uv behind the sum, so that all
+ * heads of a token share one key [latent | k_shared] and one value, the latent (attend.hip). The expanded form, which
+ * costs less for long pieces, is not here yet: every form is computed so.
+ *   absorb   v1  one value of q~ = w_uk^T q a thread.     v2  the same for TOGETHER tokens: a weight is read once.
+ *   project  v1  one value of o = w_uv acc / l a thread.  v2  a team a row of w_uv, TOGETHER tokens.
+ * Tokens go in batches, which bound the scratch. */
+#include "attend.h"
+#include "reduce.h"
+
+namespace
+{
+
+const int BLOCK = 256, TEAMS = BLOCK / KL_TEAM, TOGETHER = 8;
+const int64_t BATCH = 256;
+
+/* One of the two products of a batch: x [tokens, H, in] with matrices of H heads, y [tokens, H, out]. */
+struct product {
+    float *y;
+    const float *x, *l; /* l [tokens, H]: y is divided by it; NULL: it is not */
+    int64_t x_step;     /* from head to head in x */
+    const void *const *matrix;
+    size_t row_bytes;
+    bool across; /* an input is a stored row: w_uk, or a transposed w_uv */
+    int64_t tokens, H, in, out;
+};
+
+template <kl_type TYPE>
+__device__ __forceinline__ float weight(const product &p, int64_t h, int64_t out, int64_t in)
+{
+    const char *data = static_cast<const char *>(p.matrix[h]);
+    return p.across ? kl_stored<TYPE>::at(data + static_cast<size_t>(in) * p.row_bytes, out)
+                    : kl_stored<TYPE>::at(data + static_cast<size_t>(out) * p.row_bytes, in);
+}
+
+__device__ __forceinline__ void put(const product &p, int64_t t, int64_t h, int64_t out, float sum)
+{
+    const int64_t row = t * p.H + h;
+    p.y[row * p.out + out] = p.l != nullptr ? sum / p.l[row] : sum;
+}
+
+template <kl_type TYPE> __global__ void __launch_bounds__(256) latent_product_v1(product p)
+{
+    const int64_t step = static_cast<int64_t>(gridDim.x) * BLOCK, n = p.tokens * p.H * p.out;
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * BLOCK + threadIdx.x; i < n; i += step) {
+        const int64_t out = i % p.out, h = i / p.out % p.H, t = i / p.out / p.H;
+        const float *x = p.x + (t * p.H + h) * p.x_step;
+        float sum = 0.0f;
+        for (int64_t d = 0; d < p.in; d += KL_TILE_K) {
+            float chain = 0.0f;
+            for (int64_t e = d; e < d + KL_TILE_K && e < p.in; e++)
+                chain = fmaf(x[e], weight<TYPE>(p, h, out, e), chain);
+            sum += chain;
+        }
+        put(p, t, h, out, sum);
+    }
+}
+
+/* v2 of absorb: neighbours have neighbouring outputs, which lie together in a row of w_uk; v1's order */
+template <kl_type TYPE> __global__ void __launch_bounds__(256) latent_product_across_v2(product p)
+{
+    const int64_t step = static_cast<int64_t>(gridDim.x) * BLOCK;
+    const int64_t n = (p.tokens + TOGETHER - 1) / TOGETHER * p.H * p.out;
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * BLOCK + threadIdx.x; i < n; i += step) {
+        const int64_t out = i % p.out, h = i / p.out % p.H, t = i / p.out / p.H * TOGETHER;
+        float sum[TOGETHER] = {};
+        for (int64_t d = 0; d < p.in; d += KL_TILE_K) {
+            float chain[TOGETHER] = {};
+            for (int64_t e = d; e < d + KL_TILE_K && e < p.in; e++) {
+                const float w = weight<TYPE>(p, h, out, e);
+                KL_UNROLL
+                for (int j = 0; j < TOGETHER; j++)
+                    if (t + j < p.tokens)
+                        chain[j] = fmaf(p.x[((t + j) * p.H + h) * p.x_step + e], w, chain[j]);
+            }
+            KL_UNROLL
+            for (int j = 0; j < TOGETHER; j++)
+                sum[j] += chain[j];
+        }
+        KL_UNROLL
+        for (int j = 0; j < TOGETHER; j++)
+            if (t + j < p.tokens)
+                put(p, t + j, h, out, sum[j]);
+    }
+}
+
+/* v2 of project: a team a row of w_uv, whose inputs lie together */
+template <kl_type TYPE> __global__ void __launch_bounds__(256) latent_product_v2(product p)
+{
+    const int64_t n = (p.tokens + TOGETHER - 1) / TOGETHER * p.H * p.out;
+    for (int64_t first = static_cast<int64_t>(blockIdx.x) * TEAMS; first < n;
+         first += static_cast<int64_t>(gridDim.x) * TEAMS) {
+        const int64_t i = first + kl_team(), out = i % p.out, h = i / p.out % p.H;
+        const int64_t t = i / p.out / p.H * TOGETHER;
+        const int64_t in = i < n ? p.in : 0; /* a team behind the last only shuffles */
+        float acc[TOGETHER] = {};
+        for (int64_t e = kl_lane(); e < in; e += KL_TEAM) {
+            const float w = weight<TYPE>(p, h, out, e);
+            KL_UNROLL
+            for (int j = 0; j < TOGETHER; j++)
+                if (t + j < p.tokens)
+                    acc[j] = fmaf(p.x[((t + j) * p.H + h) * p.x_step + e], w, acc[j]);
+        }
+        KL_UNROLL
+        for (int j = 0; j < TOGETHER; j++) {
+            const float sum = kl_team_sum(acc[j]);
+            if (kl_lane() == j && i < n && t + j < p.tokens)
+                put(p, t + j, h, out, sum);
+        }
+    }
+}
+
+template <kl_type TYPE> void launch(kl_ctx *ctx, const product &p)
+{
+    const int64_t together = kl_ceil_div(p.tokens, TOGETHER) * p.H * p.out;
+    if (kl_version() == 1)
+        KL_LAUNCH((latent_product_v1<TYPE>), kl_grid(kl_ceil_div(p.tokens * p.H * p.out, BLOCK)),
+                  BLOCK, 0, kl_stream(ctx), p);
+    else if (p.across)
+        KL_LAUNCH((latent_product_across_v2<TYPE>), kl_grid(kl_ceil_div(together, BLOCK)), BLOCK, 0,
+                  kl_stream(ctx), p);
+    else
+        KL_LAUNCH((latent_product_v2<TYPE>), kl_grid(kl_ceil_div(together, TEAMS)), BLOCK, 0,
+                  kl_stream(ctx), p);
+}
+
+void multiply(kl_ctx *ctx, const product &p, kl_type type)
+{
+    switch (type) {
+#define CASE(TYPE)                                                                                 \
+    case TYPE: launch<TYPE>(ctx, p); break;
+        KL_STORED_TYPES(CASE)
+#undef CASE
+    default: break; /* known: hip_latent_attention looks */
+    }
+}
+
+bool has_kernels(kl_type type)
+{
+    switch (type) {
+#define CASE(TYPE) case TYPE:
+        KL_STORED_TYPES(CASE)
+#undef CASE
+        return true;
+    default: return false;
+    }
+}
+
+/* What the batches of a call share. */
+struct call {
+    float *o;
+    const float *q;
+    const kl_weight *w_uk, *w_uv;
+    const void *const *uk, *const *uv; /* the heads' matrices, on the device */
+    const kl_latent_attention_args *args;
+};
+
+/* tokens a.from .. a.to - 1 */
+kl_status run_batch(kl_ctx *ctx, const call &c, kl_attend a)
+{
+    const kl_latent_attention_args *g = c.args;
+    const int64_t tokens = a.to - a.from, H = g->H, R = g->R, width = g->K + g->P;
+    float *query;
+    KL_SCRATCH_OF(query, ctx, tokens * H * R);
+    KL_SCRATCH_OF(a.o, ctx, tokens * H * R);
+    KL_SCRATCH_OF(a.l, ctx, tokens * H);
+    a.key[0].q = query;
+    a.key[0].first = a.from;
+    const product up = { query,
+                         c.q + a.from * H * width,
+                         nullptr,
+                         width,
+                         c.uk,
+                         c.w_uk->row_bytes,
+                         c.w_uk->transposed == 0,
+                         tokens,
+                         H,
+                         g->K,
+                         R };
+    const product down = { c.o + a.from * H * g->V, a.o,    a.l, R, c.uv, c.w_uv->row_bytes,
+                           c.w_uv->transposed != 0, tokens, H,   R, g->V };
+    if (!kl_core_of->measuring(ctx))
+        multiply(ctx, up, c.w_uk->type);
+    KL_TRY(kl_attend_run(ctx, a, g->offsets, g->positions));
+    if (!kl_core_of->measuring(ctx))
+        multiply(ctx, down, c.w_uv->type);
+    return KL_OK;
+}
+
+} // namespace
+
+kl_status hip_latent_attention(kl_ctx *ctx, float *o, const float *q, kl_cache latent,
+                               kl_cache k_shared, const kl_weight *w_uk, const kl_weight *w_uv,
+                               const kl_latent_attention_args *args)
+{
+    const int64_t N = args->N, H = args->H, T = args->T, R = args->R, width = args->K + args->P;
+    const auto positions = [=](int64_t n) { return args->positions[n]; };
+    const auto shared = [=](int64_t n) { return args->P > 0 ? args->positions[n] : 0; };
+    call c = { o, q, w_uk, w_uv, nullptr, nullptr, args };
+    kl_attend a = {};
+    if (!has_kernels(w_uk->type))
+        return kl_no_type(ctx, "latent_attention", "w_uk", w_uk->type);
+    if (!has_kernels(w_uv->type))
+        return kl_no_type(ctx, "latent_attention", "w_uv", w_uv->type);
+    if (T == 0)
+        return KL_OK;
+    a.key[0] = kl_attend_part{ nullptr, 0, H * R, R, R, {} };
+    a.key[1] = kl_attend_part{ q + args->K, 0, H * width, width, args->P, {} };
+    a.N = N;
+    a.H = H;
+    a.Hkv = 1;
+    a.V = R;
+    a.scale = args->scale;
+    KL_TRY(kl_put_table(ctx, &a.offsets, args->offsets, N + 1));
+    KL_TRY(kl_put_table(ctx, &a.positions, args->positions, N));
+    KL_TRY(kl_put_cache(ctx, &a.key[0].cache, latent, N, positions));
+    KL_TRY(kl_put_cache(ctx, &a.key[1].cache, k_shared, N, shared));
+    KL_TRY(kl_put_table(ctx, &c.uk, w_uk->matrix, H));
+    KL_TRY(kl_put_table(ctx, &c.uv, w_uv->matrix, H));
+    a.values = a.key[0].cache;
+    for (int64_t t = 0; t < T; t += BATCH) {
+        const size_t mark = kl_core_of->scratch_mark(ctx);
+        a.from = t;
+        a.to = t + BATCH < T ? t + BATCH : T;
+        KL_TRY(run_batch(ctx, c, a));
+        kl_core_of->scratch_reset(ctx, mark);
+    }
+    return kl_core_of->measuring(ctx) ? KL_OK : kl_launched(ctx, "latent_attention");
+}

@@ -1,0 +1,167 @@
+/* quantize, dequantize (ops/quantize.c): the CPU's bytes, by quant/<type>.c.
+ *   dequantize  v1 one value a thread.
+ *   quantize    v1 one block of values a thread. Types whose scales are searched for are written on the CPU. */
+#include "runtime.h"
+#include "stored.h"
+
+namespace
+{
+
+const int BLOCK = 256;
+
+template <kl_type TYPE>
+__global__ void __launch_bounds__(256)
+    dequantize_v1(float *y, const char *x, size_t row_bytes, int64_t rows, int64_t cols)
+{
+    const int64_t step = static_cast<int64_t>(gridDim.x) * BLOCK, n = rows * cols;
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * BLOCK + threadIdx.x; i < n; i += step)
+        y[i] = kl_stored<TYPE>::at(x + static_cast<size_t>(i / cols) * row_bytes, i % cols);
+}
+
+/* the first value that is not finite, and its place */
+__global__ void __launch_bounds__(256) scan(unsigned long long *bad, const float *x, int64_t n)
+{
+    const int64_t step = static_cast<int64_t>(gridDim.x) * BLOCK;
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * BLOCK + threadIdx.x; i < n; i += step)
+        if (!(fabsf(x[i]) < INFINITY))
+            atomicMin(bad, static_cast<unsigned long long>(i));
+}
+
+/* float16 bits, to nearest even: kl_f16_of */
+__device__ __forceinline__ uint16_t f16_of(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    const uint32_t sign = bits >> 16 & 0x8000u;
+    uint32_t magnitude = bits & 0x7fffffffu;
+    if (magnitude >= 0x477ff000u) /* 65520 and above */
+        return static_cast<uint16_t>(sign | 0x7c00u);
+    if (magnitude < 0x38800000u) {                     /* below 2^-14: steps of 2^-24 */
+        const float f = kl_float_of(magnitude) + 0.5f; /* rounds to a multiple of 2^-24 */
+        memcpy(&magnitude, &f, sizeof f);
+        return static_cast<uint16_t>(sign | (magnitude - 0x3f000000u));
+    }
+    magnitude += 0xfffu + (magnitude >> 13 & 1u);
+    return static_cast<uint16_t>(sign | (magnitude - (112u << 23)) >> 13);
+}
+
+/* toward zero, the low eight bits; 0 for what no int32 holds: kl_byte_of */
+__device__ __forceinline__ uint8_t byte_of(float x)
+{
+    return x > -0x1p31f && x < 0x1p31f ? static_cast<uint8_t>(static_cast<int32_t>(x) & 255) : 0;
+}
+
+__device__ __forceinline__ float inverse_of(float d) { return d != 0.0f ? 1.0f / d : 0.0f; }
+
+/* of 32 values the one farthest from zero, the first of equals */
+__device__ __forceinline__ float extreme_of(const float *x)
+{
+    float extreme = x[0];
+    for (int j = 1; j < 32; j++)
+        extreme = fabsf(x[j]) > fabsf(extreme) ? x[j] : extreme;
+    return extreme;
+}
+
+__device__ __forceinline__ void put_f16(uint8_t *to, float x)
+{
+    const uint16_t h = f16_of(x);
+    to[0] = static_cast<uint8_t>(h & 255);
+    to[1] = static_cast<uint8_t>(h >> 8);
+}
+
+template <kl_type TYPE> struct written;
+template <> struct written<KL_Q8_0> {
+    static const int bytes = 34;
+    static __device__ void block(uint8_t *b, const float *x)
+    {
+        const float d = fabsf(extreme_of(x)) / 127.0f, inverse = inverse_of(d);
+        put_f16(b, d);
+        for (int j = 0; j < 32; j++)
+            b[2 + j] = byte_of(roundf(x[j] * inverse));
+    }
+};
+template <> struct written<KL_Q4_0> {
+    static const int bytes = 18;
+    static __device__ __forceinline__ int level(float x, float inverse)
+    {
+        const int q = byte_of(x * inverse + 8.5f);
+        return q < 15 ? q : 15;
+    }
+    static __device__ void block(uint8_t *b, const float *x)
+    {
+        const float d = extreme_of(x) / -8.0f, inverse = inverse_of(d);
+        put_f16(b, d);
+        for (int j = 0; j < 16; j++)
+            b[2 + j] = static_cast<uint8_t>(level(x[j], inverse) | level(x[j + 16], inverse) << 4);
+    }
+};
+
+template <kl_type TYPE>
+__global__ void __launch_bounds__(256) quantize_v1(uint8_t *y, const float *x, int64_t blocks)
+{
+    const int64_t step = static_cast<int64_t>(gridDim.x) * BLOCK;
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * BLOCK + threadIdx.x; i < blocks; i += step)
+        written<TYPE>::block(y + i * written<TYPE>::bytes, x + 32 * i);
+}
+
+kl_status check_finite(kl_ctx *ctx, const float *x, int64_t n, int64_t cols)
+{
+    const size_t mark = kl_core_of->scratch_mark(ctx);
+    unsigned long long first = ~0ULL, *bad;
+    float value = 0.0f;
+    KL_SCRATCH_OF(bad, ctx, 1);
+    KL_TRY(kl_put(ctx, bad, &first, sizeof first));
+    KL_LAUNCH(scan, kl_grid(kl_ceil_div(n, BLOCK)), BLOCK, 0, kl_stream(ctx), bad, x, n);
+    KL_TRY(kl_launched(ctx, "quantize"));
+    KL_TRY(kl_get(ctx, &first, bad, sizeof first));
+    kl_core_of->scratch_reset(ctx, mark);
+    if (first == ~0ULL)
+        return KL_OK;
+    const int64_t at = static_cast<int64_t>(first);
+    KL_TRY(kl_get(ctx, &value, x + at, sizeof value));
+    return kl_core_of->fail(ctx, KL_ERR_ARG, "quantize: x[%lld, %lld] is %g; it must be finite",
+                            static_cast<long long>(at / cols), static_cast<long long>(at % cols),
+                            static_cast<double>(value));
+}
+
+} // namespace
+
+kl_status hip_quantize(kl_ctx *ctx, void *y, const float *x, kl_type type, int64_t rows,
+                       int64_t cols)
+{
+    const int64_t blocks = rows * cols / 32;
+    uint8_t *to = static_cast<uint8_t *>(y);
+    if (type != KL_Q8_0 && type != KL_Q4_0)
+        return kl_core_of->fail(ctx, KL_ERR_UNSUPPORTED,
+                                "quantize: type %d is not written on hip; Q8_0 and Q4_0 are, and "
+                                "device='cpu' writes the others",
+                                static_cast<int>(type));
+    if (blocks == 0)
+        return KL_OK;
+    KL_TRY(check_finite(ctx, x, rows * cols, cols));
+    const unsigned grid = kl_grid(kl_ceil_div(blocks, BLOCK));
+    if (type == KL_Q8_0)
+        KL_LAUNCH((quantize_v1<KL_Q8_0>), grid, BLOCK, 0, kl_stream(ctx), to, x, blocks);
+    else
+        KL_LAUNCH((quantize_v1<KL_Q4_0>), grid, BLOCK, 0, kl_stream(ctx), to, x, blocks);
+    return kl_launched(ctx, "quantize");
+}
+
+kl_status hip_dequantize(kl_ctx *ctx, float *y, const void *x, kl_type type, int64_t rows,
+                         int64_t cols)
+{
+    const char *from = static_cast<const char *>(x);
+    const unsigned grid = kl_grid(kl_ceil_div(rows * cols, BLOCK));
+    switch (type) {
+#define CASE(TYPE)                                                                                 \
+    case TYPE:                                                                                     \
+        if (rows > 0)                                                                              \
+            KL_LAUNCH((dequantize_v1<TYPE>), grid, BLOCK, 0, kl_stream(ctx), y, from,              \
+                      kl_stored<TYPE>::bytes_of(cols), rows, cols);                                \
+        break;
+        KL_STORED_TYPES(CASE)
+#undef CASE
+    default: return kl_no_type(ctx, "dequantize", "x", type);
+    }
+    return kl_launched(ctx, "dequantize");
+}

@@ -1,0 +1,322 @@
+"""Matrix products, routing and block types on the host build of the HIP kernels: the CPU's bytes from every version of
+a ladder, for waves of 32 and 64 and any order of threads, so that they are within the CPU's budgets; errors."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hip_build import built, context, everywhere, host_library, set_up
+
+import kimi_linear as kl
+from kimi_linear.diff.budgets import budget
+
+BLOCK_TYPES = ["Q4_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]
+TYPES = ["F32", "F16", "BF16", *BLOCK_TYPES]
+CPU = kl.Context()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library():
+    built()
+
+
+@pytest.fixture(params=["1", "2", "3"], ids=["v1", "v2", "v3"])
+def version(request, monkeypatch):
+    monkeypatch.setenv("KL_GPU_VERSION", request.param)
+
+
+def normal(*shape, scale=1.0, seed=0):
+    return (scale * np.random.default_rng([seed, *shape]).standard_normal(shape)).astype(np.float32)
+
+
+def stored(w, type):
+    """w in a storage type, written by the CPU."""
+    plain = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+    return w.astype(plain[type]) if type in plain else kl.ops.quantize(w, type, ctx=CPU)
+
+
+def parts(got):
+    return [np.asarray(part) for part in (got if isinstance(got, tuple) else (got,))]
+
+
+def same_as_the_cpu(run, all_settings=True):
+    """`run(ctx)`, an array or a tuple of them, has the CPU's bytes everywhere, or for one setting; its result."""
+    wanted = b"".join(part.tobytes() for part in parts(run(CPU)))
+
+    def one(ctx):
+        return np.frombuffer(b"".join(part.tobytes() for part in parts(run(ctx))), np.uint8)
+
+    try:
+        if not all_settings:
+            set_up(host_library(), 64, 7)
+        got = everywhere(one) if all_settings else one(context())
+    finally:
+        set_up(host_library())
+    assert got.tobytes() == wanted
+    return run(CPU)
+
+
+def random_blocks(type, rows, cols, seed=0):
+    """Blocks of any content, as a Quantized: NaN and infinite scales are left out."""
+    q = kl.ops.quantize(normal(rows, cols, seed=seed), type, ctx=CPU)
+    data = np.random.default_rng(seed).integers(0, 256, q.data.shape).astype(np.uint8)
+    for _ in range(50):
+        any_q = type_of(q, data)
+        bad = ~np.isfinite(kl.ops.dequantize(any_q, ctx=CPU)).all(-1)
+        if not bad.any():
+            return any_q
+        data[bad] = q.data[bad]
+    raise AssertionError
+
+
+def type_of(q, data):
+    return kl.Quantized(data, q.type, q.shape)
+
+
+# ---- block types ----
+
+
+@pytest.mark.parametrize("type", BLOCK_TYPES)
+def test_hip_dequantize_has_the_bytes_of_the_cpu(type):
+    for q in (kl.ops.quantize(normal(5, 768, scale=30), type), random_blocks(type, 7, 512)):
+        y = same_as_the_cpu(lambda ctx, q=q: kl.ops.dequantize(q, ctx=ctx))
+        assert y.tobytes() == kl.reference.dequantize(q).astype(np.float32).tobytes()
+    assert kl.ops.dequantize(kl.ops.quantize(normal(2, 256)[:0], type), ctx=context()).shape == (0, 256)
+
+
+@pytest.mark.parametrize("type", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize("scale", [0.0, 1e-42, 1e-7, 1.0, 6e4, 1e30])
+def test_hip_quantize_has_the_bytes_of_the_cpu(type, scale):
+    x = normal(9, 96, scale=scale)
+    x[0, :32], x[1, 3] = 0.0, -x[1].max() * 2
+    same_as_the_cpu(lambda ctx: kl.ops.quantize(x, type, ctx=ctx).data)
+
+
+def test_hip_quantize_refuses_what_is_not_finite_and_what_it_does_not_write():
+    x = normal(4, 64)
+    x[2, 40], x[3, 1] = np.inf, np.nan
+    out = np.full((4, 68), 7, np.uint8)
+    with pytest.raises(ValueError, match=r"x\[2, 40\] is inf; it must be finite"):
+        kl.ops.quantize(x, "Q8_0", out=out, ctx=context())
+    with pytest.raises(ValueError, match=r"quantize: x\[2, 40\] is inf; it must be finite"):
+        kl._core.quantize(context()._core, out, x, 8, 4, 64)
+    assert (out == 7).all()
+    with pytest.raises(NotImplementedError, match="type 12 is not written on hip; Q8_0 and Q4_0 are, and device='cpu'"):
+        kl.ops.quantize(normal(1, 256), "Q4_K", ctx=context())
+
+
+@pytest.mark.parametrize("type", BLOCK_TYPES)
+def test_hip_embedding_of_blocks(type, version):
+    table, ids = stored(normal(20, 512), type), np.array([19, 0, 0, 7], np.int32)
+    same_as_the_cpu(lambda ctx: kl.ops.embedding(ids, table, ctx=ctx), False)
+
+
+def test_hip_type_without_a_kernel_names_those_that_have():
+    w = kl.ops.quantize(normal(4, 256), "TQ2_0")
+    with pytest.raises(NotImplementedError, match="linear: w has storage type 35, which has no kernel on hip; these "
+                                                  "have: KL_F32 .* KL_Q8_0 .* KL_IQ4_XS"):
+        kl.ops.linear(normal(1, 256), w, ctx=context())
+
+
+# ---- linear ----
+
+
+@pytest.mark.parametrize("type", TYPES)
+@pytest.mark.parametrize("T, M", [(3, 19), (9, 33)])
+def test_hip_linear_has_the_bytes_of_the_cpu(T, M, type, version):
+    x, w, bias = normal(T, 256), stored(normal(M, 256, seed=1), type), normal(M, seed=2)
+    y = same_as_the_cpu(lambda ctx: kl.ops.linear(x, w, bias=bias, ctx=ctx), type == "Q4_K")
+    wide = np.asarray(w, np.float32) if type in TYPES[:3] else kl.ops.dequantize(w)
+    ref = kl.reference.linear(x, wide, bias=bias)
+    assert (np.abs(y - ref) <= budget("linear", ref, x=x, w=wide, bias=bias)).all()
+
+
+@pytest.mark.parametrize("D", [1, 2, 15, 16, 17, 31, 33, 100])
+def test_hip_linear_of_any_width_has_the_bytes_of_the_cpu(D, version):
+    for T in (1, 11):
+        x, w = normal(T, D), normal(34, D, seed=1)
+        for stored_w in (w, w.astype(np.float16), np.ascontiguousarray(w.T).T):
+            same_as_the_cpu(lambda ctx, x=x, w=stored_w: kl.ops.linear(x, w, ctx=ctx),
+                            D in (1, 17))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_hip_linear_where_each_addition_rounds_one_way(sign, version):
+    """The worst case of a sum: terms just above half a step, all of one sign. Within the budget, which a sum one by one
+    is not."""
+    D = 1024
+    x = np.full((9, D), sign * (2**-12 + 2**-24), np.float32)
+    x[:, 0] = sign
+    w = np.full((3, D), 2**-12 + 2**-24, np.float32)
+    w[:, 0] = 1
+    y, ref = same_as_the_cpu(lambda ctx: kl.ops.linear(x, w, ctx=ctx), False), kl.reference.linear(x, w)
+    bound = budget("linear", ref, x=x, w=w)
+    assert (np.abs(y - ref) <= bound).all()
+    one_by_one = np.float32(0)
+    for term in (x[0].astype(np.float64) * w[0]).tolist():
+        one_by_one = np.float32(one_by_one + term)
+    assert abs(one_by_one - ref[0, 0]) > bound[0, 0]
+
+
+@pytest.mark.parametrize("T", [2, 20])
+@pytest.mark.parametrize("type", ["F32", "Q4_K"])
+def test_hip_linear_of_several_matrices_one_below_the_other(type, T, version):
+    w, x, bias = stored(normal(3 * 20, 256, seed=1), type), normal(T, 256), normal(60, seed=2)
+    weight = (w if type == "F32" else w.data, 0 if type == "F32" else 12, 3, 20, 256)
+
+    def run(ctx):
+        y = np.full((T, 60), np.nan, np.float32)
+        kl._core.linear(ctx._core, [y], x, [weight], [bias], [False], T, 256)
+        return y
+
+    assert same_as_the_cpu(run, False).tobytes() == kl.ops.linear(x, w, bias=bias).tobytes()
+
+
+@pytest.mark.parametrize("T", [2, 20])
+@pytest.mark.parametrize("type", ["Q8_0", "Q4_K", "Q6_K", "Q2_K"])
+def test_hip_linear_of_transposed_blocks(type, T, version):
+    w, x = stored(normal(40, 256, seed=1), type), normal(T, 40)  # 40 inputs, 256 outputs
+
+    def run(ctx):
+        y = np.full((T, 256), np.nan, np.float32)
+        kl._core.linear(ctx._core, [y], x, [(w.data, w.storage.id, 1, 40, 256)], [None], [True], T, 40)
+        return y
+
+    same_as_the_cpu(run, False)
+
+
+def test_hip_a_token_has_the_same_bytes_in_any_batch():
+    x, w = normal(70, 100), normal(70, 100, seed=1)
+    whole = kl.ops.linear(x, w, ctx=context())
+    for size in (1, 5, 8, 9, 33):
+        got = [kl.ops.linear(x[t: t + size], w, ctx=context()) for t in range(0, 70, size)]
+        assert np.concatenate(got).tobytes() == whole.tobytes(), size
+
+
+# ---- moe ----
+
+
+def experts(T, E=6, D=33, F=20, k=3, type="F32", seed=0):
+    rng = np.random.default_rng([seed, T, E, k])
+    ids = np.array([np.sort(rng.choice(E, k, replace=False)) for _ in range(T)], np.int32).reshape(T, k)
+    mats = {"w_gate": normal(E, F, D, seed=1, scale=D**-0.5), "w_up": normal(E, F, D, seed=2, scale=D**-0.5),
+            "w_down": normal(E, D, F, seed=3, scale=F**-0.5)}
+    return dict(x=normal(T, D), ids=ids, weights=rng.uniform(0, 1, (T, k)).astype(np.float32),
+                **{name: stored(w, type) for name, w in mats.items()})
+
+
+@pytest.mark.parametrize("shape", [dict(E=1, D=1, F=1, k=1), dict(E=2, D=16, F=15, k=2), dict(), dict(E=40, k=8)],
+                         ids=str)
+@pytest.mark.parametrize("T", [0, 1, 8, 9])
+def test_hip_moe_has_the_bytes_of_the_cpu(T, shape, version):
+    inputs = experts(T, **shape)
+    inputs["shared"] = normal(*inputs["x"].shape, seed=9) if T % 2 else None
+    y = same_as_the_cpu(lambda ctx: kl.ops.moe(**inputs, ctx=ctx), T in (1, 9) and "E" not in shape)
+    ref = kl.reference.moe(**inputs)
+    assert (np.abs(y - ref) <= budget("moe", ref, **inputs)).all()
+
+
+@pytest.mark.parametrize("type", TYPES[1:])
+def test_hip_moe_of_any_type(type, version):
+    for T in (2, 9):
+        inputs = experts(T, E=3, D=256, F=256, k=1, type=type)
+        same_as_the_cpu(lambda ctx, inputs=inputs: kl.ops.moe(**inputs, ctx=ctx), False)
+
+
+def test_hip_moe_of_three_types_in_one_call(version):
+    inputs = experts(12, D=256, F=256) | {"w_up": stored(normal(6, 256, 256, seed=2), "Q4_K"),
+                                          "w_down": stored(normal(6, 256, 256, seed=3), "Q6_K")}
+    same_as_the_cpu(lambda ctx: kl.ops.moe(**inputs, ctx=ctx), False)
+
+
+def test_hip_moe_of_more_tokens_than_a_pass():
+    inputs = experts(1030, E=3, D=8, F=4, k=1)
+    assert kl.ops.moe(**inputs, ctx=context()).tobytes() == kl.ops.moe(**inputs).tobytes()
+
+
+def test_hip_moe_of_one_expert_for_all_and_of_experts_that_nobody_uses(version):
+    inputs = experts(40, E=7, k=1)
+    inputs["ids"][:] = 4
+    for e in set(range(7)) - {4}:
+        inputs["w_up"][e] = np.nan
+    assert np.isfinite(same_as_the_cpu(lambda ctx: kl.ops.moe(**inputs, ctx=ctx), False)).all()
+
+
+def core_moe(ctx, inputs, y):
+    weight = [(inputs[n], 0, *inputs[n].shape) for n in ("w_gate", "w_up", "w_down")]
+    T, k = inputs["ids"].shape
+    kl._core.moe(ctx._core, y, inputs["x"], inputs["ids"], inputs["weights"], *weight, None, T, 33, 20, k)
+
+
+@pytest.mark.parametrize("wrong, sentence", [(77, "is 77"), (-1, "is -1"), (0, "is 0")])
+def test_hip_moe_says_which_id_is_wrong_and_goes_on(wrong, sentence, version):
+    good, y = experts(20), np.full((20, 33), 7, np.float32)
+    bad = good | dict(ids=good["ids"].copy())
+    bad["ids"][5, 2] = bad["ids"][9, 1] = wrong
+    with pytest.raises(ValueError, match=rf"moe: ids\[5, 2\] \(token, slot\) {sentence}; ids of a token must rise "
+                                         "within 0 to 5"):
+        core_moe(context(), bad, y)
+    assert (y == 7).all()
+    core_moe(context(), good, y)
+    assert y.tobytes() == kl.ops.moe(**good).tobytes()
+
+
+# ---- route ----
+
+ROUTES = [dict(k=1), dict(k=8, scale=2.446), dict(k=3, renormalise=False, scale=0.5), dict(k=3, function="softmax"),
+          dict(k=3, function="softmax", renormalise=False), dict(k=3, groups=4, top_groups=2),
+          dict(k=4, groups=4, top_groups=1), dict(k=5, groups=16, top_groups=5), dict(k=16),
+          dict(k=8, groups=2, top_groups=2, scale=-1.0)]
+
+
+@pytest.mark.parametrize("options", ROUTES, ids=str)
+@pytest.mark.parametrize("T", [0, 1, 5, 37])
+def test_hip_route_has_the_ids_and_bytes_of_the_cpu(T, options, version):
+    for bias in (None, np.linspace(-0.2, 0.2, 16).astype(np.float32)[::-1].copy()):
+        for scale in (0.3, 30.0):
+            x = normal(T, 16, scale=scale)
+            same_as_the_cpu(lambda ctx, x=x, bias=bias: kl.ops.route(x, bias=bias, **options, ctx=ctx),
+                            T == 5)
+
+
+@pytest.mark.parametrize("E", [1, 31, 33, 256, 1024, 1100])
+def test_hip_route_of_many_experts(E, version):
+    x = normal(3, E)
+    for function in ("sigmoid", "softmax"):
+        same_as_the_cpu(lambda ctx, f=function: kl.ops.route(x, k=min(8, E), function=f, ctx=ctx), E < 50)
+
+
+def test_hip_route_ties_and_masks(version):
+    x = np.array([[1, 2, 2, 0, 2, 1], [0, 0, 0, 0, 0, 0], [5, -1, 5, 5, 5, -1], [300, 200, 100, -300, 300, 9]],
+                 np.float32)
+    for options in (dict(k=2), dict(k=2, groups=3, top_groups=1), dict(k=5), dict(k=4, groups=3, top_groups=2)):
+        same_as_the_cpu(lambda ctx, o=options: kl.ops.route(x, **o, ctx=ctx))
+    bias = np.array([-np.inf, 0, -np.inf, 0, -np.inf, -np.inf], np.float32)
+    ids, _ = same_as_the_cpu(lambda ctx: kl.ops.route(x, k=4, bias=bias, ctx=ctx))
+    assert ids[0].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("place, value, options, message", [
+    ((2, 5), np.nan, dict(), r"scores\[2, 5\] \(token, expert\) is NaN"),
+    ((2, 5), np.inf, dict(function="softmax"), r"scores\[2, 5\] is inf, the largest of its token"),
+    ((3,), -np.inf, dict(function="softmax"), r"scores\[3, 0\] is -inf, the largest"),
+])
+def test_hip_route_says_which_score_is_wrong(place, value, options, message, version):
+    x = normal(6, 8)
+    x[place] = value
+    x[5, 7] = np.nan
+    out = np.full((6, 2), 9, np.int32), np.full((6, 2), 9, np.float32)
+    with pytest.raises(ValueError, match=message):
+        kl.ops.route(x, k=2, **options, out=out, ctx=context())
+    assert (out[0] == 9).all() and (out[1] == 9).all()
+    with pytest.raises(ValueError, match=r"bias\[1\] is nan; it must be a number below infinity"):
+        kl.ops.route(normal(6, 8), k=2, bias=np.array([0, np.nan] * 4, np.float32), ctx=context())
+    assert kl.ops.route(normal(6, 8), k=2, ctx=context())[0].shape == (6, 2)  # what was noted is gone
+
+
+def test_hip_route_of_scores_that_are_probabilities(version):
+    def run(ctx):
+        ids, weights = np.zeros((5, 3), np.int32), np.zeros((5, 3), np.float32)
+        kl._core.route(ctx._core, ids, weights, np.abs(normal(5, 12)), None, 5, 12, 3, 4, 2, 2, True, 2.0)
+        return ids, weights
+
+    same_as_the_cpu(run)

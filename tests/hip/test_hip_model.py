@@ -1,0 +1,124 @@
+"""The whole model on a device: the host build runs every kernel of a forward pass."""
+
+import numpy as np
+import pytest
+from conftest import DATA
+from hip_build import built
+
+import kimi_linear as kl
+from kimi_linear.verify import verify
+
+CASES = ["kimi-a", "kimi-b", "qwen-a", "qwen35-a", "qwen35-moe"]
+RMS, LARGEST = 1e-5, 2e-4  # between two engines, each of which may be half of it from float64 (tests/model/test_verify.py)
+WIDER = {"qwen35-a": 8}  # whose gated norms blow up small vectors: one unit on every tap moves its logits by 9e-6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library():
+    built()
+
+
+@pytest.fixture(params=CASES, scope="module")
+def models(request):
+    """(on the CPU, on the device)"""
+    folder = DATA / "golden" / request.param
+    return kl.Model.from_pretrained(folder), kl.Model.from_pretrained(folder, device="hip-host")
+
+
+def ids(model, T, seed=0):
+    return np.random.default_rng(seed).integers(3, model.config.vocab_size, T).astype(np.int32)
+
+
+def experts_of(trace):
+    return {int(name.split(".")[1]): x for name, x in trace.items() if name.endswith("moe.ids")}
+
+
+def assert_near(model, got, wanted, name):
+    size = np.sqrt(np.mean(np.square(wanted, dtype=np.float64)))
+    error = np.abs(np.asarray(got, np.float64) - wanted)
+    times = WIDER.get(model.name, 1)
+    assert np.sqrt(np.mean(error**2)) <= times * RMS * size and error.max(initial=0) <= times * LARGEST * size, name
+
+
+@pytest.mark.parametrize("cuts", [(), (1, 2), (17,)])
+def test_every_tap_and_state_is_the_cpus(models, cuts):
+    """Expert ids given; the device's state after the same calls, too."""
+    cpu, device = models
+    tokens = ids(cpu, 70)
+    states = cpu.new_state(), device.new_state()
+    for part in np.split(tokens, cuts):
+        wanted = cpu.trace(part, "*", state=states[0])
+        got = device.trace(part, "*", state=states[1], expert_ids=experts_of(wanted) or None)
+        assert list(got) == list(wanted)
+        for name in wanted:
+            if not name.endswith("moe.ids"):
+                assert_near(cpu, got[name], wanted[name], name)
+    for name in states[0]:
+        assert_near(cpu, states[1][name], states[0][name], name)
+
+
+def test_a_state_goes_to_a_file_and_back(models, tmp_path):
+    """Device to file to device: the same bytes from there on. To the CPU and back: near."""
+    cpu, device = models
+    tokens = ids(cpu, 40, seed=1)
+    state = device.new_state()
+    device.forward(tokens[:21], state=state, logits="none")
+    state.save(tmp_path / "state")
+    again, on_cpu = device.load_state(tmp_path / "state"), cpu.load_state(tmp_path / "state")
+    wanted = device.forward(tokens[21:], state=state)
+    assert device.forward(tokens[21:], state=again).tobytes() == wanted.tobytes()
+    assert all(again[name].tobytes() == state[name].tobytes() for name in state)
+    near = cpu.forward(tokens[21:], state=on_cpu)
+    assert np.sqrt(np.mean((near - wanted) ** 2)) <= 1e-3 * np.sqrt(np.mean(wanted**2))  # routing is its own
+
+
+def test_a_batch_is_each_sequence_alone(models):
+    _, device = models
+    sequences = [ids(device, n, seed=n) for n in (5, 1, 30)]
+    states, alone = device.new_state(3), device.new_state(3)
+    together = device.forward(sequences, state=states)
+    for sequence, logits, state, own in zip(sequences, together, states, alone, strict=True):
+        assert device.forward(sequence, state=own).tobytes() == logits.tobytes()
+        assert all(state[name].tobytes() == own[name].tobytes() for name in state)
+
+
+def test_forks_and_snapshots_keep_their_bytes(models):
+    _, device = models
+    tokens = ids(device, 12, seed=2)
+    state = device.new_state()
+    device.forward(tokens[:8], state=state, logits="none")
+    fork, kept = state.fork(), state.snapshot()
+    wanted = device.forward(tokens[8:], state=state)
+    assert device.forward(tokens[8:], state=fork).tobytes() == wanted.tobytes()
+    state.restore(kept)
+    assert device.forward(tokens[8:], state=state).tobytes() == wanted.tobytes()
+
+
+def test_greedy_text_is_the_cpus():
+    cpu, device = kl.Model.tiny(), kl.Model.tiny(device="hip-host")
+    options = dict(max_new_tokens=12, temperature=0)
+    wanted = cpu.generate("In the beginning", **options).run()
+    assert device.generate("In the beginning", **options).run().text == wanted.text
+
+
+def test_a_context_of_another_device_is_refused():
+    device = kl.Model.tiny(device="hip-host")
+    state = device.new_state()
+    device.ctx = kl.Context()
+    with pytest.raises(ValueError, match="the context computes on cpu and the model is on hip"):
+        device.forward(np.arange(5), state=state)
+
+
+def test_memory_is_as_planned():
+    device = kl.Model.tiny(device="hip-host")
+    plan, state = device.plan(context=100), device.new_state(context=100)
+    assert state.nbytes == plan.state
+    device.forward(np.arange(100), state=state)
+    assert device.ctx._core.scratch_bytes <= plan.scratch
+
+
+def test_verify_on_the_device():
+    """Every op of a run beside float64 on its own inputs."""
+    device = kl.Model.from_pretrained(DATA / "golden" / "kimi-a", device="hip-host")
+    report = verify(device, ids(device, 21))
+    assert report.ok, str(report)
