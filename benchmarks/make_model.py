@@ -5,12 +5,22 @@
     python benchmarks/make_model.py --shape mini --type Q4_K -o /somewhere/mini-Q4_K.gguf
     python benchmarks/make_model.py --shape full --type Q4_K --map '*_exps*=Q2_K' --map output.weight=Q6_K -o full.gguf
 
-A name that ends in .gguf is a GGUF file that llama.cpp runs, too; any other a Hugging Face folder. Shapes: ``full`` is
-Kimi-Linear-48B-A3B as published; ``mini`` has its widths with 8 layers (MLA at 4 and 8, counted from 1), 32 experts of
-which 8 are used and a vocabulary of 32,768; ``small`` has two layers of widths that every block type divides; ``tiny``
-is the packaged model's. The values of a tensor depend on its name, shape, type and ``--seed`` alone. Matrices keep the
-size of their input, gates go from almost none to strong, so that a run meets no subnormals or infinities that a
-trained model would not.
+    python benchmarks/make_model.py --shape qwen35-0.8b --type Q8_0 -o /somewhere/qwen35-Q8_0.gguf
+
+A name that ends in .gguf is a GGUF file that llama.cpp runs, too; any other a Hugging Face folder. Shapes:
+
+    full           Kimi-Linear-48B-A3B as published
+    mini           its widths with 8 layers (MLA at 4 and 8, counted from 1), 32 experts, a vocabulary of 32,768
+    small          two layers of widths that every block type divides
+    tiny           the packaged model's
+    qwen3next-80b  Qwen3-Next-80B-A3B as published
+    qwen3next      its widths with 8 layers (attention at 4 and 8) and 64 experts, of which 10 are used
+    qwen3next-12   the same with 12 layers
+    qwen35-0.8b    the text model of Qwen3.5-0.8B as published: dense, tied embeddings
+    qwen-small, qwen35-small, qwen35moe-small    four layers of widths that every block type divides
+
+The values of a tensor depend on its name, shape, type and ``--seed`` alone. Matrices keep the size of their input,
+gates go from almost none to strong, so that a run meets no subnormals or infinities that a trained model would not.
 """
 
 import argparse
@@ -74,7 +84,39 @@ SMALL = PUBLISHED | {
     "bos_token_id": 768, "eos_token_id": 770, "pad_token_id": 1023,
 }
 MINI = {"layers": 8, "experts": 32, "vocab": 32768}
-SHAPES = {"mini": (PUBLISHED, MINI), "full": (PUBLISHED, {}), "small": (SMALL, {}), "tiny": (TINY, {})}  # changes
+
+QWEN = {
+    "hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 262144, "full_attention_interval": 4,
+    "num_key_value_heads": 2, "head_dim": 256, "linear_num_key_heads": 16, "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
+}
+QWEN3_NEXT = QWEN | {
+    "architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next", "vocab_size": 151936, "hidden_size": 2048,
+    "num_hidden_layers": 48, "intermediate_size": 5120, "num_attention_heads": 16, "linear_num_value_heads": 32,
+    "num_experts": 512, "num_experts_per_tok": 10, "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+    "tie_word_embeddings": False, "bos_token_id": 151643, "eos_token_id": 151645,
+}
+QWEN35 = QWEN | {
+    "architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5_text", "vocab_size": 248320, "hidden_size": 1024,
+    "num_hidden_layers": 24, "intermediate_size": 3584, "num_attention_heads": 8, "linear_num_value_heads": 16,
+    "tie_word_embeddings": True, "eos_token_id": 248044,
+}
+NARROW = {"vocab_size": 1024, "hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 512,
+          "num_attention_heads": 4, "head_dim": 128, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+          "bos_token_id": 768, "eos_token_id": 768}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256,
+           "shared_expert_intermediate_size": 256}
+QWEN35_MOE = QWEN35 | {"architectures": ["Qwen3_5MoeForCausalLM"], "model_type": "qwen3_5_moe_text"}
+
+SHAPES = {  # a config and changes of it
+    "mini": (PUBLISHED, MINI), "full": (PUBLISHED, {}), "small": (SMALL, {}), "tiny": (TINY, {}),
+    "qwen3next-80b": (QWEN3_NEXT, {}), "qwen3next": (QWEN3_NEXT, {"layers": 8, "experts": 64}),
+    "qwen3next-12": (QWEN3_NEXT, {"layers": 12, "experts": 64}), "qwen35-0.8b": (QWEN35, {}),
+    "qwen-small": (QWEN3_NEXT | NARROW | EXPERTS, {}), "qwen35-small": (QWEN35 | NARROW, {}),
+    "qwen35moe-small": (QWEN35_MOE | NARROW | EXPERTS, {}),
+}
 
 
 def main():
@@ -92,7 +134,8 @@ def write_folder(args, config):
     if args.type not in TYPES or args.map:
         return f"make_model: a folder's type is one of {', '.join(TYPES)}, the same for all; blocks need a .gguf name"
     shapes = config.weight_shapes()
-    tensors = {name: RandomTensor(name, shape, TYPES[args.type], args.seed) for name, shape in shapes.items()}
+    tensors = {name: RandomTensor(name, shape, TYPES[args.type], args.seed, config.norm_plus_one)
+               for name, shape in shapes.items()}
     n_bytes = sum(t.nbytes for t in tensors.values())
     if problem := announce(config, n_bytes, args):
         return problem
@@ -134,14 +177,13 @@ def bar_of(n_bytes):
 def arguments():
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
-    parser.add_argument("--family", choices=("kimi-linear",), default="kimi-linear")
     parser.add_argument("--shape", choices=SHAPES, default="mini")
     parser.add_argument("--type", default="bfloat16", metavar="TYPE",
                         help=f"storage type of the matrices: {', '.join(TYPES)}; in a GGUF file also "
                              f"{', '.join(BLOCK_TYPES)} (default: %(default)s)")
     parser.add_argument("--map", type=pattern_and_type, action="append", default=[], metavar="PATTERN=TYPE",
                         help="another type for the tensors of a GGUF file with such names; the first that fits counts")
-    parser.add_argument("--layers", type=int, metavar="N", help="another number of layers, each 4th MLA")
+    parser.add_argument("--layers", type=int, metavar="N", help="another number of layers, each 4th of full attention")
     parser.add_argument("--experts", type=int, metavar="N")
     parser.add_argument("--vocab", type=int, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
@@ -163,13 +205,14 @@ def config_of(args):
     changes = changes | {name: n for name, n in asked.items() if n is not None}
     d = dict(d)
     if n := changes.get("layers"):
-        linear = dict(d["linear_attn_config"])
-        pattern = ["full_attn_layers" if i % 4 == 0 else "kda_layers" for i in range(1, n + 1)]
-        for key in ("kda_layers", "full_attn_layers"):
-            linear[key] = [i for i, kind in enumerate(pattern, 1) if kind == key]
-        d |= {"num_hidden_layers": n, "linear_attn_config": linear}
+        d["num_hidden_layers"] = n
+        if linear := d.get("linear_attn_config"):
+            full = range(4, n + 1, 4)
+            d["linear_attn_config"] = linear | {
+                "full_attn_layers": [*full], "kda_layers": [i for i in range(1, n + 1) if i not in full]}
     if n := changes.get("experts"):
-        d |= {"num_experts": n, "num_experts_per_token": min(n, d["num_experts_per_token"])}
+        used = "num_experts_per_token" if "num_experts_per_token" in d else "num_experts_per_tok"
+        d |= {"num_experts": n, used: min(n, d[used])}
     if n := changes.get("vocab"):
         d |= {"vocab_size": n, "bos_token_id": n - 256, "eos_token_id": n - 254, "pad_token_id": n - 1}
     return Config.from_dict(d)
@@ -180,15 +223,15 @@ class RandomTensor:
 
     pool = np.random.default_rng(0).standard_normal(POOL, np.float32)
 
-    def __init__(self, name, shape, dtype, seed):
-        self.name, self.shape, self.seed = name, shape, seed
+    def __init__(self, name, shape, dtype, seed, plus_one):
+        self.name, self.shape, self.seed, self.plus_one = name, shape, seed, plus_one
         self.dtype = TYPES["float32"] if name.endswith(FLOAT32) else dtype
         self.nbytes = math.prod(shape) * self.dtype.itemsize
 
     def array(self):
         rng = np.random.default_rng([self.seed, zlib.crc32(self.name.encode())])
         if len(self.shape) == 1 or "conv1d" in self.name:
-            return random_tensor(self.name, self.shape, rng).astype(self.dtype)
+            return random_tensor(self.name, self.shape, rng, self.plus_one).astype(self.dtype)
         scale = 1.0 if "embed_tokens" in self.name else 1.2 / self.shape[-1] ** 0.5
         pool = (self.pool * np.float32(scale)).astype(self.dtype)
         flat = np.empty(math.prod(self.shape), self.dtype)

@@ -45,19 +45,19 @@ def kimi(kda, full, dense, heads, width, conv, mla, moe, hidden=64, eps=1e-5, q_
 
 
 def qwen(kind, k_heads, v_heads, k, v, theta, attn, moe=None, rope=None, **more):
-    """A config of five layers, the fourth of them attention: key and value heads, their widths, and the tuples
-    unpacked here."""
+    """A config, by default of five layers, the fourth of them attention: key and value heads, their widths, and the
+    tuples unpacked here."""
     n, n_kv, d, rotary = attn
     if moe:
         experts, top, width_e, shared = moe
-        more |= dict(num_experts=experts, num_experts_per_tok=top, moe_intermediate_size=width_e,
-                     shared_expert_intermediate_size=shared)
+        more = dict(num_experts=experts, num_experts_per_tok=top, moe_intermediate_size=width_e,
+                    shared_expert_intermediate_size=shared) | more
     rope = dict(rope_type="default", rope_theta=theta, partial_rotary_factor=rotary) | (rope or {})
-    return kind(
+    return kind(**dict(
         vocab_size=320, hidden_size=64, num_hidden_layers=5, num_attention_heads=n, num_key_value_heads=n_kv,
         head_dim=d, rope_parameters=rope, linear_conv_kernel_dim=4, linear_key_head_dim=k, linear_value_head_dim=v,
         linear_num_key_heads=k_heads, linear_num_value_heads=v_heads, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        **more)
+    ) | more)
 
 
 MROPE = dict(mrope_section=[2, 1, 1], mrope_interleaved=True)

@@ -7,10 +7,11 @@
 enum { KL_BLOCK = 64 }; /* positions a block; blocks are aligned to position 0 of a sequence */
 enum { KL_Q8_0_VALUES = 32, KL_Q8_0_BYTES = 34 }; /* of a block */
 
-/* rows of float32, from one to the next */
+/* rows of float32, from one to the next; of float16 where half is not NULL, which is then in data's place */
 typedef struct kl_rows {
     const float *data;
     int64_t stride, width;
+    const uint16_t *half;
 } kl_rows;
 
 /* The running softmax of n rows: m the largest score so far, l the sum of exp(score - m), acc the
@@ -27,7 +28,7 @@ typedef struct kl_ahead {
 } kl_ahead;
 
 /* n_queries queries on one block. A query and a key are two parts side by side (widths agree part
- * by part; the second may be empty). Query i sees the first min(n, first + i * step) positions of
+ * by part; the second may be empty). Both k[0] and v may be of float16, the others not. Query i sees the first min(n, first + i * step) positions of
  * the block, at least one: step 1 for queries of successive positions, 0 for heads of one token. */
 typedef struct kl_attend {
     kl_rows q[2], k[2], v;

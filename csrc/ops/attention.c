@@ -23,6 +23,10 @@ enum { ROWS = 256, SEGMENT = KL_PAGE };
  * the processor, while a stride of a power of two leaves them a few sets of it. */
 enum { COPIED = 32 };
 
+/* Up to this many rows, those of one token's heads, float16 is widened as it is read: a buffer between costs more
+ * than the products do. */
+enum { DIRECT = 8 };
+
 /* queries first .. first + count - 1 of sequence n, all heads */
 typedef struct chunk {
     int64_t n, first, count;
@@ -118,13 +122,15 @@ static int64_t block_floats(const job *a, const kl_cache *cache, int64_t width)
 static kl_rows block_of(const job *a, const kl_cache *cache, const chunk *c, int64_t position,
                         int64_t count, int64_t head, int64_t width, int64_t rows, float *buffer)
 {
+    if (cache->type == KL_F16 && rows <= DIRECT)
+        return kl_cache_halves(cache, c->n, position, head * width, width);
     const kl_rows r =
         kl_cache_rows(a->ctx->k, cache, c->n, position, count, head * width, width, buffer);
     if (rows < COPIED || r.data == buffer)
         return r;
     for (int64_t i = 0; i < count; i++)
         memcpy(buffer + i * width, r.data + i * r.stride, (size_t)width * sizeof *buffer);
-    return (kl_rows){ buffer, width, width };
+    return (kl_rows){ buffer, width, width, NULL };
 }
 
 /* Rows of key head `head` over the positions of one segment, in run: cleared, then block by block. */
@@ -154,7 +160,7 @@ static void attend_segment(const job *a, const chunk *c, int64_t head, int64_t s
             const int64_t skip = unseeing(l, first);
             if (skip == l.length)
                 continue;
-            block.q[0] = (kl_rows){ q + i * l.next + skip * l.stride, l.stride, g->K };
+            block.q[0] = (kl_rows){ q + i * l.next + skip * l.stride, l.stride, g->K, NULL };
             block.run = row_of(run, i * l.length + skip);
             block.n_queries = l.length - skip;
             block.first = first + skip * l.query_step;

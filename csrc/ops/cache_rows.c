@@ -19,11 +19,11 @@ kl_rows kl_cache_rows(const kl_kernels *k, const kl_cache *cache, int64_t n, int
                       int64_t count, int64_t column, int64_t width, float *buffer)
 {
     if (width == 0)
-        return (kl_rows){ NULL, 0, 0 };
+        return (kl_rows){ NULL, 0, 0, NULL };
     const char *first = stored(cache, n, position, column);
     if (cache->type == KL_F32)
         return (kl_rows){ (const float *)(const void *)first,
-                          (int64_t)(cache->row_bytes / sizeof(float)), width };
+                          (int64_t)(cache->row_bytes / sizeof(float)), width, NULL };
     for (int64_t i = 0; i < count; i++) {
         const char *row = first + (size_t)i * cache->row_bytes;
         if (cache->type == KL_Q8_0)
@@ -31,5 +31,12 @@ kl_rows kl_cache_rows(const kl_kernels *k, const kl_cache *cache, int64_t n, int
         else
             k->unpack_row(buffer + i * width, row, cache->type, width);
     }
-    return (kl_rows){ buffer, width, width };
+    return (kl_rows){ buffer, width, width, NULL };
+}
+
+kl_rows kl_cache_halves(const kl_cache *cache, int64_t n, int64_t position, int64_t column,
+                        int64_t width)
+{
+    return (kl_rows){ NULL, (int64_t)(cache->row_bytes / sizeof(uint16_t)), width,
+                      (const uint16_t *)(const void *)stored(cache, n, position, column) };
 }

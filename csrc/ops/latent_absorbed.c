@@ -120,8 +120,8 @@ static void attend_segment(const kl_absorbed *e, int64_t u, int64_t h, int64_t h
     const int64_t end = kl_min(begin + SEGMENT, token->seen);
     const kl_running run = place(e, u, h);
     const kl_rows query = { e->query + (h * e->capacity + e->unit[u].token) * g->R,
-                            e->capacity * g->R, g->R };
-    const kl_rows shared = { a->q + (token->t * g->H + h) * width + g->K, width, g->P };
+                            e->capacity * g->R, g->R, NULL };
+    const kl_rows shared = { a->q + (token->t * g->H + h) * width + g->K, width, g->P, NULL };
     for (int64_t i = 0; i < heads; i++) {
         run.m[i] = -INFINITY;
         run.l[i] = 0.0f;

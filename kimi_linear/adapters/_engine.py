@@ -8,35 +8,80 @@ from pathlib import Path
 
 import numpy as np
 
+from ..config import Config
 from ..dataflow import in_order
 from ..errors import FormatError
+from ..golden import Several
 from ..load.safetensors import SafetensorsFile
 from ..trace import Trace
-from ._layout import BEFORE, Layout, bring, places
+from ..weight_shapes import attn_query_rows, gdn_channels, gdn_inputs
+from ._layout import BEFORE, STATE, Layout, bring, places
 from ._mapped import config_of
 
-__all__ = ["of_slot", "read", "table"]
+__all__ = ["ATTN_QKV", "GDN_BA", "GDN_QKVZ", "of_slot", "read", "table"]
 
 FORMAT = "kimi_linear engine call 1"
 
+# ---- products that hold several taps -------------------------------------------------------------------
 
-def table(names: Mapping[str, Mapping[str, str]], config) -> dict[str, str]:
-    """A names table spread over the layers of a model: array in the file -> tap, or taps joined by '|'.
 
-    `names` has the sections "model", "layer", "kda", "mla", "dense" and "moe". In a tap ``{i-1}`` is the layer before,
-    ``{last}`` the last. ``[1]`` behind a module takes one of what it has stacked.
+def _inputs_of_gdn(parts):
+    """Columns of a joint product of these parts, by key head where the checkpoint has them so, else one by one."""
+    def columns(c: Config):
+        taps = {part: f"{part}_proj" if part in "qkv" else part for part in parts}
+        if c.gdn_inputs == "grouped":
+            return {taps[part]: gdn_inputs(c)[part][1] for part in parts}
+        n_v = c.gdn_v_heads * c.gdn_v_dim
+        widths = {**{p: s.stop - s.start for p, s in gdn_channels(c).items()}, "z": n_v,
+                  "b": c.gdn_v_heads, "a": c.gdn_v_heads}
+        return _one_by_one({taps[part]: widths[part] for part in parts})
+
+    return columns
+
+
+def _inputs_of_attn(c: Config):
+    """Of q_proj, k_proj and v_proj one after another; the query and the gate of each head lie together."""
+    n_kv = c.attn_kv_heads * c.attn_head_dim
+    queries = attn_query_rows(c)
+    kv = _one_by_one({"q_and_gate": 2 * c.attn_heads * c.attn_head_dim, "k_proj": n_kv, "v": n_kv})
+    return queries | {tap: kv[tap] for tap in ("k_proj", "v")}
+
+
+def _one_by_one(widths):
+    ends = np.cumsum(list(widths.values()))
+    return {tap: np.arange(end - n, end) for (tap, n), end in zip(widths.items(), ends)}
+
+
+GDN_QKVZ = Several("gdn.{}", ("q_proj", "k_proj", "v_proj", "z"), _inputs_of_gdn("qkvz"))
+GDN_BA = Several("gdn.{}", ("b", "a"), _inputs_of_gdn("ba"))
+ATTN_QKV = Several("attn.{}", ("q_proj", "gate", "k_proj", "v"), _inputs_of_attn)
+
+# ---- files ---------------------------------------------------------------------------------------------
+
+
+def table(names: Mapping[str, Mapping[str, str | Several]], config) -> dict[str, tuple[list[str], np.ndarray | None]]:
+    """A names table spread over the layers of a model: array in the file -> the taps that it holds, and the order of
+    its channels, if they do not lie tap by tap.
+
+    `names` has the sections "model", "layer", and those of the kinds of layers. Taps are joined by '|', or a `Several`.
+    In a tap ``{i-1}`` is the layer before, ``{last}`` the last. ``[1]`` behind a module takes one of what it has
+    stacked.
     """
     last = config.n_layers - 1
-    found = {path: tap.replace("{last}", str(last)) for path, tap in names["model"].items()}
+    found = {path: ([tap.replace("{last}", str(last))], None) for path, tap in names["model"].items()}
     for i, spec in enumerate(config.layers):
         for section in ("layer", spec.mixer, spec.ffn):
             for path, taps in names[section].items():
+                order = None
+                if isinstance(taps, Several):
+                    order = np.concatenate([taps.columns(config)[part] for part in taps.parts])
+                    taps = " | ".join(map(taps.tap.format, taps.parts))
                 if i == 0 and "{i-1}" in taps:
                     continue
                 ours = [t.strip() for t in taps.replace("{i-1}", str(i - 1)).split("|")]
                 full = [t if t.startswith("layers.") else f"{BEFORE * t.startswith(BEFORE)}layers.{i}."
                         f"{t.removeprefix(BEFORE)}" for t in ours]
-                found[f"model.layers.{i}.{path}"] = " | ".join(full)
+                found[f"model.layers.{i}.{path}"] = full, order
     return found
 
 
@@ -89,7 +134,7 @@ def _part(trace, n):
     if "position" in meta:
         meta["position"] = [meta["position"][n]]
     several = len(trace.meta["slots"]) > 1
-    return Trace({tap: (x[n] if several else x) if tap.endswith("kda.state") else x[a:b] for tap, x in trace.items()},
+    return Trace({tap: (x[n] if several else x) if tap.endswith(STATE) else x[a:b] for tap, x in trace.items()},
                  meta)
 
 
@@ -103,19 +148,21 @@ def _call(path, spread, axes, known, source):
     about = {k: json.loads(v) for k, v in file.metadata.items()
              if k in ("tokens", "positions", "offsets", "slots", "rows", "layout")}
     arrays, left_out, rows = {}, [], about.get("rows")
-    for name, taps in spread.items():
+    for name, (taps, order) in spread.items():
         path_of, _, part = name.partition("[")
         stored = next((n for n in (path_of, f"{path_of}/out", f"{path_of}/out.0") if n in file), None)
         if stored is None:
             continue
         x = file[stored].array()
         x = x[int(part[:-1])] if part else x
-        ours = {t.strip(): known[t.strip()] for t in taps.split("|") if t.strip() in known}
+        ours = {t: known[t] for t in taps if t in known}
+        if not ours:
+            continue
         kind = next(iter(ours)).removeprefix(BEFORE).split(".", 2)[-1]
-        found, lengths = bring(x, ours, Layout(axes.get(kind, "")), f"{path.name}:{stored}")
+        found, lengths = bring(x, ours, Layout(axes.get(kind, ""), order=order), f"{path.name}:{stored}")
         T = len(about.get("tokens", ())) or None
         if lengths and T is not None and lengths[0] != T:
-            left_out.append(f"{taps}: {lengths[0]} rows of {T} tokens")
+            left_out.append(f"{' | '.join(taps)}: {lengths[0]} rows of {T} tokens")
             continue
         arrays |= {t: (x[:rows] if rows and lengths else x) for t, x in found.items()}
     if not arrays:

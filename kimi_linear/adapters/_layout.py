@@ -22,11 +22,10 @@ from ..config import Config
 from ..diff._matching import Step
 from ..trace import BEFORE
 
-__all__ = ["BEFORE", "Batch", "Layout", "Place", "bring", "places"]
+__all__ = ["BEFORE", "STATE", "Batch", "Layout", "Place", "bring", "places"]
 
-_HEADS = ("kda.b", "kda.beta")
-_STATE = "kda.state"
-_HISTORY = re.compile(r"kda\.[qkv]_history$")
+_HEADS = ("kda.b", "kda.beta", "gdn.a", "gdn.g", "gdn.b", "gdn.beta")
+STATE = ".state"  # the end of a recurrent state's name
 
 
 class Place(NamedTuple):
@@ -66,17 +65,20 @@ class Layout:
         "bfloat16" where an array of 16-bit integers holds its bits.
     scale : float
         What theirs is multiplied by to be ours.
+    order : array of integers, optional
+        Of taps that are joined along the channels: which of theirs is each of ours, those of the first tap first.
     """
 
     axes: str = ""
     steps: tuple[Step, ...] = ()
     bits: str = ""
     scale: float = 1.0
+    order: np.ndarray | None = None
 
 
 def places(config: Config) -> dict[str, Place]:
     """Every tap and state array of a model; a state array also with `BEFORE` in front."""
-    found = {}
+    found: dict[str, Place] = {}
     for node in dataflow.nodes(config):
         kind = node.tap.split(".", 2)[-1]
         letters = "H" if kind in _HEADS else ("", "C", "HK")[len(node.shape)]
@@ -84,9 +86,11 @@ def places(config: Config) -> dict[str, Place]:
         if node.op == "cache_append":
             found[BEFORE + node.tap] = found[node.tap]
         if node.state:
-            H, K = node.shape
-            of_state = Place("HKV", (H, K, K)) if node.state.endswith(_STATE) else \
-                Place("WC", (config.conv_width - 1, H * K))
+            if node.state.endswith(STATE):
+                H, V = node.shape
+                of_state = Place("HKV", (H, found[node.inputs["k"]].sizes[-1], V))
+            else:
+                of_state = Place("WC", (config.conv_width - 1, int(np.prod(node.shape))))
             found |= {node.state: of_state, BEFORE + node.state: of_state}
     return found
 
@@ -124,15 +128,18 @@ def bring(x, taps: Mapping[str, Place], layout: Layout, where: str, batch: Batch
             raise ValueError(f"{where} has shape {list(x.shape)}, to which the step {step.kind} {step.words()} does "
                              f"not apply: {error}") from None
     one = next(iter(taps.values()))
-    joined = one if len(taps) == 1 else Place("TC", (sum(p.width for p in taps.values()),))
+    widths = [p.sizes[-1] if "W" in p.axes else p.width for p in taps.values()]
+    width = sum(widths)
+    joined = one if len(taps) == 1 else Place("WC", (one.sizes[0], width)) if "W" in one.axes else Place("TC", (width,))
     x, lengths = _in_order(x, joined, layout.axes, where, names, batch)
     if layout.scale != 1:
         x = (x * np.float64(layout.scale)).astype(x.dtype)
     if len(taps) == 1:
         return {names: x}, lengths
-    cuts = np.cumsum([p.width for p in taps.values()])[:-1]
-    parts = np.split(x, cuts, axis=1)
-    return {tap: part.reshape(len(x), *p.sizes) for (tap, p), part in zip(taps.items(), parts, strict=True)}, lengths
+    x = x if layout.order is None else x[..., layout.order]
+    parts = np.split(x, np.cumsum(widths)[:-1], axis=-1)
+    return {tap: part.reshape(-1, *p.sizes) if "T" in p.axes else part
+            for (tap, p), part in zip(taps.items(), parts, strict=True)}, lengths
 
 
 def _typed(x, taps, layout, where, names):

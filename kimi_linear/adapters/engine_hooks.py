@@ -35,7 +35,7 @@ OUTPUTS = ("model.embed_tokens", "model.norm", "logits_processor", "model.layers
 #: Modules of these names are too large, or hold nothing of their own.
 SKIPPED = ("*.experts", "*.experts.*", "*.attn_mqa", "*.attn_mha", "*.kv_b_proj", "*.rotary_emb", "*.mla_attn")
 #: Modules whose first arguments are kept as well.
-INPUTS = ("*.o_norm", "*.o_proj", "*.attn")
+INPUTS = ("*.o_norm", "*.linear_attn.norm", "*.o_proj", "*.attn")
 #: Arguments of a recorded function of which only some rows are kept: argument -> that of the rows.
 ROWS = {"initial_state": "ssm_state_indices"}
 
@@ -127,7 +127,7 @@ class Recorder:
             self.flush()
 
     def state(self, path, when, module, *_):
-        """The rows of a KDA layer's recurrent state that the batch owns."""
+        """The rows of a delta net's recurrent state that the batch owns."""
         slots, cache = (self.batch or {}).get("slots"), module.kv_cache
         while isinstance(cache, (tuple, list)) and len(cache):
             cache = cache[-1]  # the recurrent state lies behind those of the convolutions

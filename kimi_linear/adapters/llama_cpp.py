@@ -11,7 +11,8 @@ tensor with a name, views left out. Values are copied as their strides say. A pr
 tokens; the rows of all parts follow each other, and of a state the last is kept.
 
 What this needs of llama.cpp: the layout of a ``ggml_tensor``, which is checked, and llama-cpp-python's own bindings.
-Names from ggml-org/llama.cpp: src/models/kimi-linear.cpp, src/llama-graph.cpp; the struct from ggml/include/ggml.h.
+Names from ggml-org/llama.cpp: src/models/kimi-linear.cpp, qwen3next.cpp, qwen35.cpp, qwen35moe.cpp,
+src/llama-graph.cpp; the struct from ggml/include/ggml.h.
 """
 
 from __future__ import annotations
@@ -29,14 +30,15 @@ from .._arrays import as_integers
 from ..dataflow import in_order
 from ..load import open_checkpoint
 from ..trace import Trace, matches
+from ._layout import STATE as IS_STATE
 from ._layout import Layout, bring, places
 from ._mapped import config_of
-from .llama_log import STATE, taps_of
+from .llama_log import STATE, spread, taps_of
 
 __all__ = ["CONVENTIONS", "MADE", "Engine", "quiet"]
 
-#: What llama.cpp computes otherwise than the training code, as `Model.from_pretrained` takes it: rms_norm_eps of the
-#: published model stands for all three.
+#: What llama.cpp computes otherwise than the training code of Kimi-Linear, as `Model.from_pretrained` takes it:
+#: rms_norm_eps of the published model stands for all three. Of Qwen's it is right for the norms of q and k.
 CONVENTIONS = {"latent_eps": 1e-5, "l2_eps": 1e-5}
 
 #: Ops from a node back to the first tensor with a name -> tap, or taps joined along the channels, by kind of layer.
@@ -57,6 +59,12 @@ MADE = {
         "MUL_MAT attn_kv_a_mqa.weight": "mla.latent_raw | mla.k_shared",
         "MUL RMS_NORM MUL_MAT attn_kv_a_mqa.weight": "mla.latent", "kqv_out": "mla.o",
     },
+    "gdn": {
+        "conv_output_raw": "gdn.q_history | gdn.k_history | gdn.v_history",  # the end of what it reads
+        **{f"{norm} {s}_conv": f"gdn.{s}" for s in "qk" for norm in ("SCALE RMS_NORM", "L2_NORM")},
+        "SIGMOID b": "gdn.beta",
+    },
+    "attn": {},
     "dense": {},
     "moe": {  # of the weights the last that the graph has: renormalised and scaled where the model is
         "ffn_moe_topk": "moe.ids", "ffn_moe_weights": "moe.weights",
@@ -83,7 +91,7 @@ class _Tensor(ctypes.Structure):
 
 
 class Engine:
-    """A GGUF of architecture kimi-linear, open in llama.cpp.
+    """A GGUF of architecture kimi-linear, qwen3next, qwen35 or qwen35moe, open in llama.cpp.
 
     Parameters
     ----------
@@ -142,7 +150,7 @@ class Engine:
         taps : str or list of str
             Globs, as of `Model.trace`. What the graph does not have is not there.
         states : bool
-            With the states of KDA after the last token, and the histories of its convolutions.
+            With the states of delta nets after the last token, and the histories of its convolutions.
 
         Returns
         -------
@@ -250,8 +258,10 @@ class _Recorder:
     def _known_as(self, address, x):
         """(name, layer) of a node: its own, or the ops that made it and the tensor where they begin."""
         own, ops = _own_name(x), []
-        if own in self.names:
-            return own
+        if own is not None:
+            for name in ((f"{self.ggml.ggml_op_desc(address).decode()} {own[0]}", own[1]), own):
+                if name in self.names:
+                    return name
         while x.op and len(ops) < 5:
             op = self.ggml.ggml_op_desc(address).decode()
             if op not in _VIEWS:
@@ -274,8 +284,10 @@ class _Recorder:
         if tap.endswith("_history"):
             read = self._array(x.src[0], where)  # histories and new columns, the newest last
             return bring(read[..., read.shape[-1] - place.sizes[0]:], taps, Layout("11CW"), where)[0]
-        layout = Layout("NH" + STATE) if tap.endswith("kda.state") else Layout()
-        return bring(self._array(address, where), taps, layout, where)[0]
+        layout, read = Layout("NH" + STATE) if tap.endswith(IS_STATE) else Layout(), self._array(address, where)
+        if len(place.sizes) == 1 and read.shape[-2] * read.shape[-1] == place.width:
+            read = read.reshape(*read.shape[:-2], -1)  # one value a head, by key head
+        return bring(read, taps, layout, where)[0]
 
     def _array(self, address, where):
         """A copy of a tensor, axes from the slowest to the fastest, whatever its strides."""
@@ -293,13 +305,7 @@ class _Recorder:
 
 def _spread(config):
     """(name, layer) -> taps: the table of logs and `MADE`."""
-    found = taps_of(config)
-    for i, spec in enumerate(config.layers):
-        for section in (spec.mixer, spec.ffn):
-            for name, taps in MADE[section].items():
-                found[name, i] = [f"layers.{i}.{t.strip()}" for t in taps.split("|")]
-    known = places(config)
-    return {name: taps for name, taps in found.items() if all(t in known for t in taps)}
+    return taps_of(config) | spread(MADE, (), config)
 
 
 def _own_name(x):

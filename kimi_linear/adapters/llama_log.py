@@ -8,7 +8,7 @@ lies between is not in the log, so that a tap "agrees" as far as its corners and
 
 `NAMES` is the table of the graph's names, as ggml has them: ``name-layer``. Axes are ggml's ``ne`` from last to first.
 Format from ggml-org/llama.cpp: common/debug.cpp and examples/eval-callback/eval-callback.cpp; names from
-src/models/kimi-linear.cpp and src/llama-graph.cpp.
+src/models/kimi-linear.cpp, qwen3next.cpp, qwen35.cpp, qwen35moe.cpp and src/llama-graph.cpp.
 """
 
 from __future__ import annotations
@@ -22,20 +22,40 @@ from ..conventions import conventions
 from ..diff import metrics
 from ..diff.traces import Divergence, Report, Row, threshold_for
 from ._layout import BEFORE, Place, places
+from ._layout import STATE as IS_STATE
 from ._mapped import config_of
 
-__all__ = ["NAMES", "Printed", "compare", "parse", "taps_of"]
+__all__ = ["NAMES", "Printed", "compare", "parse", "spread", "taps_of"]
 
-#: Name in the graph -> tap, or taps joined along the channels, by the kind of layer.
+#: Name in the graph, with its op in front where several nodes have the name -> tap, or taps joined along the channels,
+#: by the kind of layer.
 NAMES = {
-    "model": {"model.embed_tokens": "embed", "inp_embd": "embed", "result_norm": "norm", "result_output": "logits"},
-    "layer": {"attn_norm": "attn_norm", "ffn_inp": "mid", "ffn_norm": "ffn_norm", "l_out": "out"},
+    "model": {
+        "model.embed_tokens": "embed", "model.input_embed": "embed", "inp_embd": "embed", "result_norm": "norm",
+        "result_output": "logits",
+    },
+    "layer": {
+        "attn_norm": "attn_norm", "ffn_inp": "mid", "attn_residual": "mid", "ffn_norm": "ffn_norm",
+        "attn_post_norm": "ffn_norm", "l_out": "out",
+    },
     "kda": {
         "g1 f_b(f_a(cur))": "kda.f", "kda_g1": "kda.g", "kda_beta": "kda.b", "attn_output": "kda.o",
         "new_state": "kda.state", "g2 g_b(g_a(cur_2d))": "kda.z", "kda_out": "kda.out",
     },
     "mla": {
         "mla_Q": "mla.q", "kv_cmpr_reshape": "mla.latent", "Kcur": "mla.latent | mla.k_shared", "mla_out": "mla.out",
+    },
+    "gdn": {
+        **dict.fromkeys(("linear_attn_qkv_mixed", "qkv_mixed"), "gdn.q_proj | gdn.k_proj | gdn.v_proj"),
+        "conv_output_silu": "gdn.q_conv | gdn.k_conv | gdn.v_conv", "a": "gdn.a", "alpha": "gdn.a", "gate": "gdn.g",
+        "b": "gdn.b", "beta": "gdn.b", "beta_sigmoid": "gdn.beta", "attn_output": "gdn.o", "new_state": "gdn.state",
+        "z": "gdn.z", "final_output": "gdn.o_norm", "linear_attn_out": "gdn.out",
+    },
+    "attn": {
+        "Qcur_view": "attn.q_proj", "Qcur_reshaped": "attn.q_proj", "gate": "attn.gate", "gate_reshaped": "attn.gate",
+        "MUL_MAT Kcur": "attn.k_proj", "MUL_MAT Vcur": "attn.v", "Qcur_normed": "attn.q_norm",
+        "Kcur_normed": "attn.k_norm", "ROPE Qcur": "attn.q", "ROPE Kcur": "attn.k", "attn_pregate": "attn.o",
+        "attn_gated": "attn.gated", "attn_output": "attn.out",
     },
     "dense": {
         "ffn_gate": "mlp.gate", "ffn_up": "mlp.up", "ffn_swiglu": "mlp.act", "ffn_gate_par": "mlp.act",
@@ -44,7 +64,7 @@ NAMES = {
     "moe": {
         "ffn_moe_logits": "moe.logits", "ffn_gate": "moe.shared_gate", "ffn_up": "moe.shared_up",
         "ffn_swiglu": "moe.shared_act", "ffn_gate_par": "moe.shared_act", "ffn_shexp": "moe.shared",
-        "ffn_out": "moe.out",
+        "shared_expert_gate": "moe.shared_g", "ffn_shexp_gated": "moe.shared_gated", "ffn_out": "moe.out",
     },
 }
 
@@ -186,12 +206,17 @@ def _float(text):
 
 def taps_of(config) -> dict[tuple[str, int | None], list[str]]:
     """(name in the graph, layer) -> taps of a model, joined along the channels."""
-    found = {(name, None): [tap] for name, tap in NAMES["model"].items()}
+    return {(name, None): [tap] for name, tap in NAMES["model"].items()} | spread(NAMES, ("layer",), config)
+
+
+def spread(names, sections, config) -> dict[tuple[str, int | None], list[str]]:
+    """The names of some sections, and of the kinds of each layer, with the taps of a model that they are."""
+    found, known = {}, places(config)
     for i, spec in enumerate(config.layers):
-        for section in ("layer", spec.mixer, spec.ffn):
-            for name, taps in NAMES[section].items():
+        for section in (*sections, spec.mixer, spec.ffn):
+            for name, taps in names[section].items():
                 found[name, i] = [f"layers.{i}.{t.strip()}" for t in taps.split("|")]
-    return found
+    return {name: taps for name, taps in found.items() if all(t in known for t in taps)}
 
 
 def compare(log, ours, *, model, run=0, threshold=None) -> Report:
@@ -226,7 +251,7 @@ def compare(log, ours, *, model, run=0, threshold=None) -> Report:
     names, known = taps_of(config), places(config)
     rows, notes, unknown, lacking, seen = {}, [], 0, [], [0, 0]
     for tensor in tensors:
-        taps = names.get((tensor.name, tensor.layer))
+        taps = names.get((f"{tensor.op} {tensor.name}", tensor.layer), names.get((tensor.name, tensor.layer)))
         if taps is None or tensor.op == "VIEW" and len(taps) == 1 and not tensor.values:
             unknown += taps is None
             continue
@@ -256,7 +281,7 @@ def _row(tensor, taps, ours, known, threshold, seen):
     parts = [metrics.as_float64(np.asarray(ours[t]), t) for t in taps]
     y = parts[0] if len(parts) == 1 else np.concatenate([p.reshape(len(p), -1) for p in parts], -1)
     place = known[taps[0]] if len(taps) == 1 else Place("TC", (y.shape[-1],))
-    if tap.endswith("kda.state") and STATE == "VK":
+    if tap.endswith(IS_STATE) and STATE == "VK":
         y = y.swapaxes(-1, -2)
     y, note = _as_theirs(y, tensor, place, tap)
     if y is None:

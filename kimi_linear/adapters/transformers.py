@@ -1,33 +1,53 @@
-"""A Trace of a Kimi-Linear model that runs in transformers: its modules' inputs and outputs under our tap names.
+"""A Trace of a model that runs in transformers: its modules' inputs and outputs under our tap names.
 
-Not seen are the taps that transformers makes between modules: the convolutions, the unit q and k, and beta.
+What lies between modules is seen where a function is given it, or gives it back: the chunked delta rule, and
+attention. Not seen are the unit q and k of delta nets, and the shared expert behind its gate.
 """
 
+import contextlib
 import fnmatch
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 
 from .. import golden
 from ..config import Config
+from ..config_qwen import KINDS
 from ..trace import Trace
 from .calls import memory_of
 
 __all__ = ["config_of", "trace"]
 
-#: Taps that are a module's input, by its path below ``model.layers.<i>``.
+#: Taps that are a module's input, by the kind of layer and the module's path below ``model.layers.<i>``.
 INPUTS = {
-    "post_attention_layernorm": "mid", "self_attn.o_norm": "kda.o", "self_attn.o_proj": "mla.o",
-    "mlp.down_proj": "mlp.act", "mlp.shared_experts.down_proj": "moe.shared_act",
+    "layer": {"post_attention_layernorm": "mid"},
+    "kda": {"self_attn.o_norm": "kda.o"},
+    "mla": {"self_attn.o_proj": "mla.o"},
+    "gdn": {"linear_attn.norm": "gdn.o"},
+    "attn": {"self_attn.o_proj": "attn.gated"},
+    "dense": {"mlp.down_proj": "mlp.act"},
+    "moe": {"mlp.shared_experts.down_proj": "moe.shared_act", "mlp.shared_expert.down_proj": "moe.shared_act"},
 }
+#: The function that a mixer's forward pass calls, by the module's global name, and the taps that its arguments are.
+DELTA_RULES = {
+    "kda": ("chunk_kimi_delta_attention", {
+        "query": "kda.q_conv", "key": "kda.k_conv", "value": "kda.v_conv", "beta": "kda.beta"}),
+    "gdn": ("torch_chunk_gated_delta_rule", {
+        "query": "gdn.q_conv", "key": "gdn.k_conv", "value": "gdn.v_conv", "g": "gdn.g", "beta": "gdn.beta"}),
+}
+ATTENTION = "ALL_ATTENTION_FUNCTIONS"
 #: Attribute of a cache layer -> name in golden.py.
 CACHES = {"conv_states": "conv", "recurrent_states": "state", "keys": "keys", "values": "values"}
+#: model_type -> what transformers calls such a model.
+CLASSES = {"kimi_linear": "KimiLinearForCausalLM", **{kind: about.architecture for kind, about in KINDS.items()}}
 
 
 def config_of(model):
-    """The Config of a transformers model; ValueError if it is no Kimi-Linear model, or not a supported one."""
+    """The Config of a transformers model; ValueError if it is of no family of ours, or not a supported one."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind != "kimi_linear" or not hasattr(model, "lm_head"):
-        raise ValueError(f"model is a {type(model).__name__}; it must be a KimiLinearForCausalLM")
+    if kind not in CLASSES or not hasattr(model, "lm_head"):
+        raise ValueError(f"model is a {type(model).__name__}; it must be a {', a '.join(CLASSES.values())}")
     return Config.from_dict(model.config.to_dict())
 
 
@@ -36,8 +56,8 @@ def trace(model, tokens, taps="*", *, state=False):
 
     Parameters
     ----------
-    model : transformers.KimiLinearForCausalLM
-        On any device, of any float type; arrays are kept as float32.
+    model : transformers.PreTrainedModel
+        One of `CLASSES`, on any device, of any float type; arrays are kept as float32.
     tokens : (T,) integers
     taps : str or list of str
         Globs of what to keep, such as ``"layers.3.kda.*"``.
@@ -53,7 +73,7 @@ def trace(model, tokens, taps="*", *, state=False):
     Raises
     ------
     ValueError
-        If `model` is no KimiLinearForCausalLM, or a glob matches nothing.
+        If `model` is none of `CLASSES`, or a glob matches nothing.
     """
     import torch
 
@@ -66,16 +86,16 @@ def trace(model, tokens, taps="*", *, state=False):
             if any(fnmatch.fnmatchcase(name, p) or name.startswith(p + ".") for p in patterns):
                 kept[name] = np.array(x)
 
-    known, mixers = golden.names(config), [layer.mixer for layer in config.layers]
+    known, mixers = golden.names(config), {layer.mixer for layer in config.layers}
     ids = torch.as_tensor(np.asarray(tokens), device=model.device)[None]
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     # Without an attention layer no cache of transformers knows a length, which making masks would ask for.
-    mask = None if "mla" in mixers else {"full_attention": None, "linear_attention": None}
+    mask = None if mixers & {"mla", "attn"} else {"full_attention": None, "linear_attention": None}
     layout = {}
     hooks = [module.register_forward_hook(_hook(path, config, keep, layout)) for path, module in model.named_modules()
              if path in known or path + "/ids" in known]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _between_modules(model, config, keep):
             result = model(ids, attention_mask=mask, position_ids=positions, use_cache=state)
     finally:
         for hook in hooks:
@@ -104,13 +124,60 @@ def _hook(path, config, keep, layout):
     return hook
 
 
+@contextlib.contextmanager
+def _between_modules(model, config, keep):
+    """Hands on what the functions of `DELTA_RULES` are given, and what attention is given and gives, while it lasts.
+
+    They are globals of the model's own module, and called layer by layer. One that is not there is let be.
+    """
+    modeling = sys.modules[type(model).__module__]
+    with contextlib.ExitStack() as stack:
+        for mixer, (name, taps) in DELTA_RULES.items():
+            layers = iter([i for i, spec in enumerate(config.layers) if spec.mixer == mixer])
+            if hasattr(modeling, name):
+                _replace(stack, modeling, name, _delta_rule(getattr(modeling, name), layers, taps, keep))
+        if hasattr(modeling, ATTENTION) and any(spec.mixer == "attn" for spec in config.layers):
+            real = getattr(modeling, ATTENTION).get_interface
+            _replace(stack, modeling, ATTENTION,
+                     SimpleNamespace(get_interface=lambda *args: _attention(real(*args), keep)))
+        yield
+
+
+def _replace(stack, module, name, value):
+    stack.callback(setattr, module, name, getattr(module, name))
+    setattr(module, name, value)
+
+
+def _delta_rule(function, layers, taps, keep):
+    def recording(query, key, value, **options):
+        given, layer = dict(query=query, key=key, value=value, **options), next(layers)
+        keep({f"layers.{layer}.{tap}": _numpy(given[name])[0] for name, tap in taps.items()})
+        return function(query, key, value, **options)
+
+    return recording
+
+
+def _attention(function, keep):
+    def recording(module, query, key, value, *args, **options):
+        result = function(module, query, key, value, *args, **options)
+        by_token = {"q": query.transpose(1, 2), "k": key.transpose(1, 2), "o": result[0]}
+        keep({f"layers.{module.layer_idx}.attn.{name}": _numpy(x)[0] for name, x in by_token.items()})
+        return result
+
+    return recording
+
+
 def input_taps(path, get, config):
     """The tap that a module's first argument holds, by its path, as {tap: [T, ...]}; `get` gives the argument."""
     layer, _, rest = path.removeprefix("model.layers.").partition(".")
-    tap = INPUTS.get(rest)
-    if tap is None or not layer.isdigit() or tap == "mla.o" and config.layers[int(layer)].mixer == "kda":
+    if not layer.isdigit():
         return {}
-    heads = {"kda.o": (config.kda_heads, config.kda_head_dim), "mla.o": (config.mla_heads, config.v_head_dim)}
+    c, spec = config, config.layers[int(layer)]
+    tap = next((INPUTS[kind][rest] for kind in ("layer", spec.mixer, spec.ffn) if rest in INPUTS[kind]), None)
+    if tap is None:
+        return {}
+    heads = {"kda.o": (c.kda_heads, c.kda_head_dim), "mla.o": (c.mla_heads, c.v_head_dim),
+             "gdn.o": (c.gdn_v_heads, c.gdn_v_dim), "attn.gated": (c.attn_heads, c.attn_head_dim)}
     x = get()
     return {f"layers.{layer}.{tap}": x.reshape(-1, *heads.get(tap, x.shape[-1:]))}
 

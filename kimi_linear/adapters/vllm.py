@@ -1,4 +1,4 @@
-"""Traces of Kimi-Linear in vLLM, from what `engine_hooks.py` recorded there.
+"""Traces of Kimi-Linear, Qwen3-Next and Qwen3.5 in vLLM, from what `engine_hooks.py` recorded there.
 
     from vllm import LLM
     llm = LLM(model, enforce_eager=True)
@@ -7,15 +7,17 @@
     calls = vllm.read("calls", model=kl.Model.from_pretrained(...))
     kl.diff.blame(model, vllm.of_slot(calls))
 
-Module names from vllm-project/vllm: vllm/model_executor/models/kimi_linear.py, vllm/model_executor/layers/kda.py,
-mla.py. Their linear layers give (result, bias). Their norms take the residual stream along: what is added up by then
-is the second result. q, k and g behind the convolutions are in no module: `engine_hooks.record_function` records
-chunk_kda.
+Module names from vllm-project/vllm: vllm/model_executor/models/kimi_linear.py, qwen3_next.py, qwen2_moe.py,
+vllm/model_executor/layers/kda.py, mla.py, mamba/gdn/qwen_gdn_linear_attn.py. Of a vision-language model attach its
+language_model. Their linear layers give (result, bias). Their norms take the residual stream along: what is added up
+by then is the second result. q, k and g behind the convolutions are in no module: `engine_hooks.record_function`
+records chunk_kda. Gated attention norms and turns q and k in one kernel on CUDA: what that gives is what `attn` is
+given. The shared expert's module ends with its gate.
 """
 
 from ..conventions import conventions
 from . import _engine
-from ._engine import of_slot
+from ._engine import ATTN_QKV, GDN_BA, GDN_QKVZ, of_slot
 
 __all__ = ["NAMES", "of_slot", "read"]
 
@@ -40,6 +42,16 @@ NAMES = {
         "self_attn.q_proj": "mla.q", "self_attn.kv_a_proj_with_mqa": "mla.latent_raw | mla.k_shared",
         "self_attn.kv_a_layernorm": "mla.latent", "self_attn.o_proj/in.0": "mla.o", "self_attn.o_proj": "mla.out",
     },
+    "gdn": {
+        "linear_attn.in_proj_qkvz": GDN_QKVZ, "linear_attn.in_proj_ba": GDN_BA, "linear_attn.norm/in.0": "gdn.o",
+        "linear_attn.norm": "gdn.o_norm", "linear_attn.out_proj": "gdn.out",
+        "linear_attn/state.before": "before.gdn.state", "linear_attn/state.after": "gdn.state",
+    },
+    "attn": {
+        "self_attn.qkv_proj": ATTN_QKV, "self_attn.q_norm": "attn.q_norm", "self_attn.k_norm": "attn.k_norm",
+        "self_attn.attn/in.0": "attn.q", "self_attn.attn/in.1": "attn.k", "self_attn.attn": "attn.o",
+        "self_attn.o_proj/in.0": "attn.gated", "self_attn.o_proj": "attn.out",
+    },
     "dense": {
         "mlp.gate_up_proj": "mlp.gate | mlp.up", "mlp.act_fn": "mlp.act", "mlp.down_proj": "mlp.out", "mlp": "mlp.out",
     },
@@ -48,11 +60,17 @@ NAMES = {
             "moe.shared_gate | moe.shared_up",
         "block_sparse_moe.shared_experts.act_fn": "moe.shared_act", "block_sparse_moe.shared_experts": "moe.shared",
         "block_sparse_moe": "moe.out",
+        "mlp.gate": "moe.logits", "mlp.shared_expert.gate_up_proj": "moe.shared_gate | moe.shared_up",
+        "mlp.shared_expert.act_fn": "moe.shared_act", "mlp.shared_expert.down_proj": "moe.shared",
+        "mlp.shared_expert_gate": "moe.shared_g", "mlp.shared_expert": "moe.shared_gated", "mlp": "moe.out",
     },
 }
 
 #: Where theirs does not lie as ours, by the convention of the delta rule there.
-AXES = {"kda.state": "NH" + conventions["vllm"]["delta_rule"].state}
+AXES = {
+    **dict.fromkeys(("kda.state", "gdn.state"), "NH" + conventions["vllm"]["delta_rule"].state),
+    "gdn.o": "(TH)V", "gdn.o_norm": "(TH)V",
+}
 
 
 def read(folder, *, model, state=None):
@@ -77,5 +95,5 @@ def read(folder, *, model, state=None):
     FileNotFoundError, ValueError, FormatError
         If there is no call, a file is damaged, of several ranks, or of another model.
     """
-    axes = AXES if state is None else AXES | {"kda.state": "NH" + state}
+    axes = AXES if state is None else AXES | dict.fromkeys(("kda.state", "gdn.state"), "NH" + state)
     return _engine.read(folder, NAMES, axes, model, "vllm")

@@ -14,7 +14,7 @@ from .. import dataflow, faults
 from .._arrays import as_array
 from ..faults import Scene, Site
 from . import metrics
-from ._noise import ATTENDS, long_sums
+from ._noise import ATTENDS, draws_of, long_sums
 from ._opened import open_array, open_ids
 from .blame import USUAL, WRONG, Blame, Judged, as_calls, level_of, ranked
 
@@ -24,7 +24,6 @@ RIVAL = 2  # faults that leave no more than this many times as much explain as w
 LONG, START = 512, 256  # in a run of more tokens, faults are tried on so many of them first,
 HOPELESS = 4  # and only there where they leave this many times what explains
 TYPES = ("float64", "float32", "float16", "bfloat16")
-DRAWS = 2  # of a jitter, for the noise
 TIED_ROWS = 6  # so many rows with equal scores, all to the last expert, are a rule and not chance
 LARGEST = 3e38
 OPENED = 4  # of the wrong ops, to be looked at
@@ -194,10 +193,10 @@ class Run:
         return Judged(tap, op, names, _score(total, of_rows), size, at, of_token=of_rows)
 
     def noise(self, tap, group, y):
-        """Of each element: one rounding of the result, and what one of all inputs does, in two draws."""
-        unit = self._unit_of_group(group)
-        moved = [np.abs(self.run(group, unit=unit, draw=i) - y) for i in range(DRAWS)]
-        moved = sum(np.where(np.isfinite(m), m, 0) ** 2 for m in moved) / DRAWS
+        """Of each element: one rounding of the result, and what one of all inputs does, in some draws."""
+        unit, draws = self._unit_of_group(group), draws_of(y.shape)
+        moved = [np.abs(self.run(group, unit=unit, draw=i) - y) for i in range(draws)]
+        moved = sum(np.where(np.isfinite(m), m, 0) ** 2 for m in moved) / draws
         if any(n.op in ATTENDS for n in group):
             moved = moved * long_sums(self.scene.seen(), unit, y.ndim)
         return np.sqrt((self.unit_of(tap) * np.abs(y)) ** 2 / 3 + moved)

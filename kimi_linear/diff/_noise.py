@@ -12,11 +12,12 @@ from .._float64 import sequences
 from . import metrics
 from .blame import WRONG
 
-__all__ = ["ATTENDS", "jittered", "judged", "long_sums", "seen_by", "tied", "unit_of_arrays"]
+__all__ = ["ATTENDS", "draws_of", "jittered", "judged", "long_sums", "seen_by", "tied", "unit_of_arrays"]
 
 ATTENDS = ("latent_attention", "attention")  # ops that sum over all rows before a token
 LANES = 8  # at least, of a sum in float32
 DRAWS = 2  # of a jitter, for the noise
+VALUES = 16  # of all draws of a row, at least: a narrow one needs more draws for its rms to be one
 TRIES = 4  # of a jitter as large as a verdict, for ids
 
 
@@ -41,6 +42,11 @@ def jittered(args, unit, draw):
         return x.astype(np.float64) * (1 + unit * rng.uniform(-1, 1, x.shape))
 
     return {name: moved(name, x) for name, x in args.items()}
+
+
+def draws_of(shape) -> int:
+    """How many draws of a jitter tell the noise of each row of an array."""
+    return max(DRAWS, VALUES // max(int(np.prod(shape[1:])), 1))
 
 
 def long_sums(n: np.ndarray, unit: float, ndim: int) -> np.ndarray:
@@ -88,7 +94,8 @@ def judged(run: Callable[[dict], tuple], args, got, unit, units, seen=None):
         If a result has another shape than float64's.
     """
     exact = run(args)
-    moved = [run(jittered(args, unit, i)) for i in range(DRAWS)]
+    draws = max(draws_of(np.shape(y)) for y in exact)
+    moved = [run(jittered(args, unit, i)) for i in range(draws)]
     found = []
     for i, (x, y) in enumerate(zip(got, exact, strict=False)):
         if x is None:
@@ -100,7 +107,7 @@ def judged(run: Callable[[dict], tuple], args, got, unit, units, seen=None):
         if y.dtype.kind in "iu":
             found.append((*_sets(x, y, tied(run, args, unit, i)), y))
             continue
-        change = sum(_finite(np.asarray(m[i]) - y) ** 2 for m in moved) / DRAWS
+        change = sum(_finite(np.asarray(m[i]) - y) ** 2 for m in moved) / draws
         if seen is not None:
             change = change * long_sums(seen, unit, y.ndim)
         noise = np.sqrt((units[i] * _finite(y)) ** 2 / 3 + change)

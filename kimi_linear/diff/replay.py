@@ -22,7 +22,7 @@ from .compare import aligned
 
 __all__ = ["Replay", "Replayed", "replay"]
 
-INTEGERS = ("ids", "offsets", "kv_offsets")  # arguments that are no floats
+INTEGERS = ("ids", "offsets", "kv_offsets", "positions")  # arguments that are no floats
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,11 @@ def norm_of_weighted(call):
 
 def norm_of_product(call):
     """rms_norm(x gate(z)): the gate before the norm."""
-    act = reference.silu if call.args.get("activation") == "silu" else reference.sigmoid
-    return reference.rms_norm(call["x"] * act(call["z"]), call["w"], eps=call["eps"])
+    return reference.rms_norm(call["x"] * _gate_of(call)(call["z"]), call["w"], eps=call["eps"])
+
+
+def _gate_of(call):
+    return reference.silu if call.args.get("activation") == "silu" else reference.sigmoid
 
 
 def norm_of_all_heads(call):
@@ -54,7 +57,7 @@ def norm_of_all_heads(call):
     if len(shape) < 3 or not x.size:
         return None
     flat, w = x.reshape(len(x), -1), np.tile(call["w"], shape[1])
-    return reference.rms_norm(flat, w, eps=call["eps"]).reshape(shape) * reference.sigmoid(call["z"])
+    return reference.rms_norm(flat, w, eps=call["eps"]).reshape(shape) * _gate_of(call)(call["z"])
 
 
 def other_gate(call):
@@ -163,6 +166,40 @@ def heads_interleaved(site: Site):
     return y.swapaxes(1, 2)
 
 
+def _of_whole(site: Site, rows):
+    """The op with these rows of the joint matrix that its own are taken from."""
+    whole = np.asarray(site.weights[site.node.weights["w"].name])
+    return site.run(w=rows(whole))
+
+
+def ungrouped(site: Site):
+    """Rows of in_proj_qkvz or in_proj_ba as if its parts lay one after another."""
+    name, part = site.node.weights["w"].name, site.node.tap.split(".")[-1][0]
+    if not name.endswith(("in_proj_qkvz.weight", "in_proj_ba.weight")):
+        return None
+    n, parts = int(np.prod(site.node.shape)), "ba" if "in_proj_ba" in name else "qkvz"
+
+    def rows(whole):
+        last = (parts.index(part) - len(parts)) * n     # parts behind it are as wide as it, those before k are q
+        first = n if part == "k" else 0 if part == "q" else len(whole) + last
+        return whole[first:first + n]
+
+    return _of_whole(site, rows)
+
+
+def other_half_of_head(site: Site):
+    """Of each head the other half of q_proj's rows."""
+    H, K = site.node.shape
+    half = 0 if site.node.tap.endswith("gate") else 1
+    return _of_whole(site, lambda whole: whole.reshape(H, 2, K, -1)[:, half].reshape(H * K, -1))
+
+
+def half_of_all(site: Site):
+    """The first half of q_proj's rows for the query, the second for the gate."""
+    n = int(np.prod(site.node.shape))
+    return _of_whole(site, lambda whole: whole[n:] if site.node.tap.endswith("gate") else whole[:n])
+
+
 def of_layer(site: Site, by: int):
     """The weights of the layer before or behind."""
     names = {a: re.sub(r"layers\.(\d+)\.", lambda m: f"layers.{int(m[1]) + by}.", w.name)
@@ -217,21 +254,23 @@ def _of_floats(site, change):
 
 NORMS = ("rms_norm", "gated_rms_norm")
 GATED, SWIGLU, SOFTMAX = ("gated_rms_norm",), ("swiglu",), ("softmax",)
-QWEN = "Qwen3-Next's norms have weight 1 + w"
+QWEN = "Qwen3-Next's norms have weight 1 + w, but for the gated one; GGUF files have the 1 folded in"
 
 FAULTS = (
     Fault("gated_norm_silu", "the output gate is SiLU, not sigmoid (or the other way round)", GATED, other_gate,
           source="flash-linear-attention: the class default; Gated DeltaNet has SiLU"),
     Fault("gate_before_norm", "the output gate multiplies before the norm", GATED, norm_of_product,
           source="flash-linear-attention: norm_before_gate"),
-    Fault("gate_missing", "the output gate is left out", GATED, changed(z=lambda s: np.full_like(s["z"], np.inf)),
-          source="arXiv:2510.26692, section 4"),
+    Fault("gate_missing", "the output gate is left out", GATED,
+          lambda s: reference.rms_norm(s["x"], s["w"], eps=s["eps"]), source="arXiv:2510.26692, section 4"),
     Fault("norm_over_all_heads", "one norm for a token, over all heads", GATED, norm_of_all_heads,
           source="arXiv:2510.26692, section 4"),
     Fault("norm_eps_other", "another eps under the root", NORMS, other_eps, choices=((1e-6,), (1e-5,), (1e-12,)),
           each="eps is {:g}",
           source="kv_a_layernorm has 1e-6 in the training code, 1e-5 in llama.cpp, vLLM and SGLang"),
     Fault("norm_weight_plus_one", "the weight is taken as 1 + w", NORMS, changed(w=lambda s: 1 + s["w"]), source=QWEN),
+    Fault("norm_weight_less_one", "the weight is taken as w, where 1 + w is meant", ("rms_norm",),
+          changed(w=lambda s: s["w"] - 1), source=QWEN),
     Fault("norm_weight_missing", "the weight is left out", NORMS, changed(w=lambda s: np.ones_like(s["w"])),
           source=QWEN),
     Fault("norm_missing", "the norm is left out", ("rms_norm",), lambda s: s["x"],
@@ -289,6 +328,13 @@ FAULTS = (
     Fault("softmax_other_axis", "over tokens, not over channels", SOFTMAX, along_tokens, use=CALL),
     Fault("softmax_plus_one", "one more in the sum", SOFTMAX, plus_one_in_sum, use=CALL,
           source="attention sinks; softmax1"),
+    Fault("inputs_not_grouped", "q, k, v, z (or b, a) are taken one after another; they lie by key head", ("linear",),
+          ungrouped, taps=tuple(f"gdn.{x}" for x in ("q_proj", "k_proj", "v_proj", "z", "b", "a")), use=RUN,
+          source="Qwen3-Next's in_proj_qkvz and in_proj_ba; Qwen3.5 has each apart"),
+    Fault("query_and_gate_swapped", "of each head the gate is before the query in q_proj", ("linear",),
+          other_half_of_head, taps=("attn.q_proj", "attn.gate"), use=RUN, source="arXiv:2505.06708; Qwen3-Next"),
+    Fault("query_and_gate_apart", "q_proj is taken as all queries, then all gates; they lie by head", ("linear",),
+          half_of_all, taps=("attn.q_proj", "attn.gate"), use=RUN, source="Qwen3-Next"),
     Fault("heads_interleaved", "channels lie as [width, heads], not [heads, width]", ("linear", "short_conv"),
           heads_interleaved, source="llama.cpp permutes heads for rotary models", use=RUN),
     Fault("weights_of_other_layer", "the weights are those of the layer before, or behind", ("*",), of_layer,

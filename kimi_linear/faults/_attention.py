@@ -1,12 +1,13 @@
-"""Faults of grouped-query attention, of rotary positions and of the output gate, in one call."""
+"""Faults of grouped-query attention, of rotary positions and of the output gate."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from .. import reference
-from ._fault import CALL, Fault, changed
+from .. import _reference_fast, reference
+from ._fault import CALL, SPLIT, Fault, changed
 from ._mla import one_sequence
+from .site import Site
 
 # ---- attention -----------------------------------------------------------------------------------------
 
@@ -20,10 +21,8 @@ def masked(seen):
         for r, c in zip(reference.sequences(len(q), offsets), cached):
             keys, values = (np.repeat(a[c].swapaxes(0, 1), group, axis=0) for a in (k, v))
             S = c.stop - c.start
-            for t, row in zip(range(S - (r.stop - r.start), S), range(r.start, r.stop)):
-                first, end = seen(t, S)
-                p = reference.softmax(scale * np.einsum("hsn,hn->hs", keys[:, first:end], q[row]))
-                o[row] = np.einsum("hs,hsv->hv", p, values[:, first:end])
+            first, end = np.array([seen(t, S) for t in range(S - (r.stop - r.start), S)], int).reshape(-1, 2).T
+            o[r] = _reference_fast.attend(q[r], keys, values, scale, first, end)
         return o
 
     return lambda call: call.run(by=attend)
@@ -76,7 +75,7 @@ def first_head(call):
 
 
 def _turned(call, angle=None, pairs="halves", first=0, rotary=None):
-    """rope with its own angles [.., rotary / 2], pairs, or the values from `first` on turned."""
+    """rope with other angles [.., rotary / 2], pairs, or the values from `first` on turned."""
     x, n = call["x"], call["rotary"] if rotary is None else rotary
     if n == 0 or first + n > x.shape[-1]:
         return None
@@ -97,6 +96,15 @@ def angles_of_float32(call):
     speed = np.float32(call["base"]) ** (-2 * np.arange(call["rotary"] // 2, dtype=np.float32) / max(call["rotary"], 1))
     positions = np.asarray(call.args["positions"]).astype(np.float32)
     return _turned(call, (positions[..., None, None] * speed.astype(np.float32)).astype(np.float64))
+
+
+def counted_in_call(call):
+    """Positions that begin anew in each call."""
+    positions = np.arange(len(call["x"]))
+    if isinstance(call, Site):
+        for piece in call.scene.pieces:
+            positions[piece.rows] = np.arange(len(piece.rows))
+    return call.run(positions=positions)
 
 
 def moved(call, by: int):
@@ -134,20 +142,21 @@ ATTENTION, ROPE, GATE = ("attention",), ("rope",), ("sigmoid_gate",)
 NEOX, GATED = "arXiv:2104.09864 has neighbours, GPT-NeoX halves", "arXiv:2505.06708"
 
 FAULTS = (
-    Fault("attention_scale_missing", "scores are not scaled", ATTENTION, changed(scale=lambda s: 1.0), use=CALL),
+    Fault("attention_scale_missing", "scores of grouped heads are not scaled", ATTENTION, changed(scale=lambda s: 1.0)),
     Fault("attention_scale_of_value", "scores are scaled by V^-1/2", ATTENTION,
           changed(scale=lambda s: s["v"].shape[-1] ** -0.5), use=CALL),
     Fault("attention_scale_divides", "scores are divided by the scale", ATTENTION,
-          changed(scale=lambda s: 1 / s["scale"]), use=CALL),
+          changed(scale=lambda s: 1 / s["scale"])),
     Fault("attention_heads_tiled", "query head h uses key head h % Hkv, not h // (H / Hkv)", ATTENTION, tiled_heads,
-          use=CALL, source="arXiv:2305.13245: heads of a group are neighbours"),
-    Fault("attention_first_head", "all query heads use the first key head", ATTENTION, first_head, use=CALL),
-    Fault("attention_heads_interleaved", "outputs lie as [V, H], not [H, V]", ATTENTION, interleaved_values, use=CALL),
-    Fault("attention_keys_for_values", "keys and values are exchanged", ATTENTION, exchanged, use=CALL),
+          source="arXiv:2305.13245: heads of a group are neighbours"),
+    Fault("attention_first_head", "all query heads use the first key head", ATTENTION, first_head),
+    Fault("attention_heads_interleaved", "outputs of grouped heads lie as [V, H], not [H, V]", ATTENTION,
+          interleaved_values),
+    Fault("attention_keys_for_values", "keys and values are exchanged", ATTENTION, exchanged),
     Fault("attention_mask_missing", "queries see the positions behind their own", ATTENTION,
-          masked(lambda t, S: (0, S)), use=CALL),
+          masked(lambda t, S: (0, S)), looks_ahead=True),
     Fault("attention_mask_off_by_one", "queries do not see their own position", ATTENTION,
-          masked(lambda t, S: (0, max(t, 1))), use=CALL),
+          masked(lambda t, S: (0, max(t, 1)))),
     Fault("attention_mask_from_the_left", "query t sees positions 0 to t, whatever was cached before it", ATTENTION,
           mask_from_the_left, use=CALL, source="torch's is_causal aligns at the first row"),
     Fault("attention_window", "a query sees the last positions alone", ATTENTION,
@@ -156,29 +165,30 @@ FAULTS = (
     Fault("attention_offsets_ignored", "offsets are ignored: queries see the sequences before their own", ATTENTION,
           one_sequence, use=CALL),
     Fault("rope_neighbours", "neighbours are turned, not values half of `rotary` apart", ROPE,
-          lambda s: _turned(s, pairs="neighbours"), use=CALL, source=NEOX),
+          lambda s: _turned(s, pairs="neighbours"), source=NEOX),
     Fault("rope_backwards", "pairs are turned by the negative angle", ROPE,
-          lambda s: _turned(s, -_angles(s, s["rotary"])), use=CALL),
-    Fault("rope_missing", "nothing is turned", ROPE, lambda s: s["x"], use=CALL),
-    Fault("rope_of_all", "all values of a head are turned", ROPE, all_turned, use=CALL,
+          lambda s: _turned(s, -_angles(s, s["rotary"]))),
+    Fault("rope_missing", "nothing is turned", ROPE, lambda s: s["x"]),
+    Fault("rope_of_all", "all values of a head are turned", ROPE, all_turned,
           source="partial_rotary_factor is left out"),
-    Fault("rope_of_last", "the last values of a head are turned, not the first", ROPE, of_last, use=CALL),
+    Fault("rope_of_last", "the last values of a head are turned, not the first", ROPE, of_last),
     Fault("rope_speed_of_width", "speeds are base^(-2j / K), over the width of the head", ROPE,
-          lambda s: _turned(s, _angles(s, s["rotary"], s["x"].shape[-1])), use=CALL),
+          lambda s: None if s["rotary"] == s["x"].shape[-1] else
+          _turned(s, _angles(s, s["rotary"], s["x"].shape[-1]))),
     Fault("rope_base_other", "another base", ROPE,
-          lambda s, base: s.run(base=base) if s["base"] != base else None, use=CALL,
+          lambda s, base: s.run(base=base) if s["base"] != base else None,
           choices=((1e4,), (1e6,), (1e7,)), each="base is {:g}", source="rope_theta of another model"),
-    Fault("rope_position_off_by_one", "positions count from 1, or are one behind", ROPE, moved, use=CALL,
+    Fault("rope_position_off_by_one", "positions count from 1, or are one behind", ROPE, moved,
           choices=((1,), (-1,)), each="positions are {:+d}"),
-    Fault("rope_positions_from_zero", "positions are those in the call", ROPE,
-          lambda s: s.run(positions=np.arange(len(s["x"]))), use=CALL, source="a cache that is not counted"),
-    Fault("rope_angle_of_float32", "angles are float32", ROPE, angles_of_float32, use=CALL,
+    Fault("rope_positions_from_zero", "positions are those in the call", ROPE, counted_in_call, SPLIT,
+          source="a cache that is not counted"),
+    Fault("rope_angle_of_float32", "angles are float32", ROPE, angles_of_float32,
           source="transformers computes angles in float32"),
-    Fault("gate_raw", "the gate is not put through a sigmoid", GATE, with_factor(lambda g: g), use=CALL),
-    Fault("gate_silu", "SiLU of the gate, not its sigmoid", GATE, with_factor(reference.silu), use=CALL,
+    Fault("gate_raw", "the gate is not put through a sigmoid", GATE, with_factor(lambda g: g)),
+    Fault("gate_silu", "SiLU of the gate, not its sigmoid", GATE, with_factor(reference.silu),
           source="Gated DeltaNet's output gate"),
-    Fault("gate_of_complement", "1 - sigmoid(gate)", GATE, changed(gate=lambda s: -s["gate"]), use=CALL),
-    Fault("gate_twice", "the gate is applied twice", GATE, with_factor(lambda g: reference.sigmoid(g) ** 2), use=CALL),
-    Fault("gate_left_out", "x without its gate", GATE, lambda s: s["x"], use=CALL, source=GATED),
+    Fault("gate_of_complement", "1 - sigmoid(gate)", GATE, changed(gate=lambda s: -s["gate"])),
+    Fault("gate_twice", "the gate is applied twice", GATE, with_factor(lambda g: reference.sigmoid(g) ** 2)),
+    Fault("gate_left_out", "x without its gate", GATE, lambda s: s["x"], source=GATED),
     Fault("gate_tiled", "value d has the gate d % G, not d // (D / G)", GATE, tiled_gate, use=CALL),
 )

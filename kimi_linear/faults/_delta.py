@@ -72,6 +72,8 @@ def _acts(x, name, value):
         return given.size > 0 and -np.nansum(given, axis=0).min() > LOSSY
     if (name, value) in (("scale", "of V"), ("heads", "other")):
         return K != V if name == "scale" else Hk not in (1, Hv)
+    if value in ("one channel", "mean"):
+        return given.ndim == 3
     if name == "axis":
         return K == V and given.ndim == 3
     return value != "rows" or K == V
@@ -189,7 +191,8 @@ def _by_sums(q, k, v, g, b, S, how):
 class Switched:
     """A fault's function: the recurrence with switches, whose values may be functions of the choice.
 
-    `square`: where K = V alone; `elsewhere` serves other ops that the fault can be at.
+    `square`: where K = V alone; `elsewhere` serves other ops that the fault can be at. Where a switch of heads, scale,
+    axis or gate changes nothing, the fault cannot be.
     """
 
     def __init__(self, *, square=False, elsewhere=None, **switches):
@@ -204,7 +207,10 @@ class Switched:
             return self.elsewhere(call, *choice)
         if self.square and call.args["q"].shape[-1] != call.args["v"].shape[-1]:
             return None
-        return call.run(by=lambda **args: wrong(args, **self.switches(*choice)))
+        switches = self.switches(*choice)
+        if not acts(call.args, **{n: switches[n] for n in ("heads", "scale", "axis", "gate") if n in switches}):
+            return None
+        return call.run(by=lambda **args: wrong(args, **switches))
 
 
 DELTA, GATED = ("delta_rule",), ("delta_rule", "decay_gate")
@@ -245,7 +251,7 @@ def _scaled():
                  scale="twice")
     yield _fault("scale_on_k", "the scale is on k instead of q", scale="on k")
     yield _fault("scale_on_both", "the scale is on k as well as q", scale="on both")
-    yield _fault("scale_of_V", "the scale is V ** -0.5 instead of K ** -0.5", scale="of V")
+    yield _fault("scale_of_values", "the scale is V ** -0.5 instead of K ** -0.5", use=BOTH, scale="of V")
     yield _fault("scale_divides", "the scale divides", scale="inverse")
 
 
@@ -331,7 +337,8 @@ def _chunks():
 def _rest():
     yield _fault("key_heads_other_way",
                  "key heads are found the other way: grouped (h // G) for tiled (h % Hk), or the "
-                 "reverse", heads="other")
+                 "reverse", "repeat for repeat_interleave; GGUF files of Qwen3.5 have tiled value heads", use=BOTH,
+                 heads="other")
     yield _fault("offsets_ignored", "sequences run into each other: the state is not begun anew at an offset",
                  ragged="one")
     yield _fault("state_in_bfloat16", "the state is rounded to bfloat16 after every token",

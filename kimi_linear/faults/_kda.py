@@ -1,4 +1,4 @@
-"""Faults of KDA: convolution, norms of q and k, gate, write rate and the delta rule."""
+"""Faults of delta nets: convolution, norms of q and k, gate, write rate and the delta rule."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 
 from .. import reference
+from ..reference_delta import of_value_heads
 from . import _delta, _l2
 from . import scene as rules
 from ._delta import wrong
@@ -44,23 +45,26 @@ def turned_between_calls(site: Site):
 
     def run(rows, skip):
         turned = [t for t, row in enumerate(rows) if t and int(row) in begins]
-        return recurrence(*(x[rows] for x in (q, k, v, g, beta)), turned=turned)
+        return wrong({**site.args, **dict(zip("qkv", (q[rows], k[rows], v[rows]))), "g": g[rows], "beta": beta[rows],
+                      "offsets": None}, turned=turned)[0]
 
     return _over_branches(site, run)
 
 
 def factored_chunks(site: Site, chunk: int):
     """Chunks with exp(c_i) exp(-c_j) in place of exp(c_i - c_j), in float32: the second factor overflows."""
-    q, k, v, g, beta = (site[a].astype(np.float32) for a in ("q", "k", "v", "g", "beta"))
-    if not (g.min(initial=0) < -88 / chunk):
+    q, k, g, v, beta = (site[a] for a in ("q", "k", "g", "v", "beta"))
+    if not (g.min(initial=0) < -88 / chunk) or (g > 0).any():
         return None
+    q, k, g = of_value_heads(q, k, g, v.shape[1], None, site.args.get("head_map", "grouped"))
+    q, k, g, v, beta = (x.astype(np.float32) for x in (q, k, g, v, beta))
     K = q.shape[-1]
 
     def run(rows, skip):
         S, o = np.zeros((q.shape[1], K, v.shape[-1]), np.float32), []
         for i in range(0, len(rows), chunk):
             r = rows[i:i + chunk]
-            y, S = _factored(q[r] * np.float32(K ** -0.5), k[r], v[r], g[r], beta[r], S)
+            y, S = _factored(q[r], k[r], v[r], g[r], beta[r], S)
             o.append(y)
         return np.concatenate(o)
 
@@ -148,7 +152,8 @@ def activated_inputs(call):
 
 def swapped_histories(site: Site, other: str):
     """Behind the start of a call lies the history of another of q, k and v."""
-    own, x = site.node.tap[-6], site.sibling(f"kda.{other}_proj")
+    mixer, tap = site.node.tap.split(".")[2:]
+    own, x = tap[0], site.sibling(f"{mixer}.{other}_proj")
     if own == other or x is None or x.shape != site["x"].shape:
         return None
     return _between_calls(site, x)
@@ -217,6 +222,14 @@ def softplus_to(limit):
     return _unbounded(function)
 
 
+def softplus_in_steps(call):
+    """log(1 + exp(x)), each step in float32: what 1 + exp(x) rounds off is lost, where x is far below 0."""
+    x = _sum(call).astype(np.float32)
+    with np.errstate(over="ignore"):
+        y = np.log((np.float32(1) + np.exp(x)).astype(np.float64))
+    return -_rate(call) * np.where(x > 20, x, y)
+
+
 def overflowing_softplus(call):
     """log(1 + exp(x)) in float32, without a threshold."""
     x = _sum(call).astype(np.float32)
@@ -266,7 +279,7 @@ def sums_over_sequences(call):
 
 
 DELTA, CONV, GATE, SUM = ("delta_rule",), ("short_conv",), ("decay_gate",), ("decay_cumsum",)
-CARRYING = (*DELTA, *CONV, "latent_attention")
+CARRYING = (*DELTA, *CONV, "latent_attention", "attention")
 KDA, FLA, GGML = "arXiv:2510.26692, equation 1", "flash-linear-attention", "llama.cpp"
 
 FAULTS = (
@@ -332,6 +345,8 @@ FAULTS = (
           source=f"{FLA}: chunk kernels work in log2"),
     Fault("softplus_threshold", "softplus(x) is x above a threshold of 10", GATE, softplus_to(10.0), use=CALL,
           source="torch's softplus has 20, which float32 does not see"),
+    Fault("softplus_in_steps", "softplus as log(1 + exp(x)) in float32: digits are lost where x is far below 0", GATE,
+          _unbounded(softplus_in_steps), source=f"{GGML}: ggml's softplus; log1p keeps them"),
     Fault("softplus_overflow", "log(1 + exp(x)) overflows float32", GATE, _unbounded(overflowing_softplus), use=CALL),
     Fault("gate_heads_rolled", "each head has the rate of the next", GATE, changed(rate=lambda s: np.roll(s["rate"],
                                                                                                           -1)),

@@ -22,6 +22,8 @@ def biased(site: Site):
 
 
 def other_function(site: Site):
+    if site.op == "route" and site.args.get("bias") is None and site.args.get("groups", 1) == 1:
+        return None     # either of them rises with the logits
     return site.run(function=OTHER[site["function"]]) if site["function"] in OTHER else None
 
 
@@ -30,7 +32,11 @@ def flipped(argument):
 
 
 def scaled(power):
-    return lambda site: site.run(scale=site["scale"] ** power)
+    return lambda site: site.run(scale=site["scale"] ** power) if site["scale"] != 1 else None
+
+
+def unbiased(site: Site):
+    return site.run(bias=None) if site.args.get("bias") is not None else None
 
 
 def in_order_of_score(site: Site):
@@ -48,7 +54,9 @@ def highest_among_equals(site: Site):
 def shared_times(site: Site, scale: float):
     """The shared expert's output times `scale`; routed_scaling_factor is the sum of renormalised weights."""
     shared = site.args.get("shared")
-    return site.run(shared=scale * site["shared"]) if isinstance(shared, np.ndarray) else None
+    if not isinstance(shared, np.ndarray) or abs(scale - 1) < 1e-3:
+        return None
+    return site.run(shared=scale * site["shared"])
 
 
 def weights_on_input(site: Site):
@@ -129,11 +137,12 @@ GATE_UP = ("mlp.gate", "mlp.up", "moe.shared_gate", "moe.shared_up")
 FAULTS = (
     Fault("router_bias_in_weights", "the bias, which is for the choice alone, is in the weights", WEIGHTS, biased,
           source=V3),
-    Fault("router_bias_missing", "experts are chosen without the bias", ROUTE, changed(bias=lambda s: None), source=V3),
+    Fault("router_bias_missing", "experts are chosen without the bias", ROUTE, unbiased, source=V3),
     Fault("router_function_other", "softmax for sigmoid (or the other way round)", (*ROUTE, *WEIGHTS), other_function,
           source="moe_router_activation_func; DeepSeek-V2 has softmax, arXiv:2405.04434"),
     Fault("router_renormalise_other", "weights are not divided by their sum (or are, and should not be)", WEIGHTS,
-          flipped("renormalise"), source="moe_renormalize"),
+          flipped("renormalise"), source="moe_renormalize, norm_topk_prob; a softmax of the chosen logits alone is "
+          "the same as one of all, divided"),
     Fault("router_scale_missing", "routed_scaling_factor is forgotten", WEIGHTS, scaled(0),
           source="llama.cpp skips it where its key is 0"),
     Fault("router_scale_twice", "routed_scaling_factor is applied twice", WEIGHTS, scaled(2),

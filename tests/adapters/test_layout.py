@@ -126,8 +126,23 @@ def test_types(known, q):
         taken(known, np.zeros((T, 2), np.float32), "layers.1.moe.ids")
 
 
-def test_every_tap_and_state_array_has_a_place(known):
-    model = kl.Model.tiny()
+def test_joined_channels_in_an_order_of_their_own(known):
+    """Histories and taps: what lies by head there becomes ours."""
+    rng = np.random.default_rng(2)
+    order = rng.permutation(3 * H * K)
+    for kind, axes in (("conv", ""), ("history", "CW")):
+        taps = {f"layers.0.kda.{s}_{kind}": known[f"layers.0.kda.{s}_{kind}"] for s in "qkv"}
+        n = T if kind == "conv" else 3
+        x = rng.standard_normal((n, 3 * H * K)).astype(np.float32)
+        found, _ = bring(x.T if axes else x, taps, Layout(axes, order=order), "x.npy")
+        want = np.split(x[:, order], 3, axis=1)
+        assert all(np.array_equal(a.reshape(n, -1), b) for a, b in zip(found.values(), want, strict=True))
+
+
+@pytest.mark.parametrize("case", ["tiny", "qwen-a", "qwen35-moe"])
+def test_every_tap_and_state_array_has_a_place(golden_dir, case):
+    model = kl.Model.tiny() if case == "tiny" else kl.Model.from_pretrained(golden_dir / case)
+    known = places(model.config)
     trace = model.trace(np.arange(3, 12), states=True)
     assert set(trace) <= set(known)
     for name, x in trace.items():

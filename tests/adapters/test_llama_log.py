@@ -128,6 +128,23 @@ def test_what_corners_do_not_show_a_sum_does(model, ours):
     assert any("layers.2.out: the corners agree and the sum does not" in n for n in report.notes)
 
 
+@pytest.mark.parametrize("case", ["qwen-a", "qwen35-a"])
+def test_a_log_of_qwen(case, golden_dir):
+    """Several nodes of one name are told by their ops; one value a head lies by key head."""
+    model = kl.Model.from_pretrained(golden_dir / case)
+    trace, lines = model.trace(IDS, states=True), []
+    for (name, layer), taps in llama_log.taps_of(model.config).items():
+        parts = [trace[t].reshape(len(trace[t]), -1) for t in taps]
+        x = trace[taps[0]].swapaxes(-1, -2) if name == "new_state" else np.concatenate(parts, -1)
+        x = x.reshape(1, len(IDS), 2, -1) if name in ("a", "b") else x.reshape((1,) * (4 - x.ndim) + x.shape)
+        op, _, own = name.rpartition(" ")
+        lines += printed(own if layer is None else f"{own}-{layer}", x, op=op or "MUL")
+    report = llama_log.compare("\n".join(lines), trace, model=model)
+    assert report.ok and len(report.rows) > 90, str(report)
+    assert {"layers.3.attn.k", "layers.3.attn.k_proj", "layers.1.gdn.state", "layers.0.gdn.b"} <= {
+        r.tap for r in report.rows}
+
+
 def test_last_token_alone(model, ours):
     """The last layer goes on with the tokens that are asked for: they are taken as the last."""
     report = llama_log.compare(log_of(model, ours, last=("l_out-5", "result_norm", "result_output")), ours, model=model)

@@ -8,6 +8,11 @@ import gguf
 import numpy as np
 import pytest
 
+import kimi_linear as kl
+from kimi_linear import reference_model
+from kimi_linear.load import open_checkpoint
+from kimi_linear.weights import array_of
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 make_model, random_blocks, random_gguf = map(importlib.import_module, ("make_model", "random_blocks", "random_gguf"))
 
@@ -123,6 +128,52 @@ def test_metadata_and_vocabulary(monkeypatch, tmp_path):
     for i, (left, right) in enumerate(merge.split(" ") for merge in merges):
         assert ranks[left + right] == 256 + i and max(ranks[left], ranks[right]) < 256 + i
     assert "<|im_middle|>" in fields["tokenizer.chat_template"].contents()
+
+
+@pytest.mark.parametrize("type", random_blocks.TYPES)
+@pytest.mark.parametrize("shape", ["qwen-small", "qwen35-small", "qwen35moe-small"])
+def test_qwen_files_of_every_type_are_their_own_values(monkeypatch, tmp_path, shape, type):
+    """Ours opens and runs them, and its logits are float64's on the values that gguf.quants reads."""
+    path = tmp_path / "a.gguf"
+    assert make(monkeypatch, path, "--shape", shape, "--type", type, "--layers", "4") == 0
+    checkpoint = open_checkpoint(path)
+    raw = tensors_of(path)
+    ids = np.random.default_rng(3).integers(0, 1024, 12)
+    weights = {name: array_of(t) for name, t in checkpoint.tensors.items()}
+    for name, stored in (("model.embed_tokens.weight", "token_embd.weight"),
+                         ("model.layers.1.linear_attn.out_proj.weight", "blk.1.ssm_out.weight")):
+        assert raw[stored].tensor_type.name == type and np.array_equal(weights[name], values(raw[stored])), name
+    exact = reference_model.ReferenceModel(checkpoint.config, weights).forward(ids).logits
+    logits = kl.Model.from_pretrained(path)(ids)
+    error = (logits - exact) / np.sqrt((exact**2).mean())
+    assert 0.3 < np.sqrt((exact**2).mean()) < 5
+    assert np.sqrt((error**2).mean()) < 5e-6 and np.abs(error).max() < 1e-4
+
+
+def test_qwen_files_are_read_as_the_shape(monkeypatch, tmp_path):
+    """Config and tokenizer; special tokens where the config has them."""
+    for shape, pre in (("qwen-small", "qwen2"), ("qwen35-small", "qwen35"), ("qwen35moe-small", "qwen35")):
+        path = tmp_path / f"{shape}.gguf"
+        make(monkeypatch, path, "--shape", shape, "--type", "Q8_0")
+        checkpoint = open_checkpoint(path)
+        told = make_model.Config.from_dict(make_model.SHAPES[shape][0])
+        assert [getattr(checkpoint.config, x) == getattr(told, x) for x in (
+            "model_type", "layers", "attn_heads", "rotary_dim", "rope_base", "gdn_v_heads", "moe_size", "shared_size",
+            "tie_embeddings", "max_length")] == [True] * 10
+        assert gguf.GGUFReader(path).fields["tokenizer.ggml.pre"].contents() == pre
+        tokenizer = checkpoint.tokenizer()
+        assert tokenizer.encode("aaa<|im_end|>") == [*tokenizer.encode("aaa"), 770]
+
+
+def test_published_qwen_sizes():
+    """Parameters of the published models: 80 and 0.75 billion."""
+    for shape, n, active in (("qwen3next-80b", 79.67e9, 3.87e9), ("qwen35-0.8b", 0.7524e9, 0.7524e9)):
+        config = make_model.Config.from_dict(make_model.SHAPES[shape][0])
+        sizes = {name: np.prod(x) for name, x in config.weight_shapes().items()}
+        assert abs(sum(sizes.values()) / n - 1) < 0.001, sum(sizes.values())
+        share = config.experts_per_token / config.n_experts if config.n_experts else 1
+        found = sum(size * (share if ".experts." in name else 1) for name, size in sizes.items())
+        assert abs(found / active - 1) < 0.01, found
 
 
 @pytest.mark.parametrize("argv, sentence", [

@@ -1,4 +1,4 @@
-"""llama.cpp, live on Qwen3-Next and Qwen3.5 files that `kl.convert` wrote: they load, and their logits are float64's.
+"""llama.cpp and ours on Qwen3-Next and Qwen3.5 files that `kl.convert` wrote: both give float64's logits.
 
 Tests are here where llama-cpp-python is: `make peers`. What llama.cpp asks of sizes: keys and values of the linear
 layers of one width (it reads both from ssm.state_size), and no more rotary sections than a head is wide. A refusal in
@@ -17,6 +17,7 @@ import pytest
 
 import kimi_linear as kl
 from kimi_linear import reference_model
+from kimi_linear.adapters import llama_cpp
 from kimi_linear.config import Config
 from kimi_linear.load import open_checkpoint, write_safetensors
 from kimi_linear.random_weights import random_weights
@@ -36,6 +37,8 @@ BASE = {
 }
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
            "shared_expert_intermediate_size": 48}
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "linear_num_value_heads": 8, "num_attention_heads": 8}
+WIDE_EXPERTS = {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256, "num_experts_per_tok": 8}
 CASES = {
     "next": {"model_type": "qwen3_next", "norm_topk_prob": True, **EXPERTS},
     "dense": {"model_type": "qwen3_5_text"},
@@ -109,6 +112,20 @@ def logits_of(path, out):
     return np.load(out) if done.returncode == 0 else done.stderr
 
 
+def exact_logits(path):
+    """In float64, by the values that the checkpoint holds."""
+    checkpoint = open_checkpoint(path)
+    weights = {name: array_of(t) for name, t in checkpoint.tensors.items()}
+    return reference_model.ReferenceModel(checkpoint.config, weights).forward(tokens()).logits
+
+
+def divergence(exact, logits):
+    """Mean over the tokens of KL(exact || logits), nats."""
+    p, q = (x - x.max(-1, keepdims=True) for x in (exact, logits.astype(np.float64)))
+    p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (p, q))
+    return float((np.exp(p) * (p - q)).sum(-1).mean())
+
+
 if HERE:
     @pytest.fixture(scope="module", params=CASES)
     def found(request, tmp_path_factory):
@@ -127,17 +144,47 @@ if HERE:
     @pytest.mark.parametrize("which", [0, 1], ids=["folder", "file"])
     def test_logits_beside_float64(found, which):
         """The folder's model and the file's, each in float64 by its own weights and Config."""
-        checkpoint = open_checkpoint(found[which])
-        weights = {name: array_of(t) for name, t in checkpoint.tensors.items()}
-        exact = reference_model.ReferenceModel(checkpoint.config, weights).forward(tokens()).logits
-        assert np.sqrt(((found[2] - exact) ** 2).mean()) < RMS * np.sqrt((exact ** 2).mean())
+        exact = exact_logits(found[which])
+        ours = kl.Model.from_pretrained(found[which])(tokens())
+        for name, logits in (("llama.cpp", found[2]), ("ours", ours)):
+            assert np.sqrt(((logits - exact) ** 2).mean()) < RMS * np.sqrt((exact ** 2).mean()), name
 
-    @pytest.mark.parametrize("type", ["Q8_0", "Q4_0"])
-    def test_blocks_load(tmp_path, type):
-        source = write_folder(tmp_path / "model", **CASES["experts"])
+    @pytest.mark.parametrize("case", ["next", "dense, three value heads a key head", "experts"])
+    def test_every_tap_is_there_and_agrees(tmp_path, case):
+        """Of the file's own model; nothing is to blame but ggml's softplus, log(1 + exp(x)) in float32, where it is
+        visible: softplus_in_steps, or unknown where 1 + exp(x) was rounded the other way."""
+        kl.convert(write_folder(tmp_path / "model", **CASES[case]), tmp_path / "x.gguf", type="F32")
+        model = kl.Model.from_pretrained(tmp_path / "x.gguf", threads=1)
+        with llama_cpp.Engine(tmp_path / "x.gguf", model=model) as engine:
+            theirs = engine.trace(tokens(), states=True)
+        exact = model.reference().forward(tokens(), taps="*")
+        assert not set(exact.taps) - set(theirs)
+        assert {t for t in exact.state if t not in theirs} == {t for t in exact.state if t.endswith("_cache")}
+        report = kl.diff.traces(theirs, exact)
+        assert report.ok and max(row.rms for row in report.rows) < 1e-5, report
+        found = kl.diff.blame(model, theirs)
+        assert {r.op for r in found.wrong} <= {"decay_gate"} and all(r.error < 1e-5 for r in found.wrong), found
+        assert len(found.rows) == len(exact.taps) + sum(not t.endswith("_cache") for t in exact.state)
+
+    @pytest.mark.parametrize("type", ["Q8_0", "Q4_K", "Q6_K", "Q4_0"])
+    @pytest.mark.parametrize("case", ["next", "dense", "experts"])
+    def test_blocks(tmp_path, case, type):
+        """KL from float64 on the file's own values: for K types ours is nearer with int8 activations, whose scales are
+        of 32 values where llama.cpp's are of 256; for types of 32 they are alike.
+
+        Rows are whole blocks of 256. All experts are used: where one of two nearly equal ones is chosen, either
+        engine's KL is what that choice costs.
+        """
+        source = write_folder(tmp_path / "model", **CASES[case] | WIDE | (WIDE_EXPERTS if case != "dense" else {}))
         kl.convert(source, tmp_path / "x.gguf", type=type)
-        logits = logits_of(tmp_path / "x.gguf", tmp_path / "logits.npy")
-        assert not isinstance(logits, str) and np.isfinite(logits).all(), logits
+        theirs = logits_of(tmp_path / "x.gguf", tmp_path / "logits.npy")
+        assert not isinstance(theirs, str), theirs
+        exact = exact_logits(tmp_path / "x.gguf")
+        ours = {kind: kl.Model.from_pretrained(tmp_path / "x.gguf", activations=kind)(tokens())
+                for kind in ("float32", "int8")}
+        far = {name: divergence(exact, logits) for name, logits in (ours | {"llama.cpp": theirs}).items()}
+        assert far["float32"] < 1e-9, far
+        assert far["int8"] < (1.0 if "_K" in type else 1.5) * far["llama.cpp"] < 0.02, far
 
     def test_values_wider_than_keys_are_refused_there(tmp_path):
         """Ours are files all the same; llama.cpp has one width for both."""

@@ -34,7 +34,6 @@ class Bench:
             if name.endswith("e_score_correction_bias"):
                 self.weights[name] = 0.3 * rng.standard_normal(w.shape)
         self.nodes = [n for n in nodes(self.config) if n.op != "cache_append"]
-        self._cleans = {}
 
     def model(self, scenario):
         """What `run` and `blame` need of a model, such that faults of this scenario show."""
@@ -103,7 +102,7 @@ def _effect_on_ids(run, tap, group, y, y_f):
 
 
 def _faint(name, w):
-    return w * 1e-5 if name.endswith(("q_conv1d.weight", "k_conv1d.weight")) else w
+    return w * 1e-5 if name.endswith(("q_conv1d.weight", "k_conv1d.weight", "attn.conv1d.weight")) else w
 
 
 def _large(name, w):
@@ -112,7 +111,7 @@ def _large(name, w):
 
 def _tied(name, w):
     """Experts 3 j, 3 j + 1 and 3 j + 2 get the same scores."""
-    if not name.endswith(("gate.weight", "e_score_correction_bias")) or "block_sparse_moe.gate" not in name:
+    if not name.endswith(("block_sparse_moe.gate.weight", "mlp.gate.weight", "e_score_correction_bias")):
         return w
     return w[np.arange(len(w)) // 3 * 3]
 

@@ -25,15 +25,48 @@ def bench(model):
     return faulty_runs.Bench(model)
 
 
+@pytest.fixture(scope="module")
+def benches(bench, golden_dir):
+    """Of Kimi-Linear, Qwen3-Next and Qwen3.5."""
+    others = [kl.Model.from_pretrained(golden_dir / case) for case in ("qwen-a", "qwen35-moe")]
+    return bench, *map(faulty_runs.Bench, others)
+
+
 NAMES = list(faults.CATALOGUE)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_planted_fault_is_named(bench, name):
+def test_planted_fault_is_named(benches, name):
+    """In each model that it can be in."""
     dtype = ("float64", "float32", "bfloat16")[NAMES.index(name) % 3]
-    case = faulty_runs.case(bench, faults.by_name(name), dtype, seed=7)
-    assert case, f"{name} can be nowhere"
-    faulty_runs.check(case, VISIBLE)
+    cases = [faulty_runs.case(bench, faults.by_name(name), dtype, seed=7) for bench in benches]
+    assert any(cases), f"{name} can be nowhere"
+    for case in filter(None, cases):
+        faulty_runs.check(case, VISIBLE)
+
+
+#: What ports of Qwen3-Next and Qwen3.5 got wrong: fault -> where, with attention in layer 3.
+OF_QWEN = {
+    "norm_weight_less_one": ("layers.1.attn_norm", "layers.2.ffn_norm", "layers.3.attn.q_norm", "norm"),
+    "inputs_not_grouped": ("layers.0.gdn.q_proj", "layers.1.gdn.v_proj", "layers.2.gdn.z", "layers.4.gdn.b"),
+    "key_heads_other_way": ("layers.1.gdn.o",), "rope_of_all": ("layers.3.attn.q", "layers.3.attn.k"),
+    "query_and_gate_swapped": ("layers.3.attn.q_proj", "layers.3.attn.gate"),
+    "query_and_gate_apart": ("layers.3.attn.q_proj",), "router_renormalise_other": ("layers.4.moe.weights",),
+    "gate_left_out": ("layers.2.moe.shared_gated", "layers.3.attn.gated"), "rope_neighbours": ("layers.3.attn.k",),
+    "attention_heads_tiled": ("layers.3.attn.o",), "gated_norm_silu": ("layers.0.gdn.o_norm",),
+    "chunk_overflow": ("layers.0.gdn.o",), "softplus_in_steps": ("layers.0.gdn.g",),
+}
+
+
+@pytest.mark.parametrize("name, tap", [(name, tap) for name, taps in OF_QWEN.items() for tap in taps])
+def test_what_ports_of_qwen_got_wrong_is_named(benches, name, tap):
+    """Not one is below the noise of float32."""
+    for bench in benches[1:]:
+        if name == "inputs_not_grouped" and bench.config.gdn_inputs == "split":
+            continue
+        model, traces = bench.run(faults.WHOLE, "float32", 7, {tap: name})
+        found = kl.diff.blame(model, traces)
+        assert [(r.tap, r.kind, r.also) for r in found.wrong] == [(tap, name, ())], str(found)
 
 
 @pytest.mark.parametrize("name", faulty_runs.UNTOLD)
@@ -213,9 +246,10 @@ def test_as_text_html_and_json(bench):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_first_rows_of_a_fault_are_those_of_the_whole_unless_it_looks_ahead(bench, name):
+def test_first_rows_of_a_fault_are_those_of_the_whole_unless_it_looks_ahead(benches, name):
     """What `blame` rules a fault out by in a long run."""
     fault = faults.by_name(name)
+    bench = next(b for b in benches if b.places(fault))
     tap = bench.places(fault)[0]
     model, (trace,) = bench.run(faults.WHOLE, "float32", 3)
     whole = _blame_run.Run(model, trace, None, None)

@@ -14,7 +14,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import numpy as np
 import torch
 import transformers
-from conftest import DATA, HERE, TINY
+from conftest import DATA, GOLDEN_CASES, HERE, QWEN_CASES, TINY
 from safetensors.torch import load_file, save_file
 
 import kimi_linear as kl
@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
 
 RMS, LARGEST = 1e-4, 2e-3   # of two float32 engines, over the array's rms; transformers alone takes 1e-5 and 1.5e-4
-FOLDERS = {"tiny": TINY, "kimi-a": DATA / "golden" / "kimi-a", "kimi-b": DATA / "golden" / "kimi-b"}
+FOLDERS = {"tiny": TINY, **{case: DATA / "golden" / case for case in GOLDEN_CASES + QWEN_CASES}}
 MOE = (8, 2, 1, 1, 1, 24, 2.446, True)   # experts, a token's; groups, chosen; shared; width; scale; renormalise
 MLA = (3, 10, 6, 9, 20)                  # heads, nope, rope, v, latent: none a multiple of 16
 SMALL = {
@@ -42,7 +42,30 @@ SMALL = {
     "all-dense": dict(kda=[1, 2], full=[3], dense=3, heads=2, width=65, conv=4, mla=(4, 16, 16, 16, 16), moe=MOE),
     "tied": dict(kda=[1, 2], full=[3], dense=1, heads=2, width=24, conv=4, mla=MLA, moe=MOE, hidden=64),
 }
-DTYPES = {"groups": torch.bfloat16, "all-dense": torch.float16}     # of the file; the others are float32
+QWEN = {"next": make_golden.Qwen3NextConfig, "dense": make_golden.Qwen3_5TextConfig,
+        "moe": make_golden.Qwen3_5MoeTextConfig}
+QWEN_MOE = (8, 2, 20, 28)                   # experts, a token's; width, of the shared one
+SMALL_QWEN = {      # layers, heads of keys and of values, their widths, base; attention: heads, of keys, width, share
+    "next-1": ("next", "lal", (3, 3, 20, 12, 1e4), (4, 1, 24, 0.25), dict(
+        hidden_size=50, linear_conv_kernel_dim=2, norm_topk_prob=False)),
+    "next-2": ("next", "alla", (2, 4, 12, 33, 1e5), (3, 3, 10, 0.6), dict(
+        hidden_size=48, linear_conv_kernel_dim=3, mlp_only_layers=[1])),
+    "next-4": ("next", "ll", (1, 4, 16, 7, 1e4), (2, 1, 16, 1.0), dict(decoder_sparse_step=2, rms_norm_eps=1e-5)),
+    "next-8": ("next", "all", (2, 16, 8, 8, 1e7), (6, 2, 8, 0.5), dict(shared_expert_intermediate_size=17)),
+    "next-attention": ("next", "aaa", (2, 4, 8, 8, 1e3), (4, 2, 20, 0.5), dict(norm_topk_prob=False)),
+    "dense-1": ("dense", "lla", (2, 2, 17, 31, 1e6), (4, 4, 12, 1.0), dict(hidden_size=33, linear_conv_kernel_dim=2)),
+    "dense-2": ("dense", "al", (3, 6, 24, 24, 1e4), (8, 2, 16, 0.75), dict(
+        linear_conv_kernel_dim=3, tie_word_embeddings=True)),
+    "dense-linear": ("dense", "lll", (1, 4, 10, 20, 1e4), (2, 1, 16, 0.5), dict(hidden_size=40)),
+    "moe-1": ("moe", "lla", (2, 2, 9, 16, 1e4), (4, 2, 40, 0.35), dict(
+        linear_conv_kernel_dim=2, num_experts_per_tok=1)),
+    "moe-4": ("moe", "all", (2, 8, 16, 10, 1e6), (5, 1, 18, 1 / 3), dict(
+        linear_conv_kernel_dim=3, num_experts_per_tok=5)),
+}
+KIMI_CASES = ("tiny", *GOLDEN_CASES, *SMALL)
+ALL_QWEN_CASES = (*QWEN_CASES, *SMALL_QWEN)
+DTYPES = {"groups": torch.bfloat16, "all-dense": torch.float16,     # of the file; the others are float32
+          "next-4": torch.bfloat16, "dense-1": torch.float16}
 
 
 @functools.cache
@@ -53,14 +76,23 @@ def scratch() -> Path:
     return Path(keep.name)
 
 
+def small_qwen(case: str):
+    """The config of a case of SMALL_QWEN."""
+    kind, layers, linear, attn, more = SMALL_QWEN[case]
+    kinds = {"l": "linear_attention", "a": "full_attention"}
+    sizes = dict(intermediate_size=44, num_hidden_layers=len(layers), layer_types=[kinds[x] for x in layers])
+    return make_golden.qwen(QWEN[kind], *linear, attn, None if kind == "dense" else QWEN_MOE, **sizes | more)
+
+
 @functools.cache
 def folder(case: str) -> Path:
     """The checkpoint of a case; a small one is made, and saved by transformers."""
     if case in FOLDERS:
         return FOLDERS[case]
-    config = make_golden.kimi(**SMALL[case])
-    config.tie_word_embeddings = case == "tied"
-    model = transformers.KimiLinearForCausalLM(config).eval()
+    config = small_qwen(case) if case in SMALL_QWEN else make_golden.kimi(**SMALL[case])
+    if case in SMALL:
+        config.tie_word_embeddings = case == "tied"
+    model = make_golden.MODELS[config.model_type](config).eval()
     make_golden.randomise(model, torch.Generator().manual_seed(sum(map(ord, case))))
     model.to(DTYPES.get(case, torch.float32)).save_pretrained(scratch() / case)
     if case == "tied":                      # transformers writes lm_head beside the embedding in any case
@@ -78,7 +110,7 @@ def theirs(case: str):
     """
     options = {} if case in FOLDERS else {"experts_implementation": "eager"}
     with warnings.catch_warnings(action="ignore", category=FutureWarning):      # published configs say rope_scaling
-        model = transformers.KimiLinearForCausalLM.from_pretrained(folder(case), dtype=torch.float32, **options).eval()
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder(case), dtype=torch.float32, **options).eval()
     if case == "tied":                      # not done by transformers: its class names no tied weights
         model.lm_head.weight = model.model.embed_tokens.weight
     return model
@@ -91,7 +123,7 @@ def ours(case: str) -> kl.Model:
 
 def no_attention(config, first, last):
     """Arguments without which transformers keeps no cache for a model that has no attention layer."""
-    if any(spec.mixer == "mla" for spec in config.layers):
+    if any(spec.mixer in ("mla", "attn") for spec in config.layers):
         return {}
     return {"attention_mask": {"full_attention": None, "linear_attention": None},
             "position_ids": torch.arange(first, last)[None]}

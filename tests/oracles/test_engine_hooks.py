@@ -201,10 +201,10 @@ class DecoderLayer(nn.Module):
 
 
 class Inner(nn.Module):
-    def __init__(self, config, engine):
+    def __init__(self, config, engine, layer):
         super().__init__()
         self.embed_tokens, self.norm = Says("embed", form="plain"), Norm("norm")
-        self.layers = nn.ModuleList(DecoderLayer(i, s, config, engine) for i, s in enumerate(config.layers))
+        self.layers = nn.ModuleList(layer(i, s, config, engine) for i, s in enumerate(config.layers))
 
     def forward(self, input_ids, positions, forward_batch=None):
         x, residual = self.embed_tokens(input_ids), None
@@ -219,9 +219,9 @@ class Inner(nn.Module):
 
 
 class KimiLinearForCausalLM(nn.Module):
-    def __init__(self, config, engine):
+    def __init__(self, config, engine, layer=DecoderLayer):
         super().__init__()
-        self.model, self.logits_processor = Inner(config, engine), Says("logits", form="plain")
+        self.model, self.logits_processor = Inner(config, engine, layer), Says("logits", form="plain")
 
     def forward(self, input_ids, positions, forward_batch=None):
         return self.model(input_ids, positions, forward_batch)
@@ -232,10 +232,10 @@ class KimiLinearForCausalLM(nn.Module):
 CALLS = [[np.arange(10, 17), np.arange(40, 45)], [[71], [72]], [[81], [82]], [[91]]]
 
 
-def run(engine, attach, padded=0, change=None):
+def run(engine, attach, padded=0, change=None, case="tiny", layer=DecoderLayer):
     """Runs a stand-in over the calls; gives what it said, call by call. `change` alters a tap of what is said."""
-    model, config = ours("tiny"), ours("tiny").config
-    fake, states, said = KimiLinearForCausalLM(config, engine), model.new_state(2), []
+    model, config = ours(case), ours(case).config
+    fake, states, said = KimiLinearForCausalLM(config, engine, layer), model.new_state(2), []
     recorder = attach(fake)
     for sequences in CALLS:
         n = len(sequences)
@@ -248,9 +248,8 @@ def run(engine, attach, padded=0, change=None):
             SAID[name] = np.concatenate([x, np.full((padded, *x.shape[1:]), 9, x.dtype)])
         slots = torch.tensor([4, 2][:n])
         SAID["slots"] = slots
-        for i in range(config.n_layers):
-            if f"layers.{i}.kda.q" in trace:
-                SAID[f"layers.{i}.kda.state"] = np.stack([s[f"layers.{i}.kda.state"] for s in states[:n]])
+        for name in (x for x in states[0] if x.endswith(".state")):
+            SAID[name] = np.stack([s[name] for s in states[:n]])
         ids, positions = (torch.cat([t(x), torch.zeros(padded, dtype=torch.int64)]) for x in (ids, positions))
         batch = None
         if engine == "vllm":

@@ -1,112 +1,31 @@
 """transformers and this engine on the same folders: every module, logits, caches, routing, text."""
 
-import contextlib
 import copy
 import json
-from unittest import mock
 
+import live
 import numpy as np
 import pytest
 import torch
 from conftest import DATA
-from oracle import FOLDERS, LARGEST, RMS, SMALL, folder, near, no_attention, numpy, ours, theirs, tokens
-from transformers.models.kimi_linear import modeling_kimi_linear as modeling
+from oracle import KIMI_CASES, LARGEST, RMS, SMALL, folder, near, ours, theirs, tokens
 
-import kimi_linear as kl
-from kimi_linear import golden
 from kimi_linear.adapters import transformers as adapter
 from kimi_linear.diff import traces
 from kimi_linear.perplexity import perplexity
 
-CASES = [*FOLDERS, *SMALL]
 T = 150                                     # two chunks of 64, and a part
-UNSEEN = ("kda.q", "kda.k")                 # inside their function, between no two modules
-
-
-@contextlib.contextmanager
-def delta_rule_inputs(seen):
-    """Record what transformers gives to the chunked delta rule, layer by layer: [T, ...] under our names."""
-    function = modeling.chunk_kimi_delta_attention
-
-    def recorder(query, key, value, *, g, beta, **options):
-        named = {"kda.q_conv": query, "kda.k_conv": key, "kda.v_conv": value, "kda.beta": beta}
-        seen.append({name: numpy(x)[0] for name, x in named.items()})
-        return function(query, key, value, g=g, beta=beta, **options)
-
-    with mock.patch.object(modeling, "chunk_kimi_delta_attention", recorder):
-        yield
-
-
-def trace_of(case, ids):
-    """Everything that transformers computes for `ids`, its caches at the end included."""
-    inputs = []
-    with delta_rule_inputs(inputs):
-        arrays = dict(adapter.trace(theirs(case), ids, state=True))
-    layers = [i for i, spec in enumerate(ours(case).config.layers) if spec.mixer == "kda"]
-    for i, given in zip(layers, inputs, strict=True):
-        arrays |= {f"layers.{i}.{name}": x for name, x in given.items()}
-    return arrays
-
-
-def experts(arrays):
-    return {int(n.split(".")[1]): x for n, x in arrays.items() if n.endswith("moe.ids")}
-
-
-def assert_all_near(got, want, names):
-    """Each name's arrays; the message lists all that are too far apart."""
-    problems = []
-    for name in names:
-        try:
-            near(got[name], want[name], name)
-        except AssertionError as error:
-            problems.append(str(error))
-    assert not problems, "\n".join(problems)
 
 
 @pytest.mark.parametrize("length", [5, T])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", KIMI_CASES)
 def test_every_module_and_cache(case, length):
-    """Their float32 against our float32 and our float64, each expert as they chose it."""
-    ids = tokens(case, length)
-    want = trace_of(case, ids)
-    model, state = ours(case), ours(case).new_state()
-    logits, got = model.forward(ids, state=state, taps="*", expert_ids=experts(want))
-    unseen = {n for n in model.taps if n.split(".", 2)[-1] in UNSEEN}
-    assert set(want) == (set(model.taps) | set(state)) - unseen
-    floats = [n for n in want if not n.endswith("moe.ids")]
-    assert_all_near(dict(got) | dict(state.items()), want, floats)
-    reference = model.reference().forward(ids, taps="*", expert_ids=experts(want))
-    assert_all_near(reference.taps | reference.state, want, floats)
+    live.every_module_and_cache(case, length)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", KIMI_CASES)
 def test_free_run(case):
-    """Nothing given from outside: the same experts wherever float32 can tell them apart, then the same logits."""
-    ids = tokens(case, 64, seed=1)
-    want = adapter.trace(theirs(case), ids)
-    logits, got = ours(case).forward(ids, taps="*")
-    flipped = np.zeros(len(ids), bool)
-    for i, chosen in experts(want).items():
-        own = got[f"layers.{i}.moe.ids"]
-        other = (own != chosen).any(axis=1) & ~np.logical_or.accumulate(flipped)   # what a flip does is not judged
-        for at in np.flatnonzero(other):
-            assert gap(case, i, got[f"layers.{i}.moe.logits"][at], own[at], chosen[at]) < 1e-5, (i, at)
-        flipped |= other
-    first = int(flipped.argmax()) if flipped.any() else len(ids)
-    assert first > 0
-    near(logits[:first], want["logits"][:first], "logits")
-
-
-def gap(case, layer, scores, own, chosen):
-    """How near two choices of experts are, in the scores that choose: the experts, or the last group in and out."""
-    c = ours(case).config
-    bias = ours(case).weights[f"model.layers.{layer}.block_sparse_moe.gate.e_score_correction_bias"]
-    score = kl.reference.sigmoid(scores) + bias.astype(np.float64)
-    gaps = [abs(score[a] - score[b]) for a in set(own) - set(chosen) for b in set(chosen) - set(own)]
-    if c.top_groups < c.n_groups:
-        groups = np.sort(np.sort(score.reshape(c.n_groups, -1), axis=1)[:, -2:].sum(1))[::-1]
-        gaps.append(groups[c.top_groups - 1] - groups[c.top_groups])
-    return min(gaps)
+    live.free_run(case)
 
 
 def test_a_flip_is_judged_by_its_gap():
@@ -114,41 +33,18 @@ def test_a_flip_is_judged_by_its_gap():
     bias = ours("kimi-a").weights["model.layers.1.block_sparse_moe.gate.e_score_correction_bias"].astype(np.float64)
     wanted = np.array([0.5, 0.4, 0.4 - 2e-6, 0.2, 0.2, 0.2, 0.2, 0.2]) - bias
     scores = np.log(wanted / (1 - wanted))
-    assert abs(gap("kimi-a", 1, scores, [0, 1], [0, 2]) - 2e-6) < 1e-12
-    assert gap("kimi-a", 1, scores, [0, 1], [0, 3]) > 0.19
+    assert abs(live.gap("kimi-a", 1, scores, [0, 1], [0, 2]) - 2e-6) < 1e-12
+    assert live.gap("kimi-a", 1, scores, [0, 1], [0, 3]) > 0.19
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", KIMI_CASES)
 def test_step_by_step(case):
-    """A prompt and then one token at a time, where transformers takes its recurrent form and its kept caches."""
-    ids = tokens(case, 30, seed=2)
-    cuts = [0, 21, *range(22, 31)]
-    cache, state = None, ours(case).new_state()
-    for a, b in zip(cuts, cuts[1:]):
-        with torch.no_grad():
-            result = theirs(case)(torch.from_numpy(ids[None, a:b]), past_key_values=cache, use_cache=True,
-                                  **no_attention(ours(case).config, a, b))
-        cache = result.past_key_values
-        logits = ours(case).forward(ids[a:b], state=state)
-        near(logits, numpy(result.logits)[0], f"logits of {a}..{b}")
-    found = {}
-    for i, layer in enumerate(cache.layers):
-        found |= golden.to_taps(adapter._caches(layer, i), ours(case).config)
-    assert set(found) == set(state)
-    assert_all_near(dict(state.items()), found, found)
+    live.step_by_step(case)
 
 
 @pytest.mark.parametrize("case", ["tiny", "kimi-b", "groups"])
 def test_ragged_batch_is_their_padded_batch(case):
-    """Lengths 40, 9 and 1: theirs with padding on the left and a mask, ours packed."""
-    sequences = [tokens(case, n, seed=3) for n in (40, 9, 1)]
-    padded, mask = np.zeros((3, 40), np.int64), np.zeros((3, 40), np.int64)
-    for row, ids in enumerate(sequences):
-        padded[row, 40 - len(ids):], mask[row, 40 - len(ids):] = ids, 1
-    with torch.no_grad():
-        want = numpy(theirs(case)(torch.from_numpy(padded), attention_mask=torch.from_numpy(mask)).logits)
-    for row, logits in enumerate(ours(case).forward(sequences)):
-        near(logits, want[row, 40 - len(logits):], f"sequence {row}")
+    live.ragged_batch(case)
 
 
 def test_what_transformers_saves_is_what_it_was_given():
@@ -166,12 +62,10 @@ def test_what_transformers_saves_is_what_it_was_given():
         assert adapter.config_of(theirs(case)) == c
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", KIMI_CASES)
 def test_every_norm_has_their_eps(case):
-    """An eps is too small to show in every result: read from their modules, those on latents apart."""
-    c = ours(case).config
-    found = {path.rsplit(".", 1)[-1]: module.variance_epsilon for path, module in theirs(case).named_modules()
-             if hasattr(module, "variance_epsilon")}
+    """Those on latents apart."""
+    c, found = ours(case).config, live.eps_of_norms(case)
     latent = {name: found.pop(name) for name in ("kv_a_layernorm", "q_a_layernorm") if name in found}
     assert set(latent.values()) <= {c.latent_eps} and set(found.values()) == {c.rms_norm_eps}
     assert ("q_a_layernorm" in latent) == (c.q_rank > 0 and any(spec.mixer == "mla" for spec in c.layers))
@@ -241,5 +135,5 @@ def test_the_limits_are_those_of_two_float32_engines():
     ids = tokens("kimi-a", 20)
     want = adapter.trace(theirs("kimi-a"), ids, "layers.*.out")
     with pytest.raises(AssertionError, match="layers.2.out"):
-        assert_all_near({n: x * (1.001 if n == "layers.2.out" else 1) for n, x in want.items()}, want, want)
+        live.assert_all_near({n: x * (1.001 if n == "layers.2.out" else 1) for n, x in want.items()}, want, want)
     assert RMS < 1e-3 and LARGEST < 1e-2

@@ -12,6 +12,7 @@ from conftest import DATA, QWEN_CASES, canonical_weights
 
 from kimi_linear.config import Config, ConfigError, LayerSpec
 from kimi_linear.config_qwen import KEYS, OUTER_KEYS, ROPE_KEYS
+from kimi_linear.config_reader import USED
 
 #: Qwen3-Next-80B-A3B-Instruct as published.
 NEXT = dict(
@@ -262,6 +263,21 @@ REFUSED = {
 def test_refused_by_name(key):
     d, change = REFUSED[key]
     assert any(p.startswith(key + " ") for p in problems(changed(d, **change))), problems(changed(d, **change))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_key_that_counts_is_refused_by_name(name):
+    """A value of no type that any of them takes; those that a file of its kind must not have, too."""
+    d = PUBLISHED[name]
+    prefix = "text_config." if "text_config" in d else ""
+    of_ropes = {"rope_parameters": {}} if d is NEXT else {}
+    for key in (k for k, use in KEYS.items() if use == USED and not k.startswith("rope_")):
+        where = f"outer__{key}" if key == "tie_word_embeddings" and prefix else key
+        found = problems(changed(d, **{where: {"x": 1}}))
+        assert any(p.startswith(f"{'' if 'outer' in where else prefix}{key} ") for p in found), (key, found)
+    for key in ("rope_type", "rope_theta", "partial_rotary_factor"):
+        found = problems(changed(d, **of_ropes | {f"rope_parameters__{key}": {"x": 1}}))
+        assert any(p.startswith(f"{prefix}rope_parameters") for p in found), (key, found)
 
 
 @pytest.mark.parametrize("change, says", [
