@@ -10,8 +10,10 @@
 
 #define KL_STORED_TYPES(TYPE)                                                                      \
     TYPE(KL_F32)                                                                                   \
-    TYPE(KL_F16) TYPE(KL_BF16) TYPE(KL_Q4_0) TYPE(KL_Q8_0) TYPE(KL_IQ4_NL) TYPE(KL_Q2_K)           \
-        TYPE(KL_Q3_K) TYPE(KL_Q4_K) TYPE(KL_Q5_K) TYPE(KL_Q6_K) TYPE(KL_IQ4_XS)
+    TYPE(KL_F16)                                                                                   \
+    TYPE(KL_BF16)                                                                                  \
+    TYPE(KL_Q4_0) TYPE(KL_Q8_0) TYPE(KL_IQ4_NL) TYPE(KL_Q2_K) TYPE(KL_Q3_K) TYPE(KL_Q4_K)          \
+        TYPE(KL_Q5_K) TYPE(KL_Q6_K) TYPE(KL_IQ4_XS)
 
 template <kl_type TYPE> struct kl_stored;
 

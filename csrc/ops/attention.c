@@ -19,10 +19,6 @@
 
 enum { ROWS = 256, SEGMENT = KL_PAGE };
 
-/* From this many rows on, a block of a float32 cache is copied: side by side its rows stay in the cache of
- * the processor, while a stride of a power of two leaves them a few sets of it. */
-enum { COPIED = 32 };
-
 /* Up to this many rows, those of one token's heads, float16 is widened as it is read: a buffer between costs more
  * than the products do. */
 enum { DIRECT = 8 };
@@ -113,24 +109,13 @@ static const float *first_query(const job *a, const chunk *c, int64_t head)
     return a->q + ((g->offsets[c->n] + c->first) * g->H + head * a->group) * g->K;
 }
 
-static int64_t block_floats(const job *a, const kl_cache *cache, int64_t width)
-{
-    return a->rows >= COPIED ? KL_BLOCK * width : kl_cache_buffer(cache, width);
-}
-
 /* A head's keys or values of a block, for `rows` rows. */
 static kl_rows block_of(const job *a, const kl_cache *cache, const chunk *c, int64_t position,
                         int64_t count, int64_t head, int64_t width, int64_t rows, float *buffer)
 {
     if (cache->type == KL_F16 && rows <= DIRECT)
         return kl_cache_halves(cache, c->n, position, head * width, width);
-    const kl_rows r =
-        kl_cache_rows(a->ctx->k, cache, c->n, position, count, head * width, width, buffer);
-    if (rows < COPIED || r.data == buffer)
-        return r;
-    for (int64_t i = 0; i < count; i++)
-        memcpy(buffer + i * width, r.data + i * r.stride, (size_t)width * sizeof *buffer);
-    return (kl_rows){ buffer, width, width, NULL };
+    return kl_cache_rows(a->ctx->k, cache, c->n, position, count, head * width, width, buffer);
 }
 
 /* Rows of key head `head` over the positions of one segment, in run: cleared, then block by block. */
@@ -148,7 +133,7 @@ static void attend_segment(const job *a, const chunk *c, int64_t head, int64_t s
         kl_attend block = {
             .k = { block_of(a, &a->keys, c, p, count, head, g->K, rows, buffer) },
             .v = block_of(a, &a->values, c, p, count, head, g->V, rows,
-                          buffer + block_floats(a, &a->keys, g->K)),
+                          buffer + kl_cache_buffer(&a->keys, g->K)),
             .ahead = { kl_cache_ahead(&a->keys, c->n, p + KL_BLOCK, end, head * g->K, g->K),
                        kl_cache_ahead(&a->values, c->n, p + KL_BLOCK, end, head * g->V, g->V) },
             .n = count,
@@ -320,7 +305,7 @@ static kl_status prepare(job *a)
     KL_SCRATCH(a->split, a->ctx, a->n_whole);
     a->n_whole = 0;
     each_chunk(a, sort_chunk, &work);
-    a->buffer_floats = block_floats(a, &a->keys, g->K) + block_floats(a, &a->values, g->V);
+    a->buffer_floats = kl_cache_buffer(&a->keys, g->K) + kl_cache_buffer(&a->values, g->V);
     KL_SCRATCH(a->buffer, a->ctx, threads * a->buffer_floats);
     KL_TRY(take_rows(a, &a->run, threads * a->rows));
     KL_TRY(take_rows(a, &a->part, threads * a->rows));

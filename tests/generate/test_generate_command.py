@@ -26,7 +26,8 @@ def test_stop_and_penalty(capfd):
 
 
 def test_samples(capfd):
-    want = kl.Model.tiny(activations="auto").generate(PROMPT, n=3, max_new_tokens=10, temperature=0.9, seed=4).run().text
+    model = kl.Model.tiny(activations="auto")
+    want = model.generate(PROMPT, n=3, max_new_tokens=10, temperature=0.9, seed=4).run().text
     code, out, _ = output(capfd, "-n", "3", "--temperature", "0.9", "--seed", "4")
     assert code == 0 and out == "".join(f"--- {i + 1} of 3\n{text}\n" for i, text in enumerate(want))
     facts = json.loads(output(capfd, "--samples", "3", "--temperature", "0.9", "--seed", "4", "--json")[1])
