@@ -1,19 +1,29 @@
 /* Storage types and matrices in them, as kernels read them.
  *
  * A storage type is one struct with `at`, value k of a stored row, by the formula of quant/<type>.c: the same
- * operations, each rounded, in the same order; and `bytes_of`, of a row. KL_STORED_TYPES lists the types, and every kernel over weights is made
- * for each. Blocks lie on even addresses: a row begins on one, and a block has an even number of bytes. */
+ * operations, each rounded, in the same order; and `bytes_of`, of a row. KL_STORED_TYPES lists the types, and every
+ * kernel over weights is made for each. Blocks lie on even addresses: a row begins on one, and a block has an even
+ * number of bytes. */
 #ifndef KL_HIP_STORED_H
 #define KL_HIP_STORED_H
 
 #include "scalar.h"
 
+/* clang-format off: one a line */
 #define KL_STORED_TYPES(TYPE)                                                                      \
     TYPE(KL_F32)                                                                                   \
     TYPE(KL_F16)                                                                                   \
     TYPE(KL_BF16)                                                                                  \
-    TYPE(KL_Q4_0) TYPE(KL_Q8_0) TYPE(KL_IQ4_NL) TYPE(KL_Q2_K) TYPE(KL_Q3_K) TYPE(KL_Q4_K)          \
-        TYPE(KL_Q5_K) TYPE(KL_Q6_K) TYPE(KL_IQ4_XS)
+    TYPE(KL_Q4_0)                                                                                  \
+    TYPE(KL_Q8_0)                                                                                  \
+    TYPE(KL_IQ4_NL)                                                                                \
+    TYPE(KL_Q2_K)                                                                                  \
+    TYPE(KL_Q3_K)                                                                                  \
+    TYPE(KL_Q4_K)                                                                                  \
+    TYPE(KL_Q5_K)                                                                                  \
+    TYPE(KL_Q6_K)                                                                                  \
+    TYPE(KL_IQ4_XS)
+/* clang-format on */
 
 template <kl_type TYPE> struct kl_stored;
 
