@@ -11,7 +11,7 @@
 namespace
 {
 
-const int BLOCK = 256, ROWS = 16, POSITIONS = 64, SEGMENT = KL_PAGE, STEP = KL_TILE_K;
+const int BLOCK = 256, ROWS = 16, POSITIONS = 64, SEGMENT = KL_PAGE, STEP = KL_CHAIN;
 const int PAD = 4; /* to a row of weights: they begin on 16 bytes, in different banks */
 
 /* ---- v1 ---- */

@@ -3,7 +3,8 @@
 #define KL_HIP_CACHE_H
 
 #include "ragged.h"
-#include "tile.h"
+#include "reduce.h"
+#include "stored.h"
 
 /* kl_cache with its table of pages on the device: [N, pages] addresses. */
 struct kl_cached {
@@ -46,7 +47,7 @@ template <kl_type TYPE>
 static __device__ __forceinline__ float kl_cached_at(const char *row, int64_t k)
 {
     if (TYPE != KL_Q8_0)
-        return kl_stored < TYPE == KL_F16 ? KL_F16 : KL_F32 > ::at(row, k);
+        return kl_stored<(TYPE == KL_F16 ? KL_F16 : KL_F32)>::at(row, k);
     const char *block = row + k / 32 * 34;
     const float d = kl_stored<KL_F16>::at(block, 0);
     return d * static_cast<float>(static_cast<signed char>(block[2 + k % 32]));

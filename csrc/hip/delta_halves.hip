@@ -3,7 +3,7 @@
  *       memory, each decay multiplied anew from its factors. Sums in the CPU's order, but for L and P: chains of 16. */
 #include "delta.h"
 
-#include "tile.h"
+#include "stored.h"
 
 namespace
 {
@@ -58,9 +58,9 @@ __global__ void __launch_bounds__(256) delta_rule_intra_v1(halves h, int64_t row
         const place x = place_of(a, at / a.chunk);
         const int64_t j = at % a.chunk, ti = x.begin + x.i, tj = x.begin + j;
         float of_k = 0.0f, of_q = 0.0f;
-        for (int64_t k0 = 0; j <= x.i && k0 < a.K; k0 += KL_TILE_K) {
+        for (int64_t k0 = 0; j <= x.i && k0 < a.K; k0 += KL_CHAIN) {
             float chain_k = 0.0f, chain_q = 0.0f;
-            for (int64_t k = k0; k < k0 + KL_TILE_K && k < a.K; k++) {
+            for (int64_t k = k0; k < k0 + KL_CHAIN && k < a.K; k++) {
                 const float key = faded(a, x, a.k[kl_delta_key(a, x.p, tj, k)], k, j + 1, x.i);
                 chain_k = fmaf(a.k[kl_delta_key(a, x.p, ti, k)], key, chain_k);
                 chain_q = fmaf(a.q[kl_delta_key(a, x.p, ti, k)] * a.scale, key, chain_q);

@@ -45,9 +45,9 @@ template <kl_type TYPE> __global__ void __launch_bounds__(256) latent_product_v1
         const int64_t out = i % p.out, h = i / p.out % p.H, t = i / p.out / p.H;
         const float *x = p.x + (t * p.H + h) * p.x_step;
         float sum = 0.0f;
-        for (int64_t d = 0; d < p.in; d += KL_TILE_K) {
+        for (int64_t d = 0; d < p.in; d += KL_CHAIN) {
             float chain = 0.0f;
-            for (int64_t e = d; e < d + KL_TILE_K && e < p.in; e++)
+            for (int64_t e = d; e < d + KL_CHAIN && e < p.in; e++)
                 chain = fmaf(x[e], weight<TYPE>(p, h, out, e), chain);
             sum += chain;
         }
@@ -63,9 +63,9 @@ template <kl_type TYPE> __global__ void __launch_bounds__(256) latent_product_ac
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * BLOCK + threadIdx.x; i < n; i += step) {
         const int64_t out = i % p.out, h = i / p.out % p.H, t = i / p.out / p.H * TOGETHER;
         float sum[TOGETHER] = {};
-        for (int64_t d = 0; d < p.in; d += KL_TILE_K) {
+        for (int64_t d = 0; d < p.in; d += KL_CHAIN) {
             float chain[TOGETHER] = {};
-            for (int64_t e = d; e < d + KL_TILE_K && e < p.in; e++) {
+            for (int64_t e = d; e < d + KL_CHAIN && e < p.in; e++) {
                 const float w = weight<TYPE>(p, h, out, e);
                 KL_UNROLL
                 for (int j = 0; j < TOGETHER; j++)

@@ -9,6 +9,8 @@
 
 #include "kl_gpu.h"
 
+enum { KL_CHAIN = 16 }; /* terms of a chain of fma, where a sum adds such chains */
+
 #define KL_TEAM 32
 
 static __device__ __forceinline__ int kl_team() { return static_cast<int>(threadIdx.x) / KL_TEAM; }
