@@ -273,7 +273,7 @@ def attention(q, k, v, scale, offsets=None, kv_offsets=None, what=None):
     return o
 
 
-BUGS |= {("attention", "no scale"): "scores are not scaled", ("attention", "V"): "scaled by V^-1/2",
+BUGS |= {("attention", "no scale"): "scores of grouped heads are not scaled", ("attention", "V"): "scaled by V^-1/2",
          ("attention", "tiled"): "key head h % Hkv", ("attention", "no mask"): "see the positions behind",
          ("attention", "off by one"): "their own position", ("attention", "left"): "query t sees positions 0 to t"}
 
