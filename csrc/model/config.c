@@ -1,6 +1,25 @@
 /* Checks of a config, and the shapes of its taps. */
 #include "model.h"
 
+enum { MIXERS = KL_MIXER_ATTN + 1, FFNS = KL_FFN_MOE + 1 };
+
+/* Each layer's parts are among those there are. */
+static kl_status check_layers(kl_ctx *ctx, const kl_config *c)
+{
+    if (c->layers == NULL)
+        return kl_fail(ctx, KL_ERR_ARG, "config: layers is NULL; it must be [n_layers]");
+    for (int64_t i = 0; i < c->n_layers; i++) {
+        const int mixer = (int)c->layers[i].mixer, ffn = (int)c->layers[i].ffn;
+        if (mixer < 0 || mixer >= MIXERS)
+            return kl_fail(ctx, KL_ERR_ARG, "config: layer %lld has mixer %d; it must be 0 to %d",
+                           (long long)i, mixer, MIXERS - 1);
+        if (ffn < 0 || ffn >= FFNS)
+            return kl_fail(ctx, KL_ERR_ARG, "config: layer %lld has ffn %d; it must be 0 to %d",
+                           (long long)i, ffn, FFNS - 1);
+    }
+    return KL_OK;
+}
+
 /* How the heads of a mixer fit each other. */
 static kl_status check_heads(kl_ctx *ctx, const kl_config *c, bool kda, bool gdn, bool attn)
 {
@@ -26,7 +45,7 @@ static kl_status check_heads(kl_ctx *ctx, const kl_config *c, bool kda, bool gdn
 
 kl_status kl_config_check(kl_ctx *ctx, const kl_config *c)
 {
-    bool mixer[4] = { false }, dense = false, moe = false;
+    bool mixer[MIXERS] = { false }, dense = false, moe = false;
     const struct {
         const char *name;
         int64_t value;
@@ -37,6 +56,7 @@ kl_status kl_config_check(kl_ctx *ctx, const kl_config *c)
         if (sizes[i].value < 1 || sizes[i].value > INT32_MAX)
             return kl_fail(ctx, KL_ERR_ARG, "config: %s is %lld; it must be 1 to 2^31 - 1",
                            sizes[i].name, (long long)sizes[i].value);
+    KL_TRY(check_layers(ctx, c));
     for (int64_t i = 0; i < c->n_layers; i++) {
         mixer[c->layers[i].mixer] = true;
         dense |= c->layers[i].ffn == KL_FFN_DENSE;

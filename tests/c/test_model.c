@@ -98,6 +98,32 @@ static void test_wrong_checkpoints(kl_ctx *ctx)
     CHECK(strstr(kl_ctx_error(ctx), "conv_width is 9") != NULL);
 }
 
+static void test_layers_that_are_none(kl_ctx *ctx)
+{
+    const struct {
+        kl_layer layer;
+        const char *sentence;
+    } wrong[] = {
+        { { (kl_mixer)4, KL_FFN_DENSE }, "layer 0 has mixer 4; it must be 0 to 3" },
+        { { (kl_mixer)-1, KL_FFN_DENSE }, "layer 0 has mixer -1" },
+        { { KL_MIXER_KDA, (kl_ffn)2 }, "layer 0 has ffn 2; it must be 0 to 1" },
+    };
+    kl_model *model;
+    for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++) {
+        kl_config c = config();
+        kl_layer mine[8];
+        CHECK(c.n_layers <= 8);
+        memcpy(mine, c.layers, (size_t)c.n_layers * sizeof mine[0]);
+        mine[0] = wrong[i].layer;
+        c.layers = mine;
+        CHECK(kl_model_create(ctx, &model, &c, tensors, n_tensors, 0) == KL_ERR_ARG);
+        CHECK(strstr(kl_ctx_error(ctx), wrong[i].sentence) != NULL && model == NULL);
+        c.layers = NULL;
+        CHECK(kl_model_create(ctx, &model, &c, tensors, n_tensors, 0) == KL_ERR_ARG);
+        CHECK(strstr(kl_ctx_error(ctx), "layers is NULL") != NULL);
+    }
+}
+
 int main(void)
 {
     float logits[VOCAB];
@@ -110,6 +136,7 @@ int main(void)
     test_out_of_memory(logits);
     test_plan(ctx);
     test_wrong_checkpoints(ctx);
+    test_layers_that_are_none(ctx);
     kl_ctx_destroy(ctx);
     free_checkpoint();
     printf("%s: %s\n", __FILE__, failures == 0 ? "ok" : "failed");
