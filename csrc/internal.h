@@ -3,14 +3,13 @@
 #define KL_INTERNAL_H
 
 #include "kimi_linear.h"
-#include "ops/list.h"
+#include "ops/backend.h"
 
 #include <stdatomic.h>
 #include <stdbool.h>
 
 typedef struct kl_kernels kl_kernels; /* cpu/kernels.h: one table an instruction set */
 typedef struct kl_pool kl_pool;       /* pool.c */
-typedef struct kl_backend kl_backend; /* ops/backend.h: the op table */
 
 /* A stack of scratch memory in chunks: an allocation never moves, and once a context has seen its
  * largest call it allocates no more. While measuring nothing is allocated: addresses are NULL and
@@ -76,13 +75,6 @@ typedef struct kl_measure {
 void kl_measure_begin(kl_ctx *ctx, kl_measure *saved);
 size_t kl_measure_end(kl_ctx *ctx, const kl_measure *saved);
 
-#define KL_TRY(call)                                                                               \
-    do {                                                                                           \
-        const kl_status kl_try_status = (call);                                                    \
-        if (kl_try_status != KL_OK)                                                                \
-            return kl_try_status;                                                                  \
-    } while (0)
-
 /* n values of *pointer's type; returns from the caller on failure */
 #define KL_SCRATCH(pointer, ctx, n)                                                                \
     do {                                                                                           \
@@ -134,7 +126,6 @@ static inline float *kl_slot_of(kl_slots slots, int64_t n)
 
 static inline int64_t kl_min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t kl_max(int64_t a, int64_t b) { return a > b ? a : b; }
-static inline int64_t kl_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 /* rows a task where a row is D cheap values: enough work to be worth handing out */
 static inline int64_t kl_row_grain(int64_t D) { return kl_max(1, 16384 / kl_max(1, D)); }
 

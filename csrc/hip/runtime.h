@@ -15,13 +15,6 @@ KL_OPS(KL_OP)
 
 extern const kl_core *kl_core_of; /* the core's functions */
 
-#define KL_TRY(call)                                                                               \
-    do {                                                                                           \
-        const kl_status kl_try_status = (call);                                                    \
-        if (kl_try_status != KL_OK)                                                                \
-            return kl_try_status;                                                                  \
-    } while (0)
-
 /* n values of *pointer's type in device memory */
 #define KL_SCRATCH_OF(pointer, ctx, n)                                                             \
     do {                                                                                           \
@@ -50,8 +43,6 @@ kl_status kl_faults_of(kl_ctx *ctx, unsigned long long **faults, int64_t E, int6
 
 /* The highest version of a ladder that may be launched: KL_GPU_VERSION, by which a test runs the oracles. */
 int kl_version();
-
-static inline int64_t kl_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 /* Blocks for n tasks: kernels walk over tasks by gridDim.x, so that any number of them fits a grid. */
 static inline unsigned kl_grid(int64_t n)

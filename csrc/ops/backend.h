@@ -6,6 +6,16 @@
 
 #include "list.h"
 
+/* Hands a failure on. */
+#define KL_TRY(call)                                                                               \
+    do {                                                                                           \
+        const kl_status kl_try_status = (call);                                                    \
+        if (kl_try_status != KL_OK)                                                                \
+            return kl_try_status;                                                                  \
+    } while (0)
+
+static inline int64_t kl_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 #ifdef __cplusplus
 extern "C" {
 #endif
