@@ -5,9 +5,9 @@ import math
 import numpy as np
 
 from .. import _core
-from .._arrays import apart, as_float32, as_integers, as_offsets, check_shape, output
+from .._arrays import apart, as_float32, as_integers, check_shape, output
 from ..context import current
-from ._mla import as_cache, check_lengths, typed
+from ._cached import both_offsets, finite_scale, one_axis, result, typed
 
 
 def rope(x, positions, *, base, rotary, out=None, ctx=None):
@@ -96,41 +96,17 @@ def attention(q, k, v, *, scale, offsets=None, kv_offsets=None, out=None, ctx=No
     TypeError
         If an array is of another type.
     """
-    scale = float(scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}; it must be finite")
-    q, k, v, batch, offsets, kv_offsets = _one_axis(q, k, v, offsets, kv_offsets)
+    scale = finite_scale(scale)
+    q, (k, v), batch, offsets, kv_offsets = one_axis(
+        (q, ("T", "H", "K")), {"k": (k, ("S", "Hkv", "K")), "v": (v, ("S", "Hkv", "V"))}, offsets, kv_offsets)
     (T, H, K), (S, Hkv), V = q.shape, k.shape[:2], v.shape[2]
     check_shape(k, "k", ("S", "Hkv", K))
     check_shape(v, "v", (S, Hkv, "V"))
     if min(H, Hkv, K, V) < 1 or H % Hkv:
         raise ValueError(f"q is {[T, H, K]}, k {list(k.shape)} and v {list(v.shape)}; no axis but the first may be "
                          f"empty, and the heads of k must divide those of q")
-    offsets = as_offsets(offsets, T)
-    kv_offsets = as_offsets(offsets if kv_offsets is None and S == T else kv_offsets, S, "kv_offsets")
-    check_lengths(offsets, kv_offsets)
-    o = output(out, (*batch, H, V) if batch else (T, H, V))
-    for name, given in (("q", q), ("k", k), ("v", v)):
-        if np.may_share_memory(o, given):
-            raise ValueError(f"out shares memory with {name}; attention needs another array")
+    offsets, kv_offsets = both_offsets(offsets, kv_offsets, T, S)
+    o = result("attention", out, (*(batch or (T,)), H, V), q=q, k=k, v=v)
     sizes = (len(offsets) - 1, T, S, H, Hkv, K, V)
     _core.attention(current(ctx)._core, o, q, *typed(k), *typed(v), offsets, kv_offsets, sizes, scale)
     return o
-
-
-def _one_axis(q, k, v, offsets, kv_offsets):
-    """Inputs without a batch axis, that axis as (B, T), and offsets that say the same."""
-    q, k, v = as_float32(q, "q"), as_cache(k, "k"), as_cache(v, "v")
-    if q.ndim != 4:
-        check_shape(q, "q", ("T", "H", "K"))
-        check_shape(k, "k", ("S", "Hkv", "K"))
-        check_shape(v, "v", ("S", "Hkv", "V"))
-        return q, k, v, (), offsets, kv_offsets
-    if offsets is not None or kv_offsets is not None:
-        raise ValueError("offsets are for [T, ...]; q has a batch axis, whose sequences are equally long")
-    B, T = q.shape[:2]
-    check_shape(k, "k", (B, "S", "Hkv", "K"))
-    S = k.shape[1]
-    check_shape(v, "v", (B, S, "Hkv", "V"))
-    q, k, v = (a.reshape(a.shape[0] * a.shape[1], *a.shape[2:]) for a in (q, k, v))
-    return q, k, v, (B, T), np.arange(B + 1) * T, np.arange(B + 1) * S

@@ -1,12 +1,9 @@
 """Multi-head latent attention over its cache."""
 
-import math
-
-import numpy as np
-
 from .. import _core
-from .._arrays import BFLOAT16, as_array, as_float32, as_offsets, as_weight, check_shape, output
+from .._arrays import as_weight, check_shape
 from ..context import current
+from ._cached import both_offsets, finite_scale, one_axis, result, typed
 
 _FORMS = {"auto": 0, "absorbed": 3, "expanded": 4}
 
@@ -58,9 +55,7 @@ def latent_attention(q, latent, k_shared, w_uk, w_uv, *, scale, offsets=None, kv
     """
     if form not in _FORMS:
         raise ValueError(f"form is {form!r}; it must be one of {', '.join(map(repr, _FORMS))}")
-    scale = float(scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}; it must be finite")
+    scale = finite_scale(scale)
     w_uk, (H, K, R) = as_weight(w_uk, "w_uk", ndim=3)
     w_uv, (uv_heads, V, uv_rank) = as_weight(w_uv, "w_uv", ndim=3)
     if (uv_heads, uv_rank) != (H, R):
@@ -68,64 +63,16 @@ def latent_attention(q, latent, k_shared, w_uk, w_uv, *, scale, offsets=None, kv
                          f"[{H}, {K}, {R}]")
     if min(H, K, V, R) < 1:
         raise ValueError(f"w_uk is [{H}, {K}, {R}] and w_uv [{H}, {V}, {R}]; no axis may be empty")
-    q, latent, k_shared, batch, offsets, kv_offsets = _one_axis(q, latent, k_shared, offsets, kv_offsets)
+    q, (latent, k_shared), batch, offsets, kv_offsets = one_axis(
+        (q, ("T", "H", "K + P")), {"latent": (latent, ("S", "R")), "k_shared": (k_shared, ("S", "P"))}, offsets,
+        kv_offsets)
     T, S, P = len(q), len(latent), k_shared.shape[-1]
     check_shape(q, "q", ("T", H, K + P))
     check_shape(latent, "latent", ("S", R))
     check_shape(k_shared, "k_shared", (S, P))
-    offsets = as_offsets(offsets, T)
-    kv_offsets = as_offsets(offsets if kv_offsets is None and S == T else kv_offsets, S, "kv_offsets")
-    check_lengths(offsets, kv_offsets)
-    o = output(out, (*batch, H, V) if batch else (T, H, V))
-    for name, given in (("q", q), ("latent", latent), ("k_shared", k_shared)):
-        if np.may_share_memory(o, given):
-            raise ValueError(f"out shares memory with {name}; latent_attention needs another array")
+    offsets, kv_offsets = both_offsets(offsets, kv_offsets, T, S)
+    o = result("latent_attention", out, (*(batch or (T,)), H, V), q=q, latent=latent, k_shared=k_shared)
     sizes = (len(offsets) - 1, T, S, H, K, P, V, R)
     _core.latent_attention(current(ctx)._core, o, q, *typed(latent), *typed(k_shared), w_uk, w_uv, offsets,
                            kv_offsets, sizes, scale, _FORMS[form])
     return o
-
-
-def as_cache(x, name):
-    """A cache as it lies: contiguous float32 or float16; bfloat16 widens to float32."""
-    a = as_array(x, name)
-    if a.dtype == BFLOAT16:
-        a = a.astype(np.float32)
-    if a.dtype not in (np.float32, np.float16):
-        raise TypeError(f"{name} is {a.dtype}; it must be float32, float16 or bfloat16: "
-                        f"{name}.astype('float32')")
-    return np.ascontiguousarray(a).reshape(a.shape)
-
-
-def typed(cache):
-    """(buffer, type id) for the C core."""
-    return (cache, 0) if cache.dtype == np.float32 else (cache.view(np.uint16), 1)
-
-
-def _one_axis(q, latent, k_shared, offsets, kv_offsets):
-    """Inputs without a batch axis, that axis as (B, T), and offsets that say the same."""
-    q, latent, k_shared = as_float32(q, "q"), as_cache(latent, "latent"), as_cache(k_shared, "k_shared")
-    if q.ndim != 4:
-        check_shape(q, "q", ("T", "H", "K + P"))
-        check_shape(latent, "latent", ("S", "R"))
-        check_shape(k_shared, "k_shared", ("S", "P"))
-        return q, latent, k_shared, (), offsets, kv_offsets
-    if offsets is not None or kv_offsets is not None:
-        raise ValueError("offsets are for [T, ...]; q has a batch axis, whose sequences are equally long")
-    B, T = q.shape[:2]
-    check_shape(latent, "latent", (B, "S", "R"))
-    S = latent.shape[1]
-    check_shape(k_shared, "k_shared", (B, S, "P"))
-    q, latent, k_shared = (a.reshape(a.shape[0] * a.shape[1], *a.shape[2:]) for a in (q, latent, k_shared))
-    return q, latent, k_shared, (B, T), np.arange(B + 1) * T, np.arange(B + 1) * S
-
-
-def check_lengths(offsets, kv_offsets):
-    """ValueError where a sequence has fewer positions than queries."""
-    if len(offsets) != len(kv_offsets):
-        raise ValueError(f"kv_offsets has {len(kv_offsets)} values and offsets {len(offsets)}; one has to "
-                         f"have as many as the other")
-    for n, (queries, positions) in enumerate(zip(np.diff(offsets), np.diff(kv_offsets), strict=True)):
-        if positions < queries:
-            raise ValueError(f"sequence {n} has {positions} positions for {queries} queries; the queries' "
-                             f"own must be among them")
