@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .plain import Form, causal, maker, nans, plain
+from .plain import Form, causal, drawn, maker, nans, plain
 
 __all__ = ["SPEC"]
 
@@ -30,10 +30,6 @@ def _infinite(x, rng):
     x["g"][70, 0] = -np.inf
 
 
-def _mixed(x, rng):
-    x["g"][...] = rng.choice(np.float32([-0.0, -1e-30, -1e-3, -5, -100, -1e4]), x["g"].shape)
-
-
 def cases():
     """All."""
     yield case("plain", "lengths", 70, usual=True, says="70 tokens: a chunk of 64 and one of 6")
@@ -50,7 +46,7 @@ def cases():
     yield case("per-head", "kinds", 70, 5, kind="head", needs={"gate per head"}, usual=True)
     yield case("ragged", "ragged", 150, lengths=(0, 1, 70, 0, 66, 13), needs={"offsets"}, usual=True,
                says="sequences of 0, 1, 70, 0, 66 and 13 tokens: chunks begin anew")
-    yield case("mixed", "rim", 130, change=_mixed, says="from -0 to -1e4")
+    yield case("mixed", "rim", 130, change=drawn("g", [-0.0, -1e-30, -1e-3, -5, -100, -1e4]), says="from -0 to -1e4")
     yield case("wide", "rim", 130, strongest=200.0)
     yield case("infinite", "rim", 130, change=_infinite, needs={"-inf"}, says="one -inf stays to the end of its chunk")
     yield from nans(case, 70, g=(20, 1, 3))

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .plain import Form, lone_rows, maker, nans, plain
+from .plain import Form, drawn, filled, lone_rows, maker, nans, plain
 
 __all__ = ["SPEC"]
 
@@ -18,14 +18,7 @@ def inputs(rng, T, H=3, K=16, kind="channel", scale=2.0, lower_bound=None):
 case = maker("decay_gate", inputs)
 
 
-def _fill(value):
-    def change(x, rng):
-        x["f"][...] = value
-    return change
-
-
-def _mixed(x, rng):
-    x["f"][...] = rng.choice(np.float32([-1e4, -100, -20, -1e-20, 0, 1e-20, 10.5, 21, 80, 90, 1e4]), x["f"].shape)
+_mixed = drawn("f", [-1e4, -100, -20, -1e-20, 0, 1e-20, 10.5, 21, 80, 90, 1e4])
 
 
 def _open(x, rng):
@@ -53,7 +46,7 @@ def cases():
                    needs={"lower_bound"})
     yield case("bounded-mixed", "bounded", 9, lower_bound=-5.0, change=_mixed, needs={"lower_bound", "subnormals"})
     for value in (-100.0, -20.0, 0.0, 20.0, 100.0, 1e4):
-        yield case(f"f{value:g}", "rim", 4, change=_fill(value))
+        yield case(f"f{value:g}", "rim", 4, change=filled("f", value))
     yield case("mixed", "rim", 9, change=_mixed, says="from -1e4 to 1e4")
     yield case("rates", "rim", 9, change=_small_rates, says="rates of 1e-6, 1e-3 and 50")
     yield case("steep", "rim", 9, scale=30.0)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .plain import Form, lone_rows, maker, plain
+from .plain import Form, drawn, lone_rows, maker, plain
 from .rms_norm import FORMS as NORM_FORMS
 from .rms_norm import norm_cases
 
@@ -20,22 +20,16 @@ def inputs(rng, T, D=48, scale=1.0, eps=1e-5, spread=1.0, H=None, activation="si
 case = maker("gated_rms_norm", inputs)
 
 
-def _saturated(x, rng):
-    x["z"][...] = rng.choice(np.float32([-70, -20, 0, 20, 100, 1e4]), x["z"].shape)
-
-
-def _closed(x, rng):
-    x["z"][...] = rng.choice(np.float32([-1e4, -100, -90]), x["z"].shape)
-
-
 def rest():
     """What a gate adds."""
     yield case("heads", "heads", 6, 16, 1.0, 1e-5, 1.0, 4, usual=True, says="[T, H, D], a norm for each head")
     yield case("heads-of-a-model", "heads", 2, 128, 1.0, 1e-5, 1.0, 32)
     for activation in ("sigmoid", "silu"):
         yield case(activation, "activation", 6, activation=activation, usual=True, needs={activation})
-    yield case("saturated", "rim", 6, change=_saturated, says="gates next to 0, and 1")
-    yield case("closed", "rim", 6, change=_closed, needs={"subnormals"}, says="gates of -90 and below")
+    yield case("saturated", "rim", 6, change=drawn("z", [-70, -20, 0, 20, 100, 1e4]),
+               says="gates next to 0, and 1")
+    yield case("closed", "rim", 6, change=drawn("z", [-1e4, -100, -90]), needs={"subnormals"},
+               says="gates of -90 and below")
 
 
 FORMS = {"w less 1": NORM_FORMS["w less 1"], "swish": Form(

@@ -18,8 +18,8 @@ from .check import FACTOR
 from .spec import Case, Explanation, Law, NotOffered, Plan, Spec, WrongResult, given
 from .spec import defaults as defaults_of
 
-__all__ = ["DROPPED", "Form", "alone", "causal", "f32", "lone_rows", "maker", "nan_spread", "nans", "plain",
-           "rows_apart"]
+__all__ = ["DROPPED", "Form", "alone", "causal", "drawn", "f32", "filled", "gates", "lone_rows", "maker", "nan_spread",
+           "nans", "plain", "rows_apart"]
 
 #: What a `Form` gives for an argument that is not passed.
 DROPPED = object()
@@ -62,6 +62,30 @@ def nans(case, *sizes, **places):
 
         yield case(f"nan-{name}", "nan", *sizes, change=change, needs={"NaN"},
                    says="NaN in one value: NaN where it goes, nowhere else")
+
+
+def filled(name, value):
+    """A change of a case: an argument full of one value."""
+    def change(x, rng):
+        x[name][...] = value
+
+    return change
+
+
+def drawn(name, values):
+    """A change of a case: an argument of values drawn from some."""
+    def change(x, rng):
+        x[name][...] = rng.choice(np.float32(values), x[name].shape)
+
+    return change
+
+
+def gates(case, name):
+    """Cases of a gate at the rim of its sigmoid."""
+    yield case("saturated", "rim", 6, change=drawn(name, [-80, -20, -1e-20, 0, 1e-20, 20, 88, 100, 1e4]),
+               says="gates from -80 to 1e4, and zeros")
+    yield case("vanishing", "rim", 6, change=drawn(name, [-1e4, -200, -100, -92, -88]), needs={"subnormals"},
+               says="gates from -88 to -1e4")
 
 
 # ---- laws ------------------------------------------------------------------------------------------

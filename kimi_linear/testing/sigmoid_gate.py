@@ -1,8 +1,7 @@
 """What `check_op` knows of `sigmoid_gate`."""
 
-import numpy as np
 
-from .plain import lone_rows, maker, nans, plain
+from .plain import filled, gates, lone_rows, maker, nans, plain
 
 __all__ = ["SPEC"]
 
@@ -13,20 +12,6 @@ def inputs(rng, T, D=48, G=48, scale=2.0):
 
 
 case = maker("sigmoid_gate", inputs)
-
-
-def _fill(gate):
-    def change(x, rng):
-        x["gate"][...] = gate
-    return change
-
-
-def _saturated(x, rng):
-    x["gate"][...] = rng.choice(np.float32([-80, -20, -1e-20, 0, 1e-20, 20, 88, 100, 1e4]), x["gate"].shape)
-
-
-def _vanishing(x, rng):
-    x["gate"][...] = rng.choice(np.float32([-1e4, -200, -100, -92, -88]), x["gate"].shape)
 
 
 def cases():
@@ -40,9 +25,8 @@ def cases():
     for D, G in ((48, 1), (48, 3), (34, 17), (2048, 1), (4096, 16)):
         yield case(f"gates-{G}-of-{D}", "gates", 3, D, G, needs={"G < D"}, usual=True,
                    says="a gate for each of D / G values")
-    yield case("saturated", "rim", 6, change=_saturated, says="gates from -80 to 1e4, and zeros")
-    yield case("vanishing", "rim", 6, change=_vanishing, needs={"subnormals"}, says="gates from -88 to -1e4")
-    yield case("zero", "rim", 3, change=_fill(0.0), says="half of x")
+    yield from gates(case, "gate")
+    yield case("zero", "rim", 3, change=filled("gate", 0.0), says="half of x")
     yield from nans(case, 5, x=(2, 3), gate=(3, 1))
 
 

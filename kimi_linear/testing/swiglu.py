@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .plain import DROPPED, Form, lone_rows, maker, nans, plain
+from .plain import DROPPED, Form, filled, gates, lone_rows, maker, nans, plain
 
 __all__ = ["SPEC"]
 
@@ -15,20 +15,6 @@ def inputs(rng, T, F=48, scale=2.0):
 case = maker("swiglu", inputs)
 
 
-def _fill(gate):
-    def change(x, rng):
-        x["gate"][...] = gate
-    return change
-
-
-def _saturated(x, rng):
-    x["gate"][...] = rng.choice(np.float32([-80, -20, -1e-20, 0, 1e-20, 20, 88, 100, 1e4]), x["gate"].shape)
-
-
-def _vanishing(x, rng):
-    x["gate"][...] = rng.choice(np.float32([-1e4, -200, -100, -92, -88]), x["gate"].shape)
-
-
 def cases():
     """All."""
     yield case("plain", "lengths", 6, usual=True)
@@ -38,10 +24,9 @@ def cases():
     for F in (1, 15, 16, 17, 33, 1024, 9216):
         yield case(f"width-{F}", "widths", 2, F)
     yield case("large", "rim", 6, 48, 30.0, says="past the clamps of some")
-    yield case("saturated", "rim", 6, change=_saturated, says="gates from -80 to 1e4, and zeros")
-    yield case("vanishing", "rim", 6, change=_vanishing, needs={"subnormals"}, says="gates from -88 to -1e4")
-    yield case("zero", "rim", 3, change=_fill(0.0))
-    yield case("negative", "rim", 3, change=_fill(-60.0), says="silu of -60 is next to nothing")
+    yield from gates(case, "gate")
+    yield case("zero", "rim", 3, change=filled("gate", 0.0))
+    yield case("negative", "rim", 3, change=filled("gate", -60.0), says="silu of -60 is next to nothing")
     yield case("tiny", "rim", 3, 48, 1e-30)
     yield from nans(case, 5, gate=(2, 3), up=(3, 1))
 
