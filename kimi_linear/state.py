@@ -1,7 +1,6 @@
 """The state of one sequence: what the model keeps of the tokens it has read."""
 
 import operator
-import re
 
 import numpy as np
 
@@ -73,6 +72,8 @@ class State:
     def __init__(self, model, *, cache="float32", context=0, checkpoints_every=None, keep=0, ctx=None):
         every, keep = _checkpoints(checkpoints_every, keep)
         self._config = model.config
+        self._parts = {f"layers.{i}.{layer.mixer}.{part}": (i, number) for i, layer in enumerate(model.config.layers)
+                       for part, number in _OF_MIXER[layer.mixer].items()}
         self._model = model
         self._owner = model._core  # these weights: replacing one makes another
         self._tensors = model._tensors
@@ -234,28 +235,26 @@ class State:
 
     def keys(self):
         """Names of the arrays, in the order of the layers."""
-        return [f"layers.{i}.{layer.mixer}.{part}" for i, layer in enumerate(self._config.layers)
-                for part in _OF_MIXER[layer.mixer]]
+        return list(self._parts)
 
     def fixed(self):
         """Names of the arrays whose size does not grow: those of delta nets, which checkpoints keep."""
-        return [name for name in self.keys() if self._part(name)[1] not in _CACHES]
+        return [name for name, (_, number) in self._parts.items() if number not in _CACHES]
 
     def __iter__(self):
-        return iter(self.keys())
+        return iter(self._parts)
 
     def __len__(self):
-        return len(self.keys())
+        return len(self._parts)
 
     def __contains__(self, name):
-        return name in self.keys()
+        return name in self._parts
 
     def _part(self, name):
         """(layer, number of the part) of an array."""
-        match = re.fullmatch(r"layers\.(\d+)\.(\w+)\.(\w+)", str(name))
-        if not match or name not in self.keys():
+        if name not in self._parts:
             raise KeyError(f"{name!r} is no array of this state; it has {', '.join(self.keys()[:4])}, ...")
-        return int(match[1]), _OF_MIXER[match[2]][match[3]]
+        return self._parts[name]
 
     def _place(self, name):
         layer, part = self._part(name)
