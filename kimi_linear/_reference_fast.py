@@ -1,4 +1,4 @@
-"""`latent_attention` and `delta_rule` of `reference` again, for runs of thousands of tokens.
+"""`attention`, `latent_attention` and `delta_rule` of `reference` again, for runs of thousands of tokens.
 
 `reference` is the formula, row by row. Here rows share matrix products: the results differ from it by float64's
 rounding alone, which tests/reference/test_reference_fast.py asserts.
@@ -11,27 +11,52 @@ import numpy as np
 from . import reference, reference_delta
 from ._float64 import f64, sequences
 
-__all__ = ["attend", "delta_rule", "latent_attention"]
+__all__ = ["attend", "attention", "delta_rule", "latent_attention"]
 
 BLOCK = 64  # queries that share a product
 
 
+def attention(q, k, v, *, scale, offsets=None, kv_offsets=None):
+    """`reference.attention`: arguments and result are its."""
+    pairs = _pairs(len(q), len(k), offsets, kv_offsets)
+    if pairs is None or q.shape[1] % k.shape[1]:
+        return reference.attention(q, k, v, scale=scale, offsets=offsets, kv_offsets=kv_offsets)
+    q, k, v = f64(q), f64(k), f64(v)
+    group = q.shape[1] // k.shape[1]
+    k, v = (np.repeat(a.swapaxes(0, 1), group, axis=0) for a in (k, v))               # [H, S, .]
+    o = np.empty((*q.shape[:2], v.shape[-1]))
+    for r, c in pairs:
+        o[r] = _causal(q[r], k[:, c], v[:, c], scale)
+    return o
+
+
 def latent_attention(q, latent, k_shared, w_uk, w_uv, *, scale, offsets=None, kv_offsets=None, form="auto"):
     """`reference.latent_attention`: arguments and result are its."""
-    rows = sequences(len(q), offsets)
-    cached = sequences(len(latent), offsets if kv_offsets is None else kv_offsets)
-    lengths = [(r.stop - r.start, c.stop - c.start) for r, c in zip(rows, cached)]
-    if form not in ("auto", "expanded") or len(rows) != len(cached) or any(S < T for T, S in lengths):
+    pairs = _pairs(len(q), len(latent), offsets, kv_offsets)
+    if pairs is None or form not in ("auto", "expanded"):
         return reference.latent_attention(q, latent, k_shared, w_uk, w_uv, scale=scale, offsets=offsets,
                                           kv_offsets=kv_offsets, form=form)
     q, latent, k_shared, w_uk, w_uv = (f64(x) for x in (q, latent, k_shared, w_uk, w_uv))
     o = np.empty((len(q), q.shape[1], w_uv.shape[1]))
-    for r, c, (T, S) in zip(rows, cached, lengths):
+    for r, c in pairs:
         k = latent[c] @ w_uk.swapaxes(1, 2)                                          # [H, S, nope]
         k = np.concatenate([k, np.broadcast_to(k_shared[c], (len(k), *k_shared[c].shape))], axis=-1)
         v = latent[c] @ w_uv.swapaxes(1, 2)                                          # [H, S, V]
-        o[r] = attend(q[r], k, v, scale, np.zeros(T, int), np.arange(S - T, S) + 1)
+        o[r] = _causal(q[r], k, v, scale)
     return o
+
+
+def _pairs(T, S, offsets, kv_offsets):
+    """(queries, positions) of each sequence as slices; None where the formula refuses them."""
+    rows, cached = sequences(T, offsets), sequences(S, offsets if kv_offsets is None else kv_offsets)
+    short = any(c.stop - c.start < r.stop - r.start for r, c in zip(rows, cached))
+    return None if short or len(rows) != len(cached) else list(zip(rows, cached))
+
+
+def _causal(q, k, v, scale):
+    """`attend` where the last positions are the queries' own."""
+    T, S = len(q), k.shape[1]
+    return attend(q, k, v, scale, np.zeros(T, int), np.arange(S - T, S) + 1)
 
 
 def attend(q, k, v, scale, first, end):
