@@ -4,14 +4,12 @@ import importlib
 import json
 import os
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import kimi_linear as kl
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 run, delta_rule, delta_accuracy, peers = map(importlib.import_module, ("run", "delta_rule", "delta_accuracy", "peers"))
 
 

@@ -8,7 +8,6 @@ import importlib
 import importlib.util
 import os
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +17,6 @@ import kimi_linear as kl
 from kimi_linear import cli
 from kimi_linear.adapters import llama_cpp
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "load")]
 HERE = all(map(importlib.util.find_spec, ("llama_cpp", "gguf")))
 
 N = 64  # tokens

@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-from pathlib import Path
 
 import gguf
 import numpy as np
@@ -13,7 +12,6 @@ from kimi_linear import reference_model
 from kimi_linear.load import open_checkpoint
 from kimi_linear.weights import array_of
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 make_model, random_blocks, random_gguf = map(importlib.import_module, ("make_model", "random_blocks", "random_gguf"))
 
 

@@ -11,7 +11,6 @@ import pytest
 
 import kimi_linear as kl
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 run, models, engines, make_model = map(importlib.import_module, ("run", "models", "engines", "make_model"))
 
 TINY = Path(kl.__file__).parent / "data" / "tiny"

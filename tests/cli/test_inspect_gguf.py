@@ -1,16 +1,13 @@
 """``kimi-linear inspect`` and ``inspect --check`` on GGUF files."""
 
 import json
-import sys
 from pathlib import Path
 
+import gguf_files
 import numpy as np
 import pytest
 
 from kimi_linear.cli import main
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "load"))
-import gguf_files  # noqa: E402
 
 
 @pytest.fixture

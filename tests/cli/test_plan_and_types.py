@@ -3,17 +3,13 @@
 import dataclasses
 import importlib
 import json
-import sys
-from pathlib import Path
 
+import gguf_files
 import pytest
 
 import kimi_linear as kl
 from kimi_linear import _engine, bench
 from kimi_linear.cli import _common, main
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "load"))
-import gguf_files  # noqa: E402
 
 MiB = 1 << 20
 planning = importlib.import_module("kimi_linear.plan")  # kl.plan is its function

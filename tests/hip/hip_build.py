@@ -28,6 +28,16 @@ def built():
     return LIBRARY, ROOT / "build/hip/faults.so"
 
 
+def versions(*names):
+    """A fixture: every test that takes it runs at these versions of the ladders; "" is the last."""
+
+    @pytest.fixture(params=names, ids=[f"v{name}" if name else "last" for name in names])
+    def version(request, monkeypatch):
+        monkeypatch.setenv("KL_GPU_VERSION", request.param)
+
+    return version
+
+
 def set_up(library, wave=32, seed=0, checks=True):
     library.kl_host_set(wave, ctypes.c_uint64(seed), int(checks))
 

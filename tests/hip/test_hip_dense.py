@@ -4,7 +4,8 @@ a ladder, for waves of 32 and 64 and any order of threads, so that they are with
 import ml_dtypes
 import numpy as np
 import pytest
-from hip_build import built, context, everywhere, host_library, set_up
+from hip_build import context, everywhere, host_library, set_up, versions
+from judge import normal
 
 import kimi_linear as kl
 from kimi_linear.diff.budgets import budget
@@ -13,19 +14,7 @@ BLOCK_TYPES = ["Q4_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL",
 TYPES = ["F32", "F16", "BF16", *BLOCK_TYPES]
 CPU = kl.Context()
 
-
-@pytest.fixture(scope="module", autouse=True)
-def library():
-    built()
-
-
-@pytest.fixture(params=["1", "2", "3"], ids=["v1", "v2", "v3"])
-def version(request, monkeypatch):
-    monkeypatch.setenv("KL_GPU_VERSION", request.param)
-
-
-def normal(*shape, scale=1.0, seed=0):
-    return (scale * np.random.default_rng([seed, *shape]).standard_normal(shape)).astype(np.float32)
+version = versions("1", "2", "3")
 
 
 def stored(w, type):

@@ -1,33 +1,16 @@
 """The KDA ops on the host build: short_conv, decay_gate, decay_cumsum, delta_rule in every form and version."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-from hip_build import built, context, everywhere
+from delta_inputs import RIM_GATES, inputs, rim, same, state_for
+from hip_build import context, everywhere, versions
+from judge import guarded, judge, normal
 
 import kimi_linear as kl
 
-sys.path.append(str(Path(__file__).parents[1] / "ops"))
-from delta_inputs import RIM_GATES, inputs, rim, same, state_for  # noqa: E402
-from judge import guarded, judge  # noqa: E402
-
 FORMS = [dict(form="recurrent"), dict(form="auto"), *(dict(form="chunked", chunk=c) for c in (5, 20))]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def library():
-    built()
-
-
-@pytest.fixture(params=["1", "2", ""], ids=["v1", "v2", "last"])
-def version(request, monkeypatch):
-    monkeypatch.setenv("KL_GPU_VERSION", request.param)
-
-
-def normal(*shape, scale=1.0, seed=0):
-    return (scale * np.random.default_rng([seed, *shape]).standard_normal(shape)).astype(np.float32)
+version = versions("1", "2", "")
 
 
 def on_device(run):

@@ -1,35 +1,18 @@
 """cache_append, attention and latent_attention on the host build: pages, ragged batches, cache types, segments."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-from hip_build import built, context, everywhere, host_library, set_up
+from hip_build import context, everywhere, host_library, set_up, versions
+from judge import guarded, judge, normal
 from ml_dtypes import bfloat16
 
 import kimi_linear as kl
-
-sys.path.append(str(Path(__file__).parents[1] / "ops"))
-from judge import guarded, judge  # noqa: E402
 
 GROUPED = dict(H=4, Hkv=2, K=12, V=20)
 LATENT = dict(H=3, K=12, P=8, V=20, R=24)
 Q8_0 = 8
 
-
-@pytest.fixture(scope="module", autouse=True)
-def library():
-    built()
-
-
-@pytest.fixture(params=["1", ""], ids=["v1", "last"])
-def version(request, monkeypatch):
-    monkeypatch.setenv("KL_GPU_VERSION", request.param)
-
-
-def normal(*shape, scale=1.0, seed=0):
-    return (scale * np.random.default_rng([seed, *shape]).standard_normal(shape)).astype(np.float32)
+version = versions("1", "")
 
 
 # ---- cache_append ----

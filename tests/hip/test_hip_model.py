@@ -13,14 +13,10 @@ RMS, LARGEST = 1e-5, 2e-4  # between two engines, each half of it from float64 (
 WIDER = {"qwen35-a": 8}  # whose gated norms blow up small vectors: one unit on every tap moves its logits by 9e-6
 
 
-@pytest.fixture(scope="module", autouse=True)
-def library():
-    built()
-
-
 @pytest.fixture(params=CASES, scope="module")
 def models(request):
     """(on the CPU, on the device)"""
+    built()
     folder = DATA / "golden" / request.param
     return kl.Model.from_pretrained(folder), kl.Model.from_pretrained(folder, device="hip-host")
 

@@ -3,7 +3,8 @@ ladder, for waves of 32 and 64 and any order of threads; errors."""
 
 import numpy as np
 import pytest
-from hip_build import built, context, everywhere
+from hip_build import context, everywhere, versions
+from judge import normal
 
 import kimi_linear as kl
 
@@ -12,19 +13,7 @@ TOP_K = (0, 0, 0, 1, 5, 50, 300, 10**6)
 TOP_P = (1.0, 1.0, 0.125, 0.5, 0.875, 0.95, 0.999)
 MIN_P = (0.0, 0.0, 0.0, 0.0625, 0.5, 1.0)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def library():
-    built()
-
-
-@pytest.fixture(params=["1", ""], ids=["v1", "last"])
-def version(request, monkeypatch):
-    monkeypatch.setenv("KL_GPU_VERSION", request.param)
-
-
-def normal(*shape, scale=1.0, seed=0):
-    return (scale * np.random.default_rng([seed, *shape]).standard_normal(shape)).astype(np.float32)
+version = versions("1", "")
 
 
 # ---- sample ----

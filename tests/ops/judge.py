@@ -8,6 +8,11 @@ from kimi_linear.diff.budgets import budget
 CONTEXTS = [kl.Context(isa=isa, threads=n) for isa in kl.isa_list() for n in (1, 3)]
 
 
+def normal(*shape, scale=1.0, seed=0):
+    """float32 numbers of a bell curve of that width; the same for the same shape and seed."""
+    return (scale * np.random.default_rng([seed, *shape]).standard_normal(shape)).astype(np.float32)
+
+
 def everywhere(run):
     """`run(ctx)` on every instruction set and 1 and 3 threads: one result, the same bytes from all.
 

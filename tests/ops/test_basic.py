@@ -2,33 +2,13 @@
 
 import numpy as np
 import pytest
-from judge import everywhere, guarded, judge
+from basic_inputs import OPS, op_inputs, rim
+from judge import everywhere, guarded, judge, normal
 
 import kimi_linear as kl
 
 WIDTHS = [1, 2, 15, 16, 17, 33, 128, 2304]
 ROWS = [0, 1, 5]
-RIM = np.array([0, -0.0, 1, -1, 1e-45, -1e-40, 1e-30, 3e38, -3e38, 87, -87, 88.7, -104, 1e4, -1e4, 20, -20], np.float32)
-
-
-def normal(*shape, scale=1.0, seed=0):
-    return (scale * np.random.default_rng([seed, *shape]).standard_normal(shape)).astype(np.float32)
-
-
-def op_inputs(op, T, D, scale=1.0):
-    x = normal(T, D, scale=scale)
-    return {
-        "add": dict(a=x, b=normal(T, D, seed=1)),
-        "sigmoid": dict(x=x),
-        "swiglu": dict(gate=x, up=normal(T, D, seed=1)),
-        "softmax": dict(x=x),
-        "rms_norm": dict(x=x, w=normal(D, seed=2), eps=1e-5),
-        "gated_rms_norm": dict(x=x, z=normal(T, D, seed=1, scale=3), w=normal(D, seed=2), eps=1e-5),
-        "l2_norm": dict(x=x, eps=1e-6),
-    }[op]
-
-
-OPS = ["add", "sigmoid", "swiglu", "softmax", "rms_norm", "gated_rms_norm", "l2_norm"]
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -52,12 +32,7 @@ def test_within_budget_same_bytes_and_guarded(op, D, T):
 
 @pytest.mark.parametrize("op", ["sigmoid", "swiglu", "add", "softmax"])
 def test_rim_of_float32(op):
-    x = np.tile(RIM, (3, 1))
-    inputs = {"add": dict(a=x, b=x[::-1] * 0.5), "sigmoid": dict(x=x), "swiglu": dict(gate=x, up=np.sign(x)),
-              "softmax": dict(x=x)}[op]
-    with np.errstate(over="ignore"):
-        ref = getattr(kl.reference, op)(**inputs)
-    ref = np.where(np.abs(ref) > np.finfo(np.float32).max, np.copysign(np.inf, ref), ref)
+    inputs, ref = rim(op)
     judge(op, everywhere(lambda ctx: getattr(kl.ops, op)(**inputs, ctx=ctx)), ref, **inputs)
 
 

@@ -2,16 +2,12 @@
 
 import numpy as np
 import pytest
-from judge import everywhere, guarded, judge
+from judge import everywhere, guarded, judge, normal
 
 import kimi_linear as kl
 
 RIM = np.array([0, -0.0, 1e-45, -1e-40, 1e-30, 3e38, -3e38, 88, -88, 104, -104, 1e4, -1e4, 20, -20, 1, -1],
                np.float32)
-
-
-def normal(*shape, scale=1.0, seed=0):
-    return (scale * np.random.default_rng([seed, *shape]).standard_normal(shape)).astype(np.float32)
 
 
 def run_and_judge(f, rate, dt_bias, **kw):

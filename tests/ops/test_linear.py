@@ -3,15 +3,11 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from judge import everywhere, guarded, judge
+from judge import everywhere, guarded, judge, normal
 
 import kimi_linear as kl
 
 BFLOAT16 = ml_dtypes.bfloat16
-
-
-def normal(*shape, seed=0, scale=1.0):
-    return (scale * np.random.default_rng([seed, *shape]).standard_normal(shape)).astype(np.float32)
 
 
 def in_order(x, w):

@@ -3,13 +3,9 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from judge import everywhere, guarded, judge
+from judge import everywhere, guarded, judge, normal
 
 import kimi_linear as kl
-
-
-def normal(*shape, seed=0, scale=1.0):
-    return (scale * np.random.default_rng([seed, *shape]).standard_normal(shape)).astype(np.float32)
 
 
 def case(T, E=6, D=33, F=20, k=3, dtype=np.float32, seed=0):

@@ -2,13 +2,9 @@
 
 import numpy as np
 import pytest
-from judge import everywhere, guarded, judge
+from judge import everywhere, guarded, judge, normal
 
 import kimi_linear as kl
-
-
-def normal(*shape, scale=1.0, seed=0):
-    return (scale * np.random.default_rng([seed, *shape]).standard_normal(shape)).astype(np.float32)
 
 
 def run_and_judge(x, w, **kw):

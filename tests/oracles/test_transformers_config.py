@@ -1,16 +1,12 @@
 """config.json of Qwen models: transformers reads what we write, and we read what it makes of the published files."""
 
-import sys
 import warnings
 
 import pytest
-from conftest import HERE
+from test_config_qwen import PUBLISHED
 from transformers import CONFIG_MAPPING
 
 from kimi_linear.config import Config
-
-sys.path.insert(0, str(HERE / "reference"))
-from test_config_qwen import PUBLISHED  # noqa: E402
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -1,8 +1,8 @@
 """The tokenizer inside a GGUF gives the ids of the folder that the file was made from, or says why it cannot."""
 
-import sys
 from pathlib import Path
 
+import gguf_files
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,9 +14,6 @@ from kimi_linear.generate import _stop_ids
 from kimi_linear.load.byte_alphabet import BYTES_OF
 from kimi_linear.load.gguf import MetaArray
 from kimi_linear.load.gguf_tokenizer import read_tokenizer
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "load"))
-import gguf_files  # noqa: E402
 
 CONTROL, UNUSED = 3, 5
 
