@@ -2,7 +2,8 @@
 
 Each engine is a process of its own that lasts. At each depth the state is prepared once and brought back before each
 sample: a prefill of 512 tokens, or 64 tokens one by one after 3 that do not count. Engines take turns, and the one that
-begins changes from turn to turn; the roofs are sampled between them, reading the file's own mapped bytes. The first
+begins changes from turn to turn; the roofs are sampled between them, reading the file's own mapped bytes, and a share
+of the read roof is of the sample next to it: the bandwidth of a machine that others use jumps. The first
 turn does not count. A ratio is the median, over turns, of the two times of one. Where memory has no room for both,
 they take longer turns: each is opened, measured at every depth and closed, so many times as there are samples.
 
@@ -142,7 +143,8 @@ class Session:
         self.path, self.settings, self.found, self.roofs = path, settings, found, roofs
         longest = max(settings.depths) + max(settings.prefill, settings.decode + SETTLE)
         self.ids = np.random.default_rng(0).integers(0, vocab, longest).tolist()
-        self.read, self.off = {}, {}   # (kind, depth) -> samples; depth -> how far logits are from llama.cpp's
+        self.read = {}  # (kind, depth) -> {(engine, turn): bytes/s, read next to that sample}
+        self.off = {}   # depth -> how far logits are from llama.cpp's
 
     def together(self):
         """All engines open at the same time."""
@@ -198,7 +200,7 @@ class Session:
         s = self.settings
         self.restore(process, depth)
         if turn >= 0 and roofs:
-            self.read.setdefault((kind, depth), []).append(self.roofs.sample("read"))
+            self.read.setdefault((kind, depth), {})[c.name, turn] = self.roofs.sample("read")
             self.roofs.sample("fma")
         time.sleep(REST)
         if kind == "prefill":
@@ -247,7 +249,8 @@ def rows(session, model, kind, depth):
     settings, key = session.settings, (kind, depth)
     theirs = next((c.times[key] for c in session.found if c.name == LLAMA), {})
     plan = model.plan(context=depth + settings.decode)
-    read, fma = statistics.median(session.read[key]), statistics.median(session.roofs.samples["fma"])
+    beside = session.read[key]
+    read, fma = statistics.median(beside.values()), statistics.median(session.roofs.samples["fma"])
     for c in session.found:
         times = c.times[key]
         seconds = statistics.median(times.values())
@@ -256,7 +259,9 @@ def rows(session, model, kind, depth):
         if theirs and c.name != LLAMA:
             row["ratio"] = statistics.median(theirs[turn] / times[turn] for turn in times if turn in theirs)
         if kind == "decode":
-            row["of_read"] = (active_bytes(model) + plan.state) / seconds / read
+            n_bytes = active_bytes(model) + plan.state
+            row["of_read"] = statistics.median(n_bytes / t / beside.get((c.name, turn), read)
+                                               for turn, t in times.items())
         else:
             layers, n = active_flops(model, head=False), settings.prefill
             flops = layers + (active_flops(model) - layers) / n  # one row of logits is asked for
