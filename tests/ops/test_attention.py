@@ -56,7 +56,7 @@ def test_page_borders(S, dtype):
 
 @pytest.mark.parametrize("H, Hkv, K, V", [
     (1, 1, 1, 1), (2, 2, 16, 16), (3, 1, 15, 33), (4, 1, 17, 31), (6, 1, 33, 16), (7, 7, 8, 40), (8, 1, 8, 130),
-    (16, 2, 4, 272), (15, 1, 4, 80),
+    (16, 2, 4, 272), (15, 1, 4, 80), (9, 1, 1023, 5), (9, 1, 1030, 5),
 ])
 @pytest.mark.parametrize("T", [1, 19])
 def test_widths_and_heads(T, H, Hkv, K, V):

@@ -59,7 +59,7 @@ def test_page_borders(S, dtype):
 
 @pytest.mark.parametrize("H, K, P, V, R", [
     (1, 1, 1, 1, 1), (2, 16, 0, 16, 16), (4, 15, 17, 31, 33), (5, 33, 1, 16, 15), (9, 4, 4, 4, 8),
-    (17, 8, 8, 8, 16),
+    (17, 8, 8, 8, 16), (9, 4, 20, 4, 1010),
 ])
 def test_widths_and_heads(H, K, P, V, R):
     check(inputs(19, 90, H, K, P, V, R))
