@@ -6,6 +6,7 @@
     python benchmarks/run.py --compare old.json new.json     compare two files
     python benchmarks/run.py model --model DIR               a model's tokens/s, as `kimi-linear bench` does
     python benchmarks/run.py model --model FILE.gguf         in turns with llama.cpp on the same file (models.py)
+    python benchmarks/run.py types                           what each storage type costs (storage_types.py)
     python benchmarks/run.py workbench                       a trace beside a forward pass, and blame (workbench.py)
     python benchmarks/run.py delta_rule                      its forms beside other engines, too (delta_rule.py)
     python benchmarks/run.py delta_rule --accuracy           their errors instead, by kinds of gate
@@ -27,6 +28,7 @@ import delta_accuracy
 import delta_rule
 import models
 import numpy as np
+import storage_types
 import workbench
 from cases import CASES, OPS
 from delta_rule import PARTS
@@ -46,9 +48,10 @@ def main():
     args = arguments()
     if args.compare:
         return compare(*(json.loads(Path(path).read_text()) for path in args.compare))
-    unknown = set(args.ops) - set(OPS) - {"model", "workbench"}
+    unknown = set(args.ops) - set(OPS) - {"model", "types", "workbench"}
     if unknown:
-        return f"run: there is no case {', '.join(sorted(unknown))}; there are {', '.join(OPS)}, model and workbench"
+        return (f"run: there is no case {', '.join(sorted(unknown))}; there are {', '.join(OPS)}, model, types and "
+                f"workbench")
     if args.accuracy:
         return run_accuracy(args)
     result = {"machine": machine(), "revision": revision(), "roof": {} if args.quick else roof(), "cases": {}}
@@ -60,6 +63,8 @@ def main():
         run_delta_rule(args, result)
     if "model" in args.ops:
         run_model(args, result)
+    if "types" in args.ops:
+        run_types(args, result)
     if "workbench" in args.ops:
         run_workbench(args, result)
     if args.json:
@@ -70,13 +75,14 @@ def main():
 def arguments():
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
-    parser.add_argument("ops", nargs="*", metavar="op", help=f"{', '.join(OPS)}, model or workbench")
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"{', '.join(OPS)}, model, types or workbench")
     parser.add_argument("--isa", default="best", help="best, all, or names with commas (default: best)")
     parser.add_argument("--threads", type=integers, metavar="N,N",
                         help="(default: 0, all; 1 and all for delta_rule beside its peers)")
     parser.add_argument("--tokens", type=integers, metavar="T,T", help="only these T (default: 1,16,64,512)")
     parser.add_argument("--model", metavar="PATH", help="for the case model (default: the packaged one)")
-    parser.add_argument("--parts", type=names, metavar="P,P", help=f"of delta_rule, only: {', '.join(PARTS)}")
+    parser.add_argument("--parts", type=names, metavar="P,P",
+                        help=f"of delta_rule, only: {', '.join(PARTS)}; of types: their names")
     parser.add_argument("--peers", type=names, default=list(PEERS), metavar="P,P",
                         help=f"beside delta_rule: {', '.join(PEERS)}, or none (default: those that are here)")
     parser.add_argument("--quick", action="store_true", help="delta_rule's parts small, to see that they run")
@@ -97,10 +103,12 @@ def arguments():
     parser.add_argument("--against", metavar="FILE", help="compare with the results in a file")
     parser.add_argument("--compare", nargs=2, metavar=("OLD", "NEW"), help="compare two files, time nothing")
     args = parser.parse_args()
-    if (args.parts or args.quick or args.accuracy) and args.ops != ["delta_rule"]:
-        parser.error("--parts, --quick and --accuracy are of delta_rule: name that op alone")
+    alone = ("delta_rule", "types") if args.parts and not (args.quick or args.accuracy) else ("delta_rule",)
+    if (args.parts or args.quick or args.accuracy) and (len(args.ops) != 1 or args.ops[0] not in alone):
+        parser.error("--parts are of delta_rule or types, --quick and --accuracy of delta_rule: name that one alone")
     args.peers = [] if args.peers == ["none"] else args.peers
-    for given, known in ((args.peers, PEERS), (args.parts or [], PARTS)):
+    parts = kl.storage_types if args.ops == ["types"] else PARTS
+    for given, known in ((args.peers, PEERS), (args.parts or [], parts)):
         if unknown := set(given) - set(known):
             parser.error(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     return args
@@ -267,6 +275,26 @@ def run_file(args, result):
         for row in found["rates"]:
             key = f"model {found['file']} {row['kind']} at {row['depth']} {row['engine']} {n or 'all'}"
             result["cases"][key] = {"seconds": row["seconds"], "flops": 0, "bytes": 0}
+
+
+# ---- storage types ----
+
+def run_types(args, result):
+    threads, isa = (args.threads or [0])[0], isas_of(args)[0]
+    rows, tokens = [], args.tokens or (1, 512)
+    bar = progress(len(tokens) * len(args.parts or kl.storage_types), "types", "row")
+    for found in storage_types.run(args.parts, tokens, threads or None, isa):
+        rows.append(storage_types.row(found))
+        bar.update(1)
+        for how in ("f32_weights", "float32", "narrow"):
+            if how in found:
+                key = f"types {found['type']} T={found['tokens']} {how}"
+                result["cases"][key] = {"seconds": spread([found[how]]), "flops": 2 * found["tokens"] * found["values"],
+                                        "bytes": found["bytes"]}
+    bar.close()
+    print("One token: GB/s of the stored weights; more: GFLOP/s. To F32: times the speed of float32 weights.\n"
+          "float32, int8: activations. dequantize: Gvalues/s.")
+    print_table(rows, storage_types.HEADER, "<>>>>>>>")
 
 
 # ---- the workbench ----
