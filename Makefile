@@ -88,15 +88,17 @@ $(ORACLES)/.ready: pyproject.toml tools/requirements.py | $(VENV)/.runtime
 oracles: $(ORACLES)/.ready build  ## compare live with torch and transformers, in an environment of their own
 	@PYTHONPATH=$(CURDIR) $(ORACLES)/bin/python -m pytest tests/oracles $(ARGS)
 
-# llama.cpp has no build for a processor on PyPI: llama-cpp-python's is compiled here, with what this one has.
+# llama.cpp has no build for a processor on PyPI: llama-cpp-python's is compiled here, with what this one has, or for
+# another (docs/performance.md#avx2). pip keeps what it has built without a look at these options: hence --no-cache-dir.
+GGML := -DGGML_NATIVE=ON
 $(PEERS)/.ready: pyproject.toml tools/requirements.py | $(VENV)/.runtime
 	@echo "venv: $(PEERS), with torch, transformers and llama.cpp, which is compiled (5 to 20 minutes)"
 	sh tools/setup-system.sh g++
 	test -x $(PEERS)/bin/python || $$(sh tools/setup-system.sh --python) -m venv $(PEERS)
 	$(PY) tools/requirements.py oracles peers > $(PEERS)/requirements.txt
-	export CMAKE_ARGS="-DGGML_NATIVE=ON"
+	export CMAKE_ARGS="$(GGML)"
 	pip="$(PEERS)/bin/python -m pip install -q --disable-pip-version-check"
-	$$pip --no-binary llama-cpp-python -r $(PEERS)/requirements.txt
+	$$pip --no-cache-dir --no-binary llama-cpp-python -r $(PEERS)/requirements.txt
 	PYTHONWARNINGS=ignore $$pip --no-build-isolation --no-deps -e .
 	touch $@
 
