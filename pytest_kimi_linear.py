@@ -62,7 +62,11 @@ def _judge(item, op, fn, named):
         with np.errstate(all="ignore"):  # cases on the rim overflow, and are meant to
             card = check_op(op, fn, **named | {"cases": _cases(item.config, named)})
     except (TypeError, ValueError) as error:  # of the arguments: whatever the callable raises is in the card
-        pytest.fail(f"check_op: {error}", pytrace=False)
+        wrong = f"check_op: {error}"
+    else:
+        wrong = ""
+    if wrong:  # here, so that pytest does not show the error twice
+        pytest.fail(wrong, pytrace=False)
     item.user_properties.append((f"kl_op {op}", card.verdict))
     if not card:
         pytest.fail("\n".join([card.brief(), *_next(item.nodeid, card)]), pytrace=False)

@@ -35,3 +35,7 @@ __all__ = [
     "devices", "diff", "faults", "isa_list", "ops", "pack", "plan", "reference", "set_num_threads", "storage_type",
     "storage_types", "testing", "threads", "unpack",
 ]
+
+
+def __dir__():
+    return sorted(__all__)  # not the modules that a name here comes from

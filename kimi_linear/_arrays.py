@@ -58,7 +58,8 @@ def as_float32(x, name, *shapes):
     if a.dtype in (np.float16, BFLOAT16):
         a = a.astype(np.float32)
     elif a.dtype != np.float32:
-        raise TypeError(f"{name} is {a.dtype}; it must be float32, float16 or bfloat16: {name}.astype('float32')")
+        cast = f"{name}.astype('float32')" if hasattr(x, "astype") else f"numpy.asarray({name}, 'float32')"
+        raise TypeError(f"{name} is {a.dtype}; it must be float32, float16 or bfloat16: {cast}")
     if a.dtype.byteorder == ">":
         raise TypeError(f"{name} is big-endian; it must be in the machine's byte order")
     check_shape(a, name, *shapes)

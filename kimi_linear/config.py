@@ -146,3 +146,9 @@ class Config:
         feed-forward is ``mlp``. Matrices are [rows out, columns in].
         """
         return weight_shapes(self)
+
+
+def layer_pattern(config):
+    """``kKKM``: one letter a layer, that of its mixer, small where the feed-forward is dense."""
+    letters = ((MIXER_LETTERS[layer.mixer], layer.ffn) for layer in config.layers)
+    return "".join(letter.lower() if ffn == "dense" else letter for letter, ffn in letters)

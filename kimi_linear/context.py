@@ -1,6 +1,7 @@
 """Contexts: which kernels, how many threads, which matrix product."""
 
 import contextlib
+import operator
 import os
 import threading
 from typing import NamedTuple
@@ -62,7 +63,7 @@ class Context:
         if delta_rule not in _DELTA_RULE:
             raise ValueError(f"delta_rule is {delta_rule!r}; it must be 'auto', 'recurrent' or 'chunked'")
         check_activations(activations)
-        threads = _default_threads() if threads is None else threads
+        threads = _default_threads() if threads is None else _checked_threads(threads)
         self._core = _core.Context(threads, isa, _GEMM[gemm], _DELTA_RULE[delta_rule], ACTIVATIONS[activations],
                                    device)
         self.device = device
@@ -82,7 +83,7 @@ class Context:
 
     def set_threads(self, n):
         """Use `n` threads from the next call on (0: one for each processor)."""
-        self._core.set_threads(n)
+        self._core.set_threads(_checked_threads(n))
 
     def cancel(self):
         """Stop the call in flight in another thread: it raises KeyboardInterrupt there."""
@@ -91,6 +92,13 @@ class Context:
     def __repr__(self):
         return (f"Context(device={self.device!r}, threads={self.threads}, isa={self.isa!r}, gemm={self.gemm!r}, "
                 f"delta_rule={self.delta_rule!r}, activations={self.activations!r})")
+
+
+def _checked_threads(threads):
+    try:
+        return operator.index(threads)
+    except TypeError:
+        raise TypeError(f"threads is {threads!r:.40}; it must be an int, or None") from None
 
 
 def check_activations(activations):

@@ -11,7 +11,7 @@ import numpy as np
 
 from .config import Config
 from .load import gguf_heads, gguf_kept, gguf_metadata, gguf_types
-from .load.checkpoint import open_folder
+from .load.checkpoint import open_folder, resolve
 from .load.gguf import is_gguf
 from .load.gguf_kimi import open_gguf
 from .load.gguf_tensors import Incoming, cast, encoded, of_file, of_folder, rows_of
@@ -139,6 +139,7 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, type: str |
         plan = _plan_of_file if from_gguf else _plan_of_folder
         return _write_gguf(target, *plan(source), choice, progress or (lambda *_: None))
     if not from_gguf:
+        resolve(source)  # a source that is not there, or no model, is told first
         raise ValueError(f"target is {str(target)!r}; of a Hugging Face folder it must be a file that ends in .gguf")
     if type is not None or types:
         raise ValueError(f"type or types are given, and the target {str(target)!r} is a folder; a GGUF must end in "

@@ -152,8 +152,14 @@ class Generation:
     def __next__(self):
         return next(self._pieces)
 
+    def __repr__(self):
+        written = self.text if not self.is_batch else f"{len(self._sequences)} sequences"
+        if not self.stats.new_tokens:
+            return "Generation(nothing is generated yet: iterate it for pieces, or .run().text)"
+        return f"Generation({written!r}, {self.stats.new_tokens} tokens, finish_reason={self.finish_reason!r})"
+
     def run(self):
-        """Generate to the end and return self."""
+        """Generate to the end and return self: ``model.generate(prompt).run().text``."""
         for _ in self:
             pass
         return self

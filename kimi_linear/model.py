@@ -10,7 +10,7 @@ import numpy as np
 from . import _engine
 from ._arrays import as_integers
 from ._call import Call, tap_names
-from .config import MIXER_LETTERS, Config
+from .config import Config, layer_pattern
 from .context import Context, check_activations, current
 from .perplexity import log_probs
 from .plan import of_core
@@ -418,5 +418,4 @@ class Model:
 
     def __repr__(self):
         c = self.config
-        kinds = "".join(MIXER_LETTERS[layer.mixer] for layer in c.layers)
-        return f"Model({self.name!r}, {kinds}, hidden {c.hidden_size}, vocabulary {c.vocab_size})"
+        return f"Model({self.name!r}, {layer_pattern(c)}, hidden {c.hidden_size}, vocabulary {c.vocab_size})"

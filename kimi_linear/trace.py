@@ -134,6 +134,13 @@ class Trace(Mapping):
         config : Config, needed with ``names="hf"``
         prefix : str
             Of the names to take, removed.
+
+        Raises
+        ------
+        ValueError
+            If no name begins with the prefix, or none is a module of transformers; the message shows some.
+        FormatError
+            If it is not a safetensors file.
         """
         file = SafetensorsFile(path)
         meta = {}
@@ -145,6 +152,9 @@ class Trace(Mapping):
         if names is None:
             order = meta.pop("order", None)
             arrays = {n.removeprefix(prefix): file[n] for n in (order or file) if n.startswith(prefix)}
+            if prefix and not arrays:
+                raise ValueError(f"{path}: none of its {len(file)} names begins with prefix={prefix!r}; it holds "
+                                 f"{', '.join([*file][:3])}, ...")
             return cls(arrays, meta)
         if names != "hf":
             raise ValueError(f"names is {names!r}; it must be None or 'hf'")
@@ -155,7 +165,11 @@ class Trace(Mapping):
         lazy = {name: file[name].array() for name in file}
         if f"{prefix}tokens" in lazy:
             meta["tokens"] = lazy[f"{prefix}tokens"].tolist()
-        return cls(to_taps(lazy, config, prefix), meta)
+        taps = to_taps(lazy, config, prefix)
+        if not taps:
+            raise ValueError(f"{path}: with prefix={prefix!r} none of its {len(lazy)} names is a module of this model; "
+                             f"it holds {', '.join(sorted(lazy)[:3])}, ...")
+        return cls(taps, meta)
 
     def __repr__(self):
         T = next((len(self[n]) for n in self), 0)

@@ -23,7 +23,7 @@ import numpy as np
 
 from . import reference
 from ._arrays import as_integers
-from .config import MIXER_LETTERS
+from .config import layer_pattern
 from .context import current
 from .dataflow import TOKENS, Node, arguments, evaluate, nodes
 from .diff import metrics
@@ -267,10 +267,9 @@ def verify(model, tokens, *, forced: bool = True, free_run: bool = True,
     for layers in run.groups():
         run.judge_group(layers)
     flips, misrouted = run.free_run() if free_run else (None, [])
-    kinds = "".join(MIXER_LETTERS[s.mixer] for s in model.config.layers)
     seconds = time.perf_counter() - begin
-    return VerifyReport(model.name, kinds, len(tokens), forced, run.taps, flips, run.choices, misrouted,
-                        run.memory, seconds, run.notes)
+    return VerifyReport(model.name, layer_pattern(model.config), len(tokens), forced, run.taps, flips, run.choices,
+                        misrouted, run.memory, seconds, run.notes)
 
 
 class _Run:

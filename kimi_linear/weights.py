@@ -21,12 +21,11 @@ class Weights(Mapping):
         self._model = model
 
     def __getitem__(self, name):
+        self._check(name)
         return array_of(self._model._tensors[name])
 
     def __setitem__(self, name, value):
-        if name not in self._model._tensors:
-            near = difflib.get_close_matches(str(name), list(self._model._tensors), n=3, cutoff=0.3)
-            raise KeyError(f"{name!r} is no weight of this model; near it are {', '.join(near)}")
+        self._check(name)
         a = as_array(value, name)
         if a.dtype not in TYPE_IDS:
             raise TypeError(f"{name} is {a.dtype}; it must be float32, float16 or bfloat16")
@@ -40,3 +39,15 @@ class Weights(Mapping):
 
     def __len__(self):
         return len(self._model._tensors)
+
+    def __contains__(self, name):
+        return name in self._model._tensors
+
+    def __repr__(self):
+        return f"Weights({len(self)} tensors of {self._model.name!r}: {', '.join([*self][:2])}, ...)"
+
+    def _check(self, name):
+        if name not in self._model._tensors:
+            names = list(self._model._tensors)
+            near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.3) or names[:3]
+            raise KeyError(f"{name!r} is no weight of this model; near it are {', '.join(near)}")

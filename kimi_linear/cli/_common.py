@@ -3,7 +3,7 @@
 import json
 import sys
 
-from ..config import MIXER_LETTERS
+from ..config import layer_pattern
 
 __all__ = [
     "CACHES", "add_compute_arguments", "add_json_argument", "add_model_argument", "add_names_arguments", "human_bytes",
@@ -24,8 +24,12 @@ def add_model_argument(parser):
     parser.add_argument("--model", metavar="MODEL", help="the same, by name")
 
 
-def add_compute_arguments(parser, *, cache=None, activations=None, read_ahead=False):
-    """``--threads``, ``--isa`` and, with a default each, ``--cache`` and ``--activations``; ``--no-read-ahead``."""
+def add_compute_arguments(parser, *, cache=None, activations=None, read_ahead=False, device=True):
+    """``--device``, ``--threads``, ``--isa`` and, with a default each, ``--cache`` and ``--activations``;
+    ``--no-read-ahead``."""
+    if device:
+        parser.add_argument("--device", default="cpu", metavar="NAME",
+                            help="cpu, hip, hip:N or hip-host, as docs/hip.md says (default: %(default)s)")
     parser.add_argument("--threads", type=positive, metavar="N", help="(default: one for each processor)")
     parser.add_argument("--isa", choices=("scalar", "avx2", "avx512", "avx512bf16"), help="(default: the best here)")
     if cache is not None:
@@ -108,9 +112,9 @@ def load_model(args):
 
     path = model_path(args)
     options = {name: getattr(args, name) for name in ("cache", "activations") if getattr(args, name, None)}
-    threads, isa = getattr(args, "threads", None), getattr(args, "isa", None)
-    if threads is not None or isa is not None:
-        options["ctx"] = Context(threads=threads, isa=isa)
+    threads, isa, device = (getattr(args, name, None) for name in ("threads", "isa", "device"))
+    if threads is not None or isa is not None or device not in (None, "cpu"):
+        options["ctx"] = Context(device or "cpu", threads=threads, isa=isa)
     model = Model.tiny(**options) if path is None else Model.from_pretrained(path, **options)
     if getattr(args, "read_ahead", False):
         _read_ahead(model)
@@ -190,12 +194,6 @@ def human_count(n):
         if abs(n) >= size:
             return f"{n / size:.3g} {unit}"
     return f"{n:.0f}"
-
-
-def layer_pattern(config):
-    """``KKKM``: one letter a layer, that of its mixer, small where the feed-forward is dense."""
-    letters = ((MIXER_LETTERS[layer.mixer], layer.ffn) for layer in config.layers)
-    return "".join(letter.lower() if ffn == "dense" else letter for letter, ffn in letters)
 
 
 def print_table(rows, header=None, align="", file=None):

@@ -30,7 +30,7 @@ def add_arguments(parser):
                         help="tokens already read (default: 0,4096)")
     parser.add_argument("--repeat", type=positive, default=3, metavar="N",
                         help="prefills at a depth (default: %(default)s)")
-    add_compute_arguments(parser, cache="float16", activations="auto", read_ahead=True)
+    add_compute_arguments(parser, cache="float16", activations="auto", read_ahead=True, device=False)
     add_json_argument(parser)
 
 

@@ -34,7 +34,7 @@ def run(args):
     from ..diff import blame
     from ..model import Model
 
-    model = Model.tiny() if args.model == "tiny" else Model.from_pretrained(args.model)
+    model = Model.from_pretrained(args.model)
     calls = [call for path in args.theirs for call in foreign_calls(args, path, model.config)]
     return print_report(args, blame(model, calls, dtype=args.dtype))
 

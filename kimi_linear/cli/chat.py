@@ -44,6 +44,8 @@ def run(args):
         raise ValueError(f"{model.name} has no chat template; use kimi-linear generate")
     say(f"[{model.name}: {types_of(model)}]")
     chat = Chat(model, checkpoints=args.checkpoints, **generation_options(args))
+    if args.state is not None and os.path.isdir(args.state):
+        raise ValueError(f"--state is {args.state}, a folder; it must be a file, there or not")
     if args.state is not None and os.path.exists(args.state):
         chat.load(args.state)
         say(f"[{chat.summary()}]")

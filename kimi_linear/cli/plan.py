@@ -20,7 +20,7 @@ HELP = "memory of a model or of a config.json alone, the largest context that fi
 EPILOG = """
 kimi-linear plan --context 100000 --sequences 4
 kimi-linear plan kimi-q4_k.gguf --context 16384 --cache q8_0
-kimi-linear plan config.json --dtype BF16 --context 1000000 --cache float16
+kimi-linear plan path/to/config.json --dtype BF16 --context 1000000 --cache float16
 """
 
 
@@ -69,6 +69,8 @@ def _plan(args):
     from ..plan import plan
 
     path = model_path(args)
+    if path is not None and _is_config_alone(Path(path).expanduser()):
+        path = str(Path(path).expanduser() / "config.json")
     sizes = {"context": args.context, "sequences": args.sequences, "cache": args.cache}
     if path is None or not path.endswith(".json"):
         if args.dtype is not None:
@@ -82,6 +84,11 @@ def _plan(args):
         config = Config.from_file(path)
     dtype = args.dtype or "BF16"
     return f"{Path(path).name} as {dtype}", config, plan(config, dtype=dtype, **sizes)
+
+
+def _is_config_alone(folder):
+    """Whether a folder has a config.json and no weights yet."""
+    return (folder / "config.json").is_file() and not any(folder.glob("*.safetensors*"))
 
 
 def _forecast(p, free, rate):

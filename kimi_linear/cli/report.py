@@ -65,7 +65,7 @@ def _check(args, alone):
 def _model(name):
     from ..model import Model
 
-    return None if name is None else Model.tiny() if name == "tiny" else Model.from_pretrained(name)
+    return None if name is None else Model.from_pretrained(name)
 
 
 def _load(path, args, model):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -305,8 +306,9 @@ def as_calls(theirs) -> list[Mapping]:
     calls = [{**x.taps, **x.state} if hasattr(x, "taps") and hasattr(x, "state") else x for x in calls]
     for x in calls:
         if not isinstance(x, Mapping):
+            hint = "; kl.Trace.load(path) reads a file" if isinstance(x, str | PathLike) else ""
             raise TypeError(f"theirs has a {type(x).__name__}; it must be a Trace or a mapping from tap to array, "
-                            f"or a list of such")
+                            f"or a list of such{hint}")
     if not calls:
         raise ValueError("theirs is an empty list; it must have a trace for each call")
     return calls

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,8 +118,9 @@ def compare(
     Raises
     ------
     ValueError
-        If the shapes differ or an op has no budget; the message says what was expected.
+        If the shapes differ, there is no such op, or it has no budget; the message says what was expected.
     """
+    _check_op(op)
     if isinstance(actual, tuple) or isinstance(desired, tuple):
         return _compare_all(actual, desired, op, inputs, axes, dtype)
     actual, desired = as_array(actual, "actual"), as_array(desired, "desired")
@@ -129,6 +131,17 @@ def compare(
     if op is not None and inputs is not None:
         bound = _bound_of(op, inputs, desired)
     return judge(actual, desired, bound, op=op, axes=axes, dtype=dtype)
+
+
+def _check_op(op):
+    """ValueError for a name that is of no op: a typing error would leave the budget out."""
+    from .. import ops
+
+    known = [*ops.__all__, "cache_append", "route_weights"]  # the last are ops of the dataflow alone
+    if op is not None and op not in known:
+        near = difflib.get_close_matches(str(op), known, n=3)
+        raise ValueError(f"op is {op!r}; there is no such op, {'near it are' if near else 'there are'} "
+                         f"{', '.join(near or known)}")
 
 
 def _compare_all(actual, desired, op, inputs, axes, dtype):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -305,7 +306,9 @@ def _taps_of(x, name):
     if hasattr(x, "taps") and not isinstance(x, Mapping):
         return {**x.taps, **getattr(x, "state", {})}
     if not isinstance(x, Mapping):
-        raise TypeError(f"{name} is a {type(x).__name__}; it must be a Trace or a mapping from tap to array")
+        hint = ", as kl.Trace.load(path) reads from a file" if isinstance(x, str | PathLike) else ""
+        hint = ", such as one of the list: a trace is of one call" if isinstance(x, list | tuple) else hint
+        raise TypeError(f"{name} is a {type(x).__name__}; it must be a Trace or a mapping from tap to array{hint}")
     return x
 
 

@@ -96,6 +96,12 @@ def groups_by_the_largest(call):
     return np.sort(np.argsort(-chosen, axis=-1, kind="stable")[:, :call["k"]], axis=-1)
 
 
+def bias_on_logits(call):
+    """The choice by logits + bias, not by their scores + bias."""
+    return call.run(scores=call["scores"] + call["bias"].reshape(-1), bias=None) if call.args.get("bias") is not None \
+        else None
+
+
 def lowest(call):
     """The k smallest."""
     bias = call.args.get("bias")
@@ -171,6 +177,8 @@ FAULTS = (
           changed(groups=lambda s: 1, top_groups=lambda s: 1), use=CALL, source=V3),
     Fault("router_groups_by_largest", "groups are chosen by their best expert, not by the sum of their best two", ROUTE,
           groups_by_the_largest, use=CALL, source="DeepSeek-V2: arXiv:2405.04434"),
+    Fault("router_bias_on_logits", "the bias is added to the logits, not to their sigmoid or softmax", ROUTE,
+          bias_on_logits, use=CALL, source=V3),
     Fault("router_lowest", "the lowest scores are chosen", ROUTE, lowest, use=CALL),
     Fault("router_softmax_of_chosen", "weights are the softmax of the chosen logits", WEIGHTS, softmax_of_chosen,
           use=CALL, source="Mixtral"),

@@ -3,6 +3,7 @@
 A GGUF becomes the same by `gguf_kimi.open_gguf`.
 """
 
+import importlib.resources
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from .strict_json import load_object, show
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+PACKAGED = "tiny"  # the name of the model in the package
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -116,7 +118,7 @@ def open_folder(path: str | os.PathLike) -> Checkpoint:
 
 
 def resolve(path: str | os.PathLike) -> Path:
-    """The folder that a path or a hub id stands for; a folder of that name comes before the hub's cache.
+    """The folder that a path or a hub id stands for, or "tiny"; a folder of that name comes before these.
 
     Raises
     ------
@@ -130,11 +132,24 @@ def resolve(path: str | os.PathLike) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise NotADirectoryError(f"{folder} is a file; the model is the folder that holds config.json, or a GGUF file, "
-                                 f"which begins with 'GGUF'.")
+        raise NotADirectoryError(f"{folder} is a file{_beginning(folder)}; the model is the folder that holds "
+                                 f"config.json, or a GGUF file, which begins with 'GGUF'.")
+    if text == PACKAGED:
+        return Path(str(importlib.resources.files("kimi_linear") / "data" / PACKAGED))
     if not _HUB_ID.fullmatch(text):
-        raise FileNotFoundError(f"There is no folder {folder}.")
+        raise FileNotFoundError(f"There is no folder or GGUF file {folder}. A model is one of these, an id in the "
+                                f"local Hugging Face cache, or {PACKAGED!r}, the one in the package.")
     return _cached_snapshot(text)
+
+
+def _beginning(path: Path) -> str:
+    """Words for a file that is no GGUF: what it begins with."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(4)
+    except OSError:
+        return ""
+    return f" that begins with {head!r}" if head else " of 0 bytes"
 
 
 def _cached_snapshot(hub_id: str) -> Path:

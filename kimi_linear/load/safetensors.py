@@ -143,7 +143,8 @@ class SafetensorsFile(MappedFile, Mapping):
         n = int.from_bytes(self.mapping[:8], "little")
         if n > size - 8:
             raise FormatError(
-                f"its first 8 bytes promise a header of {n} bytes, but only {size - 8} follow", str(self.path)
+                f"it is cut short, or no safetensors file: its first 8 bytes promise a header of {n} bytes, but only "
+                f"{size - 8} follow", str(self.path)
             )
         if n > MAX_HEADER:
             raise FormatError(f"its header has {n} bytes; at most {MAX_HEADER} are allowed", str(self.path))
@@ -272,8 +273,13 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     removes it and leaves what was under `path` as it was.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     draft = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    except OSError as error:  # by the name that was asked for
+        raise OSError(error.errno, error.strerror, str(path)) from None
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file

@@ -17,8 +17,11 @@ def activation_id(name, allowed):
 
 
 def check_eps(eps):
-    """eps as float; ValueError unless it is a number >= 0."""
-    eps = float(eps)
+    """eps as float; TypeError or ValueError unless it is a number >= 0."""
+    try:
+        eps = float(eps)
+    except (TypeError, ValueError):
+        raise TypeError(f"eps is {eps!r:.40}; it must be a number >= 0") from None
     if not eps >= 0.0:
         raise ValueError(f"eps is {eps}; it must be >= 0")
     return eps
@@ -48,6 +51,7 @@ def add(a, b, *, out=None, ctx=None):
     a = as_float32(a, "a")
     b = as_float32(b, "b", a.shape)
     y = output(out, a.shape)
+    a, b = apart(a, y, same=y), apart(b, y, same=y)
     _core.add(current(ctx)._core, y, a, b, a.size)
     return y
 
@@ -68,6 +72,7 @@ def sigmoid(x, *, out=None, ctx=None):
     """
     x = as_float32(x, "x")
     y = output(out, x.shape)
+    x = apart(x, y, same=y)
     _core.sigmoid(current(ctx)._core, y, x, x.size)
     return y
 
@@ -102,7 +107,7 @@ def sigmoid_gate(x, gate, *, out=None, ctx=None):
         wanted = ", ".join(map(str, (*x.shape[:-1], "G")))
         raise ValueError(f"gate has shape {list(gate.shape)}; it must be [{wanted}], G a divisor of {D}")
     y = output(out, x.shape)
-    gate = apart(gate, y)
+    x, gate = apart(x, y, same=y), apart(gate, y)
     _core.sigmoid_gate(current(ctx)._core, y, x, gate, T, D, gate.shape[-1])
     return y
 
@@ -126,6 +131,7 @@ def swiglu(gate, up, *, out=None, ctx=None):
     gate = as_float32(gate, "gate")
     up = as_float32(up, "up", gate.shape)
     y = output(out, gate.shape)
+    gate, up = apart(gate, y, same=y), apart(up, y, same=y)
     _core.swiglu(current(ctx)._core, y, gate, up, gate.size)
     return y
 
@@ -147,6 +153,7 @@ def softmax(x, *, out=None, ctx=None):
     x = as_float32(x, "x")
     T, D = _rows(x)
     y = output(out, x.shape)
+    x = apart(x, y, same=y)
     _core.softmax(current(ctx)._core, y, x, T, D)
     return y
 
@@ -180,6 +187,7 @@ def rms_norm(x, w, *, eps, out=None, ctx=None):
     T, D = _rows(x)
     w = as_float32(w, "w", (D,))
     y = output(out, x.shape)
+    x, w = apart(x, y, same=y), apart(w, y)
     _core.rms_norm(current(ctx)._core, y, x, w, T, D, check_eps(eps))
     return y
 
@@ -211,6 +219,7 @@ def gated_rms_norm(x, z, w, *, eps, activation="sigmoid", out=None, ctx=None):
     z = as_float32(z, "z", x.shape)
     w = as_float32(w, "w", (D,))
     y = output(out, x.shape)
+    x, z, w = apart(x, y, same=y), apart(z, y, same=y), apart(w, y)
     kind = activation_id(activation, ("sigmoid", "silu"))
     _core.gated_rms_norm(current(ctx)._core, y, x, z, w, T, D, check_eps(eps), kind)
     return y
@@ -236,5 +245,6 @@ def l2_norm(x, *, eps=1e-6, out=None, ctx=None):
     x = as_float32(x, "x")
     T, D = _rows(x)
     y = output(out, x.shape)
+    x = apart(x, y, same=y)
     _core.l2_norm(current(ctx)._core, y, x, T, D, check_eps(eps))
     return y

@@ -3,7 +3,7 @@
 import numpy as np
 
 from .. import _core
-from .._arrays import as_array, as_float32, as_integers, as_weight, output
+from .._arrays import apart, as_array, as_float32, as_integers, as_weight, output, outputs
 from ..context import current
 from ..quantized import Quantized
 from ._basic import activation_id, sigmoid, swiglu
@@ -168,9 +168,10 @@ def route(scores, *, k, bias=None, groups=1, top_groups=1, function="sigmoid", r
     top_groups = _as_int(top_groups, "top_groups")
     if not 1 <= k <= E:
         raise ValueError(f"k is {k}; it must be 1 <= k <= E = {E}")
-    given_ids, given_weights = (None, None) if out is None else out
+    given_ids, given_weights = outputs(out, 2)
     ids = output(given_ids, (*scores.shape[:-1], k), "out[0]", np.int32)
     weights = output(given_weights, (*scores.shape[:-1], k), "out[1]")
+    scores, bias = apart(scores, ids, weights), apart(bias, ids, weights)
     _core.route(current(ctx)._core, ids, weights, scores, bias, T, E, k, groups, top_groups,
                 _ROUTERS[function], bool(renormalise), float(scale))
     return ids, weights

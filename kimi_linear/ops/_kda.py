@@ -108,6 +108,6 @@ def decay_gate(f, rate, dt_bias, *, lower_bound=None, out=None, ctx=None):
         raise ValueError(f"lower_bound is {lower_bound}; it must be finite and below 0, or None")
     g = output(out, f.shape)
     bound = 0.0 if lower_bound is None else float(lower_bound)
-    rate, dt_bias = apart(rate, g), apart(dt_bias, g)
+    f, rate, dt_bias = apart(f, g, same=g), apart(rate, g), apart(dt_bias, g)
     _core.decay_gate(current(ctx)._core, g, f, rate, dt_bias, f.size // dt_bias.size, H, K, bound)
     return g

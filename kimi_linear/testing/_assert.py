@@ -21,6 +21,8 @@ def assert_close(actual, desired, *, op=None, inputs=None, axes=None, dtype=None
     ------
     AssertionError
         With the table of `compare`.
+    ValueError
+        If the shapes differ, or there is no such op.
     """
     __tracebackhide__ = True  # pytest shows the line that called
     found = compare(actual, desired, op=op, inputs=inputs, axes=axes, dtype=dtype)

@@ -56,6 +56,8 @@ class Card:
         One sentence.
     factor : int
         How many times the bound of docs/math.md is allowed.
+    lacks : tuple of str
+        What the callable may not have, in the words of ``without=``: all cases that need it raise, and no others.
     refused : str
         Why nothing was run; empty where something was.
     seconds : float
@@ -67,6 +69,7 @@ class Card:
     rows: tuple
     factor: int
     reasons: tuple = ()
+    lacks: tuple = ()
     refused: str = ""
     seconds: float = field(default=0.0, compare=False)
 
@@ -155,6 +158,9 @@ class Card:
         unexplained = [r.name for r in self._of("fails") if not r.why]
         if unexplained:
             lines += _wrapped(f"not explained: {_listed(unexplained)}", "  ")
+        if self.lacks:
+            lines += _wrapped(f"what raises has {', '.join(self.lacks)}: if yours is not to, "
+                              f"without={list(self.lacks)} or NotImplementedError leaves these cases out", "  ")
         return lines
 
     __repr__ = __str__
@@ -171,6 +177,7 @@ class Card:
         """Plain values, for JSON."""
         return {"op": self.op, "conventions": self.conventions, "ok": bool(self), "verdict": self.verdict,
                 "reasons": [{"says": s, "cases": list(names)} for s, names in self.reasons],
+                "lacks": list(self.lacks),
                 "rows": [{n: _finite(x) for n, x in vars(r).items()} for r in self.rows]}
 
 

@@ -72,13 +72,23 @@ def check_op(op, fn, *, conventions="ours", cases="all", without=(), arrays=None
         raise ValueError(f"form is {form!r}; {op} has {', '.join(the.forms) or 'one form alone'}")
     start = time.perf_counter()
     run = _Run(the, how, fn, _maker(arrays or how.arrays), lacks, {} if form is None else {"form": form}, factor)
-    refused = run.refused()
-    if refused:
-        return Card(op, how.project, (), factor, refused=refused)
     rows = [run.law(c) if isinstance(c, Law) else run.case(c) for c in chosen]
+    if all(r.status == "not offered" for r in rows):
+        return Card(op, how.project, (), factor, refused=run.refused() or rows[0].detail)
     why = explain(the, run.failures) | run.known
     rows = tuple(replace(r, why=", ".join(filter(None, why.get(r.name, ())))) for r in rows)
-    return Card(op, how.project, rows, factor, _gathered(why), seconds=time.perf_counter() - start)
+    return Card(op, how.project, rows, factor, _gathered(why), lacks=_lacks(rows, chosen),
+                seconds=time.perf_counter() - start)
+
+
+def _lacks(rows, cases):
+    """What all cases that need it fail by raising, and no other case does: the callable may not have it."""
+    raises = {r.name for r in rows if r.detail.startswith("raised ")}
+    run = {r.name: c.needs for r, c in zip(rows, cases, strict=True) if r.status != "not offered" and r.group != "laws"}
+    if not raises or any(not run.get(name) for name in raises):
+        return ()
+    words = sorted(frozenset().union(*(run[name] for name in raises)))
+    return tuple(w for w in words if all(name in raises for name, needs in run.items() if w in needs))
 
 
 def _gathered(why):
@@ -115,7 +125,8 @@ class _Run:
         try:
             self._results(case, self._inputs(case))
         except NotOffered as error:
-            return f"the plain case is not offered: {error}"
+            names = ", ".join(self.the.plan(self.how, case.make(self.kinds[0])).arguments)
+            return f"the plain case is not offered: {error}; it is called with {names}"
         except Exception:  # a finding of its row
             return ""
         return ""
@@ -322,9 +333,11 @@ def _first_apart(a, r):
 
 
 def _place(at, name):
-    """Where, in words: a state is [.., head, key, value], all else [token, head, channel]."""
+    """Where, in words: a state is [.., head, key, value], a choice [token, slot], all else [token, head, channel]."""
     if name == "state":
         return coordinates(at, ("sequence", "head", "key", "value")[4 - len(at):])
+    if name in ("ids", "weights"):
+        return coordinates(at, ("token", "slot")[2 - len(at):])
     return coordinates(at, axis_names(at))
 
 

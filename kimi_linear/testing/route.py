@@ -49,6 +49,10 @@ def cases():
         yield case(f"groups-{groups}-{top}", "groups", 20, 32, 4, groups=groups, top_groups=top, needs={"groups"},
                    usual=True, says="groups, and how many of them stay")
     yield case("softmax", "rule", 9, function="softmax", bias=False, needs={"softmax", "no bias"}, usual=True)
+    yield case("softmax-512-10", "rule", 5, 512, 10, function="softmax", bias=False, scale=1.0,
+               needs={"softmax", "no bias"}, usual=True, says="the router of Qwen3-Next")
+    yield case("softmax-plain-weights", "rule", 9, function="softmax", bias=False, renormalise=False,
+               needs={"softmax", "no bias", "no renormalising"}, usual=True)
     yield case("plain-weights", "rule", 9, renormalise=False, needs={"no renormalising"}, usual=True)
     yield case("scale-1", "rule", 9, scale=1.0, needs={"scale"}, usual=True)
     yield case("scale-2.5", "rule", 9, scale=2.5, needs={"scale"}, usual=True)

@@ -123,7 +123,7 @@ class Spec:
     kind : object
         What `Case.make` takes in our own conventions.
     cases, laws, explanations : tuple
-        The first case is the plain one, which every callable must take.
+        The first case is the plain one; laws are judged on its inputs.
     kinds : callable(convention) -> tuple
         What `Case.make` takes, the usual one first.
     plan : callable(convention, inputs) -> Plan

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import kimi_linear as kl
 from kimi_linear.cli import COMMANDS, main
 
 DATA = Path(__file__).parents[1] / "data" / "tiny"
@@ -75,12 +76,40 @@ def test_version(capfd):
     (["perplexity", "--text", os.devnull], ["0 tokens"]),
     (["perplexity", "--text", str(DATA / "heldout.txt"), "--window", "1"], ["window is 1"]),
     (["bench", "--depths", "0,-1"], ["--depths", "'-1'"]),
+    (["inspect", "nothing.gguf"], ["no folder or GGUF file nothing.gguf", "'tiny'"]),
+    (["convert", str(DATA / "heldout.txt"), "folder"], ["heldout.txt is a file that begins with", "'GGUF'"]),
+    (["golden", "softmax", "-o", str(DATA)], [f"{DATA}: Is a directory"]),
+    (["golden", "softmax", "-o", "no/such/x.npz"], [" no/such/x.npz: No such file"]),
+    (["diff", *[str(DATA / "heldout.txt")] * 2], ["heldout.txt: it is cut short, or no safetensors"]),
 ])
 def test_a_wrong_argument_is_one_sentence_and_exit_2(capfd, argv, words):
     code, out, err = run(capfd, *argv)
     assert (code, out) == (2, "")
     assert err.startswith("kimi-linear") and err.count("\n") == 1 and "Traceback" not in err
     assert all(word in err for word in words), err
+
+
+def test_chat_with_a_folder_for_its_state(capfd, tmp_path):
+    code, out, err = run(capfd, "chat", "--state", str(tmp_path))
+    assert (code, out) == (2, "") and f"--state is {tmp_path}, a folder; it must be a file" in err
+
+
+def test_a_device(capfd):
+    """The host build where it is there; where not, the sentence says which library lacks."""
+    code, out, err = run(capfd, "generate", "--prompt", "In", "--max-new-tokens", "1", "--device", "hip-host")
+    plain = run(capfd, "generate", "--prompt", "In", "--max-new-tokens", "1")[1]
+    here = next(d for d in kl.devices() if d.name == "hip-host")
+    assert (code, out) == (0, plain) if here.available else (code == 2 and "_hip_host.so" in err)
+    code, _, err = run(capfd, "verify", "--device", "gpu")
+    assert code == 2 and "device is 'gpu'; it must be 'cpu', 'hip'" in err
+
+
+def test_the_packaged_model_has_a_name(capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(capfd, "convert", "tiny", "x.gguf")[0] == 0
+    code, out, _ = run(capfd, "verify", "tiny", "x.gguf", "--tokens", "8")
+    assert code == 0 and "top-1         100.00 % equal" in out
+    assert run(capfd, "inspect", "tiny")[1] == run(capfd, "inspect")[1]
 
 
 # ---- generate ----

@@ -69,6 +69,16 @@ def with_memory(monkeypatch, n_bytes):
     monkeypatch.setattr(planning, "read_rate", lambda: 10e9)
 
 
+def test_a_folder_that_has_no_weights_yet(files, capfd, tmp_path):
+    config = {**kl.Model.tiny().config.to_dict()}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    printed = []
+    for path in (tmp_path, tmp_path / "config.json"):
+        assert main(["plan", str(path), "--no-measure", "--json", "--dtype", "F16"]) == 0
+        printed.append(json.loads(capfd.readouterr().out))
+    assert printed[0]["model"] == "config.json as F16" and printed[0]["weights"] == printed[1]["weights"]
+
+
 def test_what_fits(files, capfd, monkeypatch):
     p = kl.Model.from_pretrained(files["BF16"], activations="auto").plan()  # as the command line computes
     with_memory(monkeypatch, p.total)

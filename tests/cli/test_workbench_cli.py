@@ -80,7 +80,7 @@ def test_trace_keeps_states(cli, tmp_path):
 def test_verify(cli):
     code, out, err = cli("verify", "--tokens", 24)
     assert code == 0 and err == ""
-    assert out.startswith("tiny: 24 tokens through 6 layers KKKMKM")
+    assert out.startswith("tiny: 24 tokens through 6 layers kKKMKM")
     assert out.rstrip().splitlines()[-1].startswith("ok: all 175 taps, every op inside its own budget")
     assert "\033" not in out
     code, every, _ = cli("verify", "--tokens", 8, "--all", "--no-free-run")

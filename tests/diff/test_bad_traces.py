@@ -68,6 +68,23 @@ def test_nan_extra_and_missing_taps(model, ours):
     assert blame(model, extra).ok
 
 
+def test_what_is_no_trace_and_how_to_get_one(model, ours):
+    for x, says in (("a.safetensors", r"Trace\.load\(path\)"), ([ours], "one of the list")):
+        with pytest.raises(TypeError, match=says):
+            traces(x, ours)
+    with pytest.raises(TypeError, match=r"theirs has a str; .* kl\.Trace\.load\(path\) reads a file"):
+        blame(model, "a.safetensors")
+
+
+def test_names_of_another_kind_or_prefix(ours, model, tmp_path):
+    file = tmp_path / "x.safetensors"
+    kl.Trace({f"long/{name}": x for name, x in ours.items()}).save(file)
+    with pytest.raises(ValueError, match=r"with prefix='' none of its 155 names is a module .* it holds long/embed, "):
+        kl.Trace.load(file, names="hf", config=model.config)
+    with pytest.raises(ValueError, match=r"none of its 155 names begins with prefix='short/'; it holds "):
+        kl.Trace.load(file, prefix="short/")
+
+
 def test_damaged_files(ours, tmp_path):
     file = tmp_path / "x.safetensors"
     ours.save(file)

@@ -194,14 +194,23 @@ def test_bad_input(norm):
     inputs, y, ref = norm
     with pytest.raises(ValueError, match=r"actual has shape \[5, 3, 31\] and desired \[5, 3, 32\]"):
         diff.compare(y[..., 1:], ref)
-    with pytest.raises(ValueError, match="op is 'norm'; it must be one with a budget: add, "):
-        diff.compare(y, ref, op="norm", inputs=inputs)
+    with pytest.raises(ValueError, match="op is 'sample'; it must be one with a budget: add, "):
+        diff.compare(y, ref, op="sample", inputs=inputs)
     with pytest.raises(ValueError, match="axes are token; the array has 3 axes"):
         diff.compare(y, ref, axes=("token",))
     with pytest.raises(ValueError, match="actual has 2 results and desired 1"):
         diff.compare((y, y), (ref,))
     with pytest.raises(TypeError, match="actual is"):
         diff.compare(np.array(["a"]), np.array([1.0]))
+
+
+def test_an_op_that_there_is_not(norm):
+    x = np.ones((2, 3), np.float32)
+    for call in (assert_close, diff.compare):
+        for arrays in ((x, x), ((x, x), (x, x))):
+            with pytest.raises(ValueError, match="op is 'rms_nrm'; there is no such op, near it are rms_norm"):
+                call(*arrays, op="rms_nrm")
+    assert diff.compare(x, x, op="sample") and diff.compare(x, x, op="route_weights")
 
 
 def test_assert_close(norm):

@@ -45,6 +45,14 @@ def test_a_batch_is_each_alone(model, options):
     assert [arrays(s) for s in batch.state] == [arrays(g.state) for g in one]
 
 
+def test_what_it_looks_like(model):
+    generation = model.generate(PROMPTS[0], max_new_tokens=3)
+    assert "nothing is generated yet" in repr(generation) and ".run().text" in repr(generation)
+    assert repr(generation.run()) == f"Generation({generation.text!r}, 3 tokens, finish_reason='length')"
+    many = model.generate(PROMPTS[:2], max_new_tokens=1).run()
+    assert repr(many).startswith("Generation('2 sequences', 2 tokens, finish_reason=['length', 'length']")
+
+
 def test_threads_generate_at_once_each_as_alone(model):
     """Python threads on one model: each has the text and the bytes that it has alone."""
     wanted = [alone(model, p, max_new_tokens=40, seed=i, **WARM) for i, p in enumerate(PROMPTS)]

@@ -235,15 +235,27 @@ def test_bad_index(tmp_path, text, message):
     assert message in problem
 
 
+def test_the_packaged_model_has_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve("tiny").name == "tiny" and (resolve("tiny") / "model.safetensors").is_file()
+    (tmp_path / "tiny").mkdir()
+    assert resolve("tiny") == Path("tiny")  # a folder goes before it
+
+
 def test_folders_that_are_none(tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"There is no folder {tmp_path}/none"):
+    with pytest.raises(FileNotFoundError, match=f"There is no folder or GGUF file {tmp_path}/none"):
         open_folder(tmp_path / "none")
+    for text, says in (("hello", "is a file that begins with b'hell'; the model is"), ("", "is a file of 0 bytes;")):
+        (tmp_path / "a.gguf").write_text(text)
+        with pytest.raises(NotADirectoryError, match=says):
+            open_folder(tmp_path / "a.gguf")
+    (tmp_path / "a.gguf").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         open_folder(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     with pytest.raises(FileNotFoundError, match="has no weights"):
         open_folder(tmp_path)
-    with pytest.raises(NotADirectoryError, match="is a file; the model is the folder"):
+    with pytest.raises(NotADirectoryError, match="is a file that begins with .*; the model is the folder"):
         open_folder(tmp_path / "config.json")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"hidden_act": "relu"}))
     with pytest.raises(ValueError, match="hidden_act"):

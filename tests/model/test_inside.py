@@ -535,6 +535,11 @@ def test_wrong_weights_are_refused(tiny):
     ]:
         with pytest.raises(error, match=message):
             weights[key] = value
+    for key, message in (("model.norms.weight", "near it are model.norm.weight"), ("?", "near it are model.embed")):
+        with pytest.raises(KeyError, match=message):
+            weights[key]
+    assert "?" not in weights and weights.get("?") is None and name in weights
+    assert repr(weights).startswith("Weights(233 tensors of 'tiny': model.embed_tokens.weight, ")
 
 
 def test_the_same_seed_gives_the_same_random_model(tiny):

@@ -70,6 +70,27 @@ def test_in_place(op, first):
     assert got is inputs[first] and got.tobytes() == wanted.tobytes()
 
 
+@pytest.mark.parametrize("shift", [1, 33, -33])
+@pytest.mark.parametrize("op, name", [("rms_norm", "x"), ("l2_norm", "x"), ("softmax", "x"), ("sigmoid", "x"),
+                                      ("swiglu", "gate"), ("swiglu", "up"), ("add", "a"), ("add", "b"),
+                                      ("gated_rms_norm", "x"), ("gated_rms_norm", "z")])
+def test_an_output_over_part_of_an_input(op, name, shift):
+    inputs = op_inputs(op, 50, 33)
+    wanted = getattr(kl.ops, op)(**inputs)
+    memory, n = np.zeros(52 * 33, np.float32), inputs[name].size
+    start = max(-shift, 0)
+    memory[start:start + n] = inputs[name].reshape(-1)
+    inputs[name] = memory[start:start + n].reshape(inputs[name].shape)
+    out = memory[start + shift:start + shift + n].reshape(wanted.shape)
+    assert getattr(kl.ops, op)(**inputs, out=out) is out and out.tobytes() == wanted.tobytes()
+
+
+def test_an_output_over_the_weight():
+    x, memory = normal(2, 8), np.ones(20, np.float32)
+    wanted = kl.ops.rms_norm(x, memory[:8].copy(), eps=1e-5)
+    assert kl.ops.rms_norm(x, memory[:8], eps=1e-5, out=memory[4:].reshape(2, 8)).tobytes() == wanted.tobytes()
+
+
 def test_nan_stays_in_its_row():
     x = normal(4, 40)
     x[2, 7] = np.nan
@@ -117,6 +138,9 @@ X, W = normal(4, 8), normal(8)
     (lambda: kl.ops.sigmoid(object()), TypeError, "x is a object"),
     (lambda: kl.Context(isa="sse2"), NotImplementedError, 'isa is "sse2"'),
     (lambda: kl.Context(threads=-1), ValueError, "threads is -1"),
+    (lambda: kl.Context(threads="two"), TypeError, "threads is 'two'; it must be an int"),
+    (lambda: kl.ops.l2_norm(X, eps="x"), TypeError, "eps is 'x'; it must be a number"),
+    (lambda: kl.ops.l2_norm([[1.0, 2.0]]), TypeError, r"numpy\.asarray\(x, 'float32'\)"),
     (lambda: kl.Context(device="gpu"), ValueError, "device is 'gpu'"),
 ])
 def test_errors_are_sentences(call, error, message):

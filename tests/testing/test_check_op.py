@@ -147,9 +147,56 @@ def test_without():
     assert card["ragged"].detail == "offsets"
 
 
+def test_what_a_kernel_has_not_and_does_not_say():
+    def ungrouped(q, k, v, g, beta, scale=None, initial_state=None):
+        if q.shape[1] != v.shape[1]:
+            raise ValueError("shapes")
+        return planted.kernel()(q, k, v, g, beta, scale=scale, initial_state=initial_state)
+
+    card = check(ungrouped)
+    assert not card and card.lacks == ("grouped heads",) and card.to_dict()["lacks"] == ["grouped heads"]
+    assert "without=['grouped heads']" in str(card)
+    assert check(ungrouped, without=card.lacks)
+    assert check(lambda **x: 1 / 0).lacks == ()
+
+
+def test_without_the_plain_case_the_others_are_run():
+    def without_bias(scores, *, k, bias=None, **options):
+        if bias is not None:
+            raise NotImplementedError("a bias")
+        return kl.ops.route(scores, k=k, **options)
+
+    card = kl.testing.check_op("route", without_bias)
+    assert card and card["plain"].status == "not offered" and card["softmax-512-10"].status == "holds"
+
+
+def test_a_router_whose_softmax_is_of_the_chosen_alone():
+    def router(scores, *, k, bias=None, function="sigmoid", renormalise=True, scale=1.0, **groups):
+        ids, weights = kl.ops.route(scores, k=k, bias=bias, function=function, renormalise=renormalise, scale=scale,
+                                    **groups)
+        if function == "softmax":
+            weights = kl.ops.softmax(np.take_along_axis(scores, ids.astype(np.int64), -1)) * np.float32(scale)
+        return ids, weights
+
+    card = kl.testing.check_op("route", router)
+    assert card.failing == ["softmax-plain-weights"] and "divided by their sum" in card.verdict
+    assert "slot" in card["softmax-plain-weights"].detail
+
+
+def test_a_router_whose_bias_is_on_the_logits():
+    def router(scores, *, k, bias=None, **options):
+        ids, _ = kl.ops.route(scores if bias is None else scores + bias, k=k, **options)
+        weights = kl.reference.route_weights(scores, ids, **{n: options[n] for n in options if "group" not in n})
+        return ids, weights.astype(np.float32)
+
+    card = kl.testing.check_op("route", router)
+    assert not card and card.reasons[0][0].startswith("the bias is added to the logits"), card
+
+
 def test_a_kernel_that_takes_nothing_is_not_run():
     card = check(planted.kernel(), "fla")
-    assert not card and card.verdict == "NOT RUN: the plain case is not offered: no argument 'use_qk_l2norm_in_kernel'"
+    assert not card and "'use_qk_l2norm_in_kernel'; it is called with q, k, v, beta, g, " in card.verdict
+    assert card.verdict.startswith("NOT RUN: the plain case is not offered: no argument 'use_qk")
     assert not check(lambda **x: (_ for _ in ()).throw(NotImplementedError("later")))
 
 
