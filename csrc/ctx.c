@@ -206,6 +206,8 @@ kl_status kl_ctx_create(kl_ctx **out, const kl_ctx_options *options)
     ctx->arena.chunks = calloc(MAX_CHUNKS, sizeof(chunk));
     if (ctx->arena.chunks == NULL)
         return kl_fail(ctx, KL_ERR_MEMORY, "out of memory: context");
+    if (options->gemm != KL_GEMM_OWN && options->gemm != KL_GEMM_BLAS)
+        return kl_fail(ctx, KL_ERR_ARG, "gemm is %d; it must be own or blas", (int)options->gemm);
     if (options->gemm == KL_GEMM_BLAS && strcmp(kl_blas_name(), "none") == 0)
         return kl_fail(ctx, KL_ERR_UNSUPPORTED,
                        "gemm: this build has no BLAS; use the own product");
@@ -239,7 +241,6 @@ kl_status kl_ctx_set_threads(kl_ctx *ctx, int threads)
     if (threads < 0 || threads > 1024)
         return kl_fail(ctx, KL_ERR_ARG, "threads is %d; it must be 0 (all processors) to 1024",
                        threads);
-    kl_pool_destroy(ctx);
     return kl_pool_create(ctx, threads);
 }
 

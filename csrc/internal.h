@@ -102,7 +102,8 @@ kl_status kl_for(kl_ctx *ctx, int64_t n, int64_t grain, kl_body body, void *arg)
 
 int64_t kl_now_ns(void); /* of a clock that never steps back */
 
-kl_status kl_pool_create(kl_ctx *ctx, int threads);
+/* In the place of the pool that the context has; on failure that one stays. */
+kl_status kl_pool_create(kl_ctx *ctx, int threads) KL_CHECKED;
 void kl_pool_destroy(kl_ctx *ctx);
 
 /* ---- checks that ops share (checks.c) ---- */

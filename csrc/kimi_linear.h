@@ -8,7 +8,8 @@
  *
  * Conventions
  *   Every call that can fail returns kl_status and leaves one sentence in the context (kl_ctx_error).
- *   Arguments are checked before anything is written.
+ *   Arguments are checked before anything is written: sizes, counts, enums, values; of pointers, that
+ *   one is NULL where its comment does not allow it is the caller's to know.
  *   Ragged batches: the tokens of N sequences lie one after another; offsets [N+1] rises from 0 to T.
  *   Arrays of numbers are addresses in the memory of the context's backend; ids of tokens, offsets
  *   and other control data are host arrays.
@@ -122,12 +123,15 @@ typedef struct kl_ctx_options {
     const char *device;         /* "cpu" or NULL, "hip", "hip:N", "hip-host": docs/hip.md */
 } kl_ctx_options;
 
-KL_API kl_status kl_ctx_create(kl_ctx **ctx, const kl_ctx_options *options);
+/* options NULL: all zero. On failure *ctx holds the sentence and serves kl_ctx_error and kl_ctx_destroy
+ * alone; it is NULL, which both take, where there was no memory for it. */
+KL_API kl_status kl_ctx_create(kl_ctx **ctx, const kl_ctx_options *options) KL_CHECKED;
 KL_API void kl_ctx_destroy(kl_ctx *ctx);
 KL_API const char *kl_ctx_error(const kl_ctx *ctx); /* the last failure, one sentence */
 KL_API const char *kl_ctx_isa(const kl_ctx *ctx);
 KL_API int kl_ctx_threads(const kl_ctx *ctx);
-KL_API kl_status kl_ctx_set_threads(kl_ctx *ctx, int threads);
+/* On failure the threads stay. */
+KL_API kl_status kl_ctx_set_threads(kl_ctx *ctx, int threads) KL_CHECKED;
 KL_API const char *kl_blas_name(void); /* provider and version, or "none" */
 
 /* Instruction sets that this build has and this machine runs, best last; returns their number. */
@@ -145,14 +149,16 @@ KL_API int kl_device_list(kl_device_info *list, int capacity);
 /* "cpu", "hip (host)", "hip (amd)", "hip (nvidia)" */
 KL_API const char *kl_ctx_device(const kl_ctx *ctx);
 
-/* Stops the call in flight from another thread: it returns KL_ERR_INTERRUPTED at the end of a task. */
+/* Stops the call in flight from another thread: it returns KL_ERR_INTERRUPTED at the end of a task. Where none is,
+ * the next. */
 KL_API void kl_ctx_cancel(kl_ctx *ctx);
 
 /* poll is called by the calling thread some twenty times a second during long calls; a value other
  * than 0 cancels the call. */
 KL_API void kl_ctx_set_poll(kl_ctx *ctx, int (*poll)(void *user), void *user);
 
-/* Every allocation of the context goes through these; allocate returns NULL when it fails. */
+/* Every allocation of the context goes through these; allocate returns NULL when it fails. Set before models
+ * and states are made: these are given back to the allocator of the moment. NULL: the C library's. */
 typedef struct kl_allocator {
     void *(*allocate)(void *user, size_t n_bytes); /* 64-byte aligned */
     void (*release)(void *user, void *p, size_t n_bytes);
@@ -217,7 +223,11 @@ typedef struct kl_cache {
     kl_type type; /* KL_F32, KL_F16 or KL_Q8_0 (rows of whole blocks) */
 } kl_cache;
 
+/* Formulas, and what their error is: csrc/ops/<op>.c, docs/math.md. */
+
 /* ---- ops: element by element, norms ----------------------------------------------------------- */
+
+/* x, y, z [T, D]; w [D]; the first three are of n values. y may be an input. */
 
 KL_API kl_status kl_add(kl_ctx *ctx, float *y, const float *a, const float *b,
                         int64_t n) KL_CHECKED;
@@ -246,6 +256,7 @@ KL_API kl_status kl_quantize(kl_ctx *ctx, void *y, const float *x, kl_type type,
 KL_API kl_status kl_dequantize(kl_ctx *ctx, float *y, const void *x, kl_type type, int64_t rows,
                                int64_t cols) KL_CHECKED;
 
+/* y [T, cols of the table]; ids [T], each below the table's rows */
 KL_API kl_status kl_embedding(kl_ctx *ctx, float *y, const int32_t *ids, const kl_weight *table,
                               int64_t T) KL_CHECKED;
 
@@ -268,6 +279,7 @@ typedef struct kl_route_args {
     float scale;
     int given; /* 1: ids are an input, ascending; only their weights are computed */
 } kl_route_args;
+/* ids, weights [T, k], ids rising in each row; scores [T, E]; bias [E] or NULL, for the choice alone */
 KL_API kl_status kl_route(kl_ctx *ctx, int32_t *ids, float *weights, const float *scores,
                           const float *bias, const kl_route_args *args) KL_CHECKED;
 
@@ -280,12 +292,14 @@ KL_API kl_status kl_moe(kl_ctx *ctx, float *y, const float *x, const int32_t *id
 
 /* ---- ops: KDA --------------------------------------------------------------------------------- */
 
+/* x, y [T, C], y is not x; w [C, W]; a history [W-1, C] a sequence, oldest first; history_out may be history_in */
 KL_API kl_status kl_short_conv(kl_ctx *ctx, float *y, kl_slots history_out, const float *x,
                                const float *w, kl_slots history_in, const int64_t *offsets,
                                int64_t N, int64_t T, int64_t C, int64_t W,
                                kl_activation activation) KL_CHECKED;
 
-/* lower_bound 0: -rate * softplus(f + dt_bias); below 0: lower_bound * sigmoid(rate * (f + dt_bias)). */
+/* f, g [T, H, K], g may be f; rate [H]; dt_bias [H, K].
+ * lower_bound 0: -rate * softplus(f + dt_bias); below 0: lower_bound * sigmoid(rate * (f + dt_bias)). */
 KL_API kl_status kl_decay_gate(kl_ctx *ctx, float *g, const float *f, const float *rate,
                                const float *dt_bias, int64_t T, int64_t H, int64_t K,
                                float lower_bound) KL_CHECKED;
@@ -373,9 +387,9 @@ KL_API kl_status kl_attention(kl_ctx *ctx, float *o, const float *q, kl_cache ke
 /* ---- ops: sampling ---------------------------------------------------------------------------- */
 
 typedef struct kl_sample_args {
-    float temperature; /* 0: the largest logit, lowest id on ties */
-    int64_t top_k;     /* 0: all */
-    float top_p, min_p;
+    float temperature;                 /* 0: the largest logit, lowest id on ties */
+    int64_t top_k;                     /* 0: all */
+    float top_p, min_p;                /* in (0, 1], 1: all; in [0, 1], 0: all */
     uint64_t seed, sequence, position; /* Philox4x32-10 counter */
 } kl_sample_args;
 /* ids [T], one for each row of logits [T, D] with its own args[t]. */

@@ -54,7 +54,7 @@ typedef struct kl_config {
 } kl_config;
 
 /* A tensor of a checkpoint, by its Hugging Face name or one of those that stand in its place (model/weights.c). data is
- * borrowed until the model is destroyed. */
+ * borrowed until the model is destroyed; in F32, F16 and BF16 it is aligned to its values, in blocks it need not be. */
 typedef struct kl_tensor {
     const char *name;
     const void *data;
@@ -75,7 +75,7 @@ KL_API void kl_model_destroy(kl_ctx *ctx, kl_model *model);
 
 /* ---- state ---- */
 
-/* An empty sequence. context 0: the cache grows as tokens come; above 0: it is taken at once for that many
+/* An empty sequence. context 0: the cache grows as tokens come; above 0, to 2^40: it is taken at once for that many
  * tokens, and more are refused. cache_type: KL_F32, KL_F16, or KL_Q8_0 where 32 divides the width of the latent,
  * or of a position's keys. */
 KL_API kl_status kl_state_create(kl_ctx *ctx, kl_state **state, const kl_model *model,
@@ -123,7 +123,7 @@ typedef enum kl_state_part {
 KL_API kl_status kl_state_shape(kl_ctx *ctx, const kl_state *state, int64_t layer,
                                 kl_state_part part, int64_t shape[3], int *n_dims,
                                 kl_type *type) KL_CHECKED;
-/* Copies it to the host, or from the host. */
+/* Copies it to the host, or from the host. Not while a call uses the state. */
 KL_API kl_status kl_state_read(kl_ctx *ctx, const kl_state *state, int64_t layer,
                                kl_state_part part, void *to) KL_CHECKED;
 /* The same of checkpoint i, 0 the oldest: of a part that a checkpoint holds, not the cache. */

@@ -204,6 +204,7 @@ kl_status kl_pool_create(kl_ctx *ctx, int threads)
     pthread_mutex_init(&pool->mutex, NULL);
     pthread_cond_init(&pool->wake, NULL);
     pthread_cond_init(&pool->left, NULL);
+    kl_pool_destroy(ctx);
     ctx->pool = pool;
     ctx->threads = 1;
     for (int i = 0; i + 1 < threads; i++) {
@@ -230,10 +231,10 @@ void kl_pool_destroy(kl_ctx *ctx)
         pthread_mutex_unlock(&pool->mutex);
         for (int i = 0; i < pool->n_workers; i++)
             pthread_join(pool->worker[i].thread, NULL);
-    }
-    pthread_mutex_destroy(&pool->mutex);
-    pthread_cond_destroy(&pool->wake);
-    pthread_cond_destroy(&pool->left);
+        pthread_mutex_destroy(&pool->mutex);
+        pthread_cond_destroy(&pool->wake);
+        pthread_cond_destroy(&pool->left);
+    } /* in the child of a fork the workers still count as waiting, and destroying would wait for them */
     free(pool);
     ctx->pool = NULL;
 }

@@ -119,6 +119,100 @@ def test_types_refuse_nonsense():
             _core.Model(context, wrong, [], [("a", -1, 0, 0, (1,))], 1)
 
 
+EVIL = r"""
+import sys
+import kimi_linear as kl
+from kimi_linear import _core, _engine
+
+class Evil:
+    def __init__(self, items, value):
+        self.items, self.value = items, value
+    def __index__(self):
+        self.items.clear()
+        self.other = [(i, i) for i in range(1000)]  # what was freed is written over
+        return self.value
+
+context, model = kl.Context()._core, kl.Model.tiny()
+good = _engine.config_numbers(model.config)
+items = []
+if sys.argv[1] == "layers":
+    items += [(Evil(items, 0), 0), (1, 0)]
+    call = lambda: _core.Model(context, {**good, "layers": items}, [], [])
+elif sys.argv[1] == "weights":
+    import numpy as np
+    x, out = np.ones((1, 4), np.float32), np.zeros((1, 2), np.float32)
+    items += [(np.ones(8, np.float32), Evil(items, 0), 1, 2, 4)] * 2
+    call = lambda: _core.linear(context, [out, out], x, items, [None, None], [False, False], 1, 4)
+elif sys.argv[1] == "tensors":
+    items += [("a", -1, Evil(items, 0), 0, (1,)), ("b", -1, 0, 0, (1,))]
+    call = lambda: _core.Model(context, good, [], items, 1)
+else:
+    import numpy as np
+    states, ids, offsets = [model.new_state()._core], np.zeros(1, np.int32), np.array([0, 1])
+    taps, edits = ([items, None] if sys.argv[1] == "taps" else [None, items])
+    items += [(Evil(items, -1), 0, np.zeros((1, 4), np.float32))[: 3 if taps is items else 2]] * 2
+    call = lambda: model._core.forward(context, states, ids, offsets, 1, None, None, 0, taps, None, 0, 0, None,
+                                       edits, print)
+try:
+    call()
+except (TypeError, ValueError):
+    pass
+"""
+
+
+@pytest.mark.parametrize("what", ["layers", "tensors", "weights", "taps", "edits"])
+def test_a_list_that_changes_while_it_is_read(what):
+    command = [sys.executable, "-X", "faulthandler", "-c", EVIL, what]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, f"exit {done.returncode}\n{done.stderr[-3000:]}"
+
+
+FORK = r"""
+import os, signal, time
+import numpy as np
+import kimi_linear as kl
+
+context = kl.Context(threads=3)
+x = np.ones((512, 512), np.float32)
+want = kl.ops.softmax(x, ctx=context)
+time.sleep(0.2)  # the threads fall asleep: they are waiting when the process forks
+for threads in (0, 1):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        if threads:
+            context._core.set_threads(threads)
+        assert (kl.ops.softmax(x, ctx=context) == want).all()
+        del context
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, "the child hung, or failed"
+"""
+
+
+def test_a_child_of_fork_computes_and_closes_its_context():
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_checkpoints_that_are_not_given_are_not_written():
+    context, size = kl.Context()._core, 16
+    kept, marks = np.full(3 * size, 7, np.float32), np.array([1, 2, 3])
+    x, beta, o = np.full((3, 1, 4), 0.1, np.float32), np.full((3, 1), 0.1, np.float32), np.zeros((3, 1, 4), np.float32)
+
+    def call(of, to):
+        _core.delta_rule(context, o, None, x, x, x, x, beta, None, np.array([0, 3]), 1, 3, 1, 1, 4, 4, 1.0, 2, 0, 0, 0,
+                         False, 1e-6, marks[:1], of, to, 1)
+
+    call(np.array([0, 1]), kept[:size])
+    assert (kept[:size] != 7).all()
+    for of, to, message in [(np.array([0, 3]), kept[:size], "end at 3; there are 1"),
+                            (np.array([0, -1]), kept[:size], "must not be below 0"),
+                            (None, kept[:size], "must be, too"), (np.array([0, 1]), None, "must be, too")]:
+        with pytest.raises(ValueError, match=message):
+            call(of, to)
+    assert (kept[size:] == 7).all()
+
+
 def test_a_tensor_outside_its_buffer_is_refused():
     context = kl.Context()._core
     good = _engine.config_numbers(kl.Model.tiny().config)

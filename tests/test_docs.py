@@ -268,6 +268,13 @@ def test_op_is_complete(op):
         assert f'Case("{op}"' in (ROOT / "benchmarks/cases.py").read_text(), "no benchmark"
 
 
+@pytest.mark.parametrize("name", ["example_op.c", "example_model.c"])
+def test_the_page_of_the_c_library_shows_the_programs_of_its_tests(name):
+    page, program = (ROOT / "docs/c-api.md").read_text(), (ROOT / "tests/c" / name).read_text()
+    shown = re.search(rf"tests/c/{name}\).*?```c\n(.*?)```", page, re.S)[1]
+    assert shown == program.split("\n", 1)[1]
+
+
 @pytest.mark.parametrize("op", PYTHON_OPS)
 def test_op_has_a_row_in_the_readme(op):
     assert re.search(rf"^\| *`{op}` *\|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)

@@ -43,6 +43,23 @@ static kl_status check_heads(kl_ctx *ctx, const kl_config *c, bool kda, bool gdn
     return KL_OK;
 }
 
+/* What a layer keeps of a sequence, a page of the cache at a time, for all layers: its bytes cannot overflow. */
+static kl_status check_state_size(kl_ctx *ctx, const kl_config *c, bool delta, bool mla, bool attn)
+{
+    int64_t widest = 0, all;
+    if (delta)
+        widest = c->delta.Hv * c->delta.K * c->delta.V;
+    if (mla)
+        widest = kl_max(widest, KL_PAGE * (c->mla.rank + c->mla.rope));
+    if (attn)
+        widest = kl_max(widest, KL_PAGE * 2 * c->attn.kv_heads * c->attn.width);
+    if (!kl_mul(&all, widest, c->n_layers) || all > INT64_C(1) << 56)
+        return kl_fail(ctx, KL_ERR_ARG,
+                       "config: %lld layers of a state of %lld values are more than 2^56",
+                       (long long)c->n_layers, (long long)widest);
+    return KL_OK;
+}
+
 kl_status kl_config_check(kl_ctx *ctx, const kl_config *c)
 {
     bool mixer[MIXERS] = { false }, dense = false, moe = false;
@@ -77,6 +94,7 @@ kl_status kl_config_check(kl_ctx *ctx, const kl_config *c)
         { "gdn_k_dim", gdn, c->delta.K, 1, 1 << 20 },
         { "gdn_v_dim", gdn, c->delta.V, 1, 1 << 20 },
         { "conv_width", kda || gdn, c->delta.taps, 1, 8 },
+        { "head_map", kda || gdn, c->delta.head_map, 0, KL_HEADS_TILED },
         { "mla_heads", mla, c->mla.heads, 1, 1 << 20 },
         { "nope_dim", mla, c->mla.nope, 1, 1 << 20 },
         { "rope_dim", mla, c->mla.rope, 0, 1 << 20 },
@@ -94,13 +112,15 @@ kl_status kl_config_check(kl_ctx *ctx, const kl_config *c)
         { "shared_size", moe, c->ffn.shared, 0, 1 << 24 },
         { "n_groups", moe, c->ffn.groups, 1, c->ffn.experts },
         { "top_groups", moe, c->ffn.top_groups, 1, c->ffn.groups },
+        { "router", moe, c->ffn.router, 0, KL_ROUTER_SOFTMAX },
     };
     for (size_t i = 0; i < sizeof checks / sizeof checks[0]; i++)
         if (checks[i].used && (checks[i].value < checks[i].low || checks[i].value > checks[i].high))
             return kl_fail(ctx, KL_ERR_ARG, "config: %s is %lld; it must be %lld to %lld",
                            checks[i].name, (long long)checks[i].value, (long long)checks[i].low,
                            (long long)checks[i].high);
-    return check_heads(ctx, c, kda, gdn, attn);
+    KL_TRY(check_heads(ctx, c, kda, gdn, attn));
+    return check_state_size(ctx, c, kda || gdn, mla, attn);
 }
 
 enum {

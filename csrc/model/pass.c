@@ -149,6 +149,10 @@ static kl_status check_args(kl_ctx *ctx, const kl_model *m, const kl_forward_arg
         if (a->ids[t] < 0 || a->ids[t] >= m->config.vocab)
             return kl_fail(ctx, KL_ERR_ARG, "forward: token %lld has id %d; it must be 0 to %lld",
                            (long long)t, (int)a->ids[t], (long long)m->config.vocab - 1);
+    if (a->n_logits > 0 && (a->logits == NULL || a->logit_rows == NULL))
+        return kl_fail(ctx, KL_ERR_ARG,
+                       "forward: n_logits is %lld, so logits and logit_rows must be given",
+                       (long long)a->n_logits);
     for (int64_t i = 0; i < a->n_logits; i++)
         if (a->logit_rows[i] < 0 || a->logit_rows[i] >= T
             || (i > 0 && a->logit_rows[i] <= a->logit_rows[i - 1]))

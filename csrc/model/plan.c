@@ -98,10 +98,12 @@ static kl_status widest_pass(kl_ctx *ctx, const kl_model *m, kl_type cache_type,
 kl_status kl_plan_make(kl_ctx *ctx, kl_plan *plan, const kl_model *m, kl_type cache_type,
                        int64_t context, int64_t sequences, int64_t pass_tokens)
 {
-    if (context < 1 || sequences < 1)
+    int64_t state, all;
+    if (context < 1 || context > KL_MAX_TOKENS || sequences < 1)
         return kl_fail(ctx, KL_ERR_ARG,
-                       "plan: context is %lld and sequences is %lld; both must be >= 1",
-                       (long long)context, (long long)sequences);
+                       "plan: context is %lld and sequences is %lld; both must be >= 1, context at "
+                       "most 2^%d",
+                       (long long)context, (long long)sequences, KL_MAX_TOKENS_LOG2);
     KL_TRY(kl_cache_check(ctx, m, cache_type));
     const int64_t pages = kl_ceil_div(context, KL_PAGE);
     *plan = (kl_plan){
@@ -110,7 +112,12 @@ kl_status kl_plan_make(kl_ctx *ctx, kl_plan *plan, const kl_model *m, kl_type ca
         .state_fixed = m->fixed_bytes,
         .state_page = kl_cache_page_bytes(m, cache_type),
     };
-    plan->state = (size_t)sequences * (plan->state_fixed + (size_t)pages * plan->state_page);
+    if (!kl_mul(&state, pages, (int64_t)plan->state_page)
+        || !kl_mul(&all, sequences, state + (int64_t)plan->state_fixed))
+        return kl_fail(ctx, KL_ERR_ARG,
+                       "plan: the states of %lld sequences of %lld tokens do not fit 2^62 bytes",
+                       (long long)sequences, (long long)context);
+    plan->state = (size_t)all;
     return widest_pass(ctx, m, cache_type, context, sequences,
                        pass_tokens > 0 ? pass_tokens : PASS_TOKENS, &plan->scratch);
 }

@@ -48,8 +48,9 @@ kl_status kl_state_create(kl_ctx *ctx, kl_state **out, const kl_model *model, kl
     *out = NULL;
     KL_TRY(kl_model_check_ctx(ctx, model, "state"));
     KL_TRY(kl_cache_check(ctx, model, cache_type));
-    if (context < 0)
-        return kl_fail(ctx, KL_ERR_ARG, "context is %lld; it must be >= 0", (long long)context);
+    if (context < 0 || context > KL_MAX_TOKENS)
+        return kl_fail(ctx, KL_ERR_ARG, "context is %lld; it must be 0 to 2^%d", (long long)context,
+                       KL_MAX_TOKENS_LOG2);
     kl_state *state = calloc(1, sizeof *state);
     if (state == NULL)
         return kl_fail(ctx, KL_ERR_MEMORY, "out of memory: state");
@@ -212,11 +213,12 @@ kl_status kl_state_keep(kl_ctx *ctx, kl_state *state, int64_t every, int64_t kee
     const size_t bytes = state->model->fixed_bytes;
     int64_t total;
     KL_TRY(kl_model_check_ctx(ctx, state->model, "state"));
-    if (every < 1 || keep < 1)
+    if (every < 1 || every > KL_MAX_TOKENS || keep < 1)
         return kl_fail(
             ctx, KL_ERR_ARG,
-            "state: a checkpoint every %lld tokens, of which %lld are kept; both must be >= 1",
-            (long long)every, (long long)keep);
+            "state: a checkpoint every %lld tokens, of which %lld are kept; both must be "
+            ">= 1, the first at most 2^%d",
+            (long long)every, (long long)keep, KL_MAX_TOKENS_LOG2);
     if (state->position != 0 || state->keep != 0)
         return kl_fail(ctx, KL_ERR_STATE,
                        "state: checkpoints are asked for once, before the first token");
@@ -425,9 +427,11 @@ kl_status kl_state_copy(kl_ctx *ctx, kl_state *to, kl_state *from)
     return status;
 }
 
-kl_status kl_state_fill(kl_ctx *ctx, kl_state *state, int64_t n)
+static kl_status fill(kl_ctx *ctx, kl_state *state, int64_t n)
 {
-    KL_TRY(kl_model_check_ctx(ctx, state->model, "state"));
+    if (n > KL_MAX_TOKENS)
+        return kl_fail(ctx, KL_ERR_ARG, "state: %lld tokens are to be filled in; there may be 2^%d",
+                       (long long)n, KL_MAX_TOKENS_LOG2);
     if (state->position != 0 || n < 0)
         return kl_fail(
             ctx, KL_ERR_STATE,
@@ -441,4 +445,12 @@ kl_status kl_state_fill(kl_ctx *ctx, kl_state *state, int64_t n)
     state->position = n;
     state->past_start = 1;
     return KL_OK;
+}
+
+kl_status kl_state_fill(kl_ctx *ctx, kl_state *state, int64_t n)
+{
+    KL_TRY(kl_state_acquire(ctx, state, "state"));
+    const kl_status status = fill(ctx, state, n);
+    kl_state_release(state);
+    return status;
 }

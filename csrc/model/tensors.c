@@ -18,6 +18,8 @@ static int by_name(const void *a, const void *b)
 
 kl_status kl_loader_begin(kl_loader *l, const kl_tensor *tensors, int64_t n)
 {
+    if (n < 0)
+        return kl_fail(l->ctx, KL_ERR_ARG, "n_tensors is %lld; it must be >= 0", (long long)n);
     l->tensors = tensors;
     l->n = n;
     l->sorted = malloc(((size_t)n + 1) * sizeof *l->sorted);

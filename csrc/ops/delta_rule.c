@@ -58,6 +58,10 @@ kl_status kl_delta_check(kl_ctx *ctx, const char *op, const kl_delta_rule_args *
 /* Token counts that rise within each sequence, from 0 to its tokens. */
 static kl_status check_checkpoints(kl_ctx *ctx, const kl_delta_rule_args *a)
 {
+    if (a->checkpoints != NULL && (a->checkpoint_offsets == NULL || a->kept == NULL))
+        return kl_fail(
+            ctx, KL_ERR_ARG,
+            "delta_rule: checkpoints are given; checkpoint_offsets and kept must be, too");
     for (int64_t n = 0; n < a->N && a->checkpoints != NULL; n++) {
         const int64_t begin = a->checkpoint_offsets[n], end = a->checkpoint_offsets[n + 1];
         if (begin > end || begin < 0)

@@ -59,6 +59,10 @@ const void *kl_py_host_in(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n
 /* Offsets of n sequences: n + 1 of them. */
 const int64_t *kl_py_offsets(kl_py_call *c, PyObject *o, int64_t n, const char *name);
 
+/* The items of a list in a tuple, a new reference: what reading one calls (__index__, __bool__) may change the list.
+ * NULL with a TypeError that says `problem`. */
+PyObject *kl_py_items(PyObject *list, const char *problem);
+
 /* A weight is a tuple (buffer, type id, n, rows, cols): n matrices of one shape, one behind the other. */
 kl_weight kl_py_weight(kl_py_call *c, PyObject *o, const char *name);
 

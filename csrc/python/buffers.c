@@ -164,6 +164,14 @@ kl_slots kl_py_slots(kl_py_call *c, const void *states, int64_t n, int64_t value
     return slots;
 }
 
+PyObject *kl_py_items(PyObject *list, const char *problem)
+{
+    if (PyList_Check(list))
+        return PyList_AsTuple(list);
+    PyErr_SetString(PyExc_TypeError, problem);
+    return NULL;
+}
+
 kl_weight kl_py_weight(kl_py_call *c, PyObject *o, const char *name)
 {
     kl_weight w = { 0 };
@@ -191,6 +199,8 @@ kl_weight kl_py_weight(kl_py_call *c, PyObject *o, const char *name)
         block == 1
             ? kl_py_in(c, buffer, type == KL_F32 ? KL_PY_F32 : KL_PY_U16, size, name)
             : kl_py_in(c, buffer, KL_PY_U8, (int64_t)kl_type_bytes((kl_type)type, size), name);
+    if (c->failed)
+        return w; /* the sizes may overflow */
     w.row_bytes = kl_type_bytes((kl_type)type, cols);
     w.matrix = (const void *const *)kl_py_pointers(c, n, data, (int64_t)w.row_bytes * rows);
     w.n = n;

@@ -20,26 +20,28 @@ static bool number(PyObject *dict, const char *key, double *as_double, int64_t *
     return !PyErr_Occurred();
 }
 
-static bool parse_layers(PyObject *list, py_model *self)
+static const char *const layers_problem = "config: layers must be a list of (mixer, ffn)";
+
+static bool parse_pairs(PyObject *pairs, py_model *self)
 {
-    const Py_ssize_t n = PyList_Check(list) ? PyList_Size(list) : -1;
+    const Py_ssize_t n = PyTuple_Size(pairs);
     if (n < 1) {
-        PyErr_SetString(PyExc_TypeError, "config: layers must be a list of (mixer, ffn)");
+        PyErr_SetString(PyExc_TypeError, layers_problem);
         return false;
     }
-    self->layers = calloc((size_t)n, sizeof *self->layers);
+    self->layers = calloc((size_t)n + 1, sizeof *self->layers);
     if (self->layers == NULL) {
         PyErr_NoMemory();
         return false;
     }
     for (Py_ssize_t i = 0; i < n; i++) {
         int mixer, ffn;
-        PyObject *pair = PyList_GetItem(list, i);
+        PyObject *pair = PyTuple_GetItem(pairs, i);
         if (!PyTuple_Check(pair) || !PyArg_ParseTuple(pair, "ii", &mixer, &ffn)
             || mixer < KL_MIXER_KDA || mixer > KL_MIXER_ATTN
             || (ffn != KL_FFN_DENSE && ffn != KL_FFN_MOE)) {
             if (!PyErr_Occurred())
-                PyErr_SetString(PyExc_TypeError, "config: layers must be a list of (mixer, ffn)");
+                PyErr_SetString(PyExc_TypeError, layers_problem);
             return false;
         }
         self->layers[i] = (kl_layer){ (kl_mixer)mixer, (kl_ffn)ffn };
@@ -47,6 +49,14 @@ static bool parse_layers(PyObject *list, py_model *self)
     self->config.layers = self->layers;
     self->config.n_layers = n;
     return true;
+}
+
+static bool parse_layers(PyObject *list, py_model *self)
+{
+    PyObject *pairs = kl_py_items(list, layers_problem);
+    const bool ok = pairs != NULL && parse_pairs(pairs, self);
+    Py_XDECREF(pairs);
+    return ok;
 }
 
 static bool parse_config(PyObject *dict, py_model *self)
@@ -134,22 +144,21 @@ static bool parse_config(PyObject *dict, py_model *self)
 
 static bool hold_buffers(PyObject *list, py_model *self)
 {
-    const Py_ssize_t n = PyList_Check(list) ? PyList_Size(list) : -1;
-    if (n < 0) {
-        PyErr_SetString(PyExc_TypeError, "buffers must be a list");
+    PyObject *items = kl_py_items(list, "buffers must be a list");
+    if (items == NULL)
         return false;
-    }
+    const Py_ssize_t n = PyTuple_Size(items);
+    bool ok = true;
     self->buffers = calloc((size_t)n + 1, sizeof *self->buffers);
-    if (self->buffers == NULL) {
-        PyErr_NoMemory();
-        return false;
+    if (self->buffers == NULL)
+        ok = PyErr_NoMemory() != NULL;
+    while (ok && self->n_buffers < n) {
+        Py_buffer *to = &self->buffers[self->n_buffers];
+        ok = PyObject_GetBuffer(PyTuple_GetItem(items, self->n_buffers), to, PyBUF_SIMPLE) == 0;
+        self->n_buffers += ok;
     }
-    for (; self->n_buffers < n; self->n_buffers++)
-        if (PyObject_GetBuffer(PyList_GetItem(list, self->n_buffers),
-                               &self->buffers[self->n_buffers], PyBUF_SIMPLE)
-            < 0)
-            return false;
-    return true;
+    Py_DECREF(items);
+    return ok;
 }
 
 static bool parse_tensor(PyObject *item, const py_model *self, kl_tensor *t)
@@ -202,14 +211,15 @@ static bool parse_tensor(PyObject *item, const py_model *self, kl_tensor *t)
 
 static bool create(py_model *self, PyObject *list, int planning)
 {
-    const Py_ssize_t n = PyList_Check(list) ? PyList_Size(list) : -1;
-    kl_tensor *tensors = calloc((size_t)(n < 0 ? 0 : n) + 1, sizeof *tensors);
+    PyObject *items = kl_py_items(list, "tensors must be a list");
+    if (items == NULL)
+        return false;
+    const Py_ssize_t n = PyTuple_Size(items);
+    kl_tensor *tensors = calloc((size_t)n + 1, sizeof *tensors);
     kl_py_call c = { 0 };
-    bool ok = n >= 0 && tensors != NULL;
-    if (!ok)
-        PyErr_SetString(PyExc_TypeError, "tensors must be a list");
+    bool ok = tensors != NULL || PyErr_NoMemory() != NULL;
     for (Py_ssize_t i = 0; ok && i < n; i++)
-        ok = parse_tensor(PyList_GetItem(list, i), self, &tensors[i]);
+        ok = parse_tensor(PyTuple_GetItem(items, i), self, &tensors[i]);
     if (ok && kl_py_begin(&c, (PyObject *)self->context)) {
         c.status = kl_model_create(c.ctx, &self->model, &self->config, tensors, n, planning);
         PyObject *none = kl_py_end(&c);
@@ -217,6 +227,7 @@ static bool create(py_model *self, PyObject *list, int planning)
         Py_XDECREF(none);
     }
     free(tensors);
+    Py_DECREF(items); /* the names lie in them */
     return ok;
 }
 
@@ -317,11 +328,12 @@ static PyObject *model_plan(PyObject *o, PyObject *args)
         "scratch", (unsigned long long)plan.scratch);
 }
 
-/* What a forward call borrows besides its buffers. */
+/* What a forward call borrows besides its buffers, and the objects that it borrows from. */
 typedef struct tables {
     kl_state **states;
     void **taps;
     const int32_t **experts;
+    PyObject *state_items, *tap_items, *expert_items;
 } tables;
 
 static void free_tables(tables *t)
@@ -329,41 +341,49 @@ static void free_tables(tables *t)
     free(t->states);
     free(t->taps);
     free((void *)t->experts);
+    Py_XDECREF(t->state_items);
+    Py_XDECREF(t->tap_items);
+    Py_XDECREF(t->expert_items);
 }
 
 static bool parse_states(kl_py_call *c, tables *t, PyObject *list, int64_t *N)
 {
-    *N = PyList_Check(list) ? PyList_Size(list) : -1;
-    t->states = *N < 0 ? NULL : calloc((size_t)*N + 1, sizeof *t->states);
-    if (t->states == NULL) {
-        PyErr_SetString(PyExc_TypeError, "states must be a list");
-        return !(c->failed = true);
-    }
+    c->failed = true;
+    t->state_items = kl_py_items(list, "states must be a list");
+    if (t->state_items == NULL)
+        return false;
+    *N = PyTuple_Size(t->state_items);
+    t->states = calloc((size_t)*N + 1, sizeof *t->states);
+    if (t->states == NULL)
+        return PyErr_NoMemory() != NULL;
     for (int64_t n = 0; n < *N; n++) {
-        t->states[n] = kl_py_state_of(PyList_GetItem(list, n));
+        t->states[n] = kl_py_state_of(PyTuple_GetItem(t->state_items, n));
         if (t->states[n] == NULL)
-            return !(c->failed = true);
+            return false;
     }
+    c->failed = false;
     return true;
 }
 
 /* [(layer, tap, array)]: one host array for each tap that is wanted. These can be many: their buffers are not
- * held; the caller's list keeps the arrays, and the length is checked here. */
+ * held; the arrays are kept, and their length is checked here. */
 static bool parse_arrays(kl_py_call *c, PyObject *list, const kl_config *config, int64_t T,
                          tables *t, bool taps)
 {
+    static const char *const problem = "taps and expert_ids must be lists of (layer, tap, array)";
     const int64_t rows = config->n_layers + 1;
-    const Py_ssize_t n = PyList_Check(list) ? PyList_Size(list) : -1;
     c->failed = true;
+    PyObject *items = kl_py_items(list, problem);
+    if (items == NULL)
+        return false;
+    *(taps ? &t->tap_items : &t->expert_items) = items;
+    const Py_ssize_t n = PyTuple_Size(items);
     if (taps)
         t->taps = calloc((size_t)(rows * KL_TAP_COUNT), sizeof *t->taps);
     else
         t->experts = calloc((size_t)rows, sizeof *t->experts);
-    if (n < 0 || (taps ? (void *)t->taps : (void *)t->experts) == NULL) {
-        PyErr_SetString(PyExc_TypeError,
-                        "taps and expert_ids must be lists of (layer, tap, array)");
-        return false;
-    }
+    if ((taps ? (void *)t->taps : (void *)t->experts) == NULL)
+        return PyErr_NoMemory() != NULL;
     for (Py_ssize_t i = 0; i < n; i++) {
         long long layer;
         int tap, n_dims, is_int32;
@@ -371,10 +391,9 @@ static bool parse_arrays(kl_py_call *c, PyObject *list, const kl_config *config,
         int64_t shape[2];
         PyObject *array;
         Py_buffer view;
-        PyObject *item = PyList_GetItem(list, i);
+        PyObject *item = PyTuple_GetItem(items, i);
         if (!PyTuple_Check(item)) {
-            PyErr_SetString(PyExc_TypeError,
-                            "taps and expert_ids must be lists of (layer, tap, array)");
+            PyErr_SetString(PyExc_TypeError, problem);
             return false;
         }
         if (!PyArg_ParseTuple(item, "LiO", &layer, &tap, &array))
@@ -442,15 +461,17 @@ static kl_status call_edit(void *user, kl_ctx *ctx, kl_tap tap, int64_t layer, i
 static bool parse_edits(kl_py_call *c, PyObject *list, PyObject *function, const kl_config *config,
                         edits *e)
 {
-    const Py_ssize_t n = PyList_Check(list) ? PyList_Size(list) : -1;
+    static const char *const problem =
+        "edits must be a list of (layer, tap), edit a function of five arguments";
+    PyObject *pairs = kl_py_items(list, problem);
+    const Py_ssize_t n = pairs != NULL ? PyTuple_Size(pairs) : 0;
     e->function = function;
     e->table = calloc((size_t)(config->n_layers + 1) * KL_TAP_COUNT, 1);
-    bool ok = n >= 0 && e->table != NULL && PyCallable_Check(function);
-    if (!ok)
-        PyErr_SetString(PyExc_TypeError,
-                        "edits must be a list of (layer, tap), edit a function of five arguments");
+    bool ok = pairs != NULL && e->table != NULL && PyCallable_Check(function);
+    if (!ok && pairs != NULL)
+        PyErr_SetString(PyExc_TypeError, problem);
     for (Py_ssize_t i = 0; ok && i < n; i++) {
-        PyObject *pair = PyList_GetItem(list, i);
+        PyObject *pair = PyTuple_GetItem(pairs, i);
         long long layer = -1;
         int tap, n_dims, is_int32;
         const char *name;
@@ -462,6 +483,7 @@ static bool parse_edits(kl_py_call *c, PyObject *list, PyObject *function, const
         else if (!PyErr_Occurred())
             PyErr_Format(PyExc_ValueError, "edits[%zd] is no (layer, tap) of this model", i);
     }
+    Py_XDECREF(pairs);
     c->failed = !ok;
     return ok;
 }

@@ -42,34 +42,46 @@ static PyObject *py_linear(PyObject *module, PyObject *args)
 {
     (void)module;
     kl_py_call c = { 0 };
-    PyObject *ctx, *oys, *ox, *ows, *obs, *oflags;
+    PyObject *ctx, *ox, *lists[4]; /* out, w, bias, transposed */
     long long T, D;
     kl_weight w[MAX_WEIGHTS];
     float *y[MAX_WEIGHTS];
     const float *bias[MAX_WEIGHTS];
-    if (!PyArg_ParseTuple(args, "OO!OO!O!O!LL:linear", &ctx, &PyList_Type, &oys, &ox, &PyList_Type,
-                          &ows, &PyList_Type, &obs, &PyList_Type, &oflags, &T, &D))
+    if (!PyArg_ParseTuple(args, "OOOOOOLL:linear", &ctx, &lists[0], &ox, &lists[1], &lists[2],
+                          &lists[3], &T, &D))
         return NULL;
-    const Py_ssize_t n = PyList_Size(ows);
-    if (n > MAX_WEIGHTS || PyList_Size(oys) != n || PyList_Size(obs) != n
-        || PyList_Size(oflags) != n)
-        return PyErr_Format(PyExc_ValueError,
-                            "w has %zd weights; it must be up to %d, with an out, a bias and "
-                            "a flag each",
-                            n, MAX_WEIGHTS);
+    PyObject *items[4] = { NULL };
+    for (int i = 0; i < 4 && !c.failed; i++) {
+        items[i] = kl_py_items(lists[i], "out, w, bias and transposed must be lists");
+        c.failed = items[i] == NULL;
+    }
+    const Py_ssize_t n = c.failed ? 0 : PyTuple_Size(items[1]);
+    for (int i = 0; i < 4 && !c.failed; i++)
+        c.failed = n > MAX_WEIGHTS || PyTuple_Size(items[i]) != n;
+    if (c.failed && !PyErr_Occurred())
+        PyErr_Format(PyExc_ValueError,
+                     "w has %zd weights; it must be up to %d, with an out, a bias and a flag each",
+                     n, MAX_WEIGHTS);
     kl_py_on(&c, ctx);
     const float *x = kl_py_in(&c, ox, KL_PY_F32, kl_py_size(&c, "x", T, D, 1, 1), "x");
     for (Py_ssize_t i = 0; i < n && !c.failed; i++) {
-        w[i] =
-            weight_of(&c, PyList_GetItem(ows, i), PyObject_IsTrue(PyList_GetItem(oflags, i)) == 1);
+        const int transposed = PyObject_IsTrue(PyTuple_GetItem(items[3], i));
+        if (transposed < 0) {
+            c.failed = true;
+            break;
+        }
+        w[i] = weight_of(&c, PyTuple_GetItem(items[1], i), transposed);
         const int64_t rows = kl_py_size(&c, "w", w[i].n, w[i].rows, 1, 1);
-        y[i] = kl_py_out(&c, PyList_GetItem(oys, i), KL_PY_F32,
+        y[i] = kl_py_out(&c, PyTuple_GetItem(items[0], i), KL_PY_F32,
                          kl_py_size(&c, "out", T, rows, 1, 1), "out");
-        bias[i] = kl_py_in_opt(&c, PyList_GetItem(obs, i), KL_PY_F32, rows, "bias");
+        bias[i] = kl_py_in_opt(&c, PyTuple_GetItem(items[2], i), KL_PY_F32, rows, "bias");
     }
     if (kl_py_begin(&c, ctx))
         c.status = kl_linear(c.ctx, y, x, w, bias, (int)n, T, D);
-    return kl_py_end(&c);
+    PyObject *result = kl_py_end(&c);
+    for (int i = 0; i < 4; i++)
+        Py_XDECREF(items[i]);
+    return result;
 }
 
 static PyObject *py_route(PyObject *module, PyObject *args)

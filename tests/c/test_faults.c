@@ -201,6 +201,23 @@ static void test_a_step_is_whole(void)
     end(&other);
 }
 
+/* A pool that cannot be had: the context keeps the one that it has. */
+static void test_threads_stay(void)
+{
+    const kl_ctx_options options = { .threads = 2 };
+    const float x[4] = { 1.0f, 2.0f, 3.0f, 4.0f };
+    float y[4];
+    kl_ctx *ctx;
+    CHECK(kl_ctx_create(&ctx, &options) == KL_OK);
+    heap_fail_at(ctx, HEAP_CAN_FAIL ? 1 : 0);
+    const kl_status status = kl_ctx_set_threads(ctx, 3);
+    heap_fail_at(ctx, 0);
+    CHECK(status == (HEAP_CAN_FAIL ? KL_ERR_MEMORY : KL_OK));
+    CHECK(kl_ctx_threads(ctx) == (HEAP_CAN_FAIL ? 2 : 3));
+    CHECK(kl_add(ctx, y, x, x, 4) == KL_OK && y[3] == 8.0f);
+    kl_ctx_destroy(ctx);
+}
+
 int main(void)
 {
     static outcome want;
@@ -223,6 +240,7 @@ int main(void)
         CHECK(test_each(threads, kl_ctx_cancel_at, KL_ERR_INTERRUPTED, "interrupted", &want) > 50);
     }
     test_a_step_is_whole();
+    test_threads_stay();
     free_checkpoint();
     printf("%s: %s\n", __FILE__, failures == 0 ? "ok" : "failed");
     return failures != 0;

@@ -124,6 +124,51 @@ static void test_layers_that_are_none(kl_ctx *ctx)
     }
 }
 
+/* What a caller gets wrong in numbers: said when the model, the state or the plan is made, not later. */
+static void test_numbers_out_of_range(kl_ctx *ctx)
+{
+    const int64_t most = INT64_C(1) << 40, offsets[] = { 0, 1 }, rows[] = { 0 };
+    const int32_t id = 0;
+    kl_config c = config();
+    kl_model *model;
+    kl_state *state = NULL;
+    kl_plan plan;
+    c.delta.head_map = (kl_head_map)2;
+    CHECK(kl_model_create(ctx, &model, &c, tensors, n_tensors, 0) == KL_ERR_ARG);
+    CHECK(strstr(kl_ctx_error(ctx), "head_map is 2") != NULL);
+    c = config();
+    c.ffn.router = (kl_router)7;
+    CHECK(kl_model_create(ctx, &model, &c, tensors, n_tensors, 0) == KL_ERR_ARG);
+    CHECK(strstr(kl_ctx_error(ctx), "router is 7") != NULL);
+    c = config();
+    c.delta.Hk = c.delta.Hv = c.delta.K = c.delta.V = 1 << 20;
+    CHECK(kl_model_create(ctx, &model, &c, tensors, n_tensors, 1) == KL_ERR_ARG);
+    CHECK(strstr(kl_ctx_error(ctx), "more than 2^56") != NULL);
+    c = config();
+    CHECK(kl_model_create(ctx, &model, &c, tensors, -1, 0) == KL_ERR_ARG);
+    CHECK(strstr(kl_ctx_error(ctx), "n_tensors is -1") != NULL && model == NULL);
+
+    CHECK(kl_model_create(ctx, &model, &c, tensors, n_tensors, 0) == KL_OK);
+    CHECK(kl_plan_make(ctx, &plan, model, KL_F32, most, 1, 0) == KL_OK);
+    CHECK(kl_plan_make(ctx, &plan, model, KL_F32, most + 1, 1, 0) == KL_ERR_ARG);
+    CHECK(kl_plan_make(ctx, &plan, model, KL_F32, most, most, 0) == KL_ERR_ARG);
+    CHECK(strstr(kl_ctx_error(ctx), "do not fit 2^62 bytes") != NULL);
+    CHECK(kl_state_create(ctx, &state, model, KL_F32, INT64_MAX) == KL_ERR_ARG && state == NULL);
+    CHECK(kl_state_create(ctx, &state, model, KL_F32, 0) == KL_OK);
+    CHECK(kl_state_fill(ctx, state, INT64_MAX) == KL_ERR_ARG && kl_state_position(state) == 0);
+    CHECK(kl_state_keep(ctx, state, INT64_MAX - 1, 1) == KL_ERR_ARG);
+    CHECK(kl_state_keep(ctx, state, most, 1) == KL_OK);
+    kl_forward_args args = {
+        .ids = &id, .offsets = offsets, .N = 1, .states = &state, .logit_rows = rows, .n_logits = 1
+    };
+    CHECK(kl_forward(ctx, model, &args) == KL_ERR_ARG);
+    CHECK(strstr(kl_ctx_error(ctx), "logits and logit_rows must be given") != NULL);
+    args.n_logits = 0;
+    CHECK(kl_forward(ctx, model, &args) == KL_OK && kl_state_position(state) == 1);
+    kl_state_destroy(ctx, state);
+    kl_model_destroy(ctx, model);
+}
+
 int main(void)
 {
     float logits[VOCAB];
@@ -137,6 +182,7 @@ int main(void)
     test_plan(ctx);
     test_wrong_checkpoints(ctx);
     test_layers_that_are_none(ctx);
+    test_numbers_out_of_range(ctx);
     kl_ctx_destroy(ctx);
     free_checkpoint();
     printf("%s: %s\n", __FILE__, failures == 0 ? "ok" : "failed");

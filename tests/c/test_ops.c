@@ -133,6 +133,10 @@ static void test_errors(kl_ctx *ctx)
     CHECK(kl_ctx_create(&none, &odd) == KL_ERR_ARG);
     CHECK(strstr(kl_ctx_error(none), "delta_rule is 3") != NULL);
     kl_ctx_destroy(none);
+    const kl_ctx_options other = { .gemm = (kl_gemm)2 };
+    CHECK(kl_ctx_create(&none, &other) == KL_ERR_ARG);
+    CHECK(strstr(kl_ctx_error(none), "gemm is 2") != NULL);
+    kl_ctx_destroy(none);
 }
 
 static void test_same_bytes(void)

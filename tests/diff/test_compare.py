@@ -6,6 +6,7 @@ import pytest
 
 from kimi_linear import diff, ops, reference
 from kimi_linear.diff import metrics
+from kimi_linear.diff.compare import judge
 from kimi_linear.testing import assert_close
 
 U = 2.0**-24
@@ -23,6 +24,26 @@ def norm(rng):
 
 
 # ---- figures ----
+
+
+def test_the_size_is_that_of_finite_values():
+    e = metrics.measure([3.0, 4.5, np.inf, np.nan], [3.0, 4.0, np.inf, np.nan])
+    assert (e.size, e.largest, e.desired_nonfinite, e.nonfinite_apart) == (np.sqrt(12.5), 0.5, 2, 0)
+
+
+def test_a_budget_that_is_no_number_allows_nothing():
+    assert metrics.share_of([1.0, 2.0], [1.0, 2.0], np.nan)[0] == 0
+    assert metrics.share_of([1.0, 2.0], [1.0, 3.0], np.nan) == (np.inf, (1,))
+
+
+def test_what_a_narrow_type_adds_to_a_budget():
+    one_off = np.array([1 + 2.0**-10], np.float16)  # the next float16
+    u = 2.0**-11  # the result rounds, and so does what is in its budget
+    enough = u / (1 + u) * (1 + 1e-9)
+    assert judge(one_off, [1.0], enough).ok
+    assert not judge(one_off, [1.0], enough * (1 - 1e-6)).ok
+    assert judge(np.zeros(1, np.float16), [2.0**-25], 0).ok  # half of the least subnormal
+    assert not judge(np.zeros(1, np.float16), [2.0**-25 * 1.01], 0).ok
 
 
 def test_figures_by_hand():

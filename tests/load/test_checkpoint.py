@@ -10,7 +10,7 @@ import pytest
 
 from kimi_linear.config import Config
 from kimi_linear.errors import FormatError
-from kimi_linear.load import SafetensorsFile, open_folder, resolve, write_safetensors
+from kimi_linear.load import SafetensorsFile, open_folder, resolve, strict_json, write_safetensors
 from kimi_linear.load.names import canonical_name, canonical_shape, is_inert
 
 ROOT = Path(__file__).parents[2]
@@ -307,3 +307,12 @@ def test_a_file_that_changes_is_noticed(tmp_path, change):
     words = {"longer": "size", "touched": "mtime_ns", "replaced": "inode", "gone": "can no longer be read"}
     with pytest.raises(FormatError, match=words[change]):
         checkpoint.check_unchanged()
+
+
+def test_json_has_a_largest_size(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    path.write_text('{"a": 1}')
+    assert strict_json.load_object(path) == {"a": 1}
+    monkeypatch.setattr(strict_json, "MAX_FILE", 7)
+    with pytest.raises(FormatError, match="it has 8 bytes; at most 7 are read"):
+        strict_json.load_object(path)

@@ -263,6 +263,12 @@ def folder_with(tmp_path, name, content):
     return folder
 
 
+def test_a_ranks_file_has_a_largest_size(monkeypatch):
+    monkeypatch.setattr("kimi_linear.tokenizer.MAX_RANKS_FILE", 10)
+    with pytest.raises(FormatError, match="bytes; at most 10 are read"):
+        Tokenizer.from_folder(TINY)
+
+
 RANKS = (TINY / "tiktoken.model").read_bytes()
 
 
