@@ -107,7 +107,8 @@ class Model:
             ctx = Context(device, threads=threads)
         checkpoint = open_checkpoint(path)
         if activations == "auto":
-            activations = checkpoint.fast_activations
+            on_cpu = ctx is None or ctx.device == "cpu"
+            activations = checkpoint.fast_activations if on_cpu else "float32"  # what devices have kernels for
         config = checkpoint.config
         given = {"latent_eps": latent_eps, "l2_eps": l2_eps}
         config = dataclasses.replace(config, **{k: float(v) for k, v in given.items() if v is not None})

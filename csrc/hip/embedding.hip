@@ -51,10 +51,10 @@ kl_status hip_embedding(kl_ctx *ctx, float *y, const int32_t *ids, const kl_weig
     KL_SCRATCH_OF(device_ids, ctx, T);
     KL_TRY(kl_put(ctx, device_ids, ids, static_cast<size_t>(T) * sizeof *ids));
     const kl_matrix w = kl_matrix_of(table, 0);
-    switch (table->type) {
+    switch (kl_kernel_type(table->type)) {
 #define CASE(TYPE)                                                                                 \
     case TYPE: launch<TYPE>(ctx, y, device_ids, w, T); break;
-        KL_STORED_TYPES(CASE)
+        KL_KERNEL_TYPES(CASE)
 #undef CASE
     default: return kl_no_type(ctx, "embedding", "table", table->type);
     }

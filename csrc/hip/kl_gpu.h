@@ -7,6 +7,7 @@
  *     KL_DYNAMIC_SHARED(float, values);             the launch's shared_bytes, as float values[]
  *     kl_shared<float> p                            a pointer into shared memory, as a parameter
  *     KL_UNROLL                                     before a loop whose index names registers
+ *     KL_NO_UNROLL                                  before a loop whose body takes many
  * An element of shared memory is read into a variable of a named type, never into `auto`. */
 #ifndef KL_GPU_H
 #define KL_GPU_H
@@ -77,8 +78,10 @@
     type *name = reinterpret_cast<type *>(kl_dynamic_shared)
 template <class T> using kl_shared = T *;
 #define KL_UNROLL _Pragma("unroll")
+#define KL_NO_UNROLL _Pragma("unroll 1")
 #else
 #define KL_UNROLL
+#define KL_NO_UNROLL
 
 #endif
 

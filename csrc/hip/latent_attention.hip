@@ -1,10 +1,13 @@
-/* latent_attention (ops/latent_attention.c), absorbed: w_uk moves to the query and w_uv behind the sum, so that all
- * heads of a token share one key [latent | k_shared] and one value, the latent (attend.hip). The expanded form, which
- * costs less for long pieces, is not here yet: every form is computed so.
+/* latent_attention (ops/latent_attention.c). A token's form is decided as on the CPU (ops/pieces.h): expanded in
+ * expand.hip, absorbed here: w_uk moves to the query and w_uv behind the sum, so that all heads of a token share one key
+ * [latent | k_shared] and one value, the latent (attend.hip).
  *   absorb   v1  one value of q~ = w_uk^T q a thread.     v2  the same for TOGETHER tokens: a weight is read once.
  *   project  v1  one value of o = w_uv acc / l a thread.  v2  a team a row of w_uv, TOGETHER tokens.
  * Tokens go in batches, which bound the scratch. */
+#include "../ops/pieces.h"
 #include "attend.h"
+#include "expand.h"
+#include "product.h"
 #include "reduce.h"
 
 namespace
@@ -20,6 +23,7 @@ struct product {
     int64_t x_step;     /* from head to head in x */
     const void *const *matrix;
     size_t row_bytes;
+    kl_type type;
     bool across; /* an input is a stored row: w_uk, or a transposed w_uv */
     int64_t tokens, H, in, out;
 };
@@ -28,8 +32,8 @@ template <kl_type TYPE>
 __device__ __forceinline__ float weight(const product &p, int64_t h, int64_t out, int64_t in)
 {
     const char *data = static_cast<const char *>(p.matrix[h]);
-    return p.across ? kl_stored<TYPE>::at(data + static_cast<size_t>(in) * p.row_bytes, out)
-                    : kl_stored<TYPE>::at(data + static_cast<size_t>(out) * p.row_bytes, in);
+    return p.across ? kl_value_at<TYPE>(p.type, data + static_cast<size_t>(in) * p.row_bytes, out)
+                    : kl_value_at<TYPE>(p.type, data + static_cast<size_t>(out) * p.row_bytes, in);
 }
 
 __device__ __forceinline__ void put(const product &p, int64_t t, int64_t h, int64_t out, float sum)
@@ -123,12 +127,12 @@ template <kl_type TYPE> void launch(kl_ctx *ctx, const product &p)
                   kl_stream(ctx), p);
 }
 
-void multiply(kl_ctx *ctx, const product &p, kl_type type)
+void multiply(kl_ctx *ctx, const product &p)
 {
-    switch (type) {
+    switch (kl_kernel_type(p.type)) {
 #define CASE(TYPE)                                                                                 \
     case TYPE: launch<TYPE>(ctx, p); break;
-        KL_STORED_TYPES(CASE)
+        KL_KERNEL_TYPES(CASE)
 #undef CASE
     default: break; /* known: hip_latent_attention looks */
     }
@@ -136,7 +140,7 @@ void multiply(kl_ctx *ctx, const product &p, kl_type type)
 
 bool has_kernels(kl_type type)
 {
-    switch (type) {
+    switch (static_cast<int>(type)) {
 #define CASE(TYPE) case TYPE:
         KL_STORED_TYPES(CASE)
 #undef CASE
@@ -165,24 +169,42 @@ kl_status run_batch(kl_ctx *ctx, const call &c, kl_attend a)
     KL_SCRATCH_OF(a.l, ctx, tokens * H);
     a.key[0].q = query;
     a.key[0].first = a.from;
-    const product up = { query,
-                         c.q + a.from * H * width,
-                         nullptr,
-                         width,
-                         c.uk,
-                         c.w_uk->row_bytes,
-                         c.w_uk->transposed == 0,
-                         tokens,
-                         H,
-                         g->K,
-                         R };
-    const product down = { c.o + a.from * H * g->V, a.o,    a.l, R, c.uv, c.w_uv->row_bytes,
-                           c.w_uv->transposed != 0, tokens, H,   R, g->V };
+    const product up = {
+        query,        c.q + a.from * H * width, nullptr, width, c.uk, c.w_uk->row_bytes,
+        c.w_uk->type, c.w_uk->transposed == 0,  tokens,  H,     g->K, R
+    };
+    const product down = {
+        c.o + a.from * H * g->V, a.o,    a.l, R, c.uv, c.w_uv->row_bytes, c.w_uv->type,
+        c.w_uv->transposed != 0, tokens, H,   R, g->V
+    };
     if (!kl_core_of->measuring(ctx))
-        multiply(ctx, up, c.w_uk->type);
+        multiply(ctx, up);
     KL_TRY(kl_attend_run(ctx, a, g->offsets, g->positions));
     if (!kl_core_of->measuring(ctx))
-        multiply(ctx, down, c.w_uv->type);
+        multiply(ctx, down);
+    return KL_OK;
+}
+
+/* runs of absorbed tokens: what is left of a sequence goes with the sequences behind it that are absorbed whole */
+kl_status run_absorbed(kl_ctx *ctx, const call &c, kl_attend a)
+{
+    const kl_latent_attention_args *g = c.args;
+    kl_weight up = *c.w_uk; /* as the absorbed form reads it */
+    up.transposed = c.w_uk->transposed == 0;
+    KL_TRY(kl_check_activations(ctx, &up, "latent_attention", "w_uk"));
+    KL_TRY(kl_check_activations(ctx, c.w_uv, "latent_attention", "w_uv"));
+    for (int64_t n = 0; n < g->N;) {
+        const int64_t begin = g->offsets[n] + kl_mla_expanded_tokens(g, n);
+        for (n++; n < g->N && kl_mla_expanded_tokens(g, n) == 0;)
+            n++;
+        for (int64_t t = begin; t < g->offsets[n]; t += BATCH) {
+            const size_t mark = kl_core_of->scratch_mark(ctx);
+            a.from = t;
+            a.to = t + BATCH < g->offsets[n] ? t + BATCH : g->offsets[n];
+            KL_TRY(run_batch(ctx, c, a));
+            kl_core_of->scratch_reset(ctx, mark);
+        }
+    }
     return KL_OK;
 }
 
@@ -217,12 +239,7 @@ kl_status hip_latent_attention(kl_ctx *ctx, float *o, const float *q, kl_cache l
     KL_TRY(kl_put_table(ctx, &c.uk, w_uk->matrix, H));
     KL_TRY(kl_put_table(ctx, &c.uv, w_uv->matrix, H));
     a.values = a.key[0].cache;
-    for (int64_t t = 0; t < T; t += BATCH) {
-        const size_t mark = kl_core_of->scratch_mark(ctx);
-        a.from = t;
-        a.to = t + BATCH < T ? t + BATCH : T;
-        KL_TRY(run_batch(ctx, c, a));
-        kl_core_of->scratch_reset(ctx, mark);
-    }
+    KL_TRY(kl_expand_run(ctx, { o, q, a.values, a.key[1].cache, w_uk, w_uv, args }));
+    KL_TRY(run_absorbed(ctx, c, a));
     return kl_core_of->measuring(ctx) ? KL_OK : kl_launched(ctx, "latent_attention");
 }

@@ -7,6 +7,7 @@ kl_status hip_linear(kl_ctx *ctx, float *const *y, const float *x, const kl_weig
     const int64_t rows = kl_rows_of_a_group(T);
     for (int i = 0; i < n_weights; i++) {
         kl_product p = {};
+        KL_TRY(kl_check_activations(ctx, &w[i], "linear", "w"));
         KL_TRY(kl_matrices_of(ctx, &p.w, &w[i]));
         if (kl_core_of->measuring(ctx) || T == 0 || w[i].n == 0)
             continue;
@@ -14,7 +15,9 @@ kl_status hip_linear(kl_ctx *ctx, float *const *y, const float *x, const kl_weig
         p.x = x;
         p.bias = bias != nullptr ? bias[i] : nullptr;
         p.T = T;
-        p.D = D;
+        p.D = p.x_row = D;
+        p.y_row = w[i].n * w[i].rows;
+        p.y_step = w[i].rows;
         p.most_groups = kl_ceil_div(T, rows) * w[i].n;
         KL_TRY(kl_launch_product(ctx, &p, &w[i], "linear", "w"));
     }

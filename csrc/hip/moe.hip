@@ -131,7 +131,8 @@ kl_product product_of(const pass &a, const kl_matrices &w, bool of_x)
     kl_product p = {};
     p.w = w;
     p.x = of_x ? a.x : a.h;
-    p.D = of_x ? a.D : a.F;
+    p.D = p.x_row = of_x ? a.D : a.F;
+    p.y_row = w.rows;
     p.T = a.T;
     p.y = of_x ? a.h : a.out;
     if (kl_version() == 1) {
@@ -175,6 +176,9 @@ kl_status hip_moe(kl_ctx *ctx, float *y, const float *x, const int32_t *ids, con
     a.p.k = k;
     a.p.E = E;
     a.most_groups = least(E, n) + n / KL_FEW;
+    KL_TRY(kl_check_activations(ctx, w_gate, "moe", "w_gate"));
+    KL_TRY(kl_check_activations(ctx, w_up, "moe", "w_up"));
+    KL_TRY(kl_check_activations(ctx, w_down, "moe", "w_down"));
     KL_SCRATCH_OF(a.p.place, ctx, n);
     KL_SCRATCH_OF(a.p.token, ctx, n);
     KL_SCRATCH_OF(a.p.count, ctx, E);

@@ -1,9 +1,10 @@
 /* Rows of x times rows of matrices: what linear and moe are made of (product.hip).
  *
- *   y[to(t), i] = sum_k x[from(t), k] w[m][r, k]     (+ bias[i], or times silu(gate[to(t), i]))
+ *   y[t, m, r] = sum_k x[from(t), m, k] w[m][r, k]     (+ bias[m, r], or times silu(gate[t, m, r]))
  *
- * Work comes as groups: rows of x that meet one matrix. linear has them by its sizes, n matrices over all rows, whose
- * outputs lie side by side; moe has a list of them in device memory, one or more an expert.
+ * Steps say how far rows and matrices are apart in x and y. Work comes as groups: rows of x that meet one matrix. linear
+ * and latent_attention have them by their sizes, n matrices over all rows; moe has a list of them in device memory, one
+ * or more an expert.
  * Order of a sum: the CPU's (ops/product.h), so that an element has the CPU's bytes, whatever the version, the number
  * of rows, the layout of w and its storage type. */
 #ifndef KL_HIP_PRODUCT_H
@@ -18,6 +19,7 @@ struct kl_matrices {
     const char *const *table; /* [n]; NULL: they follow each other, `step` bytes apart */
     int64_t step, n, rows;
     size_t row_bytes;
+    kl_type type;
 };
 
 /* `count` rows from row `begin`, all times matrix `which` */
@@ -29,6 +31,8 @@ struct kl_product {
     float *y;
     const float *x;
     kl_matrices w;
+    int64_t x_row, x_step; /* values from row to row of x, and from matrix to matrix */
+    int64_t y_row, y_step;
     const float *bias;    /* [w.n w.rows] or NULL */
     const float *gate;    /* as y, or NULL; may be y */
     const int32_t *index; /* row t of a group is row index[t] of x; NULL: row t */
@@ -47,6 +51,10 @@ static inline int64_t kl_rows_of_a_group(int64_t T) { return T <= KL_FEW ? KL_FE
 
 /* Puts the addresses of w's matrices on the device where they are at no equal distances. */
 kl_status kl_matrices_of(kl_ctx *ctx, kl_matrices *to, const kl_weight *w) KL_CHECKED;
+
+/* Fails where the context asks for int8 or bfloat16 activations and the CPU would take them for w: other sums than these. */
+kl_status kl_check_activations(kl_ctx *ctx, const kl_weight *w, const char *op,
+                               const char *name) KL_CHECKED;
 
 /* Launches; `op` and `name` are for the sentence about a storage type without kernels. */
 kl_status kl_launch_product(kl_ctx *ctx, const kl_product *p, const kl_weight *w, const char *op,

@@ -10,12 +10,12 @@ namespace
 const int BLOCK = 256;
 
 template <kl_type TYPE>
-__global__ void __launch_bounds__(256)
-    dequantize_v1(float *y, const char *x, size_t row_bytes, int64_t rows, int64_t cols)
+__global__ void __launch_bounds__(256) dequantize_v1(float *y, const char *x, kl_type type,
+                                                     size_t row_bytes, int64_t rows, int64_t cols)
 {
     const int64_t step = static_cast<int64_t>(gridDim.x) * BLOCK, n = rows * cols;
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * BLOCK + threadIdx.x; i < n; i += step)
-        y[i] = kl_stored<TYPE>::at(x + static_cast<size_t>(i / cols) * row_bytes, i % cols);
+        y[i] = kl_value_at<TYPE>(type, x + static_cast<size_t>(i / cols) * row_bytes, i % cols);
 }
 
 /* the first value that is not finite, and its place */
@@ -152,14 +152,14 @@ kl_status hip_dequantize(kl_ctx *ctx, float *y, const void *x, kl_type type, int
 {
     const char *from = static_cast<const char *>(x);
     const unsigned grid = kl_grid(kl_ceil_div(rows * cols, BLOCK));
-    switch (type) {
+    switch (kl_kernel_type(type)) {
 #define CASE(TYPE)                                                                                 \
     case TYPE:                                                                                     \
         if (rows > 0)                                                                              \
-            KL_LAUNCH((dequantize_v1<TYPE>), grid, BLOCK, 0, kl_stream(ctx), y, from,              \
-                      kl_stored<TYPE>::bytes_of(cols), rows, cols);                                \
+            KL_LAUNCH((dequantize_v1<TYPE>), grid, BLOCK, 0, kl_stream(ctx), y, from, type,        \
+                      kl_row_bytes(type, cols), rows, cols);                                       \
         break;
-        KL_STORED_TYPES(CASE)
+        KL_KERNEL_TYPES(CASE)
 #undef CASE
     default: return kl_no_type(ctx, "dequantize", "x", type);
     }

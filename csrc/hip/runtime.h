@@ -9,6 +9,8 @@
 #include "../ops/backend.h"
 #include "kl_gpu.h"
 
+#include <stdlib.h>
+
 #define KL_OP(name, parameters) kl_status hip_##name parameters;
 KL_OPS(KL_OP)
 #undef KL_OP
@@ -44,10 +46,12 @@ kl_status kl_faults_of(kl_ctx *ctx, unsigned long long **faults, int64_t E, int6
 /* The highest version of a ladder that may be launched: KL_GPU_VERSION, by which a test runs the oracles. */
 int kl_version();
 
-/* Blocks for n tasks: kernels walk over tasks by gridDim.x, so that any number of them fits a grid. */
+/* Blocks for n tasks: kernels walk over tasks by gridDim.x, so that any number of them fits a grid. KL_GPU_BLOCKS makes
+ * grids smaller, by which a test has every kernel walk. */
 static inline unsigned kl_grid(int64_t n)
 {
-    const int64_t most = 65535;
+    const char *text = getenv("KL_GPU_BLOCKS");
+    const int64_t most = text != nullptr && *text != 0 ? strtol(text, nullptr, 10) : 65535;
     return static_cast<unsigned>(n < most ? n : most);
 }
 

@@ -1,16 +1,17 @@
 /* Storage types and matrices in them, as kernels read them.
  *
- * A storage type is one struct with `at`, value k of a stored row, by the formula of quant/<type>.c: the same
- * operations, each rounded, in the same order; and `bytes_of`, of a row. KL_STORED_TYPES lists the types, and every
- * kernel over weights is made for each. Blocks lie on even addresses: a row begins on one, and a block has an even
- * number of bytes. */
+ * A storage type is one struct with `at`, value k of a stored row; of a type in blocks it is made from the block
+ * (blocks.h). Every kernel over weights is made for each of KL_OWN_TYPES, and once more for all KL_RARE_TYPES, as KL_RARE:
+ * there the type is looked at where a value is read, one branch for all threads. A tile is read once for all its
+ * products, so that the branch costs little where tokens are many; where they are few these types lose speed, and the
+ * library gains that it has half the kernels. */
 #ifndef KL_HIP_STORED_H
 #define KL_HIP_STORED_H
 
-#include "scalar.h"
+#include "blocks.h"
 
 /* clang-format off: one a line */
-#define KL_STORED_TYPES(TYPE)                                                                      \
+#define KL_OWN_TYPES(TYPE)                                                                         \
     TYPE(KL_F32)                                                                                   \
     TYPE(KL_F16)                                                                                   \
     TYPE(KL_BF16)                                                                                  \
@@ -23,17 +24,44 @@
     TYPE(KL_Q5_K)                                                                                  \
     TYPE(KL_Q6_K)                                                                                  \
     TYPE(KL_IQ4_XS)
+#define KL_RARE_TYPES(TYPE)                                                                        \
+    TYPE(KL_Q4_1)                                                                                  \
+    TYPE(KL_Q5_0)                                                                                  \
+    TYPE(KL_Q5_1)                                                                                  \
+    TYPE(KL_IQ2_XXS)                                                                               \
+    TYPE(KL_IQ2_XS)                                                                                \
+    TYPE(KL_IQ3_XXS)                                                                               \
+    TYPE(KL_IQ1_S)                                                                                 \
+    TYPE(KL_IQ3_S)                                                                                 \
+    TYPE(KL_IQ2_S)                                                                                 \
+    TYPE(KL_IQ1_M)                                                                                 \
+    TYPE(KL_TQ1_0)                                                                                 \
+    TYPE(KL_TQ2_0)                                                                                 \
+    TYPE(KL_MXFP4)                                                                                 \
+    TYPE(KL_NVFP4)
 /* clang-format on */
+#define KL_STORED_TYPES(TYPE) KL_OWN_TYPES(TYPE) KL_RARE_TYPES(TYPE)
+
+const kl_type KL_RARE = KL_TYPE_END;
+
+/* What a kernel is made for: switch (kl_kernel_type(type)) { KL_KERNEL_TYPES(CASE) default: kl_no_type }. */
+#define KL_KERNEL_TYPES(TYPE) KL_OWN_TYPES(TYPE) TYPE(KL_RARE)
+static inline int kl_kernel_type(kl_type type)
+{
+    switch (static_cast<int>(type)) {
+#define CASE(TYPE) case TYPE:
+        KL_RARE_TYPES(CASE) return KL_RARE;
+#undef CASE
+    case KL_RARE: return -1;
+    default: return type;
+    }
+}
 
 template <kl_type TYPE> struct kl_stored;
 
 /* ---- plain values ---- */
 
-template <int BYTES> struct kl_in_values {
-    static size_t bytes_of(int64_t cols) { return static_cast<size_t>(cols) * BYTES; }
-};
-
-template <> struct kl_stored<KL_F32> : kl_in_values<4> {
+template <> struct kl_stored<KL_F32> {
     static __device__ __forceinline__ float at(const char *row, int64_t k)
     {
         float x;
@@ -42,24 +70,13 @@ template <> struct kl_stored<KL_F32> : kl_in_values<4> {
     }
 };
 
-static __device__ __forceinline__ uint16_t kl_u16_at(const void *p)
-{
-    uint16_t bits;
-    memcpy(&bits, __builtin_assume_aligned(p, 2), sizeof bits);
-    return bits;
-}
-static __device__ __forceinline__ float kl_f16_at(const void *p)
-{
-    return kl_from_f16(kl_u16_at(p));
-}
-
-template <> struct kl_stored<KL_F16> : kl_in_values<2> {
+template <> struct kl_stored<KL_F16> {
     static __device__ __forceinline__ float at(const char *row, int64_t k)
     {
         return kl_f16_at(row + 2 * k);
     }
 };
-template <> struct kl_stored<KL_BF16> : kl_in_values<2> {
+template <> struct kl_stored<KL_BF16> {
     static __device__ __forceinline__ float at(const char *row, int64_t k)
     {
         return kl_from_bf16(kl_u16_at(row + 2 * k));
@@ -70,10 +87,7 @@ template <> struct kl_stored<KL_BF16> : kl_in_values<2> {
 
 /* One with the members `values`, `bytes` and `value`, as a storage type. */
 template <class BLOCK> struct kl_in_blocks {
-    static size_t bytes_of(int64_t cols)
-    {
-        return static_cast<size_t>(cols / BLOCK::values) * BLOCK::bytes;
-    }
+    using block = BLOCK;
     static __device__ __forceinline__ float at(const char *row, int64_t k)
     {
         const auto i = static_cast<unsigned>(k % BLOCK::values);
@@ -82,131 +96,63 @@ template <class BLOCK> struct kl_in_blocks {
     }
 };
 
-static __device__ __forceinline__ float kl_times(float a, int q)
+#define KL_BLOCK_TYPE(name, body, id, n_values, n_bytes, access)                                   \
+    template <> struct kl_stored<KL_##name> : kl_in_blocks<kl_block_##body> {};                    \
+    static_assert(kl_block_##body::values == n_values && kl_block_##body::bytes == n_bytes,        \
+                  "blocks.h and quant/types.def disagree on " #name);
+#include "../quant/types.def"
+#undef KL_BLOCK_TYPE
+
+/* bytes of a row of whole blocks */
+static inline size_t kl_row_bytes(kl_type type, int64_t cols)
 {
-    return a * static_cast<float>(q);
-}
-static __device__ __forceinline__ int kl_signed_byte(uint8_t b) { return static_cast<int8_t>(b); }
-
-struct kl_block_q8_0 { /* d[2], q[32] */
-    static const int values = 32, bytes = 34;
-    static __device__ __forceinline__ float value(const uint8_t *b, unsigned i)
-    {
-        return kl_times(kl_f16_at(b), kl_signed_byte(b[2 + i]));
+    switch (static_cast<int>(type)) {
+#define KL_BLOCK_TYPE(name, body, id, n_values, n_bytes, access)                                   \
+    case KL_##name: return static_cast<size_t>(cols / n_values) * n_bytes;
+#include "../quant/types.def"
+#undef KL_BLOCK_TYPE
+    default: return static_cast<size_t>(cols) * (type == KL_F32 ? 4 : 2);
     }
-};
-
-struct kl_block_q4_0 { /* d[2], q[16] */
-    static const int values = 32, bytes = 18;
-    static __device__ __forceinline__ float value(const uint8_t *b, unsigned i)
-    {
-        return kl_times(kl_f16_at(b), (b[2 + i % 16] >> i / 16 * 4 & 15) - 8);
-    }
-};
-
-/* level q of IQ4_NL and IQ4_XS: quant/iq4.h */
-static __device__ __forceinline__ int kl_iq4_level(unsigned q)
-{
-    const uint64_t low = 0xf6eaddcfbfad9881u, high = 0x7159453526190d01u; /* a byte a level */
-    return kl_signed_byte(static_cast<uint8_t>((q < 8 ? low : high) >> q % 8 * 8));
 }
 
-struct kl_block_iq4_nl { /* d[2], q[16] */
-    static const int values = 32, bytes = 18;
-    static __device__ __forceinline__ float value(const uint8_t *b, unsigned i)
-    {
-        return kl_times(kl_f16_at(b), kl_iq4_level(b[2 + i % 16] >> i / 16 * 4 & 15u));
-    }
-};
-
-struct kl_block_iq4_xs { /* d[2], high[2], low[4], q[8][16] */
-    static const int values = 256, bytes = 136;
-    static __device__ __forceinline__ float value(const uint8_t *b, unsigned i)
-    {
-        const unsigned s = i / 32, j = i % 32;
-        const int scale = (b[4 + s / 2] >> s % 2 * 4 & 15) | (kl_u16_at(b + 2) >> 2 * s & 3) << 4;
-        const float a = kl_times(kl_f16_at(b), scale - 32);
-        return kl_times(a, kl_iq4_level(b[8 + 16 * s + j % 16] >> j / 16 * 4 & 15u));
-    }
-};
-
-struct kl_block_q2_k { /* scales[16], q[2][32], d[2], dmin[2] */
-    static const int values = 256, bytes = 84;
-    static __device__ __forceinline__ float value(const uint8_t *b, unsigned i)
-    {
-        const int scales = b[i / 16], q = b[16 + i / 128 * 32 + i % 32] >> i / 32 % 4 * 2 & 3;
-        const float a = kl_times(kl_f16_at(b + 80), scales & 15),
-                    m = kl_times(kl_f16_at(b + 82), scales >> 4);
-        return kl_times(a, q) - m;
-    }
-};
-
-struct kl_block_q3_k { /* high[32], low[2][32], scales[12], d[2] */
-    static const int values = 256, bytes = 110;
-    static __device__ __forceinline__ float value(const uint8_t *b, unsigned i)
-    {
-        const unsigned s = i / 16, r = i / 32;
-        const uint8_t *scales = b + 96;
-        const int scale =
-            (scales[s % 8] >> s / 8 * 4 & 15) | (scales[8 + s % 4] >> s / 4 * 2 & 3) << 4;
-        const int q = (b[32 + r / 4 * 32 + i % 32] >> r % 4 * 2 & 3) | (b[i % 32] >> r & 1) << 2;
-        return kl_times(kl_times(kl_f16_at(b + 108), scale - 32), q - 4);
-    }
-};
-
-/* scale (WHICH 0) or minimum (WHICH 1) of sub-block s of Q4_K and Q5_K: quant/k_quants.h */
-template <int WHICH>
-static __device__ __forceinline__ int kl_packed_scale(const uint8_t *packed, unsigned s)
+/* Value k of a row of a rare type. The block is found first, by sizes that are the same in all threads, so that the
+ * types share its address: each with its own took the registers of the tiles. */
+static __device__ __forceinline__ float kl_rare_at(kl_type type, const char *row, int64_t k)
 {
-    if (s < 4)
-        return packed[s + 4 * WHICH] & 63;
-    return (packed[s + 4] >> 4 * WHICH & 15) | packed[s - 4 + 4 * WHICH] >> 6 << 4;
+    int shift = 8;
+    int64_t bytes = 0;
+    switch (static_cast<int>(type)) {
+#define CASE(TYPE)                                                                                 \
+    case TYPE:                                                                                     \
+        shift = __builtin_ctz(kl_stored<TYPE>::block::values);                                     \
+        bytes = kl_stored<TYPE>::block::bytes;                                                     \
+        break;
+        KL_RARE_TYPES(CASE)
+#undef CASE
+    default: break;
+    }
+    const uint8_t *b = reinterpret_cast<const uint8_t *>(row) + (k >> shift) * bytes;
+    const unsigned i = static_cast<unsigned>(k) & ((1u << shift) - 1);
+    switch (static_cast<int>(type)) {
+#define CASE(TYPE)                                                                                 \
+    case TYPE: return kl_stored<TYPE>::block::value(b, i);
+        KL_RARE_TYPES(CASE)
+#undef CASE
+    default: return NAN; /* no other comes here: kl_kernel_type */
+    }
 }
 
-struct kl_block_q4_k { /* d[2], dmin[2], scales[12], q[4][32] */
-    static const int values = 256, bytes = 144;
-    static __device__ __forceinline__ float value(const uint8_t *b, unsigned i)
-    {
-        const unsigned s = i / 32;
-        const int q = b[16 + s / 2 * 32 + i % 32] >> s % 2 * 4 & 15;
-        const float a = kl_times(kl_f16_at(b), kl_packed_scale<0>(b + 4, s)),
-                    m = kl_times(kl_f16_at(b + 2), kl_packed_scale<1>(b + 4, s));
-        return kl_times(a, q) - m;
+/* value k of a row; `type` is TYPE, or a rare one */
+template <kl_type TYPE>
+static __device__ __forceinline__ float kl_value_at(kl_type type, const char *row, int64_t k)
+{
+    if constexpr (TYPE == KL_RARE) {
+        return kl_rare_at(type, row, k);
+    } else {
+        (void)type;
+        return kl_stored<TYPE>::at(row, k);
     }
-};
-
-struct kl_block_q5_k { /* d[2], dmin[2], scales[12], high[32], low[4][32] */
-    static const int values = 256, bytes = 176;
-    static __device__ __forceinline__ float value(const uint8_t *b, unsigned i)
-    {
-        const unsigned s = i / 32, j = i % 32;
-        const int q = (b[48 + s / 2 * 32 + j] >> s % 2 * 4 & 15) | (b[16 + j] >> s & 1) << 4;
-        const float a = kl_times(kl_f16_at(b), kl_packed_scale<0>(b + 4, s)),
-                    m = kl_times(kl_f16_at(b + 2), kl_packed_scale<1>(b + 4, s));
-        return kl_times(a, q) - m;
-    }
-};
-
-struct kl_block_q6_k { /* low[2][64], high[2][32], scales[16], d[2] */
-    static const int values = 256, bytes = 210;
-    static __device__ __forceinline__ float value(const uint8_t *b, unsigned i)
-    {
-        const unsigned half = i / 128, r = i / 32 % 4, j = i % 32;
-        const int q = (b[64 * half + r % 2 * 32 + j] >> r / 2 * 4 & 15)
-                      | (b[128 + 32 * half + j] >> 2 * r & 3) << 4;
-        return kl_times(kl_times(kl_f16_at(b + 208), kl_signed_byte(b[192 + i / 16])), q - 32);
-    }
-};
-
-template <> struct kl_stored<KL_Q4_0> : kl_in_blocks<kl_block_q4_0> {};
-template <> struct kl_stored<KL_Q8_0> : kl_in_blocks<kl_block_q8_0> {};
-template <> struct kl_stored<KL_Q2_K> : kl_in_blocks<kl_block_q2_k> {};
-template <> struct kl_stored<KL_Q3_K> : kl_in_blocks<kl_block_q3_k> {};
-template <> struct kl_stored<KL_Q4_K> : kl_in_blocks<kl_block_q4_k> {};
-template <> struct kl_stored<KL_Q5_K> : kl_in_blocks<kl_block_q5_k> {};
-template <> struct kl_stored<KL_Q6_K> : kl_in_blocks<kl_block_q6_k> {};
-template <> struct kl_stored<KL_IQ4_NL> : kl_in_blocks<kl_block_iq4_nl> {};
-template <> struct kl_stored<KL_IQ4_XS> : kl_in_blocks<kl_block_iq4_xs> {};
+}
 
 /* ---- matrices ---- */
 
@@ -215,17 +161,19 @@ struct kl_matrix {
     const char *data;
     size_t row_bytes; /* from one stored row to the next */
     int64_t rows, cols;
+    kl_type type;
 };
 static inline kl_matrix kl_matrix_of(const kl_weight *w, int64_t i)
 {
-    return kl_matrix{ static_cast<const char *>(w->matrix[i]), w->row_bytes, w->rows, w->cols };
+    return kl_matrix{ static_cast<const char *>(w->matrix[i]), w->row_bytes, w->rows, w->cols,
+                      w->type };
 }
 
 template <kl_type TYPE, bool TRANSPOSED>
 static __device__ __forceinline__ float kl_matrix_at(const kl_matrix &w, int64_t r, int64_t k)
 {
-    return TRANSPOSED ? kl_stored<TYPE>::at(w.data + static_cast<size_t>(k) * w.row_bytes, r)
-                      : kl_stored<TYPE>::at(w.data + static_cast<size_t>(r) * w.row_bytes, k);
+    const size_t row = static_cast<size_t>(TRANSPOSED ? k : r) * w.row_bytes;
+    return kl_value_at<TYPE>(w.type, w.data + row, TRANSPOSED ? r : k);
 }
 
 #endif

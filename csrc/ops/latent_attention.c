@@ -12,16 +12,6 @@
  * not seen are left out by loop bounds. Budget: kimi_linear/diff/budgets. */
 #include "latent_attention.h"
 
-int64_t kl_mla_expanded_tokens(const kl_latent_attention_args *args, int64_t n)
-{
-    const int64_t L = args->offsets[n + 1] - args->offsets[n];
-    if (args->form == KL_FORM_ABSORBED)
-        return 0;
-    if (args->form == KL_FORM_EXPANDED || L % KL_PIECE > KL_ABSORBED_PIECE)
-        return L;
-    return L - L % KL_PIECE;
-}
-
 kl_status cpu_latent_attention(kl_ctx *ctx, float *o, const float *q, kl_cache latent,
                                kl_cache k_shared, const kl_weight *w_uk, const kl_weight *w_uv,
                                const kl_latent_attention_args *args)

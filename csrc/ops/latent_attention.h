@@ -3,10 +3,7 @@
 #define KL_LATENT_ATTENTION_H
 
 #include "cache_rows.h"
-
-/* New tokens of a sequence are cut into pieces of KL_PIECE, from the first of the call; a piece of
- * up to KL_ABSORBED_PIECE tokens is absorbed, a longer one expanded. */
-enum { KL_PIECE = 64, KL_ABSORBED_PIECE = 16 };
+#include "pieces.h"
 
 typedef struct kl_mla {
     kl_ctx *ctx;
@@ -16,15 +13,6 @@ typedef struct kl_mla {
     const kl_weight *w_uk, *w_uv;
     const kl_latent_attention_args *args;
 } kl_mla;
-
-/* Leading new tokens of sequence n that are expanded; the rest is absorbed. */
-int64_t kl_mla_expanded_tokens(const kl_latent_attention_args *args, int64_t n);
-
-/* Positions that new token i of sequence n sees. */
-static inline int64_t kl_mla_seen(const kl_latent_attention_args *args, int64_t n, int64_t i)
-{
-    return args->positions[n] - (args->offsets[n + 1] - args->offsets[n]) + i + 1;
-}
 
 /* As kl_cache_rows, whole rows. */
 static inline kl_rows kl_mla_cache_rows(const kl_mla *a, const kl_cache *cache, int64_t n,

@@ -1,26 +1,20 @@
 """Matrix products, routing and block types on the host build of the HIP kernels: the CPU's bytes from every version of
 a ladder, for waves of 32 and 64 and any order of threads, so that they are within the CPU's budgets; errors."""
 
-import ml_dtypes
 import numpy as np
 import pytest
+from block_data import READ_ONLY, WRITABLE, raw_blocks, same_floats
 from hip_build import context, everywhere, host_library, set_up, versions
+from hip_weights import CPU, random_blocks, stored
 from judge import normal
 
 import kimi_linear as kl
 from kimi_linear.diff.budgets import budget
 
-BLOCK_TYPES = ["Q4_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]
+BLOCK_TYPES = WRITABLE + READ_ONLY
 TYPES = ["F32", "F16", "BF16", *BLOCK_TYPES]
-CPU = kl.Context()
 
 version = versions("1", "2", "3")
-
-
-def stored(w, type):
-    """w in a storage type, written by the CPU."""
-    plain = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-    return w.astype(plain[type]) if type in plain else kl.ops.quantize(w, type, ctx=CPU)
 
 
 def parts(got):
@@ -44,32 +38,24 @@ def same_as_the_cpu(run, all_settings=True):
     return run(CPU)
 
 
-def random_blocks(type, rows, cols, seed=0):
-    """Blocks of any content, as a Quantized: NaN and infinite scales are left out."""
-    q = kl.ops.quantize(normal(rows, cols, seed=seed), type, ctx=CPU)
-    data = np.random.default_rng(seed).integers(0, 256, q.data.shape).astype(np.uint8)
-    for _ in range(50):
-        any_q = type_of(q, data)
-        bad = ~np.isfinite(kl.ops.dequantize(any_q, ctx=CPU)).all(-1)
-        if not bad.any():
-            return any_q
-        data[bad] = q.data[bad]
-    raise AssertionError
-
-
-def type_of(q, data):
-    return kl.Quantized(data, q.type, q.shape)
-
-
 # ---- block types ----
 
 
 @pytest.mark.parametrize("type", BLOCK_TYPES)
 def test_hip_dequantize_has_the_bytes_of_the_cpu(type):
-    for q in (kl.ops.quantize(normal(5, 768, scale=30), type), random_blocks(type, 7, 512)):
+    for q in (stored(normal(5, 768, scale=30), type), random_blocks(type, 7, 512)):
         y = same_as_the_cpu(lambda ctx, q=q: kl.ops.dequantize(q, ctx=ctx))
         assert y.tobytes() == kl.reference.dequantize(q).astype(np.float32).tobytes()
-    assert kl.ops.dequantize(kl.ops.quantize(normal(2, 256)[:0], type), ctx=context()).shape == (0, 256)
+    assert kl.ops.dequantize(random_blocks(type, 2, 256)[:0], ctx=context()).shape == (0, 256)
+
+
+@pytest.mark.parametrize("type", BLOCK_TYPES)
+def test_hip_dequantize_of_any_bytes(type):
+    """Every byte, every special float16 at every place: the CPU's values, NaN where it has NaN."""
+    kind = kl.storage_types[type]
+    data = raw_blocks(kind)
+    q = kl.Quantized(data, type, (len(data), kind.values))
+    assert same_floats(kl.ops.dequantize(q, ctx=context()), kl.ops.dequantize(q, ctx=CPU))
 
 
 @pytest.mark.parametrize("type", ["Q8_0", "Q4_0"])
@@ -99,11 +85,26 @@ def test_hip_embedding_of_blocks(type, version):
     same_as_the_cpu(lambda ctx: kl.ops.embedding(ids, table, ctx=ctx), False)
 
 
-def test_hip_type_without_a_kernel_names_those_that_have():
-    w = kl.ops.quantize(normal(4, 256), "TQ2_0")
-    with pytest.raises(NotImplementedError, match="linear: w has storage type 35, which has no kernel on hip; these "
-                                                  "have: KL_F32 .* KL_Q8_0 .* KL_IQ4_XS"):
-        kl.ops.linear(normal(1, 256), w, ctx=context())
+@pytest.mark.parametrize("id", [4, 9, 15, 41])
+def test_hip_ids_that_are_no_type_are_refused(id):
+    """Every type has kernels; ids of ggml that are none (Q4_2, Q8_1, Q8_K) and the first above all."""
+    with pytest.raises(TypeError, match=f"w has storage type {id} .* it must be a known type"):
+        kl._core.linear(context()._core, [np.zeros((1, 4), np.float32)], normal(1, 256),
+                        [(np.zeros(4096, np.uint8), id, 1, 4, 256)], [None], [False], 1, 256)
+
+
+@pytest.mark.parametrize("activations, type", [("int8", "Q4_K"), ("int8", "MXFP4"), ("bfloat16", "BF16")])
+def test_hip_activations_other_than_float32_are_refused(activations, type):
+    ctx = kl.Context(device="hip-host", activations=activations)
+    x, w = normal(2, 256), normal(3, 256, 256)
+    with pytest.raises(NotImplementedError, match=f"linear: activations are {activations}, for which w has no kernel "
+                                                  "on hip; activations='float32' has"):
+        kl.ops.linear(x, stored(w[0], type), ctx=ctx)
+    with pytest.raises(NotImplementedError, match=f"moe: activations are {activations}, for which w_down has"):
+        kl.ops.moe(x, np.zeros((2, 1), np.int32), x[:, :1], w, w, stored(w, type), ctx=ctx)
+    for other in ("F32", "F16", "TQ1_0"):  # the CPU takes float32 activations for these, too
+        plain = stored(w[0], other)
+        assert kl.ops.linear(x, plain, ctx=ctx).tobytes() == kl.ops.linear(x, plain).tobytes()
 
 
 # ---- linear ----
@@ -161,13 +162,13 @@ def test_hip_linear_of_several_matrices_one_below_the_other(type, T, version):
 
 
 @pytest.mark.parametrize("T", [2, 20])
-@pytest.mark.parametrize("type", ["Q8_0", "Q4_K", "Q6_K", "Q2_K"])
+@pytest.mark.parametrize("type", ["Q8_0", "Q4_K", "Q6_K", "Q2_K", "Q5_1", "IQ2_XS"])
 def test_hip_linear_of_transposed_blocks(type, T, version):
     w, x = stored(normal(40, 256, seed=1), type), normal(T, 40)  # 40 inputs, 256 outputs
 
     def run(ctx):
         y = np.full((T, 256), np.nan, np.float32)
-        kl._core.linear(ctx._core, [y], x, [(w.data, w.storage.id, 1, 40, 256)], [None], [True], T, 40)
+        kl._core.linear(ctx._core, [y], x, [(w.data, kl.storage_types[type].id, 1, 40, 256)], [None], [True], T, 40)
         return y
 
     same_as_the_cpu(run, False)

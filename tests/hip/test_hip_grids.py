@@ -1,0 +1,75 @@
+"""Any op on a grid of fewer blocks than tasks: kernels walk over the rest, and the bytes are the same. A GPU's grid has
+65,535 blocks at most; here it has one or three."""
+
+import numpy as np
+import pytest
+from hip_build import context, versions
+from hip_weights import stored
+from judge import normal
+
+import kimi_linear as kl
+
+version = versions("1", "2", "")
+
+
+def gates(T, H, K):
+    return dict(g=-np.abs(normal(T, H, K, seed=7, scale=0.1)), beta=np.abs(np.tanh(normal(T, H, seed=8))))
+
+
+def delta(T=37, H=5, K=8, V=12):
+    unit = [x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (normal(T, H, K), normal(T, H, K, seed=1))]
+    return dict(q=unit[0], k=unit[1], v=normal(T, H, V, seed=2), **gates(T, H, K))
+
+
+def latent(form):
+    return dict(q=normal(40, 3, 6), latent=normal(530, 8, seed=1), k_shared=normal(530, 2, seed=2), scale=0.4,
+                form=form, w_uk=normal(3, 4, 8, seed=3), w_uv=normal(3, 5, 8, seed=4))
+
+
+def experts(T):
+    rng = np.random.default_rng(T)
+    ids = np.array([np.sort(rng.choice(9, 3, replace=False)) for _ in range(T)], np.int32)
+    return dict(x=normal(T, 40), ids=ids, weights=rng.uniform(0, 1, (T, 3)).astype(np.float32),
+                w_gate=normal(9, 70, 40, seed=1), w_up=normal(9, 70, 40, seed=2), w_down=normal(9, 40, 70, seed=3))
+
+
+CASES = {
+    "add": dict(a=normal(40, 70), b=normal(40, 70, seed=1)),
+    "swiglu": dict(gate=normal(40, 70), up=normal(40, 70, seed=1)),
+    "softmax": dict(x=normal(70, 40)),
+    "rms_norm": dict(x=normal(70, 40), w=normal(40), eps=1e-6),
+    "embedding": dict(ids=np.arange(70) % 9, table=stored(normal(9, 512), "Q5_0")),
+    "linear few": dict(x=normal(5, 256), w=stored(normal(90, 256, seed=1), "IQ3_S")),
+    "linear": dict(x=normal(70, 256), w=stored(normal(90, 256, seed=1), "Q4_K")),
+    "moe few": experts(6),
+    "moe": experts(80),
+    "route": dict(scores=normal(70, 33), k=4),
+    "quantize": dict(x=normal(50, 64), type="Q8_0"),
+    "dequantize": dict(q=stored(normal(9, 512), "TQ1_0")),
+    "delta_rule": delta(),
+    "attention": dict(q=normal(40, 6, 8), k=normal(530, 2, 8, seed=1), v=normal(530, 2, 8, seed=2), scale=0.3),
+    "latent_attention absorbed": latent("absorbed"),
+    "latent_attention expanded": latent("expanded"),
+}
+
+
+def bytes_of(got):
+    parts = got if isinstance(got, tuple) else (got,)
+    return b"".join(np.asarray(getattr(part, "data", part)).tobytes() for part in parts)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_hip_kernels_walk_over_more_tasks_than_blocks(case, version, monkeypatch):
+    op = getattr(kl.ops, case.split()[0])
+    wanted = bytes_of(op(**CASES[case], ctx=context()))
+    for blocks in ("1", "3"):
+        monkeypatch.setenv("KL_GPU_BLOCKS", blocks)
+        assert bytes_of(op(**CASES[case], ctx=context())) == wanted
+
+
+def test_hip_rows_behind_2_to_the_31_bytes():
+    """Byte offsets are wider than 32 bits: the last rows of a table of 2.2 GB, which is zeros but for them."""
+    table, ids = np.zeros((270_000, 4096), np.float16), np.array([269_999, 262_144, 262_143, 7])
+    table[ids] = normal(4, 4096).astype(np.float16)
+    assert table.nbytes > 2**31
+    assert kl.ops.embedding(ids, table, ctx=context()).tobytes() == table[ids].astype(np.float32).tobytes()
