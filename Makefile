@@ -15,7 +15,7 @@ PEERS := .venv-peers
 CTEST := $(MAKE) -C tests/c
 ASAN_TREE := build/asan/kimi_linear
 
-.PHONY: help system venv build lib ctest test hip-host hip hip-nvidia hip-resources hip-system demo oracles peers lint format asan tsan long fuzz bench clean
+.PHONY: help system venv build lib ctest test hip-host hip hip-nvidia hip-resources hip-system gpu-check demo oracles peers lint format asan tsan long fuzz bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
@@ -71,6 +71,9 @@ hip-nvidia:  ## for NVIDIA GPUs, by nvcc; NVIDIA_ARCHS="80 90" names others
 
 hip-resources:  ## registers, spills and shared memory of each kernel, beside csrc/hip/resources.txt: what hipcc and nvcc are here for
 	$(VENV)/bin/python tools/hip_resources.py
+
+gpu-check: venv build  ## build for the GPU that is here, test and time all of it: build/gpu-check.txt; DEVICE=hip-host for none
+	@$(PY) tools/gpu_check.py $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
 hip-system:  ## as root: Debian's hipcc, its runtime and device libraries, which `make hip` needs (1.5 GB)
 	@sh tools/setup-system.sh hipcc

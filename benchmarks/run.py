@@ -10,6 +10,7 @@
     python benchmarks/run.py workbench                       a trace beside a forward pass, and blame (workbench.py)
     python benchmarks/run.py delta_rule                      its forms beside other engines, too (delta_rule.py)
     python benchmarks/run.py delta_rule --accuracy           their errors instead, by kinds of gate
+    python benchmarks/run.py hip --device hip:0              the kernels on a GPU beside its roofs (hip.py)
 
 Other engines are in the environment that `make peers` makes: .venv-peers/bin/python benchmarks/run.py delta_rule.
 
@@ -26,6 +27,7 @@ from pathlib import Path
 
 import delta_accuracy
 import delta_rule
+import hip
 import models
 import numpy as np
 import storage_types
@@ -39,6 +41,7 @@ from kimi_linear.bench import Roofs, bench, blas_threads, machine, sample, sprea
 from kimi_linear.cli._common import integers, positive, print_table, progress
 from kimi_linear.diff.budgets import budget
 
+OTHERS = ("hip", "model", "types", "workbench")  # what is no op
 SECONDS = 2.0      # that the turns of one case may take, all contenders together
 TURNS = (3, 50)    # at least, at most
 SLOW = 1.0         # seconds of a call that is not repeated: the scalar kernels, at many tokens
@@ -48,20 +51,22 @@ def main():
     args = arguments()
     if args.compare:
         return compare(*(json.loads(Path(path).read_text()) for path in args.compare))
-    unknown = set(args.ops) - set(OPS) - {"model", "types", "workbench"}
+    unknown = set(args.ops) - set(OPS) - set(OTHERS)
     if unknown:
-        return (f"run: there is no case {', '.join(sorted(unknown))}; there are {', '.join(OPS)}, model, types and "
-                f"workbench")
+        return f"run: there is no case {', '.join(sorted(unknown))}; there are {', '.join((*OPS, *OTHERS))}"
     if args.accuracy:
         return run_accuracy(args)
-    result = {"machine": machine(), "revision": revision(), "roof": {} if args.quick else roof(), "cases": {}}
+    no_roof = args.quick or args.ops == ["hip"]     # a GPU has its own
+    result = {"machine": machine(), "revision": revision(), "roof": {} if no_roof else roof(), "cases": {}}
     say_machine(result)
     for case in CASES:
         if not args.ops or (case.op in args.ops and not (args.parts or args.quick)):
             run_case(case, args, result["cases"])
     if "delta_rule" in args.ops:
         run_delta_rule(args, result)
-    if "model" in args.ops:
+    if "hip" in args.ops:
+        run_hip(args, result)
+    if "model" in args.ops and "hip" not in args.ops:
         run_model(args, result)
     if "types" in args.ops:
         run_types(args, result)
@@ -75,17 +80,19 @@ def main():
 def arguments():
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
-    parser.add_argument("ops", nargs="*", metavar="op", help=f"{', '.join(OPS)}, model, types or workbench")
+    parser.add_argument("ops", nargs="*", metavar="op", help=", ".join((*OPS, *OTHERS)))
     parser.add_argument("--isa", default="best", help="best, all, or names with commas (default: best)")
     parser.add_argument("--threads", type=integers, metavar="N,N",
                         help="(default: 0, all; 1 and all for delta_rule beside its peers)")
     parser.add_argument("--tokens", type=integers, metavar="T,T", help="only these T (default: 1,16,64,512)")
     parser.add_argument("--model", metavar="PATH", help="for the case model (default: the packaged one)")
     parser.add_argument("--parts", type=names, metavar="P,P",
-                        help=f"of delta_rule, only: {', '.join(PARTS)}; of types: their names")
+                        help=f"only: of delta_rule {', '.join(PARTS)}; of hip {', '.join(hip.PARTS)}; "
+                             f"of types their names")
     parser.add_argument("--peers", type=names, default=list(PEERS), metavar="P,P",
                         help=f"beside delta_rule: {', '.join(PEERS)}, or none (default: those that are here)")
-    parser.add_argument("--quick", action="store_true", help="delta_rule's parts small, to see that they run")
+    parser.add_argument("--quick", action="store_true", help="parts of delta_rule and hip small, to see that they run")
+    parser.add_argument("--device", default="hip", metavar="NAME", help="of hip: hip:N or hip-host (default: hip)")
     parser.add_argument("--accuracy", action="store_true", help="errors of delta_rule's forms, nothing timed")
     of_model = parser.add_argument_group("a GGUF file beside llama.cpp (--peers none: ours alone)")
     of_model.add_argument("--activations", type=names, default=["int8"], metavar="A,A",
@@ -103,11 +110,12 @@ def arguments():
     parser.add_argument("--against", metavar="FILE", help="compare with the results in a file")
     parser.add_argument("--compare", nargs=2, metavar=("OLD", "NEW"), help="compare two files, time nothing")
     args = parser.parse_args()
-    alone = ("delta_rule", "types") if args.parts and not (args.quick or args.accuracy) else ("delta_rule",)
-    if (args.parts or args.quick or args.accuracy) and (len(args.ops) != 1 or args.ops[0] not in alone):
-        parser.error("--parts are of delta_rule or types, --quick and --accuracy of delta_rule: name that one alone")
+    allowed = {"parts": ("delta_rule", "hip", "types"), "quick": ("delta_rule", "hip"), "accuracy": ("delta_rule",)}
+    for option, alone in allowed.items():
+        if getattr(args, option) and (len(args.ops) != 1 or args.ops[0] not in alone):
+            parser.error(f"--{option} is of {' or '.join(alone)}: name that op alone")
     args.peers = [] if args.peers == ["none"] else args.peers
-    parts = kl.storage_types if args.ops == ["types"] else PARTS
+    parts = {"hip": hip.PARTS, "types": kl.storage_types}.get("".join(args.ops), PARTS)
     for given, known in ((args.peers, PEERS), (args.parts or [], parts)):
         if unknown := set(given) - set(known):
             parser.error(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
@@ -243,6 +251,17 @@ def run_accuracy(args):
     rows = delta_accuracy.run(names=args.peers)
     if args.json:
         Path(args.json).write_text(json.dumps({"revision": revision(), "accuracy": rows}, indent=1) + "\n")
+
+
+# ---- a GPU ----
+
+def run_hip(args, result):
+    try:
+        settings = hip.Settings(args.device, quick=args.quick, model=args.model, cases=result["cases"])
+    except kl.DeviceError as reason:
+        raise SystemExit(f"run: {reason}") from None
+    hip.run(settings, args.parts)
+    result["hip"] = {"device": args.device, "read": settings.read, "fma": settings.fma, "tables": settings.tables}
 
 
 # ---- a model ----

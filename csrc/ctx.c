@@ -253,6 +253,13 @@ void kl_ctx_cancel(kl_ctx *ctx) { atomic_store(&ctx->cancelled, 1); }
 void kl_ctx_fail_at(kl_ctx *ctx, int64_t nth) { ctx->fail_at = nth; }
 void kl_ctx_cancel_at(kl_ctx *ctx, int64_t nth) { ctx->cancel_at = nth; }
 
+void kl_ctx_set_progress(kl_ctx *ctx, int (*report)(void *user, int64_t done, int64_t all),
+                         void *user)
+{
+    ctx->report = report;
+    ctx->report_user = user;
+}
+
 void kl_ctx_set_poll(kl_ctx *ctx, int (*poll)(void *user), void *user)
 {
     ctx->poll = poll;

@@ -81,6 +81,11 @@ static const kl_device_library *open_library(int which, char *reason)
                  made != NULL ? made->version : "unknown", libraries[which].build);
         return NULL;
     }
+    if (made->backend_bytes != KL_BACKEND_BYTES) {
+        snprintf(reason, REASON, "%s was built with other sources of " KL_VERSION "; %s", file,
+                 libraries[which].build);
+        return NULL;
+    }
     return made;
 }
 

@@ -38,7 +38,9 @@ struct kl_ctx {
     bool uninterruptible; /* a step that must run to its end: cancelling waits for the next */
     int (*poll)(void *user);
     void *poll_user;
-    int64_t polled_at; /* ns */
+    int64_t polled_at;                                    /* ns */
+    int (*report)(void *user, int64_t done, int64_t all); /* of weights that are uploaded */
+    void *report_user;
     bool profiling;
     int64_t booking; /* ns, when the op at hand began */
     kl_profile_row profile[KL_OP_COUNT];

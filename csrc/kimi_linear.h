@@ -157,6 +157,11 @@ KL_API void kl_ctx_cancel(kl_ctx *ctx);
  * than 0 cancels the call. */
 KL_API void kl_ctx_set_poll(kl_ctx *ctx, int (*poll)(void *user), void *user);
 
+/* While a model's weights go to a device (kl_model_create), report is called by the calling thread after those outside
+ * the layers and after each layer, with the bytes so far and of all; a value other than 0 ends it. */
+KL_API void kl_ctx_set_progress(kl_ctx *ctx, int (*report)(void *user, int64_t done, int64_t all),
+                                void *user);
+
 /* Every allocation of the context goes through these; allocate returns NULL when it fails. Set before models
  * and states are made: these are given back to the allocator of the moment. NULL: the C library's. */
 typedef struct kl_allocator {

@@ -1,4 +1,4 @@
-/* The machine's roofs, measured with the context's threads and instruction set. */
+/* The machine's roofs, measured with the context's threads and instruction set; a device's by its backend. */
 #include "internal.h"
 
 #include "cpu/kernels.h"
@@ -33,6 +33,8 @@ static double seconds(void) { return 1e-9 * (double)kl_now_ns(); }
 
 kl_status kl_roof_read(kl_ctx *ctx, const void *data, int64_t n_bytes, double *bytes_per_second)
 {
+    if (ctx->backend->roof_read != NULL)
+        return ctx->backend->roof_read(ctx, data, n_bytes, bytes_per_second);
     const int64_t blocks = n_bytes / READ_BLOCK;
     if (blocks < 1 || (uintptr_t)data % 4 != 0)
         return kl_fail(ctx, KL_ERR_ARG,
@@ -47,6 +49,8 @@ kl_status kl_roof_read(kl_ctx *ctx, const void *data, int64_t n_bytes, double *b
 
 kl_status kl_roof_fma(kl_ctx *ctx, double *flops_per_second)
 {
+    if (ctx->backend->roof_fma != NULL)
+        return ctx->backend->roof_fma(ctx, flops_per_second);
     task a = { .k = ctx->k };
     const double begin = seconds();
     KL_TRY(kl_for(ctx, FMA_TASKS, 1, fma_rounds, &a));

@@ -18,6 +18,7 @@ from .config import Config, ConfigError, LayerSpec
 from .context import Context, Device, devices, isa_list, set_num_threads, threads
 from .conventions import conventions
 from .convert import Conversion, convert
+from .device_array import DeviceArray
 from .errors import DeviceError, FormatError
 from .generate import Generation
 from .model import Model
@@ -29,8 +30,8 @@ from .tokenizer import Tokenizer
 from .trace import Trace
 
 __all__ = [
-    "Config", "ConfigError", "Context", "Conversion", "Device", "DeviceError", "FormatError", "Generation",
-    "LayerSpec", "Model", "ModelComparison", "Plan", "Quantized", "ReferenceModel", "Snapshot", "State",
+    "Config", "ConfigError", "Context", "Conversion", "Device", "DeviceArray", "DeviceError", "FormatError",
+    "Generation", "LayerSpec", "Model", "ModelComparison", "Plan", "Quantized", "ReferenceModel", "Snapshot", "State",
     "StorageType", "Tokenizer", "Trace", "__version__", "adapters", "compare_models", "conventions", "convert",
     "devices", "diff", "faults", "isa_list", "ops", "pack", "plan", "reference", "set_num_threads", "storage_type",
     "storage_types", "testing", "threads", "unpack",

@@ -2,11 +2,16 @@
 
 An input is anything with the buffer protocol, ``__array__`` or ``__dlpack__`` (NumPy, torch on the CPU, ml_dtypes).
 float16 and bfloat16 widen exactly to float32; float64 and integers are refused with the cast to write.
+
+What lies on a device (a DeviceArray, a tensor of torch on a GPU) becomes a DeviceArray over the same memory, with the
+attributes that ops look at; its values are not looked at, and nothing is converted. `output` makes a result where its
+`like` lies.
 """
 
 import ml_dtypes
 import numpy as np
 
+from .device_array import DeviceArray, from_device
 from .quantized import Quantized, storage_types
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -18,6 +23,8 @@ def as_array(x, name):
     """`x` as a NumPy array of its own dtype; TypeError says what to do where there is none."""
     if isinstance(x, np.ndarray):
         return x
+    if isinstance(x, DeviceArray):
+        raise TypeError(f"{name} lies on a device; give {name}.numpy()")
     if type(x).__module__.split(".")[0] == "torch":
         return _from_torch(x, name)
     if hasattr(x, "__dlpack__") and not hasattr(x, "__array__"):
@@ -29,6 +36,33 @@ def as_array(x, name):
     if a.dtype == object:
         raise TypeError(f"{name} is a {type(x).__name__}; it must be an array of numbers")
     return a
+
+
+def as_either(x, name):
+    """`x` as a NumPy array or, where it lies on a device, as a DeviceArray."""
+    device = from_device(x, name)
+    return as_array(x, name) if device is None else device
+
+
+def contiguous(a):
+    """`a` with its values in order, copied where they are not."""
+    return a if isinstance(a, DeviceArray) else np.ascontiguousarray(a).reshape(a.shape)
+
+
+def share_memory(a, b):
+    """Whether two arrays may have memory in common."""
+    if isinstance(a, DeviceArray) and isinstance(b, DeviceArray):
+        (begin, end), (other_begin, other_end) = a._range, b._range
+        return begin < other_end and other_begin < end
+    return not isinstance(a, DeviceArray) and not isinstance(b, DeviceArray) and np.may_share_memory(a, b)
+
+
+def first_where(a, wrong):
+    """Index of the first value for which `wrong` is true, or None; the values on a device are not looked at."""
+    if isinstance(a, DeviceArray):
+        return None
+    bad = wrong(a)
+    return tuple(int(i) for i in np.argwhere(bad)[0]) if bad.any() else None
 
 
 def _from_torch(x, name):
@@ -54,8 +88,11 @@ def as_float32(x, name, *shapes):
     *shapes : tuple of (int or str)
         Shapes allowed; a str is an axis of any length, named for the message.
     """
-    a = as_array(x, name)
-    if a.dtype in (np.float16, BFLOAT16):
+    a = as_either(x, name)
+    if isinstance(a, DeviceArray):
+        if a.dtype != np.float32:
+            raise TypeError(f"{name} is {a.dtype} on a device; it must be float32 there")
+    elif a.dtype in (np.float16, BFLOAT16):
         a = a.astype(np.float32)
     elif a.dtype != np.float32:
         cast = f"{name}.astype('float32')" if hasattr(x, "astype") else f"numpy.asarray({name}, 'float32')"
@@ -63,11 +100,22 @@ def as_float32(x, name, *shapes):
     if a.dtype.byteorder == ">":
         raise TypeError(f"{name} is big-endian; it must be in the machine's byte order")
     check_shape(a, name, *shapes)
-    return np.ascontiguousarray(a).reshape(a.shape)
+    return contiguous(a)
 
 
-def as_integers(x, name, *shapes, dtype=np.int32, low=None, high=None):
-    """`x` as C-contiguous `dtype`, every value in [low, high); the first value that is not is named with its place."""
+def as_integers(x, name, *shapes, dtype=np.int32, low=None, high=None, on_device=False):
+    """`x` as C-contiguous `dtype`, every value in [low, high); the first value that is not is named with its place.
+
+    With `on_device` it may lie there, and the op looks at its values; without, it is control data of the host.
+    """
+    a = from_device(x, name)
+    if a is not None:
+        if not on_device:
+            raise TypeError(f"{name} lies on a device; it must be in host memory")
+        if a.dtype != dtype:
+            raise TypeError(f"{name} is {a.dtype} on a device; it must be {np.dtype(dtype)} there")
+        check_shape(a, name, *shapes)
+        return a
     a = as_array(x, name)
     if a.size == 0 and a.dtype == np.float64 and not isinstance(x, np.ndarray):
         a = a.astype(dtype)  # an empty list
@@ -93,17 +141,26 @@ def check_shape(a, name, *shapes):
         raise ValueError(f"{name} has shape {list(a.shape)}; it must be {wanted}")
 
 
-def output(out, shape, name="out", dtype=np.float32):
-    """A new array of `shape`, or `out` when it is writable, C-contiguous and of exactly that shape and dtype."""
+def output(out, shape, name="out", dtype=np.float32, like=None):
+    """A new array of `shape`, or `out` when it is writable, C-contiguous and of exactly that shape and dtype.
+
+    A new one lies where `like` does; on a device it gets its memory from the context of the call that writes it.
+    """
     shape = tuple(shape)
     if out is None:
-        return np.empty(shape, dtype)
-    if not isinstance(out, np.ndarray):
-        raise TypeError(f"{name} is a {type(out).__name__}; it must be a NumPy array")
+        return DeviceArray(None, shape, dtype) if isinstance(like, DeviceArray) else np.empty(shape, dtype)
+    device = from_device(out, name)
+    if device is None and not isinstance(out, np.ndarray):
+        raise TypeError(f"{name} is a {type(out).__name__}; it must be a NumPy array, or one on a device")
+    out = out if device is None else device
     if out.dtype != dtype:
         raise TypeError(f"{name} is {out.dtype}; it must be {np.dtype(dtype)}")
     if out.shape != shape:
         raise ValueError(f"{name} has shape {list(out.shape)}; it must be {list(shape)}")
+    if device is not None:
+        if device._memory.read_only:
+            raise ValueError(f"{name} is read-only")
+        return device
     if not out.flags.c_contiguous:
         raise ValueError(f"{name} is strided; it must be C-contiguous")
     if not out.flags.writeable:
@@ -125,7 +182,7 @@ def as_weight(w, name, ndim=2):
 
     float32, float16, bfloat16 and blocks are used as they lie; `w` is [rows, cols], or [n, rows, cols] with `ndim` 3.
     """
-    a = w if isinstance(w, Quantized) else as_array(w, name)
+    a = w if isinstance(w, Quantized) else as_either(w, name)
     if not isinstance(a, Quantized) and a.dtype not in TYPE_IDS:
         raise TypeError(f"{name} is {a.dtype}; it must be float32, float16 or bfloat16, or a kl.Quantized: "
                         f"{name}.astype('float32')")
@@ -134,8 +191,8 @@ def as_weight(w, name, ndim=2):
         raise ValueError(f"{name} has shape {list(a.shape)}; it must be {axes}")
     n, rows, cols = (1, *a.shape) if ndim == 2 else a.shape
     if isinstance(a, Quantized):
-        return (np.ascontiguousarray(a.data), a.storage.id, n, rows, cols), a.shape
-    a = np.ascontiguousarray(a).reshape(a.shape)
+        return (contiguous(a.data), a.storage.id, n, rows, cols), a.shape
+    a = contiguous(a)
     buffer = a if a.dtype == np.float32 else a.view(np.uint16)
     return (buffer, TYPE_IDS[a.dtype], n, rows, cols), a.shape
 
@@ -193,13 +250,23 @@ def checkpoint_counts(checkpoints, lengths):
 
 
 def apart(a, *written, same=None):
-    """`a`, copied where it shares memory with an output; `same` is the one output that it may be."""
+    """`a`, copied where it shares memory with an output; `same` is the one output that it may be.
+
+    On a device nothing is copied: ValueError.
+    """
     if a is None:
         return None
     for o in written:
-        if np.may_share_memory(a, o) and not (o is same and a.ctypes.data == o.ctypes.data):
+        if share_memory(a, o) and not (o is same and _begin(a) == _begin(o)):
+            if isinstance(a, DeviceArray):
+                raise ValueError(f"out shares memory with an input of shape {list(a.shape)}; on a device it must be "
+                                 f"another array")
             return a.copy()
     return a
+
+
+def _begin(a):
+    return a._range[0] if isinstance(a, DeviceArray) else a.ctypes.data
 
 
 def pack(arrays):

@@ -42,7 +42,7 @@ def config_numbers(config, activations="float32"):
     return numbers
 
 
-def core_model(context, config, tensors, activations="float32"):
+def core_model(context, config, tensors, activations="float32", progress=None):
     """A ``_core.Model`` over borrowed tensors.
 
     Parameters
@@ -52,6 +52,8 @@ def core_model(context, config, tensors, activations="float32"):
     tensors : mapping from canonical name to array, or to a TensorView of a mapped file
         What a GGUF stores otherwise goes to C as it lies, under the names of its `stored`.
     activations : {"float32", "int8", "bfloat16"}
+    progress : callable, optional
+        As for ``Model.from_pretrained``.
     """
     buffers, index, entries = [], {}, []
 
@@ -72,7 +74,7 @@ def core_model(context, config, tensors, activations="float32"):
             raise TypeError(f"{name} is {a.dtype}; it must be float32, float16 or bfloat16")
         a = np.ascontiguousarray(a).reshape(a.shape)
         entries.append((name, place(a.view(np.uint16) if a.dtype.itemsize == 2 else a), 0, TYPE_IDS[a.dtype], a.shape))
-    return _core.Model(context._core, config_numbers(config, activations), buffers, entries)
+    return _core.Model(context._core, config_numbers(config, activations), buffers, entries, 0, progress)
 
 
 def _as_stored(tensors):

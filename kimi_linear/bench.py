@@ -18,6 +18,7 @@ import numpy as np
 
 from . import _core
 from .context import current
+from .device_array import DeviceArray
 from .plan import active
 
 __all__ = [
@@ -137,7 +138,10 @@ class Roofs:
 
     def __init__(self, model=None, ctx=None):
         self.ctx = current(ctx)
-        self.buffers = (_weight_buffers(model) if model else []) or [np.ones(1 << 30, np.uint8)]
+        on_host = self.ctx.device == "cpu"
+        self.buffers = (_weight_buffers(model) if model and on_host else []) or [np.ones(1 << 30, np.uint8)]
+        if not on_host:
+            self.buffers = [DeviceArray.from_numpy(a, self.ctx) for a in self.buffers]
         self.read_bytes = sum(b.nbytes for b in self.buffers)
         rng = np.random.default_rng(0)
         self.x = rng.standard_normal((self.T, self.D), np.float32)

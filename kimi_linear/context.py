@@ -24,7 +24,8 @@ class Context:
     ----------
     device : str
         ``"cpu"``; ``"hip"``, the first GPU, or ``"hip:1"``, ...; ``"hip-host"``, the GPU's kernels run on the CPU,
-        slowly and with their faults found. Arrays are copied to the device and back. `devices` lists them.
+        slowly and with their faults found. NumPy's arrays are copied to the device and back, a `DeviceArray` or another
+        library's array that lies there is used as it lies. `devices` lists them.
     threads : int, optional
         Threads to use; by default `OMP_NUM_THREADS`, else one for each processor this process may use.
         The number changes no byte of any result.

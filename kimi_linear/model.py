@@ -45,7 +45,7 @@ class Model:
     """
 
     def __init__(self, config, tensors, *, tokenizer=None, generation_config=None, checkpoint=None, name="model",
-                 cache="float32", activations="float32", ctx=None):
+                 cache="float32", activations="float32", ctx=None, progress=None):
         self.config = config
         self._tokenizer = tokenizer
         self.generation_config = dict(generation_config or {})
@@ -58,14 +58,14 @@ class Model:
         self._tensors = tensors
         self._checkpoint = checkpoint
         self._building = threading.Lock()
-        self._built = _engine.core_model(current(ctx), config, tensors, activations)
+        self._built = _engine.core_model(current(ctx), config, tensors, activations, progress)
         self._taps = tap_table(self._built)
 
     # ---- from where ----
 
     @classmethod
     def from_pretrained(cls, path, *, device="cpu", activations="float32", cache="float32", latent_eps=None,
-                        l2_eps=None, threads=None, ctx=None):
+                        l2_eps=None, threads=None, ctx=None, progress=None):
         """Open a checkpoint.
 
         Parameters
@@ -73,7 +73,9 @@ class Model:
         path : str or path
             A Hugging Face folder (config.json, safetensors in one file or shards), a hub id that is in the local
             cache, or a GGUF file of any name, one part of several included; nothing is downloaded.
-        device : {"cpu"}
+        device : str
+            As for `Context`. On another device than "cpu" the weights are uploaded once, here; a mapped file is read by
+            that.
         activations : {"float32", "int8", "bfloat16", "auto"}
             What products make of their activations: nothing, which is exact; with weights in blocks, int8 with a scale
             for each 32 values (docs/math.md#int8); with weights in bfloat16, that (docs/math.md#bfloat16). Both are
@@ -89,6 +91,9 @@ class Model:
             Threads of a context of this model's own; by default the calling thread's context serves it.
         ctx : Context, optional
             The context to run in, instead of `device` and `threads`.
+        progress : callable, optional
+            Called with the bytes that are on the device and the bytes of all, after the embedding and after each layer;
+            not where weights stay in the host's memory. What it raises ends the loading.
 
         Raises
         ------
@@ -122,7 +127,7 @@ class Model:
                 tokenizer = functools.partial(Tokenizer.from_folder, checkpoint.path)
         return cls(config, checkpoint.tensors, tokenizer=tokenizer, generation_config=checkpoint.generation_config,
                    checkpoint=checkpoint, name=Path(checkpoint.path).name, cache=cache, activations=activations,
-                   ctx=ctx)
+                   ctx=ctx, progress=progress)
 
     @classmethod
     def tiny(cls, **options):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import _core
+from .device_array import DeviceArray
 
 __all__ = ["Quantized", "StorageType", "storage_type", "storage_types"]
 
@@ -55,7 +56,7 @@ class Quantized:
 
     Parameters
     ----------
-    data : uint8 array or buffer
+    data : uint8 array, DeviceArray or buffer
         The rows' blocks; kept, not copied.
     type : str or int
         Name or id of a block type: "Q4_K".
@@ -88,7 +89,7 @@ class Quantized:
         kind = storage_type(type)
         if kind.values == 1:
             raise ValueError(f"type is {kind.name}, which has no blocks; give an array of its dtype")
-        data = data if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
+        data = data if isinstance(data, (np.ndarray, DeviceArray)) else np.frombuffer(data, np.uint8)
         if data.dtype != np.uint8:
             raise TypeError(f"data is {data.dtype}; it must be uint8: data.view('uint8')")
         shape = tuple(int(n) for n in shape)

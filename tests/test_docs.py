@@ -161,7 +161,7 @@ def test_stubs_take_what_the_extension_parses():
         for formats, name in re.findall(r'PyArg_ParseTuple(?:AndKeywords)?\([^"]*?"([^":]+):(\w+)"', text):
             parsed[name] = units(formats)
     found = stubs()
-    for owner in ("Context", "Model", "State"):
+    for owner in ("Context", "DeviceMemory", "Model", "State"):
         for name, node in found.pop(owner).items():
             found[owner if name == "__new__" else name] = node
     for name, counts in parsed.items():

@@ -25,6 +25,7 @@ const kl_backend kl_cpu_backend = { .name = "cpu",
                                     .download = copy_bytes,
                                     .copy = copy_bytes,
                                     .clear = clear_bytes,
+                                    .stage = copy_bytes,
 #define KL_OP(name, parameters) .name = cpu_##name,
                                     KL_OPS(KL_OP)
 #undef KL_OP

@@ -12,15 +12,24 @@ const kl_core *kl_core_of;
 namespace
 {
 
+/* Host memory that the device copies from by itself, and when it has. */
+struct pinned {
+    void *data;
+    hipEvent_t copied;
+};
+
 struct handle {
     int device;
     hipStream_t stream;
+    pinned staging[2];          /* of large uploads, taken in turns; NULL until there is one */
+    hipEvent_t mark;            /* of tick; NULL before the first */
     unsigned long long *faults; /* [KL_FAULTS] place << 32 | bits; all bits: none */
     bool noting;                /* kernels that may note were launched since they were looked at */
     int64_t E, k;               /* of the call that they belong to */
 };
 
 const size_t FAULT_BYTES = KL_FAULTS * sizeof(unsigned long long);
+const size_t PIECE = 8 << 20; /* bytes of a staging buffer; an upload of more goes through them */
 
 handle *handle_of(const kl_ctx *ctx) { return static_cast<handle *>(kl_core_of->handle(ctx)); }
 
@@ -63,15 +72,28 @@ kl_status open_device(kl_ctx *ctx, int device, void **to)
                  error == hipSuccess ? hipMemsetAsync(faults, 0xff, FAULT_BYTES, stream) : error);
 }
 
-void close_device(kl_ctx *, void *p)
+void release_pinned(pinned &p)
 {
-    handle *h = static_cast<handle *>(p);
+    if (p.data == nullptr)
+        return;
+    (void)hipEventDestroy(p.copied);
+    (void)hipHostFree(p.data);
+    p = pinned{};
+}
+
+void close_device(kl_ctx *, void *opened)
+{
+    handle *h = static_cast<handle *>(opened);
     if (h == nullptr)
         return;
     (void)hipSetDevice(h->device);
     (void)hipStreamSynchronize(h->stream);
     (void)hipStreamDestroy(h->stream);
     (void)hipFree(h->faults);
+    for (pinned &p : h->staging)
+        release_pinned(p);
+    if (h->mark != nullptr)
+        (void)hipEventDestroy(h->mark);
     free(h);
 }
 
@@ -118,9 +140,53 @@ kl_status wait(kl_ctx *ctx, const char *what)
     return check(ctx, what, hipStreamSynchronize(kl_stream(ctx)));
 }
 
+/* Both staging buffers; false where there is no pinned memory left: then the driver stages. */
+bool have_staging(kl_ctx *ctx)
+{
+    handle *h = handle_of(ctx);
+    for (pinned &p : h->staging) {
+        if (p.data != nullptr)
+            continue;
+        void *data = nullptr;
+        hipEvent_t copied;
+        if (kl_core_of->allocation_fails(ctx) || hipHostMalloc(&data, PIECE) != hipSuccess) {
+            (void)hipGetLastError();
+            return false;
+        }
+        if (hipEventCreate(&copied) != hipSuccess) {
+            (void)hipGetLastError();
+            (void)hipHostFree(data);
+            return false;
+        }
+        p = pinned{ data, copied };
+    }
+    return true;
+}
+
+/* Through two pinned buffers in turns: one is filled from host memory, which may be a mapped file that is read by
+ * that, while the device copies from the other. */
+kl_status stage(kl_ctx *ctx, void *to, const void *from, size_t n_bytes)
+{
+    KL_TRY(enter(ctx));
+    if (n_bytes <= PIECE || !have_staging(ctx)) {
+        KL_TRY(move(ctx, "upload", to, from, n_bytes, hipMemcpyHostToDevice));
+        return wait(ctx, "upload"); /* the driver may still read `from` */
+    }
+    handle *h = handle_of(ctx);
+    for (size_t at = 0, turn = 0; at < n_bytes; at += PIECE, turn = 1 - turn) {
+        const pinned &p = h->staging[turn];
+        const size_t n = n_bytes - at < PIECE ? n_bytes - at : PIECE;
+        KL_TRY(check(ctx, "upload", hipEventSynchronize(p.copied)));
+        memcpy(p.data, static_cast<const char *>(from) + at, n);
+        KL_TRY(move(ctx, "upload", static_cast<char *>(to) + at, p.data, n, hipMemcpyHostToDevice));
+        KL_TRY(check(ctx, "upload", hipEventRecord(p.copied, h->stream)));
+    }
+    return KL_OK;
+}
+
 kl_status upload(kl_ctx *ctx, void *to, const void *from, size_t n_bytes)
 {
-    KL_TRY(move(ctx, "upload", to, from, n_bytes, hipMemcpyHostToDevice));
+    KL_TRY(stage(ctx, to, from, n_bytes));
     return wait(ctx, "upload");
 }
 
@@ -192,6 +258,62 @@ kl_status clear(kl_ctx *ctx, void *to, size_t n_bytes)
     return check(ctx, "clear", hipMemsetAsync(to, 0, n_bytes, kl_stream(ctx)));
 }
 
+/* ---- streams and memory of others ---- */
+
+void *stream_of(const kl_ctx *ctx) { return handle_of(ctx)->stream; }
+
+kl_status wait_for(kl_ctx *ctx, void *stream)
+{
+    KL_TRY(enter(ctx));
+    KL_TRY(check(ctx, "wait", hipStreamSynchronize(static_cast<hipStream_t>(stream))));
+    return stream == stream_of(ctx) ? look_at_faults(ctx) : KL_OK;
+}
+
+void where(const kl_ctx *ctx, int *type, int *number)
+{
+    *type = KL_DLPACK_DEVICE;
+    *number = handle_of(ctx)->device;
+}
+
+/* Its first and its last byte are looked at: memory that was freed shows where the runtime has taken it back. */
+kl_status has(kl_ctx *ctx, const char *name, const void *p, size_t n_bytes)
+{
+    const char *last = static_cast<const char *>(p) + (n_bytes > 0 ? n_bytes - 1 : 0);
+    const int mine = handle_of(ctx)->device, first = kl_memory_device(p),
+              end = first == mine ? kl_memory_device(last) : first;
+    if (first == mine && end == mine)
+        return KL_OK;
+    if (first >= 0 && first != mine)
+        return kl_core_of->fail(ctx, KL_ERR_ARG,
+                                "%s is memory of device %d; the context computes on device %d",
+                                name, first, mine);
+    return kl_core_of->fail(ctx, KL_ERR_ARG,
+                            "%s: the %zu bytes from %p are not memory of the device: they are the "
+                            "host's, or were freed",
+                            name, n_bytes, p);
+}
+
+/* ---- time ---- */
+
+kl_status tick(kl_ctx *ctx, double *seconds)
+{
+    handle *h = handle_of(ctx);
+    hipEvent_t now;
+    float ms = 0.0f;
+    KL_TRY(enter(ctx));
+    KL_TRY(check(ctx, "tick", hipEventCreate(&now)));
+    hipError_t error = hipEventRecord(now, h->stream);
+    if (error == hipSuccess)
+        error = hipEventSynchronize(now);
+    if (error == hipSuccess && h->mark != nullptr)
+        error = hipEventElapsedTime(&ms, h->mark, now);
+    if (h->mark != nullptr)
+        (void)hipEventDestroy(h->mark);
+    h->mark = now;
+    *seconds = 1e-3 * static_cast<double>(ms);
+    return check(ctx, "tick", error);
+}
+
 /* ---- the op table ---- */
 
 /* an op without kernels: it says so */
@@ -233,6 +355,14 @@ kl_backend make_backend()
     b.download = download;
     b.copy = copy;
     b.clear = clear;
+    b.stage = stage;
+    b.stream = stream_of;
+    b.wait = wait_for;
+    b.where = where;
+    b.has = has;
+    b.tick = tick;
+    b.roof_read = hip_roof_read;
+    b.roof_fma = hip_roof_fma;
 #define KL_OP(name, parameters) b.name = missing<KL_OP_##name, decltype(b.name)>::entry;
     KL_OPS(KL_OP)
 #undef KL_OP
@@ -323,7 +453,8 @@ kl_status kl_get(kl_ctx *ctx, void *to, const void *from, size_t n_bytes)
 extern "C" KL_API const kl_device_library *kl_hip_library(const kl_core *core)
 {
     static const kl_backend backend = make_backend();
-    static const kl_device_library library = { KL_VERSION, &backend, count_devices, describe };
+    static const kl_device_library library = { KL_VERSION, KL_BACKEND_BYTES, &backend,
+                                               count_devices, describe };
     kl_core_of = core;
     return &library;
 }

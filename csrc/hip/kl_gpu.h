@@ -19,11 +19,13 @@
 
 #include <hip/hip_runtime.h>
 #define KL_GPU_PLATFORM "amd"
+#define KL_DLPACK_DEVICE 10 /* DLPack: kDLROCM */
 
 #elif defined(__CUDACC__)
 
 #include <cuda_runtime.h>
 #define KL_GPU_PLATFORM "nvidia"
+#define KL_DLPACK_DEVICE 2 /* kDLCUDA */
 
 #define hipError_t cudaError_t
 #define hipSuccess cudaSuccess
@@ -65,6 +67,7 @@
 
 #include "host/gpu.h"
 #define KL_GPU_PLATFORM "host"
+#define KL_DLPACK_DEVICE 12 /* kDLExtDev */
 
 #endif
 
@@ -83,6 +86,32 @@ template <class T> using kl_shared = T *;
 #define KL_UNROLL
 #define KL_NO_UNROLL
 
+#endif
+
+#if defined(__HIPCC__) || defined(__CUDACC__)
+/* The number of the device whose memory p points to; -1: host memory, or none. */
+static inline int kl_memory_device(const void *p)
+{
+#if defined(__CUDACC__)
+    cudaPointerAttributes a;
+    if (cudaPointerGetAttributes(&a, p) != cudaSuccess) {
+        (void)cudaGetLastError();
+        return -1;
+    }
+    return a.type == cudaMemoryTypeDevice || a.type == cudaMemoryTypeManaged ? a.device : -1;
+#else
+    hipPointerAttribute_t a;
+    if (hipPointerGetAttributes(&a, p) != hipSuccess) {
+        (void)hipGetLastError();
+        return -1;
+    }
+#if HIP_VERSION_MAJOR >= 6
+    return a.type == hipMemoryTypeDevice || a.type == hipMemoryTypeManaged ? a.device : -1;
+#else
+    return a.memoryType == hipMemoryTypeDevice ? a.device : -1;
+#endif
+#endif
+}
 #endif
 
 #endif

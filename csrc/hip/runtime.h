@@ -46,6 +46,10 @@ kl_status kl_faults_of(kl_ctx *ctx, unsigned long long **faults, int64_t E, int6
 /* The highest version of a ladder that may be launched: KL_GPU_VERSION, by which a test runs the oracles. */
 int kl_version();
 
+/* What the device gives at most (roof.hip); they wait. */
+kl_status hip_roof_read(kl_ctx *ctx, const void *data, int64_t n_bytes, double *rate) KL_CHECKED;
+kl_status hip_roof_fma(kl_ctx *ctx, double *rate) KL_CHECKED;
+
 /* Blocks for n tasks: kernels walk over tasks by gridDim.x, so that any number of them fits a grid. KL_GPU_BLOCKS makes
  * grids smaller, by which a test has every kernel walk. */
 static inline unsigned kl_grid(int64_t n)

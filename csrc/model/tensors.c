@@ -141,7 +141,7 @@ static const char *values_of(kl_loader *l, const kl_tensor *t)
         *at = begin != NULL ? begin + l->upload_bytes : t->data;
         if (begin != NULL && l->status == KL_OK)
             l->status =
-                l->model->backend->upload(l->ctx, begin + l->upload_bytes, t->data, bytes_of(t));
+                l->model->backend->stage(l->ctx, begin + l->upload_bytes, t->data, bytes_of(t));
         l->upload_bytes += (bytes_of(t) + 63) / 64 * 64;
     }
     return begin != NULL ? *at : NULL;

@@ -220,6 +220,23 @@ static void load_moe(kl_loader *l, int64_t i, moe_weights *w)
         w->shared_gate = kl_matrix(l, i, names->shared_gate, 1, D);
 }
 
+/* Says how much is on the device, and lets the caller end it. */
+static void report(kl_loader *l)
+{
+    kl_ctx *ctx = l->ctx;
+    if (l->uploaded == NULL || l->model->matrices == NULL || l->status != KL_OK)
+        return;
+    const bool ends =
+        (ctx->report != NULL
+         && ctx->report(ctx->report_user, (int64_t)l->upload_bytes, (int64_t)l->model->matrix_bytes)
+                != 0)
+        || (ctx->poll != NULL && ctx->poll(ctx->poll_user) != 0);
+    if (ends)
+        l->status = kl_fail(ctx, KL_ERR_INTERRUPTED,
+                            "the upload of the weights was stopped after %zu of %zu bytes",
+                            l->upload_bytes, l->model->matrix_bytes);
+}
+
 /* Walks the whole model; with no staging and no addresses it only counts what they must hold. */
 static void load_all(kl_loader *l)
 {
@@ -231,6 +248,7 @@ static void load_all(kl_loader *l)
     m->embed = kl_matrix(l, -1, "model.embed_tokens.weight", c->vocab, c->D);
     m->head = c->tied ? m->embed : kl_matrix(l, -1, "lm_head.weight", c->vocab, c->D);
     m->norm = kl_vector(l, -1, "model.norm.weight", c->D, 1, norm_of(l));
+    report(l);
     for (int64_t i = 0; i < c->n_layers && l->status == KL_OK; i++) {
         layer_weights *w = &m->layer[i];
         w->attn_norm = kl_vector(l, i, "input_layernorm.weight", c->D, 1, norm_of(l));
@@ -240,6 +258,7 @@ static void load_all(kl_loader *l)
             load_dense(l, i, &w->mlp);
         else
             load_moe(l, i, &w->moe);
+        report(l);
     }
 }
 
@@ -269,6 +288,7 @@ static kl_status load(kl_loader *l)
         return kl_fail(ctx, KL_ERR_MEMORY, "out of memory: %zu bytes of vectors", m->vector_bytes);
     load_all(l);
     KL_TRY(l->status);
+    /* which waits: every context of the device may use the weights then */
     return m->backend->upload(ctx, m->vectors, l->staging, m->vector_bytes);
 }
 

@@ -36,6 +36,21 @@ typedef struct kl_backend {
     kl_status (*download)(kl_ctx *ctx, void *to, const void *from, size_t n_bytes);
     kl_status (*copy)(kl_ctx *ctx, void *to, const void *from, size_t n_bytes);
     kl_status (*clear)(kl_ctx *ctx, void *to, size_t n_bytes);
+    /* as upload, but the copy may be under way when it returns; the host memory is the caller's again */
+    kl_status (*stage)(kl_ctx *ctx, void *to, const void *from, size_t n_bytes);
+    /* The rest is of devices only; the CPU's are NULL. */
+    /* the context's stream; and until a stream has done its work. Of its own stream: also what kernels noted */
+    void *(*stream)(const kl_ctx *ctx);
+    kl_status (*wait)(kl_ctx *ctx, void *stream);
+    /* memory of others: DLPack's type and number of the device; a failure, whose sentence begins with `name`, where
+     * the bytes are not memory of it */
+    void (*where)(const kl_ctx *ctx, int *type, int *number);
+    kl_status (*has)(kl_ctx *ctx, const char *name, const void *p, size_t n_bytes);
+    /* seconds on the device since the last call, which waits; 0 the first time */
+    kl_status (*tick)(kl_ctx *ctx, double *seconds);
+    /* what the device gives at most: kl_roof_read (data in its memory), kl_roof_fma */
+    kl_status (*roof_read)(kl_ctx *ctx, const void *data, int64_t n_bytes, double *rate);
+    kl_status (*roof_fma)(kl_ctx *ctx, double *rate);
 #define KL_OP(name, parameters) kl_status(*name) parameters;
     KL_OPS(KL_OP)
 #undef KL_OP
@@ -58,9 +73,12 @@ typedef struct kl_core {
     int (*allocation_fails)(kl_ctx *ctx);
 } kl_core;
 
-/* What such a library exports. `core` stays valid. The version is the library's own, KL_VERSION. */
+/* What such a library exports. `core` stays valid. Version and size are of the headers that the library was compiled
+ * with, KL_VERSION and KL_BACKEND_BYTES: one that differs from the core's is refused. */
+#define KL_BACKEND_BYTES (sizeof(kl_backend) + sizeof(kl_core))
 typedef struct kl_device_library {
     const char *version;
+    size_t backend_bytes;
     const kl_backend *backend;
     int (*count)(char *reason, size_t n);            /* devices; 0: the reason, a sentence */
     int (*describe)(int device, kl_device_info *to); /* 0: it could not */

@@ -34,6 +34,12 @@ typedef struct kl_py_call {
     kl_status status;
     struct kl_py_context *context; /* locked */
     PyThreadState *thread;
+    /* Of the arrays that lie on the device already: held to the end; and the streams to wait for before the op. foreign:
+     * one of them is not the context's own, so that the call waits for its own end, too. */
+    PyObject *memory[KL_PY_MAX_BUFFERS];
+    void *streams[KL_PY_MAX_BUFFERS];
+    int n_memory, n_streams;
+    bool foreign;
     const void *address[KL_PY_MAX_BUFFERS]; /* room for single-matrix weights */
     void **pointers[8];                     /* freed at the end */
     int n_pointers;
@@ -44,7 +50,8 @@ typedef struct kl_py_call {
 void kl_py_on(kl_py_call *c, PyObject *context);
 
 /* Buffers of exactly n values, C-contiguous; NULL (and c->failed) with an exception otherwise. The _opt
- * forms take None and give NULL. */
+ * forms take None and give NULL. A kl.DeviceArray is used where it lies; as an output it gets its memory here, where it
+ * has none yet. */
 void *kl_py_out(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, const char *name);
 const void *kl_py_in(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, const char *name);
 void *kl_py_out_opt(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, const char *name);
@@ -78,6 +85,9 @@ int64_t kl_py_size(kl_py_call *c, const char *name, int64_t a, int64_t b, int64_
 bool kl_py_begin(kl_py_call *c, PyObject *context);
 PyObject *kl_py_end(kl_py_call *c);
 
+/* Frees an object of a heap type, the last step of its dealloc. */
+void kl_py_free(PyObject *o);
+
 /* Sets the exception that belongs to status; returns NULL. */
 PyObject *kl_py_raise(kl_status status, const char *sentence);
 
@@ -87,7 +97,7 @@ typedef struct kl_py_context {
     PyThread_type_lock lock;
     _Atomic unsigned long owner; /* thread that holds the lock; 0: nobody */
 } kl_py_context;
-extern PyType_Spec kl_py_context_spec, kl_py_model_spec, kl_py_state_spec;
+extern PyType_Spec kl_py_context_spec, kl_py_model_spec, kl_py_state_spec, kl_py_memory_spec;
 kl_py_context *kl_py_context_of(PyObject *o); /* NULL with TypeError when it is none */
 
 /* op wrappers, one table a family */

@@ -1,5 +1,6 @@
 /* Buffers in, statuses out. */
 #include "../ops/ops.h"
+#include "device_memory.h"
 #include "model.h"
 
 #include <stdlib.h>
@@ -46,15 +47,133 @@ static void *place(kl_py_call *c, unsigned moves)
     return p;
 }
 
+static bool has_format(kl_py_kind kind, const char *format, Py_ssize_t size)
+{
+    return size == kinds[kind].size && format[0] != 0 && format[1] == 0
+           && strchr(kinds[kind].formats, format[0]) != NULL;
+}
+
+/* ---- arrays that lie on a device ---- */
+
+/* The memory of a kl.DeviceArray, a new reference; NULL with an exception, also where `o` is none. What is to be written
+ * and has no memory yet gets it. */
+static kl_py_memory *memory_of(kl_py_call *c, PyObject *o, size_t n_bytes, bool writable)
+{
+    PyObject *held = PyObject_GetAttrString(o, "_memory");
+    if (held == Py_None && writable) {
+        Py_DECREF(held);
+        held = (PyObject *)kl_py_memory_new(c->context, n_bytes);
+        if (held != NULL && PyObject_SetAttrString(o, "_memory", held) < 0)
+            Py_CLEAR(held);
+    }
+    kl_py_memory *memory = held != NULL ? kl_py_memory_of(held) : NULL;
+    if (memory == NULL)
+        Py_XDECREF(held);
+    return memory;
+}
+
+static bool has_memory(PyObject *o)
+{
+    PyObject *held = PyObject_GetAttrString(o, "_memory");
+    const bool has = held != NULL && held != Py_None;
+    Py_XDECREF(held);
+    PyErr_Clear();
+    return has;
+}
+
+static bool has_format_of(PyObject *o, kl_py_kind kind, const char *name)
+{
+    PyObject *text = PyObject_GetAttrString(o, "_format");
+    const char *format = text != NULL ? PyUnicode_AsUTF8AndSize(text, NULL) : NULL;
+    const bool fits = format != NULL && has_format(kind, format, kinds[kind].size);
+    if (format != NULL && !fits)
+        PyErr_Format(PyExc_TypeError, "%s has items of format '%s'; it must be %s", name, format,
+                     kinds[kind].name);
+    Py_XDECREF(text);
+    return fits;
+}
+
+/* What is not the context's own is looked at, and waited for. */
+static bool admit(kl_py_call *c, kl_py_memory *memory, const char *name)
+{
+    kl_ctx *ctx = c->ctx;
+    int type, number;
+    if (memory->n_bytes == 0 || (memory->owned && memory->context == c->context))
+        return true;
+    ctx->backend->where(ctx, &type, &number);
+    if (memory->device_type != 0 && memory->device_type != type) {
+        PyErr_Format(PyExc_ValueError,
+                     "%s lies on a device of DLPack's type %d; the context computes on type %d",
+                     name, memory->device_type, type);
+        return false;
+    }
+    if (ctx->backend->has(ctx, name, memory->data, memory->n_bytes) != KL_OK) {
+        (void)kl_py_raise(KL_ERR_ARG, ctx->error);
+        return false;
+    }
+    c->foreign = true;
+    if (memory->owned)
+        c->streams[c->n_streams++] = ctx->backend->stream(memory->context->ctx);
+    else if (memory->waits)
+        c->streams[c->n_streams++] = memory->stream;
+    if (memory->context == NULL)
+        memory->context = (kl_py_context *)Py_NewRef((PyObject *)c->context);
+    return true;
+}
+
+static void *hold_memory(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, const char *name,
+                         bool writable, unsigned moves)
+{
+    const size_t n_bytes = (size_t)n * (size_t)kinds[kind].size;
+    if (moves == MOVE_NONE || kind == KL_PY_I64) {
+        PyErr_Format(PyExc_TypeError, "%s lies on a device; it must be in host memory", name);
+        return NULL;
+    }
+    if (!is_on_device(c)) {
+        PyErr_Format(PyExc_ValueError,
+                     "%s lies on a device and the context computes on the CPU; give "
+                     "ctx=kl.Context(device=...), or a copy in host memory",
+                     has_memory(o) ? name : "an input"); /* whose result is made like it */
+        return NULL;
+    }
+    if (n > INT64_MAX / 16) {
+        PyErr_Format(PyExc_ValueError, "%s: %lld values are too many", name, (long long)n);
+        return NULL;
+    }
+    kl_py_memory *memory = memory_of(c, o, n_bytes, writable);
+    if (memory == NULL)
+        return NULL;
+    c->memory[c->n_memory++] = (PyObject *)memory;
+    if (!has_format_of(o, kind, name))
+        return NULL;
+    if (memory->n_bytes != n_bytes) {
+        PyErr_Format(PyExc_ValueError, "%s has %zu bytes; the sizes of the call say %zu", name,
+                     memory->n_bytes, n_bytes);
+        return NULL;
+    }
+    if (writable && memory->read_only) {
+        PyErr_Format(PyExc_ValueError, "%s is read-only", name);
+        return NULL;
+    }
+    return admit(c, memory, name) ? memory->data : NULL;
+}
+
+/* ---- arrays of the host ---- */
+
 static void *hold(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, const char *name,
                   int flags, unsigned moves)
 {
     if (c->failed)
         return NULL;
     c->failed = true;
-    if (c->n_views == KL_PY_MAX_BUFFERS) {
+    if (c->n_views + c->n_memory == KL_PY_MAX_BUFFERS) {
         PyErr_SetString(PyExc_SystemError, "too many arrays in one call");
         return NULL;
+    }
+    if (!PyObject_CheckBuffer(o) && PyObject_HasAttrString(o, "_memory")) {
+        void *data = hold_memory(c, o, kind, n, name, (flags & PyBUF_WRITABLE) != 0, moves);
+        c->failed = PyErr_Occurred() != NULL;
+        return data;
     }
     Py_buffer *view = &c->view[c->n_views];
     if (PyObject_GetBuffer(o, view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | flags) < 0) {
@@ -65,8 +184,7 @@ static void *hold(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n, const 
     }
     c->n_views++;
     const char *format = view->format != NULL ? view->format : "B";
-    if (view->itemsize != kinds[kind].size || format[0] == 0 || format[1] != 0
-        || strchr(kinds[kind].formats, format[0]) == NULL) {
+    if (!has_format(kind, format, view->itemsize)) {
         PyErr_Format(PyExc_TypeError, "%s has items of format '%s'; it must be %s", name, format,
                      kinds[kind].name);
         return NULL;
@@ -234,18 +352,26 @@ void kl_py_on(kl_py_call *c, PyObject *context)
     c->failed = false;
 }
 
-/* the last step before the op: what it reads, to the device */
+/* the last step before the op: what it reads, to the device; and what others are still making there */
 static void upload(kl_py_call *c)
 {
+    for (int i = 0; i < c->n_streams && c->status == KL_OK; i++)
+        c->status = c->ctx->backend->wait(c->ctx, c->streams[i]);
     for (int i = 0; i < c->n_views && c->status == KL_OK; i++)
         if (c->on_device[i] != NULL && c->moves[i] & MOVE_IN)
             c->status = c->ctx->backend->upload(c->ctx, c->on_device[i], c->view[i].buf,
                                                 (size_t)c->view[i].len);
 }
 
-/* the first step after it: what it wrote, back; nothing when it failed */
+/* the first step after it: what it wrote, back; nothing when it failed. Memory of others is theirs again. */
 static void download(kl_py_call *c)
 {
+    if (c->foreign) {
+        const kl_backend *b = c->ctx->backend;
+        const kl_status status = b->wait(c->ctx, b->stream(c->ctx));
+        if (c->status == KL_OK)
+            c->status = status;
+    }
     for (int i = 0; i < c->n_views && c->status == KL_OK; i++)
         if (c->on_device[i] != NULL && c->moves[i] & MOVE_OUT)
             c->status = c->ctx->backend->download(c->ctx, c->view[i].buf, c->on_device[i],
@@ -282,6 +408,8 @@ PyObject *kl_py_end(kl_py_call *c)
         PyEval_RestoreThread(c->thread);
     for (int i = 0; i < c->n_views; i++)
         PyBuffer_Release(&c->view[i]);
+    for (int i = 0; i < c->n_memory; i++)
+        Py_DECREF(c->memory[i]);
     for (int i = 0; i < c->n_pointers; i++)
         free(c->pointers[i]);
     if (c->failed)

@@ -123,21 +123,27 @@ static PyObject *context_profile_result(PyObject *o, PyObject *args)
     return list;
 }
 
+/* what a call measured, where it did not fail */
+static PyObject *number_or_null(PyObject *none, double number)
+{
+    Py_XDECREF(none);
+    return none != NULL ? PyFloat_FromDouble(number) : NULL;
+}
+
 static PyObject *context_roof_read(PyObject *o, PyObject *args)
 {
     kl_py_call c = { 0 };
-    Py_buffer view;
+    PyObject *data;
     double roof = 0;
-    if (!PyArg_ParseTuple(args, "y*:roof_read", &view))
+    if (!PyArg_ParseTuple(args, "O:roof_read", &data))
         return NULL;
-    if (kl_py_begin(&c, o))
-        c.status = kl_roof_read(c.ctx, view.buf, view.len, &roof);
-    PyObject *none = kl_py_end(&c);
-    PyBuffer_Release(&view);
-    if (none == NULL)
-        return NULL;
-    Py_DECREF(none);
-    return PyFloat_FromDouble(roof);
+    kl_py_on(&c, o);
+    const Py_ssize_t n = PyObject_Size(data); /* uint8: bytes */
+    c.failed |= n < 0;
+    const void *p = kl_py_in(&c, data, KL_PY_U8, n, "data");
+    if (!c.failed && kl_py_begin(&c, o))
+        c.status = kl_roof_read(c.ctx, p, n, &roof);
+    return number_or_null(kl_py_end(&c), roof);
 }
 
 static PyObject *context_roof_fma(PyObject *o, PyObject *args)
@@ -147,11 +153,22 @@ static PyObject *context_roof_fma(PyObject *o, PyObject *args)
     (void)args;
     if (kl_py_begin(&c, o))
         c.status = kl_roof_fma(c.ctx, &roof);
-    PyObject *none = kl_py_end(&c);
-    if (none == NULL)
-        return NULL;
-    Py_DECREF(none);
-    return PyFloat_FromDouble(roof);
+    return number_or_null(kl_py_end(&c), roof);
+}
+
+static PyObject *context_tick(PyObject *o, PyObject *args)
+{
+    kl_py_call c = { 0 };
+    double seconds = 0;
+    (void)args;
+    kl_py_on(&c, o);
+    if (!c.failed && c.ctx->backend->tick == NULL) {
+        PyErr_SetString(PyExc_ValueError, "ctx computes on the CPU; tick is of a device");
+        c.failed = true;
+    }
+    if (!c.failed && kl_py_begin(&c, o))
+        c.status = c.ctx->backend->tick(c.ctx, &seconds);
+    return number_or_null(kl_py_end(&c), seconds);
 }
 
 /* fail_at(n) and cancel_at(n): faults for tests */
@@ -200,6 +217,8 @@ static PyMethodDef context_methods[] = {
     { "profile", context_profile, METH_VARARGS, NULL },
     { "profile_result", context_profile_result, METH_NOARGS, NULL },
     { "roof_read", context_roof_read, METH_VARARGS, "Bytes a second of reading a buffer once." },
+    { "tick", context_tick, METH_NOARGS,
+      "Seconds on the device since the last tick, all that was launched done; 0 the first time." },
     { "roof_fma", context_roof_fma, METH_NOARGS, "Float32 operations a second in registers." },
     { NULL, NULL, 0, NULL },
 };

@@ -209,7 +209,19 @@ static bool parse_tensor(PyObject *item, const py_model *self, kl_tensor *t)
     return true;
 }
 
-static bool create(py_model *self, PyObject *list, int planning)
+/* function(bytes so far, bytes of all) */
+static int call_progress(void *user, int64_t done, int64_t all)
+{
+    const PyGILState_STATE gil = PyGILState_Ensure();
+    PyObject *result =
+        PyObject_CallFunction((PyObject *)user, "LL", (long long)done, (long long)all);
+    const int ends = result == NULL; /* its exception is the reason to tell */
+    Py_XDECREF(result);
+    PyGILState_Release(gil);
+    return ends;
+}
+
+static bool create(py_model *self, PyObject *list, int planning, PyObject *progress)
 {
     PyObject *items = kl_py_items(list, "tensors must be a list");
     if (items == NULL)
@@ -221,7 +233,9 @@ static bool create(py_model *self, PyObject *list, int planning)
     for (Py_ssize_t i = 0; ok && i < n; i++)
         ok = parse_tensor(PyTuple_GetItem(items, i), self, &tensors[i]);
     if (ok && kl_py_begin(&c, (PyObject *)self->context)) {
+        kl_ctx_set_progress(c.ctx, progress != Py_None ? call_progress : NULL, progress);
         c.status = kl_model_create(c.ctx, &self->model, &self->config, tensors, n, planning);
+        kl_ctx_set_progress(c.ctx, NULL, NULL);
         PyObject *none = kl_py_end(&c);
         ok = none != NULL;
         Py_XDECREF(none);
@@ -234,9 +248,10 @@ static bool create(py_model *self, PyObject *list, int planning)
 static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     (void)kwargs;
-    PyObject *context, *config, *buffers, *tensors;
+    PyObject *context, *config, *buffers, *tensors, *progress = Py_None;
     int planning = 0;
-    if (!PyArg_ParseTuple(args, "OOOO|i:Model", &context, &config, &buffers, &tensors, &planning))
+    if (!PyArg_ParseTuple(args, "OOOO|iO:Model", &context, &config, &buffers, &tensors, &planning,
+                          &progress))
         return NULL;
     if (kl_py_context_of(context) == NULL)
         return NULL;
@@ -246,7 +261,7 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         return NULL;
     self->context = (kl_py_context *)Py_NewRef(context);
     if (!parse_config(config, self) || !hold_buffers(buffers, self)
-        || !create(self, tensors, planning)) {
+        || !create(self, tensors, planning, progress)) {
         Py_DECREF(self);
         return NULL;
     }

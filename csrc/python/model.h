@@ -17,7 +17,4 @@ typedef struct py_model {
 py_model *kl_py_model_of(PyObject *o);
 kl_state *kl_py_state_of(PyObject *o);
 
-/* Frees an object of a heap type, the last step of its dealloc. */
-void kl_py_free(PyObject *o);
-
 #endif

@@ -63,7 +63,8 @@ static int module_exec(PyObject *module)
 {
     if (!add_type(module, "Context", &kl_py_context_spec)
         || !add_type(module, "Model", &kl_py_model_spec)
-        || !add_type(module, "State", &kl_py_state_spec))
+        || !add_type(module, "State", &kl_py_state_spec)
+        || !add_type(module, "DeviceMemory", &kl_py_memory_spec))
         return -1;
     PyMethodDef *families[] = { kl_py_ops_basic, kl_py_ops_delta, kl_py_ops_dense,
                                 kl_py_ops_kda,   kl_py_ops_mla,   kl_py_ops_quant };

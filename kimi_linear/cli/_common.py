@@ -1,5 +1,7 @@
 """What the commands share: the model argument, words to stderr, tables, sizes."""
 
+import contextlib
+import functools
 import json
 import sys
 
@@ -25,13 +27,12 @@ def add_model_argument(parser):
 
 
 def add_compute_arguments(parser, *, cache=None, activations=None, read_ahead=False, device=True):
-    """``--device``, ``--threads``, ``--isa`` and, with a default each, ``--cache`` and ``--activations``;
-    ``--no-read-ahead``."""
-    if device:
-        parser.add_argument("--device", default="cpu", metavar="NAME",
-                            help="cpu, hip, hip:N or hip-host, as docs/hip.md says (default: %(default)s)")
+    """``--threads``, ``--isa``, ``--device``; where asked for ``--cache``, ``--activations``, ``--no-read-ahead``."""
     parser.add_argument("--threads", type=positive, metavar="N", help="(default: one for each processor)")
     parser.add_argument("--isa", choices=("scalar", "avx2", "avx512", "avx512bf16"), help="(default: the best here)")
+    if device:
+        parser.add_argument("--device", default="cpu", metavar="NAME",
+                            help="cpu, hip (the first GPU), hip:N or hip-host (default: %(default)s)")
     if cache is not None:
         parser.add_argument("--cache", choices=CACHES, default=cache,
                             help="type of the latent cache (default: %(default)s)")
@@ -113,12 +114,22 @@ def load_model(args):
     path = model_path(args)
     options = {name: getattr(args, name) for name in ("cache", "activations") if getattr(args, name, None)}
     threads, isa, device = (getattr(args, name, None) for name in ("threads", "isa", "device"))
-    if threads is not None or isa is not None or device not in (None, "cpu"):
+    on_device = device not in (None, "cpu")
+    if threads is not None or isa is not None or on_device:
         options["ctx"] = Context(device or "cpu", threads=threads, isa=isa)
-    model = Model.tiny(**options) if path is None else Model.from_pretrained(path, **options)
-    if getattr(args, "read_ahead", False):
+    with progress(None, f"to {device}", unit="B") if on_device else contextlib.nullcontext() as bar:
+        if on_device:
+            options["progress"] = functools.partial(_uploaded, bar)
+        model = Model.tiny(**options) if path is None else Model.from_pretrained(path, **options)
+    if getattr(args, "read_ahead", False) and not on_device:
         _read_ahead(model)
     return model
+
+
+def _uploaded(bar, done, total):
+    """Moves a bar to `done` of `total`."""
+    bar.total = total
+    bar.update(done - bar.n)
 
 
 def _read_ahead(model):

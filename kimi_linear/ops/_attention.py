@@ -52,7 +52,7 @@ def rope(x, positions, *, base, rotary, out=None, ctx=None):
         raise ValueError(f"base is {base}; it must be > 0 and finite")
     if rotary != int(rotary) or not 0 <= rotary <= K or rotary % 2:
         raise ValueError(f"rotary is {rotary}; it must be even, from 0 to K = {K}")
-    y = output(out, x.shape)
+    y = output(out, x.shape, like=x)
     x = apart(x, y, same=y)
     _core.rope(current(ctx)._core, y, x, positions, positions.size, H, K, int(rotary), base)
     return y

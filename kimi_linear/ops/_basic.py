@@ -50,7 +50,7 @@ def add(a, b, *, out=None, ctx=None):
     """
     a = as_float32(a, "a")
     b = as_float32(b, "b", a.shape)
-    y = output(out, a.shape)
+    y = output(out, a.shape, like=a)
     a, b = apart(a, y, same=y), apart(b, y, same=y)
     _core.add(current(ctx)._core, y, a, b, a.size)
     return y
@@ -71,7 +71,7 @@ def sigmoid(x, *, out=None, ctx=None):
         Within 4 u of the exact value, relative, and 2**-149 where that is below 2**-126.
     """
     x = as_float32(x, "x")
-    y = output(out, x.shape)
+    y = output(out, x.shape, like=x)
     x = apart(x, y, same=y)
     _core.sigmoid(current(ctx)._core, y, x, x.size)
     return y
@@ -106,7 +106,7 @@ def sigmoid_gate(x, gate, *, out=None, ctx=None):
     if gate.ndim != x.ndim or gate.shape[:-1] != x.shape[:-1] or gate.shape[-1] == 0 or D % gate.shape[-1]:
         wanted = ", ".join(map(str, (*x.shape[:-1], "G")))
         raise ValueError(f"gate has shape {list(gate.shape)}; it must be [{wanted}], G a divisor of {D}")
-    y = output(out, x.shape)
+    y = output(out, x.shape, like=x)
     x, gate = apart(x, y, same=y), apart(gate, y)
     _core.sigmoid_gate(current(ctx)._core, y, x, gate, T, D, gate.shape[-1])
     return y
@@ -130,7 +130,7 @@ def swiglu(gate, up, *, out=None, ctx=None):
     """
     gate = as_float32(gate, "gate")
     up = as_float32(up, "up", gate.shape)
-    y = output(out, gate.shape)
+    y = output(out, gate.shape, like=gate)
     gate, up = apart(gate, y, same=y), apart(up, y, same=y)
     _core.swiglu(current(ctx)._core, y, gate, up, gate.size)
     return y
@@ -152,7 +152,7 @@ def softmax(x, *, out=None, ctx=None):
     """
     x = as_float32(x, "x")
     T, D = _rows(x)
-    y = output(out, x.shape)
+    y = output(out, x.shape, like=x)
     x = apart(x, y, same=y)
     _core.softmax(current(ctx)._core, y, x, T, D)
     return y
@@ -186,7 +186,7 @@ def rms_norm(x, w, *, eps, out=None, ctx=None):
     x = as_float32(x, "x")
     T, D = _rows(x)
     w = as_float32(w, "w", (D,))
-    y = output(out, x.shape)
+    y = output(out, x.shape, like=x)
     x, w = apart(x, y, same=y), apart(w, y)
     _core.rms_norm(current(ctx)._core, y, x, w, T, D, check_eps(eps))
     return y
@@ -218,7 +218,7 @@ def gated_rms_norm(x, z, w, *, eps, activation="sigmoid", out=None, ctx=None):
     T, D = _rows(x)
     z = as_float32(z, "z", x.shape)
     w = as_float32(w, "w", (D,))
-    y = output(out, x.shape)
+    y = output(out, x.shape, like=x)
     x, z, w = apart(x, y, same=y), apart(z, y, same=y), apart(w, y)
     kind = activation_id(activation, ("sigmoid", "silu"))
     _core.gated_rms_norm(current(ctx)._core, y, x, z, w, T, D, check_eps(eps), kind)
@@ -244,7 +244,7 @@ def l2_norm(x, *, eps=1e-6, out=None, ctx=None):
     """
     x = as_float32(x, "x")
     T, D = _rows(x)
-    y = output(out, x.shape)
+    y = output(out, x.shape, like=x)
     x = apart(x, y, same=y)
     _core.l2_norm(current(ctx)._core, y, x, T, D, check_eps(eps))
     return y

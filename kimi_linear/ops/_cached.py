@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 
-from .._arrays import BFLOAT16, as_array, as_float32, as_offsets, check_shape, output
+from .._arrays import BFLOAT16, as_either, as_float32, as_offsets, check_shape, contiguous, output, share_memory
+from ..device_array import DeviceArray
 
 __all__ = ["both_offsets", "finite_scale", "one_axis", "result", "typed"]
 
@@ -71,9 +72,9 @@ def _check_lengths(offsets, kv_offsets):
 
 def result(op, out, shape, **inputs):
     """`out`, or a new array; ValueError where it shares memory with an input."""
-    o = output(out, shape)
+    o = output(out, shape, like=inputs["q"])
     for name, given in inputs.items():
-        if np.may_share_memory(o, given):
+        if share_memory(o, given):
             raise ValueError(f"out shares memory with {name}; {op} needs another array")
     return o
 
@@ -85,10 +86,10 @@ def typed(cache):
 
 def _as_cache(x, name):
     """A cache as it lies: contiguous float32 or float16; bfloat16 widens to float32."""
-    a = as_array(x, name)
-    if a.dtype == BFLOAT16:
+    a = as_either(x, name)
+    if a.dtype == BFLOAT16 and not isinstance(a, DeviceArray):
         a = a.astype(np.float32)
     if a.dtype not in (np.float32, np.float16):
         raise TypeError(f"{name} is {a.dtype}; it must be float32, float16 or bfloat16: "
                         f"{name}.astype('float32')")
-    return np.ascontiguousarray(a).reshape(a.shape)
+    return contiguous(a)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from .. import _core
-from .._arrays import apart, as_float32, as_offsets, checkpoint_counts, output, outputs, sequences_of
+from .._arrays import apart, as_float32, as_offsets, checkpoint_counts, first_where, output, outputs, sequences_of
 from ..context import current
 from ._basic import check_eps
 
@@ -87,8 +87,8 @@ def delta_rule(q, k, v, g, beta, *, scale=None, initial_state=None, offsets=None
     cuts = None if checkpoints is None else checkpoint_counts(checkpoints, np.diff(offsets).tolist())
 
     o, state = outputs(out, 2)
-    state = _one_state(state, final_state, shape)
-    o = output(o, v.shape)
+    state = _one_state(state, final_state, shape, like=v)
+    o = output(o, v.shape, like=v)
     q, k, g, beta = (apart(a, o, state) for a in (q, k, g, beta))
     v = apart(v, o, state, same=o)
     initial_state = apart(initial_state, o, state, same=state)
@@ -97,7 +97,7 @@ def delta_rule(q, k, v, g, beta, *, scale=None, initial_state=None, offsets=None
     if cuts is not None:
         marks = np.array([c for counts in cuts for c in counts], np.int64)
         ends = np.cumsum([0, *map(len, cuts)], dtype=np.int64)
-        kept = np.empty((len(marks), *sizes[1:]), np.float32)
+        kept = output(None, (len(marks), *sizes[1:]), like=v)
     _core.delta_rule(current(ctx)._core, o, state, q, k, v, g, beta, initial_state, offsets, len(offsets) - 1,
                      int(offsets[-1]), *sizes, scale, gate, form, head_map, chunk, bool(l2_norm), check_eps(l2_eps),
                      marks, ends, kept, 0 if cuts is None else len(marks))
@@ -160,7 +160,8 @@ def delta_rule_intra(q, k, v, g, beta, *, scale=None, offsets=None, chunk=64, he
     offsets, _ = sequences_of(v, "v", 3, offsets)
     heads = v.shape[:-1]
     shapes = (*[(*heads, chunk)] * 3, (*heads, q.shape[-1]), v.shape)
-    out = tuple(output(o, shape, f"out[{i}]") for i, (o, shape) in enumerate(zip(outputs(out, 5), shapes, strict=True)))
+    out = tuple(output(o, shape, f"out[{i}]", like=v)
+                for i, (o, shape) in enumerate(zip(outputs(out, 5), shapes, strict=True)))
     q, k, v, g, beta = (apart(a, *out) for a in (q, k, v, g, beta))
     _core.delta_rule_intra(current(ctx)._core, *out, q, k, v, g, beta, offsets, len(offsets) - 1, int(offsets[-1]),
                            *sizes, scale, gate, head_map, chunk)
@@ -229,8 +230,8 @@ def delta_rule_inter(q, k, g, P, W, U, *, scale=None, initial_state=None, offset
         initial_state = as_float32(initial_state, "initial_state", shape)
 
     o, state, d = outputs(out, 3)
-    state = _one_state(state, final_state, shape)
-    o, d = output(o, U.shape, "out[0]"), output(d, U.shape, "out[2]")
+    state = _one_state(state, final_state, shape, like=U)
+    o, d = output(o, U.shape, "out[0]", like=U), output(d, U.shape, "out[2]", like=U)
     q, k, g, P, W = (apart(a, o, state, d) for a in (q, k, g, P, W))
     U, initial_state = apart(U, o, state, d, same=d), apart(initial_state, o, state, d, same=state)
     _core.delta_rule_inter(current(ctx)._core, o, state, d, q, k, g, P, W, U, initial_state, offsets,
@@ -273,7 +274,7 @@ def decay_cumsum(g, *, chunk=64, offsets=None, out=None, ctx=None):
     if chunk is not None and int(chunk) < 1:
         raise ValueError(f"chunk is {chunk}; it must be >= 1, or None")
     offsets = as_offsets(offsets, len(g))
-    c = output(out, g.shape)
+    c = output(out, g.shape, like=g)
     g = apart(g, c, same=c)
     T = len(g)
     _core.decay_cumsum(current(ctx)._core, c, g, offsets, len(offsets) - 1, T, math.prod(g.shape[1:]),
@@ -303,11 +304,11 @@ def _keys(q, k, g, values, name, scale, head_map, chunk):
     return q, k, g, gate, (Hk, Hv, K, V), scale, _choice(head_map, "head_map", _HEAD_MAPS), int(chunk)
 
 
-def _one_state(state, final_state, shape):
+def _one_state(state, final_state, shape, like):
     """The array for the final state: of `out`, of `final_state`, or a new one."""
     if state is not None and final_state is not None and state is not final_state:
         raise ValueError("final_state and out[1] are two arrays; give one of them")
-    return output(state if final_state is None else final_state, shape, "final_state")
+    return output(state if final_state is None else final_state, shape, "final_state", like=like)
 
 
 def _check_gate(g, heads, K):
@@ -320,16 +321,13 @@ def _check_gate(g, heads, K):
 
 
 def _check_not_positive(g):
-    if g.size and (g > 0).any():
-        at = tuple(int(i) for i in np.argwhere(g > 0)[0])
+    if at := first_where(g, lambda g: g > 0):
         raise ValueError(f"g{list(at)} is {g[at]}; a log-decay in nats must be <= 0: was exp(g) passed?")
 
 
 def _check_beta(beta, heads):
     beta = as_float32(beta, "beta", heads)
-    bad = (beta < 0) | (beta > 2)
-    if bad.any():
-        at = tuple(int(i) for i in np.argwhere(bad)[0])
+    if at := first_where(beta, lambda beta: (beta < 0) | (beta > 2)):
         raise ValueError(f"beta{list(at)} is {beta[at]}; it must be within 0..2: was its sigmoid left out?")
     return beta
 

@@ -3,10 +3,11 @@
 import numpy as np
 
 from .. import _core
-from .._arrays import apart, as_array, as_float32, as_integers, as_weight, output, outputs
+from .._arrays import apart, as_either, as_float32, as_integers, as_weight, output, outputs, share_memory
 from ..context import current
+from ..device_array import DeviceArray
 from ..quantized import Quantized
-from ._basic import activation_id, sigmoid, swiglu
+from ._basic import activation_id, sigmoid_gate, swiglu
 
 _ROUTERS = {"sigmoid": 0, "softmax": 1}
 _MAX_WEIGHTS = 7  # of one linear, as csrc/python/ops_dense.c has it
@@ -35,7 +36,7 @@ def embedding(ids, table, *, out=None, ctx=None):
     """
     weight, (vocabulary, D) = as_weight(table, "table")
     ids = as_integers(ids, "ids", low=0, high=vocabulary)
-    y = output(out, (*ids.shape, D))
+    y = output(out, (*ids.shape, D), like=weight[0])
     _refuse_overlap(y, weight[0], "table")
     _core.embedding(current(ctx)._core, y, ids, weight, ids.size)
     return y
@@ -90,7 +91,7 @@ def _linear_of(x, weights, biases, outs, ctx, w_name, bias_name, first=0):
     stored, flags, ys, bs = [], [], [], []
     for i, (w, bias, out) in enumerate(zip(weights, biases, outs, strict=True), first):
         weight, transposed, rows = _as_stored(w, w_name.format(i), D)
-        y = output(out, (*x.shape[:-1], rows))
+        y = output(out, (*x.shape[:-1], rows), like=x)
         for given, name in ((x, "x"), (weight[0], w_name.format(i)), (bias, bias_name.format(i))):
             _refuse_overlap(y, given, name)
         stored.append(weight)
@@ -103,7 +104,7 @@ def _linear_of(x, weights, biases, outs, ctx, w_name, bias_name, first=0):
 
 def _as_stored(w, name, D):
     """(the core's tuple, whether it is stored transposed, its rows); `w` is [rows, D]."""
-    a = w if isinstance(w, Quantized) else as_array(w, name)
+    a = w if isinstance(w, Quantized) else as_either(w, name)
     transposed = isinstance(a, np.ndarray) and a.ndim == 2 and a.flags.f_contiguous and not a.flags.c_contiguous
     weight, shape = as_weight(a.T if transposed else a, name)
     rows, cols = shape[::-1] if transposed else shape
@@ -114,7 +115,7 @@ def _as_stored(w, name, D):
 
 def _refuse_overlap(y, given, name):
     """ValueError where an output would be written over an input that is still to be read."""
-    if isinstance(given, np.ndarray) and np.may_share_memory(y, given):
+    if isinstance(given, (np.ndarray, DeviceArray)) and share_memory(y, given):
         raise ValueError(f"out shares memory with {name}; it must be another array")
 
 
@@ -169,8 +170,8 @@ def route(scores, *, k, bias=None, groups=1, top_groups=1, function="sigmoid", r
     if not 1 <= k <= E:
         raise ValueError(f"k is {k}; it must be 1 <= k <= E = {E}")
     given_ids, given_weights = outputs(out, 2)
-    ids = output(given_ids, (*scores.shape[:-1], k), "out[0]", np.int32)
-    weights = output(given_weights, (*scores.shape[:-1], k), "out[1]")
+    ids = output(given_ids, (*scores.shape[:-1], k), "out[0]", np.int32, like=scores)
+    weights = output(given_weights, (*scores.shape[:-1], k), "out[1]", like=scores)
     scores, bias = apart(scores, ids, weights), apart(bias, ids, weights)
     _core.route(current(ctx)._core, ids, weights, scores, bias, T, E, k, groups, top_groups,
                 _ROUTERS[function], bool(renormalise), float(scale))
@@ -231,10 +232,10 @@ def moe(x, ids, weights, w_gate, w_up, w_down, *, shared=None, shared_gate=None,
         if tuple(shape) != wanted:
             raise ValueError(f"{name} has shape {list(shape)}; it must be {list(wanted)}")
     rows = x.shape[:-1]
-    ids = as_integers(ids, "ids", (*rows, "k"), low=0, high=E)
+    ids = as_integers(ids, "ids", (*rows, "k"), low=0, high=E, on_device=True)
     weights = as_float32(weights, "weights", ids.shape)
     shared = _shared(x, shared, shared_gate, ctx)
-    y = output(out, x.shape)
+    y = output(out, x.shape, like=x)
     for name, given in (("x", x), ("weights", weights), ("shared", shared)):
         _refuse_overlap(y, given, name)
     _core.moe(current(ctx)._core, y, x, ids, weights, gate, up, down, shared, x.size // D, D, F,
@@ -257,7 +258,7 @@ def _shared(x, shared, gate, ctx):
     shared = as_float32(shared, "shared", x.shape)
     if gate is None:
         return shared
-    scale = sigmoid(linear(x, gate, ctx=ctx), ctx=ctx)
+    scale = linear(x, gate, ctx=ctx)
     if scale.shape[-1] != 1:
         raise ValueError(f"shared_gate has {scale.shape[-1]} rows; it must be [1, D]")
-    return shared * scale
+    return sigmoid_gate(shared, scale, ctx=ctx)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from .. import _core
-from .._arrays import apart, as_float32, output, outputs, sequences_of
+from .._arrays import apart, as_float32, first_where, output, outputs, sequences_of
 from ..context import current
 from ._basic import activation_id
 
@@ -58,7 +58,7 @@ def short_conv(x, w, *, history=None, offsets=None, activation="silu", out=None,
     if history is not None:
         history = as_float32(history, "history", shape)
     y, after = outputs(out, 2)
-    y, after = output(y, x.shape), output(after, shape, "out[1]")
+    y, after = output(y, x.shape, like=x), output(after, shape, "out[1]", like=x)
     x, w, history = apart(x, y, after), apart(w, y, after), apart(history, y, after, same=after)
     N, T = len(offsets) - 1, x.size // C
     _core.short_conv(current(ctx)._core, y, after, x, w, history, offsets, N, T, C, W, kind)
@@ -102,11 +102,11 @@ def decay_gate(f, rate, dt_bias, *, lower_bound=None, out=None, ctx=None):
     if dt_bias.size == 0:
         raise ValueError(f"dt_bias has shape {list(dt_bias.shape)}; H and K must be >= 1")
     rate = as_float32(rate, "rate", (H,))
-    for h in np.flatnonzero(rate < 0)[:1]:
-        raise ValueError(f"rate[{h}] is {rate[h]}; it must be >= 0: exp(A_log), was A_log passed?")
+    if h := first_where(rate, lambda r: r < 0):
+        raise ValueError(f"rate[{h[0]}] is {rate[h]}; it must be >= 0: exp(A_log), was A_log passed?")
     if lower_bound is not None and not -np.inf < float(lower_bound) < 0:
         raise ValueError(f"lower_bound is {lower_bound}; it must be finite and below 0, or None")
-    g = output(out, f.shape)
+    g = output(out, f.shape, like=f)
     bound = 0.0 if lower_bound is None else float(lower_bound)
     f, rate, dt_bias = apart(f, g, same=g), apart(rate, g), apart(dt_bias, g)
     _core.decay_gate(current(ctx)._core, g, f, rate, dt_bias, f.size // dt_bias.size, H, K, bound)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from .. import _core
-from .._arrays import as_array, as_float32, output
+from .._arrays import as_either, as_float32, contiguous, first_where, output, share_memory
 from ..context import current
 from ..quantized import Quantized, storage_type
 
@@ -49,8 +49,8 @@ def quantize(x, type, *, out=None, ctx=None):
     if kind.values == 1:
         raise ValueError(f"type is {kind.name}, which has no blocks; cast x to its dtype")
     D = x.shape[-1]
-    data = output(out, (*x.shape[:-1], kind.row_bytes(D)), dtype=np.uint8)
-    if np.may_share_memory(data, x):
+    data = output(out, (*x.shape[:-1], kind.row_bytes(D)), dtype=np.uint8, like=x)
+    if share_memory(data, x):
         raise ValueError("out shares memory with x; it must be another array")
     try:
         _core.quantize(current(ctx)._core, data, x, kind.id, x.size // D, D)
@@ -62,9 +62,7 @@ def quantize(x, type, *, out=None, ctx=None):
 
 def _refuse_not_finite(x):
     """ValueError with the place of the first value that is not finite, on the axes of x."""
-    bad = np.argwhere(~np.isfinite(x))
-    if len(bad):
-        at = tuple(int(i) for i in bad[0])
+    if at := first_where(x, lambda x: ~np.isfinite(x)):
         raise ValueError(f"x[{', '.join(map(str, at))}] is {x[at]}; it must be finite") from None
 
 
@@ -105,7 +103,7 @@ def dequantize(q, type=None, shape=None, *, out=None, ctx=None):
     else:
         if type is None:
             raise TypeError("type is missing; raw bytes need the name of theirs")
-        kind, data = storage_type(type), as_array(q, "q")
+        kind, data = storage_type(type), as_either(q, "q")
         if data.dtype != np.uint8:
             raise TypeError(f"q is {data.dtype}; it must be uint8: q.view('uint8')")
         shape = _shape_of(data, kind) if shape is None else tuple(shape)
@@ -116,11 +114,11 @@ def dequantize(q, type=None, shape=None, *, out=None, ctx=None):
     if data.size != n_rows * kind.row_bytes(D, "shape"):
         raise ValueError(f"q has {data.size} bytes; {kind.name} of shape {list(shape)} has "
                          f"{n_rows * kind.row_bytes(D)}")
-    x = output(out, shape)
-    if np.may_share_memory(x, data):
+    x = output(out, shape, like=data)
+    if share_memory(x, data):
         raise ValueError("out shares memory with q; it must be another array")
-    data = np.ascontiguousarray(data)
-    if kind.values == 1 and data.ctypes.data % kind.bytes:
+    data = contiguous(data)
+    if kind.values == 1 and isinstance(data, np.ndarray) and data.ctypes.data % kind.bytes:
         data = data.copy()  # floats of their own size are read at aligned addresses
     _core.dequantize(current(ctx)._core, x, data, kind.id, n_rows, D)
     return x

@@ -1,4 +1,8 @@
-"""What the tests of the HIP kernels share: the host build, made where it is not, and its settings."""
+"""What the tests of the HIP kernels share: the device that they run on, and what only its host build can do.
+
+``KL_TEST_DEVICE=hip:0`` names a GPU, whose library must be built; otherwise it is the host build, made where it is not.
+On a GPU `everywhere` runs twice and compares; wave sizes, orders of threads and planted faults are the host build's.
+"""
 
 import ctypes
 import functools
@@ -14,6 +18,10 @@ import kimi_linear as kl
 
 ROOT = Path(__file__).parents[2]
 LIBRARY = Path(kl.__file__).parent / "_hip_host.so"
+
+DEVICE = os.environ.get("KL_TEST_DEVICE") or "hip-host"
+ON_HOST = DEVICE == "hip-host"
+host_build_only = pytest.mark.skipif(not ON_HOST, reason=f"the host build alone can do it; KL_TEST_DEVICE is {DEVICE}")
 
 # lanes of a wave, seed of the order of threads and blocks (0: rising)
 SETTINGS = list(itertools.product((32, 64), (0, 1, 7)))
@@ -39,30 +47,36 @@ def versions(*names):
 
 
 def set_up(library, wave=32, seed=0, checks=True):
+    """Wave and order of threads of a library of the host build; nothing for a GPU's, which is None."""
+    if library is None:
+        return
     library.kl_host_set(wave, ctypes.c_uint64(seed), int(checks))
 
 
 @functools.cache
 def host_library():
+    """The host build where that is the device, else None."""
+    if not ON_HOST:
+        return None
     return ctypes.CDLL(str(built()[0]))
 
 
 @functools.cache
 def context():
-    """The context of the host build's device."""
+    """The context of the device."""
     host_library()
-    return kl.Context(device="hip-host")
+    return kl.Context(device=DEVICE)
 
 
 def everywhere(run):
     """`run(ctx)` for both wave sizes and several orders of threads: one result, the same bytes from all."""
     first = None
     try:
-        for wave, seed in SETTINGS:
+        for wave, seed in SETTINGS if ON_HOST else [("the GPU", 0), ("the GPU", 1)]:
             set_up(host_library(), wave, seed)
             got = run(context())
             first = got if first is None else first
-            assert got.tobytes() == first.tobytes(), f"a wave of {wave} with seed {seed} gives other bytes"
+            assert got.tobytes() == first.tobytes(), f"a wave of {wave}, run {seed}, gives other bytes"
     finally:
         set_up(host_library())
     return first

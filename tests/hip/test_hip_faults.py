@@ -6,6 +6,8 @@ import re
 import hip_build
 import pytest
 
+pytestmark = hip_build.host_build_only
+
 FOUND = {  # by a sentence
     "missing_barrier": r"(reads|writes) shared memory s \+ \d+ bytes, which (nobody wrote|thread \d+ touched)",
     "reused_too_soon": r"(reads|writes) shared memory s \+ \d+ bytes",

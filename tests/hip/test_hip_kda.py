@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from delta_inputs import RIM_GATES, inputs, rim, same, state_for
-from hip_build import context, everywhere, versions
+from hip_build import DEVICE, context, everywhere, versions
 from judge import guarded, judge, normal
 
 import kimi_linear as kl
@@ -299,7 +299,7 @@ def test_hip_delta_rule_nan_and_overflow_reach_what_they_reach_in_the_recurrence
 
 
 def test_hip_delta_rule_context_has_its_own_form():
-    x, asked = inputs(40), kl.Context(device="hip-host", delta_rule="recurrent")
+    x, asked = inputs(40), kl.Context(device=DEVICE, delta_rule="recurrent")
     recurrent = kl.ops.delta_rule(**x, form="recurrent", ctx=context())
     assert same(kl.ops.delta_rule(**x, ctx=asked), recurrent)
     assert not same(kl.ops.delta_rule(**x, ctx=context()), recurrent)

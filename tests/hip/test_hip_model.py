@@ -1,9 +1,9 @@
-"""The whole model on a device: the host build runs every kernel of a forward pass."""
+"""The whole model on a device: every kernel of a forward pass."""
 
 import numpy as np
 import pytest
 from conftest import DATA
-from hip_build import built
+from hip_build import DEVICE, host_library
 
 import kimi_linear as kl
 from kimi_linear.verify import verify
@@ -16,9 +16,9 @@ WIDER = {"qwen35-a": 8}  # whose gated norms blow up small vectors: one unit on 
 @pytest.fixture(params=CASES, scope="module")
 def models(request):
     """(on the CPU, on the device)"""
-    built()
+    host_library()
     folder = DATA / "golden" / request.param
-    return kl.Model.from_pretrained(folder), kl.Model.from_pretrained(folder, device="hip-host")
+    return kl.Model.from_pretrained(folder), kl.Model.from_pretrained(folder, device=DEVICE)
 
 
 def ids(model, T, seed=0):
@@ -91,14 +91,14 @@ def test_forks_and_snapshots_keep_their_bytes(models):
 
 
 def test_greedy_text_is_the_cpus():
-    cpu, device = kl.Model.tiny(), kl.Model.tiny(device="hip-host")
+    cpu, device = kl.Model.tiny(), kl.Model.tiny(device=DEVICE)
     options = dict(max_new_tokens=12, temperature=0)
     wanted = cpu.generate("In the beginning", **options).run()
     assert device.generate("In the beginning", **options).run().text == wanted.text
 
 
 def test_a_context_of_another_device_is_refused():
-    device = kl.Model.tiny(device="hip-host")
+    device = kl.Model.tiny(device=DEVICE)
     state = device.new_state()
     device.ctx = kl.Context()
     with pytest.raises(ValueError, match="the context computes on cpu and the model is on hip"):
@@ -106,7 +106,7 @@ def test_a_context_of_another_device_is_refused():
 
 
 def test_memory_is_as_planned():
-    device = kl.Model.tiny(device="hip-host")
+    device = kl.Model.tiny(device=DEVICE)
     plan, state = device.plan(context=100), device.new_state(context=100)
     assert state.nbytes == plan.state
     device.forward(np.arange(100), state=state)
@@ -115,6 +115,6 @@ def test_memory_is_as_planned():
 
 def test_verify_on_the_device():
     """Every op of a run beside float64 on its own inputs."""
-    device = kl.Model.from_pretrained(DATA / "golden" / "kimi-a", device="hip-host")
+    device = kl.Model.from_pretrained(DATA / "golden" / "kimi-a", device=DEVICE)
     report = verify(device, ids(device, 21))
     assert report.ok, str(report)

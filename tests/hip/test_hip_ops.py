@@ -1,11 +1,11 @@
-"""Ops on the host build of the HIP kernels: against float64 within the CPU's budgets, the same bytes for waves of 32
+"""Ops on a device: against float64 within the CPU's budgets, the same bytes for waves of 32
 and 64 and any order of threads, every version of a ladder, rims, guards, in place, errors."""
 
 import ml_dtypes
 import numpy as np
 import pytest
 from basic_inputs import OPS, op_inputs, rim
-from hip_build import context, everywhere, versions
+from hip_build import DEVICE, context, everywhere, versions
 from judge import guarded, judge, normal
 
 import kimi_linear as kl
@@ -138,7 +138,7 @@ def test_hip_arguments_are_checked_as_on_the_cpu():
 
 
 def test_hip_out_of_memory_says_how_much_and_leaves_nothing():
-    ctx, x = kl.Context(device="hip-host"), normal(4, 100)
+    ctx, x = kl.Context(device=DEVICE), normal(4, 100)
     wanted = kl.ops.sigmoid(x, ctx=ctx)
     for nth in (1, 2):
         out = np.full_like(x, 3)
@@ -152,9 +152,9 @@ def test_hip_out_of_memory_says_how_much_and_leaves_nothing():
 
 def test_hip_devices_are_listed_with_the_reason():
     found = {d.name: d for d in kl.devices()}
-    assert found["cpu"].available and found["hip-host"].available and not found["hip-host"].reason
+    assert found["cpu"].available and found[DEVICE].available and not found[DEVICE].reason
     assert all(d.available or d.reason for d in found.values())
-    assert "hip-host" in repr(context())
+    assert DEVICE in repr(context())
 
 
 def test_hip_device_that_is_not_there_is_a_sentence(monkeypatch, tmp_path):

@@ -62,6 +62,7 @@ hipError_t hipMalloc(void **p, size_t n_bytes);
 hipError_t hipFree(void *p);
 hipError_t hipHostMalloc(void **p, size_t n_bytes);
 hipError_t hipHostFree(void *p);
+int kl_memory_device(const void *p); /* as for GPUs: kl_gpu.h */
 hipError_t hipMemcpyAsync(void *to, const void *from, size_t n_bytes, hipMemcpyKind kind,
                           hipStream_t stream);
 hipError_t hipMemsetAsync(void *to, int value, size_t n_bytes, hipStream_t stream);

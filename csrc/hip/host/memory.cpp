@@ -119,6 +119,12 @@ hipError_t hipHostFree(void *p)
     return hipSuccess;
 }
 
+int kl_memory_device(const void *p)
+{
+    const std::lock_guard<std::mutex> hold(memory_lock());
+    return is_device_memory(p, 1) ? 0 : -1;
+}
+
 hipError_t hipMemGetInfo(size_t *free_bytes, size_t *total)
 {
     struct sysinfo info;
