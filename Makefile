@@ -69,7 +69,7 @@ hip:  ## for AMD GPUs, by hipcc; AMD_ARCHS="gfx90a gfx1030" names others
 hip-nvidia:  ## for NVIDIA GPUs, by nvcc; NVIDIA_ARCHS="80 90" names others
 	@$(MAKE) -j2 -C csrc/hip nvidia
 
-hip-resources:  ## registers, spills and shared memory of each kernel, beside csrc/hip/resources.txt: what hipcc and nvcc are here for
+hip-resources:  ## registers, spills and shared memory of each kernel, beside csrc/hip/resources.txt: what hipcc, clang-19 and nvcc are here for
 	$(VENV)/bin/python tools/hip_resources.py
 
 gpu-check: venv build  ## build for the GPU that is here, test and time all of it: build/gpu-check.txt; DEVICE=hip-host for none

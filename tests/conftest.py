@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
 import struct
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+
+# What a script runs in its background is started with Ctrl-C ignored, and hands that on to the programs that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HERE = Path(__file__).parent
 DATA = HERE / "data"

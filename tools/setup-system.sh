@@ -57,6 +57,7 @@ look() {
         chromium) have chromium chromium-browser google-chrome || need chromium "a browser, to open pages in tests" ;;
         hipcc) have hipcc || { need hipcc "HIP's compiler for AMD GPUs" && need libamdhip64-dev "its runtime" &&
             need rocm-device-libs "its device libraries"; } ;;
+        clang-19) have clang-19 || need clang-19 "the compiler for AMD GPUs that Debian's hipcc does not know" ;;
         *) have "$tool" || need "$tool" "the command $tool" ;;
         esac
     done

@@ -39,37 +39,37 @@ __device__ float score_of(const kl_attend &a, int64_t n, int64_t t, int64_t h, i
     return sum * a.scale;
 }
 
-__global__ void __launch_bounds__(256) attend_v1(kl_attend a)
+__global__ void __launch_bounds__(256, 1) attend_v1(kl_attend a, int64_t first)
 {
-    const int64_t step = static_cast<int64_t>(gridDim.x) * BLOCK, rows = (a.to - a.from) * a.H;
-    for (int64_t i = static_cast<int64_t>(blockIdx.x) * BLOCK + threadIdx.x; i < rows; i += step) {
-        const int64_t t = a.from + i / a.H, h = i % a.H, c = h / (a.H / a.Hkv);
-        const int64_t n = kl_sequence_of(a.offsets, a.N, t);
-        const int64_t seen = a.positions[n] - a.offsets[n + 1] + t + 1;
-        float *o = a.o + i * a.V, m = -INFINITY, l = 0.0f;
-        for (int64_t p = 0; p < seen; p++) {
-            const float score = score_of(a, n, t, h, p);
-            m = score > m ? score : m; /* not where it is NaN */
-        }
-        const float shift = m == -INFINITY ? 0.0f : m;
-        for (int64_t d = 0; d < a.V; d++)
-            o[d] = 0.0f;
-        for (int64_t p0 = 0; p0 < seen; p0 += POSITIONS) {
-            float sum = 0.0f;
-            for (int64_t p = p0; p < seen && p < p0 + POSITIONS; p++) {
-                const float weight = kl_exp(score_of(a, n, t, h, p) - shift);
-                const char *row = kl_cached_row(a.values, n, p);
-                sum += weight;
-                for (int64_t d = 0; d < a.V; d++)
-                    o[d] = fmaf(weight, kl_cached_value(a.values.type, row, c * a.V + d), o[d]);
-            }
-            l += sum;
-        }
-        if (a.l != nullptr)
-            a.l[i] = l;
-        for (int64_t d = 0; d < a.V && a.l == nullptr; d++)
-            o[d] = o[d] / l;
+    const int64_t i = (first + blockIdx.x) * BLOCK + threadIdx.x;
+    if (i >= (a.to - a.from) * a.H)
+        return;
+    const int64_t t = a.from + i / a.H, h = i % a.H, c = h / (a.H / a.Hkv);
+    const int64_t n = kl_sequence_of(a.offsets, a.N, t);
+    const int64_t seen = a.positions[n] - a.offsets[n + 1] + t + 1;
+    float *o = a.o + i * a.V, m = -INFINITY, l = 0.0f;
+    for (int64_t p = 0; p < seen; p++) {
+        const float score = score_of(a, n, t, h, p);
+        m = score > m ? score : m; /* not where it is NaN */
     }
+    const float shift = m == -INFINITY ? 0.0f : m;
+    for (int64_t d = 0; d < a.V; d++)
+        o[d] = 0.0f;
+    for (int64_t p0 = 0; p0 < seen; p0 += POSITIONS) {
+        float sum = 0.0f;
+        for (int64_t p = p0; p < seen && p < p0 + POSITIONS; p++) {
+            const float weight = kl_exp(score_of(a, n, t, h, p) - shift);
+            const char *row = kl_cached_row(a.values, n, p);
+            sum += weight;
+            for (int64_t d = 0; d < a.V; d++)
+                o[d] = fmaf(weight, kl_cached_value(a.values.type, row, c * a.V + d), o[d]);
+        }
+        l += sum;
+    }
+    if (a.l != nullptr)
+        a.l[i] = l;
+    for (int64_t d = 0; d < a.V && a.l == nullptr; d++)
+        o[d] = o[d] / l;
 }
 
 /* ---- v2: tiles ---- */
@@ -312,9 +312,10 @@ __device__ __forceinline__ void merge(const room &s, const tile &b, running<WIDE
     __syncthreads();
 }
 
-/* a.part_acc NULL: a task is a tile, all its segments; else a segment of a tile */
+/* a.part_acc NULL: a task is a tile, all its segments; else a segment of a tile. A block is task first + blockIdx.x: a
+ * loop over tasks would keep in registers what is the same for all of them. */
 template <kl_type TYPE, int WIDE>
-__global__ void __launch_bounds__(256, 1) attend_v2(kl_attend a, int64_t tasks)
+__global__ void __launch_bounds__(256, 1) attend_v2(kl_attend a, int64_t first)
 {
     KL_SHARED(float, keys, [STEP * (POSITIONS + 1)]);
     KL_SHARED(float, q, [STEP * (ROWS + 1)]);
@@ -325,43 +326,41 @@ __global__ void __launch_bounds__(256, 1) attend_v2(kl_attend a, int64_t tasks)
     KL_SHARED(int, visible, [ROWS]);
     const room s = { keys, q, weight, keep, add, sum, visible };
     const bool split = a.part_acc != nullptr;
-    for (int64_t i = blockIdx.x; i < tasks; i += gridDim.x) {
-        const tile b = tile_of(a, split ? i / a.segments : i);
-        const int64_t seen = seen_by(b, b.rows - 1), segment = split ? i % a.segments : 0;
-        running<WIDE> x;
-        if (segment * SEGMENT >= seen) /* the same in every thread */
-            continue;
-        attend_segment<TYPE>(s, a, b, x, segment);
-        for (int64_t later = 1; !split && later * SEGMENT < seen; later++) {
-            running<WIDE> y;
-            attend_segment<TYPE>(s, a, b, y, later);
-            merge(s, b, x, y, later);
+    const int64_t i = first + blockIdx.x;
+    const tile b = tile_of(a, split ? i / a.segments : i);
+    const int64_t seen = seen_by(b, b.rows - 1), segment = split ? i % a.segments : 0;
+    if (segment * SEGMENT >= seen) /* the same in every thread */
+        return;
+    running<WIDE> x;
+    attend_segment<TYPE>(s, a, b, x, segment);
+    for (int64_t later = 1; !split && later * SEGMENT < seen; later++) {
+        running<WIDE> y;
+        attend_segment<TYPE>(s, a, b, y, later);
+        merge(s, b, x, y, later);
+    }
+    const int mine = static_cast<int>(threadIdx.x) / 16;
+    if (threadIdx.x % 16 == 0) {
+        s.sum[mine] = x.l;
+        if (split) {
+            a.part_m[i * ROWS + mine] = x.m;
+            a.part_l[i * ROWS + mine] = x.l;
+        } else if (a.l != nullptr && mine < b.rows) {
+            a.l[(token_of(b, mine) - a.from) * a.H + head_of(b, mine)] = x.l;
         }
-        const int mine = static_cast<int>(threadIdx.x) / 16;
-        if (threadIdx.x % 16 == 0) {
-            s.sum[mine] = x.l;
-            if (split) {
-                a.part_m[i * ROWS + mine] = x.m;
-                a.part_l[i * ROWS + mine] = x.l;
-            } else if (a.l != nullptr && mine < b.rows) {
-                a.l[(token_of(b, mine) - a.from) * a.H + head_of(b, mine)] = x.l;
-            }
-        }
-        __syncthreads();
+    }
+    __syncthreads();
+    KL_UNROLL
+    for (int r = 0; r < ROWS; r++) {
+        const float l = s.sum[r];
         KL_UNROLL
-        for (int r = 0; r < ROWS; r++) {
-            const float l = s.sum[r];
-            KL_UNROLL
-            for (int j = 0; j < WIDE; j++) {
-                const int64_t column = static_cast<int>(threadIdx.x) + BLOCK * j;
-                if (column < a.V && split)
-                    a.part_acc[(i * ROWS + r) * a.V + column] = x.acc[j][r];
-                else if (column < a.V && r < b.rows)
-                    a.o[((token_of(b, r) - a.from) * a.H + head_of(b, r)) * a.V + column] =
-                        a.l == nullptr ? x.acc[j][r] / l : x.acc[j][r];
-            }
+        for (int j = 0; j < WIDE; j++) {
+            const int64_t column = static_cast<int>(threadIdx.x) + BLOCK * j;
+            if (column < a.V && split)
+                a.part_acc[(i * ROWS + r) * a.V + column] = x.acc[j][r];
+            else if (column < a.V && r < b.rows)
+                a.o[((token_of(b, r) - a.from) * a.H + head_of(b, r)) * a.V + column] =
+                    a.l == nullptr ? x.acc[j][r] / l : x.acc[j][r];
         }
-        __syncthreads();
     }
 }
 
@@ -391,10 +390,13 @@ __global__ void __launch_bounds__(256) attend_v2_merge(kl_attend a, int64_t tile
 template <kl_type TYPE> void launch(kl_ctx *ctx, const kl_attend &a, int64_t tiles)
 {
     const int64_t tasks = tiles * (a.part_acc != nullptr ? a.segments : 1);
-    if (a.V <= BLOCK)
-        KL_LAUNCH((attend_v2<TYPE, 1>), kl_grid(tasks), BLOCK, 0, kl_stream(ctx), a, tasks);
-    else
-        KL_LAUNCH((attend_v2<TYPE, 2>), kl_grid(tasks), BLOCK, 0, kl_stream(ctx), a, tasks);
+    for (int64_t first = 0; first < tasks; first += kl_grid(tasks - first))
+        if (a.V <= BLOCK)
+            KL_LAUNCH((attend_v2<TYPE, 1>), kl_grid(tasks - first), BLOCK, 0, kl_stream(ctx), a,
+                      first);
+        else
+            KL_LAUNCH((attend_v2<TYPE, 2>), kl_grid(tasks - first), BLOCK, 0, kl_stream(ctx), a,
+                      first);
     if (a.part_acc != nullptr)
         KL_LAUNCH(attend_v2_merge, kl_grid(tiles * ROWS), BLOCK, 0, kl_stream(ctx), a, tiles);
 }
@@ -414,9 +416,11 @@ kl_status kl_attend_run(kl_ctx *ctx, kl_attend a, const int64_t *offsets, const 
     if (tiles == 0)
         return KL_OK;
     if (kl_version() == 1 || a.V > 2 * BLOCK || !one_type) {
-        if (!kl_core_of->measuring(ctx))
-            KL_LAUNCH(attend_v1, kl_grid(kl_ceil_div((a.to - a.from) * a.H, BLOCK)), BLOCK, 0,
-                      kl_stream(ctx), a);
+        const int64_t tasks = kl_ceil_div((a.to - a.from) * a.H, BLOCK);
+        if (kl_core_of->measuring(ctx))
+            return KL_OK;
+        for (int64_t first = 0; first < tasks; first += kl_grid(tasks - first))
+            KL_LAUNCH(attend_v1, kl_grid(tasks - first), BLOCK, 0, kl_stream(ctx), a, first);
         return KL_OK;
     }
     a.segments = kl_ceil_div(longest, SEGMENT);

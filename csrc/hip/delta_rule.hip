@@ -19,64 +19,64 @@ __device__ __forceinline__ void column_token(const kl_delta &a, const kl_delta_t
                                              int64_t t, int64_t c)
 {
     const int64_t row = (p.first + t) * a.Hv + p.head;
-    float even = 0.0f, odd = 0.0f;
+    float even = 0.0f, odd = 0.0f; /* they change places row by row */
     for (int64_t k = 0; k < a.K; k++) {
-        const float faded = kl_delta_alpha(a, p, t, k) * s[k * a.V];
-        float &sum = k % 2 == 0 ? even : odd;
-        sum = fmaf(a.k[kl_delta_key(a, p, t, k)], faded, sum);
+        const float faded = kl_delta_alpha(a, p, t, k) * s[k * a.V], last = odd;
+        odd = fmaf(a.k[kl_delta_key(a, p, t, k)], faded, even);
+        even = last;
         s[k * a.V] = faded;
     }
     const float d = a.beta[row] * (a.v[row * a.V + c] - (even + odd));
     even = odd = 0.0f;
     for (int64_t k = 0; k < a.K; k++) {
-        const float written = fmaf(a.k[kl_delta_key(a, p, t, k)], d, s[k * a.V]);
-        float &sum = k % 2 == 0 ? even : odd;
-        sum = fmaf(a.q[kl_delta_key(a, p, t, k)] * a.scale, written, sum);
+        const float written = fmaf(a.k[kl_delta_key(a, p, t, k)], d, s[k * a.V]), last = odd;
+        odd = fmaf(a.q[kl_delta_key(a, p, t, k)] * a.scale, written, even);
+        even = last;
         s[k * a.V] = written;
     }
     a.o[row * a.V + c] = even + odd;
 }
 
 /* aside [N, Hv, K, V]: where the states are worked on that nobody keeps */
-__global__ void __launch_bounds__(256) delta_rule_v1(kl_delta a, float *aside)
+__global__ void __launch_bounds__(256, 1) delta_rule_v1(kl_delta a, float *aside)
 {
-    for (int64_t i = blockIdx.x; i < a.N * a.Hv * a.tiles; i += gridDim.x) {
-        kl_delta_task p = kl_delta_task_of(a, i);
-        const int64_t c = p.tile * BLOCK + threadIdx.x, K = a.K, V = a.V;
-        const float *from = kl_delta_head(a, p, kl_state_of(a.in, p.n));
-        float *s = a.out.base != nullptr ? kl_state_of(a.out, p.n) : aside + p.n * a.Hv * K * V;
-        if (c >= V)
-            continue;
-        s = kl_delta_head(a, p, s) + c;
-        for (int64_t k = 0; k < K; k++)
-            s[k * V] = from != nullptr ? from[k * V + c] : 0.0f;
-        for (int64_t t = 0;; t++) {
-            for (; p.mark < p.mark_end && a.marks[p.mark] == t; p.mark++) {
-                float *kept = kl_delta_head(a, p, a.kept + p.mark * a.Hv * K * V);
-                for (int64_t k = 0; k < K; k++)
-                    kept[k * V + c] = s[k * V];
-            }
-            if (t == p.tokens)
-                break;
-            column_token(a, p, s, t, c);
+    kl_delta_task p = kl_delta_task_of(a, a.first + blockIdx.x);
+    const int64_t c = p.tile * BLOCK + threadIdx.x, K = a.K, V = a.V;
+    const float *from = kl_delta_head(a, p, kl_state_of(a.in, p.n));
+    float *s = a.out.base != nullptr ? kl_state_of(a.out, p.n) : aside + p.n * a.Hv * K * V;
+    if (c >= V)
+        return;
+    s = kl_delta_head(a, p, s) + c;
+    for (int64_t k = 0; k < K; k++)
+        s[k * V] = from != nullptr ? from[k * V + c] : 0.0f;
+    for (int64_t t = 0;; t++) {
+        for (; p.mark < p.mark_end && a.marks[p.mark] == t; p.mark++) {
+            float *kept = kl_delta_head(a, p, a.kept + p.mark * a.Hv * K * V);
+            for (int64_t k = 0; k < K; k++)
+                kept[k * V + c] = s[k * V];
         }
+        if (t == p.tokens)
+            break;
+        column_token(a, p, s, t, c);
     }
 }
 
 /* ---- v2 ---- */
 
-template <int ROWS> __global__ void __launch_bounds__(256) delta_rule_v2(kl_delta a)
+template <int ROWS, bool WHOLE> __global__ void __launch_bounds__(256, 1) delta_rule_v2(kl_delta a)
 {
     const int WIDTH = ROWS * KL_DELTA_LANES;
     KL_SHARED(float, alpha, [STEP][WIDTH]);
     KL_SHARED(float, q, [STEP][WIDTH]);
     KL_SHARED(float, k, [STEP][WIDTH]);
+    if (WHOLE)
+        a.K = WIDTH;
     const int columns = static_cast<int>(blockDim.x) / KL_DELTA_LANES * KL_DELTA_COLS;
     for (int64_t i = blockIdx.x; i < a.N * a.Hv * a.tiles; i += gridDim.x) {
         kl_delta_task p = kl_delta_task_of(a, i);
         float *to = kl_delta_head(a, p, kl_state_of(a.out, p.n));
-        kl_delta_state<ROWS> x;
-        kl_delta_place(x, p.tile * columns);
+        kl_delta_state<ROWS, WHOLE> x;
+        kl_delta_place(x, a, p.tile * columns);
         kl_delta_load(x, a, kl_delta_head(a, p, kl_state_of(a.in, p.n)));
         kl_delta_keep(x, a, p, 0);
         for (int64_t t0 = 0; t0 < p.tokens; t0 += STEP) {
@@ -110,7 +110,12 @@ template <int ROWS> void recur(kl_ctx *ctx, const kl_delta &given)
     const int64_t heads = a.N * a.Hv;
     const int threads = a.V > 32 && heads >= 256 ? BLOCK : 64; /* 2 threads a column */
     a.tiles = kl_ceil_div(a.V, threads / 2);
-    KL_LAUNCH((delta_rule_v2<ROWS>), kl_grid(heads * a.tiles), threads, 0, kl_stream(ctx), a);
+    if (a.K == ROWS * KL_DELTA_LANES && a.V % (threads / 2) == 0)
+        KL_LAUNCH((delta_rule_v2<ROWS, true>), kl_grid(heads * a.tiles), threads, 0, kl_stream(ctx),
+                  a);
+    else
+        KL_LAUNCH((delta_rule_v2<ROWS, false>), kl_grid(heads * a.tiles), threads, 0,
+                  kl_stream(ctx), a);
 }
 
 kl_status normed(kl_ctx *ctx, const float **x, int64_t rows, int64_t K, float eps)
@@ -131,9 +136,11 @@ kl_status run(kl_ctx *ctx, kl_delta a, kl_form form)
         if (a.out.base == nullptr)
             KL_SCRATCH_OF(aside, ctx, a.N * a.Hv * a.K * a.V);
         a.tiles = kl_ceil_div(a.V, BLOCK);
-        if (!kl_core_of->measuring(ctx))
-            KL_LAUNCH(delta_rule_v1, kl_grid(a.N * a.Hv * a.tiles), BLOCK, 0, kl_stream(ctx), a,
-                      aside);
+        if (kl_core_of->measuring(ctx))
+            return KL_OK;
+        const int64_t tasks = a.N * a.Hv * a.tiles;
+        for (a.first = 0; a.first < tasks; a.first += kl_grid(tasks - a.first))
+            KL_LAUNCH(delta_rule_v1, kl_grid(tasks - a.first), BLOCK, 0, kl_stream(ctx), a, aside);
         return KL_OK;
     }
     if (kl_core_of->measuring(ctx))

@@ -8,6 +8,7 @@
  *     kl_shared<float> p                            a pointer into shared memory, as a parameter
  *     KL_UNROLL                                     before a loop whose index names registers
  *     KL_NO_UNROLL                                  before a loop whose body takes many
+ *     kl_forget(v)                                  v; what is computed from it is computed here
  * An element of shared memory is read into a variable of a named type, never into `auto`. */
 #ifndef KL_GPU_H
 #define KL_GPU_H
@@ -113,5 +114,27 @@ static inline int kl_memory_device(const void *p)
 #endif
 }
 #endif
+
+/* v, of which the compiler forgets what it knew: what is computed from it is computed here, anew, and not kept in
+ * registers from before a loop (docs/hip.md#registers). It costs no instruction. */
+static __device__ __forceinline__ int kl_forget(int v)
+{
+#if defined(__HIP_DEVICE_COMPILE__)
+    asm volatile("" : "+v"(v));
+#elif defined(__CUDA_ARCH__)
+    asm volatile("" : "+r"(v));
+#endif
+    return v;
+}
+/* the same for what is one value for the block */
+template <class T> static __device__ __forceinline__ const T *kl_forget(const T *p)
+{
+#if defined(__HIP_DEVICE_COMPILE__)
+    asm volatile("" : "+s"(p));
+#elif defined(__CUDA_ARCH__)
+    asm volatile("" : "+l"(p));
+#endif
+    return p;
+}
 
 #endif

@@ -66,10 +66,11 @@ __global__ void __launch_bounds__(256) product_v1(kl_product p)
         const float *x = p.ids != nullptr ? p.x + t / p.per_row * p.x_row : row_of(p, t, which);
         float lane[LANES] = {};
         for (int64_t k = 0; k < p.D; k += LANES)
-            for (int l = 0; l < LANES; l++)
-                if (k + l < p.D)
-                    lane[l] =
-                        fmaf(x[k + l], (kl_matrix_at<TYPE, TRANSPOSED>(w, r, k + l)), lane[l]);
+            for (int l = 0; l < LANES; l++) {
+                const int64_t at = k + kl_forget(l); /* else LANES rows' places are kept */
+                if (at < p.D)
+                    lane[l] = fmaf(x[at], (kl_matrix_at<TYPE, TRANSPOSED>(w, r, at)), lane[l]);
+            }
         for (int half = LANES / 2; half >= 1; half /= 2)
             for (int l = 0; l < half; l++)
                 lane[l] += lane[l + half];
@@ -77,12 +78,14 @@ __global__ void __launch_bounds__(256) product_v1(kl_product p)
     }
 }
 
-template <kl_type TYPE> __global__ void __launch_bounds__(256) product_v2(kl_product p)
+template <kl_type TYPE>
+__global__ void __launch_bounds__(256) product_v2(kl_product p, int64_t first)
 {
     const int lane = static_cast<int>(threadIdx.x) % LANES,
               set = static_cast<int>(threadIdx.x) / LANES;
     const int64_t across = (p.w.rows + SETS - 1) / SETS, tasks = groups_of(p) * across;
-    for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
+    const int64_t task = first + blockIdx.x;
+    if (task < tasks) { /* the same in every thread */
         const kl_row_group g = group_of(p, task / across, KL_FEW);
         const kl_matrix w = matrix_of(p.w, g.which);
         const int64_t r = task % across * SETS + set;
@@ -107,13 +110,14 @@ template <kl_type TYPE> __global__ void __launch_bounds__(256) product_v2(kl_pro
 }
 
 template <kl_type TYPE, bool TRANSPOSED>
-__global__ void __launch_bounds__(256) product_v3(kl_product p)
+__global__ void __launch_bounds__(256) product_v3(kl_product p, int64_t first)
 {
     KL_SHARED(float, xs, [KL_TILE_K][TILE + 1]);
     KL_SHARED(float, ws, [KL_TILE_K][TILE + 1]);
     const kl_tile_place at = kl_tile_place_of();
     const int64_t across = (p.w.rows + TILE - 1) / TILE, tasks = groups_of(p) * across;
-    for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
+    const int64_t task = first + blockIdx.x;
+    if (task < tasks) { /* the same in every thread */
         const kl_row_group g = group_of(p, task / across, TILE);
         const kl_matrix w = matrix_of(p.w, g.which);
         const int64_t r0 = task % across * TILE;
@@ -146,13 +150,17 @@ template <kl_type TYPE, bool TRANSPOSED> void launch(kl_ctx *ctx, const kl_produ
         const int64_t n = p.T * p.w.rows * (p.ids != nullptr ? 1 : p.w.n);
         KL_LAUNCH((product_v1<TYPE, TRANSPOSED>), kl_grid(kl_ceil_div(n, BLOCK)), BLOCK, 0,
                   kl_stream(ctx), p);
-    } else if (!TRANSPOSED && few)
-        KL_LAUNCH((product_v2<TYPE>), kl_grid(p.most_groups * kl_ceil_div(p.w.rows, SETS)), BLOCK,
-                  0, kl_stream(ctx), p);
-    else
-        KL_LAUNCH((product_v3<TYPE, TRANSPOSED>),
-                  kl_grid(p.most_groups * kl_ceil_div(p.w.rows, TILE)), BLOCK, 0, kl_stream(ctx),
-                  p);
+        return;
+    }
+    const bool rows_alone = !TRANSPOSED && few;
+    const int64_t tasks = p.most_groups * kl_ceil_div(p.w.rows, rows_alone ? SETS : TILE);
+    for (int64_t first = 0; first < tasks; first += kl_grid(tasks - first))
+        if (rows_alone)
+            KL_LAUNCH((product_v2<TYPE>), kl_grid(tasks - first), BLOCK, 0, kl_stream(ctx), p,
+                      first);
+        else
+            KL_LAUNCH((product_v3<TYPE, TRANSPOSED>), kl_grid(tasks - first), BLOCK, 0,
+                      kl_stream(ctx), p, first);
 }
 
 bool takes_int8(kl_type type)

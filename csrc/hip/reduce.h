@@ -129,7 +129,7 @@ static __device__ __forceinline__ float kl_block_reduce(float v, kl_shared<float
     v = kl_team_reduce<OF>(v);
     if (teams == 1)
         return v;
-    if (kl_lane() == 0)
+    if (kl_forget(kl_lane()) == 0)
         shared[kl_team()] = v;
     __syncthreads();
     v = shared[kl_lane() % teams];

@@ -121,33 +121,33 @@ __device__ void choose_in_order(const routing &p, int32_t *ids, int32_t *groups,
     sort_ascending(ids, p.a.k);
 }
 
-__global__ void __launch_bounds__(128) route_v1(routing p)
+__global__ void __launch_bounds__(128, 1) route_v1(routing p, int64_t first)
 {
-    const int64_t E = p.a.E, k = p.a.k, step = static_cast<int64_t>(gridDim.x) * BLOCK;
-    for (int64_t t = static_cast<int64_t>(blockIdx.x) * BLOCK + threadIdx.x; t < p.a.T; t += step) {
-        const float *x = p.scores + t * E;
-        float *s = p.s + t * E, *value = p.value + t * (E + p.a.groups),
-              *weights = p.weights + t * k;
-        int32_t *ids = p.ids + t * k;
-        for (int64_t e = 0; e < E; e++) {
-            check_score(p, t * E + e, x[e]);
-            check_bias(p, t, e);
-            s[e] = p.a.function == KL_ROUTER_SIGMOID ? kl_sigmoid_of(x[e]) : x[e];
-        }
-        if (p.a.function == KL_ROUTER_SOFTMAX)
-            softmax_in_order(p, s, x, t);
-        for (int64_t e = 0; e < E; e++)
-            value[e] = p.bias != nullptr ? s[e] + p.bias[e] : s[e];
-        if (!p.a.given)
-            choose_in_order(p, ids, p.chosen + t * p.a.groups, value);
-        float sum = 0.0f;
-        for (int64_t i = 0; i < k; i++) {
-            weights[i] = s[p.a.given ? given_id(p, t, i) : ids[i]];
-            sum += weights[i];
-        }
-        for (int64_t i = 0; i < k; i++)
-            weights[i] = scaled(p, weights[i], sum);
+    const int64_t E = p.a.E, k = p.a.k;
+    const int64_t t = first + static_cast<int64_t>(blockIdx.x) * BLOCK + threadIdx.x;
+    if (t >= p.a.T)
+        return;
+    const float *x = p.scores + t * E;
+    float *s = p.s + t * E, *value = p.value + t * (E + p.a.groups), *weights = p.weights + t * k;
+    int32_t *ids = p.ids + t * k;
+    for (int64_t e = 0; e < E; e++) {
+        check_score(p, t * E + e, x[e]);
+        check_bias(p, t, e);
+        s[e] = p.a.function == KL_ROUTER_SIGMOID ? kl_sigmoid_of(x[e]) : x[e];
     }
+    if (p.a.function == KL_ROUTER_SOFTMAX)
+        softmax_in_order(p, s, x, t);
+    for (int64_t e = 0; e < E; e++)
+        value[e] = p.bias != nullptr ? s[e] + p.bias[e] : s[e];
+    if (!p.a.given)
+        choose_in_order(p, ids, p.chosen + t * p.a.groups, value);
+    float sum = 0.0f;
+    for (int64_t i = 0; i < k; i++) {
+        weights[i] = s[p.a.given ? given_id(p, t, i) : ids[i]];
+        sum += weights[i];
+    }
+    for (int64_t i = 0; i < k; i++)
+        weights[i] = scaled(p, weights[i], sum);
 }
 
 /* ---- v2 ---- */
@@ -235,37 +235,36 @@ __device__ __forceinline__ void team_choose(const routing &p, kl_shared<float> s
     }
 }
 
-__global__ void __launch_bounds__(128) route_v2(routing p)
+__global__ void __launch_bounds__(128) route_v2(routing p, int64_t first_token)
 {
     KL_DYNAMIC_SHARED(float, shared);
-    const int64_t E = p.a.E, k = p.a.k, step = static_cast<int64_t>(gridDim.x) * TEAMS;
+    const int64_t E = p.a.E, k = p.a.k;
+    const int64_t at = first_token + static_cast<int64_t>(blockIdx.x) * TEAMS + kl_team();
     const kl_shared<float> s = shared + kl_team() * (E + p.a.groups), group_score = s + E;
-    for (int64_t first = static_cast<int64_t>(blockIdx.x) * TEAMS; first < p.a.T; first += step) {
-        const bool mine = first + kl_team() < p.a.T; /* else: the last token, and nothing written */
-        const int64_t t = mine ? first + kl_team() : p.a.T - 1;
-        for (int64_t e = kl_lane(); e < E; e += KL_TEAM) {
-            const float x = p.scores[t * E + e];
-            check_score(p, t * E + e, x);
-            check_bias(p, t, e);
-            if (p.a.function != KL_ROUTER_SOFTMAX)
-                s[e] = p.a.function == KL_ROUTER_SIGMOID ? kl_sigmoid_of(x) : x;
-        }
-        if (p.a.function == KL_ROUTER_SOFTMAX)
-            team_softmax(p, s, t * E, mine);
-        kl_team_barrier();
-        if (!p.a.given)
-            team_choose(p, s, group_score, t, mine);
-        else
-            for (int64_t i = kl_lane(); mine && i < k; i += KL_TEAM)
-                p.weights[t * k + i] = s[given_id(p, t, i)];
-        kl_team_barrier();
-        float sum = 0.0f; /* in ascending id, by every thread */
-        for (int64_t i = 0; mine && i < k; i++)
-            sum += p.weights[t * k + i];
-        kl_team_barrier();
-        for (int64_t i = kl_lane(); mine && i < k; i += KL_TEAM)
-            p.weights[t * k + i] = scaled(p, p.weights[t * k + i], sum);
+    const bool mine = at < p.a.T; /* else: the last token, and nothing written */
+    const int64_t t = mine ? at : p.a.T - 1;
+    for (int64_t e = kl_lane(); e < E; e += KL_TEAM) {
+        const float x = p.scores[t * E + e];
+        check_score(p, t * E + e, x);
+        check_bias(p, t, e);
+        if (p.a.function != KL_ROUTER_SOFTMAX)
+            s[e] = p.a.function == KL_ROUTER_SIGMOID ? kl_sigmoid_of(x) : x;
     }
+    if (p.a.function == KL_ROUTER_SOFTMAX)
+        team_softmax(p, s, t * E, mine);
+    kl_team_barrier();
+    if (!p.a.given)
+        team_choose(p, s, group_score, t, mine);
+    else
+        for (int64_t i = kl_lane(); mine && i < k; i += KL_TEAM)
+            p.weights[t * k + i] = s[given_id(p, t, i)];
+    kl_team_barrier();
+    float sum = 0.0f; /* in ascending id, by every thread */
+    for (int64_t i = 0; mine && i < k; i++)
+        sum += p.weights[t * k + i];
+    kl_team_barrier();
+    for (int64_t i = kl_lane(); mine && i < k; i += KL_TEAM)
+        p.weights[t * k + i] = scaled(p, p.weights[t * k + i], sum);
 }
 
 } // namespace
@@ -284,10 +283,13 @@ kl_status hip_route(kl_ctx *ctx, int32_t *ids, float *weights, const float *scor
     if (kl_core_of->measuring(ctx) || T == 0)
         return KL_OK;
     KL_TRY(kl_faults_of(ctx, &p.faults, E, args->k));
-    if (alone)
-        KL_LAUNCH(route_v1, kl_grid(kl_ceil_div(T, BLOCK)), BLOCK, 0, kl_stream(ctx), p);
-    else
-        KL_LAUNCH(route_v2, kl_grid(kl_ceil_div(T, TEAMS)), BLOCK,
-                  static_cast<size_t>(TEAMS * (E + groups)) * sizeof(float), kl_stream(ctx), p);
+    const int64_t rows = alone ? BLOCK : TEAMS; /* tokens of a block */
+    for (int64_t t = 0; t < T; t += rows * kl_grid(kl_ceil_div(T - t, rows)))
+        if (alone)
+            KL_LAUNCH(route_v1, kl_grid(kl_ceil_div(T - t, rows)), BLOCK, 0, kl_stream(ctx), p, t);
+        else
+            KL_LAUNCH(route_v2, kl_grid(kl_ceil_div(T - t, rows)), BLOCK,
+                      static_cast<size_t>(TEAMS * (E + groups)) * sizeof(float), kl_stream(ctx), p,
+                      t);
     return kl_launched(ctx, "route");
 }

@@ -251,7 +251,7 @@ __device__ void look(const float *x, int64_t D, kl_best *top, int64_t *bad, kl_s
     *bad = first < INT32_MAX ? first : best.value == -INFINITY ? 0 : -1;
 }
 
-__global__ void __launch_bounds__(512)
+__global__ void __launch_bounds__(512, 1)
     sample_v2(drawn *to, const float *logits, const order *orders, int64_t T, int64_t D)
 {
     KL_SHARED(double, sums, [TEAMS * DIGITS]);

@@ -10,7 +10,7 @@ namespace
 
 const int BLOCK = 256;
 
-__global__ void __launch_bounds__(256) softmax_v1(float *y, const float *x, int64_t T, int64_t D)
+__global__ void __launch_bounds__(256, 1) softmax_v1(float *y, const float *x, int64_t T, int64_t D)
 {
     const int64_t step = static_cast<int64_t>(gridDim.x) * BLOCK;
     for (int64_t t = static_cast<int64_t>(blockIdx.x) * BLOCK + threadIdx.x; t < T; t += step) {

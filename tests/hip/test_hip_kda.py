@@ -146,7 +146,7 @@ def delta(x, **kw):
 
 
 @pytest.mark.parametrize("K, V", [(1, 1), (2, 3), (7, 16), (17, 33), (33, 1), (31, 70), (64, 64), (128, 128),
-                                  (130, 20), (24, 257)])
+                                  (130, 20), (24, 257), (32, 64)])
 def test_hip_delta_rule_widths(K, V, version):
     x = inputs(18 if K * V < 5000 else 3, 2, K, V)
     delta(x, initial_state=state_for(x))
