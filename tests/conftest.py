@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-# What a script runs in its background is started with Ctrl-C ignored, and hands that on to the programs that tests start.
+# What a script runs in its background has Ctrl-C ignored, and hands that on to the programs that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
