@@ -123,41 +123,39 @@ __global__ void __launch_bounds__(256) expand_values_v1(piece a)
     }
 }
 
-__global__ void __launch_bounds__(256) expand_values_v2(piece a)
+__global__ void __launch_bounds__(256) expand_values_v2(piece a, int64_t first)
 {
     KL_SHARED(float, xs, [KL_TILE_K][TILE + 1]);
     KL_SHARED(float, ws, [KL_TILE_K][TILE + 1]);
     const kl_tile_place at = kl_tile_place_of();
     const int64_t across = (a.V + TILE - 1) / TILE, down = (a.tokens + TILE - 1) / TILE;
-    for (int64_t task = blockIdx.x; task < across * down * a.H; task += gridDim.x) {
-        const int64_t d0 = task % across * TILE, t0 = task / across % down * TILE;
-        const int64_t h = task / across / down;
-        const int rows = static_cast<int>(least(TILE, a.tokens - t0)),
-                  columns = static_cast<int>(least(TILE, a.V - d0));
-        const int n = static_cast<int>(a.n_positions),
-                  all = static_cast<int>(least(a.seen + t0, SEGMENT)); /* row i: all + i, up to n */
-        const int end = all + rows - 1 < n ? all + rows - 1 : n;
-        const float *z = a.z + h * a.z_head + t0 * a.z_row, *v = a.values + h * a.V + d0;
-        kl_tile_sums acc = {};
-        for (int p0 = 0; p0 < end; p0 += KL_TILE_K) {
-            kl_tile_load<false, true>(xs, [&](int i, int k) {
-                return i < rows && p0 + k < end ? z[i * a.z_row + p0 + k] : 0.0f;
-            });
-            kl_tile_load<true, true>(ws, [&](int i, int k) {
-                return i < columns && p0 + k < end ? v[(p0 + k) * (a.H * a.V) + i] : 0.0f;
-            });
-            __syncthreads();
-            const bool whole = p0 + KL_TILE_K <= all && p0 + KL_TILE_K <= n;
-            kl_tile_multiply(acc, xs, ws, at, [=](int i, int k) {
-                return whole || (p0 + k < n && p0 + k < all + i);
-            });
-            __syncthreads();
-        }
-        kl_tile_finish(acc, at, [&](int i, int j, float sum) {
-            if (i < rows && j < columns)
-                put(a, t0 + i, h, d0 + j, sum);
+    const int64_t task = first + blockIdx.x;
+    const int64_t d0 = task % across * TILE, t0 = task / across % down * TILE;
+    const int64_t h = task / across / down;
+    const int rows = static_cast<int>(least(TILE, a.tokens - t0)),
+              columns = static_cast<int>(least(TILE, a.V - d0));
+    const int n = static_cast<int>(a.n_positions),
+              all = static_cast<int>(least(a.seen + t0, SEGMENT)); /* row i: all + i, up to n */
+    const int end = all + rows - 1 < n ? all + rows - 1 : n;
+    const float *z = a.z + h * a.z_head + t0 * a.z_row, *v = a.values + h * a.V + d0;
+    kl_tile_sums acc = {};
+    for (int p0 = 0; p0 < end; p0 += KL_TILE_K) {
+        kl_tile_load<false, true>(xs, [&](int i, int k) {
+            return i < rows && p0 + k < end ? z[i * a.z_row + p0 + k] : 0.0f;
         });
+        kl_tile_load<true, true>(ws, [&](int i, int k) {
+            return i < columns && p0 + k < end ? v[(p0 + k) * (a.H * a.V) + i] : 0.0f;
+        });
+        __syncthreads();
+        const bool whole = p0 + KL_TILE_K <= all && p0 + KL_TILE_K <= n;
+        kl_tile_multiply(acc, xs, ws, at,
+                         [=](int i, int k) { return whole || (p0 + k < n && p0 + k < all + i); });
+        __syncthreads();
     }
+    kl_tile_finish(acc, at, [&](int i, int j, float sum) {
+        if (i < rows && j < columns)
+            put(a, t0 + i, h, d0 + j, sum);
+    });
 }
 
 /* ---- host ---- */
@@ -225,7 +223,8 @@ kl_status attend(kl_ctx *ctx, const piece &a)
         KL_LAUNCH(expand_values_v1, kl_grid(kl_ceil_div(a.tokens * a.H * a.V, BLOCK)), BLOCK, 0,
                   kl_stream(ctx), a);
     else
-        KL_LAUNCH(expand_values_v2, kl_grid(tiles), BLOCK, 0, kl_stream(ctx), a);
+        for (int64_t tile = 0; tile < tiles; tile += kl_grid(tiles - tile))
+            KL_LAUNCH(expand_values_v2, kl_grid(tiles - tile), BLOCK, 0, kl_stream(ctx), a, tile);
     return KL_OK;
 }
 

@@ -42,49 +42,50 @@ __device__ __forceinline__ void put(const product &p, int64_t t, int64_t h, int6
     p.y[row * p.out + out] = p.l != nullptr ? sum / p.l[row] : sum;
 }
 
-template <kl_type TYPE> __global__ void __launch_bounds__(256) latent_product_v1(product p)
+template <kl_type TYPE>
+__global__ void __launch_bounds__(256, 1) latent_product_v1(product p, int64_t first)
 {
-    const int64_t step = static_cast<int64_t>(gridDim.x) * BLOCK, n = p.tokens * p.H * p.out;
-    for (int64_t i = static_cast<int64_t>(blockIdx.x) * BLOCK + threadIdx.x; i < n; i += step) {
-        const int64_t out = i % p.out, h = i / p.out % p.H, t = i / p.out / p.H;
-        const float *x = p.x + (t * p.H + h) * p.x_step;
-        float sum = 0.0f;
-        for (int64_t d = 0; d < p.in; d += KL_CHAIN) {
-            float chain = 0.0f;
-            for (int64_t e = d; e < d + KL_CHAIN && e < p.in; e++)
-                chain = fmaf(x[e], weight<TYPE>(p, h, out, e), chain);
-            sum += chain;
-        }
-        put(p, t, h, out, sum);
+    const int64_t i = first + static_cast<int64_t>(blockIdx.x) * BLOCK + threadIdx.x;
+    if (i >= p.tokens * p.H * p.out)
+        return;
+    const int64_t out = i % p.out, h = i / p.out % p.H, t = i / p.out / p.H;
+    const float *x = p.x + (t * p.H + h) * p.x_step;
+    float sum = 0.0f;
+    for (int64_t d = 0; d < p.in; d += KL_CHAIN) {
+        float chain = 0.0f;
+        for (int64_t e = d; e < d + KL_CHAIN && e < p.in; e++)
+            chain = fmaf(x[e], weight<TYPE>(p, h, out, e), chain);
+        sum += chain;
     }
+    put(p, t, h, out, sum);
 }
 
 /* v2 of absorb: neighbours have neighbouring outputs, which lie together in a row of w_uk; v1's order */
-template <kl_type TYPE> __global__ void __launch_bounds__(256) latent_product_across_v2(product p)
+template <kl_type TYPE>
+__global__ void __launch_bounds__(256, 1) latent_product_across_v2(product p, int64_t first)
 {
-    const int64_t step = static_cast<int64_t>(gridDim.x) * BLOCK;
-    const int64_t n = (p.tokens + TOGETHER - 1) / TOGETHER * p.H * p.out;
-    for (int64_t i = static_cast<int64_t>(blockIdx.x) * BLOCK + threadIdx.x; i < n; i += step) {
-        const int64_t out = i % p.out, h = i / p.out % p.H, t = i / p.out / p.H * TOGETHER;
-        float sum[TOGETHER] = {};
-        for (int64_t d = 0; d < p.in; d += KL_CHAIN) {
-            float chain[TOGETHER] = {};
-            for (int64_t e = d; e < d + KL_CHAIN && e < p.in; e++) {
-                const float w = weight<TYPE>(p, h, out, e);
-                KL_UNROLL
-                for (int j = 0; j < TOGETHER; j++)
-                    if (t + j < p.tokens)
-                        chain[j] = fmaf(p.x[((t + j) * p.H + h) * p.x_step + e], w, chain[j]);
-            }
+    const int64_t i = first + static_cast<int64_t>(blockIdx.x) * BLOCK + threadIdx.x;
+    if (i >= (p.tokens + TOGETHER - 1) / TOGETHER * p.H * p.out)
+        return;
+    const int64_t out = i % p.out, h = i / p.out % p.H, t = i / p.out / p.H * TOGETHER;
+    float sum[TOGETHER] = {};
+    for (int64_t d = 0; d < p.in; d += KL_CHAIN) {
+        float chain[TOGETHER] = {};
+        for (int64_t e = d; e < d + KL_CHAIN && e < p.in; e++) {
+            const float w = weight<TYPE>(p, h, out, e);
             KL_UNROLL
             for (int j = 0; j < TOGETHER; j++)
-                sum[j] += chain[j];
+                if (t + j < p.tokens)
+                    chain[j] = fmaf(p.x[((t + j) * p.H + h) * p.x_step + e], w, chain[j]);
         }
         KL_UNROLL
         for (int j = 0; j < TOGETHER; j++)
-            if (t + j < p.tokens)
-                put(p, t + j, h, out, sum[j]);
+            sum[j] += chain[j];
     }
+    KL_UNROLL
+    for (int j = 0; j < TOGETHER; j++)
+        if (t + j < p.tokens)
+            put(p, t + j, h, out, sum[j]);
 }
 
 /* v2 of project: a team a row of w_uv, whose inputs lie together */
@@ -115,16 +116,21 @@ template <kl_type TYPE> __global__ void __launch_bounds__(256) latent_product_v2
 
 template <kl_type TYPE> void launch(kl_ctx *ctx, const product &p)
 {
+    const bool oracle = kl_version() == 1;
     const int64_t together = kl_ceil_div(p.tokens, TOGETHER) * p.H * p.out;
-    if (kl_version() == 1)
-        KL_LAUNCH((latent_product_v1<TYPE>), kl_grid(kl_ceil_div(p.tokens * p.H * p.out, BLOCK)),
-                  BLOCK, 0, kl_stream(ctx), p);
-    else if (p.across)
-        KL_LAUNCH((latent_product_across_v2<TYPE>), kl_grid(kl_ceil_div(together, BLOCK)), BLOCK, 0,
-                  kl_stream(ctx), p);
-    else
+    if (!oracle && !p.across) {
         KL_LAUNCH((latent_product_v2<TYPE>), kl_grid(kl_ceil_div(together, TEAMS)), BLOCK, 0,
                   kl_stream(ctx), p);
+        return;
+    }
+    const int64_t blocks = kl_ceil_div(oracle ? p.tokens * p.H * p.out : together, BLOCK);
+    for (int64_t first = 0; first < blocks; first += kl_grid(blocks - first))
+        if (oracle)
+            KL_LAUNCH((latent_product_v1<TYPE>), kl_grid(blocks - first), BLOCK, 0, kl_stream(ctx),
+                      p, first * BLOCK);
+        else
+            KL_LAUNCH((latent_product_across_v2<TYPE>), kl_grid(blocks - first), BLOCK, 0,
+                      kl_stream(ctx), p, first * BLOCK);
 }
 
 void multiply(kl_ctx *ctx, const product &p)
