@@ -33,6 +33,7 @@ FULL = {"roof": 1 << 30, "H": 32, "K": 128, "tokens": (512, 4096, 32768), "op_to
         "decode": 64}
 HOST = FULL | {"roof": 1 << 20, "H": 2, "tokens": (16, 64), "op_tokens": (1,), "cold": 0, "depth": 64, "linear": (1,),
                "seconds": 0.0, "samples": 1, "prefill": 16, "decode": 2}
+QUICK_OPS = ("rms_norm", "swiglu", "route")
 QUICK = HOST | {"H": 1, "K": 32, "tokens": (16,), "op_bytes": 1 << 20, "prefill": 4, "decode": 1}
 
 
@@ -43,12 +44,15 @@ class Settings:
     ----------
     cases : dict
         ``name T contender`` -> seconds, operations and bytes of a call, as run.py keeps them.
+    row : Device
+        What `kl.devices` says of it.
     tables : dict from part to list of rows
     """
 
     def __init__(self, device, *, quick=False, model=None, cases=None):
-        self.ctx, self.device, self.model = kl.Context(device), device, model
-        self.host = _core_name(device) == "host"
+        self.ctx, self.model = kl.Context(device), model
+        self.row = next(d for d in kl.devices() if d.name == ("hip:0" if device == "hip" else device))
+        self.host = "host" in self.row.name + self.row.description
         self.size = QUICK if quick else HOST if self.host else FULL
         self.cases, self.tables = {} if cases is None else cases, {}
         self.torch, self.no_torch = _torch(device)
@@ -100,12 +104,6 @@ class Settings:
 
 
 HEADER, ALIGN = ("T", "", "µs", "GFLOP/s", "GB/s", "of fma", "of read"), "><>>>>>"
-
-
-def _core_name(device):
-    """amd, nvidia or host: what the library of a device was built for."""
-    row = next(d for d in kl.devices() if d.name == (device if device != "hip" else "hip:0"))
-    return "host" if "host" in (row.name + row.description) else row.name
 
 
 def _torch(device):
@@ -257,9 +255,6 @@ def part_ops(settings):
         print("--quick leaves out the other ops")
 
 
-QUICK_OPS = ("rms_norm", "swiglu", "route")
-
-
 def part_model(settings):
     """Decode beside reading the weights, prefill beside the matrix products of torch, or else fma."""
     options = {"ctx": settings.ctx}
@@ -273,7 +268,7 @@ def part_model(settings):
         model.forward(ids, state=state, logits="last")
         return time.perf_counter() - begin
 
-    calls, steps = [], []
+    calls = []
     for turn in range(1 + min(3, settings.size["samples"])):
         state = model.new_state(context=prefill + decode + 1)
         taken = call(prefill, state)
@@ -308,7 +303,7 @@ PARTS = {"delta_rule": part_delta_rule, "linear": part_linear, "ops": part_ops, 
 
 def run(settings, parts=None):
     """Prints the tables of the parts named, all where None."""
-    row = next(d for d in kl.devices() if d.name == ("hip:0" if settings.device == "hip" else settings.device))
+    row = settings.row
     print(f"{row.name}: {row.description}, {human_bytes(row.memory)}; version {kl.__version__}")
     print(f"reads {settings.read * 1e-9:,.1f} GB/s ({human_bytes(settings.size['roof'])}), "
           f"fma {settings.fma * 1e-9:,.1f} GFLOP/s")

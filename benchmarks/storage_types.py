@@ -50,6 +50,7 @@ def run(types=None, tokens=(1, 512), threads=None, isa=None, turns=TURNS, rows=R
     rng = np.random.default_rng(0)
     exact = kl.Context(threads=threads, isa=isa)
     plain = rng.standard_normal((rows, COLUMNS)).astype(np.float32)
+    cold = np.tile(plain, (max(1, at_least // plain.nbytes), 1))
     for name in types or kl.storage_types:
         raw = random_blocks(name, 1.0, rows * COLUMNS // block_of(name)[0], rng).reshape(rows, -1)
         narrow = kl.Context(threads=threads, isa=isa, activations="bfloat16" if name == "BF16" else "int8")
@@ -61,7 +62,7 @@ def run(types=None, tokens=(1, 512), threads=None, isa=None, turns=TURNS, rows=R
         for T in tokens:
             copies = max(1, -(-at_least // raw.nbytes)) if T == 1 else 1
             w = weights(np.tile(raw, (copies, 1)), name)
-            f32 = np.tile(plain, (max(1, at_least // plain.nbytes), 1)) if T == 1 else plain
+            f32 = cold if T == 1 else plain
             x = rng.standard_normal((T, COLUMNS)).astype(np.float32)
             calls = {"f32_weights": (f32, exact), "float32": (w, exact), "narrow": (w, narrow)}
             if not has_narrow:

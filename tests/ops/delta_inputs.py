@@ -70,3 +70,16 @@ def run_and_judge(x, **kw):
 
 def same(a, b):
     return all(x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True))
+
+
+def scaled(name, scale):
+    """Inputs and an initial state of which one is scaled: the state whole, else one token in five, between which the
+    state lives on; of keys above length 1 the last alone."""
+    x = inputs(20, 2, 12, 18)
+    x["initial_state"] = state_for(x)
+    x[name] = x[name].copy()
+    part = x[name] if name == "initial_state" else x[name][2::5]
+    if name == "k" and scale > 1:
+        part = x["k"][-1:]
+    part *= np.float32(scale)
+    return x

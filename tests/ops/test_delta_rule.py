@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from delta_inputs import RIM_GATES, inputs, run_and_judge, same, state_for
+from delta_inputs import RIM_GATES, inputs, run_and_judge, same, scaled, state_for
 from judge import judge
 
 import kimi_linear as kl
@@ -62,14 +62,7 @@ def test_one_decay_everywhere(gate):
 @pytest.mark.parametrize("name", ["q", "k", "v", "initial_state"])
 def test_zero_tiny_and_huge(name, scale):
     """Keys of any length, for one token in five: between them the state lives on."""
-    x = inputs(20, 2, 12, 18)
-    x["initial_state"] = state_for(x)
-    x[name] = x[name].copy()
-    part = x[name] if name == "initial_state" else x[name][2::5]
-    if name == "k" and scale > 1:
-        part = x["k"][-1:]
-    part *= np.float32(scale)
-    run_and_judge(x)
+    run_and_judge(scaled(name, scale))
 
 
 def test_forgetting_is_exact():
