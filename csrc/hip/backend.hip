@@ -163,15 +163,17 @@ bool have_staging(kl_ctx *ctx)
     return true;
 }
 
-/* Through two pinned buffers in turns: one is filled from host memory, which may be a mapped file that is read by
- * that, while the device copies from the other. */
-kl_status stage(kl_ctx *ctx, void *to, const void *from, size_t n_bytes)
+/* at once; the driver reads `from` until the stream has been waited for */
+kl_status upload_whole(kl_ctx *ctx, void *to, const void *from, size_t n_bytes)
 {
-    KL_TRY(enter(ctx));
-    if (n_bytes <= PIECE || !have_staging(ctx)) {
-        KL_TRY(move(ctx, "upload", to, from, n_bytes, hipMemcpyHostToDevice));
-        return wait(ctx, "upload"); /* the driver may still read `from` */
-    }
+    KL_TRY(move(ctx, "upload", to, from, n_bytes, hipMemcpyHostToDevice));
+    return wait(ctx, "upload");
+}
+
+/* Through two pinned buffers in turns: one is filled from host memory, which may be a mapped file that is read by
+ * that, while the device copies from the other. What is copied last may still be on its way. */
+kl_status upload_pieces(kl_ctx *ctx, void *to, const void *from, size_t n_bytes)
+{
     handle *h = handle_of(ctx);
     for (size_t at = 0, turn = 0; at < n_bytes; at += PIECE, turn = 1 - turn) {
         const pinned &p = h->staging[turn];
@@ -184,9 +186,21 @@ kl_status stage(kl_ctx *ctx, void *to, const void *from, size_t n_bytes)
     return KL_OK;
 }
 
+bool goes_in_pieces(kl_ctx *ctx, size_t n_bytes) { return n_bytes > PIECE && have_staging(ctx); }
+
+kl_status stage(kl_ctx *ctx, void *to, const void *from, size_t n_bytes)
+{
+    KL_TRY(enter(ctx));
+    return goes_in_pieces(ctx, n_bytes) ? upload_pieces(ctx, to, from, n_bytes)
+                                        : upload_whole(ctx, to, from, n_bytes);
+}
+
 kl_status upload(kl_ctx *ctx, void *to, const void *from, size_t n_bytes)
 {
-    KL_TRY(stage(ctx, to, from, n_bytes));
+    KL_TRY(enter(ctx));
+    if (!goes_in_pieces(ctx, n_bytes))
+        return upload_whole(ctx, to, from, n_bytes);
+    KL_TRY(upload_pieces(ctx, to, from, n_bytes));
     return wait(ctx, "upload");
 }
 

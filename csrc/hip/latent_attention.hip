@@ -144,17 +144,6 @@ void multiply(kl_ctx *ctx, const product &p)
     }
 }
 
-bool has_kernels(kl_type type)
-{
-    switch (static_cast<int>(type)) {
-#define CASE(TYPE) case TYPE:
-        KL_STORED_TYPES(CASE)
-#undef CASE
-        return true;
-    default: return false;
-    }
-}
-
 /* What the batches of a call share. */
 struct call {
     float *o;
@@ -225,9 +214,9 @@ kl_status hip_latent_attention(kl_ctx *ctx, float *o, const float *q, kl_cache l
     const auto shared = [=](int64_t n) { return args->P > 0 ? args->positions[n] : 0; };
     call c = { o, q, w_uk, w_uv, nullptr, nullptr, args };
     kl_attend a = {};
-    if (!has_kernels(w_uk->type))
+    if (kl_kernel_type(w_uk->type) < 0)
         return kl_no_type(ctx, "latent_attention", "w_uk", w_uk->type);
-    if (!has_kernels(w_uv->type))
+    if (kl_kernel_type(w_uv->type) < 0)
         return kl_no_type(ctx, "latent_attention", "w_uv", w_uv->type);
     if (T == 0)
         return KL_OK;

@@ -1,6 +1,7 @@
 /* quantize, dequantize (ops/quantize.c): the CPU's bytes, by quant/<type>.c.
  *   dequantize  v1 one value a thread.
- *   quantize    v1 one block of values a thread. Types whose scales are searched for are written on the CPU. */
+ *   quantize    v1 one block of values a thread. What is searched for (the K types, IQ4) and what asks a vendor's log2
+ *               (MXFP4) is written on the CPU. */
 #include "runtime.h"
 #include "stored.h"
 
@@ -69,9 +70,68 @@ __device__ __forceinline__ void put_f16(uint8_t *to, float x)
     to[1] = static_cast<uint8_t>(h >> 8);
 }
 
+/* a level from 0 to `top` */
+__device__ __forceinline__ int clip(float x, int top)
+{
+    const int q = byte_of(x);
+    return q < top ? q : top;
+}
+
+/* bits 0 to 3 of 32 levels: byte j has those of j (low) and j + 16; and bit 4 of level j as bit j */
+template <class LEVEL> __device__ __forceinline__ void put_low(uint8_t *to, LEVEL level)
+{
+    for (int j = 0; j < 16; j++)
+        to[j] = static_cast<uint8_t>((level(j) & 15) | (level(j + 16) & 15) << 4);
+}
+template <class LEVEL> __device__ __forceinline__ void put_high(uint8_t *to, LEVEL level)
+{
+    uint32_t bits = 0;
+    for (int j = 0; j < 32; j++)
+        bits |= static_cast<uint32_t>(level(j) >> 4) << j;
+    for (int i = 0; i < 4; i++)
+        to[i] = static_cast<uint8_t>(bits >> 8 * i & 255);
+}
+
+/* Levels of 32 values as one scale has them: from -zero on, the value farthest from zero being -zero. */
+struct around_zero {
+    const float *x;
+    float d, inverse, zero;
+    __device__ __forceinline__ around_zero(const float *from, float at)
+        : x(from), d(extreme_of(from) / -at), inverse(inverse_of(d)), zero(at)
+    {
+    }
+    __device__ __forceinline__ int operator()(int j) const
+    {
+        return clip(x[j] * inverse + (zero + 0.5f), static_cast<int>(zero) * 2 - 1);
+    }
+};
+/* as a scale and the least value have them: from it on, in `top` steps to the greatest */
+struct from_least {
+    const float *x;
+    float m, d, inverse;
+    int top;
+    __device__ __forceinline__ from_least(const float *from, int steps)
+        : x(from), m(from[0]), top(steps)
+    {
+        float greatest = x[0];
+        for (int j = 1; j < 32; j++) {
+            m = x[j] < m ? x[j] : m;
+            greatest = x[j] > greatest ? x[j] : greatest;
+        }
+        d = (greatest - m) / static_cast<float>(steps);
+        inverse = inverse_of(d);
+    }
+    __device__ __forceinline__ int operator()(int j) const
+    {
+        return clip((x[j] - m) * inverse + 0.5f, top);
+    }
+};
+
+/* The types that are written, and a block of each. */
+#define KL_WRITTEN_TYPES(TYPE) TYPE(Q8_0) TYPE(Q4_0) TYPE(Q4_1) TYPE(Q5_0) TYPE(Q5_1)
+
 template <kl_type TYPE> struct written;
 template <> struct written<KL_Q8_0> {
-    static const int bytes = 34;
     static __device__ void block(uint8_t *b, const float *x)
     {
         const float d = fabsf(extreme_of(x)) / 127.0f, inverse = inverse_of(d);
@@ -81,18 +141,39 @@ template <> struct written<KL_Q8_0> {
     }
 };
 template <> struct written<KL_Q4_0> {
-    static const int bytes = 18;
-    static __device__ __forceinline__ int level(float x, float inverse)
-    {
-        const int q = byte_of(x * inverse + 8.5f);
-        return q < 15 ? q : 15;
-    }
     static __device__ void block(uint8_t *b, const float *x)
     {
-        const float d = extreme_of(x) / -8.0f, inverse = inverse_of(d);
-        put_f16(b, d);
-        for (int j = 0; j < 16; j++)
-            b[2 + j] = static_cast<uint8_t>(level(x[j], inverse) | level(x[j + 16], inverse) << 4);
+        const around_zero level(x, 8.0f);
+        put_f16(b, level.d);
+        put_low(b + 2, level);
+    }
+};
+template <> struct written<KL_Q5_0> {
+    static __device__ void block(uint8_t *b, const float *x)
+    {
+        const around_zero level(x, 16.0f);
+        put_f16(b, level.d);
+        put_high(b + 2, level);
+        put_low(b + 6, level);
+    }
+};
+template <> struct written<KL_Q4_1> {
+    static __device__ void block(uint8_t *b, const float *x)
+    {
+        const from_least level(x, 15);
+        put_f16(b, level.d);
+        put_f16(b + 2, level.m);
+        put_low(b + 4, level);
+    }
+};
+template <> struct written<KL_Q5_1> {
+    static __device__ void block(uint8_t *b, const float *x)
+    {
+        const from_least level(x, 31);
+        put_f16(b, level.d);
+        put_f16(b + 2, level.m);
+        put_high(b + 4, level);
+        put_low(b + 8, level);
     }
 };
 
@@ -101,7 +182,22 @@ __global__ void __launch_bounds__(256) quantize_v1(uint8_t *y, const float *x, i
 {
     const int64_t step = static_cast<int64_t>(gridDim.x) * BLOCK;
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * BLOCK + threadIdx.x; i < blocks; i += step)
-        written<TYPE>::block(y + i * written<TYPE>::bytes, x + 32 * i);
+        written<TYPE>::block(y + i * kl_stored<TYPE>::block::bytes, x + 32 * i);
+}
+
+#define NAME(TYPE) " " #TYPE
+const char WRITTEN[] = KL_WRITTEN_TYPES(NAME);
+#undef NAME
+
+bool is_written(kl_type type)
+{
+    switch (static_cast<int>(type)) {
+#define CASE(TYPE) case KL_##TYPE:
+        KL_WRITTEN_TYPES(CASE)
+#undef CASE
+        return true;
+    default: return false;
+    }
 }
 
 kl_status check_finite(kl_ctx *ctx, const float *x, int64_t n, int64_t cols)
@@ -131,19 +227,24 @@ kl_status hip_quantize(kl_ctx *ctx, void *y, const float *x, kl_type type, int64
 {
     const int64_t blocks = rows * cols / 32;
     uint8_t *to = static_cast<uint8_t *>(y);
-    if (type != KL_Q8_0 && type != KL_Q4_0)
-        return kl_core_of->fail(ctx, KL_ERR_UNSUPPORTED,
-                                "quantize: type %d is not written on hip; Q8_0 and Q4_0 are, and "
-                                "device='cpu' writes the others",
-                                static_cast<int>(type));
+    if (!is_written(type))
+        return kl_core_of->fail(
+            ctx, KL_ERR_UNSUPPORTED,
+            "quantize: type %d is not written on hip; these are:%s; device='cpu' writes the others",
+            static_cast<int>(type), WRITTEN);
     if (blocks == 0)
         return KL_OK;
     KL_TRY(check_finite(ctx, x, rows * cols, cols));
     const unsigned grid = kl_grid(kl_ceil_div(blocks, BLOCK));
-    if (type == KL_Q8_0)
-        KL_LAUNCH((quantize_v1<KL_Q8_0>), grid, BLOCK, 0, kl_stream(ctx), to, x, blocks);
-    else
-        KL_LAUNCH((quantize_v1<KL_Q4_0>), grid, BLOCK, 0, kl_stream(ctx), to, x, blocks);
+    switch (static_cast<int>(type)) {
+#define CASE(TYPE)                                                                                 \
+    case KL_##TYPE:                                                                                \
+        KL_LAUNCH((quantize_v1<KL_##TYPE>), grid, BLOCK, 0, kl_stream(ctx), to, x, blocks);        \
+        break;
+        KL_WRITTEN_TYPES(CASE)
+#undef CASE
+    default: break; /* it was refused */
+    }
     return kl_launched(ctx, "quantize");
 }
 

@@ -44,16 +44,17 @@
 
 const kl_type KL_RARE = KL_TYPE_END;
 
-/* What a kernel is made for: switch (kl_kernel_type(type)) { KL_KERNEL_TYPES(CASE) default: kl_no_type }. */
+/* What a kernel is made for: switch (kl_kernel_type(type)) { KL_KERNEL_TYPES(CASE) default: kl_no_type }; -1 is a type
+ * without kernels. */
 #define KL_KERNEL_TYPES(TYPE) KL_OWN_TYPES(TYPE) TYPE(KL_RARE)
 static inline int kl_kernel_type(kl_type type)
 {
     switch (static_cast<int>(type)) {
 #define CASE(TYPE) case TYPE:
         KL_RARE_TYPES(CASE) return KL_RARE;
+        KL_OWN_TYPES(CASE) return type;
 #undef CASE
-    case KL_RARE: return -1;
-    default: return type;
+    default: return -1;
     }
 }
 

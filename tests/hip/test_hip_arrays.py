@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from basic_inputs import OPS, op_inputs
 from conftest import DATA
-from hip_build import DEVICE, ON_HOST, context, host_build_only
+from hip_build import DEVICE, ON_HOST, context, host_build_only, host_library
 from judge import normal
 
 import kimi_linear as kl
@@ -371,6 +371,16 @@ def test_hip_out_of_memory_leaves_the_array_without():
 
 
 # ---- large uploads, weights, time ----
+
+
+@host_build_only
+@pytest.mark.parametrize("n", [4, PIECE, PIECE + 1, 3 * PIECE])
+def test_hip_an_upload_waits_once(n):
+    x, count = np.zeros(n, np.uint8), host_library().kl_host_waits
+    count.restype = ctypes.c_int64
+    before = count()
+    held = put(x)
+    assert count() == before + 1 and same(held, x)
 
 
 @pytest.mark.parametrize("n_bytes", [PIECE - 1, PIECE, PIECE + 1, 2 * PIECE + 12345, 3 * PIECE])

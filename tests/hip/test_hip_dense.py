@@ -58,11 +58,14 @@ def test_hip_dequantize_of_any_bytes(type):
     assert same_floats(kl.ops.dequantize(q, ctx=context()), kl.ops.dequantize(q, ctx=CPU))
 
 
-@pytest.mark.parametrize("type", ["Q8_0", "Q4_0"])
-@pytest.mark.parametrize("scale", [0.0, 1e-42, 1e-7, 1.0, 6e4, 1e30])
+@pytest.mark.parametrize("type", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
+@pytest.mark.parametrize("scale", [0.0, 1e-42, 1e-7, 1.0, 6e4, 1e30, 3e38])
 def test_hip_quantize_has_the_bytes_of_the_cpu(type, scale):
-    x = normal(9, 96, scale=scale)
-    x[0, :32], x[1, 3] = 0.0, -x[1].max() * 2
+    """Halves, too, equal extremes of both signs, and a range that overflows."""
+    x = np.clip(normal(9, 96), -1, 1) * np.float32(scale)
+    x[0, :32], x[1, 3], x[2, 32:64] = 0.0, -x[1].max() * 0.99, -x[2, 40]
+    x[3, :32] = np.arange(-16, 16) * np.float32(scale) / 32
+    x[4, 5], x[4, 9] = np.float32(scale), np.float32(-scale)
     same_as_the_cpu(lambda ctx: kl.ops.quantize(x, type, ctx=ctx).data)
 
 
@@ -75,7 +78,8 @@ def test_hip_quantize_refuses_what_is_not_finite_and_what_it_does_not_write():
     with pytest.raises(ValueError, match=r"quantize: x\[2, 40\] is inf; it must be finite"):
         kl._core.quantize(context()._core, out, x, 8, 4, 64)
     assert (out == 7).all()
-    with pytest.raises(NotImplementedError, match="type 12 is not written on hip; Q8_0 and Q4_0 are, and device='cpu'"):
+    with pytest.raises(NotImplementedError, match="type 12 is not written on hip; these are: Q8_0 Q4_0 Q4_1 Q5_0 "
+                                                  "Q5_1; device='cpu' writes the others"):
         kl.ops.quantize(normal(1, 256), "Q4_K", ctx=context())
 
 

@@ -17,6 +17,8 @@ namespace kl_host
 {
 
 thread_view now;
+settings chosen = settings_from_environment();
+moment here;
 
 namespace
 {
@@ -25,9 +27,6 @@ enum {
     MAX_THREADS = 1024,
     STACK_BYTES = 128 * 1024,
     PAGE_BYTES = 4096,
-    SHARED_BYTES = 64 * 1024, /* what a block has on every GPU but the newest */
-    MAX_REGIONS = 64,
-    TEAM = 32, /* lanes that a wave barrier of gpu.h orders */
 };
 
 enum class state { ready, at_barrier, at_wave, at_shuffle, ended };
@@ -43,46 +42,21 @@ struct fibre {
     uint32_t team_epoch;   /* wave barriers passed */
 };
 
-} // namespace
-
-/* Who touched 4 bytes last. Epochs count barriers, over all blocks, so that what an earlier block left
- * is older than this block's first. */
-struct cell {
-    uint32_t write_epoch, write_team_epoch, read_epoch, read_team_epoch;
-    int16_t writer, reader; /* a thread; readers: see team_of */
-    bool by_atomic;
-};
-
-namespace
-{
-
-/* who read: a thread; several of team t: -2 - t; several of several teams */
-enum { SEVERAL_TEAMS = -1000 };
-int team_of(int who) { return who >= 0 ? who / TEAM : who > SEVERAL_TEAMS ? -2 - who : -1; }
-
 struct engine {
     std::mutex lock;
     fibre fibres[MAX_THREADS];
     int order[MAX_THREADS];
-    int n_threads, current, stacks;
+    int n_threads, stacks;
     void *scheduler;
     void (*body)(void *);
     void *arguments;
     const char *kernel;
     bool failed;
-    uint64_t block; /* serial number over all launches */
-    uint32_t epoch, first_epoch;
     uint64_t random;
-    region regions[MAX_REGIONS];
-    int n_regions;
-    size_t shared_used, dynamic_bytes;
-    region *dynamic;
-    alignas(64) unsigned char memory[SHARED_BYTES];
-    cell cells[SHARED_BYTES / 4];
+    size_t dynamic_bytes;
 };
 
 engine e;
-settings chosen = settings_from_environment();
 thread_local hipError_t last_error;
 thread_local char sentence[512];
 
@@ -94,12 +68,13 @@ uint64_t next_random()
     return e.random;
 }
 
-fibre &me() { return e.fibres[e.current]; }
+fibre &me() { return e.fibres[here.thread]; }
 
 void suspend() { kl_fibre_switch(&me().sp, e.scheduler); }
 
-/* the thread's own failure: the sentence is left, the thread never goes on */
-[[noreturn]] void stop()
+} // namespace
+
+void stop()
 {
     for (;;) {
         me().is = state::ended;
@@ -107,7 +82,7 @@ void suspend() { kl_fibre_switch(&me().sp, e.scheduler); }
     }
 }
 
-__attribute__((format(printf, 1, 2))) void fail(const char *format, ...)
+void fail(const char *format, ...)
 {
     if (e.failed)
         return;
@@ -119,6 +94,9 @@ __attribute__((format(printf, 1, 2))) void fail(const char *format, ...)
     va_end(args);
     last_error = hipErrorLaunchFailure;
 }
+
+namespace
+{
 
 const char *base_name(const char *path)
 {
@@ -150,7 +128,8 @@ bool make_stacks(int n)
 
 void resume(int i)
 {
-    e.current = i;
+    here.thread = i;
+    here.team_epoch = e.fibres[i].team_epoch;
     now.thread = e.fibres[i].index;
     kl_fibre_switch(&e.scheduler, e.fibres[i].sp);
 }
@@ -258,7 +237,7 @@ bool release()
     }
     for (int i = 0; i < e.n_threads; i++)
         e.fibres[i].is = state::ready;
-    e.epoch++;
+    here.epoch++;
     return true;
 }
 
@@ -276,11 +255,9 @@ void shuffle_order()
 
 void run_block(dim3 block)
 {
-    e.block++;
-    e.first_epoch = ++e.epoch;
-    e.n_regions = 0;
-    e.shared_used = 0;
-    e.dynamic = nullptr;
+    here.block++;
+    here.first_epoch = ++here.epoch;
+    empty_shared(e.dynamic_bytes);
     int i = 0;
     for (unsigned z = 0; z < block.z; z++)
         for (unsigned y = 0; y < block.y; y++)
@@ -306,6 +283,7 @@ int64_t gcd(int64_t a, int64_t b) { return b == 0 ? a : gcd(b, a % b); }
 void run_grid(dim3 grid, dim3 block)
 {
     const int64_t n = int64_t(grid.x) * grid.y * grid.z;
+    const int64_t first = chosen.last > 0 && chosen.last < n ? n - chosen.last : 0;
     int64_t at = 0, step = 1;
     if (chosen.seed != 0) {
         e.random = chosen.seed * 0x9e3779b97f4a7c15u | 1;
@@ -318,6 +296,8 @@ void run_grid(dim3 grid, dim3 block)
     now.grid_size = grid;
     now.wave_size = chosen.wave;
     for (int64_t i = 0; i < n && !e.failed; i++, at = (at + step) % n) {
+        if (at < first)
+            continue;
         now.block =
             uint3{ static_cast<unsigned>(at % grid.x), static_cast<unsigned>(at / grid.x % grid.y),
                    static_cast<unsigned>(at / grid.x / grid.y) };
@@ -336,7 +316,7 @@ void barrier(site where)
     suspend();
 }
 
-static int lane_in_wave() { return e.current % chosen.wave; }
+static int lane_in_wave() { return here.thread % chosen.wave; }
 
 int lane_of(int width) { return lane_in_wave() % (width > 0 ? width : 1); }
 
@@ -345,7 +325,7 @@ static void check_width(int width, site where)
     if (width >= 1 && width <= chosen.wave && (width & (width - 1)) == 0)
         return;
     fail("thread %d: %s:%d has a width of %d; it must be a power of two up to the wave of %d",
-         e.current, base_name(where.file), where.line, width, chosen.wave);
+         here.thread, base_name(where.file), where.line, width, chosen.wave);
     stop();
 }
 
@@ -361,9 +341,9 @@ void wave_barrier(int width, site where)
 uint64_t shuffle(uint64_t bits, int source, int width, site where)
 {
     check_width(width, where);
-    const int lane = lane_in_wave(), begin = e.current - lane + lane / width * width;
+    const int lane = lane_in_wave(), begin = here.thread - lane + lane / width * width;
     if (source >= width || begin + source >= e.n_threads) {
-        fail("thread %d: the shuffle of %s:%d reads lane %d of %d", e.current,
+        fail("thread %d: the shuffle of %s:%d reads lane %d of %d", here.thread,
              base_name(where.file), where.line, source,
              begin + width <= e.n_threads ? width : e.n_threads - begin);
         stop();
@@ -378,144 +358,6 @@ uint64_t shuffle(uint64_t bits, int source, int width, site where)
     return me().result;
 }
 
-/* ---- shared memory -------------------------------------------------------------------------- */
-
-static region *take_bytes(const char *name, size_t n_bytes)
-{
-    const size_t begin = (e.shared_used + 63) / 64 * 64;
-    if (begin + n_bytes > chosen.shared_bytes || e.n_regions == MAX_REGIONS) {
-        fail("shared memory %s needs %zu bytes behind %zu; a block has %zu", name, n_bytes, begin,
-             chosen.shared_bytes);
-        stop();
-    }
-    region *r = &e.regions[e.n_regions++];
-    *r = region{ name, e.memory + begin, e.cells + begin / 4, n_bytes };
-    memset(r->data, 0xff, n_bytes); /* NaN */
-    e.shared_used = begin + n_bytes;
-    return r;
-}
-
-region *take(slot *of, const char *name, size_t n_bytes)
-{
-    if (of->block != e.block) {
-        of->block = e.block;
-        of->taken = take_bytes(name, n_bytes);
-    }
-    return of->taken;
-}
-
-region *take_dynamic(const char *name)
-{
-    if (e.dynamic == nullptr)
-        e.dynamic = take_bytes(name, e.dynamic_bytes);
-    return e.dynamic;
-}
-
-void out_of_bounds(const region *r, int64_t index, int64_t n)
-{
-    fail("block (%u, %u, %u), thread %d: shared memory %s[%lld] of %lld", now.block.x, now.block.y,
-         now.block.z, e.current, r->name, static_cast<long long>(index), static_cast<long long>(n));
-    stop();
-}
-
-namespace
-{
-
-bool is_before(uint32_t epoch, uint32_t team_epoch, bool same_team)
-{
-    return epoch < e.epoch || (same_team && team_epoch < me().team_epoch);
-}
-
-[[noreturn]] void fail_race(const region *r, const cell &c, const char *how, int other)
-{
-    char by[32] = "several threads";
-    if (other >= 0)
-        snprintf(by, sizeof by, "thread %d", other);
-    fail("block (%u, %u, %u), thread %d %s shared memory %s + %lld bytes, which %s touched with no "
-         "barrier between",
-         now.block.x, now.block.y, now.block.z, e.current, how, r->name,
-         4 * static_cast<long long>(&c - r->cells), by);
-    stop();
-}
-
-void check_write(const region *r, const cell &c, const char *how)
-{
-    const int team = e.current / TEAM;
-    if (c.write_epoch >= e.first_epoch && c.writer != e.current
-        && !is_before(c.write_epoch, c.write_team_epoch, c.writer / TEAM == team))
-        fail_race(r, c, how, c.writer);
-    if (c.read_epoch < e.first_epoch || c.reader == e.current)
-        return;
-    if (!is_before(c.read_epoch, c.read_team_epoch, team_of(c.reader) == team))
-        fail_race(r, c, how, c.reader);
-}
-
-template <class Each> void each_cell(const region *r, const void *p, size_t n_bytes, Each each)
-{
-    if (!chosen.checks || n_bytes < 4)
-        return;
-    const size_t at = static_cast<size_t>(static_cast<const unsigned char *>(p) - r->data);
-    for (size_t i = at / 4; i < (at + n_bytes + 3) / 4; i++)
-        each(r->cells[i]);
-}
-
-} // namespace
-
-void note_read(const region *r, const void *p, size_t n_bytes)
-{
-    each_cell(r, p, n_bytes, [r](cell &c) {
-        const int16_t self = static_cast<int16_t>(e.current);
-        if (c.write_epoch < e.first_epoch) {
-            fail("block (%u, %u, %u), thread %d reads shared memory %s + %lld bytes, which nobody "
-                 "wrote",
-                 now.block.x, now.block.y, now.block.z, e.current, r->name,
-                 4 * static_cast<long long>(&c - r->cells));
-            stop();
-        }
-        if (c.writer != self
-            && !is_before(c.write_epoch, c.write_team_epoch, c.writer / TEAM == self / TEAM))
-            fail_race(r, c, "reads", c.writer);
-        const int team = self / TEAM;
-        if (c.reader == self
-            || is_before(c.read_epoch, c.read_team_epoch, team_of(c.reader) == team))
-            c.reader = self;
-        else
-            c.reader = static_cast<int16_t>(team_of(c.reader) == team ? -2 - team : SEVERAL_TEAMS);
-        c.read_epoch = e.epoch;
-        c.read_team_epoch = me().team_epoch;
-    });
-}
-
-void note_write(const region *r, const void *p, size_t n_bytes)
-{
-    each_cell(r, p, n_bytes, [r](cell &c) {
-        check_write(r, c, "writes");
-        c.writer = static_cast<int16_t>(e.current);
-        c.write_epoch = e.epoch;
-        c.write_team_epoch = me().team_epoch;
-        c.by_atomic = false;
-    });
-}
-
-/* atomics of several threads are in order among themselves */
-void note_atomic(const region *r, const void *p, size_t n_bytes)
-{
-    each_cell(r, p, n_bytes, [r](cell &c) {
-        const bool among_atomics = c.by_atomic && c.write_epoch == e.epoch;
-        if (c.write_epoch < e.first_epoch) {
-            fail("thread %d adds to shared memory %s + %lld bytes, which nobody wrote", e.current,
-                 r->name, 4 * static_cast<long long>(&c - r->cells));
-            stop();
-        }
-        if (!among_atomics)
-            check_write(r, c, "adds to");
-        c.writer = static_cast<int16_t>(e.current);
-        c.write_epoch = e.epoch;
-        c.write_team_epoch = me().team_epoch;
-        c.by_atomic = true;
-    });
-}
-
 /* ---- launch --------------------------------------------------------------------------------- */
 
 void begin_launch(const char *name)
@@ -523,7 +365,7 @@ void begin_launch(const char *name)
     e.lock.lock();
     e.kernel = name;
     e.failed = false;
-    e.current = 0;
+    here.thread = 0;
 }
 
 void check_pointer(int argument, const void *p)
@@ -572,6 +414,13 @@ extern "C" __attribute__((visibility("default"))) void kl_host_set(int wave, uin
     kl_host::chosen.wave = wave == 64 ? 64 : 32;
     kl_host::chosen.seed = seed;
     kl_host::chosen.checks = checks != 0;
+}
+
+/* of each grid only its last `blocks` run, so that a test reaches the end of an array of any size; 0: all */
+extern "C" __attribute__((visibility("default"))) void kl_host_last(int64_t blocks)
+{
+    const std::lock_guard<std::mutex> hold(kl_host::e.lock);
+    kl_host::chosen.last = blocks;
 }
 
 hipError_t hipGetLastError()

@@ -1,6 +1,6 @@
-/* The host build of kl_gpu.h: HIP's names over an emulator (emulate.cpp). Blocks run one after another, the threads
- * of a block as fibres that switch at barriers and shuffles. What it finds, it reports as a failed launch
- * whose hipGetErrorString is a sentence:
+/* The host build of kl_gpu.h: HIP's names over an emulator (emulate.cpp; shared memory: shared.cpp). Blocks run one
+ * after another, the threads of a block as fibres that switch at barriers and shuffles. What it finds, it reports as a
+ * failed launch whose hipGetErrorString is a sentence:
  *     - a thread that leaves, or waits elsewhere, while others wait at a barrier or a shuffle;
  *     - a read or write past the end of an array in shared memory;
  *     - a read of shared memory that nobody wrote;
