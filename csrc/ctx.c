@@ -102,6 +102,17 @@ static kl_status add_chunk(kl_ctx *ctx, size_t size)
     return KL_OK;
 }
 
+/* In one piece what a call like the largest yet takes. Where that cannot be had the largest is forgotten: the next
+ * call asks for its own. */
+static kl_status add_more(kl_ctx *ctx, size_t n_bytes)
+{
+    kl_arena *a = &ctx->arena;
+    const kl_status status = add_chunk(ctx, n_bytes > a->peak ? n_bytes : a->peak);
+    if (status != KL_OK)
+        a->peak = a->used;
+    return status;
+}
+
 kl_status kl_scratch_reserve(kl_ctx *ctx, size_t n_bytes)
 {
     kl_arena *a = &ctx->arena;
@@ -127,7 +138,7 @@ kl_status kl_scratch(kl_ctx *ctx, void **p, size_t n_bytes)
         }
         if (a->current >= a->n_chunks
             || a->used - a->chunks[a->current].begin + n_bytes > a->chunks[a->current].size)
-            KL_TRY(add_chunk(ctx, n_bytes > a->peak ? n_bytes : a->peak));
+            KL_TRY(add_more(ctx, n_bytes));
         const chunk *c = &a->chunks[a->current];
         *p = c->data + (a->used - c->begin);
 #ifdef KL_DEBUG

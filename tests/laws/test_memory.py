@@ -146,3 +146,24 @@ def test_the_process_grows_by_what_is_planned():
     assert planned >= 256 << 20
     shadow = planned / 8 if "libasan" in os.environ.get("LD_PRELOAD", "") else 0  # a byte for each 8
     assert 0.98 * planned <= grown <= 1.02 * planned + shadow, (planned, grown)
+
+
+def test_scratch_that_cannot_be_had_is_not_asked_for_again():
+    """After a large call a small one asks for as much, so that the next large one finds it; unless there is no room."""
+    rng, ctx = np.random.default_rng(0), kl.Context(threads=1)
+    w = [rng.standard_normal((2, 32, 32), dtype=np.float32) for _ in range(3)]
+
+    def moe(T):
+        x, ids = rng.standard_normal((T, 32), dtype=np.float32), np.tile(np.array([0, 1], np.int32), (T, 1))
+        kl.ops.moe(x, ids, np.ones((T, 2), np.float32), *w, ctx=ctx)
+        return ctx._core.scratch_bytes
+
+    assert moe(1000) == 0  # it took several pieces: given back
+    largest = moe(1)
+    assert moe(1000) == largest > 500_000
+    ctx = kl.Context(threads=1)
+    moe(1000)
+    ctx._core.fail_at(1)
+    with pytest.raises(MemoryError, match=f"scratch of {largest} bytes was wanted"):
+        moe(1)
+    assert moe(1) < largest / 10
