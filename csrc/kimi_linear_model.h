@@ -67,7 +67,8 @@ typedef struct kl_model kl_model;
 typedef struct kl_state kl_state;
 
 /* Matrices stay where they lie; vectors and convolution taps become float32 in memory of the model.
- * planning 1: data may be NULL, and the model can only be planned with. */
+ * planning 1: data may be NULL, and the model can only be planned with. A config's numbers are checked here: sizes, and
+ * what an op would refuse, such as an eps below 0. */
 KL_API kl_status kl_model_create(kl_ctx *ctx, kl_model **model, const kl_config *config,
                                  const kl_tensor *tensors, int64_t n_tensors,
                                  int planning) KL_CHECKED;

@@ -125,6 +125,49 @@ def test_types_refuse_nonsense():
             _core.Model(context, wrong, [], [("a", -1, 0, 0, (1,))], 1)
 
 
+@pytest.mark.parametrize("key, value, rule", [
+    ("rms_norm_eps", np.nan, "finite and >= 0"), ("latent_eps", -1e-6, "finite and >= 0"),
+    ("l2_eps", 1e300, "finite and >= 0"),  # no float32
+    ("gate_lower_bound", 5.0, "finite and < 0, or 0 for none"), ("routed_scale", np.inf, "finite"),
+    ("rope_base", 0.0, "finite and > 0"), ("rope_base", np.nan, "finite and > 0"),
+])
+def test_a_model_refuses_numbers_that_its_ops_would(key, value, rule):
+    """Kimi-Linear has layers of every number but the rotary base, which a layer of gated attention has."""
+    good = _engine.config_numbers(kl.Model.tiny().config)
+    if key == "rope_base":
+        good |= dict(layers=[(3, 0)], attn_heads=2, attn_kv_heads=1, attn_head_dim=8, rotary_dim=4)
+    with pytest.raises(ValueError, match=f"config: {key} is .*; it must be {rule}$"):
+        _core.Model(kl.Context()._core, {**good, key: value}, [], [("a", -1, 0, 0, (1,))], 1)
+
+
+def test_tap_buffers_cannot_be_resized_during_the_call():
+    """As from another thread: the function of an edit runs in the middle of the pass."""
+    model, context = kl.Model.tiny(), kl.Context()._core
+    config, T, tried = model.config, 3, []
+    names = {(layer, name): tap for layer, tap, name, *_ in model._core.taps()}
+    layer = next(i for i, spec in enumerate(config.layers) if spec.ffn == "moe")
+    written = bytearray(4 * T * config.hidden_size)
+    chosen = bytearray(np.arange(T * config.experts_per_token, dtype=np.int32) % config.experts_per_token)
+
+    def edit(*_):
+        for array in (written, chosen):
+            with pytest.raises(BufferError):
+                array.extend(bytes(1 << 20))
+        tried.append(True)
+
+    def forward(taps):
+        model._core.forward(context, [model.new_state()._core], np.zeros(T, np.int32), np.array([0, T]), T, None, None,
+                            0, taps, [(layer, names[layer, "moe.ids"], chosen)], 0, 0, None, [(-1, names[-1, "embed"])],
+                            edit)
+
+    forward([(-1, names[-1, "embed"], written)])
+    assert tried and np.frombuffer(written, np.float32).any()
+    with pytest.raises(ValueError, match="the array has 8 bytes"):
+        forward([(-1, names[-1, "embed"], written), (-1, names[-1, "embed"], bytearray(8))])
+    written.clear()  # both calls gave them back
+    chosen.clear()
+
+
 EVIL = r"""
 import sys
 import kimi_linear as kl

@@ -1,6 +1,9 @@
 /* Checks of a config, and the shapes of its taps. */
 #include "model.h"
 
+#include <float.h>
+#include <math.h>
+
 enum { MIXERS = KL_MIXER_ATTN + 1, FFNS = KL_FFN_MOE + 1 };
 
 /* Each layer's parts are among those there are. */
@@ -57,6 +60,33 @@ static kl_status check_state_size(kl_ctx *ctx, const kl_config *c, bool delta, b
         return kl_fail(ctx, KL_ERR_ARG,
                        "config: %lld layers of a state of %lld values are more than 2^56",
                        (long long)c->n_layers, (long long)widest);
+    return KL_OK;
+}
+
+/* The numbers that are no sizes, as the ops that get them have them. */
+static kl_status check_reals(kl_ctx *ctx, const kl_config *c, bool delta, bool mla, bool attn,
+                             bool moe)
+{
+    const struct {
+        const char *name, *rule;
+        bool used;
+        double value, low, high;
+    } checks[] = {
+        { "rms_norm_eps", "finite and >= 0", true, (double)c->rms_eps, 0, INFINITY },
+        { "latent_eps", "finite and >= 0", mla, (double)c->latent_eps, 0, INFINITY },
+        { "l2_eps", "finite and >= 0", delta, (double)c->l2_eps, 0, INFINITY },
+        { "gate_lower_bound", "finite and < 0, or 0 for none", delta, (double)c->delta.lower_bound,
+          -INFINITY, 0 },
+        { "rope_base", "finite and > 0", attn && c->attn.rotary > 0, c->attn.rope_base,
+          DBL_TRUE_MIN, INFINITY },
+        { "routed_scale", "finite", moe, (double)c->ffn.scale, -INFINITY, INFINITY },
+    };
+    for (size_t i = 0; i < sizeof checks / sizeof checks[0]; i++) {
+        const double x = checks[i].value;
+        if (checks[i].used && !(isfinite(x) && x >= checks[i].low && x <= checks[i].high))
+            return kl_fail(ctx, KL_ERR_ARG, "config: %s is %g; it must be %s", checks[i].name, x,
+                           checks[i].rule);
+    }
     return KL_OK;
 }
 
@@ -120,6 +150,7 @@ kl_status kl_config_check(kl_ctx *ctx, const kl_config *c)
                            checks[i].name, (long long)checks[i].value, (long long)checks[i].low,
                            (long long)checks[i].high);
     KL_TRY(check_heads(ctx, c, kda, gdn, attn));
+    KL_TRY(check_reals(ctx, c, kda || gdn, mla, attn, moe));
     return check_state_size(ctx, c, kda || gdn, mla, attn);
 }
 

@@ -343,22 +343,36 @@ static PyObject *model_plan(PyObject *o, PyObject *args)
         "scratch", (unsigned long long)plan.scratch);
 }
 
+/* The arrays of a list, held until the call has ended: nobody can resize one meanwhile. */
+typedef struct views {
+    Py_buffer *of;
+    Py_ssize_t n;
+} views;
+
 /* What a forward call borrows besides its buffers, and the objects that it borrows from. */
 typedef struct tables {
     kl_state **states;
     void **taps;
     const int32_t **experts;
-    PyObject *state_items, *tap_items, *expert_items;
+    PyObject *state_items;
+    views tap_views, expert_views;
 } tables;
+
+static void release_views(views *v)
+{
+    for (Py_ssize_t i = 0; i < v->n; i++)
+        PyBuffer_Release(&v->of[i]);
+    free(v->of);
+}
 
 static void free_tables(tables *t)
 {
     free(t->states);
     free(t->taps);
     free((void *)t->experts);
+    release_views(&t->tap_views);
+    release_views(&t->expert_views);
     Py_XDECREF(t->state_items);
-    Py_XDECREF(t->tap_items);
-    Py_XDECREF(t->expert_items);
 }
 
 static bool parse_states(kl_py_call *c, tables *t, PyObject *list, int64_t *N)
@@ -380,63 +394,71 @@ static bool parse_states(kl_py_call *c, tables *t, PyObject *list, int64_t *N)
     return true;
 }
 
-/* [(layer, tap, array)]: one host array for each tap that is wanted. These can be many: their buffers are not
- * held; the arrays are kept, and their length is checked here. */
+static const char *const arrays_problem =
+    "taps and expert_ids must be lists of (layer, tap, array)";
+
+/* (layer, tap, array): a host array of T rows of a tap, held in v and entered into the table. */
+static bool parse_array(PyObject *item, const kl_config *config, int64_t T, tables *t, views *v)
+{
+    const bool taps = v == &t->tap_views;
+    long long layer;
+    int tap, n_dims, is_int32;
+    const char *name;
+    int64_t shape[2];
+    PyObject *array;
+    if (!PyTuple_Check(item)) {
+        PyErr_SetString(PyExc_TypeError, arrays_problem);
+        return false;
+    }
+    if (!PyArg_ParseTuple(item, "LiO", &layer, &tap, &array))
+        return false;
+    if (!kl_tap_shape(config, (kl_tap)tap, layer, &name, shape, &n_dims, &is_int32)
+        || (!taps && tap != KL_TAP_MOE_IDS)) {
+        PyErr_Format(PyExc_ValueError, "layer %lld has no tap %d", layer, tap);
+        return false;
+    }
+    Py_buffer *view = &v->of[v->n];
+    if (PyObject_GetBuffer(array, view, PyBUF_C_CONTIGUOUS | (taps ? PyBUF_WRITABLE : 0)) < 0)
+        return false;
+    v->n++;
+    const int64_t values = T * shape[0] * (n_dims == 2 ? shape[1] : 1);
+    if (view->len != values * 4) {
+        PyErr_Format(PyExc_ValueError,
+                     "%s of layer %lld: the array has %lld bytes; it must have %lld", name, layer,
+                     (long long)view->len, (long long)values * 4);
+        return false;
+    }
+    if (taps)
+        t->taps[(layer < 0 ? config->n_layers : layer) * KL_TAP_COUNT + tap] = view->buf;
+    else
+        t->experts[layer] = view->buf;
+    return true;
+}
+
+/* [(layer, tap, array)]: one host array for each tap that is wanted, or for the expert ids of each layer. */
 static bool parse_arrays(kl_py_call *c, PyObject *list, const kl_config *config, int64_t T,
                          tables *t, bool taps)
 {
-    static const char *const problem = "taps and expert_ids must be lists of (layer, tap, array)";
     const int64_t rows = config->n_layers + 1;
+    views *v = taps ? &t->tap_views : &t->expert_views;
     c->failed = true;
-    PyObject *items = kl_py_items(list, problem);
+    PyObject *items = kl_py_items(list, arrays_problem);
     if (items == NULL)
         return false;
-    *(taps ? &t->tap_items : &t->expert_items) = items;
     const Py_ssize_t n = PyTuple_Size(items);
+    v->of = calloc((size_t)n + 1, sizeof *v->of);
     if (taps)
         t->taps = calloc((size_t)(rows * KL_TAP_COUNT), sizeof *t->taps);
     else
         t->experts = calloc((size_t)rows, sizeof *t->experts);
-    if ((taps ? (void *)t->taps : (void *)t->experts) == NULL)
-        return PyErr_NoMemory() != NULL;
-    for (Py_ssize_t i = 0; i < n; i++) {
-        long long layer;
-        int tap, n_dims, is_int32;
-        const char *name;
-        int64_t shape[2];
-        PyObject *array;
-        Py_buffer view;
-        PyObject *item = PyTuple_GetItem(items, i);
-        if (!PyTuple_Check(item)) {
-            PyErr_SetString(PyExc_TypeError, problem);
-            return false;
-        }
-        if (!PyArg_ParseTuple(item, "LiO", &layer, &tap, &array))
-            return false;
-        if (!kl_tap_shape(config, (kl_tap)tap, layer, &name, shape, &n_dims, &is_int32)
-            || (!taps && tap != KL_TAP_MOE_IDS)) {
-            PyErr_Format(PyExc_ValueError, "layer %lld has no tap %d", layer, tap);
-            return false;
-        }
-        if (PyObject_GetBuffer(array, &view, PyBUF_C_CONTIGUOUS | (taps ? PyBUF_WRITABLE : 0)) < 0)
-            return false;
-        const int64_t values = T * shape[0] * (n_dims == 2 ? shape[1] : 1);
-        void *data = view.buf;
-        const bool fits = view.len == values * 4;
-        PyBuffer_Release(&view);
-        if (!fits) {
-            PyErr_Format(PyExc_ValueError,
-                         "%s of layer %lld: the array has %lld bytes; it must have %lld", name,
-                         layer, (long long)view.len, (long long)values * 4);
-            return false;
-        }
-        if (taps)
-            t->taps[(layer < 0 ? config->n_layers : layer) * KL_TAP_COUNT + tap] = data;
-        else
-            t->experts[layer] = data;
-    }
-    c->failed = false;
-    return true;
+    bool ok = v->of != NULL && (taps ? (void *)t->taps : (void *)t->experts) != NULL;
+    if (!ok)
+        PyErr_NoMemory();
+    for (Py_ssize_t i = 0; ok && i < n; i++)
+        ok = parse_array(PyTuple_GetItem(items, i), config, T, t, v);
+    Py_DECREF(items);
+    c->failed = !ok;
+    return ok;
 }
 
 /* What the callback of an edit needs, and the table of taps it is called for. */

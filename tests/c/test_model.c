@@ -124,6 +124,37 @@ static void test_layers_that_are_none(kl_ctx *ctx)
     }
 }
 
+/* Numbers that an op would refuse in the first pass, where a layer has a use for them. */
+static void test_reals_that_no_op_takes(kl_ctx *ctx)
+{
+    kl_config c;
+    const struct {
+        float *at;
+        float value;
+        const char *sentence;
+    } wrong[] = {
+        { &c.rms_eps, NAN, "config: rms_norm_eps is nan; it must be finite and >= 0" },
+        { &c.rms_eps, -1e-6f, "rms_norm_eps is -1e-06; it must be" },
+        { &c.latent_eps, INFINITY, "latent_eps is inf; it must be finite and >= 0" },
+        { &c.l2_eps, -INFINITY, "l2_eps is -inf; it must be finite and >= 0" },
+        { &c.delta.lower_bound, 5,
+          "gate_lower_bound is 5; it must be finite and < 0, or 0 for none" },
+        { &c.delta.lower_bound, -INFINITY, "gate_lower_bound is -inf; it must be" },
+        { &c.ffn.scale, NAN, "routed_scale is nan; it must be finite" },
+    };
+    kl_model *model;
+    for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++) {
+        c = config();
+        *wrong[i].at = wrong[i].value;
+        CHECK(kl_model_create(ctx, &model, &c, tensors, n_tensors, 0) == KL_ERR_ARG);
+        CHECK(strstr(kl_ctx_error(ctx), wrong[i].sentence) != NULL && model == NULL);
+    }
+    c = config(); /* no layer rotates: its base is not looked at */
+    c.attn.rope_base = NAN;
+    CHECK(kl_model_create(ctx, &model, &c, tensors, n_tensors, 0) == KL_OK);
+    kl_model_destroy(ctx, model);
+}
+
 /* What a caller gets wrong in numbers: said when the model, the state or the plan is made, not later. */
 static void test_numbers_out_of_range(kl_ctx *ctx)
 {
@@ -182,6 +213,7 @@ int main(void)
     test_plan(ctx);
     test_wrong_checkpoints(ctx);
     test_layers_that_are_none(ctx);
+    test_reals_that_no_op_takes(ctx);
     test_numbers_out_of_range(ctx);
     kl_ctx_destroy(ctx);
     free_checkpoint();
