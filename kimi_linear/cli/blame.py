@@ -8,9 +8,10 @@ kimi-linear blame ~/models/kimi theirs.safetensors
 kimi-linear blame ~/models/kimi theirs.safetensors --names hf --prefix short/ --dtype bfloat16
 kimi-linear blame ~/models/kimi prompt.safetensors first-token.safetensors second-token.safetensors
 kimi-linear blame ~/models/kimi calls --names vllm
+kimi-linear blame ~/models/kimi theirs.safetensors --weights ~/models/converted.gguf
 kimi-linear blame --faults
 
-exit code 0: no op is wrong in itself; 1: one is; 2: bad usage or input
+exit code 0: no op is wrong in itself, and no weight differs; 1: one does; 2: bad usage or input
 """
 
 
@@ -22,6 +23,8 @@ def add_arguments(parser):
     add_names_arguments(parser, "THEIRS")
     parser.add_argument("--dtype", choices=("float64", "float32", "float16", "bfloat16"),
                         help="what they computed in (default: as the file says, or as most ops show)")
+    parser.add_argument("--weights", metavar="MODEL",
+                        help="the checkpoint that they ran: its weights are compared by name first")
     parser.add_argument("--faults", action="store_true", help="list the known faults, and do nothing else")
     add_json_argument(parser)
 
@@ -36,7 +39,8 @@ def run(args):
 
     model = Model.from_pretrained(args.model)
     calls = [call for path in args.theirs for call in foreign_calls(args, path, model.config)]
-    return print_report(args, blame(model, calls, dtype=args.dtype))
+    weights = None if args.weights is None else Model.from_pretrained(args.weights)
+    return print_report(args, blame(model, calls, dtype=args.dtype, weights=weights))
 
 
 def _list_faults(args):

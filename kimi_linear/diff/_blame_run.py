@@ -16,6 +16,7 @@ from ..faults import Scene, Site
 from . import metrics
 from ._noise import ATTENDS, draws_of, long_sums
 from ._opened import open_array, open_ids
+from ._weights import compare_weights, names_of
 from .blame import USUAL, WRONG, Blame, Judged, as_calls, level_of, ranked
 
 EXPLAINED = 30  # a fault leaves this part of the error at most,
@@ -33,8 +34,9 @@ WITHOUT = ("cache_append",)
 class Run:
     """One foreign run: its values, rows end to end, and its ops."""
 
-    def __init__(self, model, theirs, dtype, tokens):
+    def __init__(self, model, theirs, dtype, tokens, weights=None):
         self.config, self.weights = model.config, model.weights
+        self.differences, self.compared = ([], set()) if weights is None else compare_weights(self.weights, weights)
         calls = as_calls(theirs)
         self.nodes = {n.tap: n for n in dataflow.nodes(self.config) if n.op not in WITHOUT}
         self.skipped, self.notes = [], []
@@ -144,6 +146,7 @@ class Run:
             level, self.start = self._level(rows), self.of_first(START) if self.scene.T > LONG else None
             rows = [self._explained(self._leveled(r, level), details.get(r.tap), level) for r in rows]
             rows += self._judge_states(level, {tap for r in rows if not r.ok for tap in r.group})
+        rows = [self._with_weights(r) for r in rows]
         lacking = [tap for tap in self.nodes if tap not in self.values]
         if lacking:
             self.notes.append(f"{len(lacking)} taps are not in the trace: their ops are judged together with those "
@@ -152,7 +155,20 @@ class Run:
         places = [self.scene.place(i) for i in range(self.scene.T)]
         cuts = tuple(int(p.rows[0]) for p in self.scene.pieces if len(p.rows) and p.rows[0])
         opened = [self._open(r.tap, details[r.tap]) for r in rows if not r.ok and r.tap in details][:OPENED]
-        return Blame(rows, self.skipped, self.unit, self.notes, self.structure, places, cuts, opened)
+        return Blame(rows, self.skipped, self.unit, self.notes, self.structure, places, cuts, opened, self.differences)
+
+    def _with_weights(self, row):
+        """What is known of the weights of an op that is wrong: one that differs explains it."""
+        names = [] if row.ok else [n for tap in row.group if tap in self.nodes for n in names_of(self.nodes[tap])]
+        for d in self.differences:
+            if d.name in names:
+                return replace(row, kind="weight_differs", fault=None, choice=(), also=(), weight=d.text)
+        if row.kind != "unknown" or not names:
+            return row
+        if self.compared.issuperset(names):
+            return replace(row, weight="its weights are the same as ours")
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        return replace(row, weight=f"is its weight the same? weights= (--weights) compares {names[0]}{more}")
 
     def _open(self, tap, detail):
         """A wrong op's result beside float64."""

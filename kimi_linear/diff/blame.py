@@ -19,6 +19,7 @@ from ..dataflow import in_order
 from ..faults import Fault
 from ._grid import NOISE, Grid, Line, by_layer, by_tap, layer_of
 from ._opened import Opened
+from ._weights import WeightDifference
 from .compare import aligned
 from .page import Plotted, of_blame
 
@@ -49,7 +50,8 @@ class Judged:
         The worst row: call, sequence, token.
     kind : str
         "right"; "tie" for expert ids that differ between scores as near as rounding; the name of a fault;
-        "stored_transposed" for a state array; "unknown" where nothing explains the result.
+        "stored_transposed" for a state array; "weight_differs" where a weight of its is another on their side;
+        "unknown" where nothing explains the result.
     fault : Fault or None
     choice : tuple
         Of the fault's further arguments.
@@ -59,6 +61,8 @@ class Judged:
         Faults that explain it as well.
     where : str
         The tap of the group that has the fault.
+    weight : str
+        What is known of its weights: which differs, that they are the same, or which to compare.
     of_token : (rows,) array or None
         Error over noise of each token of all calls, sequence by sequence.
     """
@@ -75,6 +79,7 @@ class Judged:
     left: float = float("nan")
     also: tuple[str, ...] = ()
     where: str = ""
+    weight: str = ""
     of_token: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -100,7 +105,9 @@ class Judged:
     def text(self) -> str:
         """What is wrong, in words."""
         if self.kind == "unknown":
-            return "no known fault explains it"
+            return f"no known fault explains it{self.weight and '; '}{self.weight}"
+        if self.kind == "weight_differs":
+            return self.weight
         if self.kind == "stored_transposed":
             return "stored_transposed: the array is [H, V, K], and must be [H, K, V]"
         return f"{self.label}: {self.fault.text}" if self.fault else ""
@@ -127,6 +134,8 @@ class Blame(Plotted):
         At which of them a sequence or a call begins, behind the first.
     opened : list of Opened
         The worst ops that are wrong, beside float64 on their inputs.
+    weights : list of WeightDifference
+        Weights that are others on their side, furthest apart first, where `weights` was given.
     """
 
     _parts = of_blame
@@ -139,6 +148,7 @@ class Blame(Plotted):
     columns: list[str] = field(default_factory=list, repr=False)
     cuts: tuple[int, ...] = ()
     opened: list[Opened] = field(default_factory=list, repr=False)
+    weights: list[WeightDifference] = field(default_factory=list)
 
     @property
     def wrong(self) -> list[Judged]:
@@ -147,8 +157,8 @@ class Blame(Plotted):
 
     @property
     def ok(self) -> bool:
-        """True where no op is wrong, and the layers are of the kinds that they should be."""
-        return not self.wrong and not self.structure
+        """True where no op is wrong, no weight differs, and the layers are of the kinds that they should be."""
+        return not self.wrong and not self.structure and not self.weights
 
     def __bool__(self):
         return self.ok
@@ -158,6 +168,8 @@ class Blame(Plotted):
         """One sentence."""
         if self.structure:
             return self.structure
+        if self.weights:
+            return self._of_weights()
         n = len(self.rows)
         if not self.wrong:
             worst = f"; the furthest, {self.rows[0].tap}, is at {self.rows[0].noise:.2g} times its noise" if n else ""
@@ -171,6 +183,15 @@ class Blame(Plotted):
         return (f"WRONG: {first.tap} ({first.op}){more}, {_times(first.noise)} its noise on their own inputs: "
                 f"{first.text}{rest}; {n - len(self.wrong)} ops are right")
 
+    def _of_weights(self):
+        """The verdict where a weight is another on their side."""
+        more = f", and {len(self.weights) - 1} more" if len(self.weights) > 1 else ""
+        explained = [r for r in self.wrong if r.kind == "weight_differs"]
+        others = [r for r in self.wrong if r.kind != "weight_differs"]
+        shows = f"it shows in {_some([r.tap for r in explained])}" if explained else "no op shows it"
+        rest = f"; wrong besides: {_some([r.tap for r in others])}" if others else ""
+        return f"WRONG: {self.weights[0].text}{more}; {shows}{rest}"
+
     def __str__(self):
         shown = self.wrong[:12] or self.rows[:5]
         lines = aligned([HEAD, *(cells(r) for r in shown)])
@@ -182,7 +203,9 @@ class Blame(Plotted):
 
     def left_out(self) -> list[str]:
         """Notes, sources, ties, and what was not judged."""
-        lines = list(self.notes)
+        lines = [*self.notes, *(d.text for d in self.weights[:6])]
+        if len(self.weights) > 6:
+            lines.append(f"and {len(self.weights) - 6} more weights differ")
         known = {r.kind: r.fault for r in self.wrong if r.fault}
         lines += [f"{name}: {f.text} ({f.source or f.scenario})" for name, f in known.items()]
         ties = [r.tap for r in self.rows if r.kind == "tie"]
@@ -219,9 +242,12 @@ class Blame(Plotted):
 
         rows = [{"tap": r.tap, "layer": r.layer, "op": r.op, "ok": r.ok, "kind": r.kind, "noise": finite(r.noise),
                  "error": finite(r.error), "at": r.at, "text": r.text, "choice": list(r.choice), "also": list(r.also),
-                 "where": r.where, "left": finite(r.left), "group": list(r.group)} for r in self.rows]
+                 "where": r.where, "weight": r.weight, "left": finite(r.left), "group": list(r.group)}
+                for r in self.rows]
+        weights = [{"name": d.name, "largest": finite(d.largest), "relative": finite(d.relative), "text": d.text}
+                   for d in self.weights]
         return {"ok": self.ok, "verdict": self.verdict, "unit": self.unit, "wrong_from": WRONG, "rows": rows,
-                "skipped": [list(s) for s in self.skipped], "notes": self.notes}
+                "skipped": [list(s) for s in self.skipped], "notes": self.notes, "weights": weights}
 
 
 HEAD = ("tap", "op", "error", "times its noise", "worst at", "what it is")
@@ -249,7 +275,7 @@ def cells(r: Judged) -> tuple[str, ...]:
 # ---- the judgement ---------------------------------------------------------------------------------
 
 
-def blame(model, theirs, *, dtype=None, tokens=None) -> Blame:
+def blame(model, theirs, *, dtype=None, tokens=None, weights=None) -> Blame:
     """Which ops of a foreign run are wrong in themselves, and by which known fault.
 
     Parameters
@@ -265,6 +291,9 @@ def blame(model, theirs, *, dtype=None, tokens=None) -> Blame:
         taken where most ops have it.
     tokens : (T,) integers, optional
         Of one call, where the trace does not say.
+    weights : Model, ReferenceModel or mapping from name to array, optional
+        What they had: compared with the model's by name, before anything else. What differs by rounding to the type of
+        one of the two alone is the same.
 
     Returns
     -------
@@ -273,11 +302,11 @@ def blame(model, theirs, *, dtype=None, tokens=None) -> Blame:
     Raises
     ------
     ValueError
-        If there is no tap of this model, or calls and shapes do not agree; with names.
+        If there is no tap of this model, or calls and shapes do not agree; with names. If `weights` has no name of it.
     """
     from ._blame_run import Run
 
-    return Run(model, theirs, dtype, tokens).report()
+    return Run(model, theirs, dtype, tokens, weights).report()
 
 
 def level_of(times):

@@ -243,6 +243,17 @@ def test_blame(cli, tmp_path):
     assert cli("blame", KIMI_A, golden, "--names", "hf", "--prefix", "short/")[0] == 0
 
 
+def test_blame_compares_weights_first(cli, tmp_path):
+    model, name = kl.Model.from_pretrained(KIMI_A), "model.layers.1.self_attn.b_proj.weight"
+    model.weights[name] = 2 * model.weights[name]
+    model.save_pretrained(tmp_path / "theirs")
+    model.trace([1, 2, 3]).save(tmp_path / "trace.safetensors")
+    code, out, _ = cli("blame", KIMI_A, tmp_path / "trace.safetensors", "--weights", tmp_path / "theirs")
+    assert code == 1 and out.splitlines()[-1].startswith(f"WRONG: weight {name} differs: max abs ")
+    code, out, _ = cli("blame", KIMI_A, tmp_path / "trace.safetensors", "--weights", KIMI_A, "--json")
+    assert code == 1 and json.loads(out)["weights"] == []
+
+
 def test_blame_lists_faults_and_asks_for_files(cli):
     code, out, _ = cli("blame", "--faults")
     assert code == 0 and "decay_after_update" in out and len(out.splitlines()) == len(kl.faults.CATALOGUE)

@@ -282,3 +282,65 @@ def test_a_long_run_of_ours_is_right():
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, 2000)
     found = kl.diff.blame(model, model.trace(ids))
     assert found.ok, found.verdict
+
+
+# ---- weights ----
+
+WEIGHT = "model.layers.2.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def other_weight(model):
+    """(a run with one weight turned end to end, all weights of it)."""
+    weights = {name: np.asarray(model.weights[name]) for name in model.weights}
+    weights[WEIGHT] = weights[WEIGHT][::-1].copy()
+    [trace] = faults.run(kl.ReferenceModel(model.config, weights), [1, 2, 3, 4, 5])
+    return trace, weights
+
+
+def test_a_weight_that_differs_is_named(model, other_weight):
+    trace, weights = other_weight
+    found = kl.diff.blame(model, trace, weights=weights)
+    x = np.float64(weights[WEIGHT])
+    most = np.abs(x - x[::-1]).max()
+    at = [int(i) for i in np.argwhere(np.abs(x - x[::-1]) == most)[0]]
+    says = f"weight {WEIGHT} differs: max abs {most:.3g}, {most / np.sqrt((x * x).mean()):.2g} of its rms, at {at}"
+    assert found.verdict == f"WRONG: {says}; it shows in layers.2.kda.q_proj"
+    assert [(r.tap, r.kind, r.text) for r in found.wrong] == [("layers.2.kda.q_proj", "weight_differs", says)]
+    assert says in str(found) and says in found.html() and not found.ok
+    assert json.loads(json.dumps(found.to_dict()))["weights"][0]["name"] == WEIGHT
+    assert kl.diff.blame(model, trace, weights=kl.ReferenceModel(model.config, weights)).verdict == found.verdict
+
+
+def test_what_is_said_where_no_weight_is_known_to_differ(model, other_weight):
+    trace, _ = other_weight
+    hint = f"no known fault explains it; is its weight the same? weights= (--weights) compares {WEIGHT}"
+    assert hint in kl.diff.blame(model, trace).verdict
+    assert "explains it; its weights are the same as ours" in kl.diff.blame(model, trace, weights=model).verdict
+
+
+def test_weights_that_differ_beside_ops_that_are_wrong(model, other_weight):
+    weights = other_weight[1] | {"lm_head.weight": other_weight[1]["lm_head.weight"][:-1]}
+    [trace] = faults.run(model, [1, 2, 3, 4, 5], plant={"layers.1.kda.g": "dt_bias_twice"})
+    found = kl.diff.blame(model, trace, weights=weights)
+    assert found.verdict.startswith("WRONG: weight lm_head.weight differs: it has shape [")
+    assert found.verdict.endswith(", and 1 more; no op shows it; wrong besides: layers.1.kda.g")
+    [trace] = faults.run(model, [1, 2, 3, 4, 5])
+    assert not kl.diff.blame(model, trace, weights=weights)
+
+
+def test_weights_in_another_type_or_with_an_axis_more_are_the_same(model, other_weight):
+    [trace] = faults.run(model, [1, 2, 3, 4, 5])
+    for dtype in (np.float64, np.float16, ml_dtypes.bfloat16):
+        theirs = {name: np.asarray(model.weights[name]).astype(dtype)[None] for name in model.weights}
+        assert kl.diff.blame(model, trace, weights=theirs).ok
+    theirs[WEIGHT] = theirs[WEIGHT] * np.nan
+    assert "differs: max abs inf" in kl.diff.blame(model, trace, weights=theirs).verdict
+
+
+def test_weights_that_are_none(model):
+    trace = model.trace([1, 2, 3])
+    with pytest.raises(TypeError, match="weights is a list; it must be a Model, or a mapping"):
+        kl.diff.blame(model, trace, weights=[1])
+    with pytest.raises(ValueError, match="weights has no name of this model: it has q; the model has model.embed"):
+        kl.diff.blame(model, trace, weights={"q": 1})

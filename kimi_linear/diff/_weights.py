@@ -1,0 +1,92 @@
+"""The weights of two sides by name: a wrong one looks like a wrong op, and no trace has it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from .._arrays import as_array
+from ..dataflow import Node
+
+__all__ = ["WeightDifference", "compare_weights", "names_of"]
+
+
+@dataclass(frozen=True)
+class WeightDifference:
+    """A weight that the two sides do not have alike.
+
+    Attributes
+    ----------
+    name : str
+    largest : float
+        Of |theirs - ours|; infinite where the shapes differ, or one side alone is finite.
+    relative : float
+        The same over the rms of ours.
+    text : str
+        ``weight NAME differs: max abs 0.0125, 0.4 of its rms, at [3, 17]``.
+    """
+
+    name: str
+    largest: float
+    relative: float
+    text: str
+
+
+def compare_weights(ours: Mapping, theirs) -> tuple[list[WeightDifference], set[str]]:
+    """(what differs, furthest apart first; the names that both have).
+
+    Parameters
+    ----------
+    ours : mapping from name to array
+    theirs : the same, or a Model
+        What differs by rounding to the type of one of the two is the same; so are shapes of one size but for axes of 1.
+
+    Raises
+    ------
+    TypeError
+        If it is neither.
+    ValueError
+        If no name is in both.
+    """
+    theirs = getattr(theirs, "weights", theirs)
+    if not isinstance(theirs, Mapping):
+        raise TypeError(f"weights is a {type(theirs).__name__}; it must be a Model, or a mapping from name to array")
+    names = [name for name in ours if name in theirs]
+    if not names:
+        raise ValueError(f"weights has no name of this model: it has {', '.join(list(theirs)[:3]) or 'none'}; "
+                         f"the model has {', '.join(list(ours)[:3])}, ...")
+    found = [_difference(name, _values(ours[name], name), _values(theirs[name], name)) for name in names]
+    return sorted(filter(None, found), key=lambda d: -d.relative), set(names)
+
+
+def names_of(node: Node) -> Iterator[str]:
+    """The tensors that an op takes, those of all experts."""
+    for weight in node.weights.values():
+        yield from (weight.name.format(e) for e in range(weight.count)) if weight.count else (weight.name,)
+
+
+def _values(x, name):
+    return as_array(x.array() if hasattr(x, "file") else x, f"weights[{name!r}]")
+
+
+def _difference(name, x, y):
+    """What differs of ours and theirs; None where nothing does."""
+    if [n for n in x.shape if n != 1] != [n for n in y.shape if n != 1]:
+        return WeightDifference(name, np.inf, np.inf, f"weight {name} differs: it has shape {list(y.shape)}, and must "
+                                                      f"have {list(x.shape)}")
+    y = y.reshape(x.shape)
+    with np.errstate(all="ignore"):
+        if _same(x, y.astype(x.dtype)) or _same(x.astype(y.dtype), y):
+            return None
+        off = np.abs(y.astype(np.float64) - x)
+        off = np.where(np.isfinite(off), off, np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0.0, np.inf))
+        relative = float(off.max() / np.sqrt(np.square(x, dtype=np.float64).mean()))
+    at = [int(i) for i in np.unravel_index(int(off.argmax()), off.shape)]
+    return WeightDifference(name, float(off.max()), relative, f"weight {name} differs: max abs {off.max():.3g}, "
+                                                              f"{relative:.2g} of its rms, at {at}")
+
+
+def _same(x, y):
+    return bool(((x == y) | ((x != x) & (y != y))).all())
