@@ -1,31 +1,53 @@
-"""``kimi-linear golden``: an op's cases in a file, for kernels in any language."""
+"""``kimi-linear golden``: an op's cases in a file, for kernels in any language, and their results judged."""
 
 import os
 
 from ..testing.spec import OPS
 from ._common import add_json_argument, human_bytes, print_json, say
 
-HELP = "an op's cases with float64 results and allowed errors, in a file for kernels in any language"
+HELP = "an op's cases with float64 results and allowed errors, for kernels in any language; and the way back"
 EPILOG = """
 kimi-linear golden delta_rule -o cases.npz
 kimi-linear golden delta_rule -o cases.safetensors --cases "rim gates" --cases "nan*"
 kimi-linear golden rms_norm -o cases.npz
+kimi-linear golden delta_rule --judge results.npz --without "initial state"
+
+RESULTS is npz or safetensors: CASE/out/NAME, your results under the names and in the shapes of those in the cases.
+
+exit code 0: written, or every case holds; 1: a case is over its budget; 2: bad usage or input
 """
 
 
 def add_arguments(parser):
     parser.add_argument("op", metavar="OP", help=f"an op: {', '.join(OPS)}")
-    parser.add_argument("-o", "--output", metavar="FILE", required=True, help="file to write")
+    way = parser.add_mutually_exclusive_group(required=True)
+    way.add_argument("-o", "--output", metavar="FILE", help="file of cases to write")
+    way.add_argument("--judge", metavar="RESULTS", help="file of a kernel's results to judge, as check_op does")
     parser.add_argument("--format", choices=("npz", "safetensors"), help="(default: as the file's name ends, else npz)")
     parser.add_argument("--cases", action="append", metavar="GLOB",
                         help="names or groups; may be given again (default: all, and the packaged model's own)")
+    parser.add_argument("--without", action="append", metavar="WORDS",
+                        help="with --judge: what the kernel does not have, as a case's `needs` in the index spells it; "
+                             "may be given again")
     add_json_argument(parser)
 
 
 def run(args):
-    from ..testing import write_golden
+    from ..testing import judge_golden, write_golden
 
-    index = write_golden(args.op, args.output, format=args.format, cases=args.cases or "all")
+    cases = args.cases or "all"
+    if args.judge is not None:
+        if args.format is not None:
+            raise ValueError("--format is for the file to write; RESULTS is known by what it begins with")
+        card = judge_golden(args.op, args.judge, cases=cases, without=args.without or ())
+        if args.json:
+            print_json(card.to_dict())
+        else:
+            print(card)
+        return 0 if card else 1
+    if args.without is not None:
+        raise ValueError("--without is for --judge; what a case needs is in the index")
+    index = write_golden(args.op, args.output, format=args.format, cases=cases)
     if args.json:
         print_json(index)
     else:

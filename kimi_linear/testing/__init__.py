@@ -3,8 +3,8 @@
 from ._assert import assert_close
 from .cards import Card, Row
 from .check import check_op
-from .golden import write_golden
+from .golden import judge_golden, write_golden
 from .spec import Case, Explanation, Law, Spec, spec, specs
 
-__all__ = ["Card", "Case", "Explanation", "Law", "Row", "Spec", "assert_close", "check_op", "spec", "specs",
-           "write_golden"]
+__all__ = ["Card", "Case", "Explanation", "Law", "Row", "Spec", "assert_close", "check_op", "judge_golden",
+           "spec", "specs", "write_golden"]

@@ -64,21 +64,20 @@ def check_op(op, fn, *, conventions="ours", cases="all", without=(), arrays=None
     the = spec(op)
     how = convention(conventions, op)
     chosen = select((*the.cases, *the.laws), cases)
+    lacks = lacks_of(the, without)
+    if form is not None and form not in the.forms:
+        raise ValueError(f"form is {form!r}; {op} has {', '.join(the.forms) or 'one form alone'}")
+    form = {} if form is None else {"form": form}
+    return Run(the, how, fn, _maker(arrays or how.arrays), lacks, form, factor).card(chosen)
+
+
+def lacks_of(the, without):
+    """`without` as a set; ValueError where no case or law of the op needs one of its words."""
     lacks = frozenset([without] if isinstance(without, str) else without)
     known = frozenset().union(*(c.needs for c in the.cases), *(law.needs for law in the.laws))
     for name in sorted(lacks - known):
         raise ValueError(f"without has {name!r}; it must be of {', '.join(sorted(known))}")
-    if form is not None and form not in the.forms:
-        raise ValueError(f"form is {form!r}; {op} has {', '.join(the.forms) or 'one form alone'}")
-    start = time.perf_counter()
-    run = _Run(the, how, fn, _maker(arrays or how.arrays), lacks, {} if form is None else {"form": form}, factor)
-    rows = [run.law(c) if isinstance(c, Law) else run.case(c) for c in chosen]
-    if all(r.status == "not offered" for r in rows):
-        return Card(op, how.project, (), factor, refused=run.refused() or rows[0].detail)
-    why = explain(the, run.failures) | run.known
-    rows = tuple(replace(r, why=", ".join(filter(None, why.get(r.name, ())))) for r in rows)
-    return Card(op, how.project, rows, factor, _gathered(why), lacks=_lacks(rows, chosen),
-                seconds=time.perf_counter() - start)
+    return lacks
 
 
 def _lacks(rows, cases):
@@ -102,7 +101,7 @@ def _gathered(why):
     return tuple(sorted(found, key=lambda f: -len(f[1])))
 
 
-class _Run:
+class Run:
     """One callable in one convention.
 
     Attributes
@@ -119,11 +118,22 @@ class _Run:
         self.kinds = the.kinds(how)
         self.failures, self.known = [], {}
 
+    def card(self, chosen):
+        """The Card of some of the op's cases and laws."""
+        start = time.perf_counter()
+        rows = [self.law(c) if isinstance(c, Law) else self.case(c) for c in chosen]
+        if all(r.status == "not offered" for r in rows):
+            return Card(self.the.op, self.how.project, (), self.factor, refused=self.refused() or rows[0].detail)
+        why = explain(self.the, self.failures) | self.known
+        rows = tuple(replace(r, why=", ".join(filter(None, why.get(r.name, ())))) for r in rows)
+        return Card(self.the.op, self.how.project, rows, self.factor, _gathered(why), lacks=_lacks(rows, chosen),
+                    seconds=time.perf_counter() - start)
+
     def refused(self):
         """Why the plain case is not offered; empty where it is."""
         case = self.the.cases[0]
         try:
-            self._results(case, self._inputs(case))
+            self.results(case, self._inputs(case))
         except NotOffered as error:
             names = ", ".join(self.the.plan(self.how, case.make(self.kinds[0])).arguments)
             return f"the plain case is not offered: {error}; it is called with {names}"
@@ -137,8 +147,8 @@ class _Run:
             raise NotOffered(f"{', '.join(lacking)}")
         return case.make(self.kinds[0])
 
-    def _results(self, case, inputs, fill=np.nan):
-        """Results in our layout, of one call or of the case's steps."""
+    def results(self, case, inputs, fill=np.nan):
+        """What is judged, in our layout: of one call, or of the case's steps."""
         def call(x, **more):
             return self._call(x, fill, **more)
 
@@ -167,7 +177,7 @@ class _Run:
         try:
             inputs = self._inputs(case)
             exact = self.the.plan(self.how, inputs).inputs
-            actual = self._results(case, inputs)
+            actual = self.results(case, inputs)
         except NotOffered as lack:
             return Row(case.name, case.group, "not offered", detail=str(lack))
         except WrongResult as error:
@@ -210,7 +220,7 @@ class _Run:
         """Keeps the failure for `explain`, unless it goes away where the memory around the inputs is no NaN."""
         if not failure.finite:
             with suppress(Exception):
-                again = self._results(case, inputs, fill=0.0)
+                again = self.results(case, inputs, fill=0.0)
                 if not all(np.array_equal(a, b, equal_nan=True) for a, b in zip(failure.actual, again, strict=True)):
                     says = "it reads past the ends of its inputs: NaN that lie there reach the results"
                     self.known[case.name] = says, ""

@@ -1,5 +1,7 @@
 """The cases of an op in a file, for kernels that no Python can call: inputs, float64 results, and the error allowed."""
 
+import difflib
+import functools
 import inspect
 import io
 import json
@@ -9,13 +11,16 @@ import zipfile
 import numpy as np
 
 from .. import reference
+from .._arrays import BFLOAT16
 from .._version import __version__
+from ..adapters.arrays import read_npz
+from ..conventions import convention
 from ..diff.budgets import budget
-from ..load.safetensors import atomic_file, write_safetensors
-from .check import FACTOR
-from .spec import defaults, given, select, spec
+from ..load.safetensors import SafetensorsFile, array_of, atomic_file, write_safetensors
+from .check import FACTOR, Run, lacks_of
+from .spec import Case, WrongResult, defaults, given, select, spec
 
-__all__ = ["write_golden"]
+__all__ = ["judge_golden", "write_golden"]
 
 README = """Cases of {op}, written by kimi_linear {version}: `kimi-linear golden {op}`.
 
@@ -24,6 +29,10 @@ CASE/bound/NAME the largest absolute error that the bound of docs/math.md allows
 order of sums. Arrays are row-major. Judge a kernel by the largest |got - out| / bound; {factor} is what kimi_linear
 allows a foreign one. NaN in `out` must be NaN in yours, and nothing else may be; beside NaN a bound is infinite, and
 where it is 0 the values must be the same.
+
+Write your results as CASE/out/NAME to an npz or safetensors file of your own, in any float type (ids as integers),
+and `kimi-linear golden {op} --judge FILE` says which cases hold, how far off they are, and why. CASE/in and
+CASE/bound may be in it, too, and are not looked at.
 
 The index has an entry a case: what it is about (`says`), its group, which arrays it has, what it `needs` of a kernel,
 and arguments that are no arrays (`options`). Cases called model-* are a trained model's own inputs. What is not there
@@ -64,18 +73,25 @@ def write_golden(op, path, *, format=None, cases="all"):
     if format not in ("npz", "safetensors"):
         raise ValueError(f'format is {format!r}; it must be "npz" or "safetensors"')
     entries, arrays = [], {}
-    for case in select([c for c in the.cases if c.steps is None], cases):
+    for case in _cases(the, cases):
         about = {"group": case.group, "says": case.says, "needs": sorted(case.needs)}
         _add(the, case.name, case.make(the.kind), about, entries, arrays)
-    if cases == "all":
-        about = {"group": "model", "says": "a layer of the packaged model", "needs": []}
-        for name, inputs in the.real().items():
-            _add(the, name, inputs, about, entries, arrays)
     formula = inspect.getdoc(getattr(reference, op)).partition("Parameters")[0].strip()
     readme = README.format(op=op, version=__version__, factor=FACTOR, formula=formula, defaults=_defaults(op))
     index = {"op": op, "version": __version__, "results": list(the.results), "cases": entries}
     (_write_npz if format == "npz" else _write_safetensors)(path, arrays, readme, json.dumps(index, indent=1))
     return index
+
+
+def _cases(the, patterns):
+    """Those of one call that are chosen; of all, the packaged model's, too."""
+    model = [Case(name, "model", functools.partial(_held, inputs), says="a layer of the packaged model")
+             for name, inputs in (the.real().items() if patterns == "all" else ())]
+    return select([c for c in the.cases if c.steps is None], patterns) + model
+
+
+def _held(inputs, kind):
+    return inputs
 
 
 def _defaults(op):
@@ -119,3 +135,78 @@ def _write_npz(path, arrays, readme, index):
 
 def _write_safetensors(path, arrays, readme, index):
     write_safetensors(path, arrays, {"readme": readme, "index": index})
+
+
+# ---- the way back --------------------------------------------------------------------------------------
+
+
+def judge_golden(op, path, *, cases="all", without=()):
+    """Judge the results of a kernel that ran on the cases of `write_golden`, as `check_op` judges a callable.
+
+    Parameters
+    ----------
+    op : str
+        One of `specs()`.
+    path : str or path
+        An npz or safetensors file with ``CASE/out/NAME`` of every case, each in the shape that the golden file has.
+    cases : str or list of str
+        As for `write_golden`.
+    without : list of str
+        As for `check_op`: cases that need it are not offered, and need not be there.
+
+    Returns
+    -------
+    Card
+
+    Raises
+    ------
+    ValueError
+        If results are missing, or the file has some that no case has; by name. If there is no such op or case.
+    FormatError
+        If the file is neither npz nor safetensors.
+    """
+    the = spec(op)
+    chosen, lacks = _cases(the, cases), lacks_of(the, without)
+    held = _open(path)
+    known = {f"{c.name}/out/{n}" for c in _cases(the, "all") for n in the.results}
+    _check_names(path, held, known, [f"{c.name}/out/{n}" for c in chosen if not c.needs & lacks for n in the.results])
+    return _Stored(the, convention("ours", op), held, lacks).card(chosen)
+
+
+class _Stored(Run):
+    """Results that lie in a file."""
+
+    def __init__(self, the, how, held, lacks):
+        super().__init__(the, how, None, None, lacks, {}, FACTOR)
+        self.held = held
+
+    def results(self, case, inputs, fill=np.nan):
+        names = [f"{case.name}/out/{n}" for n in self.the.results]
+        return tuple(_number(array_of(self.held[n]), n) for n in names)
+
+
+def _number(a, name):
+    if a.dtype.kind not in "fiu" and a.dtype != BFLOAT16:
+        raise WrongResult(f"{name} is {a.dtype}; it must be an array of numbers")
+    return a if a.dtype.kind in "fiu" else a.astype(np.float32)
+
+
+def _open(path):
+    """Name -> array, or what gives one, by what the file begins with."""
+    with open(path, "rb") as file:
+        is_zip = file.read(2) == b"PK"
+    return read_npz(path) if is_zip else SafetensorsFile(path)
+
+
+def _check_names(path, held, known, wanted):
+    """Every result that is wanted is there, and none that nobody asked for: it may be a misspelt one."""
+    other = [n for n in held if n not in known and "/in/" not in n and "/bound/" not in n]
+    if other:
+        near = difflib.get_close_matches(other[0], known, n=1)
+        meant = f"; did you mean {near[0]}?" if near else "; a result is CASE/out/NAME"
+        raise ValueError(f"{path} has {other[0]}, which is no result of the cases{meant}")
+    missing = [n for n in wanted if n not in held]
+    if missing:
+        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        raise ValueError(f"{path} lacks {', '.join(missing[:4])}{more}; `cases` and `without` (--cases, --without) say "
+                         f"which to judge")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import zipfile
 
 import numpy as np
@@ -10,7 +11,8 @@ from conftest import read_safetensors
 
 import kimi_linear as kl
 from kimi_linear.cli import main
-from kimi_linear.testing import spec, specs, write_golden
+from kimi_linear.load.safetensors import write_safetensors
+from kimi_linear.testing import check_op, judge_golden, spec, specs, write_golden
 from kimi_linear.testing.check import FACTOR
 
 
@@ -109,3 +111,96 @@ def test_command(capsys, tmp_path):
         assert message in capsys.readouterr().err and not (tmp_path / "never").exists()
     with pytest.raises(ValueError, match='format is \'zip\'; it must be "npz" or "safetensors"'):
         write_golden("delta_rule", path, format="zip")
+
+
+# ---- the way back ----
+
+@pytest.fixture(scope="module")
+def results(files):
+    """Those of our delta rule on every case: name -> array."""
+    found = np.load(files / "cases.npz")
+    held = {}
+    for case in json.loads(found["index.json"])["cases"]:
+        given = {n.partition("/")[2]: found[f"{case['name']}/{n}"] for n in case["arrays"] if n.startswith("in/")}
+        got = kl.ops.delta_rule(**{"g": None} | given | case["options"])
+        held |= {f"{case['name']}/out/{n}": a for n, a in zip(("o", "state"), got, strict=True)}
+    return held
+
+
+@pytest.mark.parametrize("write", [
+    lambda path, held: np.savez(path, **held), lambda path, held: write_safetensors(path, held),
+], ids=["npz", "safetensors"])
+def test_results_are_judged_as_check_op_does(results, tmp_path, write):
+    path = tmp_path / "results.npz"
+    write(path, results | {"plain/in/q": np.zeros(3)})  # a copy of the cases is not looked at
+    card, whole = judge_golden("delta_rule", path), check_op("delta_rule", kl.ops.delta_rule)
+    assert card and card["model-layer-0"].status == "holds"
+    assert [vars(card[c.name]) for c in spec("delta_rule").cases if c.steps is None] == [
+        vars(whole[c.name]) for c in spec("delta_rule").cases if c.steps is None]
+    wrong = {n: a.swapaxes(-1, -2) if n.endswith("/state") and a.shape[-1] == a.shape[-2] else a
+             for n, a in results.items()}
+    write(path, wrong)
+    card = judge_golden("delta_rule", path)
+    assert not card and card.reasons[0][0] == "the final state equals ours with K and V swapped"
+    write(path, {n: np.nan_to_num(a) if n.startswith("nan-") else a for n, a in results.items()})
+    assert set(judge_golden("delta_rule", path).failing) == {r.name for r in card.rows if r.name.startswith("nan-")}
+
+
+def test_command_judges(results, capsys, tmp_path):
+    path = tmp_path / "mine"
+
+    def judged(*words, **changed):
+        with open(path, "wb") as file:
+            np.savez(file, **{n: changed.get(n, a) for n, a in results.items() if changed.get(n, a) is not None})
+        code = main(["golden", "delta_rule", "--judge", str(path), *words])
+        return code, *capsys.readouterr()
+
+    code, out, err = judged()
+    assert (code, err) == (0, "") and out.splitlines()[-1].startswith("ok: all ")
+    half = {"plain/out/o": results["plain/out/o"] / 2}
+    code, out, err = judged(**half)
+    assert (code, err) == (1, "") and "FAILS 1 of " in out and "times the bound" in out
+    code, out, _ = judged("--json", "--cases", "plain", **half)
+    assert code == 1 and json.loads(out)["rows"][0]["status"] == "fails"
+    code, out, _ = judged(**{"plain/out/o": results["plain/out/o"][:-1]})
+    assert code == 1 and re.search(r"plain: o has shape \[\d+, .*\]; it must\s+be \[", out)
+
+    code, out, err = judged(**{"plain/out/state": None, "beta-0/out/o": None})
+    assert (code, out) == (2, "") and f"{path} lacks plain/out/state, beta-0/out/o; `cases`" in err
+    assert judged("--cases", "nan-q*", **{"plain/out/state": None})[0] == 0
+    needs = {n: None for c in spec("delta_rule").cases if "offsets" in c.needs for n in results
+             if n.startswith(f"{c.name}/")}
+    assert needs and judged(**needs)[0] == 2
+    code, out, _ = judged("--without", "offsets", **needs)
+    assert code == 0 and "not offered: offsets" in out
+    assert "without has 'offset'; it must be of" in judged("--without", "offset")[2]
+    assert "plain/out/o is bool; it must be an array of numbers" in judged(**{"plain/out/o": np.zeros(3, bool)})[1]
+
+
+@pytest.mark.parametrize("words, message", [
+    (["softmax"], "one of the arguments -o/--output --judge is required"),
+    (["softmax", "--judge", "x", "-o", "y"], "not allowed with argument"),
+    (["softmax", "--judge", "no/such.npz"], "no/such.npz: No such file"),
+    (["softmax", "--judge", "x", "--format", "npz"], "--format is for the file to write"),
+    (["softmax", "-o", "x", "--without", "offsets"], "--without is for --judge"),
+])
+def test_bad_usage(capsys, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(["golden", *words])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2 and message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_file_of_something_else(tmp_path):
+    path = tmp_path / "results"
+    path.write_bytes(b"PK but no zip")
+    with pytest.raises(kl.FormatError, match="it is no npz, or it is cut short"):
+        judge_golden("softmax", path)
+    path.write_bytes(b"neither")
+    with pytest.raises(kl.FormatError):
+        judge_golden("softmax", path)
+    np.savez(tmp_path / "x.npz", **{"plian/out/y": np.zeros(3)})
+    with pytest.raises(ValueError, match="has plian/out/y, which is no result of the cases; did you mean plain/out/"):
+        judge_golden("softmax", tmp_path / "x.npz")
