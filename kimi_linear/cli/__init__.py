@@ -23,10 +23,40 @@ _BAD_INPUT = (ValueError, TypeError, KeyError, OSError, MemoryError, NotImplemen
 
 
 class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one sentence, without the usage before it."""
+    """An ArgumentParser whose errors are one sentence, without the usage before it; an unknown option is the first."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        for arg in sys.argv[1:] if args is None else args:
+            if arg == "--":
+                break  # what follows are positional arguments
+            if _looks_like_an_option(arg) and not self._knows(arg):
+                self.error(self._unknown(arg.partition("=")[0]))
+        return super().parse_known_args(args, namespace)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+    def _knows(self, arg):
+        options = self._option_string_actions
+        short = arg[1] != "-" and arg[:2] in options  # -n3
+        return short or arg.partition("=")[0] in options
+
+    def _unknown(self, name):
+        words = {option.lstrip("-"): option for option in self._option_string_actions if option.startswith("--")}
+        near = [w for w in words if name.startswith("--") and w.startswith(name[2:])]
+        near = near or difflib.get_close_matches(name.lstrip("-"), words, n=1, cutoff=0.65)
+        return f"{name} is not an option" + (f"; did you mean {words[near[0]]}?" if near else "")
+
+
+def _looks_like_an_option(arg):
+    """As argparse has it: a number, a lone dash and what has a blank in it are values."""
+    if len(arg) < 2 or arg[0] != "-" or " " in arg:
+        return False
+    try:
+        float(arg)
+    except ValueError:
+        return True
+    return False
 
 
 def main(argv=None):
@@ -40,12 +70,15 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] not in COMMANDS:
         return _guarded("kimi-linear", _no_command, argv)
-    command = importlib.import_module(f"{__name__}.{argv[0]}")
-    parser = _parser(argv[0], command)
     prog = f"kimi-linear {argv[0]}"
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *rest, **named: print(f"{prog}: {message}", file=sys.stderr)
-        return _guarded(prog, lambda args: command.run(parser.parse_args(args)), argv[1:])
+        return _guarded(prog, _run_command, argv)
+
+
+def _run_command(argv):
+    command = importlib.import_module(f"{__name__}.{argv[0]}")
+    return command.run(_parser(argv[0], command).parse_args(argv[1:]))
 
 
 def _guarded(prog, run, args):

@@ -171,8 +171,8 @@ def progress(total, label, unit="token"):
     """A bar on stderr, to ``update(n)`` and use as a context; nothing where stderr is no terminal."""
     from tqdm import tqdm
 
-    unit = unit if unit == "B" else f" {unit}s"
-    return tqdm(total=total, desc=label, unit=unit, file=sys.stderr, leave=False, unit_scale=True,
+    unit, divisor = ("iB", 1024) if unit == "B" else (f" {unit}s", 1000)
+    return tqdm(total=total, desc=label, unit=unit, file=sys.stderr, leave=False, unit_scale=True, unit_divisor=divisor,
                 disable=not sys.stderr.isatty())
 
 

@@ -56,7 +56,7 @@ def show(result):
     print(f"sgemm is NumPy's {m['numpy_blas']}\n")
     print_table([_rate(row) for row in result["rates"]],
                 ("", "depth", "tokens/s", "10 % .. 90 %", "rate", "of the roof"), "<>>>><")
-    print(f"\nroof: reads {roof['read'] * 1e-9:.1f} GB/s ({human_bytes(roof['read_bytes'])} of weights), "
+    print(f"\nroof: reads {human_bytes(roof['read'])}/s ({human_bytes(roof['read_bytes'])} of weights), "
           f"fma {roof['fma'] * 1e-9:.0f} GFLOP/s;\n      T=512 2304 -> 4096: sgemm "
           f"{roof['sgemm'] * 1e-9:.0f}, ours {roof['linear'] * 1e-9:.0f} GFLOP/s")
     for kind, tokens in (("prefill", result["rates"][0]["tokens"]), ("decode", 1)):
@@ -69,10 +69,10 @@ def _rate(row):
     s = row["seconds"]
     span = f"{row['tokens'] / s['high']:,.1f} .. {row['tokens'] / s['low']:,.1f}"
     if row["kind"] == "decode":
-        rate, unit, roof = row["bytes_per_second"] * 1e-9, "GB/s", f"read {row['roof'] * 1e-9:.1f}"
+        rate, roof = f"{human_bytes(row['bytes_per_second'])}/s", f"read {human_bytes(row['roof'])}/s"
     else:
-        rate, unit, roof = row["flops_per_second"] * 1e-9, "GFLOP/s", f"sgemm {row['roof'] * 1e-9:.0f}"
-    return (row["kind"], f"{row['depth']:,}", f"{row['tokens_per_second']:,.1f}", span, f"{rate:.1f} {unit}",
+        rate, roof = f"{row['flops_per_second'] * 1e-9:.1f} GFLOP/s", f"sgemm {row['roof'] * 1e-9:.0f}"
+    return (row["kind"], f"{row['depth']:,}", f"{row['tokens_per_second']:,.1f}", span, rate,
             f"{row['of_roof']:.0%} of {roof}")
 
 
@@ -81,14 +81,14 @@ def show_ops(rows, roof):
     whole = sum(row["seconds"] for row in rows) or 1.0
     print_table([
         (row["op"], f"{row['calls']:.0f}" if row["calls"] else "", f"{row['seconds'] * 1e3:.3f}",
-         f"{row['seconds'] / whole:.1%}", _per_second(row, "flops"), _per_second(row, "bytes"),
+         f"{row['seconds'] / whole:.1%}", _per_second(row, "flops", 1e9), _per_second(row, "bytes", 1 << 30),
          _nearer(row, roof))
         for row in rows
-    ], ("op", "calls", "ms", "share", "GFLOP/s", "GB/s", "of the roof"), "<>>>>><")
+    ], ("op", "calls", "ms", "share", "GFLOP/s", "GiB/s", "of the roof"), "<>>>>><")
 
 
-def _per_second(row, what):
-    return f"{row[what] / row['seconds'] * 1e-9:.1f}" if row[what] and row["seconds"] else ""
+def _per_second(row, what, unit):
+    return f"{row[what] / row['seconds'] / unit:.1f}" if row[what] and row["seconds"] else ""
 
 
 def _nearer(row, roof):

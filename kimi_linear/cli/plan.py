@@ -109,10 +109,10 @@ def _forecast(p, free, rate):
 def _speed(p, facts):
     """Lines on what a token costs."""
     cache = p.step - p.active - 2 * p.state_fixed
-    lines = [f"Decoding a token at {p.context:,} reads {_si(p.step)}: weights {_si(p.active)}, cache {_si(cache)}, "
-             f"states {_si(2 * p.state_fixed)}."]
+    lines = [f"Decoding a token at {p.context:,} reads {human_bytes(p.step)}: weights {human_bytes(p.active)}, "
+             f"cache {human_bytes(cache)}, states {human_bytes(2 * p.state_fixed)}."]
     if facts["tokens_per_second"]:
-        lines.append(f"Memory is read at {_si(facts['read_rate'])}/s here: "
+        lines.append(f"Memory is read at {human_bytes(facts['read_rate'])}/s here: "
                      f"{_rate(facts['tokens_per_second'])} tokens/s at most (estimate).")
     return lines
 
@@ -129,21 +129,14 @@ def _verdict(p, facts):
     if disk is None:
         lines = [f"It does not fit: {here}, and all but the experts needs {human_bytes(p.total - p.experts)}."]
     else:
-        lines = [f"It is larger than memory: {here}. Experts are read from disk as they are used, {_si(disk)} a token: "
-                 f"{_rate(1e9 / max(disk, 1))} tokens/s for each GB/s of the disk (estimate).",
+        lines = [f"It is larger than memory: {here}. Experts are read from disk as they are used, "
+                 f"{human_bytes(disk)} a token: {_rate((1 << 30) / max(disk, 1))} tokens/s for each GiB/s of the disk "
+                 "(estimate).",
                  f"With so much on disk, there is room for {_tokens(fits)} a sequence."]
     if fitting:
         return [*lines, f"Weights in {fitting} would fit, {human_bytes(p.typed[fitting])}."]
     smallest = min(p.typed, key=p.typed.get)
     return [*lines, f"No type would fit: in {smallest} the weights are {human_bytes(p.typed[smallest])}."]
-
-
-def _si(n):
-    """``1.62 GB``, ``840 kB``: units of rates."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n >= size:
-            return f"{n / size:.3g} {unit}"
-    return f"{n:.0f} B"
 
 
 def _rate(x):

@@ -140,7 +140,7 @@ def _tokens(model, args, text):
 
 
 def _sample():
-    """Some 9 kB of text that the packaged model was not trained on (King James Bible, public domain)."""
+    """Some 9 KiB of text that the packaged model was not trained on (King James Bible, public domain)."""
     import importlib.resources
 
     return (importlib.resources.files("kimi_linear") / "data" / "tiny" / "sample.txt").read_text(

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ import pytest
 import kimi_linear as kl
 from kimi_linear.cli import COMMANDS, main
 
-DATA = Path(__file__).parents[1] / "data" / "tiny"
+ROOT = Path(__file__).parents[2]
+DATA = ROOT / "tests" / "data" / "tiny"
 PARAMETERS = 5_644_304 + 5 * 8  # as its trainer counted them, and the routers' selection biases
 PROGRAM = [sys.executable, "-m", "kimi_linear"]
 
@@ -58,7 +60,11 @@ def test_version(capfd):
     (["genrate"], ["'genrate'", "did you mean generate?"]),
     (["generate"], ["--prompt", "is required"]),
     (["generate", "--prompt", "a", "--max-new-tokens", "0"], ["--max-new-tokens", "'0'", ">= 1"]),
-    (["generate", "--prompt", "a", "--nonsense"], ["--nonsense"]),
+    (["generate", "--prompt", "a", "--nonsense"], ["--nonsense is not an option (see "]),
+    (["generate", "--modle", "x"], ["--modle is not an option; did you mean --model? (see "]),
+    (["generate", "--temp=0.5"], ["--temp is not an option; did you mean --temperature? (see "]),
+    (["generate", "--prompt", "--nonsense"], ["--nonsense is not an option"]),
+    (["golden", "-q", "--output"], ["-q is not an option (see "]),
     (["generate", "--prompt", "", "--max-new-tokens", "1"], ["prompt is empty"]),
     (["generate", "--prompt", "a", "--temperature", "-1"], ["temperature", "-1"]),
     (["generate", "--ids", "1,2048"], ["2048"]),
@@ -87,6 +93,22 @@ def test_a_wrong_argument_is_one_sentence_and_exit_2(capfd, argv, words):
     assert (code, out) == (2, "")
     assert err.startswith("kimi-linear") and err.count("\n") == 1 and "Traceback" not in err
     assert all(word in err for word in words), err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_unknown_option_is_named_before_what_is_missing(capfd, command):
+    code, out, err = run(capfd, command, "--hlep")
+    assert (code, out) == (2, "")
+    assert err == f"kimi-linear {command}: --hlep is not an option; did you mean --help? (see kimi-linear {command} " \
+                  "--help)\n"
+
+
+@pytest.mark.parametrize("argv", [
+    ["plan", "--", "--no-such-model"], ["generate", "--prompt", "-- a", "--max-new-tokens", "x"],
+    ["generate", "--prompt", "a", "--temperature", "-1e-3"], ["generate", "--ids", "1", "-n0"],
+])
+def test_what_begins_with_a_dash_and_is_no_option(capfd, argv):
+    assert "is not an option" not in run(capfd, *argv)[2]
 
 
 def test_chat_with_a_folder_for_its_state(capfd, tmp_path):
@@ -276,6 +298,25 @@ def test_ctrl_c_ends_generate_with_130_and_keeps_what_was_printed():
     assert time.monotonic() - begin < 10  # a hang, not a speed, is what this would find
     assert len(first) == 40 and (first + rest).endswith(b"\n")
     assert b"ended by interruption" in err and b"interrupted" in err and b"Traceback" not in err
+
+
+@pytest.mark.parametrize("handler, code, says", [
+    ("default_int_handler", 130, b"\nkimi-linear: interrupted\n"),
+    ("SIG_IGN", 0, b""),  # as a shell's background has it
+])
+def test_ctrl_c_while_it_is_imported(tmp_path, handler, code, says):
+    """NumPy, the first that it imports, is one that says so and then takes its time."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    module, function = project["project"]["scripts"]["kimi-linear"].split(":")
+    assert module in project["tool"]["setuptools"]["py-modules"]
+    (tmp_path / "numpy.py").write_text("import os, time\nprint('here', flush=True)\ntime.sleep(1)\nos._exit(0)")
+    script = f"import signal, sys; signal.signal(signal.SIGINT, signal.{handler}); " \
+             f"from {module} import {function} as main; sys.exit(main())"
+    process = subprocess.Popen([sys.executable, "-c", script, "--version"], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, cwd=ROOT, env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    assert process.stdout.readline() == b"here\n"
+    process.send_signal(signal.SIGINT)
+    assert (process.communicate(timeout=60), process.returncode) == ((b"", says), code)
 
 
 def test_a_closed_pipe_is_quiet():

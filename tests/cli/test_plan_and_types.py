@@ -3,6 +3,8 @@
 import dataclasses
 import importlib
 import json
+import re
+from pathlib import Path
 
 import gguf_files
 import pytest
@@ -111,6 +113,18 @@ def test_a_machine_too_small(files, capfd, monkeypatch):
     assert "It does not fit" in out and "No type would fit" in out
     with_memory(monkeypatch, None)
     assert "does not say how much memory is free" in run(capfd, "plan", files["BF16"])[1]
+
+
+def test_bytes_are_in_units_of_1024_everywhere(files, capfd, monkeypatch):
+    """In what the commands print of sizes and rates; no other unit is spelt in their sources."""
+    for source in (Path(kl.__file__).parent / "cli").glob("*.py"):
+        assert not re.findall(r"\b[kKMGT]B\b", source.read_text(encoding="utf-8")), source
+    for free in (None, 7 * MiB, 1 << 40):
+        with_memory(monkeypatch, free)
+        out = run(capfd, "plan", files["BF16"])[1]
+        assert re.search(r"Decoding a token at 4,096 reads \d[\d.]* MiB: weights ", out), out
+        assert not re.search(r"\d (?!B\b|[KMGT]iB\b)\w?B\b", out), out
+    assert "Memory is read at 9.3 GiB/s here" in out
 
 
 def test_a_plan_without_experts_reads_nothing_from_disk():
