@@ -16,6 +16,7 @@ from typing import Any
 from . import config_kimi, config_qwen
 from .config_kimi import KEYS, LINEAR_KEYS  # noqa: F401
 from .config_reader import L2_EPS, LATENT_EPS, MOST_LAYERS, ConfigError, short  # noqa: F401
+from .errors import FormatError
 from .weight_shapes import weight_shapes
 
 #: model_type of a file -> the module that translates it.
@@ -123,12 +124,15 @@ class Config:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> Config:
-        """Read a config.json. Raises OSError, or ConfigError when it is not JSON or not usable."""
-        with open(path, encoding="utf-8") as f:
-            try:
-                d = json.load(f)
-            except (ValueError, RecursionError) as e:     # bad JSON, bad UTF-8, bottomless nesting
-                raise ConfigError([f"{os.fspath(path)} is not JSON: {e}"]) from None
+        """Read a config.json. Raises OSError, or ConfigError when it is no regular file, not JSON, or not usable."""
+        from .load.strict_json import read_limited  # which needs Config, by way of the package
+
+        try:
+            d = json.loads(read_limited(path).decode("utf-8"))
+        except FormatError as e:
+            raise ConfigError([f"{e.where}: {problem}" for problem in e.problems]) from None
+        except (ValueError, RecursionError) as e:     # bad JSON, bad UTF-8, bottomless nesting
+            raise ConfigError([f"{os.fspath(path)} is not JSON: {e}"]) from None
         return cls.from_dict(d)
 
     def to_dict(self) -> dict[str, Any]:

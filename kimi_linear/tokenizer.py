@@ -20,7 +20,7 @@ import jinja2.sandbox
 import tiktoken
 
 from .errors import FormatError
-from .load.strict_json import load_object, show
+from .load.strict_json import is_there, load_object, read_limited, show
 
 N_SPECIAL = 256  # slots after the base vocabulary
 MAX_PIECE = 400_000  # characters encoded at once
@@ -120,12 +120,12 @@ class Tokenizer:
             If it is tokenizer.json, and the package `tokenizers` is not installed.
         """
         folder = Path(path)
-        if (folder / "tokenizer.json").is_file() and not (folder / "tiktoken.model").is_file():
+        if is_there(folder / "tokenizer.json") and not is_there(folder / "tiktoken.model"):
             from .tokenizer_json import JsonTokenizer
 
             return JsonTokenizer.from_folder(folder)
         for name in ("tiktoken.model", "tokenizer_config.json"):
-            if not (folder / name).is_file():
+            if not is_there(folder / name):
                 raise FileNotFoundError(f"{folder} has no {name}, so no tokenizer; token ids still work.")
         ranks = _read_ranks(folder / "tiktoken.model")
         config_path = folder / "tokenizer_config.json"
@@ -408,9 +408,9 @@ def token_name(config: Mapping, key: str, special: Container[str], problems: lis
 def read_template(folder: Path, config: Mapping, problems: list[str]) -> str | None:
     """chat_template.jinja, else the config's "chat_template": a text, or of a list the one named default."""
     path = folder / "chat_template.jinja"
-    if path.is_file():
+    if is_there(path):
         try:
-            return path.read_text(encoding="utf-8")
+            return read_limited(path).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError as error:
             raise FormatError(f"it is not UTF-8 at byte {error.start}", str(path)) from None
     template = config.get("chat_template")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .errors import FormatError
 from .load.byte_alphabet import bytes_of
-from .load.strict_json import load_object, show
+from .load.strict_json import is_there, load_object, show
 from .tokenizer import Tokenizer, read_template, token_name
 
 FILE = "tokenizer.json"
@@ -80,14 +80,14 @@ class JsonTokenizer(Tokenizer):
             If the package `tokenizers` is not installed.
         """
         folder = Path(path)
-        if not (folder / FILE).is_file():
+        if not is_there(folder / FILE):
             raise FileNotFoundError(f"{folder} has no {FILE}, so no tokenizer; token ids still work.")
         try:
             tokenizer = cls(load_object(folder / FILE))
         except FormatError as error:
             raise FormatError(error.problems, str(folder / FILE)) from None
         config_path = folder / "tokenizer_config.json"
-        config = load_object(config_path) if config_path.is_file() else {}
+        config = load_object(config_path) if is_there(config_path) else {}
         problems: list[str] = []
         named = (token_name(config, f"{x}_token", tokenizer.special_ids, problems) for x in ("bos", "eos", "pad"))
         tokenizer._set_specials(tokenizer.special_ids, tokenizer._skipped, *named,

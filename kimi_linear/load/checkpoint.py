@@ -15,7 +15,7 @@ from ..errors import FormatError
 from .mapped import MappedFile
 from .names import canonical_name, canonical_shape, fused_name, fused_parts, is_inert
 from .safetensors import SafetensorsFile, TensorView
-from .strict_json import load_object, show
+from .strict_json import is_there, load_object, show
 
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
 _SINGLE = "model.safetensors"
@@ -100,7 +100,7 @@ def open_folder(path: str | os.PathLike) -> Checkpoint:
     """
     folder = resolve(path)
     config_path = folder / "config.json"
-    if not config_path.is_file():
+    if not is_there(config_path):
         ggufs = sorted(path.name for path in folder.glob("*.gguf"))
         hint = f" It holds {', '.join(ggufs[:3])}: give the file." if ggufs else ""
         raise FileNotFoundError(f"{folder} has no config.json, so it is not a Hugging Face model folder.{hint}")
@@ -113,7 +113,7 @@ def open_folder(path: str | os.PathLike) -> Checkpoint:
     if problems:
         raise FormatError(problems, str(folder))
     generation = folder / "generation_config.json"
-    generation_config = load_object(generation) if generation.is_file() else {}
+    generation_config = load_object(generation) if is_there(generation) else {}
     return Checkpoint(folder, config, tensors, tuple(files), generation_config, skipped, content=content)
 
 
@@ -144,6 +144,8 @@ def resolve(path: str | os.PathLike) -> Path:
 
 def _beginning(path: Path) -> str:
     """Words for a file that is no GGUF: what it begins with."""
+    if not path.is_file():
+        return " that is no regular one"
     try:
         with open(path, "rb") as file:
             head = file.read(4)
@@ -180,9 +182,9 @@ def _open_files(folder: Path, problems: list[str]) -> tuple[list[SafetensorsFile
     """The files that could be opened, and the tensors not to be reported as missing: those that the index
     lists, as `_compare_index` reports them; None, for all of them, when a file without index is unreadable.
     """
-    if (folder / _SINGLE).is_file():
+    if is_there(folder / _SINGLE):
         paths = [folder / _SINGLE]
-    elif (folder / _INDEX).is_file():
+    elif is_there(folder / _INDEX):
         return _open_shards(folder, problems)
     else:
         paths = sorted(folder.glob("*.safetensors"))

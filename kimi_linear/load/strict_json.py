@@ -1,6 +1,7 @@
-"""JSON that comes from outside: no NaN, no repeated keys, no depth that exhausts the stack."""
+"""JSON that comes from outside: no NaN, no repeated keys, no depth and no size that exhaust memory."""
 
 import json
+import os
 from pathlib import Path
 
 from ..errors import FormatError
@@ -55,6 +56,42 @@ def show(value: object, width: int = 80) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
+def is_there(path: str | os.PathLike) -> bool:
+    """Whether there is a file of that name.
+
+    Raises
+    ------
+    FormatError
+        If something else has the name: a folder, a pipe, a link that leads nowhere.
+    """
+    if os.path.isfile(path):
+        return True
+    if not os.path.lexists(path):
+        return False
+    what = "a folder" if os.path.isdir(path) else "no regular file" if os.path.exists(path) else \
+        f"a link to {os.readlink(path)}, where nothing is"
+    raise FormatError(f"it is {what}; it must be a file", str(path))
+
+
+def read_limited(path: str | os.PathLike) -> bytes:
+    """The bytes of a small file; those of a device or of /proc are counted as they come.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    FormatError
+        If it is no regular file, or larger than `MAX_FILE`.
+    """
+    is_there(path)
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(MAX_FILE + 1) if size <= MAX_FILE else b""
+    if max(size, len(data)) > MAX_FILE:
+        raise FormatError(f"it has {size} bytes; at most {MAX_FILE} are read", str(path))
+    return data
+
+
 def load_object(path: Path) -> dict:
     """The JSON object in a file.
 
@@ -63,11 +100,9 @@ def load_object(path: Path) -> dict:
     FormatError
         If the file is larger than `MAX_FILE`, is not JSON, is not an object, or writes a key twice.
     """
-    size = path.stat().st_size
-    if size > MAX_FILE:
-        raise FormatError(f"it has {size} bytes; at most {MAX_FILE} are read", str(path))
+    data = read_limited(path)
     try:
-        value = parse(path.read_bytes())
+        value = parse(data)
     except ValueError as error:
         raise FormatError(str(error), str(path)) from None
     if not isinstance(value, Object):

@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import tokenizers
 import kimi_linear as kl
 from kimi_linear.errors import FormatError
 from kimi_linear.generate import _stop_ids
-from kimi_linear.load import GGUFFile, gguf_metadata, open_checkpoint
+from kimi_linear.load import GGUFFile, gguf_config, gguf_metadata, open_checkpoint
 from kimi_linear.load.gguf_tokenizer import read_tokenizer
 from kimi_linear.load.gguf_write import Values
 from kimi_linear.tokenizer_json import JsonTokenizer
@@ -283,3 +284,63 @@ def test_bad_keys(ours, key, edit, words):
         metadata[name] = Values(name, metadata[name].kind, edit(list(metadata[name].values())))
     with pytest.raises(FormatError, match=words):
         read_tokenizer(metadata, "x.gguf")
+
+
+# ---- merges that nobody trained ----
+
+
+def of_letters(ours, tokens, merges):
+    """The metadata of a tokenizer with more tokens, and with these merges alone."""
+    metadata, n = metadata_of(ours), ours.n_base
+    for key, more in (("tokens", tokens), ("token_type", [1] * len(tokens)), ("merges", None)):
+        name = "tokenizer.ggml." + key
+        values = list(metadata[name].values())
+        values = merges if more is None else [*values[:n], *more, *values[n:]]
+        metadata[name] = Values(name, metadata[name].kind, values)
+    return metadata
+
+
+def test_merges_in_circles_end(ours):
+    """aba is of ab, and of ba; merges before those of their parts; each twice. A text is split and comes back."""
+    tokens = ["ab", "ba", "aba", "bab", "abab"]
+    merges = ["ab ab", "a ba", "ab a", "b ab", "a b", "b a"]
+    tokenizer = read_tokenizer(of_letters(ours, tokens, merges * 2), "x.gguf")
+    text = "abababababab" * 2000
+    begin = time.monotonic()
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and max(ids) >= ours.n_base
+    assert ids == read_tokenizer(of_letters(ours, tokens, merges), "x.gguf").encode(text)
+    assert time.monotonic() - begin < 20  # a hang, not a speed
+
+
+def test_merges_that_double(ours):
+    """Tokens of up to a million letters, their merges in rising and falling order."""
+    tokens = ["a" * 2**i for i in range(1, 21)]
+    merges = [f"{'a' * 2**i} {'a' * 2**i}" for i in range(20)]
+    for order in (merges, merges[::-1]):
+        tokenizer = read_tokenizer(of_letters(ours, tokens, order), "x.gguf")
+        assert tokenizer.decode(tokenizer.encode("a" * 20_000)) == "a" * 20_000
+
+
+@pytest.mark.parametrize("merge, words", [
+    ("", r"model.merges\[0\] is \[''\]; it must be two tokens"),
+    (" ", r"model.merges\[0\] is \['', ''\], and '' is not in model.vocab"),
+    (" a", r"and '' is not in model.vocab"),
+    ("a a", r"and 'aa' is not in model.vocab"),
+    ("a b c", r"it must be two tokens"),
+    ("a" * 5_000_000 + " b", r"model.merges\[0\] is \['a{70}a*\.\.\., and 'a+\.\.\. is not in model.vocab"),
+])
+def test_merges_that_are_none(ours, merge, words):
+    with pytest.raises(FormatError, match=words) as caught:
+        read_tokenizer(of_letters(ours, [], [merge]), "x.gguf")
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("key", ["bos", "eos", "eot", "padding"])
+@pytest.mark.parametrize("value", [-1, 2**31, 2**40])
+def test_ids_out_of_range_are_refused_with_the_model(folder, tmp_path, key, value):
+    kl.convert(folder, tmp_path / "x.gguf")
+    file = GGUFFile(tmp_path / "x.gguf")
+    metadata = dict(file.metadata) | {f"tokenizer.ggml.{key}_token_id": value}
+    with pytest.raises(FormatError, match=rf"tokenizer\.ggml\..*token_id is .*{value}.*; it must be"):
+        gguf_config.read_config(metadata, file, "x.gguf")
