@@ -11,6 +11,7 @@ attributes that ops look at; its values are not looked at, and nothing is conver
 import ml_dtypes
 import numpy as np
 
+from ._masks import unmasked
 from .device_array import DeviceArray, from_device
 from .quantized import Quantized, storage_types
 
@@ -22,7 +23,7 @@ TYPE_IDS = {dtype: storage_types[name].id for dtype, name in _FLOATS.items()}
 def as_array(x, name):
     """`x` as a NumPy array of its own dtype; TypeError says what to do where there is none."""
     if isinstance(x, np.ndarray):
-        return x
+        return unmasked(x, name)
     if isinstance(x, DeviceArray):
         raise TypeError(f"{name} lies on a device; give {name}.numpy()")
     if type(x).__module__.split(".")[0] == "torch":
@@ -152,7 +153,7 @@ def output(out, shape, name="out", dtype=np.float32, like=None):
     device = from_device(out, name)
     if device is None and not isinstance(out, np.ndarray):
         raise TypeError(f"{name} is a {type(out).__name__}; it must be a NumPy array, or one on a device")
-    out = out if device is None else device
+    out = unmasked(out, name) if device is None else device
     if out.dtype != dtype:
         raise TypeError(f"{name} is {out.dtype}; it must be {np.dtype(dtype)}")
     if out.shape != shape:
@@ -274,7 +275,7 @@ def pack(arrays):
 
     Source: api of the ragged batches, docs/math.md#ragged. ``unpack`` is the inverse.
     """
-    arrays = [np.asarray(a) for a in arrays]
+    arrays = [as_array(a, f"arrays[{i}]") for i, a in enumerate(arrays)]
     if not arrays:
         raise ValueError("pack: the list is empty; it must hold one array or more")
     lengths = [len(a) for a in arrays]

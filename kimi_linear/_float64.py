@@ -11,7 +11,7 @@ def f64(x) -> np.ndarray:
     """`x` as a float64 array, from all that `kl.ops` takes; float32, float16, bfloat16 and blocks widen exactly."""
     if isinstance(x, Quantized):
         return dequantize(x)
-    return as_array(x, "x").astype(np.float64, copy=False)
+    return as_array(x, "an input").astype(np.float64, copy=False)
 
 
 def sequences(T: int, offsets) -> list[slice]:

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 
 from . import _core
+from ._masks import unmasked
 from .context import current
 
 __all__ = ["DeviceArray", "from_device"]
@@ -64,7 +65,7 @@ class DeviceArray:
         MemoryError
             If the device has no room.
         """
-        x = np.asarray(x)
+        x = unmasked(x if isinstance(x, np.ndarray) else np.asarray(x), "x")
         if x.dtype not in _TYPES:
             raise TypeError(f"x is {x.dtype}; it must be one of {', '.join(map(str, _TYPES))}")
         memory = _core.DeviceMemory.allocate(current(ctx)._core, x.nbytes)

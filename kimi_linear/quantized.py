@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import _core
+from ._masks import unmasked
 from .device_array import DeviceArray
 
 __all__ = ["Quantized", "StorageType", "storage_type", "storage_types"]
@@ -90,6 +91,7 @@ class Quantized:
         if kind.values == 1:
             raise ValueError(f"type is {kind.name}, which has no blocks; give an array of its dtype")
         data = data if isinstance(data, (np.ndarray, DeviceArray)) else np.frombuffer(data, np.uint8)
+        unmasked(data, "data")
         if data.dtype != np.uint8:
             raise TypeError(f"data is {data.dtype}; it must be uint8: data.view('uint8')")
         shape = tuple(int(n) for n in shape)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ._arrays import as_array
 from ._float64 import f64, sequences
 from .quantized import Quantized
 from .reference_delta import decay_cumsum, delta_rule, delta_rule_inter, delta_rule_intra  # noqa: F401
@@ -90,8 +91,8 @@ def l2_norm(x, *, eps=1e-6):
 
 def embedding(ids, table):
     """Rows of a table: ids [T] integers, table [vocab, D] -> [T, D]."""
-    table = table if isinstance(table, Quantized) else np.asarray(table)
-    ids = np.asarray(ids)
+    table = table if isinstance(table, Quantized) else as_array(table, "table")
+    ids = as_array(ids, "ids")
     for t in np.flatnonzero((ids < 0) | (ids >= len(table)))[:1]:
         raise ValueError(f"ids[{t}] is {ids.flat[t]}; it must be in 0..{len(table) - 1}")
     return f64(table[ids])
@@ -203,7 +204,7 @@ def rope(x, positions, *, base, rotary):
     x, half = f64(x), rotary // 2
     if rotary % 2 or not 0 <= rotary <= x.shape[-1]:
         raise ValueError(f"rotary is {rotary}; it must be even, from 0 to K = {x.shape[-1]}")
-    angle = f64(np.asarray(positions))[..., None, None] * base ** (-2.0 * np.arange(half) / max(rotary, 1))
+    angle = f64(as_array(positions, "positions"))[..., None, None] * base ** (-2.0 * np.arange(half) / max(rotary, 1))
     a, b, rest = x[..., :half], x[..., half:rotary], x[..., rotary:]
     c, s = np.cos(angle), np.sin(angle)
     return np.concatenate([a * c - b * s, b * c + a * s, rest], axis=-1)
@@ -266,7 +267,7 @@ def route(scores, *, k, bias=None, groups=1, top_groups=1, function="sigmoid", r
 def route_weights(scores, ids, *, function="sigmoid", renormalise=True, scale=1.0):
     """The weights that `route` gives to chosen ids [T, k]; NaN in a row of scores makes them all NaN."""
     s = _router_scores(scores, function)
-    w = np.take_along_axis(s, np.asarray(ids).astype(np.int64), axis=-1)
+    w = np.take_along_axis(s, as_array(ids, "ids").astype(np.int64), axis=-1)
     if renormalise:
         w = w / (w.sum(-1, keepdims=True) + 1e-20)
     return np.where(np.isnan(s).any(-1, keepdims=True), np.nan, w * scale)
@@ -293,7 +294,7 @@ def moe(x, ids, weights, w_gate, w_up, w_down, *, shared=None, shared_gate=None,
         shared = linear(swiglu(linear(x, shared[0]), linear(x, shared[1])), shared[2])
     if shared_gate is not None:
         shared = sigmoid(linear(x, shared_gate)) * shared
-    x, ids, weights = f64(x), np.asarray(ids), f64(weights)
+    x, ids, weights = f64(x), as_array(ids, "ids"), f64(weights)
     y = np.zeros_like(x)
     for e in np.unique(ids):
         t, slot = np.nonzero(ids == e)
@@ -330,7 +331,7 @@ def sample_weight(logits, temperature):
     Softmax before its division, in float32 as `sample` defines it: a difference, a product with the rounded factor,
     and a polynomial for the broken part of t, each step rounded once. Weights below ``2^-126.5`` are 0.
     """
-    x, f32 = np.asarray(logits, np.float32), np.float32
+    x, f32 = as_array(logits, "logits").astype(np.float32), np.float32
     with np.errstate(over="ignore", under="ignore"):
         t = (x - x.max()) * f32(min(np.log2(np.e) / f64(temperature), np.finfo(f32).max))
         n = np.rint(np.maximum(t, f32(-127)))

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from . import reference as op
+from ._arrays import as_array
 from .config import Config
 from .trace import ON_REQUEST, on_request
 from .weight_shapes import MOE_NAMES, ROUTER_BIAS, SHARED_GATE, attn_query_rows, gdn_channels, gdn_inputs
@@ -48,7 +49,7 @@ class Recorder:
     def __call__(self, name: str, x: np.ndarray) -> np.ndarray:
         for pattern, change in self.edit.items():
             if _asks_for(pattern, name):
-                new = np.asarray(change(x) if callable(change) else change)
+                new = as_array(change(x) if callable(change) else change, f"edit of {name}")
                 if new.shape != x.shape:
                     raise ValueError(f"edit of {name} has shape {new.shape}; it must have {x.shape}")
                 x = new.astype(x.dtype)
@@ -103,7 +104,7 @@ class ReferenceModel:
         expert_ids : mapping from layer to ids [T, k]
             Experts to use instead of the router's choice; their weights are the router's for them.
         """
-        tokens = np.asarray(tokens)
+        tokens = as_array(tokens, "tokens")
         if offsets is not None and [int(x) for x in offsets] != [0, len(tokens)]:
             raise ValueError(f"offsets is {list(offsets)}; the reference runs one sequence a call, "
                              f"[0, {len(tokens)}]")
@@ -295,7 +296,7 @@ class ReferenceModel:
         return tap("moe.shared", op.linear(act, w(f"{prefix}.down_proj.weight")))
 
     def _forced(self, given, own):
-        given, E = np.asarray(given), self.config.n_experts
+        given, E = as_array(given, "expert_ids"), self.config.n_experts
         if given.shape != own.shape or (given < 0).any() or (given >= E).any():
             raise ValueError(f"expert_ids has shape {given.shape}, values {given.min(initial=0)} to "
                              f"{given.max(initial=0)}; it must have shape {own.shape}, values 0 to {E - 1}")

@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from . import _core, ops
+from ._arrays import as_array
 from .context import current
 
 __all__ = ["Sampler", "StopStrings", "logprobs_of", "settings"]
@@ -114,7 +115,7 @@ class Sampler:
             return logits
         given = logits.copy()
         out = self.processor(list(self.ids), given)
-        out = given if out is None else np.asarray(out)
+        out = given if out is None else as_array(out, "what logits_processor gave")
         if out.shape != logits.shape or out.dtype.kind != "f":
             raise ValueError(f"logits_processor gave {out.dtype} {list(out.shape)}; it must be float32 "
                              f"{list(logits.shape)}, or None")

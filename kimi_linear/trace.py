@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ._arrays import as_array
 from .load.safetensors import SafetensorsFile, sparse_safetensors, write_safetensors
 
 __all__ = ["BEFORE", "Trace", "matches", "tap_table"]
@@ -266,7 +267,7 @@ class _Steps:
             out = self.model.forward(
                 self.ids[first:last], state=state, logits="all" if "logits" in names else "none", taps=names or None,
                 edit=self._edit(first, last, names), check=self.check,
-                expert_ids={i: np.asarray(ids)[first:last] for i, ids in self.expert_ids.items()},
+                expert_ids={i: as_array(ids, f"expert_ids[{i}]")[first:last] for i, ids in self.expert_ids.items()},
             )
             for name in names:
                 keep(name, low - a, out[1][name][low - first : high - first])
@@ -286,7 +287,7 @@ class _Steps:
         """The edits of these tokens; those of logits where logits are made."""
         if self.edit is None:
             return None
-        edit = {k: v if callable(v) else np.asarray(v)[first:last] for k, v in self.edit.items()}
+        edit = {k: v if callable(v) else as_array(v, f"edit[{k!r}]")[first:last] for k, v in self.edit.items()}
         return edit if "logits" in names else {k: v for k, v in edit.items() if k != "logits"}
 
 

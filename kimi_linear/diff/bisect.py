@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from .._arrays import as_array
 from ..dataflow import in_order
 from . import metrics
 from .compare import aligned
@@ -135,9 +136,14 @@ class _Search:
         self.end, self.steps = self.taps[-1], []
         self.total = self.apart(b[self.end], self.end)
 
+    def first(self, tap):
+        """The first run's tap."""
+        return as_array(self.a[tap], f"run_a: {tap}")
+
     def apart(self, x, tap):
         """rms distance from the first run's tap, over its rms."""
-        return metrics.measure(np.asarray(x).reshape(np.shape(self.a[tap])), self.a[tap]).rms_relative
+        first = self.first(tap)
+        return metrics.measure(as_array(x, f"run_b: {tap}").reshape(first.shape), first).rms_relative
 
     def find(self, threshold):
         if self.total <= threshold:
@@ -170,13 +176,13 @@ class _Search:
 
     def left(self, taps):
         """The difference at the end where the second run has these taps of the first."""
-        left = self.apart(self.run_b(self.tokens, {tap: self.a[tap] for tap in taps})[self.end], self.end)
+        left = self.apart(self.run_b(self.tokens, {tap: self.first(tap) for tap in taps})[self.end], self.end)
         self.steps.append((taps[-1], left))
         return left
 
     def own(self, tap, before):
         """The distance of the two results of an op on the first run's inputs."""
-        given = {t: self.a[t] for t in before if self.place(t) < self.place(tap)}
+        given = {t: self.first(t) for t in before if self.place(t) < self.place(tap)}
         return self.apart(self.run_b(self.tokens, given)[tap], tap)
 
 

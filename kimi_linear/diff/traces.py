@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .._arrays import as_array
 from ..dataflow import in_order
 from . import metrics
 from ._grid import Grid, Line, by_layer, by_tap, layer_of
@@ -278,7 +279,7 @@ def traces(a, b, *, threshold: float | None = None, model=None) -> Report:
         raise ValueError(f"threshold is {threshold}; it must be >= 0")
     rows, notes = [], []
     for tap in both:
-        x, y = np.asarray(a[tap]), np.asarray(b[tap])
+        x, y = as_array(a[tap], f"a[{tap!r}]"), as_array(b[tap], f"b[{tap!r}]")
         if (x.dtype.kind in "iub") != (y.dtype.kind in "iub") or "b" in x.dtype.kind + y.dtype.kind:
             notes.append(f"{tap}: {x.dtype} in a and {y.dtype} in b; left out")
             continue

@@ -4,6 +4,7 @@ import numpy as np
 
 from .. import _core
 from .._arrays import as_array, as_float32, check_shape
+from .._masks import unmasked
 from ..context import current
 
 
@@ -72,7 +73,7 @@ def _reals(x, name, T):
 
 def _words(x, name, T, bits=64):
     """`x` for each row as 64-bit words, in an int64 array."""
-    a = np.asarray(x, dtype=object)
+    a = np.asarray(unmasked(x, name), dtype=object)
     if a.ndim:
         check_shape(a, name, (T,))
     for value in a.flat:
