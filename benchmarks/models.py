@@ -272,7 +272,7 @@ def rows(session, model, kind, depth):
 def show(result):
     """The tables, for a person."""
     roof = result["roof"]
-    print(f"{result['file']}, {human_bytes(result['bytes'])}; read roof {human_bytes(roof['read'])}/s "
+    print(f"{result['file']}, {human_bytes(result['bytes'])}; read roof {roof['read'] * 1e-9:.1f} GB/s "
           f"(of {human_bytes(roof['read_bytes'])} of the file), fma {roof['fma'] * 1e-9:.0f} GFLOP/s; engines were "
           f"open {'together' if result['together'] else 'one after the other'}")
     for engine in result["engines"]:
