@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -211,6 +212,7 @@ def test_mistakes_in_the_tests(run):
 def test_it_costs_nothing_where_it_is_not_used(run):
     done = run('''
 import sys
+import tomllib
 
 def test_what_was_imported():
     assert "pytest_kimi_linear" in sys.modules
@@ -226,6 +228,8 @@ def test_help_and_markers_name_it(run):
 
 def test_the_entry_point_has_the_name_of_the_module():
     """pytest then takes ``-p pytest_kimi_linear`` and the entry point for one plugin."""
-    text = (ROOT / "pyproject.toml").read_text()
-    assert '[project.entry-points.pytest11]\npytest_kimi_linear = "pytest_kimi_linear"' in text
-    assert 'py-modules = ["pytest_kimi_linear"]' in text
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert table["project"]["entry-points"]["pytest11"] == {
+        "pytest_kimi_linear": "pytest_kimi_linear"
+    }
+    assert "pytest_kimi_linear" in table["tool"]["setuptools"]["py-modules"]
