@@ -17,4 +17,6 @@ typedef struct py_model {
 py_model *kl_py_model_of(PyObject *o);
 kl_state *kl_py_state_of(PyObject *o);
 
+PyObject *kl_py_forward(PyObject *model, PyObject *args); /* its method forward (forward.c) */
+
 #endif
