@@ -75,14 +75,14 @@ hip-resources:  ## registers, spills and shared memory of each kernel, beside cs
 gpu-check: venv build  ## build for the GPU that is here, test and time all of it: build/gpu-check.txt; DEVICE=hip-host for none
 	@$(PY) tools/gpu_check.py $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
-hip-system:  ## as root: Debian's hipcc, its runtime and device libraries, which `make hip` needs (1.5 GB)
+hip-system:  ## as root: Debian's hipcc, its runtime and device libraries, which `make hip` needs (1.4 GiB)
 	@sh tools/setup-system.sh hipcc
 
 demo: build  ## the packaged model writes text and shows its cost and its errors
 	@$(PY) -m kimi_linear demo
 
 $(ORACLES)/.ready: pyproject.toml tools/requirements.py | $(VENV)/.runtime
-	@echo "venv: $(ORACLES), with torch and transformers (1 GB; more where pip finds no CPU build)"
+	@echo "venv: $(ORACLES), with torch and transformers (1 GiB; more where pip finds no CPU build)"
 	test -x $(ORACLES)/bin/python || $$(sh tools/setup-system.sh --python) -m venv $(ORACLES)
 	$(PY) tools/requirements.py oracles > $(ORACLES)/requirements.txt
 	$(ORACLES)/bin/python -m pip install -q --disable-pip-version-check -r $(ORACLES)/requirements.txt

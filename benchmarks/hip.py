@@ -22,7 +22,7 @@ import numpy as np
 import kimi_linear as kl
 from kimi_linear import _core
 from kimi_linear.bench import active_bytes, active_flops, spread
-from kimi_linear.cli._common import human_bytes, print_table
+from kimi_linear.cli._common import human_bytes, human_rate, print_table
 
 __all__ = ["PARTS", "run"]
 
@@ -281,7 +281,7 @@ def part_model(settings):
     rows = [(f"prefill {prefill}", f"{prefill / statistics.median(calls):,.1f}",
              f"{flops / statistics.median(calls) * 1e-9:,.1f} GFLOP/s",
              f"{flops / statistics.median(calls) / matrix:.1%} of {whose}"),
-            ("decode", f"{1 / statistics.median(steps):,.1f}", f"{n_bytes / statistics.median(steps) * 1e-9:,.2f} GB/s",
+            ("decode", f"{1 / statistics.median(steps):,.1f}", human_rate(n_bytes / statistics.median(steps)),
              f"{n_bytes / statistics.median(steps) / settings.read:.1%} of read")]
     settings.add("model", f"model {model.name}", prefill, "prefill", calls, flops, 0)
     settings.add("model", f"model {model.name}", 1, "decode", steps, 0, n_bytes)
@@ -305,7 +305,7 @@ def run(settings, parts=None):
     """Prints the tables of the parts named, all where None."""
     row = settings.row
     print(f"{row.name}: {row.description}, {human_bytes(row.memory)}; version {kl.__version__}")
-    print(f"reads {settings.read * 1e-9:,.1f} GB/s ({human_bytes(settings.size['roof'])}), "
+    print(f"reads {human_rate(settings.read)} ({human_bytes(settings.size['roof'])}), "
           f"fma {settings.fma * 1e-9:,.1f} GFLOP/s")
     if settings.host:
         print("this is the host build, which runs the kernels on the processor at small sizes: its times mean nothing")

@@ -35,9 +35,8 @@ import ml_dtypes
 import numpy as np
 from random_blocks import TYPES as BLOCK_TYPES
 from random_gguf import plan_types, tensors_of, write_gguf
-from tqdm import tqdm
 
-from kimi_linear.cli._common import human_bytes, human_count, layer_pattern
+from kimi_linear.cli._common import human_bytes, human_count, layer_pattern, progress
 from kimi_linear.config import Config
 from kimi_linear.load.safetensors import write_safetensors
 from kimi_linear.random_weights import random_tensor
@@ -140,7 +139,7 @@ def write_folder(args, config):
     if problem := announce(config, n_bytes, args):
         return problem
     args.output.mkdir(parents=True, exist_ok=True)
-    with bar_of(n_bytes) as bar:
+    with progress(n_bytes, args.output.name, unit="B") as bar:
         write_shards(args.output, tensors, bar)
     text = json.dumps(config.to_dict() | {"dtype": args.type}, indent=2)
     (args.output / "config.json").write_text(text + "\n")
@@ -156,7 +155,7 @@ def write_file(args, config):
     if problem := announce(config, n_bytes, args):
         return problem
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    with bar_of(n_bytes) as bar:
+    with progress(n_bytes, args.output.name, unit="B") as bar:
         write_gguf(args.output, config, tensors, name=f"random {args.shape}", seed=args.seed, progress=bar.update)
     print(f"{args.output}: {human_bytes(args.output.stat().st_size)}", file=sys.stderr)
     return 0
@@ -168,10 +167,6 @@ def announce(config, n_bytes, args):
     print(f"{layer_pattern(config)}: {human_count(n_values)} parameters, {human_bytes(n_bytes)}", file=sys.stderr)
     room = shutil.disk_usage(existing_parent(args.output)).free
     return f"make_model: there is room for {human_bytes(room)}" if n_bytes > room else None
-
-
-def bar_of(n_bytes):
-    return tqdm(total=n_bytes, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
 
 
 def arguments():

@@ -22,7 +22,7 @@ from engines import Process, llama_python
 
 import kimi_linear as kl
 from kimi_linear.bench import Roofs, active_bytes, active_flops, spread
-from kimi_linear.cli._common import human_bytes, print_table
+from kimi_linear.cli._common import human_bytes, human_rate, print_table
 from kimi_linear.cli.bench import show_ops
 from kimi_linear.plan import available_memory
 
@@ -272,7 +272,7 @@ def rows(session, model, kind, depth):
 def show(result):
     """The tables, for a person."""
     roof = result["roof"]
-    print(f"{result['file']}, {human_bytes(result['bytes'])}; read roof {roof['read'] * 1e-9:.1f} GB/s "
+    print(f"{result['file']}, {human_bytes(result['bytes'])}; read roof {human_rate(roof['read'])} "
           f"(of {human_bytes(roof['read_bytes'])} of the file), fma {roof['fma'] * 1e-9:.0f} GFLOP/s; engines were "
           f"open {'together' if result['together'] else 'one after the other'}")
     for engine in result["engines"]:

@@ -1,6 +1,6 @@
 """Write a GGUF file of a config with random weights: names, sizes and metadata are those of `kl.convert`.
 
-A matrix is made of blocks that are drawn from a pool of its type and deviation, so a file of 16 GB takes a minute and
+A matrix is made of blocks that are drawn from a pool of its type and deviation, so a file of 16 GiB takes a minute and
 no memory. No two rows are the same in practice. Norms, convolutions, routers, gates and biases are float32, as the
 converter keeps them, and random one by one.
 """

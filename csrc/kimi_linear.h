@@ -185,7 +185,7 @@ KL_API void kl_ctx_cancel_at(kl_ctx *ctx, int64_t nth);
 /* ---- measuring ------------------------------------------------------------------------------- */
 
 /* While profiling is on, each op books its calls, wall seconds, floating-point operations and the bytes of
- * its arrays and weights. Switching it on starts from zero. */
+ * its arrays and weights; on a device it is waited for. Switching it on starts from zero. */
 typedef struct kl_profile_row {
     int64_t calls;
     double seconds, flops, bytes;

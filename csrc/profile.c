@@ -1,4 +1,5 @@
-/* Where the time goes: calls, seconds, flops and bytes of each op, while profiling is on. */
+/* Where the time goes: calls, seconds, flops and bytes of each op, while profiling is on. On a device each op is waited
+ * for: a launch takes no time of its own. */
 #include "ops/ops.h"
 
 void kl_book_begin(kl_ctx *ctx)
@@ -10,6 +11,8 @@ void kl_book_begin(kl_ctx *ctx)
 kl_status kl_book_end(kl_ctx *ctx, kl_op_id op, int64_t flops, int64_t bytes, kl_status status)
 {
     if (ctx->profiling && !ctx->arena.measuring) {
+        if (status == KL_OK && ctx->backend->wait != NULL)
+            status = ctx->backend->wait(ctx, ctx->backend->stream(ctx));
         kl_profile_row *row = &ctx->profile[op];
         row->calls++;
         row->seconds += 1e-9 * (double)(kl_now_ns() - ctx->booking);

@@ -17,7 +17,7 @@ import time
 import numpy as np
 
 from . import _core
-from .context import current
+from .context import current, devices
 from .device_array import DeviceArray
 from .plan import active
 
@@ -64,14 +64,23 @@ def spread(values):
 # ---- the machine ----
 
 def machine(ctx=None):
-    """What the numbers were measured with: CPU, kernels, threads, compiler, BLAS, NumPy's BLAS."""
+    """What the numbers were measured with: CPU, device, kernels, threads, compiler, BLAS, NumPy's BLAS."""
     ctx = current(ctx)
     numpy_blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     return {
-        "cpu": _cpu(), "isa": ctx.isa, "threads": ctx.threads, "gemm": ctx.gemm, "compiler": _compiler(),
-        "blas": _core.blas_name(), "numpy_blas": f"{numpy_blas.get('name')} {numpy_blas.get('version')}",
+        "cpu": _cpu(), "device": _device(ctx), "isa": ctx.isa, "threads": ctx.threads, "gemm": ctx.gemm,
+        "compiler": _compiler(), "blas": _core.blas_name(),
+        "numpy_blas": f"{numpy_blas.get('name')} {numpy_blas.get('version')}",
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def _device(ctx):
+    """``cpu``, or a device's name and what it is."""
+    name = "hip:0" if ctx.device == "hip" else ctx.device
+    if name == "cpu":
+        return name
+    return next((f"{d.name}: {d.description}" for d in devices() if d.name == name), name)
 
 
 def _cpu():
@@ -124,30 +133,35 @@ class Roofs:
     Parameters
     ----------
     model : Model, optional
-        Whose mapped weights are read for the read roof; without one, 1 GiB of memory is.
+        Whose mapped weights are read for the read roof; without one, and on a device, 1 GiB of memory is.
     ctx : Context, optional
 
     Attributes
     ----------
     samples : dict from name to list
-        ``read`` in bytes/s; ``fma`` (on registers), ``sgemm`` (NumPy's OpenBLAS) and ``linear`` (our own
-        product), at T=512, 2304 -> 4096, in float32 operations/s.
+        ``read`` in bytes/s and ``fma`` (on registers) in float32 operations/s. Of the CPU also ``sgemm`` (NumPy's
+        OpenBLAS) and ``linear`` (our own product), at T=512, 2304 -> 4096.
+    products : str
+        The one that bounds a product of matrices: ``sgemm``, on a device ``fma``.
     """
 
     T, D, M = 512, 2304, 4096
 
     def __init__(self, model=None, ctx=None):
         self.ctx = current(ctx)
-        on_host = self.ctx.device == "cpu"
-        self.buffers = (_weight_buffers(model) if model and on_host else []) or [np.ones(1 << 30, np.uint8)]
-        if not on_host:
-            self.buffers = [DeviceArray.from_numpy(a, self.ctx) for a in self.buffers]
+        if self.ctx.device == "cpu":
+            self.buffers = (_weight_buffers(model) if model else []) or [np.ones(1 << 30, np.uint8)]
+            rng = np.random.default_rng(0)
+            self.x = rng.standard_normal((self.T, self.D), np.float32)
+            self.w = rng.standard_normal((self.M, self.D), np.float32)
+            self.y = np.empty((self.T, self.M), np.float32)
+            names, self.products = ("read", "fma", "sgemm", "linear"), "sgemm"
+        else:
+            n_bytes = 1 << 20 if self.ctx.device == "hip-host" else 1 << 30  # a kernel that the host runs is slow
+            self.buffers = [DeviceArray.from_numpy(np.ones(n_bytes, np.uint8), self.ctx)]
+            names, self.products = ("read", "fma"), "fma"
         self.read_bytes = sum(b.nbytes for b in self.buffers)
-        rng = np.random.default_rng(0)
-        self.x = rng.standard_normal((self.T, self.D), np.float32)
-        self.w = rng.standard_normal((self.M, self.D), np.float32)
-        self.y = np.empty((self.T, self.M), np.float32)
-        self.samples = {"read": [], "fma": [], "sgemm": [], "linear": []}
+        self.samples = {name: [] for name in names}
         for name in self.samples:  # pages, threads and clocks
             self.sample(name)
             self.samples[name].clear()
@@ -236,8 +250,9 @@ def bench(model, *, prefill=512, decode=64, depths=(0, 4096), repeat=3, cache=No
 
     At each depth the state is prepared once; then `decode` single tokens are timed one by one, then `repeat`
     calls of `prefill` tokens. At depth 0 each prefill begins in an empty state; deeper, each goes on where
-    the one before ended. The roof that bounds each (reading the weights; sgemm) is sampled between the same
-    calls. Time by op is taken in further calls, so that taking it costs the others nothing.
+    the one before ended. The roof that bounds each (reading the weights; sgemm, on a device fma) is sampled
+    between the same calls. Time by op is taken in further calls, so that taking it costs the others nothing: on a
+    device each op is then waited for.
 
     Parameters
     ----------
@@ -252,7 +267,8 @@ def bench(model, *, prefill=512, decode=64, depths=(0, 4096), repeat=3, cache=No
     -------
     dict
         ``machine``, ``rates`` (a list), ``ops`` (``prefill`` and ``decode`` at the first depth), ``roof``,
-        ``memory``; plain numbers, ready for JSON. Seconds, bytes, operations.
+        ``memory``; plain numbers, ready for JSON. Seconds, bytes, operations. A rate's ``bound`` names its
+        ``roof``. What the process grew by is not measured on a device.
     """
     for name, value, low in (("prefill", prefill, 1), ("decode", decode, 1), ("repeat", repeat, 1)):
         if not isinstance(value, int) or value < low:
@@ -288,7 +304,7 @@ class _Run:
         self.roofs = Roofs(model, self.ctx)  # it reads the weights, so that they lie in memory
         model.forward(self.ids(2), logits="last")  # what a first call takes: threads, the allocator's own
         self.ctx._core.trim()
-        self.before = anonymous_bytes()
+        self.before = self.grown()
         self.state = model.new_state(context=self.context, cache=cache)
 
     def ids(self, n):
@@ -314,38 +330,43 @@ class _Run:
         steps = [self.call(1) for _ in range(half)]
         read = self.roofs.sample("read", 3)
         steps += [self.call(1) for _ in range(self.decode - half)]
-        calls, sgemm = [], []
+        calls, roof = [], []
         if depth == 0:
             self.from_empty()  # pays for pages
         for _ in range(self.repeat):
             calls.append(self.from_empty() if depth == 0 else self.call(self.prefill))
-            sgemm.append(self.roofs.sample("sgemm", 3))
-            self.roofs.sample("linear")
-        return [self.prefill_row(depth, calls, statistics.median(sgemm)), self.decode_row(depth, steps, read)]
+            roof.append(self.roofs.sample(self.roofs.products, 3))
+            if "linear" in self.roofs.samples:
+                self.roofs.sample("linear")
+        return [self.prefill_row(depth, calls, statistics.median(roof)), self.decode_row(depth, steps, read)]
 
     def from_empty(self):
         self.state.reset()
         return self.call(self.prefill)
 
-    def prefill_row(self, depth, calls, sgemm):
+    def prefill_row(self, depth, calls, roof):
         seconds = statistics.median(calls)
         layers, head = active_flops(self.model, head=False), active_flops(self.model)
         rate = (layers * (self.prefill - 1) + head) / seconds  # one row of logits is asked for
         return {"kind": "prefill", "depth": depth, "tokens": self.prefill, "seconds": spread(calls),
-                "tokens_per_second": self.prefill / seconds, "flops_per_second": rate, "roof": sgemm,
-                "of_roof": rate / sgemm}
+                "tokens_per_second": self.prefill / seconds, "flops_per_second": rate, "bound": self.roofs.products,
+                "roof": roof, "of_roof": rate / roof}
 
     def decode_row(self, depth, steps, read):
         seconds = statistics.median(steps)
         rate = active_bytes(self.model) / seconds
         return {"kind": "decode", "depth": depth, "tokens": 1, "seconds": spread(steps),
-                "tokens_per_second": 1 / seconds, "bytes_per_second": rate, "roof": read,
-                "of_roof": rate / read}
+                "tokens_per_second": 1 / seconds, "bytes_per_second": rate, "bound": "read",
+                "roof": read, "of_roof": rate / read}
+
+    def grown(self):
+        """`anonymous_bytes`; None where the model's memory is a device's."""
+        return anonymous_bytes() if self.ctx.device == "cpu" else None
 
     def memory(self):
         """Planned beside what the library holds and what the process grew by, in bytes."""
         plan = self.model.plan(context=self.context, cache=self.state.cache)
-        now = anonymous_bytes()
+        now = self.grown()
         return {"context": self.context, "planned_state": plan.state, "planned_scratch": plan.scratch,
                 "planned": plan.state + plan.scratch,
                 "held": self.state.nbytes + self.ctx._core.scratch_bytes,

@@ -318,8 +318,8 @@ class Model:
         states : bool, or str or list of str, optional
             Keep state arrays, all or by globs of their names: ``before.layers.2.kda.state`` is what the first kept
             token found, ``layers.2.kda.state`` what the last left, for `kimi_linear.diff.step`. The kept tokens are
-            then calls of their own. A KDA layer costs twice H K V + 3 (W - 1) H K values, 4.5 MB at 32 heads of 128;
-            an MLA layer 2 (R + P) a token that was read, 23 MB at position 5,000. One sequence.
+            then calls of their own. A KDA layer costs twice H K V + 3 (W - 1) H K values, 4.3 MiB at 32 heads of 128;
+            an MLA layer 2 (R + P) a token that was read, 22 MiB at position 5,000. One sequence.
         edit, state, offsets, expert_ids, check : as for `forward`
         progress : callable, optional
             With `to`, `tokens_slice` or `states`: called with tokens read and tokens in all, after each 512.
@@ -376,7 +376,7 @@ class Model:
         return np.concatenate(parts)
 
     def save_pretrained(self, folder, *, overwrite=False):
-        """Write the model as a Hugging Face folder: config.json, safetensors (in shards above 5 GB), the tokenizer's
+        """Write the model as a Hugging Face folder: config.json, safetensors (in shards of 5e9 bytes), the tokenizer's
         files and generation_config.json. `from_pretrained` gives the same config and the same bytes.
 
         Parameters

@@ -1,6 +1,6 @@
 /* The codebooks of iq_grids.h as the formats have them, a row of values a number: two bits a value (IQ3: four), the
  * first value lowest. KL_<type>_ROWS(ROW) is ROW(hex digits) for each row, KL_<type>_VALUE(bits) a value. Also C++: a
- * GPU keeps the numbers, 9 KB, and makes the values. */
+ * GPU keeps the numbers, 9 KiB, and makes the values. */
 #ifndef KL_IQ_ROWS_H
 #define KL_IQ_ROWS_H
 

@@ -136,5 +136,6 @@ def _print_help(file):
     for name in COMMANDS:
         print(f"  {name:<12}{importlib.import_module(f'{__name__}.{name}').HELP}", file=file)
     print("\nA command's own help has an example: kimi-linear COMMAND --help", file=file)
-    print("Without a model, a command uses the trained one in the package.", file=file)
+    print("Without a model, a command that runs one takes the trained one in the package.", file=file)
+    print("Exit codes: 0 done; 1 done, and the answer is no; 2 bad usage or input; 130 interrupted.", file=file)
     print('example:\n  kimi-linear generate --prompt "In the beginning"', file=file)

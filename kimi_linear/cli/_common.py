@@ -8,36 +8,38 @@ import sys
 from ..config import layer_pattern
 
 __all__ = [
-    "CACHES", "add_compute_arguments", "add_json_argument", "add_model_argument", "add_names_arguments", "human_bytes",
-    "human_count", "integers", "layer_pattern", "load_model", "model_path", "non_negative", "positive", "print_json",
-    "print_report", "print_table", "progress", "read_text", "say", "types_of",
+    "CACHES", "MODEL_IS", "add_compute_arguments", "add_json_argument", "add_model_argument", "add_names_arguments",
+    "human_bytes", "human_count", "human_rate", "integers", "layer_pattern", "load_model", "model_path", "non_negative",
+    "positive", "print_json", "print_report", "print_table", "progress", "read_text", "say", "types_of",
 ]
 
 
 CACHES = ("float32", "float16", "q8_0")
+MODEL_IS = 'Hugging Face folder, GGUF file, hub id in the local cache, or "tiny", the packaged model'
 
 
 # ---- arguments ----
 
 def add_model_argument(parser):
     """``[MODEL]`` or ``--model MODEL``: a folder, a GGUF, or a hub id in the local cache; else the packaged model."""
-    parser.add_argument("model_positional", metavar="MODEL", nargs="?",
-                        help="Hugging Face folder, GGUF file, or hub id in the local cache (default: the packaged)")
+    parser.add_argument("model_positional", metavar="MODEL", nargs="?", help=f"{MODEL_IS} (default: tiny)")
     parser.add_argument("--model", metavar="MODEL", help="the same, by name")
 
 
-def add_compute_arguments(parser, *, cache=None, activations=None, read_ahead=False, device=True):
+def add_compute_arguments(parser, *, cache=None, activations=None, read_ahead=False):
     """``--threads``, ``--isa``, ``--device``; where asked for ``--cache``, ``--activations``, ``--no-read-ahead``."""
-    parser.add_argument("--threads", type=positive, metavar="N", help="(default: one for each processor)")
-    parser.add_argument("--isa", choices=("scalar", "avx2", "avx512", "avx512bf16"), help="(default: the best here)")
-    if device:
-        parser.add_argument("--device", default="cpu", metavar="NAME",
-                            help="cpu, hip (the first GPU), hip:N or hip-host (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, metavar="N",
+                        help="threads to use (default: OMP_NUM_THREADS, else one for each processor)")
+    parser.add_argument("--isa", choices=("scalar", "avx2", "avx512", "avx512bf16"),
+                        help="the CPU's kernels (default: the best here)")
+    parser.add_argument("--device", default="cpu", metavar="NAME",
+                        help="cpu, hip (the first GPU), hip:N, or hip-host, its kernels run by the CPU (default: "
+                             "%(default)s)")
     if cache is not None:
         parser.add_argument("--cache", choices=CACHES, default=cache,
                             help="type of the latent cache (default: %(default)s)")
     if activations is not None:
-        fast = "int8 where weights are in blocks, bfloat16 where they are in that"
+        fast = "int8 where weights are in blocks, bfloat16 where they are in that, float32 on a device"
         words = fast if activations == "auto" else "%(default)s"
         parser.add_argument("--activations", choices=("float32", "int8", "bfloat16"), default=activations,
                             help=f"what products compute with (default: {words})")
@@ -59,7 +61,7 @@ def add_names_arguments(parser, file):
                         help=f"what {file} is: {'; '.join(f'{k}, {text}' for k, (_, text) in KINDS.items())}")
     parser.add_argument("--mapping", metavar="FILE",
                         help="JSON, for arrays and pt (default: mapping.json in the folder)")
-    parser.add_argument("--prefix", default="", metavar="TEXT", help=f"of the names in {file} to take")
+    parser.add_argument("--prefix", default="", metavar="TEXT", help=f"of the names in {file} to take (default: all)")
 
 
 def foreign_calls(args, path, config):
@@ -162,6 +164,9 @@ def read_text(path):
 
 # ---- output ----
 
+_BYTES = "{l_bar}{bar}| {n_fmt}/{total_fmt}iB [{elapsed}<{remaining}{postfix}]"  # tqdm's own, but for its rate
+
+
 def say(*words, end="\n"):
     """To stderr: what a person wants to know and a pipe does not."""
     print(*words, file=sys.stderr, end=end, flush=True)
@@ -171,9 +176,9 @@ def progress(total, label, unit="token"):
     """A bar on stderr, to ``update(n)`` and use as a context; nothing where stderr is no terminal."""
     from tqdm import tqdm
 
-    unit, divisor = ("iB", 1024) if unit == "B" else (f" {unit}s", 1000)
-    return tqdm(total=total, desc=label, unit=unit, file=sys.stderr, leave=False, unit_scale=True, unit_divisor=divisor,
-                disable=not sys.stderr.isatty())
+    how = {"unit_divisor": 1024, "bar_format": _BYTES} if unit == "B" else {"unit": f" {unit}s"}
+    return tqdm(total=total, desc=label, file=sys.stderr, leave=False, unit_scale=True, disable=not sys.stderr.isatty(),
+                **how)
 
 
 def print_json(value):
@@ -197,6 +202,12 @@ def human_bytes(n):
             return f"{n:.0f} {unit}" if unit == "B" or abs(n) >= 100 else f"{n:.1f} {unit}"
         n /= 1024
     return None
+
+
+def human_rate(bytes_per_second):
+    """``11.2 GB/s``, 1e9 bytes a second: rates are counted so, sizes are not."""
+    rate = bytes_per_second * 1e-9
+    return f"{rate:,.1f} GB/s" if rate >= 1 else f"{rate:.3f} GB/s"
 
 
 def human_count(n):

@@ -1,6 +1,6 @@
 """``kimi-linear blame``: which ops of a foreign run are wrong in themselves, and by which known fault."""
 
-from ._common import add_json_argument, add_names_arguments, foreign_calls, print_json, print_report
+from ._common import MODEL_IS, add_json_argument, add_names_arguments, foreign_calls, print_json, print_report
 
 HELP = "run every op of a foreign trace again in float64 on its own inputs: which are wrong, and how?"
 EPILOG = """
@@ -17,7 +17,7 @@ exit code 0: no op is wrong in itself, and no weight differs; 1: one does; 2: ba
 
 def add_arguments(parser):
     parser.add_argument("model", metavar="MODEL", nargs="?",
-                        help='the same checkpoint: Hugging Face folder, hub id in the local cache, or "tiny"')
+                        help=f"the same checkpoint: {MODEL_IS}")
     parser.add_argument("theirs", metavar="THEIRS", nargs="*",
                         help="trace files, one for each of consecutive calls of the same sequences")
     add_names_arguments(parser, "THEIRS")

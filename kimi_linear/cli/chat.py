@@ -31,7 +31,8 @@ def add_arguments(parser):
     add_model_argument(parser)
     parser.add_argument("--system", metavar="TEXT", help="an instruction before the first message")
     parser.add_argument("--state", metavar="FILE",
-                        help="go on with this conversation if it is there; save it at the end")
+                        help="go on with this conversation if it is there; save it at the end, with its messages in "
+                             "FILE.json")
     parser.add_argument("--checkpoints", type=positive, default=16, metavar="N",
                         help="places kept to go back to without reading again, two a turn (default: %(default)s)")
     add_generation_arguments(parser)

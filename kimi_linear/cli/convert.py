@@ -1,6 +1,6 @@
 """``kimi-linear convert``: a Hugging Face folder to a GGUF, and back."""
 
-from ._common import add_json_argument, print_json, progress
+from ._common import MODEL_IS, add_json_argument, print_json, progress
 
 HELP = "a Hugging Face folder to a GGUF that llama.cpp runs too, or a GGUF to a folder"
 EPILOG = """
@@ -13,7 +13,7 @@ A target that ends in .gguf is a GGUF, any other a folder. There and back gives 
 
 
 def add_arguments(parser):
-    parser.add_argument("source", metavar="SRC", help="Hugging Face folder, GGUF file, or hub id in the local cache")
+    parser.add_argument("source", metavar="SRC", help=MODEL_IS)
     parser.add_argument("target", metavar="DST", help="FILE.gguf; or, of a GGUF, a folder")
     add_type_arguments(parser, "each keeps its own")
     parser.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto",
@@ -26,7 +26,8 @@ def add_type_arguments(parser, default):
     """``--type`` and ``--map``."""
     parser.add_argument("--type", metavar="TYPE", help=f"of all matrices of a GGUF, as Q4_K (default: {default})")
     parser.add_argument("--map", metavar="PATTERN=TYPE", action="append", default=[],
-                        help="of tensors whose GGUF name matches, before --type; repeatable, the first match wins")
+                        help="of tensors whose GGUF name matches, before --type; may be given again, the first match "
+                             "wins")
 
 
 def add_output_arguments(parser):
@@ -43,7 +44,7 @@ def convert_as(args, dtype="auto", label="convert"):
     """Do what the arguments say, with a bar; what was written, on stdout."""
     from ..convert import convert
 
-    with progress(0, label, unit="byte") as bar:
+    with progress(0, label, unit="B") as bar:
 
         def moved(done, total, name):
             bar.total = total

@@ -2,7 +2,7 @@
 
 import sys
 
-from ._common import human_bytes, human_count, layer_pattern, positive, print_table, progress
+from ._common import human_bytes, human_count, layer_pattern, non_negative, positive, print_table, progress
 
 HELP = "the packaged model writes text, with its cost and its errors against float64"
 EPILOG = """
@@ -15,10 +15,11 @@ WIDTH = 78  # columns of the text
 
 
 def add_arguments(parser):
-    parser.add_argument("--prompt", metavar="TEXT", default=PROMPT, help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=12, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--prompt", metavar="TEXT", default=PROMPT, help="text to continue (default: %(default)s)")
+    parser.add_argument("--seed", type=non_negative, default=12, metavar="N",
+                        help="the same seed gives the same text (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=positive, default=120, metavar="N",
-                        help="(default: %(default)s)")
+                        help="tokens to write at most (default: %(default)s)")
 
 
 def run(args):

@@ -15,6 +15,8 @@ kimi-linear diff ours.safetensors dumps --names arrays --mapping dumps.json --co
 exit code 0: no tap diverges; 1: one does; 2: bad usage or input
 """
 
+THRESHOLD_IS = "6.1e-05, or 16 units in the last place of a narrower type"
+
 
 def add_arguments(parser):
     parser.add_argument("a", metavar="A", help="trace file")
@@ -28,8 +30,7 @@ def add_arguments(parser):
         "--threshold",
         type=threshold,
         metavar="X",
-        help="rms error of a token over the tap's rms from which the runs have parted (default: 6.1e-05, "
-        "or 16 units in the last place of a narrower type)",
+        help=f"rms error of a token over the tap's rms from which they have parted (default: {THRESHOLD_IS})",
     )
     add_json_argument(parser)
 

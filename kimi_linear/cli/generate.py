@@ -28,7 +28,7 @@ def add_arguments(parser):
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue")
     prompt.add_argument("--prompt-file", metavar="FILE", help="the same from a UTF-8 file; - is stdin")
-    prompt.add_argument("--ids", type=integers, metavar="ID,ID", help="token ids; no tokenizer is needed")
+    prompt.add_argument("--ids", type=integers, metavar="ID,ID,...", help="token ids; no tokenizer is needed")
     parser.add_argument("--chat", action="store_true", help="send the prompt as one user message")
     add_generation_arguments(parser)
     parser.add_argument("--logprobs", type=non_negative, default=0, metavar="K",
@@ -42,16 +42,19 @@ def add_arguments(parser):
 def add_generation_arguments(parser):
     """How tokens are drawn and where they end; `generation_options` gives them to ``model.generate``."""
     parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N",
-                        help="(default: %(default)s)")
+                        help="tokens to write at most (default: %(default)s)")
     parser.add_argument("--temperature", type=float, metavar="X",
                         help="0 takes the likeliest token (default: the checkpoint's, else 0)")
-    parser.add_argument("--top-k", type=non_negative, metavar="K", help="among the K likeliest; 0 is all")
+    parser.add_argument("--top-k", type=non_negative, metavar="K",
+                        help="among the K likeliest; 0 is all (default: the checkpoint's, else 0)")
     parser.add_argument("--top-p", type=float, metavar="P",
-                        help="among the likeliest that together have probability P")
+                        help="among the likeliest that together have probability P (default: the checkpoint's, else 1)")
     parser.add_argument("--min-p", type=float, metavar="P",
-                        help="among those at least P times as likely as the likeliest")
+                        help="among those at least P times as likely as the likeliest (default: the checkpoint's, "
+                             "else 0)")
     parser.add_argument("--repetition-penalty", type=float, metavar="X",
-                        help="divide positive logits of tokens seen by X, multiply negative ones; 1 is none")
+                        help="divide positive logits of tokens seen by X, multiply negative ones (default: the "
+                             "checkpoint's, else 1)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT",
                         help="end before this text; may be given again")
     parser.add_argument("--seed", type=non_negative, default=0, metavar="N",
@@ -67,10 +70,10 @@ def generation_options(args):
 def run(args):
     if args.chat and args.ids is not None:
         raise ValueError("--chat needs text; give --prompt or --prompt-file, not --ids")
-    prompt = _prompt(args)
-    model = load_model(args)
     if args.logprobs and not args.json:
         raise ValueError("--logprobs needs --json, which shows them")
+    prompt = _prompt(args)
+    model = load_model(args)
     generation = model.generate(prompt, n=args.samples, logprobs=max(1, args.logprobs) if args.json else 0,
                                 **generation_options(args))
     if args.json:

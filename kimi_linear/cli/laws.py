@@ -9,7 +9,7 @@ from ._common import (
     progress,
 )
 
-HELP = "what must give the same bytes, or stay within the budget: checked on a model, on this machine"
+HELP = "what must give the same bytes, or stay within the budget: checked on a model, on this CPU"
 EPILOG = """
 kimi-linear laws
 kimi-linear laws ~/models/kimi --only batch_is_alone --only any_thread_count
@@ -19,8 +19,11 @@ exit code 0: every law holds; 1: one does not; 2: bad usage or input
 
 
 def add_arguments(parser):
+    from ..laws import LAWS
+
     add_model_argument(parser)
-    parser.add_argument("--only", action="append", metavar="LAW", help="this law; may be given several times")
+    parser.add_argument("--only", action="append", metavar="LAW",
+                        help=f"this law; may be given again (default: all: {', '.join(LAWS)})")
     parser.add_argument("--seed", type=non_negative, default=0, metavar="N",
                         help="of the random token ids (default: %(default)s)")
     add_json_argument(parser)

@@ -9,6 +9,7 @@ from ._common import (
     add_json_argument,
     add_model_argument,
     human_bytes,
+    human_rate,
     layer_pattern,
     model_path,
     positive,
@@ -27,11 +28,11 @@ kimi-linear plan path/to/config.json --dtype BF16 --context 1000000 --cache floa
 def add_arguments(parser):
     add_model_argument(parser)
     parser.add_argument("--context", type=positive, default=4096, metavar="N",
-                        help="tokens a sequence (default: %(default)s)")
+                        help="tokens of a sequence (default: %(default)s)")
     parser.add_argument("--sequences", type=positive, default=1, metavar="N",
-                        help="at a time (default: %(default)s)")
+                        help="sequences at a time (default: %(default)s)")
     parser.add_argument("--cache", choices=CACHES, default="float32",
-                        help="type of the latent cache (default: %(default)s)")
+                        help="type of the latent cache (default: %(default)s; generate, chat and bench take float16)")
     parser.add_argument("--dtype", choices=("BF16", "F16", "F32"),
                         help="storage of the weights, where only a config.json is given (default: BF16)")
     parser.add_argument("--no-measure", action="store_true",
@@ -112,7 +113,7 @@ def _speed(p, facts):
     lines = [f"Decoding a token at {p.context:,} reads {human_bytes(p.step)}: weights {human_bytes(p.active)}, "
              f"cache {human_bytes(cache)}, states {human_bytes(2 * p.state_fixed)}."]
     if facts["tokens_per_second"]:
-        lines.append(f"Memory is read at {human_bytes(facts['read_rate'])}/s here: "
+        lines.append(f"Memory is read at {human_rate(facts['read_rate'])} here: "
                      f"{_rate(facts['tokens_per_second'])} tokens/s at most (estimate).")
     return lines
 
@@ -130,7 +131,7 @@ def _verdict(p, facts):
         lines = [f"It does not fit: {here}, and all but the experts needs {human_bytes(p.total - p.experts)}."]
     else:
         lines = [f"It is larger than memory: {here}. Experts are read from disk as they are used, "
-                 f"{human_bytes(disk)} a token: {_rate((1 << 30) / max(disk, 1))} tokens/s for each GiB/s of the disk "
+                 f"{human_bytes(disk)} a token: {_rate(1e9 / max(disk, 1))} tokens/s for each GB/s of the disk "
                  "(estimate).",
                  f"With so much on disk, there is room for {_tokens(fits)} a sequence."]
     if fitting:

@@ -1,5 +1,6 @@
 """``kimi-linear quantize``: a GGUF or a Hugging Face folder to a GGUF of other types."""
 
+from ._common import MODEL_IS
 from .convert import add_output_arguments, add_type_arguments, convert_as
 
 HELP = "a GGUF or a Hugging Face folder to a GGUF of other types"
@@ -13,7 +14,7 @@ What it costs: kimi-linear verify kimi-bf16.gguf kimi-q4_k.gguf
 
 
 def add_arguments(parser):
-    parser.add_argument("source", metavar="SRC", help="GGUF file, Hugging Face folder, or hub id in the local cache")
+    parser.add_argument("source", metavar="SRC", help=MODEL_IS)
     parser.add_argument("target", metavar="DST.gguf", help="the file to write")
     add_type_arguments(parser, "each keeps its own")
     add_output_arguments(parser)

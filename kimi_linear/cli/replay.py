@@ -1,6 +1,6 @@
 """``kimi-linear replay``: recorded calls of an op, each judged by float64 on its own inputs."""
 
-from ._common import add_json_argument, print_report, progress
+from ._common import add_json_argument, positive, print_report, progress
 
 HELP = "judge recorded calls of an op, each on its own inputs: which are wrong?"
 EPILOG = """
@@ -20,7 +20,7 @@ def add_arguments(parser):
                         help="whose names and layouts the calls have (default: as the file says, else ours)")
     parser.add_argument("--dtype", choices=("float64", "float32", "float16", "bfloat16"),
                         help="what they computed in (default: the coarsest of a call's arrays)")
-    parser.add_argument("--top", type=int, default=12, metavar="N", help="rows to print (default: %(default)s)")
+    parser.add_argument("--top", type=positive, default=12, metavar="N", help="rows to print (default: %(default)s)")
     add_json_argument(parser)
 
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from ._common import add_json_argument, human_bytes, print_report, say
-from .diff import threshold
+from ._common import MODEL_IS, add_json_argument, human_bytes, print_report, say
+from .diff import THRESHOLD_IS, threshold
 
 HELP = "one HTML page to look at: two traces beside each other, or the ops of one judged by float64"
 EPILOG = """
@@ -22,17 +22,18 @@ exit code 0: nothing found; 1: something is wrong or diverges; 2: bad usage or i
 def add_arguments(parser):
     parser.add_argument("traces", metavar="TRACE", nargs="+", help="A B: traces to lay beside each other; or one alone")
     parser.add_argument("-o", "--output", metavar="FILE", required=True, help="the page to write")
-    parser.add_argument("--model", metavar="MODEL",
-                        help='the same checkpoint: Hugging Face folder, hub id in the local cache, or "tiny"')
+    parser.add_argument("--model", metavar="MODEL", help=f"the same checkpoint: {MODEL_IS}")
     parser.add_argument("--calls", action="store_true",
                         help="the files are consecutive calls of one run, from its beginning")
     parser.add_argument("--names", choices=("hf",),
                         help="the names in files that `kimi-linear trace` did not write: transformers' module paths")
-    parser.add_argument("--prefix", default="", metavar="TEXT", help="of the names in those files to take")
+    parser.add_argument("--prefix", default="", metavar="TEXT",
+                        help="of the names in those files to take (default: all)")
     parser.add_argument("--dtype", choices=("float64", "float32", "float16", "bfloat16"),
                         help="of one trace: what they computed in (default: as the file says, or as most ops show)")
     parser.add_argument("--threshold", type=threshold, metavar="X",
-                        help="of two: rms error of a token over the tap's rms from which they have parted")
+                        help="of two: rms error of a token over the tap's rms from which they have parted "
+                             f"(default: {THRESHOLD_IS})")
     add_json_argument(parser)
 
 

@@ -49,12 +49,11 @@ def add_arguments(parser):
 
 
 def run(args):
+    _check(args)
     text = read_text(args.prompt_file) if args.prompt_file is not None else args.prompt
     model = load_model(args)
     tokens = args.ids if text is None else _encode(model, text)
     taps = args.taps or ["*"]
-    if args.reference and args.states:
-        raise ValueError("--states is of the engine; --reference keeps none")
     if args.engine == "llama.cpp":
         trace = _llama_cpp(args, model, tokens, taps)
         trace.save(args.output)
@@ -73,6 +72,16 @@ def run(args):
     return 0
 
 
+def _check(args):
+    llama = args.engine == "llama.cpp"
+    if llama and (args.reference or args.states):
+        raise ValueError("--reference and --states are of our engine; leave out --engine llama.cpp")
+    if args.reference and args.states:
+        raise ValueError("--states is of the engine; --reference keeps none")
+    if (llama or args.reference) and args.device != "cpu":
+        raise ValueError(f"--device is of our engine; leave out {'--engine llama.cpp' if llama else '--reference'}")
+
+
 def _encode(model, text):
     if model.tokenizer is None:
         raise ValueError(f"{model.name} has no tokenizer; give --ids")
@@ -83,8 +92,6 @@ def _llama_cpp(args, model, tokens, taps):
     """The same trace by llama.cpp."""
     from ..adapters.llama_cpp import Engine
 
-    if args.reference or args.states:
-        raise ValueError("--reference and --states are of our engine; leave out --engine llama.cpp")
     path = model_path(args)
     if path is None or not os.path.isfile(os.path.expanduser(path)):
         raise ValueError(f"{model.name} is a folder; llama.cpp takes a GGUF file")

@@ -43,7 +43,7 @@ def add_arguments(parser):
         type=positive,
         default=256,
         metavar="N",
-        help="at most so many of it (default: %(default)s)",
+        help="tokens of it at most (default: %(default)s)",
     )
     parser.add_argument(
         "--seed",

@@ -25,7 +25,7 @@ from .strict_json import show
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-MAX_HEADER = 100_000_000  # bytes up to the data; a vocabulary of 163,840 with its merges takes about 8 MB
+MAX_HEADER = 100_000_000  # bytes up to the data; a vocabulary of 163,840 with its merges takes about 8 MiB
 MAX_AXES = 4
 MAX_BYTES = 2**63 - 1
 MAX_KEY = 2**16 - 1  # bytes, the format's own limits

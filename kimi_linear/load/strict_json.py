@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import FormatError
 
-MAX_FILE = 100_000_000  # bytes; the largest index of a published checkpoint is about 10 MB
+MAX_FILE = 100_000_000  # bytes; the largest index of a published checkpoint is about 10 MiB
 
 
 class Object(dict):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -82,6 +83,10 @@ def test_version(capfd):
     (["perplexity", "--text", os.devnull], ["0 tokens"]),
     (["perplexity", "--text", str(DATA / "heldout.txt"), "--window", "1"], ["window is 1"]),
     (["bench", "--depths", "0,-1"], ["--depths", "'-1'"]),
+    (["bench", "--device", "gpu"], ["device is 'gpu'"]),
+    (["trace", "--ids", "1", "-o", "x", "--device", "hip-host", "--reference"], ["--device", "leave out --reference"]),
+    (["laws", "--device", "hip-host"], ["--device is not an option"]),
+    (["replay", "calls", "--top", "0"], ["--top", "'0'"]),
     (["inspect", "nothing.gguf"], ["no folder or GGUF file nothing.gguf", "'tiny'"]),
     (["convert", str(DATA / "heldout.txt"), "folder"], ["heldout.txt is a file that begins with", "'GGUF'"]),
     (["golden", "softmax", "-o", str(DATA)], [f"{DATA}: Is a directory"]),
@@ -124,6 +129,13 @@ def test_a_device(capfd):
     assert (code, out) == (0, plain) if here.available else (code == 2 and "_hip_host.so" in err)
     code, _, err = run(capfd, "verify", "--device", "gpu")
     assert code == 2 and "device is 'gpu'; it must be 'cpu', 'hip'" in err
+
+
+def test_commands_that_run_a_model_in_the_engine_take_the_same_device(capfd):
+    words = {command: re.search(r"\n  --device NAME.*?(?=\n  --)", run(capfd, command, "--help")[1], re.DOTALL)
+             for command in COMMANDS}
+    assert {c for c, found in words.items() if found} == {"generate", "chat", "verify", "trace", "perplexity", "bench"}
+    assert len({found[0] for found in words.values() if found}) == 1
 
 
 def test_the_packaged_model_has_a_name(capfd, tmp_path, monkeypatch):
@@ -273,6 +285,25 @@ def test_bench_reports_every_part(capfd):
     timed = {row["op"] for row in result["ops"]["decode"]}
     assert {"linear", "moe", "delta_rule", "latent_attention"} <= timed
     assert result["memory"]["held"] <= result["memory"]["planned"]
+
+
+def test_bench_on_a_device(capfd):
+    """Its roofs are its own; the process's growth, NumPy's products and BLAS are none of it."""
+    if not next(d for d in kl.devices() if d.name == "hip-host").available:
+        pytest.skip("make hip-host has not been run")
+    argv = ["bench", str(ROOT / "tests" / "data" / "golden" / "kimi-a"), "--prefill", "2", "--decode", "1",
+            "--depths", "0", "--repeat", "1", "--device", "hip-host"]
+    code, out, _ = run(capfd, *argv, "--json")
+    result = json.loads(out)
+    assert code == 0 and result["machine"]["device"].startswith("hip-host: host build")
+    assert [(r["kind"], r["bound"]) for r in result["rates"]] == [("prefill", "fma"), ("decode", "read")]
+    assert all(r["tokens_per_second"] > 0 and r["of_roof"] > 0 for r in result["rates"])
+    assert set(result["roof"]) == {"read", "fma", "read_bytes"} and result["roof"]["fma"] > 0
+    assert {"linear", "delta_rule", "latent_attention"} <= {row["op"] for row in result["ops"]["decode"]}
+    memory = result["memory"]
+    assert 0 < memory["held"] <= memory["planned"] and memory["measured"] is None
+    code, out, _ = run(capfd, *argv)
+    assert code == 0 and "its times mean nothing" in out and "sgemm" not in out and "grew" not in out
 
 
 def test_demo_writes_and_judges_itself(capfd):

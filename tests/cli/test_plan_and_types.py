@@ -14,6 +14,7 @@ from kimi_linear import _engine, bench
 from kimi_linear.cli import _common, main
 
 MiB = 1 << 20
+ROOT = Path(__file__).parents[2]
 planning = importlib.import_module("kimi_linear.plan")  # kl.plan is its function
 
 
@@ -115,16 +116,28 @@ def test_a_machine_too_small(files, capfd, monkeypatch):
     assert "does not say how much memory is free" in run(capfd, "plan", files["BF16"])[1]
 
 
-def test_bytes_are_in_units_of_1024_everywhere(files, capfd, monkeypatch):
-    """In what the commands print of sizes and rates; no other unit is spelt in their sources."""
-    for source in (Path(kl.__file__).parent / "cli").glob("*.py"):
-        assert not re.findall(r"\b[kKMGT]B\b", source.read_text(encoding="utf-8")), source
+def test_sizes_are_in_units_of_1024_and_rates_in_GB_a_second(files, capfd, monkeypatch):
+    """In what the commands print, and in every text of the sources and the docs."""
+    parts = ("kimi_linear/**/*.py", "benchmarks/*.py", "csrc/**/*.[ch]", "csrc/hip/*.hip", "docs/*.md", "*.md",
+             "Makefile")
+    for source in (path for part in parts for path in ROOT.glob(part)):
+        text = source.read_text(encoding="utf-8")
+        assert not re.findall(r"(?<![A-Za-z])(?!GB/s\b)(?:[kKMGT]B|[KMGT]iB/s)\b", text), source
     for free in (None, 7 * MiB, 1 << 40):
         with_memory(monkeypatch, free)
         out = run(capfd, "plan", files["BF16"])[1]
         assert re.search(r"Decoding a token at 4,096 reads \d[\d.]* MiB: weights ", out), out
-        assert not re.search(r"\d (?!B\b|[KMGT]iB\b)\w?B\b", out), out
-    assert "Memory is read at 9.3 GiB/s here" in out
+        assert not re.search(r"\d (?!B\b|[KMGT]iB\b|GB/s)\w?B\b", out), out
+    assert "Memory is read at 10.0 GB/s here" in out
+
+
+def test_a_bar_of_bytes_has_no_rate(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with _common.progress(3 << 30, "to hip", unit="B") as bar:
+        bar.update(1 << 30)
+        bar.refresh()
+    err = capsys.readouterr().err
+    assert "1.00G/3.00GiB [" in err and "/s" not in err
 
 
 def test_a_plan_without_experts_reads_nothing_from_disk():

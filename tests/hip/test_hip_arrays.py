@@ -166,6 +166,14 @@ def test_hip_what_a_kernel_notes_is_raised_by_the_next_wait():
         ids.numpy()
     with pytest.raises(ValueError, match=r"route: scores\[2, 3\] .* is NaN"):
         kl.ops.route(Foreign(put(scores)), k=2, ctx=context())  # another's array: the call waits for its own end
+    core = context()._core
+    core.profile(True)
+    try:
+        with pytest.raises(ValueError, match=r"route: scores\[2, 3\] .* is NaN"):
+            kl.ops.route(put(scores), k=2, ctx=context())  # an op is waited for while its time is taken
+    finally:
+        core.profile(False)
+    assert [(op, calls) for op, calls, *_ in core.profile_result() if calls] == [("route", 1)]
 
 
 def test_hip_no_tokens():

@@ -67,10 +67,10 @@ def test_hip_kernels_walk_over_more_tasks_than_blocks(case, version, monkeypatch
         assert bytes_of(op(**CASES[case], ctx=context())) == wanted
 
 
-if not ON_HOST:  # on the host, test_hip_far.py does it without touching 2.2 GB
+if not ON_HOST:  # on the host, test_hip_far.py does it without touching 2.1 GiB
 
     def test_hip_rows_behind_2_to_the_31_bytes():
-        """Byte offsets are wider than 32 bits: the last rows of a table of 2.2 GB, which is zeros but for them."""
+        """Byte offsets are wider than 32 bits: the last rows of a table of 2.1 GiB, which is zeros but for them."""
         table, ids = np.zeros((270_000, 4096), np.float16), np.array([269_999, 262_144, 262_143, 7])
         table[ids] = normal(4, 4096).astype(np.float16)
         assert table.nbytes > 2**31
