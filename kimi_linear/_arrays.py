@@ -26,14 +26,17 @@ def as_array(x, name):
         return unmasked(x, name)
     if isinstance(x, DeviceArray):
         raise TypeError(f"{name} lies on a device; give {name}.numpy()")
-    if type(x).__module__.split(".")[0] == "torch":
+    if any(c.__module__.split(".")[0] == "torch" for c in type(x).__mro__):
         return _from_torch(x, name)
     if hasattr(x, "__dlpack__") and not hasattr(x, "__array__"):
         try:
             return np.from_dlpack(x)
         except (BufferError, TypeError, RuntimeError) as error:
             raise TypeError(f"{name}: a {type(x).__name__} that NumPy cannot read ({error})") from None
-    a = np.asarray(x)
+    try:
+        a = np.asarray(x)
+    except ValueError as error:  # a list of lists of several lengths
+        raise ValueError(f"{name} is a {type(x).__name__} that makes no array ({error})") from None
     if a.dtype == object:
         raise TypeError(f"{name} is a {type(x).__name__}; it must be an array of numbers")
     return a
@@ -46,8 +49,11 @@ def as_either(x, name):
 
 
 def contiguous(a):
-    """`a` with its values in order, copied where they are not."""
-    return a if isinstance(a, DeviceArray) else np.ascontiguousarray(a).reshape(a.shape)
+    """`a` with its values in order and at addresses of their size, copied where they are not."""
+    if isinstance(a, DeviceArray):
+        return a
+    a = np.ascontiguousarray(a).reshape(a.shape)
+    return a if a.flags.aligned else a.copy()
 
 
 def share_memory(a, b):
@@ -70,12 +76,15 @@ def _from_torch(x, name):
     """A torch tensor's memory; bfloat16, which NumPy does not know, as ml_dtypes.bfloat16."""
     if x.device.type != "cpu":
         raise TypeError(f"{name} is a tensor on {x.device}; give {name}.cpu()")
-    x = x.detach()
+    x = x.detach().resolve_conj().resolve_neg()
     if str(x.dtype) == "torch.bfloat16":
         import torch
 
         return x.contiguous().view(torch.uint16).numpy().view(BFLOAT16)
-    return x.numpy()
+    try:
+        return x.numpy()
+    except (RuntimeError, TypeError) as error:  # sparse, quantised, of a type that NumPy has not
+        raise TypeError(f"{name}: a tensor of {x.dtype} that NumPy cannot read ({error})") from None
 
 
 def as_float32(x, name, *shapes):
@@ -98,8 +107,6 @@ def as_float32(x, name, *shapes):
     elif a.dtype != np.float32:
         cast = f"{name}.astype('float32')" if hasattr(x, "astype") else f"numpy.asarray({name}, 'float32')"
         raise TypeError(f"{name} is {a.dtype}; it must be float32, float16 or bfloat16: {cast}")
-    if a.dtype.byteorder == ">":
-        raise TypeError(f"{name} is big-endian; it must be in the machine's byte order")
     check_shape(a, name, *shapes)
     return contiguous(a)
 
@@ -129,7 +136,7 @@ def as_integers(x, name, *shapes, dtype=np.int32, low=None, high=None, on_device
             at = tuple(int(i) for i in np.argwhere(bad)[0])
             at = at[0] if len(at) == 1 else at
             raise ValueError(f"{name}[{at}] is {a[at]}; it must be {low} <= {name} < {high}")
-    return np.ascontiguousarray(a, dtype=dtype).reshape(a.shape)
+    return contiguous(a.astype(dtype, copy=False))
 
 
 def check_shape(a, name, *shapes):
@@ -164,6 +171,8 @@ def output(out, shape, name="out", dtype=np.float32, like=None):
         return device
     if not out.flags.c_contiguous:
         raise ValueError(f"{name} is strided; it must be C-contiguous")
+    if not out.flags.aligned:
+        raise ValueError(f"{name} begins at an address that is no multiple of {out.itemsize}; it must be aligned")
     if not out.flags.writeable:
         raise ValueError(f"{name} is read-only")
     return out
@@ -176,6 +185,21 @@ def outputs(out, count):
     if not isinstance(out, tuple) or len(out) != count:
         raise TypeError(f"out must be a tuple of {count} arrays (or None each)")
     return out
+
+
+def refuse_shared(out, **inputs):
+    """ValueError where `out` would be written over an input that is still to be read; None and other objects pass."""
+    for name, given in inputs.items():
+        if isinstance(given, (np.ndarray, DeviceArray)) and share_memory(out, given):
+            raise ValueError(f"out shares memory with {name}; it must be another array")
+
+
+def refuse_shared_outputs(*outs):
+    """ValueError where two results of one call would be written to the same memory."""
+    for i, o in enumerate(outs):
+        for j in range(i):
+            if share_memory(outs[j], o):
+                raise ValueError(f"out[{i}] shares memory with out[{j}]; each result needs its own")
 
 
 def as_weight(w, name, ndim=2):
@@ -222,8 +246,8 @@ def sequences_of(x, name, axes, offsets):
                              f"must be one of them")
         B, T = x.shape[:2]
         return np.arange(B + 1, dtype=np.int64) * T, (B,)
-    lead = () if offsets is None else (np.size(offsets) - 1,)
-    return as_offsets(offsets, len(x)), lead
+    given = as_offsets(offsets, len(x))
+    return given, () if offsets is None else (len(given) - 1,)
 
 
 def checkpoint_counts(checkpoints, lengths):
@@ -235,6 +259,8 @@ def checkpoint_counts(checkpoints, lengths):
             raise ValueError(f"checkpoints is {checkpoints}; it must be >= 1, or a list of token counts")
         step = int(checkpoints)
         return [list(range(step, n + 1, step)) for n in lengths]
+    if not np.iterable(checkpoints):
+        raise TypeError(f"checkpoints is {checkpoints!r:.40}; it must be an int >= 1, or a list of token counts")
     lists = list(checkpoints)
     if not any(np.ndim(c) for c in lists):
         lists = [lists]
@@ -275,9 +301,15 @@ def pack(arrays):
 
     Source: api of the ragged batches, docs/math.md#ragged. ``unpack`` is the inverse.
     """
+    if not np.iterable(arrays):
+        raise TypeError(f"arrays is a {type(arrays).__name__}; it must be a list of arrays")
     arrays = [as_array(a, f"arrays[{i}]") for i, a in enumerate(arrays)]
     if not arrays:
         raise ValueError("pack: the list is empty; it must hold one array or more")
+    for i, a in enumerate(arrays):
+        if a.ndim == 0:
+            raise ValueError(f"arrays[{i}] has shape []; it must be [T, ...]")
+        check_shape(a, f"arrays[{i}]", ("T", *arrays[0].shape[1:]))
     lengths = [len(a) for a in arrays]
     return np.concatenate(arrays), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 

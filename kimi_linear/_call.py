@@ -1,11 +1,10 @@
 """One forward call, from what the caller gives to what the caller gets."""
 
-import operator
-
 import numpy as np
 
 from . import reference
 from ._arrays import as_float32, as_integers, as_offsets
+from ._scalars import as_whole
 from .context import current
 from .editing import Edits
 from .plan import available_memory
@@ -49,8 +48,8 @@ class Call:
 
     def _layers(self, start, stop, embeds):
         n = self.model.config.n_layers
-        start = 0 if start is None else operator.index(start)
-        stop = n if stop is None else operator.index(stop)
+        start = 0 if start is None else as_whole(start, "start", "an int, or None")
+        stop = n if stop is None else as_whole(stop, "stop", "an int, or None")
         if not 0 <= start < stop <= n:
             raise ValueError(f"start is {start} and stop {stop}; 0 <= start < stop <= {n} layers must hold")
         if start and embeds is None:
@@ -91,7 +90,7 @@ class Call:
         if ids.ndim == 2:
             if offsets is not None:
                 raise ValueError("tokens is [B, T] and offsets are given; offsets need tokens [T]")
-            B, T = ids.shape
+            B, T = self.shape = ids.shape
             return "batch", ids.reshape(-1), np.arange(B + 1, dtype=np.int64) * T
         return ("single" if offsets is None else "packed"), ids, as_offsets(offsets, len(ids))
 
@@ -191,7 +190,8 @@ class Call:
         finally:
             self._tell_states()
         if self.headless:
-            self.values = arrays[leaving][self.rows] if len(self.rows) else self.values
+            D = model.config.hidden_size
+            self.values = arrays[leaving][self.rows] if len(self.rows) else np.empty((0, D), np.float32)
         elif edits:
             self.values = edits.logits(self.values)
         return self._form(self.values)
@@ -210,6 +210,8 @@ class Call:
     def experts(self, expert_ids):
         if expert_ids is None:
             return None
+        if not hasattr(expert_ids, "items"):
+            raise TypeError(f"expert_ids is a {type(expert_ids).__name__}; it must be a dict from layer to ids [T, k]")
         given = []
         c = self.model.config
         for layer, ids in expert_ids.items():
@@ -230,7 +232,7 @@ class Call:
         if self.form == "single":
             return values
         if self.form == "batch":
-            return values.reshape(self.N, -1, values.shape[-1])
+            return values.reshape(*self.shape, values.shape[-1])
         return [values[a:b] for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True)]
 
     def meta(self):

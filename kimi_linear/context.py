@@ -1,12 +1,12 @@
 """Contexts: which kernels, how many threads, which matrix product."""
 
 import contextlib
-import operator
 import os
 import threading
 from typing import NamedTuple
 
 from . import _core
+from ._scalars import as_whole
 
 __all__ = ["Context", "Device", "current", "devices", "set_num_threads", "threads", "isa_list"]
 
@@ -59,12 +59,14 @@ class Context:
     def __init__(self, device="cpu", *, threads=None, isa=None, gemm="own", delta_rule="auto", activations="float32"):
         if not isinstance(device, str):
             raise TypeError(f"device is {type(device).__name__}; it must be a str, as 'cpu' or 'hip'")
+        if isa is not None and not isinstance(isa, str):
+            raise TypeError(f"isa is {type(isa).__name__}; it must be a str, as 'avx2', or None")
         if gemm not in _GEMM:
             raise ValueError(f"gemm is {gemm!r}; it must be 'own' or 'blas'")
         if delta_rule not in _DELTA_RULE:
             raise ValueError(f"delta_rule is {delta_rule!r}; it must be 'auto', 'recurrent' or 'chunked'")
         check_activations(activations)
-        threads = _default_threads() if threads is None else _checked_threads(threads)
+        threads = _default_threads() if threads is None else as_whole(threads, "threads", "an int, or None")
         self._core = _core.Context(threads, isa, _GEMM[gemm], _DELTA_RULE[delta_rule], ACTIVATIONS[activations],
                                    device)
         self.device = device
@@ -84,7 +86,7 @@ class Context:
 
     def set_threads(self, n):
         """Use `n` threads from the next call on (0: one for each processor)."""
-        self._core.set_threads(_checked_threads(n))
+        self._core.set_threads(as_whole(n, "n"))
 
     def cancel(self):
         """Stop the call in flight in another thread: it raises KeyboardInterrupt there."""
@@ -93,13 +95,6 @@ class Context:
     def __repr__(self):
         return (f"Context(device={self.device!r}, threads={self.threads}, isa={self.isa!r}, gemm={self.gemm!r}, "
                 f"delta_rule={self.delta_rule!r}, activations={self.activations!r})")
-
-
-def _checked_threads(threads):
-    try:
-        return operator.index(threads)
-    except TypeError:
-        raise TypeError(f"threads is {threads!r:.40}; it must be an int, or None") from None
 
 
 def check_activations(activations):
@@ -154,7 +149,8 @@ def set_num_threads(n):
     n : int or None
         0 is one for each processor; None goes back to the default.
     """
-    if n is not None and (not isinstance(n, int) or not 0 <= n <= 1024):
+    n = n if n is None else as_whole(n, "n", "an int from 0 (all processors) to 1024, or None")
+    if n is not None and not 0 <= n <= 1024:
         raise ValueError(f"n is {n!r}; it must be an int from 0 (all processors) to 1024, or None")
     _settings["threads"] = n
 

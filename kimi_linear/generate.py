@@ -74,7 +74,7 @@ class Generation:
         equal texts, and samples of one prompt (`n`) differ.
     n : int
         Samples of each prompt. It is read once and its state forked; the first sample is that of ``n=1``.
-    stop : str or sequence of str
+    stop : str or sequence of str, optional
         End where one of these appears, also across tokens. It is not shown; what may be the beginning of one is held
         back. `tokens` has every token drawn.
     logprobs : int
@@ -386,7 +386,7 @@ def _is_messages(prompt):
 
 def _is_batch(prompt):
     """Whether it is a list of prompts: text, ids or messages each."""
-    if isinstance(prompt, np.ndarray):
+    if hasattr(prompt, "ndim"):
         return prompt.ndim == 2
     several = isinstance(prompt, (list, tuple)) and len(prompt) > 0
     return several and isinstance(prompt[0], (str, list, tuple, np.ndarray))
@@ -404,7 +404,12 @@ def _at_least(x, name, low):
 
 def _seeds(seed, n_prompts):
     """One for each prompt."""
-    seeds = [0 if seed is None else seed] * n_prompts if seed is None or _is_integer(seed) else list(seed)
+    if seed is None or _is_integer(seed):
+        seeds = [0 if seed is None else seed] * n_prompts
+    elif np.iterable(seed):
+        seeds = list(seed)
+    else:
+        raise TypeError(f"seed is {seed!r:.40}; it must be an int, or one for each prompt")
     if len(seeds) != n_prompts:
         raise ValueError(f"seed has {len(seeds)} values; it must be one, or one for each of {n_prompts} prompts")
     ops.sample(np.zeros((n_prompts, 2), np.float32), seed=seeds)  # raises what is wrong
@@ -412,7 +417,9 @@ def _seeds(seed, n_prompts):
 
 
 def _stop_strings(stop, model):
-    strings = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not (stop is None or np.iterable(stop)):
+        raise TypeError(f"stop is {stop!r:.40}; it must be text, or a sequence of it")
+    strings = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
     for i, s in enumerate(strings):
         if not isinstance(s, str) or not s:
             raise ValueError(f"stop[{i}] is {s!r}; it must be text of a character or more")

@@ -10,6 +10,7 @@ import numpy as np
 from . import _engine
 from ._arrays import as_integers
 from ._call import Call, tap_names
+from ._scalars import as_whole
 from .config import Config, layer_pattern
 from .context import Context, check_activations, current
 from .perplexity import log_probs
@@ -228,7 +229,11 @@ class Model:
             return State(self, cache=cache or self.cache, context=context or 0, checkpoints_every=checkpoints_every,
                          keep=keep, ctx=self.ctx)
 
-        return one() if n is None else [one() for _ in range(n)]
+        if n is None:
+            return one()
+        if as_whole(n, "n", "an int, or None") < 0:
+            raise ValueError(f"n is {n}; it must be >= 0, or None")
+        return [one() for _ in range(n)]
 
     def load_state(self, path, **options):
         """A State from a file that ``state.save`` wrote; options as for `State.load`."""
@@ -421,6 +426,19 @@ class Model:
         if self.tokenizer is None:
             raise ValueError(f"{self.name} has no tokenizer; give token ids")
         return self.tokenizer.encode(text)
+
+    def __copy__(self):
+        """Another Model over the same weights; one that is replaced in either leaves the other as it is."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__, _building=threading.Lock(), generation_config=dict(self.generation_config))
+        return twin
+
+    def __deepcopy__(self, memo):
+        return self.__copy__()
+
+    def __reduce__(self):
+        raise TypeError(f"{self.name} borrows its weights and is not pickled; open it with from_pretrained in each "
+                        "process, or fork")
 
     def __repr__(self):
         c = self.config

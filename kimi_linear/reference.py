@@ -4,7 +4,8 @@ Names and arguments are those of ``kimi_linear.ops``. Inputs of any float type a
 stay integers. Shape letters: T tokens, N sequences, H heads (Hk of keys, Hv of values), K key width, V value
 width, D model width, R latent rank, P width of the shared key part, C channels, W taps, E experts, F inner
 width. With ``offsets`` [N+1] the tokens of N sequences lie one after another and states have a leading axis
-N. The delta rule and its chunked form are in :mod:`kimi_linear.reference_delta`, the block types in
+N; with a batch axis in front, [B, T, ...], there are B equally long ones and states have a leading axis B. The
+delta rule and its chunked form are in :mod:`kimi_linear.reference_delta`, the block types in
 :mod:`kimi_linear.reference_quant`; they are names of this module, too.
 
 Sources: Kimi Linear report, arXiv:2510.26692 (delta rule, decay, block); DeepSeek-V2, arXiv:2405.04434
@@ -16,6 +17,7 @@ from __future__ import annotations
 import numpy as np
 
 from ._arrays import as_array
+from ._batches import any_batch
 from ._float64 import f64, sequences
 from .quantized import Quantized
 from .reference_delta import decay_cumsum, delta_rule, delta_rule_inter, delta_rule_intra  # noqa: F401
@@ -107,6 +109,7 @@ def linear(x, w, bias=None):
 # ---- KDA: the delta rule itself is in reference_delta.py ------------------------------------------
 
 
+@any_batch
 def short_conv(x, w, *, history=None, offsets=None, activation="silu"):
     """Causal depthwise convolution, ``y[t, c] = act(sum_j w[c, j] x[t - W + 1 + j, c])``.
 
@@ -136,15 +139,17 @@ def decay_gate(f, rate, dt_bias, *, lower_bound=None):
 
     Per channel: f [T, H, K], dt_bias [H, K]; per head: f [T, H], dt_bias [H]. rate [H] = exp(A_log).
     """
-    f = f64(f)
-    rate = f64(rate).reshape(-1, *[1] * (f.ndim - 2))
-    x = f + f64(dt_bias).reshape(f.shape[1:])
+    f, rate, dt_bias = f64(f), f64(rate), f64(dt_bias)
+    axes = 1 if dt_bias.size == rate.size == f.shape[-1] else 2
+    rate = rate.reshape(-1, *[1] * (axes - 1))
+    x = f + dt_bias.reshape(f.shape[-axes:])
     return -rate * softplus(x) if lower_bound is None else lower_bound * sigmoid(rate * x)
 
 
 # ---- MLA -----------------------------------------------------------------------------------------
 
 
+@any_batch
 def latent_attention(q, latent, k_shared, w_uk, w_uv, *, scale, offsets=None, kv_offsets=None, form="auto"):
     """Attention over a latent cache: head h has keys ``[w_uk_h c | k_shared]`` and values ``w_uv_h c``.
 
@@ -210,6 +215,7 @@ def rope(x, positions, *, base, rotary):
     return np.concatenate([a * c - b * s, b * c + a * s, rest], axis=-1)
 
 
+@any_batch
 def attention(q, k, v, *, scale, offsets=None, kv_offsets=None):
     """Causal attention: q [T, H, K], k [S, Hkv, K], v [S, Hkv, V] -> o [T, H, V]; query head h has head h // (H / Hkv).
 
@@ -239,6 +245,7 @@ def _top(x, k):
     return np.argsort(-x, axis=-1, kind="stable")[..., :k]
 
 
+@any_batch
 def route(scores, *, k, bias=None, groups=1, top_groups=1, function="sigmoid", renormalise=True, scale=1.0):
     """Choose k experts a token: scores [T, E] are the router's logits, bias [E] is for the choice only.
 
@@ -281,6 +288,7 @@ def _router_scores(scores, function):
     return sigmoid(scores) if function == "sigmoid" else softmax(scores)
 
 
+@any_batch
 def moe(x, ids, weights, w_gate, w_up, w_down, *, shared=None, shared_gate=None, activation="silu"):
     """``y = sum_e weights_e * w_down_e swiglu(w_gate_e x, w_up_e x)`` by ascending e, then ``+ shared``.
 
@@ -342,13 +350,20 @@ def sample_weight(logits, temperature):
 
 
 def sample(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, sequence=0, position=0):
-    """Draw a token id from logits [vocab]; -infinity masks a token.
+    """Draw a token id from logits [vocab]; -infinity masks a token. Rows of logits [T, vocab] give T ids, and every
+    argument may then be T values.
 
     Temperature 0 is the largest logit. Otherwise weights (`sample_weight`) in the order of x descending, then id
     ascending: the first top_k stay (0: all), of these w >= min_p, of these the shortest prefix with a sum >= top_p of
     their sum (1: all). The first whose running sum exceeds `uniform` of that prefix's sum is drawn.
     """
     x = f64(logits)
+    if x.ndim == 2:
+        given = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, sequence=sequence,
+                     position=position)
+        each = {name: np.broadcast_to(np.asarray(value, object), len(x)) for name, value in given.items()}
+        return np.array([sample(row, **{name: values[t] for name, values in each.items()})
+                         for t, row in enumerate(x)], np.int32)
     if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1 and 0 <= min_p <= 1):
         raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}, min_p {min_p}; they must "
                          f"be >= 0, >= 0, in (0, 1] and in [0, 1]")

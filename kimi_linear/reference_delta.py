@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from ._arrays import checkpoint_counts
+from ._batches import any_batch
 from ._float64 import f64, sequences
 
 __all__ = ["decay_cumsum", "delta_rule", "delta_rule_inter", "delta_rule_intra"]
@@ -28,6 +29,7 @@ def decay_cumsum(g, *, chunk=64, offsets=None):
     return c
 
 
+@any_batch
 def delta_rule(q, k, v, g, beta, *, scale=None, initial_state=None, offsets=None, form="auto", chunk=64,
                l2_norm=False, l2_eps=1e-6, head_map="grouped", checkpoints=None, final_state=None):
     """The gated delta rule. Per value head and token, with a = exp(g)::
@@ -90,6 +92,7 @@ def delta_rule(q, k, v, g, beta, *, scale=None, initial_state=None, offsets=None
     return (o, state) if checkpoints is None else (o, state, np.array(kept).reshape(-1, Hv, K, V))
 
 
+@any_batch
 def delta_rule_intra(q, k, v, g, beta, *, scale=None, offsets=None, chunk=64, head_map="grouped"):
     """What the chunks of the delta rule are before any state is known. For rows i and j of a chunk::
 
@@ -127,6 +130,7 @@ def delta_rule_intra(q, k, v, g, beta, *, scale=None, offsets=None, chunk=64, he
     return (*squares, W, U)
 
 
+@any_batch
 def delta_rule_inter(q, k, g, P, W, U, *, scale=None, initial_state=None, offsets=None, chunk=64,
                      head_map="grouped", final_state=None):
     """The pass over chunks, each beginning with the state S that the last one left::

@@ -18,7 +18,7 @@ import numpy as np
 
 from . import reference as op
 from ._arrays import as_array
-from .config import Config
+from .config import Config, layer_pattern
 from .trace import ON_REQUEST, on_request
 from .weight_shapes import MOE_NAMES, ROUTER_BIAS, SHARED_GATE, attn_query_rows, gdn_channels, gdn_inputs
 
@@ -89,6 +89,10 @@ class ReferenceModel:
                              + (", ..." if len(missing) > 8 else ""))
         self.config = config
         self.weights = weights
+
+    def __repr__(self):
+        c = self.config
+        return f"ReferenceModel({layer_pattern(c)}, hidden {c.hidden_size}, vocabulary {c.vocab_size})"
 
     def forward(self, tokens, *, taps=None, state=None, offsets=None, edit=None,
                 expert_ids=None) -> ReferenceResult:

@@ -6,6 +6,7 @@ import numpy as np
 
 from . import _core, ops
 from ._arrays import as_array
+from ._scalars import as_real, as_whole
 from .context import current
 
 __all__ = ["Sampler", "StopStrings", "logprobs_of", "settings"]
@@ -27,12 +28,13 @@ def settings(defaults, *, temperature=None, top_k=None, top_p=None, min_p=None, 
     if temperature is None:
         temperature = _first(defaults.get("temperature"), 1.0) if defaults.get("do_sample") else 0.0
     draw = {
-        "temperature": float(temperature),
-        "top_k": int(_first(top_k, defaults.get("top_k"), 0)),
-        "top_p": float(_first(top_p, defaults.get("top_p"), 1.0)),
-        "min_p": float(_first(min_p, defaults.get("min_p"), 0.0)),
+        "temperature": as_real(temperature, "temperature"),
+        "top_k": as_whole(_first(top_k, defaults.get("top_k"), 0), "top_k"),
+        "top_p": as_real(_first(top_p, defaults.get("top_p"), 1.0), "top_p"),
+        "min_p": as_real(_first(min_p, defaults.get("min_p"), 0.0), "min_p"),
     }
-    penalty = float(_first(repetition_penalty, defaults.get("repetition_penalty"), 1.0))
+    penalty = _first(repetition_penalty, defaults.get("repetition_penalty"), 1.0)
+    penalty = as_real(penalty, "repetition_penalty")
     if not (math.isfinite(penalty) and penalty > 0):
         raise ValueError(f"repetition_penalty is {penalty:g}; it must be finite and > 0")
     ops.sample(np.zeros(2, np.float32), **draw)  # raises what is wrong

@@ -1,11 +1,10 @@
 """The state of one sequence: what the model keeps of the tokens it has read."""
 
-import operator
-
 import numpy as np
 
 from . import _core, _engine
-from ._arrays import as_array, check_shape
+from ._arrays import as_array, check_shape, contiguous
+from ._scalars import as_whole
 from .context import current
 
 __all__ = ["Snapshot", "State"]
@@ -77,7 +76,7 @@ class State:
         self._model = model
         self._owner = model._core  # these weights: replacing one makes another
         self._tensors = model._tensors
-        self._context = operator.index(context)
+        self._context = as_whole(context, "context")
         self.cache = cache
         self.checkpoints_every, self.keep = every, keep
         self.tokens = []
@@ -133,6 +132,15 @@ class State:
         copy.__dict__.update(self.__dict__, tokens=list(self.tokens), _core=self._copy(self._context))
         return copy
 
+    __copy__ = fork
+
+    def __deepcopy__(self, memo):
+        return self.fork()  # over the same model
+
+    def __reduce__(self):
+        raise TypeError("a State is of its model and is not pickled; save(path) writes it and model.load_state(path) "
+                        "reads it")
+
     def snapshot(self):
         """A copy in memory, for `restore`; costs one copy of the state."""
         return Snapshot(self._copy(0), list(self.tokens))
@@ -177,7 +185,7 @@ class State:
             If `n` is outside that, before the oldest checkpoint (which is named), or if rows between the checkpoint and
             `n` were embeds without ids; nothing changes then.
         """
-        n = operator.index(n)
+        n = as_whole(n, "n")
         self._refuse_nameless(n)
         at = self._core.truncate(self._ctx()._core, n)
         between, self.tokens = self.tokens[at:n], self.tokens[:at]
@@ -297,7 +305,7 @@ class State:
         if a.dtype != dtype:
             raise TypeError(f"{name} is {a.dtype}; it must be {np.dtype(dtype)}")
         check_shape(a, name, shape)
-        self._core.write(self._ctx()._core, layer, part, np.ascontiguousarray(a))
+        self._core.write(self._ctx()._core, layer, part, contiguous(a))
 
     def items(self):
         """(name, copy of the array) of each."""
@@ -309,14 +317,14 @@ class State:
 
 def _checkpoints(every, keep):
     """(every, keep), both 0 where there are none."""
-    keep = operator.index(keep)
+    keep = as_whole(keep, "keep")
     if keep < 0:
         raise ValueError(f"keep is {keep}; it must be >= 0")
     if every is None:
         if keep:
             raise ValueError(f"keep is {keep}; checkpoints_every must then say how many tokens apart they are")
         return 0, 0
-    every = operator.index(every)
+    every = as_whole(every, "checkpoints_every", "an int, or None")
     if every < 1:
         raise ValueError(f"checkpoints_every is {every}; it must be >= 1")
     return every, keep or _KEEP

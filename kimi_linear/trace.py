@@ -55,7 +55,10 @@ def matches(names, patterns, what="taps"):
     ValueError
         If a glob matches nothing; the message shows names that are there.
     """
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    patterns = [patterns] if isinstance(patterns, str) or not np.iterable(patterns) else list(patterns)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{what}: {pattern!r:.40} is no glob; it must be text, or a list of it")
     names = list(names)
     wanted = set()
     for pattern in patterns:
@@ -83,6 +86,10 @@ class Trace(Mapping):
     """
 
     def __init__(self, arrays, meta=None):
+        if not isinstance(arrays, Mapping):
+            raise TypeError(f"arrays is a {type(arrays).__name__}; it must be a mapping from tap to array")
+        if isinstance(arrays, dict):  # lists of numbers among them
+            arrays = {tap: x if hasattr(x, "nbytes") else as_array(x, tap) for tap, x in arrays.items()}
         self._arrays = arrays
         self.meta = dict(meta or {})
 

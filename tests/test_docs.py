@@ -67,9 +67,10 @@ def test_docstring_of_op(op):
     doc = sections(function.__doc__)
     about = doc[""].replace("\n", " ")
     assert re.match(r"[A-Z].*?[.:]", about), "it does not begin with a sentence"
-    missing = set(inspect.signature(function).parameters) - {"ctx"} - entries(doc["Parameters"])
+    missing = set(inspect.signature(function).parameters) - entries(doc["Parameters"])
     assert not missing, f"Parameters leaves out {sorted(missing)}"
     assert re.match(r"\w+( :|,)", doc["Returns"]), "Returns names no result"
+    assert "TypeError" in doc["Raises"] and "ValueError" in doc["Raises"]
     if op not in PLAIN:
         assert re.search(r"Source: .*(arXiv:\d{4}\.\d{4,5}|Salmon|flash-linear-attention)", about)
 

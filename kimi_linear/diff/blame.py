@@ -306,6 +306,8 @@ def blame(model, theirs, *, dtype=None, tokens=None, weights=None) -> Blame:
     """
     from ._blame_run import Run
 
+    if not hasattr(model, "config"):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a Model or a ReferenceModel")
     return Run(model, theirs, dtype, tokens, weights).report()
 
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from .. import _core
 from .._arrays import apart, as_float32, as_integers, check_shape, output
+from .._scalars import as_real, as_whole
 from ..context import current
 from ._cached import both_offsets, finite_scale, one_axis, result, typed
 
@@ -30,6 +31,7 @@ def rope(x, positions, *, base, rotary, out=None, ctx=None):
         How many of the first values of a head are turned: even, 0 to K.
     out : (..., H, K) float32, optional
         Result; may be `x`.
+    ctx : Context, optional
 
     Returns
     -------
@@ -40,21 +42,22 @@ def rope(x, positions, *, base, rotary, out=None, ctx=None):
     ValueError
         If shapes disagree, `rotary` is odd or above K, `base` is not > 0, or a position is negative.
     TypeError
-        If positions are not integers.
+        If positions are not integers, or an argument is of another type.
     """
     x = as_float32(x, "x")
     if x.ndim < 3 or min(x.shape[-2:]) < 1:
         raise ValueError(f"x has shape {list(x.shape)}; it must be [T, H, K] with H and K >= 1")
     H, K = x.shape[-2:]
     positions = as_integers(positions, "positions", x.shape[:-2], dtype=np.int64, low=0, high=2**62)
-    base = float(base)
+    base = as_real(base, "base")
     if not 0.0 < base < math.inf:
         raise ValueError(f"base is {base}; it must be > 0 and finite")
-    if rotary != int(rotary) or not 0 <= rotary <= K or rotary % 2:
+    rotary = as_whole(rotary, "rotary")
+    if not 0 <= rotary <= K or rotary % 2:
         raise ValueError(f"rotary is {rotary}; it must be even, from 0 to K = {K}")
     y = output(out, x.shape, like=x)
     x = apart(x, y, same=y)
-    _core.rope(current(ctx)._core, y, x, positions, positions.size, H, K, int(rotary), base)
+    _core.rope(current(ctx)._core, y, x, positions, positions.size, H, K, rotary, base)
     return y
 
 
@@ -92,7 +95,7 @@ def attention(q, k, v, *, scale, offsets=None, kv_offsets=None, out=None, ctx=No
     Raises
     ------
     ValueError
-        If shapes or offsets disagree, or a sequence has fewer positions than queries.
+        If shapes or offsets disagree, or a sequence has fewer positions than queries, or `out` overlaps an input.
     TypeError
         If an array is of another type.
     """

@@ -4,6 +4,7 @@ import numpy as np
 
 from .. import _core
 from .._arrays import apart, as_float32, output
+from .._scalars import as_real, choice
 from ..context import current
 
 _ACTIVATIONS = {"none": 0, None: 0, "sigmoid": 1, "silu": 2}
@@ -11,19 +12,14 @@ _ACTIVATIONS = {"none": 0, None: 0, "sigmoid": 1, "silu": 2}
 
 def activation_id(name, allowed):
     """C id of an activation's name; ValueError lists what is allowed."""
-    if name not in allowed:
-        raise ValueError(f"activation is {name!r}; it must be one of {', '.join(map(repr, allowed))}")
-    return _ACTIVATIONS[name]
+    return _ACTIVATIONS[choice(name, "activation", allowed)]
 
 
-def check_eps(eps):
+def check_eps(eps, name="eps"):
     """eps as float; TypeError or ValueError unless it is a number >= 0."""
-    try:
-        eps = float(eps)
-    except (TypeError, ValueError):
-        raise TypeError(f"eps is {eps!r:.40}; it must be a number >= 0") from None
+    eps = as_real(eps, name, "a number >= 0")
     if not eps >= 0.0:
-        raise ValueError(f"eps is {eps}; it must be >= 0")
+        raise ValueError(f"{name} is {eps}; it must be >= 0")
     return eps
 
 
@@ -37,16 +33,24 @@ def _rows(x):
 def add(a, b, *, out=None, ctx=None):
     """Sum of two arrays of one shape: the residual connection.
 
+    Derivation: docs/math.md#add.
+
     Parameters
     ----------
     a, b : (...) float32
     out : (...) float32, optional
         Result; may be `a` or `b`.
+    ctx : Context, optional
 
     Returns
     -------
     y : (...) float32
         ``a + b``, rounded once.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a type is none that widens to float32, or the shapes disagree.
     """
     a = as_float32(a, "a")
     b = as_float32(b, "b", a.shape)
@@ -59,16 +63,24 @@ def add(a, b, *, out=None, ctx=None):
 def sigmoid(x, *, out=None, ctx=None):
     """Logistic function ``1 / (1 + exp(-x))``: the write rate beta of KDA.
 
+    Derivation: docs/math.md#sigmoid.
+
     Parameters
     ----------
     x : (...) float32
     out : (...) float32, optional
         Result; may be `x`.
+    ctx : Context, optional
 
     Returns
     -------
     y : (...) float32
         Within 4 u of the exact value, relative, and 2**-149 where that is below 2**-126.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the type is none that widens to float32.
     """
     x = as_float32(x, "x")
     y = output(out, x.shape, like=x)
@@ -90,6 +102,7 @@ def sigmoid_gate(x, gate, *, out=None, ctx=None):
         Before its sigmoid. G divides D: D after the attention of Qwen3-Next, 1 for its shared expert.
     out : (..., D) float32, optional
         Result; may be `x`.
+    ctx : Context, optional
 
     Returns
     -------
@@ -97,8 +110,8 @@ def sigmoid_gate(x, gate, *, out=None, ctx=None):
 
     Raises
     ------
-    ValueError
-        If the shapes disagree; the message gives both.
+    TypeError, ValueError
+        If a type is none that widens to float32, or the shapes disagree; the message gives both.
     """
     x = as_float32(x, "x")
     T, D = _rows(x)
@@ -123,10 +136,16 @@ def swiglu(gate, up, *, out=None, ctx=None):
         Of one shape.
     out : (...) float32, optional
         Result; may be `gate` or `up`.
+    ctx : Context, optional
 
     Returns
     -------
     y : (...) float32
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a type is none that widens to float32, or the shapes disagree.
     """
     gate = as_float32(gate, "gate")
     up = as_float32(up, "up", gate.shape)
@@ -139,16 +158,24 @@ def swiglu(gate, up, *, out=None, ctx=None):
 def softmax(x, *, out=None, ctx=None):
     """Softmax over the last axis, shifted by its largest value.
 
+    Derivation: docs/math.md#softmax.
+
     Parameters
     ----------
     x : (..., D) float32
         -inf gives exactly 0; NaN anywhere makes its row NaN.
     out : (..., D) float32, optional
         Result; may be `x`.
+    ctx : Context, optional
 
     Returns
     -------
     y : (..., D) float32
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the type is none that widens to float32, or D is 0.
     """
     x = as_float32(x, "x")
     T, D = _rows(x)
@@ -173,6 +200,7 @@ def rms_norm(x, w, *, eps, out=None, ctx=None):
         In units of ``x**2``, >= 0.
     out : (..., D) float32, optional
         Result; may be `x`.
+    ctx : Context, optional
 
     Returns
     -------
@@ -180,8 +208,8 @@ def rms_norm(x, w, *, eps, out=None, ctx=None):
 
     Raises
     ------
-    ValueError
-        If the shapes disagree or `eps` is negative.
+    TypeError, ValueError
+        If a type is none that widens to float32, the shapes disagree or `eps` is negative.
     """
     x = as_float32(x, "x")
     T, D = _rows(x)
@@ -209,10 +237,16 @@ def gated_rms_norm(x, z, w, *, eps, activation="sigmoid", out=None, ctx=None):
         ``"sigmoid"`` in Kimi-Linear, ``"silu"`` in Qwen3-Next.
     out : (..., D) float32, optional
         Result; may be `x` or `z`.
+    ctx : Context, optional
 
     Returns
     -------
     y : (..., D) float32
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a type or a shape does not fit, `eps` is negative or `activation` is another.
     """
     x = as_float32(x, "x")
     T, D = _rows(x)
@@ -237,10 +271,16 @@ def l2_norm(x, *, eps=1e-6, out=None, ctx=None):
         In units of ``x**2``, >= 0.
     out : (..., D) float32, optional
         Result; may be `x`.
+    ctx : Context, optional
 
     Returns
     -------
     y : (..., D) float32
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a type or a shape does not fit, or `eps` is negative.
     """
     x = as_float32(x, "x")
     T, D = _rows(x)

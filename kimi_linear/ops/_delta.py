@@ -5,7 +5,18 @@ import math
 import numpy as np
 
 from .. import _core
-from .._arrays import apart, as_float32, as_offsets, checkpoint_counts, first_where, output, outputs, sequences_of
+from .._arrays import (
+    apart,
+    as_float32,
+    as_offsets,
+    checkpoint_counts,
+    first_where,
+    output,
+    outputs,
+    refuse_shared_outputs,
+    sequences_of,
+)
+from .._scalars import as_real, as_whole, choice
 from ..context import current
 from ._basic import check_eps
 
@@ -63,6 +74,7 @@ def delta_rule(q, k, v, g, beta, *, scale=None, initial_state=None, offsets=None
         Receives the final state; may be `initial_state`, which is then updated in place.
     out : tuple of two arrays, optional
         For `o`, which may be `v`, and for the state.
+    ctx : Context, optional
 
     Returns
     -------
@@ -79,7 +91,7 @@ def delta_rule(q, k, v, g, beta, *, scale=None, initial_state=None, offsets=None
     """
     v = as_float32(v, "v", ("T", "Hv", "V"), ("B", "T", "Hv", "V"))
     q, k, g, gate, sizes, scale, head_map, chunk = _keys(q, k, g, v, "v", scale, head_map, chunk)
-    beta, form = _check_beta(beta, v.shape[:-1]), _choice(form, "form", _FORMS)
+    beta, form = _check_beta(beta, v.shape[:-1]), _FORMS[choice(form, "form", _FORMS)]
     offsets, lead = sequences_of(v, "v", 3, offsets)
     shape = (*lead, *sizes[1:])
     if initial_state is not None:
@@ -89,6 +101,7 @@ def delta_rule(q, k, v, g, beta, *, scale=None, initial_state=None, offsets=None
     o, state = outputs(out, 2)
     state = _one_state(state, final_state, shape, like=v)
     o = output(o, v.shape, like=v)
+    refuse_shared_outputs(o, state)
     q, k, g, beta = (apart(a, o, state) for a in (q, k, g, beta))
     v = apart(v, o, state, same=o)
     initial_state = apart(initial_state, o, state, same=state)
@@ -99,8 +112,8 @@ def delta_rule(q, k, v, g, beta, *, scale=None, initial_state=None, offsets=None
         ends = np.cumsum([0, *map(len, cuts)], dtype=np.int64)
         kept = output(None, (len(marks), *sizes[1:]), like=v)
     _core.delta_rule(current(ctx)._core, o, state, q, k, v, g, beta, initial_state, offsets, len(offsets) - 1,
-                     int(offsets[-1]), *sizes, scale, gate, form, head_map, chunk, bool(l2_norm), check_eps(l2_eps),
-                     marks, ends, kept, 0 if cuts is None else len(marks))
+                     int(offsets[-1]), *sizes, scale, gate, form, head_map, chunk, bool(l2_norm),
+                     check_eps(l2_eps, "l2_eps"), marks, ends, kept, 0 if cuts is None else len(marks))
     return (o, state) if cuts is None else (o, state, kept)
 
 
@@ -139,6 +152,7 @@ def delta_rule_intra(q, k, v, g, beta, *, scale=None, offsets=None, chunk=64, he
         Value head h reads key head ``h // (Hv // Hk)``, or ``h % Hk``.
     out : tuple of five arrays, optional
         For L, P, T, W and U, None for one to make.
+    ctx : Context, optional
 
     Returns
     -------
@@ -162,6 +176,7 @@ def delta_rule_intra(q, k, v, g, beta, *, scale=None, offsets=None, chunk=64, he
     shapes = (*[(*heads, chunk)] * 3, (*heads, q.shape[-1]), v.shape)
     out = tuple(output(o, shape, f"out[{i}]", like=v)
                 for i, (o, shape) in enumerate(zip(outputs(out, 5), shapes, strict=True)))
+    refuse_shared_outputs(*out)
     q, k, v, g, beta = (apart(a, *out) for a in (q, k, v, g, beta))
     _core.delta_rule_intra(current(ctx)._core, *out, q, k, v, g, beta, offsets, len(offsets) - 1, int(offsets[-1]),
                            *sizes, scale, gate, head_map, chunk)
@@ -207,6 +222,7 @@ def delta_rule_inter(q, k, g, P, W, U, *, scale=None, initial_state=None, offset
         Receives the final state; may be `initial_state`, which is then updated in place.
     out : tuple of three arrays, optional
         For `o`, the state and `d`, which may be `U`; None for one to make.
+    ctx : Context, optional
 
     Returns
     -------
@@ -232,6 +248,7 @@ def delta_rule_inter(q, k, g, P, W, U, *, scale=None, initial_state=None, offset
     o, state, d = outputs(out, 3)
     state = _one_state(state, final_state, shape, like=U)
     o, d = output(o, U.shape, "out[0]", like=U), output(d, U.shape, "out[2]", like=U)
+    refuse_shared_outputs(o, state, d)
     q, k, g, P, W = (apart(a, o, state, d) for a in (q, k, g, P, W))
     U, initial_state = apart(U, o, state, d, same=d), apart(initial_state, o, state, d, same=state)
     _core.delta_rule_inter(current(ctx)._core, o, state, d, q, k, g, P, W, U, initial_state, offsets,
@@ -257,6 +274,7 @@ def decay_cumsum(g, *, chunk=64, offsets=None, out=None, ctx=None):
         Where each of N sequences begins among the T tokens, and T.
     out : as `g`, float32, optional
         Result; may be `g`.
+    ctx : Context, optional
 
     Returns
     -------
@@ -271,14 +289,15 @@ def decay_cumsum(g, *, chunk=64, offsets=None, out=None, ctx=None):
     if g.ndim == 0 or 0 in g.shape[1:]:
         raise ValueError(f"g has shape {list(g.shape)}; it must be [T, ...], and only T may be 0")
     _check_not_positive(g)
-    if chunk is not None and int(chunk) < 1:
+    chunk = chunk if chunk is None else as_whole(chunk, "chunk", "an int, or None")
+    if chunk is not None and chunk < 1:
         raise ValueError(f"chunk is {chunk}; it must be >= 1, or None")
     offsets = as_offsets(offsets, len(g))
     c = output(out, g.shape, like=g)
     g = apart(g, c, same=c)
     T = len(g)
     _core.decay_cumsum(current(ctx)._core, c, g, offsets, len(offsets) - 1, T, math.prod(g.shape[1:]),
-                       0 if chunk is None else min(int(chunk), max(T, 1)))
+                       0 if chunk is None else min(chunk, max(T, 1)))
     return c
 
 
@@ -296,12 +315,13 @@ def _keys(q, k, g, values, name, scale, head_map, chunk):
         raise ValueError(f"q has shape {list(q.shape)}, {name} {list(values.shape)}; Hv must be a multiple of Hk, and "
                          f"only T may be 0")
     g, gate = _check_gate(g, (*tokens, Hv), K)
-    scale = K**-0.5 if scale is None else float(scale)
+    scale = K**-0.5 if scale is None else as_real(scale, "scale", "a number, or None")
     if not np.isfinite(scale):
         raise ValueError(f"scale is {scale}; it must be finite")
-    if not 1 <= int(chunk) <= 256:
+    chunk = as_whole(chunk, "chunk")
+    if not 1 <= chunk <= 256:
         raise ValueError(f"chunk is {chunk}; it must be 1 to 256")
-    return q, k, g, gate, (Hk, Hv, K, V), scale, _choice(head_map, "head_map", _HEAD_MAPS), int(chunk)
+    return q, k, g, gate, (Hk, Hv, K, V), scale, _HEAD_MAPS[choice(head_map, "head_map", _HEAD_MAPS)], chunk
 
 
 def _one_state(state, final_state, shape, like):
@@ -330,9 +350,3 @@ def _check_beta(beta, heads):
     if at := first_where(beta, lambda beta: (beta < 0) | (beta > 2)):
         raise ValueError(f"beta{list(at)} is {beta[at]}; it must be within 0..2: was its sigmoid left out?")
     return beta
-
-
-def _choice(value, name, table):
-    if value not in table:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, table))}")
-    return table[value]

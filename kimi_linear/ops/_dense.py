@@ -3,9 +3,19 @@
 import numpy as np
 
 from .. import _core
-from .._arrays import apart, as_either, as_float32, as_integers, as_weight, output, outputs, share_memory
+from .._arrays import (
+    apart,
+    as_either,
+    as_float32,
+    as_integers,
+    as_weight,
+    output,
+    outputs,
+    refuse_shared,
+    refuse_shared_outputs,
+)
+from .._scalars import as_real, as_whole, choice
 from ..context import current
-from ..device_array import DeviceArray
 from ..quantized import Quantized
 from ._basic import activation_id, sigmoid_gate, swiglu
 
@@ -24,6 +34,7 @@ def embedding(ids, table, *, out=None, ctx=None):
         Token ids, ``0 <= id < vocabulary``.
     table : (vocabulary, D) float32, float16, bfloat16 or Quantized
     out : (..., D) float32, optional
+    ctx : Context, optional
 
     Returns
     -------
@@ -31,13 +42,13 @@ def embedding(ids, table, *, out=None, ctx=None):
 
     Raises
     ------
-    ValueError
-        If an id is out of range; the message says which, and where.
+    TypeError, ValueError
+        If a type does not fit, or an id is out of range; the message says which, and where.
     """
     weight, (vocabulary, D) = as_weight(table, "table")
     ids = as_integers(ids, "ids", low=0, high=vocabulary)
     y = output(out, (*ids.shape, D), like=weight[0])
-    _refuse_overlap(y, weight[0], "table")
+    refuse_shared(y, ids=ids, table=weight[0])
     _core.embedding(current(ctx)._core, y, ids, weight, ids.size)
     return y
 
@@ -58,6 +69,7 @@ def linear(x, w, bias=None, *, out=None, ctx=None):
         With a list of weights, a list of biases (or None each).
     out : (..., M) float32, optional
         With a list of weights, a tuple of arrays (or None each). Shares no memory with x, w or bias.
+    ctx : Context, optional
 
     Returns
     -------
@@ -65,40 +77,42 @@ def linear(x, w, bias=None, *, out=None, ctx=None):
 
     Raises
     ------
-    ValueError
-        If the shapes disagree, or `out` overlaps an input.
+    TypeError, ValueError
+        If a type does not fit, the shapes disagree, or `out` overlaps an input.
     """
     x = as_float32(x, "x")
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x has shape {list(x.shape)}; it must be [..., D] with D >= 1")
     if not isinstance(w, (list, tuple)):
-        return _linear_of(x, [w], [bias], [out], ctx, "w", "bias")[0]
+        return _linear_of(x, [w], [bias], [out], ctx, "w")[0]
     count = len(w)
     biases = [None] * count if bias is None else bias
     outs = (None,) * count if out is None else out
     for name, given in (("bias", biases), ("out", outs)):
         if not isinstance(given, (list, tuple)) or len(given) != count:
             raise ValueError(f"{name} must be a list of {count}, one (or None) for each weight")
-    done = []
-    for i in range(0, count, _MAX_WEIGHTS):
-        part = slice(i, i + _MAX_WEIGHTS)
-        done += _linear_of(x, w[part], biases[part], outs[part], ctx, "w[{}]", "bias[{}]", first=i)
-    return done
+    return _linear_of(x, w, biases, outs, ctx, "w[{}]", "bias[{}]")
 
 
-def _linear_of(x, weights, biases, outs, ctx, w_name, bias_name, first=0):
+def _linear_of(x, weights, biases, outs, ctx, w_name, bias_name="bias"):
     D = x.shape[-1]
     stored, flags, ys, bs = [], [], [], []
-    for i, (w, bias, out) in enumerate(zip(weights, biases, outs, strict=True), first):
+    for i, (w, bias, out) in enumerate(zip(weights, biases, outs, strict=True)):
         weight, transposed, rows = _as_stored(w, w_name.format(i), D)
         y = output(out, (*x.shape[:-1], rows), like=x)
-        for given, name in ((x, "x"), (weight[0], w_name.format(i)), (bias, bias_name.format(i))):
-            _refuse_overlap(y, given, name)
+        bias = None if bias is None else as_float32(bias, bias_name.format(i), (rows,))
         stored.append(weight)
         flags.append(transposed)
         ys.append(y)
-        bs.append(None if bias is None else as_float32(bias, bias_name.format(i), (rows,)))
-    _core.linear(current(ctx)._core, ys, x, stored, bs, flags, x.size // D, D)
+        bs.append(bias)
+    named = {w_name.format(i): weight[0] for i, weight in enumerate(stored)}
+    named |= {bias_name.format(i): bias for i, bias in enumerate(bs)}
+    for y in ys:
+        refuse_shared(y, x=x, **named)
+    refuse_shared_outputs(*ys)
+    for i in range(0, len(ys), _MAX_WEIGHTS):
+        part = slice(i, i + _MAX_WEIGHTS)
+        _core.linear(current(ctx)._core, ys[part], x, stored[part], bs[part], flags[part], x.size // D, D)
     return ys
 
 
@@ -111,12 +125,6 @@ def _as_stored(w, name, D):
     if cols != D:
         raise ValueError(f"{name} has shape [{rows}, {cols}]; it must be [M, {D}], as x has {D} columns")
     return weight, transposed, rows
-
-
-def _refuse_overlap(y, given, name):
-    """ValueError where an output would be written over an input that is still to be read."""
-    if isinstance(given, (np.ndarray, DeviceArray)) and share_memory(y, given):
-        raise ValueError(f"out shares memory with {name}; it must be another array")
 
 
 def route(scores, *, k, bias=None, groups=1, top_groups=1, function="sigmoid", renormalise=True, scale=1.0,
@@ -144,6 +152,7 @@ def route(scores, *, k, bias=None, groups=1, top_groups=1, function="sigmoid", r
     renormalise : bool
     scale : float
     out : tuple of (..., k) int32 and (..., k) float32, optional
+    ctx : Context, optional
 
     Returns
     -------
@@ -154,35 +163,27 @@ def route(scores, *, k, bias=None, groups=1, top_groups=1, function="sigmoid", r
 
     Raises
     ------
-    ValueError
-        If a score is NaN (the message says which token and expert), or k does not fit the groups.
+    TypeError, ValueError
+        If a type does not fit, a score is NaN (the message says which token and expert), or k does not fit the groups.
     """
     scores = as_float32(scores, "scores")
     if scores.ndim == 0 or scores.shape[-1] == 0:
         raise ValueError(f"scores has shape {list(scores.shape)}; it must be [..., E] with E >= 1")
-    if function not in _ROUTERS:
-        raise ValueError(f"function is {function!r}; it must be 'sigmoid' or 'softmax'")
+    router = _ROUTERS[choice(function, "function", _ROUTERS)]
     E = scores.shape[-1]
     T = scores.size // E
     bias = None if bias is None else as_float32(bias, "bias", (E,))
-    k, groups = _as_int(k, "k"), _as_int(groups, "groups")
-    top_groups = _as_int(top_groups, "top_groups")
+    k, groups, top_groups = as_whole(k, "k"), as_whole(groups, "groups"), as_whole(top_groups, "top_groups")
     if not 1 <= k <= E:
         raise ValueError(f"k is {k}; it must be 1 <= k <= E = {E}")
     given_ids, given_weights = outputs(out, 2)
     ids = output(given_ids, (*scores.shape[:-1], k), "out[0]", np.int32, like=scores)
     weights = output(given_weights, (*scores.shape[:-1], k), "out[1]", like=scores)
+    refuse_shared_outputs(ids, weights)
     scores, bias = apart(scores, ids, weights), apart(bias, ids, weights)
     _core.route(current(ctx)._core, ids, weights, scores, bias, T, E, k, groups, top_groups,
-                _ROUTERS[function], bool(renormalise), float(scale))
+                router, bool(renormalise), as_real(scale, "scale"))
     return ids, weights
-
-
-def _as_int(value, name):
-    try:
-        return value.__index__()
-    except AttributeError:
-        raise TypeError(f"{name} is {value!r}; it must be an int") from None
 
 
 def moe(x, ids, weights, w_gate, w_up, w_down, *, shared=None, shared_gate=None, activation="silu", out=None,
@@ -210,6 +211,7 @@ def moe(x, ids, weights, w_gate, w_up, w_down, *, shared=None, shared_gate=None,
     activation : {"silu"}
     out : (..., D) float32, optional
         Shares no memory with the inputs.
+    ctx : Context, optional
 
     Returns
     -------
@@ -217,8 +219,9 @@ def moe(x, ids, weights, w_gate, w_up, w_down, *, shared=None, shared_gate=None,
 
     Raises
     ------
-    ValueError
-        If the shapes disagree, an id is not an expert's, or the ids of a token do not ascend.
+    TypeError, ValueError
+        If a type does not fit, the shapes disagree, `out` overlaps an input, an id is not an expert's, or the ids of a
+        token do not ascend.
     """
     activation_id(activation, ("silu",))
     x = as_float32(x, "x")
@@ -236,8 +239,7 @@ def moe(x, ids, weights, w_gate, w_up, w_down, *, shared=None, shared_gate=None,
     weights = as_float32(weights, "weights", ids.shape)
     shared = _shared(x, shared, shared_gate, ctx)
     y = output(out, x.shape, like=x)
-    for name, given in (("x", x), ("weights", weights), ("shared", shared)):
-        _refuse_overlap(y, given, name)
+    refuse_shared(y, x=x, ids=ids, weights=weights, shared=shared, w_gate=gate[0], w_up=up[0], w_down=down[0])
     _core.moe(current(ctx)._core, y, x, ids, weights, gate, up, down, shared, x.size // D, D, F,
               ids.shape[-1])
     return y
@@ -253,12 +255,12 @@ def _shared(x, shared, gate, ctx):
         if len(shared) != 3:
             raise ValueError(f"shared is a tuple of {len(shared)}; it must be (w_gate, w_up, w_down)")
         w_gate, w_up, w_down = shared
-        h = swiglu(*linear(x, [w_gate, w_up], ctx=ctx), ctx=ctx)
-        shared = linear(h, w_down, ctx=ctx)
+        h = swiglu(*_linear_of(x, [w_gate, w_up], [None] * 2, [None] * 2, ctx, "shared[{}]"), ctx=ctx)
+        shared = _linear_of(h, [w_down], [None], [None], ctx, "shared[2]")[0]
     shared = as_float32(shared, "shared", x.shape)
     if gate is None:
         return shared
-    scale = linear(x, gate, ctx=ctx)
+    scale = _linear_of(x, [gate], [None], [None], ctx, "shared_gate")[0]
     if scale.shape[-1] != 1:
         raise ValueError(f"shared_gate has {scale.shape[-1]} rows; it must be [1, D]")
     return sigmoid_gate(shared, scale, ctx=ctx)

@@ -3,7 +3,8 @@
 import numpy as np
 
 from .. import _core
-from .._arrays import apart, as_float32, first_where, output, outputs, sequences_of
+from .._arrays import apart, as_float32, first_where, output, outputs, refuse_shared_outputs, sequences_of
+from .._scalars import as_real
 from ..context import current
 from ._basic import activation_id
 
@@ -33,6 +34,7 @@ def short_conv(x, w, *, history=None, offsets=None, activation="silu", out=None,
     activation : {"silu", None}
     out : tuple of two arrays, optional
         For `y` and the new history, None for one to make; the history's may be `history`.
+    ctx : Context, optional
 
     Returns
     -------
@@ -59,6 +61,7 @@ def short_conv(x, w, *, history=None, offsets=None, activation="silu", out=None,
         history = as_float32(history, "history", shape)
     y, after = outputs(out, 2)
     y, after = output(y, x.shape, like=x), output(after, shape, "out[1]", like=x)
+    refuse_shared_outputs(y, after)
     x, w, history = apart(x, y, after), apart(w, y, after), apart(history, y, after, same=after)
     N, T = len(offsets) - 1, x.size // C
     _core.short_conv(current(ctx)._core, y, after, x, w, history, offsets, N, T, C, W, kind)
@@ -84,6 +87,7 @@ def decay_gate(f, rate, dt_bias, *, lower_bound=None, out=None, ctx=None):
         Finite and below 0.
     out : as `f`, float32, optional
         Result; may be `f`.
+    ctx : Context, optional
 
     Returns
     -------
@@ -104,10 +108,10 @@ def decay_gate(f, rate, dt_bias, *, lower_bound=None, out=None, ctx=None):
     rate = as_float32(rate, "rate", (H,))
     if h := first_where(rate, lambda r: r < 0):
         raise ValueError(f"rate[{h[0]}] is {rate[h]}; it must be >= 0: exp(A_log), was A_log passed?")
-    if lower_bound is not None and not -np.inf < float(lower_bound) < 0:
+    bound = 0.0 if lower_bound is None else as_real(lower_bound, "lower_bound", "a number, or None")
+    if lower_bound is not None and not -np.inf < bound < 0:
         raise ValueError(f"lower_bound is {lower_bound}; it must be finite and below 0, or None")
     g = output(out, f.shape, like=f)
-    bound = 0.0 if lower_bound is None else float(lower_bound)
     f, rate, dt_bias = apart(f, g, same=g), apart(rate, g), apart(dt_bias, g)
     _core.decay_gate(current(ctx)._core, g, f, rate, dt_bias, f.size // dt_bias.size, H, K, bound)
     return g

@@ -2,6 +2,7 @@
 
 from .. import _core
 from .._arrays import as_weight, check_shape
+from .._scalars import choice
 from ..context import current
 from ._cached import both_offsets, finite_scale, one_axis, result, typed
 
@@ -49,12 +50,11 @@ def latent_attention(q, latent, k_shared, w_uk, w_uv, *, scale, offsets=None, kv
     Raises
     ------
     ValueError
-        If shapes or offsets disagree, or a sequence has fewer positions than queries.
+        If shapes or offsets disagree, or a sequence has fewer positions than queries, or `out` overlaps an input.
     TypeError
         If an array is of another type.
     """
-    if form not in _FORMS:
-        raise ValueError(f"form is {form!r}; it must be one of {', '.join(map(repr, _FORMS))}")
+    form = _FORMS[choice(form, "form", _FORMS)]
     scale = finite_scale(scale)
     w_uk, (H, K, R) = as_weight(w_uk, "w_uk", ndim=3)
     w_uv, (uv_heads, V, uv_rank) = as_weight(w_uv, "w_uv", ndim=3)
@@ -71,8 +71,9 @@ def latent_attention(q, latent, k_shared, w_uk, w_uv, *, scale, offsets=None, kv
     check_shape(latent, "latent", ("S", R))
     check_shape(k_shared, "k_shared", (S, P))
     offsets, kv_offsets = both_offsets(offsets, kv_offsets, T, S)
-    o = result("latent_attention", out, (*(batch or (T,)), H, V), q=q, latent=latent, k_shared=k_shared)
+    o = result("latent_attention", out, (*(batch or (T,)), H, V), q=q, latent=latent, k_shared=k_shared, w_uk=w_uk[0],
+               w_uv=w_uv[0])
     sizes = (len(offsets) - 1, T, S, H, K, P, V, R)
     _core.latent_attention(current(ctx)._core, o, q, *typed(latent), *typed(k_shared), w_uk, w_uv, offsets,
-                           kv_offsets, sizes, scale, _FORMS[form])
+                           kv_offsets, sizes, scale, form)
     return o

@@ -28,6 +28,7 @@ def quantize(x, type, *, out=None, ctx=None):
         Name or id of a block type, as in ``kl.storage_types``.
     out : (..., bytes a row) uint8, optional
         Receives the blocks. Shares no memory with x.
+    ctx : Context, optional
 
     Returns
     -------
@@ -36,9 +37,9 @@ def quantize(x, type, *, out=None, ctx=None):
 
     Raises
     ------
-    ValueError
-        If a value is NaN or infinite (the message says where, and nothing is written), the type is unknown, or D
-        is not whole blocks.
+    TypeError, ValueError
+        If the type of x does not fit, a value is NaN or infinite (the message says where, and nothing is written), the
+        type is unknown, or D is not whole blocks.
     NotImplementedError
         If the type can only be read; the message names those that can be written.
     """
@@ -83,6 +84,7 @@ def dequantize(q, type=None, shape=None, *, out=None, ctx=None):
         Of the values; by default that of q, its last axis in values.
     out : (..., D) float32, optional
         Shares no memory with q.
+    ctx : Context, optional
 
     Returns
     -------

@@ -45,8 +45,8 @@ def sample(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, se
 
     Raises
     ------
-    ValueError
-        If a logit is NaN or +inf, all of a row are -inf, or an argument is out of its range.
+    TypeError, ValueError
+        If a type does not fit, a logit is NaN or +inf, all of a row are -inf, or an argument is out of its range.
     """
     logits = as_float32(logits, "logits", ("V",), ("T", "V"))
     if logits.shape[-1] == 0:

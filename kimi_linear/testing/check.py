@@ -60,7 +60,11 @@ def check_op(op, fn, *, conventions="ours", cases="all", without=(), arrays=None
     ------
     ValueError
         If there is no such op, convention, case, lack or form.
+    TypeError
+        If `fn` is not callable.
     """
+    if not callable(fn):
+        raise TypeError(f"fn is a {type(fn).__name__}; it must be callable, with the arguments of {op}")
     the = spec(op)
     how = convention(conventions, op)
     chosen = select((*the.cases, *the.laws), cases)

@@ -7,7 +7,7 @@ import fnmatch
 import functools
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from .. import reference
@@ -185,6 +185,8 @@ def select(cases, patterns):
     """
     if isinstance(patterns, str):
         patterns = ["*"] if patterns == "all" else [patterns]
+    elif not isinstance(patterns, Iterable):
+        raise TypeError(f"cases is {patterns!r:.40}; it must be text, or a list of it")
     patterns = list(patterns)
     for p in patterns:
         if not any(_matches(c, p) for c in cases):

@@ -94,3 +94,13 @@ def test_damaged_files(ours, tmp_path):
         file.write_bytes(data)
         with pytest.raises(kl.FormatError, match=says):
             kl.Trace.load(file)
+
+
+def test_what_is_no_trace_is_named(model, ours):
+    with pytest.raises(TypeError, match="arrays is a list; it must be a mapping from tap to array"):
+        kl.Trace([1])
+    with pytest.raises(TypeError, match="embed is a object; it must be an array of numbers"):
+        kl.Trace({"embed": object()})
+    assert kl.Trace({"embed": [[1.0, 2.0]]})["embed"].shape == (1, 2)
+    with pytest.raises(TypeError, match="model is a Trace; it must be a Model or a ReferenceModel"):
+        blame(ours, model)

@@ -374,6 +374,18 @@ def test_a_wrong_option_is_refused_before_anything_is_read(model, options, words
     assert state.position == 0
 
 
+@pytest.mark.parametrize("name", ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop"])
+def test_an_option_of_another_type_is_named(model, name):
+    wrong = 2.5 if name in ("top_k", "seed", "stop") else "hot"
+    with pytest.raises(TypeError, match=f"^{name} is {wrong!r}; it must be"):
+        model.generate([1], **{name: wrong})
+
+
+def test_stop_may_be_none(model):
+    assert model.generate([1, 2], stop=None, max_new_tokens=3).run().tokens \
+        == model.generate([1, 2], max_new_tokens=3).run().tokens
+
+
 def test_a_processor_that_cannot_be_called(model):
     with pytest.raises(TypeError, match="logits_processor is a str; it must be callable"):
         model.generate([1], logits_processor="json")

@@ -1,5 +1,8 @@
 """The laws of the forward pass: what gives the same bytes, and what stays within the budget."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 from conftest import DATA, GOLDEN_CASES
@@ -272,7 +275,33 @@ TINY = dict(case="tiny")
     (lambda m: m.new_state(cache="int4"), ValueError, "cache is 'int4'"),
     (lambda m: m.new_state()["layers.3.kda.state"], KeyError, "is no array of this state"),
     (lambda m: m.plan(context=0), ValueError, "context is 0"),
+    (lambda m: m.new_state(-1), ValueError, "n is -1; it must be >= 0, or None"),
+    (lambda m: m.new_state(context="x"), TypeError, "context is 'x'; it must be an int"),
+    (lambda m: m.new_state(checkpoints_every=1.5), TypeError, "checkpoints_every is 1.5; it must be an int, or None"),
+    (lambda m: m.new_state().truncate("x"), TypeError, "n is 'x'; it must be an int"),
+    (lambda m: m.forward([1], start="x"), TypeError, "start is 'x'; it must be an int, or None"),
+    (lambda m: m.forward([1], taps=3), TypeError, "taps: 3 is no glob"),
+    (lambda m: m.forward([1], expert_ids=3), TypeError, "expert_ids is a int; it must be a dict"),
 ])
 def test_errors_are_sentences(call, error, message):
     with pytest.raises(error, match=message):
         call(open_model("tiny"))
+
+
+def test_a_batch_of_no_sequence_has_its_form():
+    model = open_model("tiny")
+    tokens = np.zeros((0, 3), np.int64)
+    assert model.forward(tokens).shape == (0, 3, model.config.vocab_size)
+    assert model.forward(tokens, stop=1).shape == (0, 3, model.config.hidden_size)
+
+
+def test_a_copy_has_weights_of_its_own():
+    model, name = kl.Model.tiny(), "model.norm.weight"
+    before = model.forward([5, 6])
+    for twin in (copy.copy(model), copy.deepcopy(model)):
+        np.testing.assert_array_equal(twin.forward([5, 6], state=model.new_state()), before)
+        twin.weights[name] = 2 * np.asarray(twin.weights[name], np.float32)
+        assert (twin.forward([5, 6]) != before).any()
+    np.testing.assert_array_equal(model.forward([5, 6]), before)
+    with pytest.raises(TypeError, match="tiny borrows its weights and is not pickled; open it with from_pretrained"):
+        pickle.dumps(model)

@@ -170,3 +170,40 @@ def test_an_output_is_a_numpy_array():
     assert torch.equal(torch.from_dlpack(kl.ops.add(x, x)), x + x)
     with pytest.raises(TypeError, match="out is a Tensor; it must be a NumPy array"):
         kl.ops.add(x, x, out=torch.empty(T, D))
+
+
+@pytest.mark.parametrize("op", ["delta_rule", "delta_rule_inter", "short_conv"])
+def test_offsets_may_be_a_tensor(op):
+    """As cu_seqlens is elsewhere."""
+    arrays, others = inputs()[op]
+    arrays = {name: x for name, x in arrays.items() if name not in ("initial_state", "history")}
+    want = getattr(kl.ops, op)(**arrays, **others, offsets=[0, 4, T])
+    assert contents(getattr(kl.ops, op)(**arrays, **others, offsets=torch.tensor([0, 4, T]))) == contents(want)
+
+
+class Weight(torch.nn.Parameter):
+    """Of another module than torch's, as quantisation libraries have them."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_subclass_is_a_tensor(dtype):
+    x, w = torch.randn(T, D), Weight(torch.randn(F, D).to(dtype))
+    assert contents(kl.ops.linear(x, w)) == contents(kl.ops.linear(x, w.detach()))
+
+
+def test_what_torch_keeps_as_a_bit_is_read():
+    x = torch.randn(T, D, dtype=torch.complex64).conj().imag
+    assert x.is_neg() and contents(kl.ops.softmax(x)) == contents(kl.ops.softmax(x.resolve_neg()))
+
+
+@pytest.mark.parametrize("x", [torch.eye(4).to_sparse(), torch.eye(4).to(torch.float8_e4m3fn)],
+                         ids=["sparse", "float8"])
+def test_what_numpy_cannot_read_is_named(x):
+    with pytest.raises(TypeError, match="^b: a tensor of torch.float.* that NumPy cannot read"):
+        kl.ops.add(torch.eye(4), x)
+
+
+def test_generate_takes_a_batch_of_ids():
+    model, ids = ours("kimi-a"), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    assert model.generate(ids, max_new_tokens=3).run().tokens \
+        == model.generate(ids.tolist(), max_new_tokens=3).run().tokens

@@ -1,5 +1,7 @@
 """Each verb of a state, by bytes, on the packaged model and both golden ones, with both types of cache."""
 
+import copy
+import pickle
 import threading
 
 import numpy as np
@@ -36,6 +38,17 @@ def test_fork_is_an_independent_copy(model, cache):
         fork[name] = np.ones_like(array)
     assert contents(state) == before
     assert_same(state, read(model, tokens, cache=cache), model)
+
+
+def test_a_copy_is_a_fork(tiny):
+    state = read(tiny, ids(tiny, 70))
+    before = contents(state)
+    for twin in (copy.copy(state), copy.deepcopy([state])[0]):
+        assert contents(twin) == before and twin.tokens == state.tokens
+        tiny.forward(ids(tiny, 5), state=twin, logits="none")
+        assert contents(state) == before and state.position == len(state.tokens) == 70
+    with pytest.raises(TypeError, match=r"a State .* is not pickled; save\(path\) writes it"):
+        pickle.dumps(state)
 
 
 def test_fork_across_a_page(tiny):

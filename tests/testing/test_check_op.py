@@ -274,6 +274,13 @@ def test_errors_are_sentences(change, message):
         check_op(**dict(op="delta_rule", fn=planted.kernel()) | change)
 
 
+@pytest.mark.parametrize("change, message", [(dict(fn=3), "fn is a int; it must be callable"),
+                                             (dict(cases=3), "cases is 3; it must be text, or a list of it")])
+def test_arguments_of_another_type_are_named(change, message):
+    with pytest.raises(TypeError, match=message):
+        check_op(**dict(op="delta_rule", fn=planted.kernel()) | change)
+
+
 # ---- the card --------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ largest absolute error allowed at each element, derived in docs/math.md; u = 2**
 is judged by its largest ratio ``|got - ref| / budget``: above 1 is a finding, never a reason to raise the budget.
 """
 
+from ..._batches import packed, packed_results, unpacked
 from . import _attention, _basic, _delta, _dense, _kda, _mla
 from ._basic import U
 
@@ -39,4 +40,7 @@ def budget(op, ref, **inputs):
     """
     if op not in _TABLE:
         raise KeyError(f"{op!r} has no budget; these have: {', '.join(names())}")
-    return _TABLE[op](ref, **inputs)
+    given, lead = packed(op, inputs)
+    if lead is None:
+        return _TABLE[op](ref, **inputs)
+    return unpacked(op, _TABLE[op](packed_results(op, ref, lead), **given), lead)
