@@ -15,10 +15,10 @@ PEERS := .venv-peers
 CTEST := $(MAKE) -C tests/c
 ASAN_TREE := build/asan/kimi_linear
 
-.PHONY: help system venv build lib ctest test hip-host hip hip-nvidia hip-resources hip-system gpu-check demo oracles peers lint format asan tsan long fuzz bench clean
+.PHONY: help system venv build lib ctest test hip-host hip hip-nvidia hip-resources hip-system gpu-check demo oracles peers lint format asan tsan aarch64 long fuzz bench clean
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
+	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/^([a-z0-9-]+):.*## */  make \1\t/' | expand -t 18
 
 system:
 	@sh tools/setup-system.sh
@@ -142,6 +142,20 @@ tsan: lib  ## the C programs of tests/c under ThreadSanitizer
 	@export KL_SANITIZE=thread
 	$(PY) setup.py -q lib
 	$(CTEST) LIB=$(CURDIR)/build/lib-thread-debug SANITIZE=thread
+
+# CPU=cortex-a53 emulates a processor without sdot, which the default has.
+AARCH64 := aarch64-linux-gnu-
+aarch64: $(VENV)/.runtime  ## the C library for aarch64 by a cross compiler, and its C programs under emulation (5 minutes)
+	@for tool in $(AARCH64)gcc qemu-aarch64; do
+	    command -v $$tool >/dev/null && continue
+	    echo "aarch64: there is no $$tool here; as root: sh tools/setup-system.sh $(AARCH64)gcc qemu-aarch64" >&2
+	    exit 1
+	done
+	export CC=$(AARCH64)gcc KL_BLAS=none
+	$(PY) setup.py -q lib
+	root=$$(dirname $$(dirname $$(realpath $$($$CC -print-file-name=ld-linux-aarch64.so.1))))
+	$(CTEST) LIB=$(CURDIR)/build/lib-aarch64 CC=$$CC NM=$(AARCH64)nm \
+	    RUN="qemu-aarch64 $(if $(CPU),-cpu $(CPU)) -L $$root"
 
 long: build  ## what takes minutes: 131,072 tokens through one state, thousands of calls without a leak
 	@for script in tests/long/*.py; do $(PY) $$script; done

@@ -6,7 +6,8 @@
 Both share their objects (build/obj/<variant>), compiled in parallel, and again only when a source, a header
 or a flag has changed.  Settings come from the environment:
 
-    CC            C compiler                                       KL_JOBS      compilations at once
+    CC            C compiler; a cross compiler builds for its      KL_JOBS      compilations at once
+                  machine: lib, not build_ext
     KL_BLAS       auto | pkg-config | scipy | none                 KL_WERROR=1  warnings are errors
     KL_SANITIZE   address,undefined | thread                       KL_DEBUG=1   asserts, NaN-filled scratch
 """
@@ -44,11 +45,13 @@ COMMON = """
     -Wall -Wextra -Wshadow -Wdouble-promotion -Wconversion -Wvla
 """.split()
 AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma -mf16c -mprefer-vector-width=512".split()
-ISA = {
-    "csrc/cpu/isa_scalar.c": [],
-    "csrc/cpu/isa_avx2.c": "-mavx2 -mfma -mf16c".split(),
-    "csrc/cpu/isa_avx512.c": AVX512,
-    "csrc/cpu/isa_avx512bf16.c": [*AVX512, "-mavx512bf16"],
+ISA = {  # by machine; the files of another are empty
+    "csrc/cpu/isa_scalar.c": {},
+    "csrc/cpu/isa_avx2.c": {"x86_64": "-mavx2 -mfma -mf16c".split()},
+    "csrc/cpu/isa_avx512.c": {"x86_64": AVX512},
+    "csrc/cpu/isa_avx512bf16.c": {"x86_64": [*AVX512, "-mavx512bf16"]},
+    "csrc/cpu/isa_neon.c": {},
+    "csrc/cpu/isa_neon_dotprod.c": {"aarch64": ["-march=armv8.2-a+dotprod"]},
 }
 
 INSTALL = "apt-get install -y gcc libc6-dev python3-dev"
@@ -66,8 +69,7 @@ def glob(patterns):
     return sorted(path.relative_to(ROOT).as_posix() for p in patterns for path in ROOT.glob(p))
 
 
-def check_platform():
-    machine = platform.machine()
+def check_platform(machine):
     if sys.platform != "linux" or machine not in ("x86_64", "aarch64"):
         fail(f"this is {sys.platform} on {machine}; it runs on Linux x86-64 and aarch64, not yet elsewhere.")
 
@@ -83,6 +85,12 @@ def compiler():
         if shutil.which(name):
             return [name]
     fail(f"there is no C compiler; as root: {INSTALL}")
+
+
+def machine_of(cc):
+    """What `cc` compiles for; this machine where it does not say."""
+    asked = subprocess.run([*cc, "-dumpmachine"], capture_output=True, text=True)
+    return asked.stdout.strip().partition("-")[0] or platform.machine()
 
 
 def python_include():
@@ -175,14 +183,16 @@ class Toolchain:
     """Compiler, flags and folders of one variant of the build (release, werror, debug, sanitised)."""
 
     def __init__(self):
-        check_platform()
-        check_version()
         self.cc = compiler()
+        self.machine = machine_of(self.cc)
+        check_platform(self.machine)
+        check_version()
         self.blas = find_blas()
         self.sanitize = os.environ.get("KL_SANITIZE", "")
         self.debug = bool(self.sanitize) or env_flag("KL_DEBUG")
         self.werror = env_flag("KL_WERROR")
-        words = [self.sanitize.replace(",", "-"), "debug" * self.debug, "werror" * self.werror]
+        foreign = self.machine if self.machine != platform.machine() else ""
+        words = [foreign, self.sanitize.replace(",", "-"), "debug" * self.debug, "werror" * self.werror]
         self.variant = "-".join(filter(None, words)) or "release"
         self.objects = ROOT / "build/obj" / self.variant
         self.lib = ROOT / "build" / ("lib" if self.variant == "release" else f"lib-{self.variant}")
@@ -196,8 +206,7 @@ class Toolchain:
         flags += ["-Werror"] if self.werror else []
         if self.sanitize:
             flags += [f"-fsanitize={self.sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
-        if platform.machine() == "x86_64":
-            flags += ISA.get(source, [])
+        flags += ISA.get(source, {}).get(self.machine, [])
         if source == "csrc/cpu/gemm.c":
             flags += self.blas.cflags
         if source.startswith("csrc/python/"):
@@ -253,6 +262,11 @@ class Toolchain:
         fresh = target.with_name(f".{target.name}.new")
         self.run([*self.cc, *self.link_flags(), *objects, *self.blas.libs, "-lm", "-ldl", *extra, "-o", str(fresh)])
         os.replace(fresh, target)
+
+    def program(self, name):
+        """The compiler's own `name`: a cross compiler's is another than this machine's."""
+        asked = subprocess.run([*self.cc, f"-print-prog-name={name}"], capture_output=True, text=True)
+        return asked.stdout.strip() or name
 
     @staticmethod
     def run(command):
@@ -372,9 +386,9 @@ class BuildLibrary(Command):
         """One object whose hidden symbols are local, so that they cannot clash with a program's."""
         merged = tools.objects / "kimi_linear.o"
         target.unlink(missing_ok=True)
-        tools.run(["ld", "-r", "-o", str(merged), *objects])
-        tools.run(["objcopy", "--localize-hidden", str(merged)])
-        tools.run(["ar", "rcs", str(target), str(merged)])
+        tools.run([tools.program("ld"), "-r", "-o", str(merged), *objects])
+        tools.run([tools.program("objcopy"), "--localize-hidden", str(merged)])
+        tools.run([tools.program("ar"), "rcs", str(target), str(merged)])
 
     @staticmethod
     def _describe(tools):

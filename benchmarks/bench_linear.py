@@ -44,7 +44,7 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeat", type=int, default=9)
-    parser.add_argument("--isa", help="scalar, avx2 or avx512; by default the best here")
+    parser.add_argument("--isa", help="one of kl.isa_list(); by default the best here")
     parser.add_argument("--quick", action="store_true", help="one shape of each kind")
     return parser.parse_args()
 

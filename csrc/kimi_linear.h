@@ -116,7 +116,7 @@ typedef enum kl_gemm { KL_GEMM_OWN = 0, KL_GEMM_BLAS = 1 } kl_gemm;
 
 typedef struct kl_ctx_options {
     int threads;     /* 0: one for each processor that this process may use */
-    const char *isa; /* "scalar", "avx2", "avx512", "avx512bf16"; NULL: the best that runs here */
+    const char *isa; /* one of kl_isa_list; NULL: the best that runs here */
     kl_gemm gemm; /* KL_GEMM_BLAS: float32 products by OpenBLAS, within a budget, not byte-equal */
     kl_form delta_rule;         /* of kl_delta_rule where a call says KL_FORM_AUTO */
     kl_activations activations; /* of products in every op; a model has its own */
@@ -134,7 +134,8 @@ KL_API int kl_ctx_threads(const kl_ctx *ctx);
 KL_API kl_status kl_ctx_set_threads(kl_ctx *ctx, int threads) KL_CHECKED;
 KL_API const char *kl_blas_name(void); /* provider and version, or "none" */
 
-/* Instruction sets that this build has and this machine runs, best last; returns their number. */
+/* Instruction sets that this build has and this machine runs, best last; returns their number. "scalar"; on x86-64
+ * "avx2", "avx512", "avx512bf16"; on aarch64 "neon", "neon_dotprod". */
 KL_API int kl_isa_list(const char *names[], int capacity);
 
 /* Devices that a context can be made for, and those that are not there with the reason. Returns their number;

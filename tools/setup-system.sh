@@ -5,7 +5,7 @@
 #   sh tools/setup-system.sh --python          print the interpreter to use
 #
 # Further commands that must exist may be named: pkg-config, g++; hipcc, with what it needs; chromium, in which `make test` opens the HTML pages.
-# PYTHON chooses an interpreter.
+# For `make aarch64`: aarch64-linux-gnu-gcc, qemu-aarch64. PYTHON chooses an interpreter.
 set -eu
 
 find_python() {
@@ -58,6 +58,8 @@ look() {
         hipcc) have hipcc || { need hipcc "HIP's compiler for AMD GPUs" && need libamdhip64-dev "its runtime" &&
             need rocm-device-libs "its device libraries"; } ;;
         clang-19) have clang-19 || need clang-19 "the compiler for AMD GPUs that Debian's hipcc does not know" ;;
+        aarch64-linux-gnu-gcc) have "$tool" || need gcc-aarch64-linux-gnu "the cross compiler for aarch64" ;;
+        qemu-aarch64) have "$tool" || need qemu-user "what runs programs of aarch64 here" ;;
         *) have "$tool" || need "$tool" "the command $tool" ;;
         esac
     done

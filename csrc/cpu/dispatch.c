@@ -1,7 +1,13 @@
 /* Which kernel tables this machine can run, and the choice of one. */
 #include "kernels.h"
 
+#include <stdio.h>
 #include <string.h>
+
+#if defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 #if defined(__x86_64__)
 /* __builtin_cpu_supports also asks the operating system whether it saves the wide registers */
@@ -34,6 +40,10 @@ static int available(const kl_kernels *tables[TABLES])
         tables[n++] = &kl_kernels_avx512;
     if (runs_avx512bf16())
         tables[n++] = &kl_kernels_avx512bf16;
+#elif defined(__aarch64__)
+    tables[n++] = &kl_kernels_neon;
+    if ((getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0)
+        tables[n++] = &kl_kernels_neon_dotprod;
 #endif
     return n;
 }
@@ -59,7 +69,11 @@ kl_status kl_kernels_choose(kl_ctx *ctx, const char *isa)
             ctx->k = tables[i];
             return KL_OK;
         }
-    return kl_fail(ctx, KL_ERR_UNSUPPORTED, "isa is \"%s\"; here it must be one of: scalar%s%s%s",
-                   isa, n > 1 ? ", avx2" : "", n > 2 ? ", avx512" : "",
-                   n > 3 ? ", avx512bf16" : "");
+    char names[128] = "";
+    for (int i = 0; i < n; i++) {
+        const size_t used = strlen(names);
+        snprintf(names + used, sizeof names - used, "%s%s", i > 0 ? ", " : "", tables[i]->name);
+    }
+    return kl_fail(ctx, KL_ERR_UNSUPPORTED, "isa is \"%s\"; here it must be one of: %s", isa,
+                   names);
 }

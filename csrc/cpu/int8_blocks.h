@@ -31,23 +31,28 @@ static inline void int8_six_bits(uint8_t sc[8], uint8_t m[8], const uint8_t *p)
     }
 }
 
-static inline void int8_load_k4(int8_weights *w, const uint8_t *p, bool five)
+static inline void int8_scales_k4(int8_weights *w, const uint8_t *p)
 {
     const float d = kl_f16_at(p), dmin = kl_f16_at(p + 2);
-    const uint8_t *high = p + 16, *q = p + (five ? 48 : 16);
     uint8_t sc[8], m[8];
     int8_six_bits(sc, m, p + 4);
     for (int b = 0; b < 8; b++) {
         w->scale[b] = d * (float)sc[b];
         w->min[b] = dmin * (float)m[b];
-        for (int l = 0; l < 32; l++) {
-            const int low = q[b / 2 * 32 + l] >> (b % 2 * 4) & 15;
-            w->q[32 * b + l] = (int8_t)(low | (five ? (high[l] >> b & 1) << 4 : 0));
-        }
     }
 }
 
-static inline void int8_load_q2_k(int8_weights *w, const uint8_t *p)
+static inline void int8_values_k4(int8_t *q, const uint8_t *p, bool five)
+{
+    const uint8_t *high = p + 16, *low = p + (five ? 48 : 16);
+    for (int b = 0; b < 8; b++)
+        for (int l = 0; l < 32; l++) {
+            const int four = low[b / 2 * 32 + l] >> (b % 2 * 4) & 15;
+            q[32 * b + l] = (int8_t)(four | (five ? (high[l] >> b & 1) << 4 : 0));
+        }
+}
+
+static inline void int8_scales_q2_k(int8_weights *w, const uint8_t *p)
 {
     w->fine = true;
     w->d = kl_f16_at(p + 80);
@@ -56,12 +61,16 @@ static inline void int8_load_q2_k(int8_weights *w, const uint8_t *p)
         w->sub[i] = p[i] & 15;
         w->sub_min[i] = p[i] >> 4;
     }
-    for (int b = 0; b < 8; b++)
-        for (int l = 0; l < 32; l++)
-            w->q[32 * b + l] = (int8_t)(p[16 + b / 4 * 32 + l] >> (b % 4 * 2) & 3);
 }
 
-static inline void int8_load_q3_k(int8_weights *w, const uint8_t *p)
+static inline void int8_values_q2_k(int8_t *q, const uint8_t *p)
+{
+    for (int b = 0; b < 8; b++)
+        for (int l = 0; l < 32; l++)
+            q[32 * b + l] = (int8_t)(p[16 + b / 4 * 32 + l] >> (b % 4 * 2) & 3);
+}
+
+static inline void int8_scales_q3_k(int8_weights *w, const uint8_t *p)
 {
     const uint8_t *s = p + 96;
     w->fine = true;
@@ -70,37 +79,50 @@ static inline void int8_load_q3_k(int8_weights *w, const uint8_t *p)
         const int low = s[i % 8] >> (i / 8 * 4) & 15, high = s[8 + i % 4] >> (i / 4 * 2) & 3;
         w->sub[i] = (low | high << 4) - 32;
     }
+}
+
+static inline void int8_values_q3_k(int8_t *q, const uint8_t *p)
+{
     for (int b = 0; b < 8; b++)
         for (int l = 0; l < 32; l++) {
             const int low = p[32 + b / 4 * 32 + l] >> (b % 4 * 2) & 3;
-            w->q[32 * b + l] = (int8_t)(low - ((p[l] >> b & 1) != 0 ? 0 : 4));
+            q[32 * b + l] = (int8_t)(low - ((p[l] >> b & 1) != 0 ? 0 : 4));
         }
 }
 
-static inline void int8_load_q6_k(int8_weights *w, const uint8_t *p)
+static inline void int8_scales_q6_k(int8_weights *w, const uint8_t *p)
 {
     w->fine = true;
     w->d = kl_f16_at(p + 208);
     for (int i = 0; i < 16; i++)
         w->sub[i] = (int8_t)p[192 + i];
+}
+
+static inline void int8_values_q6_k(int8_t *q, const uint8_t *p)
+{
     for (int b = 0; b < 8; b++)
         for (int l = 0; l < 32; l++) {
             const int low = p[b / 4 * 64 + b % 2 * 32 + l] >> (b % 4 / 2 * 4) & 15;
             const int high = p[128 + b / 4 * 32 + l] >> (b % 4 * 2) & 3;
-            w->q[32 * b + l] = (int8_t)((low | high << 4) - 32);
+            q[32 * b + l] = (int8_t)((low | high << 4) - 32);
         }
 }
 
-static inline void int8_load_iq4_xs(int8_weights *w, const uint8_t *p)
+static inline void int8_scales_iq4_xs(int8_weights *w, const uint8_t *p)
 {
     const float d = kl_f16_at(p);
     const int high = p[2] | p[3] << 8;
     for (int b = 0; b < 8; b++) {
         const int scale = (p[4 + b / 2] >> (b % 2 * 4) & 15) | (high >> (2 * b) & 3) << 4;
         w->scale[b] = d * (float)(scale - 32);
-        for (int l = 0; l < 32; l++)
-            w->q[32 * b + l] = int8_iq4[p[8 + 16 * b + l % 16] >> (l / 16 * 4) & 15];
     }
+}
+
+static inline void int8_values_iq4_xs(int8_t *q, const uint8_t *p)
+{
+    for (int b = 0; b < 8; b++)
+        for (int l = 0; l < 32; l++)
+            q[32 * b + l] = int8_iq4[p[8 + 16 * b + l % 16] >> (l / 16 * 4) & 15];
 }
 
 /* 2^(e - 127), halved because int8_fp4 is doubled */
@@ -112,8 +134,13 @@ static inline float int8_e8m0_half(uint8_t e)
     return f;
 }
 
-/* one block of 32: its scale, and the integers */
-static inline float int8_load_32(int8_t *q, const uint8_t *p, kl_type type)
+/* of one block of 32 */
+static inline float int8_scale_32(const uint8_t *p, kl_type type)
+{
+    return type == KL_MXFP4 ? int8_e8m0_half(p[0]) : kl_f16_at(p);
+}
+
+static inline void int8_values_32(int8_t *q, const uint8_t *p, kl_type type)
 {
     for (int l = 0; l < 32; l++) {
         const int shift = l / 16 * 4, at = l % 16;
@@ -127,24 +154,38 @@ static inline float int8_load_32(int8_t *q, const uint8_t *p, kl_type type)
         default: q[l] = int8_fp4[p[1 + at] >> shift & 15]; break; /* MXFP4 */
         }
     }
-    return type == KL_MXFP4 ? int8_e8m0_half(p[0]) : kl_f16_at(p);
 }
 
-/* n_blocks of 32 that are there, of 8 (always 8 where a block of the type is 256) */
-static inline void int8_load(int8_weights *w, const uint8_t *p, kl_type type, int n_blocks)
+/* What integers are multiplied with; all else of w becomes 0. n_blocks of 32 are there, of 8 (always 8 where a block
+ * of the type is 256). */
+static inline void int8_load_scales(int8_weights *w, const uint8_t *p, kl_type type, int n_blocks)
 {
     memset(w, 0, sizeof *w);
     switch (type) {
-    case KL_Q4_K: int8_load_k4(w, p, false); break;
-    case KL_Q5_K: int8_load_k4(w, p, true); break;
-    case KL_Q2_K: int8_load_q2_k(w, p); break;
-    case KL_Q3_K: int8_load_q3_k(w, p); break;
-    case KL_Q6_K: int8_load_q6_k(w, p); break;
-    case KL_IQ4_XS: int8_load_iq4_xs(w, p); break;
+    case KL_Q4_K:
+    case KL_Q5_K: int8_scales_k4(w, p); break;
+    case KL_Q2_K: int8_scales_q2_k(w, p); break;
+    case KL_Q3_K: int8_scales_q3_k(w, p); break;
+    case KL_Q6_K: int8_scales_q6_k(w, p); break;
+    case KL_IQ4_XS: int8_scales_iq4_xs(w, p); break;
     default:
         for (int b = 0; b < n_blocks; b++)
-            w->scale[b] =
-                int8_load_32(w->q + 32 * b, p + (size_t)b * kl_type_bytes(type, 32), type);
+            w->scale[b] = int8_scale_32(p + (size_t)b * kl_type_bytes(type, 32), type);
+    }
+}
+
+static inline void int8_load_values(int8_t *q, const uint8_t *p, kl_type type, int n_blocks)
+{
+    switch (type) {
+    case KL_Q4_K: int8_values_k4(q, p, false); break;
+    case KL_Q5_K: int8_values_k4(q, p, true); break;
+    case KL_Q2_K: int8_values_q2_k(q, p); break;
+    case KL_Q3_K: int8_values_q3_k(q, p); break;
+    case KL_Q6_K: int8_values_q6_k(q, p); break;
+    case KL_IQ4_XS: int8_values_iq4_xs(q, p); break;
+    default:
+        for (int b = 0; b < n_blocks; b++)
+            int8_values_32(q + 32 * b, p + (size_t)b * kl_type_bytes(type, 32), type);
     }
 }
 

@@ -22,6 +22,13 @@ extern const kl_kernels kl_kernels_avx2, kl_kernels_avx512, kl_kernels_avx512bf1
 void kl_avx512bf16_dot(float *y, int64_t ldy, const uint16_t *x, int64_t ldx, const int32_t *index,
                        int64_t T, const void *w, size_t row_bytes, int64_t rows, int64_t K,
                        void *scratch);
+#elif defined(__aarch64__)
+extern const kl_kernels kl_kernels_neon, kl_kernels_neon_dotprod;
+
+/* int8_dot by sdot (isa_neon_dotprod.c) */
+void kl_neon_dotprod_int8_dot(float *y, int64_t ldy, const kl_int8_rows *x, const int32_t *index,
+                              int64_t T, const void *w, size_t row_bytes, kl_type type,
+                              int64_t rows, int64_t K, void *scratch);
 #endif
 
 /* Sets ctx->k to the named table (NULL: the best that runs here). */
