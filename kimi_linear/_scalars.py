@@ -2,7 +2,9 @@
 
 import operator
 
-__all__ = ["as_real", "as_whole", "choice"]
+__all__ = ["as_finite", "as_real", "as_whole", "choice"]
+
+_LARGEST = 3.4028234663852886e38  # of float32
 
 
 def as_real(x, name, wanted="a number"):
@@ -11,6 +13,14 @@ def as_real(x, name, wanted="a number"):
         return float(x)
     except (TypeError, ValueError, OverflowError):
         raise TypeError(f"{name} is {x!r:.40}; it must be {wanted}") from None
+
+
+def as_finite(x, name, wanted="a number"):
+    """`x` as a float; ValueError where it is NaN, or infinite in float32."""
+    value = as_real(x, name, wanted)
+    if not abs(value) <= _LARGEST:
+        raise ValueError(f"{name} is {value}; it must be finite in float32")
+    return value
 
 
 def as_whole(x, name, wanted="an int"):

@@ -110,6 +110,8 @@ def _default_threads():
     if _settings["threads"] is not None:
         return _settings["threads"]
     text = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if text.isdigit() and int(text) > 1024:
+        raise ValueError(f"the environment's OMP_NUM_THREADS is {text}; it must be at most 1024")
     return int(text) if text.isdigit() else 0
 
 

@@ -6,9 +6,9 @@ import numpy as np
 
 from .. import _core
 from .._arrays import apart, as_float32, as_integers, check_shape, output
-from .._scalars import as_real, as_whole
+from .._scalars import as_finite, as_real, as_whole
 from ..context import current
-from ._cached import both_offsets, finite_scale, one_axis, result, typed
+from ._cached import both_offsets, one_axis, result, typed
 
 
 def rope(x, positions, *, base, rotary, out=None, ctx=None):
@@ -99,7 +99,7 @@ def attention(q, k, v, *, scale, offsets=None, kv_offsets=None, out=None, ctx=No
     TypeError
         If an array is of another type.
     """
-    scale = finite_scale(scale)
+    scale = as_finite(scale, "scale")
     q, (k, v), batch, offsets, kv_offsets = one_axis(
         (q, ("T", "H", "K")), {"k": (k, ("S", "Hkv", "K")), "v": (v, ("S", "Hkv", "V"))}, offsets, kv_offsets)
     (T, H, K), (S, Hkv), V = q.shape, k.shape[:2], v.shape[2]

@@ -1,22 +1,11 @@
 """What the ops that attend over a cache share: their arguments, with and without a batch axis."""
 
-import math
-
 import numpy as np
 
 from .._arrays import BFLOAT16, as_either, as_float32, as_offsets, check_shape, contiguous, output, share_memory
-from .._scalars import as_real
 from ..device_array import DeviceArray
 
-__all__ = ["both_offsets", "finite_scale", "one_axis", "result", "typed"]
-
-
-def finite_scale(scale):
-    """`scale` as a float; ValueError where it is not finite."""
-    scale = as_real(scale, "scale")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}; it must be finite")
-    return scale
+__all__ = ["both_offsets", "one_axis", "result", "typed"]
 
 
 def one_axis(q, caches, offsets, kv_offsets):

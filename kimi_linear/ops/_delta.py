@@ -16,7 +16,7 @@ from .._arrays import (
     refuse_shared_outputs,
     sequences_of,
 )
-from .._scalars import as_real, as_whole, choice
+from .._scalars import as_finite, as_whole, choice
 from ..context import current
 from ._basic import check_eps
 
@@ -315,9 +315,7 @@ def _keys(q, k, g, values, name, scale, head_map, chunk):
         raise ValueError(f"q has shape {list(q.shape)}, {name} {list(values.shape)}; Hv must be a multiple of Hk, and "
                          f"only T may be 0")
     g, gate = _check_gate(g, (*tokens, Hv), K)
-    scale = K**-0.5 if scale is None else as_real(scale, "scale", "a number, or None")
-    if not np.isfinite(scale):
-        raise ValueError(f"scale is {scale}; it must be finite")
+    scale = K**-0.5 if scale is None else as_finite(scale, "scale", "a number, or None")
     chunk = as_whole(chunk, "chunk")
     if not 1 <= chunk <= 256:
         raise ValueError(f"chunk is {chunk}; it must be 1 to 256")

@@ -176,6 +176,9 @@ def route(scores, *, k, bias=None, groups=1, top_groups=1, function="sigmoid", r
     k, groups, top_groups = as_whole(k, "k"), as_whole(groups, "groups"), as_whole(top_groups, "top_groups")
     if not 1 <= k <= E:
         raise ValueError(f"k is {k}; it must be 1 <= k <= E = {E}")
+    for name, value in (("groups", groups), ("top_groups", top_groups)):
+        if value > E:
+            raise ValueError(f"{name} is {value}; it must be at most E = {E}")
     given_ids, given_weights = outputs(out, 2)
     ids = output(given_ids, (*scores.shape[:-1], k), "out[0]", np.int32, like=scores)
     weights = output(given_weights, (*scores.shape[:-1], k), "out[1]", like=scores)

@@ -2,9 +2,9 @@
 
 from .. import _core
 from .._arrays import as_weight, check_shape
-from .._scalars import choice
+from .._scalars import as_finite, choice
 from ..context import current
-from ._cached import both_offsets, finite_scale, one_axis, result, typed
+from ._cached import both_offsets, one_axis, result, typed
 
 _FORMS = {"auto": 0, "absorbed": 3, "expanded": 4}
 
@@ -55,7 +55,7 @@ def latent_attention(q, latent, k_shared, w_uk, w_uv, *, scale, offsets=None, kv
         If an array is of another type.
     """
     form = _FORMS[choice(form, "form", _FORMS)]
-    scale = finite_scale(scale)
+    scale = as_finite(scale, "scale")
     w_uk, (H, K, R) = as_weight(w_uk, "w_uk", ndim=3)
     w_uv, (uv_heads, V, uv_rank) = as_weight(w_uv, "w_uv", ndim=3)
     if (uv_heads, uv_rank) != (H, R):

@@ -192,3 +192,25 @@ def test_numbers_and_names_are_told_by_argument(call, error, message):
 def test_a_number_of_threads_may_be_numpys():
     with kl.threads(np.int64(2)):
         np.testing.assert_array_equal(kl.ops.add(normal(3), normal(3)), 2 * normal(3))
+
+
+@pytest.mark.parametrize("scale", [1e300, np.inf, np.nan])
+def test_a_scale_that_float32_has_not_is_refused(scale):
+    q = np.ones((2, 1, 4), np.float32)
+    with pytest.raises(ValueError, match="scale is .*; it must be finite in float32"):
+        kl.ops.attention(q, q, q, scale=scale)
+    with pytest.raises(ValueError, match="scale is .*; it must be finite in float32"):
+        kl.ops.delta_rule(q, q, q, None, np.ones((2, 1), np.float32), scale=scale)
+
+
+def test_whole_numbers_of_any_size_are_refused_by_name():
+    with pytest.raises(ValueError, match=f"groups is {10**30}; it must be at most E = 4"):
+        kl.ops.route(np.ones((2, 4), np.float32), k=1, groups=10**30)
+    with pytest.raises(TypeError, match="context is 'x'; it must be an int"):
+        kl.Model.tiny().plan(context="x")
+
+
+def test_too_many_threads_of_the_environment_are_named(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "5000")
+    with pytest.raises(ValueError, match="the environment's OMP_NUM_THREADS is 5000; it must be at most 1024"):
+        kl.Context()
