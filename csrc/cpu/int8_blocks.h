@@ -16,6 +16,9 @@ typedef struct int8_weights {
     bool fine;
 } int8_weights;
 
+/* types whose 16 values have an integer scale of their own */
+static inline bool int8_is_fine(kl_type t) { return t == KL_Q2_K || t == KL_Q3_K || t == KL_Q6_K; }
+
 static const int8_t int8_iq4[16] = { -127, -104, -83, -65, -49, -35, -22, -10,
                                      1,    13,   25,  38,  53,  69,  89,  113 };
 static const int8_t int8_fp4[16] = { 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12 };
@@ -54,7 +57,6 @@ static inline void int8_values_k4(int8_t *q, const uint8_t *p, bool five)
 
 static inline void int8_scales_q2_k(int8_weights *w, const uint8_t *p)
 {
-    w->fine = true;
     w->d = kl_f16_at(p + 80);
     w->dmin = kl_f16_at(p + 82);
     for (int i = 0; i < 16; i++) {
@@ -73,7 +75,6 @@ static inline void int8_values_q2_k(int8_t *q, const uint8_t *p)
 static inline void int8_scales_q3_k(int8_weights *w, const uint8_t *p)
 {
     const uint8_t *s = p + 96;
-    w->fine = true;
     w->d = kl_f16_at(p + 108);
     for (int i = 0; i < 16; i++) {
         const int low = s[i % 8] >> (i / 8 * 4) & 15, high = s[8 + i % 4] >> (i / 4 * 2) & 3;
@@ -92,7 +93,6 @@ static inline void int8_values_q3_k(int8_t *q, const uint8_t *p)
 
 static inline void int8_scales_q6_k(int8_weights *w, const uint8_t *p)
 {
-    w->fine = true;
     w->d = kl_f16_at(p + 208);
     for (int i = 0; i < 16; i++)
         w->sub[i] = (int8_t)p[192 + i];
@@ -161,6 +161,7 @@ static inline void int8_values_32(int8_t *q, const uint8_t *p, kl_type type)
 static inline void int8_load_scales(int8_weights *w, const uint8_t *p, kl_type type, int n_blocks)
 {
     memset(w, 0, sizeof *w);
+    w->fine = int8_is_fine(type);
     switch (type) {
     case KL_Q4_K:
     case KL_Q5_K: int8_scales_k4(w, p); break;

@@ -4,18 +4,9 @@
 #include "kernels.h"
 #include "simd.h"
 
-#include "elementwise.inc"
-#include "norm.inc"
-#include "dot.inc"
-#include "bfloat16.inc"
+#include "bodies.inc"
 #include "int8_avx2.inc"
 #include "blocks_x86.inc"
-#include "conv.inc"
-#include "delta_rule.inc"
-#include "delta_chunk.inc"
-#include "attention.inc"
-#include "sample.inc"
-#include "roof.inc"
 
 const kl_kernels kl_kernels_avx2 = {
     .name = "avx2",

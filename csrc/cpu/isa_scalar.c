@@ -3,18 +3,9 @@
 #include "kernels.h"
 #include "simd.h"
 
-#include "elementwise.inc"
-#include "norm.inc"
-#include "dot.inc"
-#include "bfloat16.inc"
+#include "bodies.inc"
 #include "int8.inc"
 #include "blocks.inc"
-#include "conv.inc"
-#include "delta_rule.inc"
-#include "delta_chunk.inc"
-#include "attention.inc"
-#include "sample.inc"
-#include "roof.inc"
 
 const kl_kernels kl_kernels_scalar = {
     .name = "scalar",

@@ -36,6 +36,20 @@
 /* ---- the same on every instruction set, from here on ---- */
 
 #if !defined(KL_AVX512)
+static inline v16 v16_load_bf16_n(const uint16_t *p, int64_t n)
+{
+    uint16_t lanes[16] = { 0 };
+    memcpy(lanes, p, (size_t)n * sizeof *p);
+    return v16_load_bf16(lanes);
+}
+
+static inline v16 v16_load_f16_n(const uint16_t *p, int64_t n)
+{
+    uint16_t lanes[16] = { 0 };
+    memcpy(lanes, p, (size_t)n * sizeof *p);
+    return v16_load_f16(lanes);
+}
+
 static inline v16 v16_compress(v16 a, unsigned lanes)
 {
     float from[16], to[16];

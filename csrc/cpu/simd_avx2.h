@@ -114,30 +114,19 @@ static inline v16 v16_load_i8(const int8_t *p)
     return (v16){ _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q)),
                   _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(q, 8))) };
 }
-static inline v16 v16_of_bf16(__m128i lo, __m128i hi)
+static inline v16 v16_load_bf16(const uint16_t *p)
 {
-    return (v16){ _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(lo), 16)),
-                  _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(hi), 16)) };
+    const __m256i lo = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)p));
+    const __m256i hi =
+        _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(p + 8)));
+    return (v16){ _mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)),
+                  _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16)) };
 }
-static inline v16 v16_of_f16(__m128i lo, __m128i hi)
+static inline v16 v16_load_f16(const uint16_t *p)
 {
-    return (v16){ _mm256_cvtph_ps(lo), _mm256_cvtph_ps(hi) };
+    return (v16){ _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)p)),
+                  _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(p + 8))) };
 }
-#define V16_HALVES(name)                                                                           \
-    static inline v16 v16_load_##name(const uint16_t *p)                                           \
-    {                                                                                              \
-        return v16_of_##name(_mm_loadu_si128((const __m128i *)(const void *)p),                    \
-                             _mm_loadu_si128((const __m128i *)(const void *)(p + 8)));             \
-    }                                                                                              \
-    static inline v16 v16_load_##name##_n(const uint16_t *p, int64_t n)                            \
-    {                                                                                              \
-        uint16_t lanes[16] = { 0 };                                                                \
-        memcpy(lanes, p, (size_t)n * sizeof *p);                                                   \
-        return v16_load_##name(lanes);                                                             \
-    }
-V16_HALVES(bf16)
-V16_HALVES(f16)
-#undef V16_HALVES
 static inline void v16_store_f16_n(uint16_t *p, v16 a, int64_t n)
 {
     uint16_t lanes[16];

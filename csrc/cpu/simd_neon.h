@@ -154,33 +154,21 @@ static inline v16 v16_load_i8(const int8_t *p)
                     vcvtq_f32_s32(vmovl_s16(vget_low_s16(hi))),
                     vcvtq_f32_s32(vmovl_high_s16(hi)) } };
 }
-static inline v16 v16_of_bf16(uint16x8_t lo, uint16x8_t hi)
+static inline v16 v16_load_bf16(const uint16_t *p)
 {
+    const uint16x8_t lo = vld1q_u16(p), hi = vld1q_u16(p + 8);
     return (v16){ { vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(lo), 16)),
                     vreinterpretq_f32_u32(vshll_high_n_u16(lo, 16)),
                     vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(hi), 16)),
                     vreinterpretq_f32_u32(vshll_high_n_u16(hi, 16)) } };
 }
-static inline v16 v16_of_f16(uint16x8_t lo, uint16x8_t hi)
+static inline v16 v16_load_f16(const uint16_t *p)
 {
-    const float16x8_t a = vreinterpretq_f16_u16(lo), b = vreinterpretq_f16_u16(hi);
-    return (v16){ { vcvt_f32_f16(vget_low_f16(a)), vcvt_high_f32_f16(a),
-                    vcvt_f32_f16(vget_low_f16(b)), vcvt_high_f32_f16(b) } };
+    const float16x8_t lo = vreinterpretq_f16_u16(vld1q_u16(p)),
+                      hi = vreinterpretq_f16_u16(vld1q_u16(p + 8));
+    return (v16){ { vcvt_f32_f16(vget_low_f16(lo)), vcvt_high_f32_f16(lo),
+                    vcvt_f32_f16(vget_low_f16(hi)), vcvt_high_f32_f16(hi) } };
 }
-#define V16_HALVES(name)                                                                           \
-    static inline v16 v16_load_##name(const uint16_t *p)                                           \
-    {                                                                                              \
-        return v16_of_##name(vld1q_u16(p), vld1q_u16(p + 8));                                      \
-    }                                                                                              \
-    static inline v16 v16_load_##name##_n(const uint16_t *p, int64_t n)                            \
-    {                                                                                              \
-        uint16_t lanes[16] = { 0 };                                                                \
-        memcpy(lanes, p, (size_t)n * sizeof *p);                                                   \
-        return v16_load_##name(lanes);                                                             \
-    }
-V16_HALVES(bf16)
-V16_HALVES(f16)
-#undef V16_HALVES
 /* FPCR as fpenv.h sets it: round to nearest even, overflow to infinity */
 static inline void v16_store_f16_n(uint16_t *p, v16 a, int64_t n)
 {

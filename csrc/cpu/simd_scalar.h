@@ -115,15 +115,7 @@ static inline v16 v16_load_bf16(const uint16_t *p)
 {
     V16_EACH(v16_float_of_bits((uint32_t)p[l] << 16));
 }
-static inline v16 v16_load_bf16_n(const uint16_t *p, int64_t n)
-{
-    V16_EACH(l < n ? v16_float_of_bits((uint32_t)p[l] << 16) : 0.0f);
-}
 static inline v16 v16_load_f16(const uint16_t *p) { V16_EACH(v16_of_f16(p[l])); }
-static inline v16 v16_load_f16_n(const uint16_t *p, int64_t n)
-{
-    V16_EACH(l < n ? v16_of_f16(p[l]) : 0.0f);
-}
 static inline void v16_store_f16_n(uint16_t *p, v16 a, int64_t n)
 {
     for (int64_t l = 0; l < n; l++)
