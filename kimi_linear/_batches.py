@@ -66,10 +66,11 @@ def packed(op, given):
     rows, flat = math.prod(lead), dict(given)
     for name in (first, *others):
         if given.get(name) is not None and not isinstance(given[name], tuple):
-            flat[name] = _flat(given[name], len(lead), rows)
+            flat[name] = _flat(as_array(given[name], name), len(lead), rows)
     for name in form.positions.split():
-        S = as_array(given[name], name).shape[1]
-        flat[name] = _flat(given[name], 2, lead[0] * S)
+        x = as_array(given[name], name)
+        S = x.shape[1]
+        flat[name] = _flat(x, 2, lead[0] * S)
         flat["kv_offsets"] = np.arange(lead[0] + 1) * S
     if form.sequences:
         flat["offsets"] = np.arange(lead[0] + 1) * lead[1]
@@ -77,7 +78,6 @@ def packed(op, given):
 
 
 def _flat(x, axes, rows):
-    x = as_array(x, "an input")
     return (x if x.dtype.kind in "iu" else f64(x)).reshape(rows, *x.shape[axes:])
 
 
@@ -88,7 +88,7 @@ def unpacked(op, results, lead):
 
 def packed_results(op, results, lead):
     """The inverse of `unpacked`."""
-    return _of_rows(op, results, lambda r: _flat(r, len(lead), math.prod(lead)))
+    return _of_rows(op, results, lambda r: _flat(as_array(r, "a result"), len(lead), math.prod(lead)))
 
 
 def _of_rows(op, results, change):

@@ -5,10 +5,10 @@ import math
 import numpy as np
 
 from .. import _core
-from .._arrays import apart, as_float32, as_integers, check_shape, output
+from .._arrays import apart, as_float32, as_integers, check_shape, output, refuse_shared
 from .._scalars import as_finite, as_real, as_whole
 from ..context import current
-from ._cached import both_offsets, one_axis, result, typed
+from ._cached import both_offsets, one_axis, typed
 
 
 def rope(x, positions, *, base, rotary, out=None, ctx=None):
@@ -109,7 +109,8 @@ def attention(q, k, v, *, scale, offsets=None, kv_offsets=None, out=None, ctx=No
         raise ValueError(f"q is {[T, H, K]}, k {list(k.shape)} and v {list(v.shape)}; no axis but the first may be "
                          f"empty, and the heads of k must divide those of q")
     offsets, kv_offsets = both_offsets(offsets, kv_offsets, T, S)
-    o = result("attention", out, (*(batch or (T,)), H, V), q=q, k=k, v=v)
+    o = output(out, (*(batch or (T,)), H, V), like=q)
+    refuse_shared(o, q=q, k=k, v=v)
     sizes = (len(offsets) - 1, T, S, H, Hkv, K, V)
     _core.attention(current(ctx)._core, o, q, *typed(k), *typed(v), offsets, kv_offsets, sizes, scale)
     return o

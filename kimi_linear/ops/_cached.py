@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from .._arrays import BFLOAT16, as_either, as_float32, as_offsets, check_shape, contiguous, output, share_memory
+from .._arrays import BFLOAT16, as_either, as_float32, as_offsets, check_shape, contiguous
 from ..device_array import DeviceArray
 
-__all__ = ["both_offsets", "one_axis", "result", "typed"]
+__all__ = ["both_offsets", "one_axis", "typed"]
 
 
 def one_axis(q, caches, offsets, kv_offsets):
@@ -58,15 +58,6 @@ def _check_lengths(offsets, kv_offsets):
         if positions < queries:
             raise ValueError(f"sequence {n} has {positions} positions for {queries} queries; the queries' "
                              f"own must be among them")
-
-
-def result(op, out, shape, **inputs):
-    """`out`, or a new array; ValueError where it shares memory with an input."""
-    o = output(out, shape, like=inputs["q"])
-    for name, given in inputs.items():
-        if share_memory(o, given):
-            raise ValueError(f"out shares memory with {name}; {op} needs another array")
-    return o
 
 
 def typed(cache):

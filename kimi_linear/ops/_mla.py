@@ -1,10 +1,10 @@
 """Multi-head latent attention over its cache."""
 
 from .. import _core
-from .._arrays import as_weight, check_shape
+from .._arrays import as_weight, check_shape, output, refuse_shared
 from .._scalars import as_finite, choice
 from ..context import current
-from ._cached import both_offsets, one_axis, result, typed
+from ._cached import both_offsets, one_axis, typed
 
 _FORMS = {"auto": 0, "absorbed": 3, "expanded": 4}
 
@@ -71,8 +71,8 @@ def latent_attention(q, latent, k_shared, w_uk, w_uv, *, scale, offsets=None, kv
     check_shape(latent, "latent", ("S", R))
     check_shape(k_shared, "k_shared", (S, P))
     offsets, kv_offsets = both_offsets(offsets, kv_offsets, T, S)
-    o = result("latent_attention", out, (*(batch or (T,)), H, V), q=q, latent=latent, k_shared=k_shared, w_uk=w_uk[0],
-               w_uv=w_uv[0])
+    o = output(out, (*(batch or (T,)), H, V), like=q)
+    refuse_shared(o, q=q, latent=latent, k_shared=k_shared, w_uk=w_uk[0], w_uv=w_uv[0])
     sizes = (len(offsets) - 1, T, S, H, K, P, V, R)
     _core.latent_attention(current(ctx)._core, o, q, *typed(latent), *typed(k_shared), w_uk, w_uv, offsets,
                            kv_offsets, sizes, scale, form)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from .. import _core
-from .._arrays import as_either, as_float32, contiguous, first_where, output, share_memory
+from .._arrays import as_either, as_float32, contiguous, first_where, output, refuse_shared
 from ..context import current
 from ..quantized import Quantized, storage_type
 
@@ -51,8 +51,7 @@ def quantize(x, type, *, out=None, ctx=None):
         raise ValueError(f"type is {kind.name}, which has no blocks; cast x to its dtype")
     D = x.shape[-1]
     data = output(out, (*x.shape[:-1], kind.row_bytes(D)), dtype=np.uint8, like=x)
-    if share_memory(data, x):
-        raise ValueError("out shares memory with x; it must be another array")
+    refuse_shared(data, x=x)
     try:
         _core.quantize(current(ctx)._core, data, x, kind.id, x.size // D, D)
     except ValueError:
@@ -117,8 +116,7 @@ def dequantize(q, type=None, shape=None, *, out=None, ctx=None):
         raise ValueError(f"q has {data.size} bytes; {kind.name} of shape {list(shape)} has "
                          f"{n_rows * kind.row_bytes(D)}")
     x = output(out, shape, like=data)
-    if share_memory(x, data):
-        raise ValueError("out shares memory with q; it must be another array")
+    refuse_shared(x, q=data)
     data = contiguous(data)
     if kind.values == 1 and isinstance(data, np.ndarray) and data.ctypes.data % kind.bytes:
         data = data.copy()  # floats of their own size are read at aligned addresses
