@@ -105,7 +105,7 @@ typedef enum kl_form {
 } kl_form;
 
 /* What a product makes of its float32 activations first. Weights of other types than named take float32, and so do
- * those that are stored transposed. */
+ * those that are stored transposed. Attention multiplies in 16-bit fixed point where this is not float32. */
 typedef enum kl_activations {
     KL_ACTIVATIONS_FLOAT32 = 0, /* nothing: the dequantised weight times float32 */
     KL_ACTIVATIONS_INT8 = 1,    /* weights in blocks: int8, a scale for each 32 values */

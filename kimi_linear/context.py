@@ -44,7 +44,8 @@ class Context:
         What products make of x, in `ops.linear`, `ops.moe` and the absorbed `ops.latent_attention`: nothing, so that a
         result is that of the dequantised weight; or, which is faster and less exact, int8 with a scale for each 32
         values where a weight lies in blocks (docs/math.md#int8), or bfloat16 where it is of that type
-        (docs/math.md#bfloat16). A model has its own setting.
+        (docs/math.md#bfloat16). With either of these, `ops.latent_attention` and, of more than 16 new tokens,
+        `ops.attention` multiply in 16-bit fixed point (docs/math.md#fixed). A model has its own setting.
 
     Raises
     ------

@@ -80,7 +80,8 @@ class Model:
         activations : {"float32", "int8", "bfloat16", "auto"}
             What products make of their activations: nothing, which is exact; with weights in blocks, int8 with a scale
             for each 32 values (docs/math.md#int8); with weights in bfloat16, that (docs/math.md#bfloat16). Both are
-            fast, and other weights take float32. "auto" is int8 where there are weights in blocks, bfloat16 where
+            fast, and other weights take float32; attention is in 16-bit fixed point with both (docs/math.md#fixed), and
+            in float32 on a device. "auto" is int8 where there are weights in blocks, bfloat16 where
             there are matrices in that, else float32.
         cache : {"float32", "float16", "q8_0"}
             Type of the latent cache of new states: docs/state.md#the-caches-type.

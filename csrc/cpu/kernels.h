@@ -5,6 +5,7 @@
 #include "../internal.h"
 #include "attention.h"
 #include "delta_rule.h"
+#include "fixed.h"
 #include "int8.h"
 
 struct kl_kernels {

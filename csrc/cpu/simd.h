@@ -14,7 +14,11 @@
  *   compress(a, l)  the lanes named by the bits l, first to last; what follows them is undefined
  *   indices(i)      int32 i + lane, to be stored, not computed with
  *   v16d            sixteen lanes of double, to which float lanes are added
- *   load_f16, load_bf16, load_i8   exact widenings */
+ *   load_f16, load_bf16, load_i8   exact widenings
+ *   v16i            sixteen lanes of int32, or of two int16 each, the first in the low half
+ *   dot(s, a, b)    s + a.low * b.low + a.high * b.high; no sum may overflow
+ *   of_int          to float, rounded once
+ *   store_low       the low 16 bits of each lane, as int16 */
 #ifndef KL_SIMD_H
 #define KL_SIMD_H
 
@@ -69,6 +73,10 @@ static inline v16 v16_indices(int32_t i)
     memcpy(as_float, index, sizeof index);
     return v16_load(as_float);
 }
+#endif
+
+#if !defined(KL_AVX2)
+static inline v16i v16i_keep(v16i a) { return a; }
 #endif
 
 /* The sixteen lanes of double, by the tree of v16_sum. */

@@ -137,4 +137,44 @@ static inline void v16_store_f16_n(uint16_t *p, v16 a, int64_t n)
     memcpy(p, lanes, (size_t)n * sizeof *p);
 }
 
+typedef struct {
+    __m256i lo, hi;
+} v16i;
+static inline v16i v16i_zero(void)
+{
+    return (v16i){ _mm256_setzero_si256(), _mm256_setzero_si256() };
+}
+static inline v16i v16i_load(const int32_t *p)
+{
+    return (v16i){ _mm256_loadu_si256((const __m256i *)(const void *)p),
+                   _mm256_loadu_si256((const __m256i *)(const void *)(p + 8)) };
+}
+static inline v16i v16i_set1(int32_t x)
+{
+    return (v16i){ _mm256_set1_epi32(x), _mm256_set1_epi32(x) };
+}
+static inline v16i v16i_dot(v16i acc, v16i a, v16i b)
+{
+    return (v16i){ _mm256_add_epi32(acc.lo, _mm256_madd_epi16(a.lo, b.lo)),
+                   _mm256_add_epi32(acc.hi, _mm256_madd_epi16(a.hi, b.hi)) };
+}
+/* a, in registers: the compiler would keep one sum of a tile in memory */
+static inline v16i v16i_keep(v16i a)
+{
+    __asm__("" : "+x"(a.lo), "+x"(a.hi));
+    return a;
+}
+static inline v16 v16_of_int(v16i a)
+{
+    return (v16){ _mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi) };
+}
+static inline void v16_store_low(int16_t *p, v16 a)
+{
+    const __m256i low =
+        _mm256_set1_epi32(0xffff); /* the pack saturates: nothing above 16 bits may reach it */
+    const __m256i packed = _mm256_packus_epi32(_mm256_and_si256(_mm256_castps_si256(a.lo), low),
+                                               _mm256_and_si256(_mm256_castps_si256(a.hi), low));
+    _mm256_storeu_si256((__m256i *)(void *)p, _mm256_permute4x64_epi64(packed, 0xd8));
+}
+
 #endif

@@ -106,4 +106,15 @@ static inline void v16_store_f16_n(uint16_t *p, v16 a, int64_t n)
                              _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+typedef __m512i v16i;
+static inline v16i v16i_zero(void) { return _mm512_setzero_si512(); }
+static inline v16i v16i_load(const int32_t *p) { return _mm512_loadu_si512(p); }
+static inline v16i v16i_set1(int32_t x) { return _mm512_set1_epi32(x); }
+static inline v16i v16i_dot(v16i acc, v16i a, v16i b) { return _mm512_dpwssd_epi32(acc, a, b); }
+static inline v16 v16_of_int(v16i a) { return _mm512_cvtepi32_ps(a); }
+static inline void v16_store_low(int16_t *p, v16 a)
+{
+    _mm256_storeu_si256((__m256i *)(void *)p, _mm512_cvtepi32_epi16(_mm512_castps_si512(a)));
+}
+
 #endif

@@ -180,4 +180,41 @@ static inline void v16_store_f16_n(uint16_t *p, v16 a, int64_t n)
     memcpy(p, lanes, (size_t)n * sizeof *p);
 }
 
+typedef struct {
+    int32x4_t q[4];
+} v16i;
+static inline v16i v16i_set1(int32_t x)
+{
+    const int32x4_t all = vdupq_n_s32(x);
+    return (v16i){ { all, all, all, all } };
+}
+static inline v16i v16i_zero(void) { return v16i_set1(0); }
+static inline v16i v16i_load(const int32_t *p)
+{
+    return (v16i){ { vld1q_s32(p), vld1q_s32(p + 4), vld1q_s32(p + 8), vld1q_s32(p + 12) } };
+}
+static inline v16i v16i_dot(v16i acc, v16i a, v16i b)
+{
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const int16x8_t x = vreinterpretq_s16_s32(a.q[i]), y = vreinterpretq_s16_s32(b.q[i]);
+        const int32x4_t first = vmull_s16(vget_low_s16(x), vget_low_s16(y));
+        acc.q[i] = vaddq_s32(acc.q[i], vpaddq_s32(first, vmull_high_s16(x, y)));
+    }
+    return acc;
+}
+static inline v16 v16_of_int(v16i a)
+{
+    return (v16){ { vcvtq_f32_s32(a.q[0]), vcvtq_f32_s32(a.q[1]), vcvtq_f32_s32(a.q[2]),
+                    vcvtq_f32_s32(a.q[3]) } };
+}
+static inline void v16_store_low(int16_t *p, v16 a)
+{
+    int32x4_t bits[4];
+    for (int i = 0; i < 4; i++)
+        bits[i] = vreinterpretq_s32_f32(a.q[i]);
+    vst1q_s16(p, vmovn_high_s32(vmovn_s32(bits[0]), bits[1]));
+    vst1q_s16(p + 8, vmovn_high_s32(vmovn_s32(bits[2]), bits[3]));
+}
+
 #endif

@@ -121,6 +121,38 @@ static inline void v16_store_f16_n(uint16_t *p, v16 a, int64_t n)
     for (int64_t l = 0; l < n; l++)
         p[l] = v16_to_f16(a.lane[l]);
 }
+
+typedef struct {
+    int32_t lane[16];
+} v16i;
+static inline v16i v16i_zero(void) { return (v16i){ { 0 } }; }
+static inline v16i v16i_load(const int32_t *p)
+{
+    v16i r;
+    memcpy(r.lane, p, sizeof r.lane);
+    return r;
+}
+static inline v16i v16i_set1(int32_t x)
+{
+    v16i r;
+    for (int l = 0; l < 16; l++)
+        r.lane[l] = x;
+    return r;
+}
+static inline int32_t v16i_half(int32_t x, int at) { return (int16_t)((uint32_t)x >> (16 * at)); }
+static inline v16i v16i_dot(v16i acc, v16i a, v16i b)
+{
+    for (int l = 0; l < 16; l++)
+        acc.lane[l] += v16i_half(a.lane[l], 0) * v16i_half(b.lane[l], 0)
+                       + v16i_half(a.lane[l], 1) * v16i_half(b.lane[l], 1);
+    return acc;
+}
+static inline v16 v16_of_int(v16i a) { V16_EACH((float)a.lane[l]); }
+static inline void v16_store_low(int16_t *p, v16 a)
+{
+    for (int l = 0; l < 16; l++)
+        p[l] = (int16_t)v16_bits(a.lane[l]);
+}
 #undef V16_EACH
 
 #endif

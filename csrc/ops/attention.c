@@ -9,10 +9,15 @@
  * segments are merged in rising order. What a query gets therefore depends on nothing but itself and the
  * positions that it sees: a sequence may be cut into calls anywhere.
  *
+ * Where products take narrow activations, tokens of long pieces (pieces.h) attend in 16-bit fixed point (cpu/fixed.h);
+ * a call is then the whole where it is cut at multiples of 64 of its tokens.
+ *
  * Work is cut into chunks of up to ROWS queries times heads of one key head, which share the loads (and the
  * widening) of a block. A chunk is one task for each key head, which takes all segments; but where that is too
  * much for one thread (decoding at depth), its segments are tasks of their own and a second pass merges them. */
 #include "cache_rows.h"
+#include "fixed_room.h"
+#include "pieces.h"
 
 #include <math.h>
 #include <string.h>
@@ -26,6 +31,7 @@ enum { DIRECT = 8 };
 /* queries first .. first + count - 1 of sequence n, all heads */
 typedef struct chunk {
     int64_t n, first, count;
+    bool fixed;
 } chunk;
 
 typedef struct job {
@@ -41,14 +47,47 @@ typedef struct job {
     int64_t n_split;
     kl_running run;  /* m, l [threads, rows]; acc [threads, rows, V]: of a task */
     kl_running part; /* the same: one segment of it */
-    float *buffer;   /* [threads, buffer_floats]: a block, widened */
-    int64_t buffer_floats;
+    char *rooms;     /* [threads, room_bytes] */
+    size_t room_bytes;
+    bool fixed;      /* some chunks are */
     kl_running slot; /* of a wave of segments: m, l [wave, Hkv, rows]; acc [wave, Hkv, rows, V] */
     kl_running sum;  /* of the chunk: m, l [Hkv, rows]; acc [Hkv, rows, V] */
     int64_t wave;
     const chunk *at; /* the chunk at hand, and its segments of this wave */
     int64_t first_segment, n_segments;
 } job;
+
+/* One thread's scratch: a block, widened, and what fixed point needs. */
+typedef struct room {
+    float *keys, *values;
+    kl_fixed_lanes q; /* [rows], each line in lanes of its own; there are at most 16 lines */
+    kl_fixed_rows key, value;
+    int32_t *pairs; /* of value */
+    int16_t *row;
+} room;
+
+static size_t lay_out(room *r, const job *a, char *base)
+{
+    const kl_attention_args *g = a->args;
+    size_t used = 0;
+    r->keys = kl_take(base, &used, kl_cache_buffer(&a->keys, g->K), sizeof *r->keys);
+    r->values = kl_take(base, &used, kl_cache_buffer(&a->values, g->V), sizeof *r->values);
+    if (!a->fixed)
+        return used;
+    r->q = kl_take_lanes(base, &used, a->rows + KL_FIXED_LANES * (KL_FIXED_LANES - 1), g->K);
+    r->key = kl_take_rows(base, &used, g->K);
+    r->value = kl_take_rows(base, &used, g->V);
+    r->pairs = kl_take(base, &used, KL_BLOCK / 2 * kl_fixed_pair_stride(g->V), sizeof *r->pairs);
+    r->row = kl_take(base, &used, r->q.stride, sizeof *r->row);
+    return used;
+}
+
+static room room_of(const job *a, int thread)
+{
+    room r;
+    lay_out(&r, a, a->rooms + (size_t)thread * a->room_bytes);
+    return r;
+}
 
 static kl_running row_of(kl_running r, int64_t row)
 {
@@ -103,6 +142,12 @@ static int64_t unseeing(lines l, int64_t first)
     return first > 0 ? 0 : l.query_step == 1 ? 1 - first : l.length;
 }
 
+/* The lanes from row number `row` on, a multiple of 16. */
+static kl_fixed_lanes lanes_from(kl_fixed_lanes l, int64_t row)
+{
+    return (kl_fixed_lanes){ l.pair + row * l.stride / 2, l.unit + row, l.stride };
+}
+
 static const float *first_query(const job *a, const chunk *c, int64_t head)
 {
     const kl_attention_args *g = a->args;
@@ -118,10 +163,66 @@ static kl_rows block_of(const job *a, const kl_cache *cache, const chunk *c, int
     return kl_cache_rows(a->ctx->k, cache, c->n, position, count, head * width, width, buffer);
 }
 
+/* The same in fixed point, of any number of rows. */
+static kl_rows stored_rows(const job *a, const kl_cache *cache, const chunk *c, int64_t position,
+                           int64_t count, int64_t head, int64_t width, float *buffer)
+{
+    return block_of(a, cache, c, position, count, head, width, cache->type == KL_F16 ? 1 : ROWS,
+                    buffer);
+}
+
+/* attend_segment in fixed point: keys, values and queries are made so once a block, once a segment. */
+static void attend_segment_fixed(const job *a, const chunk *c, int64_t head, int64_t segment,
+                                 kl_running run, const room *r)
+{
+    const kl_attention_args *g = a->args;
+    const kl_kernels *k = a->ctx->k;
+    const lines l = lines_of(a, c);
+    const int64_t begin = segment * SEGMENT, lanes = kl_fixed_groups(l.length) * KL_FIXED_LANES;
+    const int64_t end = kl_min(begin + SEGMENT, seen(a, c, c->count - 1));
+    const float *q = first_query(a, c, head);
+    clear(run, l.n * l.length);
+    for (int64_t i = 0; i < l.n; i++) {
+        const kl_rows x[2] = { { q + i * l.next, l.stride, g->K, NULL } };
+        const kl_fixed_lanes line = lanes_from(r->q, i * lanes);
+        k->fixed_lanes(&line, x, l.length, r->row);
+    }
+    for (int64_t p = begin; p < end; p += KL_BLOCK) {
+        const int64_t count = kl_min(KL_BLOCK, end - p);
+        const kl_rows key[2] = { stored_rows(a, &a->keys, c, p, count, head, g->K, r->keys) };
+        const kl_rows value[2] = { stored_rows(a, &a->values, c, p, count, head, g->V, r->values) };
+        k->fixed_rows(&r->key, key, count);
+        k->fixed_rows(&r->value, value, count);
+        k->fixed_pairs(r->pairs, g->V, &r->value, count);
+        kl_attend_fixed block = {
+            .k = r->key,
+            .v = r->pairs,
+            .v_unit = r->value.unit,
+            .ahead = { kl_cache_ahead(&a->keys, c->n, p + KL_BLOCK, end, head * g->K, g->K),
+                       kl_cache_ahead(&a->values, c->n, p + KL_BLOCK, end, head * g->V, g->V) },
+            .n_queries = l.length,
+            .n = count,
+            .step = l.query_step,
+            .scale = g->scale,
+        };
+        for (int64_t i = 0; i < l.n; i++) {
+            block.q = lanes_from(r->q, i * lanes);
+            block.run = row_of(run, i * l.length);
+            block.first = seen(a, c, i * l.line_step) - p;
+            k->attend_fixed(&block);
+            block.ahead[0].n = block.ahead[1].n = 0;
+        }
+    }
+}
+
 /* Rows of key head `head` over the positions of one segment, in run: cleared, then block by block. */
 static void attend_segment(const job *a, const chunk *c, int64_t head, int64_t segment,
-                           kl_running run, float *buffer)
+                           kl_running run, const room *r)
 {
+    if (c->fixed) {
+        attend_segment_fixed(a, c, head, segment, run, r);
+        return;
+    }
     const kl_attention_args *g = a->args;
     const lines l = lines_of(a, c);
     const int64_t begin = segment * SEGMENT, rows = l.n * l.length;
@@ -131,9 +232,8 @@ static void attend_segment(const job *a, const chunk *c, int64_t head, int64_t s
     for (int64_t p = begin; p < end; p += KL_BLOCK) {
         const int64_t count = kl_min(KL_BLOCK, end - p);
         kl_attend block = {
-            .k = { block_of(a, &a->keys, c, p, count, head, g->K, rows, buffer) },
-            .v = block_of(a, &a->values, c, p, count, head, g->V, rows,
-                          buffer + kl_cache_buffer(&a->keys, g->K)),
+            .k = { block_of(a, &a->keys, c, p, count, head, g->K, rows, r->keys) },
+            .v = block_of(a, &a->values, c, p, count, head, g->V, rows, r->values),
             .ahead = { kl_cache_ahead(&a->keys, c->n, p + KL_BLOCK, end, head * g->K, g->K),
                        kl_cache_ahead(&a->values, c->n, p + KL_BLOCK, end, head * g->V, g->V) },
             .n = count,
@@ -189,14 +289,14 @@ static void attend_chunks(void *arg, int64_t begin, int64_t end, int thread)
     const job *a = arg;
     const kl_running run = row_of(a->run, thread * a->rows),
                      part = row_of(a->part, thread * a->rows);
-    float *buffer = a->buffer + thread * a->buffer_floats;
+    const room r = room_of(a, thread);
     for (int64_t task = begin; task < end; task++) {
         const int64_t head = task % a->args->Hkv;
         const chunk *c = &a->whole[a->n_whole - 1 - task / a->args->Hkv]; /* the longest first */
         const int64_t n = segments(a, c);
-        attend_segment(a, c, head, 0, run, buffer);
+        attend_segment(a, c, head, 0, run, &r);
         for (int64_t s = 1; s < n; s++) {
-            attend_segment(a, c, head, s, part, buffer);
+            attend_segment(a, c, head, s, part, &r);
             merge_segment(a, c, s, run, part);
         }
         put_rows(a, c, head, run);
@@ -215,10 +315,10 @@ static kl_running slot_of(const job *a, int64_t i, int64_t head)
 static void attend_wave(void *arg, int64_t begin, int64_t end, int thread)
 {
     const job *a = arg;
+    const room r = room_of(a, thread);
     for (int64_t task = begin; task < end; task++) {
         const int64_t i = task / a->args->Hkv, head = task % a->args->Hkv;
-        attend_segment(a, a->at, head, a->first_segment + i, slot_of(a, i, head),
-                       a->buffer + thread * a->buffer_floats);
+        attend_segment(a, a->at, head, a->first_segment + i, slot_of(a, i, head), &r);
     }
 }
 
@@ -261,8 +361,10 @@ static void each_chunk(job *a, void (*take)(job *a, const chunk *c, int64_t *sum
     const kl_attention_args *g = a->args;
     for (int64_t n = 0; n < g->N; n++) {
         const int64_t L = g->offsets[n + 1] - g->offsets[n];
-        for (int64_t first = 0; first < L; first += chunk_queries(a)) {
-            const chunk c = { n, first, kl_min(chunk_queries(a), L - first) };
+        const int64_t fixed = a->ctx->activations != KL_ACTIVATIONS_FLOAT32 ? kl_long_pieces(L) : 0;
+        for (int64_t first = 0, count; first < L; first += count) {
+            count = kl_min(chunk_queries(a), (first < fixed ? fixed : L) - first);
+            const chunk c = { n, first, count, first < fixed };
             take(a, &c, sum);
         }
     }
@@ -272,6 +374,7 @@ static void add_work(job *a, const chunk *c, int64_t *sum)
 {
     *sum += work_of(a, c);
     a->rows = kl_max(a->rows, c->count * a->group);
+    a->fixed |= c->fixed;
     a->n_whole++;
 }
 
@@ -305,8 +408,9 @@ static kl_status prepare(job *a)
     KL_SCRATCH(a->split, a->ctx, a->n_whole);
     a->n_whole = 0;
     each_chunk(a, sort_chunk, &work);
-    a->buffer_floats = kl_cache_buffer(&a->keys, g->K) + kl_cache_buffer(&a->values, g->V);
-    KL_SCRATCH(a->buffer, a->ctx, threads * a->buffer_floats);
+    room r;
+    a->room_bytes = lay_out(&r, a, NULL);
+    KL_SCRATCH(a->rooms, a->ctx, (size_t)threads * a->room_bytes);
     KL_TRY(take_rows(a, &a->run, threads * a->rows));
     KL_TRY(take_rows(a, &a->part, threads * a->rows));
     if (a->n_split == 0)

@@ -4,14 +4,13 @@
  *   a_h = sum_s p_s c_s,   l_h = sum_s p_s   over the positions s
  *   o_h = w_uv_h a_h / l_h
  * The two products take the activations that the context asks for (q_h, a_h in int8 or bfloat16), where the weights do.
+ * Where those are narrow, positions are attended to in 16-bit fixed point (cpu/fixed.h).
  * The positions of a token are cut into segments of a page. A segment is a sum of its own, so that
  * threads can share a long cache; segments are merged in rising order, in waves that bound the
  * memory. Neither the wave nor the group of heads in a task changes a byte. */
+#include "fixed_room.h"
 #include "latent_attention.h"
 #include "product.h"
-
-#include <math.h>
-#include <string.h>
 
 enum { BATCH = 64, WAVE = 32, SEGMENT = KL_PAGE };
 
@@ -26,16 +25,38 @@ static size_t product_bytes(const kl_absorbed *e)
     return ((up > down ? up : down) + 63) / 64 * 64;
 }
 
-/* A thread's scratch: widened rows of one block, or what kl_product wants and its result
- * [capacity, V]. */
-static size_t thread_bytes(const kl_absorbed *e)
+/* One thread's scratch while it attends: widened rows of one block, and what fixed point needs. */
+typedef struct room {
+    float *stored;     /* as kl_mla_stored_rows */
+    kl_fixed_lanes q;  /* [H], of one token */
+    kl_fixed_rows key; /* [64] */
+    int32_t *pairs;    /* of the latents of key */
+    int16_t *row;
+} room;
+
+static size_t lay_out(room *r, const kl_absorbed *e, char *base)
 {
     const kl_latent_attention_args *g = e->a->args;
-    const size_t block =
-        (size_t)(kl_cache_buffer(&e->a->latent, g->R) + kl_cache_buffer(&e->a->k_shared, g->P));
-    const size_t product = product_bytes(e) + (size_t)(e->capacity * g->V) * sizeof(float);
-    const size_t bytes = block * sizeof(float) > product ? block * sizeof(float) : product;
-    return (bytes + 63) / 64 * 64;
+    size_t used = 0;
+    r->stored = kl_take(
+        base, &used, kl_cache_buffer(&e->a->latent, g->R) + kl_cache_buffer(&e->a->k_shared, g->P),
+        sizeof *r->stored);
+    if (!kl_mla_is_fixed(e->a))
+        return used;
+    r->q = kl_take_lanes(base, &used, g->H, g->R + g->P);
+    r->key = kl_take_rows(base, &used, g->R + g->P);
+    r->pairs = kl_take(base, &used, KL_BLOCK / 2 * kl_fixed_pair_stride(g->R), sizeof *r->pairs);
+    r->row = kl_take(base, &used, r->q.stride, sizeof *r->row);
+    return used;
+}
+
+/* A thread's scratch: a room, or what kl_product wants and its result [capacity, V]. */
+static size_t thread_bytes(const kl_absorbed *e)
+{
+    room r;
+    const size_t attending = lay_out(&r, e, NULL);
+    const size_t product = product_bytes(e) + (size_t)(e->capacity * e->a->args->V) * sizeof(float);
+    return ((attending > product ? attending : product) + 63) / 64 * 64;
 }
 
 kl_status kl_absorbed_prepare(kl_absorbed *e, const kl_mla *a)
@@ -111,39 +132,85 @@ static kl_running place(const kl_absorbed *e, int64_t u, int64_t h)
     return to;
 }
 
-static void attend_segment(const kl_absorbed *e, int64_t u, int64_t h, int64_t heads, float *buffer)
+/* A segment's heads of one token, and the block at hand. */
+typedef struct segment {
+    const kl_mla *a;
+    int64_t n, heads; /* sequence */
+    kl_rows q[2];     /* [heads] of q~ and of q's shared part */
+    kl_running run;
+} segment;
+
+static void attend_block(const segment *s, const room *r, int64_t position, int64_t count)
+{
+    const kl_mla *a = s->a;
+    const kl_latent_attention_args *g = a->args;
+    const kl_rows latent = kl_mla_cache_rows(a, &a->latent, s->n, position, count, g->R, r->stored);
+    const kl_attend block = {
+        .q = { s->q[0], s->q[1] },
+        .k = { latent, kl_mla_cache_rows(a, &a->k_shared, s->n, position, count, g->P,
+                                         r->stored + kl_cache_buffer(&a->latent, g->R)) },
+        .v = latent,
+        .run = s->run,
+        .n_queries = s->heads,
+        .n = count,
+        .first = count,
+        .step = 0,
+        .scale = g->scale,
+    };
+    a->ctx->k->attend(&block);
+}
+
+static void attend_block_fixed(const segment *s, const room *r, int64_t position, int64_t count,
+                               int64_t end)
+{
+    const kl_mla *a = s->a;
+    kl_rows stored[2];
+    kl_mla_stored_rows(a, s->n, position, count, r->stored, stored);
+    a->ctx->k->fixed_rows(&r->key, stored, count);
+    a->ctx->k->fixed_pairs(r->pairs, a->args->R, &r->key, count);
+    const kl_attend_fixed block = {
+        .q = r->q,
+        .k = r->key,
+        .v = r->pairs,
+        .v_unit = r->key.unit,
+        .run = s->run,
+        .ahead = { kl_cache_ahead(&a->latent, s->n, position + KL_BLOCK, end, 0, a->args->R),
+                   kl_cache_ahead(&a->k_shared, s->n, position + KL_BLOCK, end, 0, a->args->P) },
+        .n_queries = s->heads,
+        .n = count,
+        .first = count,
+        .step = 0,
+        .scale = a->args->scale,
+    };
+    a->ctx->k->attend_fixed(&block);
+}
+
+static void attend_segment(const kl_absorbed *e, int64_t u, int64_t h, int64_t heads, room *r)
 {
     const kl_mla *a = e->a;
     const kl_latent_attention_args *g = a->args;
     const struct kl_absorbed_token *token = &e->token[e->unit[u].token];
     const int64_t width = g->K + g->P, begin = e->unit[u].segment * SEGMENT;
     const int64_t end = kl_min(begin + SEGMENT, token->seen);
-    const kl_running run = place(e, u, h);
-    const kl_rows query = { e->query + (h * e->capacity + e->unit[u].token) * g->R,
-                            e->capacity * g->R, g->R, NULL };
-    const kl_rows shared = { a->q + (token->t * g->H + h) * width + g->K, width, g->P, NULL };
-    for (int64_t i = 0; i < heads; i++) {
-        run.m[i] = -INFINITY;
-        run.l[i] = 0.0f;
-        memset(run.acc + i * run.stride, 0, (size_t)run.width * sizeof *run.acc);
-    }
+    const segment s = {
+        .a = a,
+        .n = token->n,
+        .heads = heads,
+        .q = { { e->query + (h * e->capacity + e->unit[u].token) * g->R, e->capacity * g->R, g->R,
+                 NULL },
+               { a->q + (token->t * g->H + h) * width + g->K, width, g->P, NULL } },
+        .run = place(e, u, h),
+    };
+    const bool fixed = kl_mla_is_fixed(a);
+    kl_mla_clear(s.run, heads);
+    if (fixed)
+        a->ctx->k->fixed_lanes(&r->q, s.q, heads, r->row);
     for (int64_t p = begin; p < end; p += KL_BLOCK) {
-        const int64_t positions = kl_min(KL_BLOCK, end - p);
-        const kl_rows latent =
-            kl_mla_cache_rows(a, &a->latent, token->n, p, positions, g->R, buffer);
-        const kl_attend block = {
-            .q = { query, shared },
-            .k = { latent, kl_mla_cache_rows(a, &a->k_shared, token->n, p, positions, g->P,
-                                             buffer + kl_cache_buffer(&a->latent, g->R)) },
-            .v = latent,
-            .run = run,
-            .n_queries = heads,
-            .n = positions,
-            .first = positions,
-            .step = 0,
-            .scale = g->scale,
-        };
-        a->ctx->k->attend(&block);
+        const int64_t count = kl_min(KL_BLOCK, end - p);
+        if (fixed)
+            attend_block_fixed(&s, r, p, count, end);
+        else
+            attend_block(&s, r, p, count);
     }
 }
 
@@ -151,10 +218,11 @@ static void attend_units(void *arg, int64_t begin, int64_t end, int thread)
 {
     const kl_absorbed *e = arg;
     const int64_t H = e->a->args->H, groups = kl_ceil_div(H, e->head_group);
-    float *buffer = (float *)(void *)(e->scratch + (size_t)thread * e->thread_bytes);
+    room r;
+    lay_out(&r, e, e->scratch + (size_t)thread * e->thread_bytes);
     for (int64_t task = begin; task < end; task++) {
         const int64_t h = task % groups * e->head_group;
-        attend_segment(e, task / groups, h, kl_min(e->head_group, H - h), buffer);
+        attend_segment(e, task / groups, h, kl_min(e->head_group, H - h), &r);
     }
 }
 
@@ -177,10 +245,10 @@ static void merge_heads(void *arg, int64_t begin, int64_t end, int thread)
     }
 }
 
-/* Heads a task: few enough that all threads have work, whole register tiles. */
+/* Heads a task: few enough that all threads have work, whole register tiles or lanes. */
 static int64_t head_group(const kl_absorbed *e)
 {
-    const int64_t tile = 8, H = e->a->args->H;
+    const int64_t tile = kl_mla_is_fixed(e->a) ? KL_FIXED_LANES : 8, H = e->a->args->H;
     const int64_t groups = kl_ceil_div(4 * (int64_t)e->a->ctx->threads, e->n_units);
     return kl_max(1, kl_ceil_div(kl_ceil_div(H, groups), tile)) * tile;
 }

@@ -5,9 +5,6 @@
 #include "latent_attention.h"
 #include "product.h"
 
-#include <math.h>
-#include <string.h>
-
 /* bounds a thread's scratch; the keys and values are computed once for each chunk */
 enum { CHUNK = 1024 };
 
@@ -57,7 +54,8 @@ kl_status kl_expanded_prepare(kl_expanded *e, const kl_mla *a)
     }
     if (e->n_chunks == 0)
         return KL_OK;
-    e->thread_bytes = lay_out(NULL, e, NULL);
+    e->fixed = kl_mla_is_fixed(a);
+    e->thread_bytes = e->fixed ? kl_expanded_fixed_bytes(e) : lay_out(NULL, e, NULL);
     KL_SCRATCH(e->chunk_end, a->ctx, g->N);
     KL_SCRATCH(e->scratch, a->ctx, (size_t)a->ctx->threads * e->thread_bytes);
     if (a->ctx->arena.measuring)
@@ -84,12 +82,8 @@ static void attend(const kl_mla *a, const room *r, int64_t n, int64_t h, int64_t
     const int64_t width = g->K + g->P, row = g->H * width, count = last - first;
     const int64_t seen = kl_mla_seen(g, n, first), all = kl_mla_seen(g, n, last - 1);
     const float *q = a->q + (g->offsets[n] + first) * row + h * width;
-    for (int64_t i = 0; i < count; i++) {
-        r->m[i] = -INFINITY;
-        r->l[i] = 0.0f;
-    }
-    memset(r->acc, 0, (size_t)(count * g->V) * sizeof *r->acc);
-
+    const kl_running run = { r->m, r->l, r->acc, g->V, g->V };
+    kl_mla_clear(run, count);
     for (int64_t p = 0; p < all; p += KL_BLOCK) {
         const int64_t positions = kl_min(KL_BLOCK, all - p), skip = kl_max(0, p + 1 - seen);
         expand(a, r, n, h, p, positions);
@@ -108,26 +102,28 @@ static void attend(const kl_mla *a, const room *r, int64_t n, int64_t h, int64_t
         a->ctx->k->attend(&block);
     }
 
-    for (int64_t i = 0; i < count; i++) {
-        float *o = a->o + ((g->offsets[n] + first + i) * g->H + h) * g->V;
-        for (int64_t v = 0; v < g->V; v++)
-            o[v] = r->acc[i * g->V + v] / r->l[i];
-    }
+    kl_mla_put(a, run, g->offsets[n] + first, h, count);
 }
 
 static void heads(void *arg, int64_t begin, int64_t end, int thread)
 {
     const kl_expanded *e = arg;
     const kl_mla *a = e->a;
+    char *scratch = e->scratch + (size_t)thread * e->thread_bytes;
     room r;
-    lay_out(&r, e, e->scratch + (size_t)thread * e->thread_bytes);
+    if (!e->fixed)
+        lay_out(&r, e, scratch);
     for (int64_t task = begin; task < end; task++) {
         const int64_t h = task / e->n_chunks, chunk = task % e->n_chunks;
         int64_t n = 0;
         while (e->chunk_end[n] <= chunk)
             n++;
         const int64_t first = (chunk - (n > 0 ? e->chunk_end[n - 1] : 0)) * CHUNK;
-        attend(a, &r, n, h, first, kl_min(first + CHUNK, kl_mla_expanded_tokens(a->args, n)));
+        const int64_t last = kl_min(first + CHUNK, kl_mla_expanded_tokens(a->args, n));
+        if (e->fixed)
+            kl_expanded_fixed(e, scratch, n, h, first, last);
+        else
+            attend(a, &r, n, h, first, last);
     }
 }
 

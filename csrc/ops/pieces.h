@@ -8,15 +8,19 @@
  * up to KL_ABSORBED_PIECE tokens is absorbed, a longer one expanded. */
 enum { KL_PIECE = 64, KL_ABSORBED_PIECE = 16 };
 
+/* Leading ones of L new tokens whose pieces are long. */
+static inline int64_t kl_long_pieces(int64_t L)
+{
+    return L % KL_PIECE > KL_ABSORBED_PIECE ? L : L - L % KL_PIECE;
+}
+
 /* Leading new tokens of sequence n that are expanded; the rest is absorbed. */
 static inline int64_t kl_mla_expanded_tokens(const kl_latent_attention_args *args, int64_t n)
 {
     const int64_t L = args->offsets[n + 1] - args->offsets[n];
     if (args->form == KL_FORM_ABSORBED)
         return 0;
-    if (args->form == KL_FORM_EXPANDED || L % KL_PIECE > KL_ABSORBED_PIECE)
-        return L;
-    return L - L % KL_PIECE;
+    return args->form == KL_FORM_EXPANDED ? L : kl_long_pieces(L);
 }
 
 /* Positions that new token i of sequence n sees. */

@@ -88,9 +88,8 @@ static void unpack_block_columns(const kl_ctx *ctx, float *panel, int64_t ld, co
     }
 }
 
-/* output rows row0 .. row0 + rows - 1 of a matrix, as float32 rows ld apart */
-static void unpack(const kl_ctx *ctx, float *panel, int64_t ld, const kl_weight *w, int64_t which,
-                   int64_t row0, int64_t rows)
+void kl_product_rows(const kl_ctx *ctx, float *panel, int64_t ld, const kl_weight *w, int64_t which,
+                     int64_t row0, int64_t rows)
 {
     const char *matrix = w->matrix[which];
     if (w->transposed && has_blocks(w)) {
@@ -115,7 +114,7 @@ static void direct(const kl_ctx *ctx, float *y, int64_t ldy, const float *const 
         const int64_t ld = panel_stride(w->cols);
         for (int64_t i = 0; i < rows; i += DIRECT_ROWS) {
             const int64_t n = kl_min(DIRECT_ROWS, rows - i);
-            unpack(ctx, scratch, ld, w, which, row0 + i, n);
+            kl_product_rows(ctx, scratch, ld, w, which, row0 + i, n);
             ctx->k->dot_direct(y + i, ldy, x, T, scratch, (size_t)ld * sizeof(float), KL_F32, n,
                                w->cols);
         }
@@ -151,7 +150,7 @@ void kl_product(const kl_ctx *ctx, float *y, int64_t ldy, const float *x, int64_
         const int64_t n = kl_min(step, rows - i);
         const float *values = panel;
         if (is_unpacked(w))
-            unpack(ctx, panel, ld, w, which, row0 + i, n);
+            kl_product_rows(ctx, panel, ld, w, which, row0 + i, n);
         else
             values = (const float *)w->matrix[which] + (row0 + i) * ld;
         if (blas)

@@ -15,6 +15,10 @@
 /* n stored values, whole blocks of them, widened exactly */
 void kl_widen(const kl_ctx *ctx, float *y, const void *stored, kl_type type, int64_t n);
 
+/* output rows row0 .. row0 + rows - 1 of matrix number `which`, as float32 rows ld apart */
+void kl_product_rows(const kl_ctx *ctx, float *to, int64_t ld, const kl_weight *w, int64_t which,
+                     int64_t row0, int64_t rows);
+
 /* Bytes of scratch that kl_product needs for up to T rows of x with matrices like w; for one thread.
  * Depends on w's sizes and type, not on its matrices. A multiple of 64. */
 size_t kl_product_scratch(const kl_weight *w, int64_t T);
