@@ -207,6 +207,13 @@ static void attention(kl_type type, int64_t T, kl_form form)
                              &latent_args));
 }
 
+static void attentions(int64_t T)
+{
+    attention(KL_F32, T, KL_FORM_ABSORBED);
+    attention(KL_F16, T, KL_FORM_EXPANDED);
+    attention(KL_Q8_0, T, KL_FORM_ABSORBED);
+}
+
 /* 21 rows of weights, so that no tile and no panel is full, with T rows of x */
 static void product(kl_type type, int64_t T, int64_t K, int transposed, const char *what)
 {
@@ -278,16 +285,14 @@ static void run(const char *isa, results *to)
         delta_rule(19, 33, 37, KL_FORM_RECURRENT, (kl_gate)gate);
         delta_rule(90, 40, 37, KL_FORM_CHUNKED, (kl_gate)gate);
     }
-    for (int64_t T = 1; T <= 9; T += 4) {
-        attention(KL_F32, T, KL_FORM_ABSORBED);
-        attention(KL_F16, T, KL_FORM_EXPANDED);
-        attention(KL_Q8_0, T, KL_FORM_ABSORBED);
-    }
+    for (int64_t T = 1; T <= 9; T += 4)
+        attentions(T);
     dequantised();
     for (int i = 0; i < 3; i++) {
         kl_ctx_destroy(ctx);
         ctx = context(isa, (kl_activations)i);
         products(names[i]);
+        attentions(19); /* in fixed point but for float32 */
     }
     kl_ctx_destroy(ctx);
     while (n_inputs > 0)
