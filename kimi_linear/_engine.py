@@ -4,6 +4,7 @@ import numpy as np
 
 from . import _core
 from ._arrays import TYPE_IDS, as_array
+from ._names import choice
 from .context import ACTIVATIONS
 from .load.gguf import TYPES
 
@@ -90,6 +91,4 @@ def planning_model(context, config, dtype):
 
 def cache_type(name):
     """Type id of a cache; ValueError lists the names."""
-    if name not in CACHE_TYPES:
-        raise ValueError(f"cache is {name!r}; it must be one of {', '.join(map(repr, CACHE_TYPES))}")
-    return CACHE_TYPES[name]
+    return CACHE_TYPES[choice(name, "cache", CACHE_TYPES)]

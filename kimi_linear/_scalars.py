@@ -1,15 +1,20 @@
-"""Numbers and names from anywhere; an error says which argument it is, what it was and what it must be."""
+"""Numbers from anywhere; an error says which argument it is, what it was and what it must be."""
 
 import operator
 
-__all__ = ["as_finite", "as_real", "as_whole", "choice"]
+import numpy as np
+
+__all__ = ["as_finite", "as_real", "as_whole", "at_least", "of_json"]
 
 _LARGEST = 3.4028234663852886e38  # of float32
+_NO_NUMBERS = (str, bytes, bytearray, bool, np.bool_)  # though float() or index() takes them
 
 
 def as_real(x, name, wanted="a number"):
-    """`x` as a float; TypeError where it is no number."""
+    """`x` as a float; TypeError where it is no number, as text and a bool are none."""
     try:
+        if isinstance(x, _NO_NUMBERS):
+            raise TypeError
         return float(x)
     except (TypeError, ValueError, OverflowError):
         raise TypeError(f"{name} is {x!r:.40}; it must be {wanted}") from None
@@ -24,15 +29,23 @@ def as_finite(x, name, wanted="a number"):
 
 
 def as_whole(x, name, wanted="an int"):
-    """`x` as an int; TypeError where it is none, 2.0 included: what was meant by a broken number is not guessed."""
+    """`x` as an int; TypeError where it is none, as 2.0 and a bool are none: what was meant by them is not guessed."""
     try:
+        if isinstance(x, _NO_NUMBERS):
+            raise TypeError
         return operator.index(x)
     except TypeError:
         raise TypeError(f"{name} is {x!r:.40}; it must be {wanted}") from None
 
 
-def choice(x, name, choices):
-    """`x`, one of `choices` (names, or None); ValueError lists them."""
-    if not (x is None or isinstance(x, str)) or x not in choices:
-        raise ValueError(f"{name} is {x!r:.40}; it must be one of {', '.join(map(repr, choices))}")
-    return x
+def at_least(x, low, name, wanted="an int"):
+    """`x` as an int; TypeError where it is none, ValueError where it is below `low`."""
+    value = as_whole(x, name, f"{wanted} >= {low}")
+    if value < low:
+        raise ValueError(f"{name} is {value}; it must be {wanted} >= {low}")
+    return value
+
+
+def of_json(x):
+    """A number of a JSON file, which has one kind of them: 50.0 is 50."""
+    return int(x) if isinstance(x, float) and x.is_integer() else x

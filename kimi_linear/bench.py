@@ -17,6 +17,7 @@ import time
 import numpy as np
 
 from . import _core
+from ._scalars import at_least
 from .context import current, devices
 from .device_array import DeviceArray
 from .plan import active
@@ -271,8 +272,7 @@ def bench(model, *, prefill=512, decode=64, depths=(0, 4096), repeat=3, cache=No
         ``roof``. What the process grew by is not measured on a device.
     """
     for name, value, low in (("prefill", prefill, 1), ("decode", decode, 1), ("repeat", repeat, 1)):
-        if not isinstance(value, int) or value < low:
-            raise ValueError(f"{name} is {value!r}; it must be an int >= {low}")
+        at_least(value, low, name)
     run = _Run(model, prefill, decode, repeat, sorted(set(depths)), cache, progress or (lambda n: None))
     rates = [row for depth in run.depths for row in run.at(depth)]
     ops, memory = run.ops(), run.memory()

@@ -6,6 +6,7 @@ import threading
 from typing import NamedTuple
 
 from . import _core
+from ._names import choice
 from ._scalars import as_whole
 
 __all__ = ["Context", "Device", "current", "devices", "set_num_threads", "threads", "isa_list"]
@@ -62,14 +63,10 @@ class Context:
             raise TypeError(f"device is {type(device).__name__}; it must be a str, as 'cpu' or 'hip'")
         if isa is not None and not isinstance(isa, str):
             raise TypeError(f"isa is {type(isa).__name__}; it must be a str, as 'avx2', or None")
-        if gemm not in _GEMM:
-            raise ValueError(f"gemm is {gemm!r}; it must be 'own' or 'blas'")
-        if delta_rule not in _DELTA_RULE:
-            raise ValueError(f"delta_rule is {delta_rule!r}; it must be 'auto', 'recurrent' or 'chunked'")
-        check_activations(activations)
+        numbers = (_GEMM[choice(gemm, "gemm", _GEMM)], _DELTA_RULE[choice(delta_rule, "delta_rule", _DELTA_RULE)],
+                   ACTIVATIONS[check_activations(activations)])
         threads = _default_threads() if threads is None else as_whole(threads, "threads", "an int, or None")
-        self._core = _core.Context(threads, isa, _GEMM[gemm], _DELTA_RULE[delta_rule], ACTIVATIONS[activations],
-                                   device)
+        self._core = _core.Context(threads, isa, *numbers, device)
         self.device = device
         self.gemm = gemm
         self.delta_rule = delta_rule
@@ -99,8 +96,8 @@ class Context:
 
 
 def check_activations(activations):
-    if activations not in ACTIVATIONS:
-        raise ValueError(f"activations is {activations!r}; it must be 'float32', 'int8' or 'bfloat16'")
+    """`activations`, where they are some; ValueError lists them."""
+    return choice(activations, "activations", ACTIVATIONS)
 
 
 _local = threading.local()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 
 from ._conventions import ARRAYS, OTHERS, OURS
+from ._names import Named, meant
 
 __all__ = ["Convention", "DeltaRule", "PlainOp", "convention", "conventions"]
 
@@ -220,9 +221,10 @@ def _ours(arguments):
 _PLAIN = {"ours": {op: _ours(arguments) for op, arguments in OURS.items()}} | OTHERS
 
 #: project -> op -> Convention.
-conventions = MappingProxyType({
-    project: _table(**delta_rule, **{op: _plain(project, e) for op, e in _PLAIN.get(project, {}).items()})
-    for project, delta_rule in _DELTA_RULE.items()})
+conventions = MappingProxyType(Named("a project of kimi_linear.conventions", {
+    project: MappingProxyType(Named(f"an op of kimi_linear.conventions[{project!r}]", {
+        **delta_rule, **{op: _plain(project, e) for op, e in _PLAIN.get(project, {}).items()}}))
+    for project, delta_rule in _DELTA_RULE.items()}))
 
 
 def convention(given, op):
@@ -235,8 +237,10 @@ def convention(given, op):
     """
     if isinstance(given, Convention):
         return given
-    if given not in conventions:
-        raise ValueError(f"conventions is {given!r}; it must be one of {', '.join(conventions)}, or a Convention")
-    if op not in conventions[given]:
-        raise ValueError(f"{given} has no conventions of {op!r}; it has {', '.join(conventions[given])}")
-    return conventions[given][op]
+    if not isinstance(given, str) or given not in conventions:
+        raise ValueError(f"conventions is {given!r:.40}; it must be one of {', '.join(conventions)}, or a Convention"
+                         f"{meant(given, conventions)}")
+    ops = conventions[given]
+    if op not in ops:
+        raise ValueError(f"{given} has no conventions of {op!r}; it has {', '.join(ops)}{meant(op, ops)}")
+    return ops[op]

@@ -47,9 +47,9 @@ class Edits:
         self.places = [table[name][:2] for name in self.changes if name != "logits"]
         self._of_place = {table[name][:2]: (name, *table[name][2:]) for name in self.changes if name != "logits"}
 
-    def _checked(self, name, value, shape):
+    def _checked(self, name, value, shape, call=""):
         """A tap's new value: float32 or wider-able, of exactly its shape; expert ids ascending and all different."""
-        what = f"edit[{name!r}]"
+        what = f"edit[{name!r}]{call}"
         if not name.endswith("moe.ids"):
             return as_float32(value, what, shape)
         ids = np.sort(as_integers(value, what, shape, low=0, high=self.n_experts), axis=-1)
@@ -71,10 +71,16 @@ class Edits:
     def _changed(self, name, x, first):
         for change in self.changes[name]:
             if callable(change):
-                x = self._checked(name, self._call(change, x), x.shape)
+                x = self._returned(name, self._call(change, x), x)
             else:
                 x = change[first : first + len(x)]
         return x
+
+    def _returned(self, name, value, x):
+        if value is None:  # not taken for "as it is": a forgotten return would pass for an edit that does nothing
+            raise TypeError(f"edit[{name!r}](rows) returned None; it must return the new rows, {x.dtype} "
+                            f"{list(x.shape)}, as rows itself where it has changed that copy in place")
+        return self._checked(name, value, x.shape, "(rows)")
 
     def _call(self, function, x):
         """`function` of a copy; ops that it calls run in a context of their own, since this call's is taken."""

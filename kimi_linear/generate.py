@@ -1,6 +1,5 @@
 """Generation: from prompts to tokens and text, a piece at a time."""
 
-import operator
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +8,8 @@ import numpy as np
 
 from . import ops
 from ._arrays import as_integers
+from ._scalars import as_whole, at_least, of_json
+from .errors import FormatError
 from .sampling import Sampler, StopStrings, logprobs_of, settings
 from .state import State
 
@@ -121,9 +122,9 @@ class Generation:
                  repetition_penalty=None, seed=None, n=1, stop=(), logprobs=0, logits_processor=None, tools=None,
                  state=None, prompt_logits=None, stop_at_eos=True):
         self.model = model
-        self.max_new_tokens = _at_least(max_new_tokens, "max_new_tokens", 1)
-        self.n = _at_least(n, "n", 1)
-        self.top = _at_least(logprobs, "logprobs", 0)
+        self.max_new_tokens = at_least(max_new_tokens, 1, "max_new_tokens")
+        self.n = at_least(n, 1, "n")
+        self.top = at_least(logprobs, 0, "logprobs")
         self.sampling = settings(model.generation_config, temperature=temperature, top_k=top_k, top_p=top_p,
                                  min_p=min_p, repetition_penalty=repetition_penalty)
         self.stop = _stop_strings(stop, model)
@@ -135,7 +136,7 @@ class Generation:
         self.is_batch = many or self.n > 1
         states = self._states(state, len(prompts), many)
         seeds = _seeds(seed, len(prompts))
-        self.seed = seeds if many and not _is_integer(seed) and seed is not None else seeds[0]
+        self.seed = seeds if many and np.iterable(seed) else seeds[0]
         self._known = self._known_logits(prompt_logits)
         self.stats = Stats(sequences=len(prompts) * self.n)
         self._sequences = []
@@ -392,24 +393,12 @@ def _is_batch(prompt):
     return several and isinstance(prompt[0], (str, list, tuple, np.ndarray))
 
 
-def _is_integer(x):
-    return isinstance(x, (int, np.integer)) and not isinstance(x, bool)
-
-
-def _at_least(x, name, low):
-    if not _is_integer(x) or x < low:
-        raise ValueError(f"{name} is {x!r}; it must be an int >= {low}")
-    return operator.index(x)
-
-
 def _seeds(seed, n_prompts):
     """One for each prompt."""
-    if seed is None or _is_integer(seed):
-        seeds = [0 if seed is None else seed] * n_prompts
-    elif np.iterable(seed):
+    if np.iterable(seed) and not isinstance(seed, str):
         seeds = list(seed)
     else:
-        raise TypeError(f"seed is {seed!r:.40}; it must be an int, or one for each prompt")
+        seeds = [0 if seed is None else as_whole(seed, "seed", "an int, or one for each prompt")] * n_prompts
     if len(seeds) != n_prompts:
         raise ValueError(f"seed has {len(seeds)} values; it must be one, or one for each of {n_prompts} prompts")
     ops.sample(np.zeros((n_prompts, 2), np.float32), seed=seeds)  # raises what is wrong
@@ -421,7 +410,9 @@ def _stop_strings(stop, model):
         raise TypeError(f"stop is {stop!r:.40}; it must be text, or a sequence of it")
     strings = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
     for i, s in enumerate(strings):
-        if not isinstance(s, str) or not s:
+        if not isinstance(s, str):
+            raise TypeError(f"stop[{i}] is {s!r:.40}; it must be text")
+        if not s:
             raise ValueError(f"stop[{i}] is {s!r}; it must be text of a character or more")
     if strings and model.tokenizer is None:
         raise ValueError(f"{model.name} has no tokenizer; stop strings need one")
@@ -431,7 +422,11 @@ def _stop_strings(stop, model):
 def _stop_ids(model):
     ids = set(model.config.eos_token_ids)
     given = model.generation_config.get("eos_token_id")
-    ids.update(given if isinstance(given, list) else [] if given is None else [given])
+    try:
+        ids.update(as_whole(of_json(id), "eos_token_id", "an int, or a list of them")
+                   for id in (given if isinstance(given, list) else [] if given is None else [given]))
+    except TypeError as error:
+        raise FormatError(f"generation_config: {error}") from None
     if model.tokenizer is not None:
         ids.update(model.tokenizer.eos_ids)
     return frozenset(ids)

@@ -1,7 +1,7 @@
 """The laws: what must give the same bytes, and what must stay within the budget, checked on a model.
 
 Each law is a function of its name: it runs the model in two ways that the law says are one, and raises `Broken`
-at the first difference. `laws(model)` runs them all and reports.
+at the first difference. `laws(model)` runs all that are asked of the model's device, and reports.
 """
 
 import contextlib
@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .context import Context, isa_list
+from ._names import Named, choice
+from .context import Context, current, isa_list
 
-__all__ = ["BUDGET", "LAWS", "TOKEN_BUDGET", "Broken", "Law", "LawsReport", "laws"]
+__all__ = ["BUDGET", "LAWS", "OF_THE_CPU", "TOKEN_BUDGET", "Broken", "Law", "LawsReport", "laws"]
 
 #: Largest root mean square difference of the logits of two runs that are one within the budget, as a share of their
 #: size: over a run, and at one token. docs/determinism.md#budget says where they come from.
@@ -34,33 +35,37 @@ class Law:
     says : str
         The law in one line.
     tried : str
-        What was run.
+        What was run; empty where nothing was.
     difference : str
         The first difference; empty where the law holds.
+    unasked : str
+        Why the law is not asked of this device; empty where it is.
     """
 
     name: str
     says: str
-    tried: str
+    tried: str = ""
     difference: str = ""
+    unasked: str = ""
 
     @property
     def holds(self):
-        """True where nothing differed."""
-        return not self.difference
+        """True where nothing differed; None where it is not asked."""
+        return None if self.unasked else not self.difference
 
 
 @dataclass(frozen=True)
 class LawsReport:
-    """What `laws` found: ``rows`` is a Law each; true where all hold."""
+    """What `laws` found on a model and its device: ``rows`` is a Law each; true where all that are asked hold."""
 
     model: str
     rows: tuple
+    device: str = "cpu"
 
     @property
     def ok(self):
-        """True where every law holds."""
-        return all(law.holds for law in self.rows)
+        """True where every law that is asked holds."""
+        return all(law.holds is not False for law in self.rows)
 
     def __bool__(self):
         return self.ok
@@ -68,25 +73,29 @@ class LawsReport:
     @property
     def verdict(self):
         """One line."""
-        broken = [law.name for law in self.rows if not law.holds]
-        if not broken:
-            return f"ok: all {len(self.rows)} laws hold on {self.model}"
-        return f"broken on {self.model}: {', '.join(broken)}"
+        model = self.model if self.device == "cpu" else f"{self.model} ({self.device})"
+        broken = [law.name for law in self.rows if law.holds is False]
+        if broken:
+            return f"broken on {model}: {', '.join(broken)}"
+        unasked = sum(law.holds is None for law in self.rows)
+        rest = f"; {unasked} are not asked of a device" if unasked else ""
+        return f"ok: all {len(self.rows) - unasked} laws hold on {model}{rest}"
 
     def to_dict(self):
         """Plain values, for JSON."""
         return {
-            "model": self.model, "ok": self.ok, "verdict": self.verdict,
-            "laws": [{"name": w.name, "says": w.says, "tried": w.tried, "holds": w.holds, "difference": w.difference}
-                     for w in self.rows],
+            "model": self.model, "device": self.device, "ok": self.ok, "verdict": self.verdict,
+            "laws": [{"name": w.name, "says": w.says, "tried": w.tried, "holds": w.holds, "difference": w.difference,
+                      "unasked": w.unasked} for w in self.rows],
         }
 
     def __str__(self):
         width = max(len(law.name) for law in self.rows)
         lines = []
         for law in self.rows:
-            lines.append(f"{'holds ' if law.holds else 'BROKEN'}  {law.name:<{width}}  {law.tried}")
-            if not law.holds:
+            word = {True: "holds", False: "BROKEN", None: "-"}[law.holds]
+            lines.append(f"{word:<6}  {law.name:<{width}}  {law.tried or f'not asked: {law.unasked}'}")
+            if law.difference:
                 lines.append(f"{'':{width + 8}}  {law.difference}")
         return "\n".join([*lines, "", self.verdict])
 
@@ -99,8 +108,8 @@ def laws(model, names=None, *, seed=0, progress=None):
     Parameters
     ----------
     model : Model
-    names : list of str, optional
-        Which, of `LAWS`; by default all.
+    names : str or list of str, optional
+        Which, of `LAWS`; by default all. On a device those of `OF_THE_CPU` are then not asked, and the report says so.
     seed : int
         Of the random token ids.
     progress : callable(done, total, name), optional
@@ -113,25 +122,41 @@ def laws(model, names=None, *, seed=0, progress=None):
     Raises
     ------
     ValueError
-        A name that is no law.
+        A name that is no law, or of a law that is not asked of the model's device.
     """
-    names = list(LAWS) if names is None else [names] if isinstance(names, str) else list(names)
-    for name in names:
-        if name not in LAWS:
-            raise ValueError(f"{name!r} is no law; the laws are {', '.join(LAWS)}")
-    rows = []
+    device = current(model.ctx).device
+    unasked = {} if device == "cpu" else OF_THE_CPU
+    rows, names = [], _chosen(names, device, unasked)
     for i, name in enumerate(names):
         if progress is not None:
             progress(i, len(names), name)
-        law = LAWS[name]
-        says = law.__doc__.splitlines()[0]
-        try:
-            rows.append(Law(name, says, law(model, seed)))
-        except Broken as error:
-            rows.append(Law(name, says, *error.args))
+        rows.append(_asked(name, model, seed) if name not in unasked else Law(name, _says(name), unasked=unasked[name]))
     if progress is not None:
         progress(len(names), len(names), "")
-    return LawsReport(model.name, tuple(rows))
+    return LawsReport(model.name, tuple(rows), device)
+
+
+def _chosen(names, device, unasked):
+    """The names of laws as a list: all, or those given, each of which must be one and be asked of the device."""
+    if names is None:
+        return list(LAWS)
+    names = [names] if isinstance(names, str) else list(names)
+    for name in names:
+        choice(name, "names", LAWS)
+        if name in unasked:
+            raise ValueError(f"{name} is not asked of {device}: {unasked[name]}")
+    return names
+
+
+def _says(name):
+    return LAWS[name].__doc__.splitlines()[0]
+
+
+def _asked(name, model, seed):
+    try:
+        return Law(name, _says(name), LAWS[name](model, seed))
+    except Broken as error:
+        return Law(name, _says(name), *error.args)
 
 
 # ---- runs ---------------------------------------------------------------------------------------------
@@ -190,13 +215,13 @@ def _first_difference(a, b):
     return None
 
 
-def _same(tried, one, other):
-    """Compares one() with other(), each callable(taps) -> results; names the first tap when they differ."""
-    found = _first_difference(one(None), other(None))
-    if found is None:
-        return
-    named = _first_difference(one("*"), other("*"))
-    raise Broken(tried, named or found)
+def _same(tried, one, *others):
+    """Compares one() with each of the others, callable(taps) -> results; names the first tap when they differ."""
+    wanted = one(None)
+    for other in others:
+        found = _first_difference(wanted, other(None))
+        if found is not None:
+            raise Broken(tried, _first_difference(one("*"), other("*")) or found)
 
 
 def _near(tried, whole, other):
@@ -260,9 +285,7 @@ def any_thread_count(model, seed=0):
     tried = "200 tokens and 3 steps on 1, 2, 3 and 5 threads"
     tokens, cuts = _ids(model, 203, seed), (200, 201, 202)
     contexts = [Context(threads=n) for n in (1, 2, 3, 5)]
-    for ctx in contexts[1:]:
-        _same(tried, lambda taps: _read(model, tokens, cuts, ctx=contexts[0], taps=taps),
-              lambda taps, ctx=ctx: _read(model, tokens, cuts, ctx=ctx, taps=taps))
+    _same(tried, *(lambda taps, ctx=ctx: _read(model, tokens, cuts, ctx=ctx, taps=taps) for ctx in contexts))
     return tried
 
 
@@ -271,9 +294,8 @@ def any_instruction_set(model, seed=0):
     names = isa_list()
     tried = f"100 tokens and 2 steps on {', '.join(names)}"
     tokens, cuts = _ids(model, 102, seed), (100, 101)
-    for name in names[1:]:
-        _same(tried, lambda taps: _read(model, tokens, cuts, ctx=Context(isa=names[0]), taps=taps),
-              lambda taps, name=name: _read(model, tokens, cuts, ctx=Context(isa=name), taps=taps))
+    contexts = [Context(isa=name) for name in names]
+    _same(tried, *(lambda taps, ctx=ctx: _read(model, tokens, cuts, ctx=ctx, taps=taps) for ctx in contexts))
     return tried
 
 
@@ -282,9 +304,7 @@ def split_at_64(model, seed=0):
     splits = ((64,), (128,), (64, 128, 192, 256), (192,))
     tried = f"300 tokens, split {', '.join(str(list(cuts)) for cuts in splits)}"
     tokens = _ids(model, 300, seed)
-    for cuts in splits:
-        _same(tried, lambda taps: _read(model, tokens, taps=taps),
-              lambda taps, cuts=cuts: _read(model, tokens, cuts, taps=taps))
+    _same(tried, *(lambda taps, cuts=cuts: _read(model, tokens, cuts, taps=taps) for cuts in ((), *splits)))
     return tried
 
 
@@ -463,8 +483,14 @@ def nothing_outside_outputs(model, seed=0):
 
 
 #: Name -> callable(model, seed) that returns what it tried, or raises Broken.
-LAWS = {law.__name__: law for law in (
+LAWS = Named("a law", {law.__name__: law for law in (
     batch_is_alone, any_thread_count, any_instruction_set, split_at_64, fork_is_copy, save_and_load_continue,
     snapshot_and_restore, truncate_to_checkpoint, checkpoints_and_taps_change_nothing, any_split_within_budget,
     chunked_is_recurrent_within_budget, inputs_unchanged, nothing_outside_outputs,
-)}
+)})
+
+#: Name of a law -> why it is not asked of a device: what it changes is not there.
+OF_THE_CPU = {
+    "any_thread_count": "threads are the CPU's",
+    "any_instruction_set": "instruction sets are the CPU's",
+}

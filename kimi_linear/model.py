@@ -10,7 +10,7 @@ import numpy as np
 from . import _engine
 from ._arrays import as_integers
 from ._call import Call, tap_names
-from ._scalars import as_whole
+from ._scalars import at_least
 from .config import Config, layer_pattern
 from .context import Context, check_activations, current
 from .perplexity import log_probs
@@ -232,9 +232,7 @@ class Model:
 
         if n is None:
             return one()
-        if as_whole(n, "n", "an int, or None") < 0:
-            raise ValueError(f"n is {n}; it must be >= 0, or None")
-        return [one() for _ in range(n)]
+        return [one() for _ in range(at_least(n, 0, "n", "None, or an int"))]
 
     def load_state(self, path, **options):
         """A State from a file that ``state.save`` wrote; options as for `State.load`."""
@@ -262,9 +260,10 @@ class Model:
         edit : mapping from tap to array or function, optional
             Intermediates to replace, by glob: an array of exactly the tap's shape [T, ...], or a function from rows of
             it to rows of the same shape. A function is called once a pass (up to 512 tokens) and sequence with a copy
-            of its rows [n, ...]; several changes of one tap are made in the order given. New ``moe.ids`` are weighed
-            by the router's scores. The rest of the pass, taps and the state see the new values. ``"logits"`` are
-            changed last, all rows in one call, when the states have moved on.
+            of its rows [n, ...], which it may change in place but must return: None is refused. Several changes of one
+            tap are made in the order given. New ``moe.ids`` are weighed by the router's scores. The rest of the pass,
+            taps and the state see the new values. ``"logits"`` are changed last, all rows in one call, when the states
+            have moved on.
         embeds : (T, D), (B, T, D) or list of (T, D) float32, optional
             Rows to use instead of those of the embedding; with `start` above 0 the residual stream that enters it.
         start, stop : int, optional
@@ -293,7 +292,8 @@ class Model:
         MemoryError
             If the logits would not fit; nothing has been computed then.
         Exception
-            Whatever a function of `edit` raises: the states then stand at the end of the pass before.
+            Whatever a function of `edit` raises: the states then stand at the end of the pass before (of "logits", at
+            the end of the call).
         """
         call = Call(self, tokens, offsets=offsets, logits=logits, state=state, embeds=embeds, start=start, stop=stop)
         if taps is None:

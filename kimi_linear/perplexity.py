@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ._arrays import as_integers
+from ._scalars import at_least
 
 __all__ = ["PerplexityResult", "perplexity"]
 
@@ -56,15 +57,14 @@ def perplexity(model, tokens, window=1024, progress=None):
 
     Raises
     ------
-    ValueError
-        Fewer than two tokens, a window below 2, or ids outside the vocabulary.
+    TypeError, ValueError
+        Fewer than two tokens, a window that is no int or below 2, or ids outside the vocabulary.
     """
     ids = as_integers(tokens, "tokens", ("T",), low=0, high=model.config.vocab_size)
     if len(ids) < 2:
         raise ValueError(f"tokens has {len(ids)} tokens; it must have 2 or more")
-    if window is not None and (not isinstance(window, (int, np.integer)) or window < 2):
-        raise ValueError(f"window is {window!r}; it must be an int >= 2, or None for the whole")
-    windows = _windows(ids, len(ids) if window is None else int(window))
+    size = len(ids) if window is None else at_least(window, 2, "window", "None for the whole, or an int")
+    windows = _windows(ids, size)
     losses = []
     for batch in _batches(windows):
         losses += _batch_losses(model, batch, progress or (lambda n: None))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from . import _engine
-from ._scalars import as_whole
+from ._scalars import as_whole, at_least
 from .config import Config
 from .context import current
 from .load.gguf import TYPES
@@ -157,10 +157,8 @@ class _Planned:
 def of_core(core, ctx, context, sequences, cache, pass_tokens=0, keep=0, *, config=None, tensors=None):
     """The Plan of a ``_core.Model``; what a token reads only with the config and the tensors."""
     context, sequences = as_whole(context, "context"), as_whole(sequences, "sequences")
-    pass_tokens, keep = as_whole(pass_tokens, "pass_tokens"), as_whole(keep, "keep")
+    pass_tokens, keep = as_whole(pass_tokens, "pass_tokens"), at_least(keep, 0, "keep")
     bytes_of = core.plan(ctx._core, _engine.cache_type(cache), context, sequences, pass_tokens)
-    if keep < 0:
-        raise ValueError(f"keep is {keep}; it must be >= 0")
     return Plan(context=context, sequences=sequences, cache=cache, **bytes_of,
                 checkpoints=sequences * keep * bytes_of["state_fixed"],
                 **(_of_weights(config, tensors) if tensors is not None else {}))

@@ -10,6 +10,7 @@ import numpy as np
 
 from . import _core
 from ._masks import unmasked
+from ._names import Named, meant
 from .device_array import DeviceArray
 
 __all__ = ["Quantized", "StorageType", "storage_type", "storage_types"]
@@ -37,7 +38,7 @@ class StorageType(NamedTuple):
 
 
 #: Name -> :class:`StorageType`, in the order of their ids.
-storage_types = {row[0]: StorageType(*row) for row in _core.types()}
+storage_types = Named("a storage type", {row[0]: StorageType(*row) for row in _core.types()})
 _BY_ID = {t.id: t for t in storage_types.values()}
 
 
@@ -45,7 +46,7 @@ def storage_type(type):
     """The :class:`StorageType` of a name or an id; ValueError lists the names."""
     found = storage_types.get(type) if isinstance(type, str) else _BY_ID.get(type)
     if found is None:
-        raise ValueError(f"type is {type!r}; it must be one of {', '.join(storage_types)}")
+        raise ValueError(f"type is {type!r}; it must be one of {', '.join(storage_types)}{meant(type, storage_types)}")
     return found
 
 

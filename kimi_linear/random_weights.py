@@ -3,6 +3,8 @@
 import ml_dtypes
 import numpy as np
 
+from ._names import choice
+
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 _FLOAT32 = ("A_log", "dt_bias", "e_score_correction_bias")  # as published files keep them
 
@@ -28,8 +30,7 @@ def random_tensor(name, shape, rng, plus_one=False):
 
 def random_weights(config, seed=0, dtype="float32"):
     """Canonical name -> array, for every tensor of `config`; the same seed gives the same values."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(map(repr, DTYPES))}")
+    choice(dtype, "dtype", DTYPES)
     rng = np.random.default_rng(seed)
     return {
         name: random_tensor(name, shape, rng, config.norm_plus_one).astype(

@@ -6,8 +6,9 @@ import numpy as np
 
 from . import _core, ops
 from ._arrays import as_array
-from ._scalars import as_real, as_whole
+from ._scalars import as_real, as_whole, of_json
 from .context import current
+from .errors import FormatError
 
 __all__ = ["Sampler", "StopStrings", "logprobs_of", "settings"]
 
@@ -24,25 +25,37 @@ def settings(defaults, *, temperature=None, top_k=None, top_p=None, min_p=None, 
     ------
     TypeError, ValueError
         If one is no number or out of its range.
+    FormatError
+        If that is so of one of `defaults`; 50.0 is an int there, as JSON has it.
     """
-    if temperature is None:
-        temperature = _first(defaults.get("temperature"), 1.0) if defaults.get("do_sample") else 0.0
-    draw = {
-        "temperature": as_real(temperature, "temperature"),
-        "top_k": as_whole(_first(top_k, defaults.get("top_k"), 0), "top_k"),
-        "top_p": as_real(_first(top_p, defaults.get("top_p"), 1.0), "top_p"),
-        "min_p": as_real(_first(min_p, defaults.get("min_p"), 0.0), "min_p"),
-    }
-    penalty = _first(repetition_penalty, defaults.get("repetition_penalty"), 1.0)
-    penalty = as_real(penalty, "repetition_penalty")
-    if not (math.isfinite(penalty) and penalty > 0):
-        raise ValueError(f"repetition_penalty is {penalty:g}; it must be finite and > 0")
-    ops.sample(np.zeros(2, np.float32), **draw)  # raises what is wrong
-    return {**draw, "repetition_penalty": penalty}
+    asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+             "repetition_penalty": repetition_penalty}
+    kept = {name: value for name, value in defaults.items() if name in asked and value is not None}
+    if not defaults.get("do_sample"):
+        kept["temperature"] = 0.0
+    return {name: _checked(name, value) if value is not None else
+            _kept(name, kept[name]) if name in kept else _NEUTRAL[name] for name, value in asked.items()}
 
 
-def _first(*values):
-    return next(v for v in values if v is not None)
+_NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+
+
+def _checked(name, value):
+    """A setting's value, of its type and in its range."""
+    value = as_whole(value, name) if name == "top_k" else as_real(value, name)
+    if name != "repetition_penalty":
+        ops.sample(np.zeros(2, np.float32), **{name: value})  # raises what is wrong
+    elif not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} is {value:g}; it must be finite and > 0")
+    return value
+
+
+def _kept(name, value):
+    """The same of a value that a generation_config has, whose numbers are JSON's."""
+    try:
+        return _checked(name, of_json(value))
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"generation_config: {error}") from None
 
 
 class Sampler:

@@ -4,7 +4,8 @@ import numpy as np
 
 from . import _core, _engine
 from ._arrays import as_array, check_shape, contiguous
-from ._scalars import as_whole
+from ._names import near
+from ._scalars import as_whole, at_least
 from .context import current
 
 __all__ = ["Snapshot", "State"]
@@ -261,7 +262,7 @@ class State:
     def _part(self, name):
         """(layer, number of the part) of an array."""
         if name not in self._parts:
-            raise KeyError(f"{name!r} is no array of this state; it has {', '.join(self.keys()[:4])}, ...")
+            raise KeyError(f"{name!r} is no array of this state; near it are {', '.join(near(name, self))}")
         return self._parts[name]
 
     def _place(self, name):
@@ -317,14 +318,9 @@ class State:
 
 def _checkpoints(every, keep):
     """(every, keep), both 0 where there are none."""
-    keep = as_whole(keep, "keep")
-    if keep < 0:
-        raise ValueError(f"keep is {keep}; it must be >= 0")
+    keep = at_least(keep, 0, "keep")
     if every is None:
         if keep:
             raise ValueError(f"keep is {keep}; checkpoints_every must then say how many tokens apart they are")
         return 0, 0
-    every = as_whole(every, "checkpoints_every", "an int, or None")
-    if every < 1:
-        raise ValueError(f"checkpoints_every is {every}; it must be >= 1")
-    return every, keep or _KEEP
+    return at_least(every, 1, "checkpoints_every", "None, or an int"), keep or _KEEP

@@ -1,6 +1,5 @@
 """A trace: the intermediates of a forward pass by name, kept in one file and read back lazily."""
 
-import difflib
 import fnmatch
 import json
 from collections.abc import Mapping
@@ -9,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ._arrays import as_array
+from ._names import near
 from .load.safetensors import SafetensorsFile, sparse_safetensors, write_safetensors
 
 __all__ = ["BEFORE", "Trace", "matches", "tap_table"]
@@ -68,8 +68,7 @@ def matches(names, patterns, what="taps"):
             or (n.startswith(pattern + ".") and not on_request(n))
         ]
         if not hit:
-            near = difflib.get_close_matches(pattern, names, n=4, cutoff=0.3) or names[:4]
-            raise ValueError(f"{what}: {pattern!r} matches no tap; near it are {', '.join(near)}")
+            raise ValueError(f"{what}: {pattern!r} matches no tap; near it are {', '.join(near(pattern, names, 4))}")
         wanted.update(hit)
     return [n for n in names if n in wanted]
 
@@ -97,9 +96,8 @@ class Trace(Mapping):
         try:
             value = self._arrays[tap]
         except KeyError:
-            near = difflib.get_close_matches(str(tap), list(self._arrays), n=3, cutoff=0.3)
-            hint = f"; near it: {', '.join(near)}" if near else ""
-            raise KeyError(f"{tap!r} is not in this trace{hint}") from None
+            held = f"near it are {', '.join(near(tap, self._arrays))}" if len(self) else "it is empty"
+            raise KeyError(f"{tap!r} is not in this trace; {held}") from None
         return value.array() if hasattr(value, "file") else value
 
     def __contains__(self, tap):
@@ -165,7 +163,7 @@ class Trace(Mapping):
                                  f"{', '.join([*file][:3])}, ...")
             return cls(arrays, meta)
         if names != "hf":
-            raise ValueError(f"names is {names!r}; it must be None or 'hf'")
+            raise ValueError(f"names is {names!r:.40}; it must be None or 'hf': kimi_linear.adapters.load reads others")
         if config is None:
             raise ValueError("names='hf' needs config=: shapes of heads are not in the file")
         from .golden import to_taps

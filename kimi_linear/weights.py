@@ -1,11 +1,11 @@
 """A model's weights by name: read when asked for, replaceable."""
 
-import difflib
 from collections.abc import Mapping
 
 import numpy as np
 
 from ._arrays import TYPE_IDS, as_array, check_shape
+from ._names import near
 from .load.safetensors import array_of
 
 __all__ = ["Weights"]
@@ -48,6 +48,4 @@ class Weights(Mapping):
 
     def _check(self, name):
         if name not in self._model._tensors:
-            names = list(self._model._tensors)
-            near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.3) or names[:3]
-            raise KeyError(f"{name!r} is no weight of this model; near it are {', '.join(near)}")
+            raise KeyError(f"{name!r} is no weight of this model; near it are {', '.join(near(name, self))}")

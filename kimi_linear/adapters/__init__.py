@@ -5,6 +5,7 @@
 
 from importlib import import_module
 
+from .._names import meant
 from .calls import record_calls
 
 __all__ = ["KINDS", "load", "record_calls"]
@@ -43,7 +44,7 @@ def load(path, kind=None, *, model=None, prefix="", mapping=None):
     if kind is None:
         return [Trace.load(path, prefix=prefix)]
     if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(KINDS)}")
+        raise ValueError(f"kind is {kind!r:.40}; it must be one of {', '.join(KINDS)}{meant(kind, KINDS)}")
     if model is None:
         raise ValueError(f"{kind} needs model=: shapes of heads are not in the file")
     if kind == "hf":

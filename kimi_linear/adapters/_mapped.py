@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .._names import near
 from ..config import Config
 from ..dataflow import in_order
 from ..diff._matching import Step
@@ -157,12 +158,9 @@ def _value(step):
 
 
 def _check(taps, known):
-    import difflib
-
     for tap in taps:
         if tap not in known:
-            near = difflib.get_close_matches(tap, known, n=3, cutoff=0.3)
-            raise ValueError(f"{tap!r} is no tap of this model; near it are {', '.join(near) or 'none'}")
+            raise ValueError(f"{tap!r} is no tap of this model; near it are {', '.join(near(tap, known))}")
 
 
 def _array(entry, get, number):

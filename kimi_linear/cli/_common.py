@@ -8,9 +8,10 @@ import sys
 from ..config import layer_pattern
 
 __all__ = [
-    "CACHES", "MODEL_IS", "add_compute_arguments", "add_json_argument", "add_model_argument", "add_names_arguments",
-    "human_bytes", "human_count", "human_rate", "integers", "layer_pattern", "load_model", "model_path", "non_negative",
-    "positive", "print_json", "print_report", "print_table", "progress", "read_text", "say", "types_of",
+    "CACHES", "MODEL_IS", "add_compute_arguments", "add_device_argument", "add_json_argument", "add_model_argument",
+    "add_names_arguments", "check_names", "foreign_call", "foreign_calls", "human_bytes", "human_count", "human_rate",
+    "integers", "layer_pattern", "load_model", "model_path", "non_negative", "positive", "print_json", "print_report",
+    "print_table", "progress", "read_text", "say", "types_of",
 ]
 
 
@@ -32,9 +33,7 @@ def add_compute_arguments(parser, *, cache=None, activations=None, read_ahead=Fa
                         help="threads to use (default: OMP_NUM_THREADS, else one for each processor)")
     parser.add_argument("--isa", choices=("scalar", "avx2", "avx512", "avx512bf16", "neon", "neon_dotprod"),
                         help="the CPU's kernels (default: the best here)")
-    parser.add_argument("--device", default="cpu", metavar="NAME",
-                        help="cpu, hip (the first GPU), hip:N, or hip-host, its kernels run by the CPU (default: "
-                             "%(default)s)")
+    add_device_argument(parser)
     if cache is not None:
         parser.add_argument("--cache", choices=CACHES, default=cache,
                             help="type of the latent cache (default: %(default)s)")
@@ -48,29 +47,65 @@ def add_compute_arguments(parser, *, cache=None, activations=None, read_ahead=Fa
                             help="do not read a cold file whole before the first token")
 
 
+def add_device_argument(parser):
+    """``--device``."""
+    parser.add_argument("--device", default="cpu", metavar="NAME",
+                        help="cpu, hip (the first GPU), hip:N, or hip-host, its kernels run by the CPU (default: "
+                             "%(default)s)")
+
+
 def add_json_argument(parser):
     """``--json``."""
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
 def add_names_arguments(parser, file):
-    """``--names``, ``--mapping``, ``--prefix``: what a foreign trace is."""
+    """``--names``, ``--mapping``, ``--prefix``: what a foreign trace is; the kinds are those of `adapters.KINDS`."""
     from ..adapters import KINDS
 
     parser.add_argument("--names", choices=tuple(KINDS), metavar="KIND",
-                        help=f"what {file} is: {'; '.join(f'{k}, {text}' for k, (_, text) in KINDS.items())}")
+                        help=f"what {file} is, where `kimi-linear trace` did not write it: "
+                             f"{'; '.join(f'{k}, {text}' for k, (_, text) in KINDS.items())}")
     parser.add_argument("--mapping", metavar="FILE",
                         help="JSON, for arrays and pt (default: mapping.json in the folder)")
     parser.add_argument("--prefix", default="", metavar="TEXT", help=f"of the names in {file} to take (default: all)")
 
 
-def foreign_calls(args, path, config):
-    """The traces of `path`, one a call, as the arguments say."""
-    from ..adapters import load
-
+def check_names(args, given, option):
+    """ValueError where --names lacks `option`, which has the shapes of heads, or --mapping is for nothing."""
     if args.mapping is not None and args.names not in ("arrays", "pt"):
         raise ValueError("--mapping is for --names arrays and --names pt")
+    if args.names is not None and given is None:
+        raise ValueError(f"--names {args.names} needs {option}: shapes of heads are not in the file")
+
+
+def foreign_calls(args, path, config):
+    """The traces of `path`, one a call, as the arguments say; what `kimi-linear trace` wrote is taken as it is."""
+    from ..adapters import load
+
+    if _is_ours(path):
+        return load(path)
     return load(path, args.names, model=config, prefix=args.prefix, mapping=args.mapping)
+
+
+def foreign_call(args, path, config):
+    """The same of a file that must be of one call."""
+    calls = foreign_calls(args, path, config)
+    if len(calls) != 1:
+        raise ValueError(f"{path} has {len(calls)} calls, and two traces are compared call by call; kimi-linear blame "
+                         "takes them all")
+    return calls[0]
+
+
+def _is_ours(path):
+    """Whether `kimi-linear trace` wrote the file."""
+    from ..errors import FormatError
+    from ..trace import FORMAT, Trace
+
+    try:
+        return Trace.load(path).meta.get("format") == FORMAT
+    except (FormatError, OSError):
+        return False  # a folder, or another kind of file: who reads it says what is wrong
 
 
 def positive(text):

@@ -1,6 +1,14 @@
 """``kimi-linear blame``: which ops of a foreign run are wrong in themselves, and by which known fault."""
 
-from ._common import MODEL_IS, add_json_argument, add_names_arguments, foreign_calls, print_json, print_report
+from ._common import (
+    MODEL_IS,
+    add_json_argument,
+    add_names_arguments,
+    check_names,
+    foreign_calls,
+    print_json,
+    print_report,
+)
 
 HELP = "run every op of a foreign trace again in float64 on its own inputs: which are wrong, and how?"
 EPILOG = """
@@ -34,6 +42,7 @@ def run(args):
         return _list_faults(args)
     if args.model is None or not args.theirs:
         raise ValueError("it needs MODEL and at least one THEIRS.safetensors")
+    check_names(args, args.model, "MODEL")
     from ..diff import blame
     from ..model import Model
 

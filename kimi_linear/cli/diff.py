@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ._common import add_json_argument, add_names_arguments, foreign_calls, print_report
+from ._common import add_json_argument, add_names_arguments, check_names, foreign_call, print_report
 
 HELP = "compare two trace files tap by tap: where do they part first?"
 EPILOG = """
@@ -40,10 +40,7 @@ def run(args):
     from ..trace import Trace
 
     config = _config(args)
-    a, calls = Trace.load(args.a), foreign_calls(args, args.b, config)
-    if len(calls) > 1:
-        raise ValueError(f"{args.b} has {len(calls)} calls; diff compares one: kimi-linear blame takes them all")
-    b = calls[0]
+    a, b = Trace.load(args.a), foreign_call(args, args.b, config)
     if args.taps:
         a = a.filter(args.taps)
     return print_report(args, traces(a, b, threshold=args.threshold))
@@ -65,11 +62,10 @@ def threshold(text):
 def _config(args):
     from ..config import Config
 
+    check_names(args, args.config, "--config DIR")
     if args.names is None:
         if args.config is not None:
             raise ValueError("--config is for --names; traces of ours have their shapes")
         return None
-    if args.config is None:
-        raise ValueError(f"--names {args.names} needs --config DIR: shapes of heads are not in the file")
     path = Path(args.config)
     return Config.from_file(path / "config.json" if path.is_dir() else path)

@@ -2,7 +2,17 @@
 
 from pathlib import Path
 
-from ._common import MODEL_IS, add_json_argument, human_bytes, print_report, say
+from ._common import (
+    MODEL_IS,
+    add_json_argument,
+    add_names_arguments,
+    check_names,
+    foreign_call,
+    foreign_calls,
+    human_bytes,
+    print_report,
+    say,
+)
 from .diff import THRESHOLD_IS, threshold
 
 HELP = "one HTML page to look at: two traces beside each other, or the ops of one judged by float64"
@@ -10,6 +20,7 @@ EPILOG = """
 kimi-linear report theirs.safetensors ours.safetensors -o report.html
 kimi-linear report theirs.safetensors ours.safetensors --model ~/models/kimi -o report.html
 kimi-linear report theirs.safetensors --model ~/models/kimi --names hf -o report.html
+kimi-linear report calls --model ~/models/kimi --names vllm -o report.html
 kimi-linear report prompt.safetensors step1.safetensors --calls --model ~/models/kimi -o report.html
 
 Two files: diff, B being the measure; with a model, what each op of A adds.
@@ -25,10 +36,7 @@ def add_arguments(parser):
     parser.add_argument("--model", metavar="MODEL", help=f"the same checkpoint: {MODEL_IS}")
     parser.add_argument("--calls", action="store_true",
                         help="the files are consecutive calls of one run, from its beginning")
-    parser.add_argument("--names", choices=("hf",),
-                        help="the names in files that `kimi-linear trace` did not write: transformers' module paths")
-    parser.add_argument("--prefix", default="", metavar="TEXT",
-                        help="of the names in those files to take (default: all)")
+    add_names_arguments(parser, "a TRACE")
     parser.add_argument("--dtype", choices=("float64", "float32", "float16", "bfloat16"),
                         help="of one trace: what they computed in (default: as the file says, or as most ops show)")
     parser.add_argument("--threshold", type=threshold, metavar="X",
@@ -43,8 +51,13 @@ def run(args):
     alone = args.calls or len(args.traces) == 1
     _check(args, alone)
     model = _model(args.model)
-    files = [_load(path, args, model) for path in args.traces]
-    found = blame(model, files, dtype=args.dtype) if alone else traces(*files, threshold=args.threshold, model=model)
+    config = None if model is None else model.config
+    if alone:
+        calls = [call for path in args.traces for call in foreign_calls(args, path, config)]
+        found = blame(model, calls, dtype=args.dtype)
+    else:
+        a, b = (foreign_call(args, path, config) for path in args.traces)
+        found = traces(a, b, threshold=args.threshold, model=model)
     found.html(args.output)
     say(f"{args.output}: {human_bytes(Path(args.output).stat().st_size)}")
     return print_report(args, found, lambda report: report.verdict)
@@ -59,20 +72,10 @@ def _check(args, alone):
         raise ValueError("--threshold is for two traces; an op is judged by its own noise")
     if not alone and args.dtype is not None:
         raise ValueError("--dtype is for one trace; two are compared as they are")
-    if args.names and args.model is None:
-        raise ValueError("--names hf needs --model MODEL: shapes of heads are not in the file")
+    check_names(args, args.model, "--model MODEL")
 
 
 def _model(name):
     from ..model import Model
 
     return None if name is None else Model.from_pretrained(name)
-
-
-def _load(path, args, model):
-    from ..trace import FORMAT, Trace
-
-    trace = Trace.load(path)
-    if trace.meta.get("format") == FORMAT or not (args.names or args.prefix):
-        return trace
-    return Trace.load(path, names=args.names, config=model.config if args.names else None, prefix=args.prefix)

@@ -7,6 +7,7 @@ import inspect
 import numpy as np
 
 from .. import reference
+from .._names import meant
 from ..conventions import Convention, DeltaRule
 
 __all__ = ["ours", "parameters"]
@@ -25,7 +26,7 @@ def parameters(op):
 
     known = [n for n in ops.__all__ if hasattr(reference, n)] + ["route_weights", "silu", "softplus"]
     if op not in known:
-        raise ValueError(f"op is {op!r}; it must be one of {', '.join(known)}")
+        raise ValueError(f"op is {op!r}; it must be one of {', '.join(known)}{meant(op, known)}")
     return inspect.signature(getattr(reference, op)).parameters
 
 

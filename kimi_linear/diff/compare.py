@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from .._arrays import as_array
+from .._names import near
 from . import metrics
 from ._grid import Grid, grid_of
 from ._opened import Opened, open_array
@@ -139,9 +139,7 @@ def _check_op(op):
 
     known = [*ops.__all__, "cache_append", "route_weights"]  # the last are ops of the dataflow alone
     if op is not None and op not in known:
-        near = difflib.get_close_matches(str(op), known, n=3)
-        raise ValueError(f"op is {op!r}; there is no such op, {'near it are' if near else 'there are'} "
-                         f"{', '.join(near or known)}")
+        raise ValueError(f"op is {op!r}; there is no such op, near it are {', '.join(near(op, known))}")
 
 
 def _compare_all(actual, desired, op, inputs, axes, dtype):

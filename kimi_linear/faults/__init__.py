@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from .. import dataflow
+from .._names import Named, near
 from ..trace import Trace
 from . import _any, _attention, _kda, _mla, _moe
 from ._fault import BOTH, CALL, FAINT, LARGE, LONG, RESTORED, RUN, SEVERAL, SPLIT, STRONG, TIES, WHOLE, Fault
@@ -31,7 +32,7 @@ __all__ = [
 _ALL = (*_kda.FAULTS, *_mla.FAULTS, *_attention.FAULTS, *_moe.FAULTS, *_any.FAULTS)
 
 #: Every fault that is planted in a model, by name.
-CATALOGUE: dict[str, Fault] = {f.name: f for f in _ALL if f.use != CALL}
+CATALOGUE: dict[str, Fault] = Named("a fault of the catalogue", {f.name: f for f in _ALL if f.use != CALL})
 
 
 def by_name(name: str) -> Fault:
@@ -43,10 +44,7 @@ def by_name(name: str) -> Fault:
         If there is none of that name; near names are shown.
     """
     if name not in CATALOGUE:
-        import difflib
-
-        near = difflib.get_close_matches(name, CATALOGUE, n=3, cutoff=0.3) or list(CATALOGUE)[:3]
-        raise ValueError(f"{name!r} is no fault of the catalogue; near it are {', '.join(near)}")
+        raise ValueError(f"{name!r} is no fault of the catalogue; near it are {', '.join(near(name, CATALOGUE))}")
     return CATALOGUE[name]
 
 

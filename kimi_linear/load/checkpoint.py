@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from .._names import meant
 from ..config import Config
 from ..errors import FormatError
 from .mapped import MappedFile
@@ -164,8 +165,14 @@ def _cached_snapshot(hub_id: str) -> Path:
             return snapshot
     raise FileNotFoundError(
         f"There is no folder {hub_id}, and the local Hugging Face cache does not hold that model "
-        f"(looked for {repository}). Nothing is downloaded: fetch it first, or give a folder."
+        f"(looked for {repository}). Nothing is downloaded: fetch it first, or give a folder"
+        f"{meant(hub_id, _cached_ids() - {hub_id}) or '.'}"
     )
+
+
+def _cached_ids() -> set[str]:
+    """The models that the cache has."""
+    return {folder.name.removeprefix("models--").replace("--", "/") for folder in _hub_cache().glob("models--*")}
 
 
 def _hub_cache() -> Path:

@@ -4,7 +4,8 @@ import numpy as np
 
 from .. import _core
 from .._arrays import apart, as_float32, output
-from .._scalars import as_real, choice
+from .._names import choice
+from .._scalars import as_real
 from ..context import current
 
 _ACTIVATIONS = {"none": 0, None: 0, "sigmoid": 1, "silu": 2}

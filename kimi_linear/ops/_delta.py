@@ -16,7 +16,8 @@ from .._arrays import (
     refuse_shared_outputs,
     sequences_of,
 )
-from .._scalars import as_finite, as_whole, choice
+from .._names import choice
+from .._scalars import as_finite, as_whole
 from ..context import current
 from ._basic import check_eps
 

@@ -14,7 +14,8 @@ from .._arrays import (
     refuse_shared,
     refuse_shared_outputs,
 )
-from .._scalars import as_real, as_whole, choice
+from .._names import choice
+from .._scalars import as_real, as_whole
 from ..context import current
 from ..quantized import Quantized
 from ._basic import activation_id, sigmoid_gate, swiglu

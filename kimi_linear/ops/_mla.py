@@ -2,7 +2,8 @@
 
 from .. import _core
 from .._arrays import as_weight, check_shape, output, refuse_shared
-from .._scalars import as_finite, choice
+from .._names import choice
+from .._scalars import as_finite
 from ..context import current
 from ._cached import both_offsets, one_axis, typed
 

@@ -5,6 +5,7 @@ import math
 import textwrap
 from dataclasses import dataclass, field
 
+from .._names import near
 from ..diff.compare import aligned
 
 __all__ = ["Card", "Row"]
@@ -94,7 +95,7 @@ class Card:
         for row in self.rows:
             if row.name == name:
                 return row
-        raise KeyError(f"no case {name!r}")
+        raise KeyError(f"no case {name!r}; near it are {', '.join(near(name, [row.name for row in self.rows]))}")
 
     @property
     def verdict(self):

@@ -1,6 +1,5 @@
 """The cases of an op in a file, for kernels that no Python can call: inputs, float64 results, and the error allowed."""
 
-import difflib
 import functools
 import inspect
 import io
@@ -12,6 +11,7 @@ import numpy as np
 
 from .. import reference
 from .._arrays import BFLOAT16
+from .._names import meant
 from .._version import __version__
 from ..adapters.arrays import read_npz
 from ..conventions import convention
@@ -202,9 +202,8 @@ def _check_names(path, held, known, wanted):
     """Every result that is wanted is there, and none that nobody asked for: it may be a misspelt one."""
     other = [n for n in held if n not in known and "/in/" not in n and "/bound/" not in n]
     if other:
-        near = difflib.get_close_matches(other[0], known, n=1)
-        meant = f"; did you mean {near[0]}?" if near else "; a result is CASE/out/NAME"
-        raise ValueError(f"{path} has {other[0]}, which is no result of the cases{meant}")
+        hint = meant(other[0], known) or "; a result is CASE/out/NAME"
+        raise ValueError(f"{path} has {other[0]}, which is no result of the cases{hint}")
     missing = [n for n in wanted if n not in held]
     if missing:
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""

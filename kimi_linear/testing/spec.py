@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from .. import reference
+from .._names import meant
 
 __all__ = ["Case", "Explanation", "Law", "NotOffered", "Plan", "Spec", "WrongResult", "defaults", "given", "select",
            "spec", "specs"]
@@ -159,7 +160,7 @@ def specs():
 def spec(op):
     """The Spec of an op; ValueError names those that there are."""
     if op not in OPS:
-        raise ValueError(f"op is {op!r}; check_op knows {', '.join(OPS)}")
+        raise ValueError(f"op is {op!r}; check_op knows {', '.join(OPS)}{meant(op, OPS)}")
     return importlib.import_module(f"{__package__}.{op}").SPEC
 
 
@@ -190,8 +191,9 @@ def select(cases, patterns):
     patterns = list(patterns)
     for p in patterns:
         if not any(_matches(c, p) for c in cases):
-            groups = ", ".join(dict.fromkeys(c.group for c in cases))
-            raise ValueError(f"cases has {p!r}, which matches no case; the groups are {groups}")
+            groups = dict.fromkeys(c.group for c in cases)
+            hint = meant(p, [*groups, *(c.name for c in cases)])
+            raise ValueError(f"cases has {p!r}, which matches no case; the groups are {', '.join(groups)}{hint}")
     return [c for c in cases if any(_matches(c, p) for p in patterns)]
 
 

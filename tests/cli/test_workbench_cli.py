@@ -12,6 +12,7 @@ import pytest
 from conftest import DATA, read_safetensors
 
 import kimi_linear as kl
+from kimi_linear.adapters import KINDS
 from kimi_linear.cli import main
 
 KIMI_A = str(DATA / "golden" / "kimi-a")
@@ -298,6 +299,53 @@ def test_report_of_calls_and_of_transformers(cli, tmp_path):
     assert code == 0 and out.startswith("ok: no divergence in "), "of two files only theirs has their names"
 
 
+def test_report_of_any_kind_of_names(cli, tmp_path):
+    """A folder of arrays that is judged, and laid beside a trace of ours; calls of another engine, one too many."""
+    trace, page = kl.Model.tiny().trace(np.arange(3, 12)), tmp_path / "page.html"
+    trace.save(tmp_path / "ours.safetensors")
+    wrong = {n: x * np.float32(1.01) if n == "layers.0.kda.g" else x for n, x in trace.items()}
+    np.savez(tmp_path / "all.npz", **wrong, tokens=np.arange(3, 12))
+    theirs = ("--names", "arrays", "--model", "tiny", "-o", page)
+    code, out, err = cli("report", tmp_path / "all.npz", *theirs)
+    assert code == 1 and "WRONG: layers.0.kda.g (decay_gate)" in out, err
+    code, out, err = cli("report", tmp_path / "all.npz", tmp_path / "ours.safetensors", *theirs)
+    assert code == 1 and out.startswith("DIVERGES at layers.0.kda.g"), err
+    mapping = tmp_path / "m.json"
+    mapping.write_text('{"taps": {"layers.0.kda.gg": {"key": "layers.0.kda.g"}}}', encoding="utf-8")
+    code, _, err = cli("report", tmp_path / "all.npz", *theirs, "--mapping", mapping)
+    assert code == 2 and "'layers.0.kda.gg' is no tap of this model; near it are layers.0.kda.g" in err
+    code, _, err = cli("report", tmp_path, "--names", "vllm", "--model", "tiny", "-o", page)
+    assert code == 2 and "holds no call-*.safetensors" in err
+
+
+COMPARING = {"diff": ("a", "b"), "blame": ("tiny", "a"), "report": ("a", "--model", "tiny", "-o", "x")}
+
+
+@pytest.mark.parametrize("command", COMPARING)
+def test_the_kinds_of_names_are_those_of_the_adapters(cli, command):
+    """In help, in what is taken, and in what is said of another."""
+    _, out, _ = cli(command, "--help")
+    help = " ".join(out.split())
+    for kind, (_, text) in KINDS.items():
+        assert f"{kind}, {text}" in help
+    code, _, err = cli(command, *COMPARING[command], "--names", "vlm")
+    assert code == 2 and "--names: invalid choice: 'vlm'" in err and all(kind in err for kind in KINDS)
+    assert cli(command, *COMPARING[command], "--mapping", "m.json")[2] == \
+        f"kimi-linear {command}: --mapping is for --names arrays and --names pt\n"
+
+
+@pytest.mark.parametrize("command", ["diff", "report"])
+def test_several_calls_are_not_compared_as_one(cli, tmp_path, monkeypatch, command):
+    model = kl.Model.tiny()
+    trace = model.trace([3, 4, 5])
+    trace.save(tmp_path / "a.safetensors")
+    monkeypatch.setattr("kimi_linear.adapters.vllm.read", lambda path, *, model: [trace, trace])
+    tiny = f"{kl.__path__[0]}/data/tiny"
+    rest = ("--config", tiny) if command == "diff" else ("--model", tiny, "-o", tmp_path / "page.html")
+    code, _, err = cli(command, tmp_path / "a.safetensors", tmp_path, "--names", "vllm", *rest)
+    assert code == 2 and f"{tmp_path} has 2 calls" in err and "kimi-linear blame takes them all" in err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -307,6 +355,7 @@ def test_report_of_calls_and_of_transformers(cli, tmp_path):
         (("a", "--model", "tiny", "--threshold", "1"), "--threshold is for two traces"),
         (("a", "b", "--dtype", "float32"), "--dtype is for one trace"),
         (("a", "b", "--names", "hf"), "--names hf needs --model MODEL"),
+        (("a", "b", "--names", "sglang"), "--names sglang needs --model MODEL"),
         (("a", "b"), "a: No such file"),
     ],
 )

@@ -6,6 +6,8 @@ stop string and a repetition penalty besides.
 """
 
 import concurrent.futures
+import copy
+import json
 import threading
 
 import numpy as np
@@ -361,11 +363,12 @@ def test_tools_reach_the_template(model):
 # ---- errors ----
 
 @pytest.mark.parametrize("options, words", [
-    ({"n": 0}, "n is 0"), ({"n": True}, "n is True"), ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+    ({"n": 0}, "n is 0; it must be an int >= 1"), ({"max_new_tokens": 0}, "max_new_tokens is 0"),
     ({"logprobs": -1}, "logprobs is -1"), ({"stop": ""}, r"stop\[0\] is ''"), ({"stop": ["a", ""]}, r"stop\[1\] is ''"),
-    ({"stop": [3]}, r"stop\[0\] is 3"), ({"repetition_penalty": 0}, "repetition_penalty is 0"),
+    ({"repetition_penalty": 0}, "repetition_penalty is 0"),
     ({"repetition_penalty": float("nan")}, "repetition_penalty is nan"), ({"temperature": -1}, "temperature"),
-    ({"top_p": 0}, "top_p"), ({"min_p": 2}, "min_p"), ({"seed": -1}, "seed"), ({"seed": [1, 2]}, "seed has 2 values"),
+    ({"top_p": 0}, "top_p"), ({"top_k": -1}, "top_k is -1"), ({"min_p": 2}, "min_p"),
+    ({"seed": -1}, "seed"), ({"seed": [1, 2]}, "seed has 2 values"),
 ])
 def test_a_wrong_option_is_refused_before_anything_is_read(model, options, words):
     state = model.new_state()
@@ -374,11 +377,57 @@ def test_a_wrong_option_is_refused_before_anything_is_read(model, options, words
     assert state.position == 0
 
 
-@pytest.mark.parametrize("name", ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop"])
-def test_an_option_of_another_type_is_named(model, name):
-    wrong = 2.5 if name in ("top_k", "seed", "stop") else "hot"
+@pytest.mark.parametrize("name", ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "n",
+                                  "max_new_tokens", "logprobs"])
+@pytest.mark.parametrize("wrong", [2.5, "0.5", True])
+def test_an_option_of_another_type_is_named(model, name, wrong):
+    """A number in words is none, and no option is a number that may be yes."""
+    fits = (float,) if name in ("temperature", "top_p", "min_p", "repetition_penalty") else \
+        (str,) if name == "stop" else ()
+    if isinstance(wrong, fits):
+        return
     with pytest.raises(TypeError, match=f"^{name} is {wrong!r}; it must be"):
         model.generate([1], **{name: wrong})
+
+
+def test_a_stop_string_that_is_no_text(model):
+    with pytest.raises(TypeError, match=r"stop\[1\] is 3; it must be text"):
+        model.generate([1], stop=["a", 3])
+
+
+# ---- what the checkpoint's generation_config asks for ----
+
+def kept(model, **config):
+    """The model with a generation_config as JSON gives it."""
+    twin = copy.copy(model)
+    twin.generation_config = json.loads(json.dumps(config))
+    return twin
+
+
+@pytest.mark.parametrize("name, value, as_given", [("top_k", 50.0, 50), ("temperature", 1, 1.0), ("top_p", 1, 1.0)])
+def test_whole_numbers_are_numbers_of_json(model, name, value, as_given):
+    sampling = kept(model, do_sample=True, **{name: value}).generate([1]).sampling[name]
+    assert sampling == as_given and type(sampling) is type(as_given)
+
+
+@pytest.mark.parametrize("name, value, words", [
+    ("top_k", 50.5, "top_k is 50.5; it must be an int"), ("top_k", "50", "top_k is '50'; it must be an int"),
+    ("top_k", -1.0, "top_k is -1; it must be 0 <= top_k"), ("temperature", "hot", "temperature is 'hot'; it must be a"),
+    ("top_p", 7, "sample: top_p .*is 7"), ("min_p", True, "min_p is True"),
+    ("repetition_penalty", 0, "repetition_penalty is 0; it"),
+    ("eos_token_id", "</s>", "eos_token_id is '</s>'; it must be an int, or a list of them"),
+    ("eos_token_id", [2, 2.5], "eos_token_id is 2.5"),
+])
+def test_a_generation_config_that_is_wrong_is_named(model, name, value, words):
+    wrong = kept(model, do_sample=True, **{name: value})
+    with pytest.raises(kl.FormatError, match=f"^generation_config: {words}"):
+        wrong.generate([1])
+    if name != "eos_token_id":
+        wrong.generate([1], **{name: {"top_k": 5}.get(name, 0.5)})  # what is asked for comes first
+
+
+def test_ends_of_a_generation_config_may_be_whole_numbers(model):
+    assert 7 in kept(model, eos_token_id=[7.0]).generate([1]).stop_ids
 
 
 def test_stop_may_be_none(model):

@@ -103,7 +103,7 @@ def test_names_and_report():
     assert report and [law.name for law in report.rows] == ["split_at_64", "inputs_unchanged"]
     assert seen == [(0, 2, "split_at_64"), (1, 2, "inputs_unchanged"), (2, 2, "")]
     assert report.verdict == "ok: all 2 laws hold on kimi-a" and report.verdict in str(report)
-    with pytest.raises(ValueError, match="'faster' is no law; the laws are batch_is_alone"):
+    with pytest.raises(ValueError, match="names is 'faster'; it must be one of 'batch_is_alone'"):
         laws(model, "faster")
 
 

@@ -274,8 +274,10 @@ def test_hub_ids_are_looked_up_locally(tmp_path, monkeypatch):
 
     snapshot = repository / "snapshots" / "abc123"
     snapshot.mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match="Nothing is downloaded"):
+    with pytest.raises(FileNotFoundError, match=r"Nothing is downloaded: .* give a folder\.$"):
         resolve("org/some-model")
+    with pytest.raises(FileNotFoundError, match="or give a folder; did you mean 'org/some-model'"):
+        resolve("org/some-modle")
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("abc123\n")
     assert resolve("org/some-model") == snapshot

@@ -258,7 +258,12 @@ def test_wrong_edits_are_refused_before_anything_is_read(tiny):
         ({"embed": np.zeros((5, tiny.config.hidden_size))}, TypeError, "float64"),
         ({"embed": lambda x: x[:-1]}, ValueError, "has shape"),
         ({"embed": lambda x: x.astype(np.float64)}, TypeError, "float64"),
-        ({"embed": lambda x: None}, TypeError, "NoneType"),
+        ({"embed": lambda x: None}, TypeError, r"edit\['embed'\]\(rows\) returned None; it must return the new rows, "
+                                               r"float32 \[5, 256\], as rows itself where it has changed that copy"),
+        ({"embed": lambda x: x.sort()}, TypeError, "returned None"),  # in place, and not returned
+        ({f"layers.{moe}.moe.ids": lambda x: None}, TypeError, r"moe.ids'\]\(rows\) returned None; .* int32 \[5, "),
+        ({"embed": lambda x: x.T}, ValueError, r"'embed'\]\(rows\) has shape \[256, 5\]; it must be \[5, 256\]"),
+        ({"*.kda.beta": lambda x: 0.5}, TypeError, r"'layers.0.kda.beta'\]\(rows\) is float64; it must be float32"),
         ({f"layers.{moe}.moe.ids": same}, ValueError, "must be different"),
         ({f"layers.{moe}.moe.ids": same + bad}, ValueError, f"is {bad}"),
         ({"layers.3.mla.probs": np.negative}, ValueError, "matches no tap"),
@@ -270,6 +275,30 @@ def test_wrong_edits_are_refused_before_anything_is_read(tiny):
         assert state.position == 0
     fresh = tiny.new_state()
     assert tiny.forward(tokens, state=state).tobytes() == tiny.forward(tokens, state=fresh).tobytes()
+
+
+def test_rows_changed_in_place_and_returned(tiny):
+    """The same bytes as a new array; the caller's own is not written."""
+    tokens, name = ids(tiny, 600), "layers.0.kda.beta"
+
+    def halve(x):
+        x *= np.float32(0.5)
+        return x
+
+    edited = tiny.forward(tokens, edit={name: halve})
+    assert edited.tobytes() == tiny.forward(tokens, edit={name: lambda x: x * np.float32(0.5)}).tobytes()
+    given = tiny.trace(tokens, name)[name]
+    before = given.tobytes()
+    assert tiny.forward(tokens, edit={name: given} | {"layers.0.kda.bet?": halve}).tobytes() == edited.tobytes()
+    assert given.tobytes() == before
+
+
+def test_logits_that_cannot_be_edited_come_when_the_states_have_moved_on(tiny):
+    tokens, state, twin = ids(tiny, 5), tiny.new_state(), tiny.new_state()
+    with pytest.raises(TypeError, match=r"edit\['logits'\]\(rows\) returned None"):
+        tiny.forward(tokens, state=state, edit={"logits": lambda x: None})
+    tiny.forward(tokens, state=twin, logits="none")
+    assert state.position == 5 and arrays(state) == arrays(twin)
 
 
 def test_a_function_cannot_use_the_context_of_its_own_call(tiny):

@@ -84,9 +84,13 @@ def test_a_last_window_of_one_token_scores_nothing(model, tokens):
     ([5], 16, "tokens has 1 tokens"),
     ([], 16, "tokens has 0 tokens"),
     ([1, 2, 3], 1, "window is 1"),
-    ([1, 2, 3], 2.0, "window is 2.0"),
     ([1, 2048], 16, "2048"),
 ])
 def test_bad_input_is_named(model, ids, window, message):
     with pytest.raises(ValueError, match=message):
         perplexity(model, ids, window)
+
+
+def test_a_window_that_is_no_int(model):
+    with pytest.raises(TypeError, match="window is 2.0; it must be None for the whole, or an int >= 2"):
+        perplexity(model, [1, 2, 3], 2.0)

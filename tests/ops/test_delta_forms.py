@@ -231,7 +231,7 @@ def test_a_context_says_what_auto_is():
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda: kl.Context(delta_rule="fast"), "delta_rule is 'fast'; it must be 'auto', 'recurrent' or 'chunked'"),
+    (lambda: kl.Context(delta_rule="fast"), "delta_rule is 'fast'; it must be one of 'auto', 'recurrent', 'chunked'"),
     (lambda: kl.Context(delta_rule=None), "delta_rule is None"),
     (lambda: kl._core.Context(1, None, 0, 3), "delta_rule is 3; it must be auto, recurrent or chunked"),
     (lambda: kl._core.Context(1, None, 0, -1), "delta_rule is -1"),

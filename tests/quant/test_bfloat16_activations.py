@@ -182,7 +182,7 @@ def test_a_model_is_near_its_float32_self(folder, model):
 
 
 def test_unknown_numbers_are_refused():
-    with pytest.raises(ValueError, match="activations is 'bf16'; it must be 'float32', 'int8' or 'bfloat16'"):
+    with pytest.raises(ValueError, match="activations is 'bf16'; it must be one of 'float32', 'int8', 'bfloat16'"):
         kl.Model.tiny(activations="bf16")
     with pytest.raises(ValueError, match="activations is 3; it must be float32, int8 or bfloat16"):
         kl._core.Context(1, None, 0, 0, 3)

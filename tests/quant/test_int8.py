@@ -153,5 +153,5 @@ def test_other_types_and_float_weights_take_float32_all_the_same():
 
 
 def test_unknown_activations_are_refused():
-    with pytest.raises(ValueError, match="activations is 'int4'; it must be 'float32', 'int8' or 'bfloat16'"):
+    with pytest.raises(ValueError, match="activations is 'int4'; it must be one of 'float32', 'int8', 'bfloat16'"):
         kl.Context(activations="int4")

@@ -202,5 +202,5 @@ def test_a_file_of_something_else(tmp_path):
     with pytest.raises(kl.FormatError):
         judge_golden("softmax", path)
     np.savez(tmp_path / "x.npz", **{"plian/out/y": np.zeros(3)})
-    with pytest.raises(ValueError, match="has plian/out/y, which is no result of the cases; did you mean plain/out/"):
+    with pytest.raises(ValueError, match="has plian/out/y, which is no result of the cases; did you mean 'plain/out/"):
         judge_golden("softmax", tmp_path / "x.npz")

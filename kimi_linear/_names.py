@@ -1,0 +1,45 @@
+"""Names that a caller gives: one of those that are there, or a sentence that lists them and says which was meant."""
+
+import difflib
+
+__all__ = ["Named", "choice", "meant", "near"]
+
+
+def near(name, names, n=3):
+    """Up to `n` of `names` that are like `name`, the nearest first; the first `n` where none is."""
+    names = [str(known) for known in names]
+    return difflib.get_close_matches(str(name), names, n=n, cutoff=0.3) or names[:n]
+
+
+def meant(name, names):
+    """``; did you mean 'Q4_K'?``, or nothing where no name is near."""
+    names = [known for known in names if isinstance(known, str)]
+    found = difflib.get_close_matches(name, names, n=1) if isinstance(name, str) else ()
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def choice(x, name, choices):
+    """`x`, one of `choices` (names, or None); ValueError lists them."""
+    if not (x is None or isinstance(x, str)) or x not in choices:
+        hint = meant(x, choices) if len(choices) > 1 else ""
+        raise ValueError(f"{name} is {x!r:.40}; it must be one of {', '.join(map(repr, choices))}{hint}")
+    return x
+
+
+class Named(dict):
+    """A dict whose KeyError is a sentence.
+
+    Parameters
+    ----------
+    what : str
+        What a key names, in the singular, as "a project of kimi_linear.conventions".
+    entries : mapping
+    """
+
+    def __init__(self, what, entries):
+        super().__init__(entries)
+        self._what = what
+
+    def __missing__(self, key):
+        names = [*self] if len(self) <= 24 else [*near(key, self), "..."]
+        raise KeyError(f"{key!r:.60} is not {self._what}; there are {', '.join(names)}{meant(key, self)}")
