@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-_SHOWN = 1000  # problems printed in the message; `problems` always holds all of them
+_SHOWN = 20  # problems printed in the message; `problems` always holds all of them
 
 
 class FormatError(ValueError):

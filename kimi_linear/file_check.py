@@ -64,7 +64,7 @@ class FileReport:
 
     def __str__(self):
         stored = ", ".join(f"{name} {n:,} bytes" for name, n in sorted(self.types.items()))
-        lines = [f"stored as   {stored}", f"values      {self.values:,} read"]
+        lines = [f"stored as   {stored}", f"values      {self.values:,} read"] if self.types else []
         if self.zero_blocks:
             lines.append(f"zero        {self.zero_blocks:,} runs of {_BLOCK} values in blocks are all zero")
         if self.converter:
@@ -74,7 +74,8 @@ class FileReport:
         if self.perplexity is not None:
             lines.append(f"perplexity  {self.perplexity:.4f} of the text in the package")
         lines += [f"note        {note}" for note in self.notes] + [f"fault       {fault}" for fault in self.faults]
-        return "\n".join([*lines, "good" if self.ok else f"bad: {len(self.faults)} faults"])
+        n = len(self.faults)
+        return "\n".join([*lines, "good" if self.ok else f"bad: {n} fault{'s' if n > 1 else ''}"])
 
 
 def check_file(model, progress=None):

@@ -15,6 +15,8 @@ from .state import State
 
 __all__ = ["Generation", "Stats"]
 
+PIECE = 512  # tokens of a prompt between two words of progress: a multiple of 64, so the bytes are those of one call
+
 
 @dataclass
 class Stats:
@@ -93,6 +95,8 @@ class Generation:
     prompt_logits : (vocab,) float32, optional
         The logits behind the prompt, as an earlier generation's `prompt_logits`: a state that can go back to the end
         of the prompt then reads nothing.
+    progress : callable, optional
+        ``progress(tokens, total)`` while prompts are read, from 0 tokens to all.
     stop_at_eos : bool
         End at an end token (the union of the config's, the generation config's and ``<|im_end|>``).
 
@@ -120,7 +124,7 @@ class Generation:
 
     def __init__(self, model, prompt, *, max_new_tokens=256, temperature=None, top_k=None, top_p=None, min_p=None,
                  repetition_penalty=None, seed=None, n=1, stop=(), logprobs=0, logits_processor=None, tools=None,
-                 state=None, prompt_logits=None, stop_at_eos=True):
+                 state=None, prompt_logits=None, progress=None, stop_at_eos=True):
         self.model = model
         self.max_new_tokens = at_least(max_new_tokens, 1, "max_new_tokens")
         self.n = at_least(n, 1, "n")
@@ -137,6 +141,7 @@ class Generation:
         states = self._states(state, len(prompts), many)
         seeds = _seeds(seed, len(prompts))
         self.seed = seeds if many and np.iterable(seed) else seeds[0]
+        self._progress = progress
         self._known = self._known_logits(prompt_logits)
         self.stats = Stats(sequences=len(prompts) * self.n)
         self._sequences = []
@@ -263,7 +268,7 @@ class Generation:
         reused = [sequence.rewind(self._known is not None) for sequence in first]
         rests = [sequence.prompt_ids[at:] for sequence, at in zip(first, reused, strict=True)]
         if len(rests[0]):
-            rows = self.model.forward(rests, state=[sequence.state for sequence in first], logits="last")
+            rows = self._read(first, rests)
         else:
             rows = [self._known]
         self.stats.reused_tokens = sum(reused)
@@ -275,6 +280,23 @@ class Generation:
             if k % self.n:
                 sequence.state = first[k // self.n].state.fork()
         return [sequence.prompt_logits for sequence in self._sequences]
+
+    def _read(self, sequences, rests):
+        """The logits behind what is left of each prompt; in pieces where somebody watches."""
+        longest, total, done = max(map(len, rests)), sum(map(len, rests)), 0
+        tell = self._progress or (lambda tokens, total: None)
+        piece = PIECE if self._progress else longest
+        rows = [None] * len(rests)
+        tell(0, total)
+        for at in range(0, longest, piece):
+            live = [i for i, rest in enumerate(rests) if len(rest) > at]
+            pieces = [rests[i][at:at + piece] for i in live]
+            found = self.model.forward(pieces, state=[sequences[i].state for i in live], logits="last")
+            for i, row in zip(live, found, strict=True):
+                rows[i] = row
+            done += sum(map(len, pieces))
+            tell(done, total)
+        return rows
 
     def _step(self, live):
         """Reads the newest token of each; the logits behind it."""

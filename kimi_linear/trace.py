@@ -166,12 +166,17 @@ class Trace(Mapping):
             raise ValueError(f"names is {names!r:.40}; it must be None or 'hf': kimi_linear.adapters.load reads others")
         if config is None:
             raise ValueError("names='hf' needs config=: shapes of heads are not in the file")
+        from .dataflow import nodes
         from .golden import to_taps
 
         lazy = {name: file[name].array() for name in file}
         if f"{prefix}tokens" in lazy:
             meta["tokens"] = lazy[f"{prefix}tokens"].tolist()
         taps = to_taps(lazy, config, prefix)
+        own = {node.tap for node in nodes(config)}.intersection(name.removeprefix(prefix) for name in lazy)
+        if len(own) > len(taps):
+            raise ValueError(f"{path}: {len(own)} of its {len(lazy)} names are our taps, {len(taps)} are modules of "
+                             "transformers; read it without names='hf' (--names hf)")
         if not taps:
             raise ValueError(f"{path}: with prefix={prefix!r} none of its {len(lazy)} names is a module of this model; "
                              f"it holds {', '.join(sorted(lazy)[:3])}, ...")

@@ -216,6 +216,23 @@ def progress(total, label, unit="token"):
                 **how)
 
 
+def reading():
+    """A function for ``progress=`` of a generation: a bar while a prompt of several pieces is read."""
+    from ..generate import PIECE
+
+    bars = []
+
+    def show(tokens, total):
+        if not bars and total > PIECE:
+            bars.append(progress(total, "reading"))
+        for bar in bars:
+            bar.update(tokens - bar.n)
+            if tokens == total:
+                bar.close()
+
+    return show
+
+
 def print_json(value):
     """One JSON object on stdout."""
     print(json.dumps(value, indent=2, ensure_ascii=False))

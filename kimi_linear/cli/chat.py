@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ._common import add_compute_arguments, add_model_argument, load_model, positive, say, types_of
+from ._common import add_compute_arguments, add_model_argument, load_model, positive, reading, say, types_of
 from .generate import add_generation_arguments, generation_options
 
 HELP = "talk with the model; each turn reads only its new tokens"
@@ -130,7 +130,8 @@ class Chat:
         """Answers the last of the messages; they become the conversation's once there is a token."""
         turn = turns[-1]
         options = {**self.options, "seed": self.options.get("seed", 0) + turn.retries}
-        generation = self.model.generate(messages, state=self.state, prompt_logits=turn.logits, **options)
+        generation = self.model.generate(messages, state=self.state, prompt_logits=turn.logits, progress=reading(),
+                                         **options)
         _watch(generation, show)
         self.stats, self.reason = generation.stats, generation.finish_reason
         if generation.tokens:

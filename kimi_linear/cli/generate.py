@@ -12,6 +12,7 @@ from ._common import (
     positive,
     print_json,
     read_text,
+    reading,
     say,
     types_of,
 )
@@ -75,7 +76,7 @@ def run(args):
     prompt = _prompt(args)
     model = load_model(args)
     generation = model.generate(prompt, n=args.samples, logprobs=max(1, args.logprobs) if args.json else 0,
-                                **generation_options(args))
+                                progress=reading(), **generation_options(args))
     if args.json:
         generation.run()
         print_json(_facts(model, generation))

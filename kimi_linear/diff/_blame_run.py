@@ -25,6 +25,7 @@ RIVAL = 2  # faults that leave no more than this many times as much explain as w
 LONG, START = 512, 256  # in a run of more tokens, faults are tried on so many of them first,
 HOPELESS = 4  # and only there where they leave this many times what explains
 TYPES = ("float64", "float32", "float16", "bfloat16")
+BLIND = 1.0  # of an op's rms: noise that hides whatever it is
 TIED_ROWS = 6  # so many rows with equal scores, all to the last expert, are a rule and not chance
 LARGEST = 3e38
 OPENED = 4  # of the wrong ops, to be looked at
@@ -144,13 +145,17 @@ class Run:
                     continue
                 rows.append(self._judge(tap, group, details))
             level, self.start = self._level(rows), self.of_first(START) if self.scene.T > LONG else None
-            rows = [self._explained(self._leveled(r, level), details.get(r.tap), level) for r in rows]
+            rows = [self._explained(r, details.get(r.tap), level) for r in self._visible(rows, level)]
             rows += self._judge_states(level, {tap for r in rows if not r.ok for tap in r.group})
         rows = [self._with_weights(r) for r in rows]
         lacking = [tap for tap in self.nodes if tap not in self.values]
         if lacking:
             self.notes.append(f"{len(lacking)} taps are not in the trace: their ops are judged together with those "
                               f"behind them (+n)")
+            strange = [name for name in self.last if not _ours(name)]
+            if strange:
+                self.notes.append(f"{len(strange)} names of the trace are none of ours, as {strange[0]!r}: "
+                                  "model.taps lists ours")
         rows = ranked(rows)
         places = [self.scene.place(i) for i in range(self.scene.T)]
         cuts = tuple(int(p.rows[0]) for p in self.scene.pieces if len(p.rows) and p.rows[0])
@@ -261,6 +266,17 @@ class Run:
 
     def _leveled(self, row, level):
         return row if row.op == "route" else replace(row, noise=row.noise / level, of_token=row.of_token / level)
+
+    def _visible(self, rows, level):
+        """Rows in times the level's noise, without those whose noise is as large as themselves."""
+        found = []
+        for r in (self._leveled(r, level) for r in rows):
+            if r.op != "route" and r.noise and r.error / r.noise > BLIND:
+                self.skipped.append((r.tap, f"rounding alone moves it by as much as it is, through {len(r.group)} ops: "
+                                            "more taps are needed"))
+            else:
+                found.append(r)
+        return found
 
     # ---- faults ----
 
@@ -456,11 +472,17 @@ def _named(row, found, alike):
 # ---- what the calls are ------------------------------------------------------------------------------
 
 
+def _ours(name):
+    """Whether a name is of the form of a tap or a state."""
+    return name.startswith(("layers.", "before.layers.")) or name in ("embed", "norm", "logits", "tokens", "hidden")
+
+
 def _scene(calls, nodes):
     offsets = [np.ravel(getattr(x, "meta", {}).get("offsets", [0, _length(x, nodes)])) for x in calls]
     for c, (x, o) in enumerate(zip(calls, offsets)):
         if int(o[-1]) != _length(x, nodes):
-            raise ValueError(f"call {c} has offsets up to {o[-1]} and taps of {_length(x, nodes)} rows")
+            raise ValueError(f"call {c} has offsets up to {o[-1]} and taps of {_length(x, nodes)} rows; a tap's first "
+                             "axis must be the tokens, without one for the batch")
     return Scene(offsets, [getattr(x, "meta", {}).get("position") for x in calls])
 
 

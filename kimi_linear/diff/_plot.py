@@ -48,6 +48,7 @@ def figure(result):
                         norm=BoundaryNorm(np.arange(-0.5, 10), 10))
     left.set_yticks(range(len(grid.labels)), grid.labels, fontsize=8)
     left.set(xlabel="token", title=title)
+    left.xaxis.get_major_locator().set_params(integer=True)
     for cut in grid.cuts:
         left.axvline(cut - 0.5, color="0.4", linewidth=0.6)
     bar = fig.colorbar(image, ax=left, ticks=np.arange(1.5, 8), pad=0.01)

@@ -158,7 +158,7 @@ class Blame(Plotted):
     @property
     def ok(self) -> bool:
         """True where no op is wrong, no weight differs, and the layers are of the kinds that they should be."""
-        return not self.wrong and not self.structure and not self.weights
+        return bool(self.rows) and not self.wrong and not self.structure and not self.weights
 
     def __bool__(self):
         return self.ok
@@ -171,6 +171,8 @@ class Blame(Plotted):
         if self.weights:
             return self._of_weights()
         n = len(self.rows)
+        if not n:
+            return "NOT JUDGED: no op is between taps that the trace has"
         if not self.wrong:
             worst = f"; the furthest, {self.rows[0].tap}, is at {self.rows[0].noise:.2g} times its noise" if n else ""
             return (f"ok: none of {n} ops is wrong in itself{worst}. What moves an op by less than "

@@ -37,6 +37,8 @@ def wrong(x, *, l2=None, heads=None, scale=None, gate=None, axis=None, beta=None
     S0 = np.zeros(shape)
     if x.get("initial_state") is not None and initial != "ignored":
         S0 = np.asarray(x["initial_state"], np.float64).reshape(shape)
+    if initial in ("next", "one before"):
+        S0 = np.roll(S0, -1 if initial == "next" else 1, axis=0)
     if initial == "swapped" and K == V:
         S0 = S0.swapaxes(-1, -2)
     o, states, S = np.zeros((T, Hv, V)), np.zeros(shape), None
@@ -151,6 +153,8 @@ def _sequence(q, k, v, g, b, b_read, S, gate, axis, order, read, stored, final, 
         source = {None: written, "before": old, "decayed": S, "rows": written.swapaxes(1, 2)}[read]
         o[t] = np.einsum("hkv,hk->hv", source, q[t])
         S = S if kind == "no last write" and at == C - 1 else written
+        if kind == "bfloat16" and at == C - 1:
+            S = S.astype(ml_dtypes.bfloat16).astype(np.float64)
     end = S
     if padding and len(q):
         end = _padded(k[-1], v[-1], a[-1], b[-1], S, padding[0], -len(q) % padding[1])
@@ -238,6 +242,9 @@ def _states():
     yield _fault("initial_state_transposed", "the initial state is read with K and V swapped", LAYOUT,
                  initial="swapped")
     yield _fault("initial_state_ignored", "the initial state is ignored: nothing is carried", initial="ignored")
+    yield _fault("initial_states_rolled", "a sequence begins with the state of another",
+                 "slots of a batch, taken one for another", choices=(("next",), ("one before",)),
+                 each="each sequence begins with the state of the {}", initial=lambda whose: whose)
     yield _fault("final_state_too_early", "the final state is that before the last token", final="before the last")
     yield _fault("state_read_transposed", "the output reads the state by the wrong axis: S q for S^T q", LAYOUT,
                  use=BOTH, square=True, read="rows")
@@ -319,6 +326,8 @@ def _chunks():
              dict(border=lambda C: ("no last gate", C))),
             ("no_last_write", "the last token of each chunk is not written, chunks of {}",
              dict(border=lambda C: ("no last write", C))),
+            ("state_in_bfloat16", "the state is rounded to bfloat16 behind each chunk, chunks of {}",
+             dict(border=lambda C: ("bfloat16", C))),
             ("padding_repeats", "padding repeats the last token and reaches the state, chunks of {}",
              dict(padding=lambda C: ("repeats the last token", C))),
             ("padding_decays", "padding goes on decaying the state by the last gate, chunks of {}",

@@ -143,6 +143,14 @@ def packed_as_one(call):
     return call.run(offsets=None, history=first)
 
 
+def histories_rolled(call, whose):
+    """Each sequence has the history of its neighbour."""
+    history = call.args.get("history")
+    if history is None or call.args.get("offsets") is None or len(history) < 2:
+        return None
+    return call.results(history=np.roll(history, -1 if whose == "next" else 1, axis=0))
+
+
 def activated_inputs(call):
     """SiLU before the convolution, and none behind it."""
     history = call.args.get("history")
@@ -322,6 +330,9 @@ FAULTS = (
     Fault("conv_hands_on_outputs", "the history that is handed on holds outputs, not inputs", CONV, history_of_outputs,
           use=CALL),
     Fault("conv_offsets_ignored", "offsets are ignored: sequences run into each other", CONV, packed_as_one, use=CALL),
+    Fault("conv_histories_rolled", "a sequence has the history of another", CONV, histories_rolled,
+          choices=(("next",), ("one before",)), each="each sequence has the history of the {}", use=CALL,
+          source="slots of a batch, taken one for another"),
     Fault("conv_silu_before", "SiLU is before the convolution, not behind it", CONV, activated_inputs, use=CALL),
     Fault("conv_taps_of_next_channel", "each channel has the taps of the next", CONV,
           changed(w=lambda s: np.roll(s["w"], -1, axis=0)), use=CALL),
@@ -331,6 +342,8 @@ FAULTS = (
     Fault("dt_bias_missing", "dt_bias is not added", GATE, changed(dt_bias=lambda s: 0 * s["dt_bias"]), source=FLA),
     Fault("a_log_raw", "A_log is used in place of exp(A_log)", GATE, changed(rate=a_log),
           source=f"{GGML}: the converter stores -exp(A_log)"),
+    Fault("rate_exponentiated", "exp is taken of rate, which is exp(A_log) already", GATE,
+          changed(rate=lambda s: np.exp(s["rate"])), use=CALL, source="a checkpoint holds A_log"),
     Fault("a_log_without_minus", "exp(A_log) softplus(...) without the minus: the state grows", GATE, a_log_as_decay,
           source=f"{GGML}: the converter stores -exp(A_log)"),
     Fault("softplus_missing", "-rate (f + dt_bias)", GATE, _unbounded(no_softplus), source=KDA),

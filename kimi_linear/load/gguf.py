@@ -19,7 +19,7 @@ import numpy as np
 from ..errors import FormatError
 from ..ops._quant import dequantize
 from ..quantized import storage_types
-from .mapped import MappedFile, overlaps
+from .mapped import MappedFile, cut_short, overlaps
 from .safetensors import TensorView
 from .strict_json import show
 
@@ -223,18 +223,20 @@ class GGUFFile(MappedFile, Mapping):
 
     def _views(self, infos: list["_Info"], problems: list[str]) -> dict[str, TensorView]:
         views: dict[str, TensorView] = {}
-        size = len(self.mapping)
+        size, beyond = len(self.mapping), {}
         for info in infos:
-            if found := _info_problem(info, self.alignment, self.data_offset, size):
+            if found := _info_problem(info, self.alignment):
                 problems.append(f"{_quote(info.name)} (its info is at byte {info.at}) {found}")
+            elif (end := self.data_offset + info.offset + info.n_bytes) > size:
+                beyond[f"{_quote(info.name)} (its info is at byte {info.at})"] = end
             elif info.name in views:
                 problems.append(f"{_quote(info.name)} is there twice, the second time at byte {info.at}")
             else:
-                name, n_values, n_bytes = TYPES[info.type]
+                name, n_values, _ = TYPES[info.type]
                 kind = TensorView if n_values == 1 else BlockView
                 views[info.name] = kind(info.name, name, info.ne[::-1], self, self.data_offset + info.offset,
-                                        math.prod(info.ne) // n_values * n_bytes)
-        problems += overlaps(views.values())
+                                        info.n_bytes)
+        problems += cut_short(beyond, len(infos), size) + overlaps(views.values())
         return views
 
 
@@ -247,6 +249,12 @@ class _Info:
     type: int
     offset: int
     at: int
+
+    @property
+    def n_bytes(self) -> int:
+        """Of the values, in a type that is known."""
+        _, n_values, n_bytes = TYPES[self.type]
+        return math.prod(self.ne) // n_values * n_bytes
 
 
 def _info(cursor: "_Cursor") -> _Info:
@@ -263,24 +271,20 @@ def _info(cursor: "_Cursor") -> _Info:
     return _Info(name, ne, kind, cursor.u64(f"the offset of {who}"), at)
 
 
-def _info_problem(info: _Info, alignment: int, start: int, size: int) -> str | None:
+def _info_problem(info: _Info, alignment: int) -> str | None:
     if 0 in info.ne:
         return f"has sizes {list(info.ne)}; none may be 0"
     if math.prod(info.ne) > MAX_BYTES:
         return f"has sizes {list(info.ne)}, whose product overflows 64 bits"
     if info.type not in TYPES:
         return f"has the storage type {info.type}, which is not known"
-    name, n_values, n_bytes = TYPES[info.type]
+    name, n_values, _ = TYPES[info.type]
     if info.ne[0] % n_values:
         return f"is {name} with rows of {info.ne[0]} values; {name} has blocks of {n_values}, which must fill a row"
-    length = math.prod(info.ne) // n_values * n_bytes
-    if length > MAX_BYTES:
-        return f"of {name} {list(info.ne)} would have {length} bytes, which overflows 64 bits"
+    if info.n_bytes > MAX_BYTES:
+        return f"of {name} {list(info.ne)} would have {info.n_bytes} bytes, which overflows 64 bits"
     if info.offset % alignment:
         return f"has the offset {info.offset}; it must be a multiple of the alignment, {alignment}"
-    begin = start + info.offset
-    if begin + length > size:
-        return f"is bytes {begin}..{begin + length}, but the file holds only {size}: it is cut short or damaged"
     return None
 
 

@@ -126,6 +126,15 @@ def _stamp(status: os.stat_result) -> tuple[int, int, int]:
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
+def cut_short(ends: dict[str, int], n_tensors: int, size: int) -> list[str]:
+    """One sentence about the tensors that end beyond the file; `ends` has the byte at which each would."""
+    if not ends:
+        return []
+    first, last = next(iter(ends)), max(ends.values())
+    who = f"{first} ends" if len(ends) == 1 else f"{len(ends):,} of {n_tensors:,} tensors, the first {first}, end"
+    return [f"{who} beyond the file: it has {size:,} bytes and should have {last:,}; it is cut short or damaged"]
+
+
 def overlaps(tensors) -> list[str]:
     """A sentence for each tensor that begins before those in front of it end.
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from ..errors import FormatError
 from . import strict_json
-from .mapped import MappedFile
+from .mapped import MappedFile, cut_short
 from .strict_json import show
 
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
@@ -162,17 +162,21 @@ class SafetensorsFile(MappedFile, Mapping):
     def _read_entries(self, header: dict, start: int, problems: list[str]) -> dict[str, TensorView]:
         n_data = len(self.mapping) - start
         tensors: dict[str, TensorView] = {}
-        n_before = len(problems)
+        n_before, beyond = len(problems), {}
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
-            found = _entry_problems(name, entry, n_data)
+            found = _entry_problems(name, entry)
             problems += found
             if not found:
                 begin, end = entry["data_offsets"]
+                if end > n_data:
+                    beyond[_quote(name)] = start + end
+                    continue
                 tensors[name] = TensorView(
                     name, entry["dtype"], tuple(entry["shape"]), self, start + begin, end - begin
                 )
+        problems += cut_short(beyond, len(header) - ("__metadata__" in header), len(self.mapping))
         problems += _cover_problems(tensors.values(), start, len(self.mapping), len(problems) == n_before)
         return tensors
 
@@ -192,8 +196,8 @@ def _metadata(header: dict, problems: list[str]) -> dict[str, str]:
     return dict(metadata)
 
 
-def _entry_problems(name: str, entry: object, n_data: int) -> list[str]:
-    """What is wrong with one tensor's entry, taken alone. `n_data` is the size of the data in bytes."""
+def _entry_problems(name: str, entry: object) -> list[str]:
+    """What is wrong with one tensor's entry, taken alone."""
     who = _quote(name)
     if not isinstance(entry, strict_json.Object):
         return [f"{who} is described by {show(entry)}; it must be an object"]
@@ -204,7 +208,7 @@ def _entry_problems(name: str, entry: object, n_data: int) -> list[str]:
         if key not in ("dtype", "shape", "data_offsets")
     ]
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    checks = _dtype_problem(dtype), _shape_problem(shape), _range_problem(offsets, n_data)
+    checks = _dtype_problem(dtype), _shape_problem(shape), _range_problem(offsets)
     problems += [f"{who} {problem}" for problem in checks if problem]
     if any(checks):
         return problems
@@ -233,14 +237,12 @@ def _shape_problem(shape: object) -> str | None:
     return None
 
 
-def _range_problem(offsets: object, n_data: int) -> str | None:
+def _range_problem(offsets: object) -> str | None:
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(n) for n in offsets):
         return f"has the data_offsets {show(offsets)}; they must be two integers >= 0"
     begin, end = offsets
     if begin > end:
         return f"has the range {offsets}, which ends before it begins"
-    if end > n_data:
-        return f"ends at byte {end} of the data, but the file holds only {n_data}: it is cut short or damaged"
     return None
 
 

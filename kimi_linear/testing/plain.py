@@ -325,12 +325,14 @@ def plain(op, results, cases, laws=(), forms=None, diagnose=None, mistaken=None,
                 kinds=functools.partial(_kinds, op, forms or {}),
                 plan=functools.partial(_plan, op, results, forms or {}),
                 mistaken=mistaken or functools.partial(_mistaken, op),
-                diagnose=diagnose or (lambda x, actual, ref: nan_spread(x)),
+                diagnose=diagnose or nan_spread,
                 real=functools.cache(functools.partial(_real, op, parameters)))
 
 
-def nan_spread(x):
-    """What NaN in a result may mean where there is one in an input."""
+def nan_spread(x, actual, ref):
+    """What NaN may mean that is in a result where it should not be, or is not where it should, with one in an input."""
+    if all((np.isfinite(a) == np.isfinite(r)).all() for a, r in zip(actual, ref, strict=True)):
+        return []
     if any(isinstance(a, np.ndarray) and a.dtype.kind == "f" and np.isnan(a).any() for a in x.values()):
         return [("NaN of one row reaches others, or is lost", "")]
     return []

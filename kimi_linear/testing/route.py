@@ -4,7 +4,7 @@ import numpy as np
 
 from .. import reference
 from ..faults import Call, mistakes
-from .plain import Form, lone_rows, maker, plain
+from .plain import Form, lone_rows, maker, nan_spread, plain
 from .spec import Explanation, defaults
 
 __all__ = ["SPEC"]
@@ -93,5 +93,13 @@ FORMS = {
     "weights before ids": Form(back=lambda found, x: {"ids": found["weights"], "weights": found["ids"]}),
 }
 
+def diagnose(x, actual, ref):
+    """Ids in another order hide what else is wrong."""
+    if (np.diff(actual[0]) < 0).any():
+        return [('the ids of a token do not rise; conventions=kl.conventions["ours"]["route"].but(forms=("ids in any '
+                 'order",)) compares them in any order', "")]
+    return nan_spread(x, actual, ref)
+
+
 SPEC = plain("route", ("ids", "weights"), cases(), lone_rows("route", "scores"), FORMS, mistaken=mistaken,
-             explanations=EXPLANATIONS)
+             explanations=EXPLANATIONS, diagnose=diagnose)

@@ -51,7 +51,7 @@ def diagnose(x, actual, ref):
     rows = np.isnan(actual[0]).any(-1) & ~np.isnan(ref[0]).any(-1)
     if rows.any() and (np.abs(x["x"][rows].max(-1)) > 85).all():
         return [(next(f.text for f in mistakes("softmax") if f.name == "softmax_overflow"), "")]
-    return nan_spread(x)
+    return nan_spread(x, actual, ref)
 
 
 SPEC = plain("softmax", ("y",), cases(), lone_rows("softmax", "x"), diagnose=diagnose)

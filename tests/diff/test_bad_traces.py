@@ -104,3 +104,25 @@ def test_what_is_no_trace_is_named(model, ours):
     assert kl.Trace({"embed": [[1.0, 2.0]]})["embed"].shape == (1, 2)
     with pytest.raises(TypeError, match="model is a Trace; it must be a Model or a ReferenceModel"):
         blame(ours, model)
+
+
+def test_logits_alone_judge_nothing():
+    model = kl.Model.tiny()
+    ids = model.tokenizer.encode("In the beginning God created the heaven and the earth. And the earth was")
+    (theirs,) = kl.faults.run(model, ids, plant={"layers.2.kda.o": "decay_after_update"})
+    found = blame(model, kl.Trace({"logits": theirs["logits"]}, theirs.meta))
+    assert not found and found.verdict.startswith("NOT JUDGED") and "more taps are needed" in str(found)
+
+
+def test_our_names_are_not_read_as_those_of_transformers(tmp_path):
+    model = kl.Model.tiny()
+    model.trace([5, 6, 7]).save(tmp_path / "ours.safetensors")
+    with pytest.raises(ValueError, match="of its 155 names are our taps, 1 are modules of transformers"):
+        kl.Trace.load(tmp_path / "ours.safetensors", names="hf", config=model.config)
+
+
+def test_names_that_are_none_of_ours_are_told():
+    model = kl.Model.tiny()
+    trace = model.trace([5, 6, 7])
+    found = blame(model, kl.Trace({k.replace("layers.", "model.layer"): x for k, x in trace.items()}, trace.meta))
+    assert "152 names of the trace are none of ours, as 'model.layer0.attn_norm'" in str(found)

@@ -478,3 +478,12 @@ def test_a_model_without_a_tokenizer_gives_ids():
         golden.generate([1], stop="a")
     with pytest.raises(ValueError, match="no tokenizer"):
         golden.generate([{"role": "user", "content": "x"}])
+
+
+def test_progress_tells_of_the_prompt_and_changes_nothing():
+    model, told = kl.Model.tiny(), []
+    prompts = [list(range(3, 1303)), list(range(40, 80))]
+    quiet = model.generate(prompts, max_new_tokens=2, logprobs=1).run()
+    loud = model.generate(prompts, max_new_tokens=2, logprobs=1, progress=lambda *pair: told.append(pair)).run()
+    assert told == [(0, 1340), (552, 1340), (1064, 1340), (1340, 1340)]
+    assert loud.tokens == quiet.tokens and loud.logprobs == quiet.logprobs

@@ -174,8 +174,8 @@ HOSTILE = {
     "unknown type": (raw_file(infos=[info("a", kind=4)], data=ONE), "has the storage type 4, which is not known"),
     "part of a block": (raw_file(infos=[info("a", (33,), 8)], data=ONE * 9), "Q8_0 with rows of 33 values; Q8_0 has"),
     "misaligned": (raw_file(infos=[info("a", offset=16)], data=ONE * 4), "has the offset 16; it must be a multiple of"),
-    "past the end": (raw_file(infos=[info("a", (8,))], data=ONE), "is bytes 64..96, but the file holds only 80: it is"),
-    "far past the end": (raw_file(infos=[info("a", offset=2**63)], data=ONE), "but the file holds only 80"),
+    "past the end": (raw_file(infos=[info("a", (8,))], data=ONE), "the file: it has 80 bytes and should have 96"),
+    "far past the end": (raw_file(infos=[info("a", offset=2**63)], data=ONE), "it has 80 bytes and should have"),
     "same name": (raw_file(infos=[info("a"), info("a", offset=32)], data=ONE * 4), "'a' is there twice, the second"),
     "overlap": (raw_file(infos=[info("a", (16,)), info("b", offset=32)], data=ONE * 4), "'a' and 'b' overlap by 16 b"),
     "same place": (raw_file(infos=[info("a"), info("b")], data=ONE), "'a' and 'b' overlap by 16 bytes from byte"),
@@ -250,3 +250,12 @@ def test_values_of_blocks(path, rng, name):
     assert values.shape == (5, 3 * n_values) and not values.flags.writeable
     with np.errstate(all="ignore"):
         np.testing.assert_array_equal(values, gguf.quants.dequantize(raw, kind))
+
+
+def test_a_download_that_ended_early_is_one_sentence(tmp_path):
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(raw_file(infos=[info("a"), info("b", offset=32), info("c", offset=64)], data=ONE))
+    with pytest.raises(FormatError) as caught:
+        GGUFFile(path)
+    (problem,) = caught.value.problems
+    assert problem.startswith("2 of 3 tensors, the first 'b'") and "it is cut short or damaged" in problem
