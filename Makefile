@@ -1,6 +1,10 @@
 # Everything is set up on demand: each target makes the environment and the build that it needs.
 #   PYTHON=python3.12 make test     another interpreter, 3.11 or newer
 
+ifeq ($(filter oneshell,$(.FEATURES)),)
+$(error this Makefile needs GNU make 3.82 or newer and this is $(MAKE_VERSION); macOS: brew install make, then gmake. `pip install .` needs no make)
+endif
+
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
@@ -15,7 +19,7 @@ PEERS := .venv-peers
 CTEST := $(MAKE) -C tests/c
 ASAN_TREE := build/asan/kimi_linear
 
-.PHONY: help system venv build lib ctest test hip-host hip hip-nvidia hip-resources hip-system gpu-check demo oracles peers lint format asan tsan aarch64 long fuzz bench clean
+.PHONY: help system venv build lib ctest test hip-host hip hip-nvidia hip-resources hip-system gpu-check demo oracles peers lint format asan tsan aarch64 macos long fuzz bench clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/^([a-z0-9-]+):.*## */  make \1\t/' | expand -t 18
@@ -156,6 +160,30 @@ aarch64: $(VENV)/.runtime  ## the C library for aarch64 by a cross compiler, and
 	root=$$(dirname $$(dirname $$(realpath $$($$CC -print-file-name=ld-linux-aarch64.so.1))))
 	$(CTEST) LIB=$(CURDIR)/build/lib-aarch64 CC=$$CC NM=$(AARCH64)nm \
 	    RUN="qemu-aarch64 $(if $(CPU),-cpu $(CPU)) -L $$root"
+
+# Compiled and linked by another system's compiler, never run. zig, which brings the headers and the library stubs of
+# macOS, is installed for this target alone. Python's headers are this system's: the stable ABI hardly differs.
+ZIG := build/zig
+MACS := aarch64-macos x86_64-macos
+$(ZIG)/.ready:
+	@python=$$(sh tools/setup-system.sh --python)
+	echo "venv: $(ZIG), with zig (100 MiB)"
+	$$python -m venv $(ZIG)
+	$(ZIG)/bin/python -m pip install -q --disable-pip-version-check "ziglang>=0.17,<0.18"
+	touch $@
+
+macos: $(VENV)/.runtime $(ZIG)/.ready  ## compile and link for macOS by zig: C library, its C programs, extension; nothing is run
+	@sh tools/setup-system.sh pkg-config
+	zig="$(CURDIR)/$(ZIG)/bin/python -m ziglang"
+	export KL_BLAS=none KL_WERROR=1 AR="$$zig ar"
+	for mac in $(MACS); do
+	    export CC="$$zig cc -target $$mac.11.0"
+	    $(PY) setup.py -q lib build_ext --build-lib build/macos/$$mac
+	    what=programs
+	    if command -v llvm-nm >/dev/null; then what="programs exports"; fi
+	    $(CTEST) LIB=$(CURDIR)/build/lib-$$mac-werror CC="$$CC" NM=llvm-nm SYSTEM=Darwin $$what
+	    echo "macos: $$mac: compiled without a warning and linked; never run"
+	done
 
 long: build  ## what takes minutes: 131,072 tokens through one state, thousands of calls without a leak
 	@for script in tests/long/*.py; do $(PY) $$script; done

@@ -7,12 +7,11 @@ Both share their objects (build/obj/<variant>), compiled in parallel, and again 
 or a flag has changed.  Settings come from the environment:
 
     CC            C compiler; a cross compiler builds for its      KL_JOBS      compilations at once
-                  machine: lib, not build_ext
+                  machine: lib, not build_ext; AR goes with it
     KL_BLAS       auto | pkg-config | scipy | none                 KL_WERROR=1  warnings are errors
     KL_SANITIZE   address,undefined | thread                       KL_DEBUG=1   asserts, NaN-filled scratch
 """
 
-import fcntl
 import os
 import platform
 import re
@@ -44,6 +43,7 @@ COMMON = """
     -ffp-contract=off -fno-math-errno
     -Wall -Wextra -Wshadow -Wdouble-promotion -Wconversion -Wvla
 """.split()
+STACK = "-Wframe-larger-than=65536"  # threads have 512 KiB on macOS
 AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma -mf16c -mprefer-vector-width=512".split()
 ISA = {  # by machine; the files of another are empty
     "csrc/cpu/isa_scalar.c": {},
@@ -51,10 +51,14 @@ ISA = {  # by machine; the files of another are empty
     "csrc/cpu/isa_avx512.c": {"x86_64": AVX512},
     "csrc/cpu/isa_avx512bf16.c": {"x86_64": [*AVX512, "-mavx512bf16"]},
     "csrc/cpu/isa_neon.c": {},
-    "csrc/cpu/isa_neon_dotprod.c": {"aarch64": ["-march=armv8.2-a+dotprod"]},
+    "csrc/cpu/isa_neon_dotprod.c": {"aarch64": ["-march=armv8.2-a+dotprod"]},  # Apple silicon has it without a flag
 }
 
-INSTALL = "apt-get install -y gcc libc6-dev python3-dev"
+NAMES = {"arm64": "aarch64", "amd64": "x86_64"}  # other names of machines
+MACOS = "11.0"  # the first on Apple silicon, and the oldest for which OpenBLAS has wheels of both machines
+INSTALL = "as root: apt-get install -y gcc libc6-dev python3-dev"
+if sys.platform == "darwin":
+    INSTALL = "xcode-select --install"
 
 
 def env_flag(name):
@@ -69,9 +73,9 @@ def glob(patterns):
     return sorted(path.relative_to(ROOT).as_posix() for p in patterns for path in ROOT.glob(p))
 
 
-def check_platform(machine):
-    if sys.platform != "linux" or machine not in ("x86_64", "aarch64"):
-        fail(f"this is {sys.platform} on {machine}; it runs on Linux x86-64 and aarch64, not yet elsewhere.")
+def check_platform(machine, system):
+    if system not in ("linux", "darwin") or machine not in ("x86_64", "aarch64"):
+        fail(f"this is {system} on {machine}; it builds for Linux and macOS, on x86-64 and aarch64 (arm64).")
 
 
 def compiler():
@@ -84,19 +88,28 @@ def compiler():
     for name in ("cc", "gcc", "clang"):
         if shutil.which(name):
             return [name]
-    fail(f"there is no C compiler; as root: {INSTALL}")
+    fail(f"there is no C compiler; {INSTALL}")
 
 
-def machine_of(cc):
-    """What `cc` compiles for; this machine where it does not say."""
+def target_of(cc):
+    """The machine and the system that `cc` compiles for; those here where it does not say."""
     asked = subprocess.run([*cc, "-dumpmachine"], capture_output=True, text=True)
-    return asked.stdout.strip().partition("-")[0] or platform.machine()
+    machine, _, system = asked.stdout.strip().partition("-")
+    if not machine:
+        return here()
+    known = [("linux", "linux"), ("darwin", "darwin"), ("macos", "darwin")]
+    return NAMES.get(machine, machine), next((name for word, name in known if word in system), system)
+
+
+def here():
+    machine = platform.machine().lower()
+    return NAMES.get(machine, machine), sys.platform
 
 
 def python_include():
     folder = sysconfig.get_paths()["include"]
     if not Path(folder, "Python.h").exists():
-        fail(f"{folder}/Python.h is missing; as root: {INSTALL}")
+        fail(f"{folder}/Python.h is missing; {INSTALL}")
     return folder
 
 
@@ -146,7 +159,7 @@ def blas_scipy():
         (f"-isystem{wheel.get_include_dir()}",),
         (f"-L{folder}", f"-l{library}"),
         folder=folder,
-        soname=f"lib{library}.so",
+        soname=f"lib{library}.{'dylib' if sys.platform == 'darwin' else 'so'}",
         licences=tuple(Path(f) for f in licences),
     )
 
@@ -184,15 +197,19 @@ class Toolchain:
 
     def __init__(self):
         self.cc = compiler()
-        self.machine = machine_of(self.cc)
-        check_platform(self.machine)
+        if sys.platform == "darwin" and not {"-arch", "-target"} & set(self.cc):
+            self.cc += ["-arch", platform.machine()]  # Python's, which may be another than the processor's
+        self.machine, self.system = target_of(self.cc)
+        check_platform(self.machine, self.system)
         check_version()
+        self.macos = self.system == "darwin"
+        self.foreign = (self.machine, self.system) != here()
         self.blas = find_blas()
         self.sanitize = os.environ.get("KL_SANITIZE", "")
         self.debug = bool(self.sanitize) or env_flag("KL_DEBUG")
         self.werror = env_flag("KL_WERROR")
-        foreign = self.machine if self.machine != platform.machine() else ""
-        words = [foreign, self.sanitize.replace(",", "-"), "debug" * self.debug, "werror" * self.werror]
+        other = self.machine + "-macos" * self.macos if self.foreign else ""
+        words = [other, self.sanitize.replace(",", "-"), "debug" * self.debug, "werror" * self.werror]
         self.variant = "-".join(filter(None, words)) or "release"
         self.objects = ROOT / "build/obj" / self.variant
         self.lib = ROOT / "build" / ("lib" if self.variant == "release" else f"lib-{self.variant}")
@@ -202,11 +219,15 @@ class Toolchain:
         level = "-O1" if self.sanitize else "-O3" if source in ISA else "-O2"
         flags = [*COMMON, level, "-Icsrc", f'-DKL_BLAS_NAME="{self.blas.name}"']
         flags += self.blas.defines
+        flags += [f"-mmacosx-version-min={MACOS}"] if self.macos else []
         flags += ["-DKL_DEBUG"] if self.debug else ["-DNDEBUG"]
         flags += ["-Werror"] if self.werror else []
         if self.sanitize:
             flags += [f"-fsanitize={self.sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
-        flags += ISA.get(source, {}).get(self.machine, [])
+        else:
+            flags += [STACK]
+        if not (self.macos and self.machine == "aarch64"):
+            flags += ISA.get(source, {}).get(self.machine, [])
         if source == "csrc/cpu/gemm.c":
             flags += self.blas.cflags
         if source.startswith("csrc/python/"):
@@ -214,7 +235,8 @@ class Toolchain:
         return flags
 
     def link_flags(self):
-        return ["-shared", "-pthread"] + ([f"-fsanitize={self.sanitize}"] if self.sanitize else [])
+        system = [f"-mmacosx-version-min={MACOS}"] if self.macos else ["-pthread"]
+        return ["-shared", *system] + ([f"-fsanitize={self.sanitize}"] if self.sanitize else [])
 
     def compile(self, sources):
         """Objects of `sources`, brought up to date; all errors are shown, not only the first."""
@@ -264,9 +286,11 @@ class Toolchain:
         os.replace(fresh, target)
 
     def program(self, name):
-        """The compiler's own `name`: a cross compiler's is another than this machine's."""
+        """$AR and the like, else the compiler's own `name`: a cross compiler's is another than this machine's."""
+        if name.upper() in os.environ:
+            return shlex.split(os.environ[name.upper()])
         asked = subprocess.run([*self.cc, f"-print-prog-name={name}"], capture_output=True, text=True)
-        return asked.stdout.strip() or name
+        return [asked.stdout.strip() or name]
 
     @staticmethod
     def run(command):
@@ -276,6 +300,9 @@ class Toolchain:
 
 def locked(body):
     """Run `body` while no other build of this tree runs."""
+    check_platform(*here())
+    import fcntl  # which Windows has not
+
     (ROOT / "build").mkdir(exist_ok=True)
     with open(ROOT / "build/.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -314,6 +341,10 @@ class BuildExtension(build_ext):
 
     @staticmethod
     def _exports(tools):
+        if tools.macos:  # -shared makes a dylib, which Python loads as it does a bundle
+            name = "-Wl,-install_name,@rpath/_core.abi3.so"
+            only = [] if tools.foreign else ["-Wl,-exported_symbol,_PyInit__core"]  # of the linkers only zig's lacks it
+            return ["-Wl,-undefined,dynamic_lookup", name, *only]
         script = tools.objects / "core.map"
         script.write_text("{ global: PyInit__core; local: *; };\n")
         return [f"-Wl,--version-script={script}"]
@@ -329,7 +360,7 @@ class BuildExtension(build_ext):
         carried.mkdir(parents=True, exist_ok=True)
         for path in (blas.folder / blas.soname, *blas.licences):
             shutil.copy2(path, carried)
-        return ["-Wl,-rpath,$ORIGIN/_openblas"]
+        return [f"-Wl,-rpath,{'@loader_path' if tools.macos else '$ORIGIN'}/_openblas"]
 
     @staticmethod
     def _variant_changed(target, tools):
@@ -361,22 +392,31 @@ class BuildLibrary(Command):
         objects = tools.compile(glob(LIBRARY))
         if not objects:
             fail("csrc/ holds no C files.")
-        shared = tools.lib / f"libkimi_linear.so.{VERSION}"
+        full, major, plain = self._names(tools)
+        shared = tools.lib / full
         static = tools.lib / "libkimi_linear.a"
         if is_older(shared, [*objects, __file__]):
-            self._shared(tools, shared, objects)
+            self._shared(tools, shared, objects, major, plain)
         if is_older(static, [*objects, __file__]):
             self._static(tools, static, objects)
         self._describe(tools)
-        print(f"{tools.lib.relative_to(ROOT)}: libkimi_linear.a, libkimi_linear.so, include/, kimi_linear.pc")
+        print(f"{tools.lib.relative_to(ROOT)}: libkimi_linear.a, {plain}, include/, kimi_linear.pc")
 
     @staticmethod
-    def _shared(tools, target, objects):
-        soname = f"libkimi_linear.so.{ABI_VERSION}"
+    def _names(tools):
+        """The shared library's: with its version, with that of its ABI, and plain, which a linker looks for."""
+        versions = (VERSION, ABI_VERSION)
+        if tools.macos:
+            return (*(f"libkimi_linear.{v}.dylib" for v in versions), "libkimi_linear.dylib")
+        return (*(f"libkimi_linear.so.{v}" for v in versions), "libkimi_linear.so")
+
+    @staticmethod
+    def _shared(tools, target, objects, major, plain):
         rpath = [f"-Wl,-rpath,{tools.blas.folder}"] if tools.blas.folder else []
-        undefined = [] if tools.sanitize else ["-Wl,-z,defs"]
-        tools.link(target, objects, [f"-Wl,-soname,{soname}", *undefined, *rpath])
-        for name in (soname, "libkimi_linear.so"):
+        undefined = [] if tools.sanitize or tools.macos else ["-Wl,-z,defs"]  # on macOS they are errors anyway
+        name = f"-Wl,-install_name,@rpath/{major}" if tools.macos else f"-Wl,-soname,{major}"
+        tools.link(target, objects, [name, *undefined, *rpath])
+        for name in (major, plain):
             link = target.with_name(name)
             link.unlink(missing_ok=True)
             link.symlink_to(target.name)
@@ -386,9 +426,12 @@ class BuildLibrary(Command):
         """One object whose hidden symbols are local, so that they cannot clash with a program's."""
         merged = tools.objects / "kimi_linear.o"
         target.unlink(missing_ok=True)
-        tools.run([tools.program("ld"), "-r", "-o", str(merged), *objects])
-        tools.run([tools.program("objcopy"), "--localize-hidden", str(merged)])
-        tools.run([tools.program("ar"), "rcs", str(target), str(merged)])
+        if tools.macos:  # where -r makes them local
+            tools.run([*tools.cc, "-r", "-nostdlib", "-o", str(merged), *objects])
+        else:
+            tools.run([*tools.program("ld"), "-r", "-o", str(merged), *objects])
+            tools.run([*tools.program("objcopy"), "--localize-hidden", str(merged)])
+        tools.run([*tools.program("ar"), "rcs", str(target), str(merged)])
 
     @staticmethod
     def _describe(tools):
@@ -410,9 +453,13 @@ class BuildLibrary(Command):
         (tools.lib / "kimi_linear.pc").write_text(text)
 
 
+WHEEL = {"py_limited_api": "cp311"}
+if sys.platform == "darwin":
+    WHEEL["plat_name"] = f"macosx-{MACOS}-{platform.machine()}"  # Python's own may say universal2
+
 setup(
     version=VERSION,
     ext_modules=[Extension("kimi_linear._core", sources=[], py_limited_api=True)],
     cmdclass={"build_py": BuildPython, "build_ext": BuildExtension, "lib": BuildLibrary},
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    options={"bdist_wheel": WHEEL},
 )

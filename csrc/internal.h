@@ -102,7 +102,7 @@ typedef void (*kl_body)(void *arg, int64_t begin, int64_t end, int thread);
  * task is the default one, whoever called. KL_ERR_INTERRUPTED when cancelled: some tasks are undone. */
 kl_status kl_for(kl_ctx *ctx, int64_t n, int64_t grain, kl_body body, void *arg) KL_CHECKED;
 
-int64_t kl_now_ns(void); /* of a clock that never steps back */
+int64_t kl_now_ns(void); /* of a clock that never steps back (system.c) */
 
 /* In the place of the pool that the context has; on failure that one stays. */
 kl_status kl_pool_create(kl_ctx *ctx, int threads) KL_CHECKED;

@@ -4,15 +4,14 @@
  * are inside (bits 1..15) and whether it still takes workers (bit 0). A worker enters by compare and
  * swap, so a worker that wakes late never delays a job that is over. Between jobs workers watch the gate
  * for some 50 microseconds, which covers the gap between two ops of a decode step, then sleep. */
-#define _GNU_SOURCE
+#define _POSIX_C_SOURCE 200809L /* getpid */
 #include "internal.h"
 
 #include "cpu/fpenv.h"
+#include "system.h"
 
 #include <pthread.h>
-#include <sched.h>
 #include <stdlib.h>
-#include <time.h>
 #include <unistd.h>
 
 enum { SPINS = 2000, OPEN = 1, WORKER = 2, WORKERS = 0xfffe, JOB = 0x10000 };
@@ -46,13 +45,6 @@ static void pause_briefly(void)
 #elif defined(__aarch64__)
     __asm__ volatile("yield");
 #endif
-}
-
-int64_t kl_now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
 static bool cancelled(kl_ctx *ctx)
@@ -184,18 +176,10 @@ kl_status kl_for(kl_ctx *ctx, int64_t n, int64_t grain, kl_body body, void *arg)
     return KL_OK;
 }
 
-static int processors(void)
-{
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0)
-        return CPU_COUNT(&set);
-    return 1;
-}
-
 kl_status kl_pool_create(kl_ctx *ctx, int threads)
 {
     if (threads == 0)
-        threads = processors();
+        threads = kl_processors();
     kl_pool *pool = calloc(1, sizeof *pool + (size_t)threads * sizeof pool->worker[0]);
     if (pool == NULL)
         return kl_fail(ctx, KL_ERR_MEMORY, "out of memory: thread pool");

@@ -54,6 +54,7 @@ kl_status kl_roof_fma(kl_ctx *ctx, double *flops_per_second)
     task a = { .k = ctx->k };
     const double begin = seconds();
     KL_TRY(kl_for(ctx, FMA_TASKS, 1, fma_rounds, &a));
-    *flops_per_second = 2.0 * FMAS * FMA_ROUNDS * FMA_TASKS / (seconds() - begin);
+    *flops_per_second =
+        2.0 * (double)((int64_t)FMAS * FMA_ROUNDS * FMA_TASKS) / (seconds() - begin);
     return KL_OK;
 }

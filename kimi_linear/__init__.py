@@ -6,7 +6,7 @@ try:
     from . import _core as _core
 except ImportError as _error:
     raise ImportError(
-        f"kimi_linear runs on Linux, x86-64 and aarch64; here is {_platform.system()} on "
+        f"kimi_linear is for Linux and macOS, x86-64 and aarch64; here is {_platform.system()} on "
         f"{_platform.machine()} and its extension module cannot be loaded ({_error}). In a source tree: make build"
     ) from None
 

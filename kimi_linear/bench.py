@@ -20,7 +20,7 @@ from . import _core
 from ._scalars import at_least
 from .context import current, devices
 from .device_array import DeviceArray
-from .plan import active
+from .plan import active, asked_of_macos
 
 __all__ = [
     "Roofs", "active_bytes", "active_flops", "anonymous_bytes", "bench", "blas_threads", "machine", "sample",
@@ -90,6 +90,8 @@ def _cpu():
             if line.startswith("model name"):
                 name = line.split(":", 1)[1].strip()
                 return f"{name}, {len(os.sched_getaffinity(0))} processors"
+    if name := asked_of_macos("sysctl", "-n", "machdep.cpu.brand_string"):  # macOS
+        return f"{name}, {os.cpu_count()} processors"
     return platform.processor() or "unknown"
 
 

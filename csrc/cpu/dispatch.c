@@ -1,13 +1,10 @@
 /* Which kernel tables this machine can run, and the choice of one. */
 #include "kernels.h"
 
+#include "../system.h"
+
 #include <stdio.h>
 #include <string.h>
-
-#if defined(__aarch64__)
-#include <asm/hwcap.h>
-#include <sys/auxv.h>
-#endif
 
 #if defined(__x86_64__)
 /* __builtin_cpu_supports also asks the operating system whether it saves the wide registers */
@@ -42,7 +39,7 @@ static int available(const kl_kernels *tables[TABLES])
         tables[n++] = &kl_kernels_avx512bf16;
 #elif defined(__aarch64__)
     tables[n++] = &kl_kernels_neon;
-    if ((getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0)
+    if (kl_has_sdot())
         tables[n++] = &kl_kernels_neon_dotprod;
 #endif
     return n;

@@ -72,14 +72,14 @@ static kl_status check_reals(kl_ctx *ctx, const kl_config *c, bool delta, bool m
         bool used;
         double value, low, high;
     } checks[] = {
-        { "rms_norm_eps", "finite and >= 0", true, (double)c->rms_eps, 0, INFINITY },
-        { "latent_eps", "finite and >= 0", mla, (double)c->latent_eps, 0, INFINITY },
-        { "l2_eps", "finite and >= 0", delta, (double)c->l2_eps, 0, INFINITY },
+        { "rms_norm_eps", "finite and >= 0", true, (double)c->rms_eps, 0, HUGE_VAL },
+        { "latent_eps", "finite and >= 0", mla, (double)c->latent_eps, 0, HUGE_VAL },
+        { "l2_eps", "finite and >= 0", delta, (double)c->l2_eps, 0, HUGE_VAL },
         { "gate_lower_bound", "finite and < 0, or 0 for none", delta, (double)c->delta.lower_bound,
-          -INFINITY, 0 },
+          -HUGE_VAL, 0 },
         { "rope_base", "finite and > 0", attn && c->attn.rotary > 0, c->attn.rope_base,
-          DBL_TRUE_MIN, INFINITY },
-        { "routed_scale", "finite", moe, (double)c->ffn.scale, -INFINITY, INFINITY },
+          DBL_TRUE_MIN, HUGE_VAL },
+        { "routed_scale", "finite", moe, (double)c->ffn.scale, -HUGE_VAL, HUGE_VAL },
     };
     for (size_t i = 0; i < sizeof checks / sizeof checks[0]; i++) {
         const double x = checks[i].value;

@@ -88,10 +88,11 @@ static void attend(const kl_mla *a, const room *r, int64_t n, int64_t h, int64_t
         const int64_t positions = kl_min(KL_BLOCK, all - p), skip = kl_max(0, p + 1 - seen);
         expand(a, r, n, h, p, positions);
         const kl_attend block = {
-            .q = { { q + skip * row, row, g->K }, { q + skip * row + g->K, row, g->P } },
-            .k = { { r->k, g->K, g->K },
+            .q = { { q + skip * row, row, g->K, NULL },
+                   { q + skip * row + g->K, row, g->P, NULL } },
+            .k = { { r->k, g->K, g->K, NULL },
                    kl_mla_cache_rows(a, &a->k_shared, n, p, positions, g->P, r->k_shared) },
-            .v = { r->v, g->V, g->V },
+            .v = { r->v, g->V, g->V, NULL },
             .run = { r->m + skip, r->l + skip, r->acc + skip * g->V, g->V, g->V },
             .n_queries = count - skip,
             .n = positions,

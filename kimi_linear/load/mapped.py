@@ -116,7 +116,7 @@ def _read(path, pieces):
     buffer = bytearray(PIECE)
     with open(path, "rb", buffering=0) as file:
         for (at, n), (following, n_following) in zip(pieces, [*pieces[1:], (0, 0)], strict=True):
-            if n_following:
+            if n_following and hasattr(os, "posix_fadvise"):  # macOS has none
                 os.posix_fadvise(file.fileno(), following, n_following, os.POSIX_FADV_WILLNEED)
             os.preadv(file.fileno(), [memoryview(buffer)[:n]], at)
             yield n

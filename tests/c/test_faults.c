@@ -69,11 +69,14 @@ static void look(run *r, outcome *o)
             int64_t shape[3] = { 0, 0, 1 };
             int dims;
             kl_type type;
-            CHECK(kl_state_shape(r->ctx, r->state[n], layer, part, shape, &dims, &type) == KL_OK);
+            CHECK(
+                kl_state_shape(r->ctx, r->state[n], layer, (kl_state_part)part, shape, &dims, &type)
+                == KL_OK);
             const int64_t values = shape[0] * shape[1] * (dims == 3 ? shape[2] : 1);
             CHECK(values <= PART_VALUES);
             memset(o->part[n][part], 0, sizeof o->part[n][part]);
-            CHECK(kl_state_read(r->ctx, r->state[n], layer, part, o->part[n][part]) == KL_OK);
+            CHECK(kl_state_read(r->ctx, r->state[n], layer, (kl_state_part)part, o->part[n][part])
+                  == KL_OK);
         }
     }
 }

@@ -148,7 +148,7 @@ static void test_same_bytes(void)
     for (int i = 0; i < T * D; i++)
         x[i] = (float)((i * 7919) % 1013) / 256.0f - 2.0f;
     for (int i = 0; i < D; i++)
-        w[i] = 1.0f + (float)i / D;
+        w[i] = 1.0f + (float)i / (float)D;
     for (int i = 0; i < n; i++)
         for (int threads = 1; threads <= 3; threads++) {
             kl_ctx *ctx;

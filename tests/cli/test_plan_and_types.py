@@ -72,6 +72,17 @@ def with_memory(monkeypatch, n_bytes):
     monkeypatch.setattr(planning, "read_rate", lambda: 10e9)
 
 
+def test_free_memory_of_macos(monkeypatch):
+    text = ("Mach Virtual Memory Statistics: (page size of 16384 bytes)\n"
+            "Pages free:                               29096.\nPages active:                            340063.\n"
+            "Pages inactive:                          337183.\nPages speculative:                         2013.\n")
+    assert planning._free_by_vm_stat(text) == 16384 * (29096 + 337183 + 2013)
+    for broken in ("", text.replace("16384 ", ""), text.replace("Pages inactive", "Pages idle")):
+        assert planning._free_by_vm_stat(broken) is None
+    monkeypatch.setattr(planning.sys, "platform", "darwin")
+    assert planning.asked_of_macos("echo", "as there") == "as there" and planning.asked_of_macos("no-such-command") == ""
+
+
 def test_a_folder_that_has_no_weights_yet(files, capfd, tmp_path):
     config = {**kl.Model.tiny().config.to_dict()}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -51,7 +51,8 @@ def file_of(tmp_path, n_bytes, name="file"):
         file.write(np.random.default_rng(0).bytes(n_bytes))
         file.flush()
         os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return MappedFile(path, 1, "a file")
 
 
@@ -73,6 +74,14 @@ def test_a_cold_file_is_read_and_then_warm(tmp_path, bars, monkeypatch):
     assert bars.made[0].updates == [16 * PAGE] * 6 + [4 * PAGE + 5]
     assert file.in_memory().all() and file.cold_pieces() == []
     assert read_ahead([file], ROOM, bars) == 0 and len(bars.made) == 1
+
+
+def test_where_the_system_takes_no_advice(tmp_path, bars, monkeypatch):
+    """macOS has no posix_fadvise."""
+    file = file_of(tmp_path, 64 * PAGE)
+    monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    monkeypatch.setattr(file, "in_memory", lambda: np.zeros(64, bool))
+    assert read_ahead([file], ROOM, bars) == 64 * PAGE
 
 
 def test_only_pieces_with_a_cold_page_are_read(tmp_path, bars, monkeypatch):

@@ -84,6 +84,7 @@ def test_a_config_alone_and_a_model_by_name(tmp_path, capsys, instead):
     assert name in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="this system has no /proc")
 def test_a_size_that_is_not_told(monkeypatch):
     """Files of /proc say 0 bytes."""
     monkeypatch.setattr(strict_json, "MAX_FILE", 10)

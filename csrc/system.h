@@ -1,0 +1,15 @@
+/* What Linux and macOS call by different names: all of it is here and in system.c (and kl_now_ns, in internal.h). */
+#ifndef KL_SYSTEM_H
+#define KL_SYSTEM_H
+
+#include <stdbool.h>
+
+/* Processors that threads should share the work on, >= 1: on Linux those that this process may run on, on macOS the fast
+ * ones of a processor that has slow ones, too. */
+int kl_processors(void);
+
+#if defined(__aarch64__)
+bool kl_has_sdot(void);
+#endif
+
+#endif
