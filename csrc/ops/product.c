@@ -115,8 +115,7 @@ static void direct(const kl_ctx *ctx, float *y, int64_t ldy, const float *const 
         for (int64_t i = 0; i < rows; i += DIRECT_ROWS) {
             const int64_t n = kl_min(DIRECT_ROWS, rows - i);
             kl_product_rows(ctx, scratch, ld, w, which, row0 + i, n);
-            ctx->k->dot_direct(y + i, ldy, x, T, scratch, (size_t)ld * sizeof(float), KL_F32, n,
-                               w->cols);
+            ctx->k->dot_cached(y + i, ldy, x, T, scratch, ld, n, w->cols);
         }
         return;
     }

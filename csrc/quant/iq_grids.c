@@ -1,4 +1,4 @@
-/* The codebooks, a byte a value. */
+/* The codebooks, a byte a value and in bits. */
 #include "iq_grids.h"
 
 #include "iq_rows.h"
@@ -19,3 +19,12 @@ const uint8_t kl_iq2_xs_grid[512][8] = { KL_IQ2_XS_ROWS(IQ2) };
 const uint8_t kl_iq2_s_grid[1024][8] = { KL_IQ2_S_ROWS(IQ2) };
 const uint8_t kl_iq3_xxs_grid[256][4] = { KL_IQ3_XXS_ROWS(IQ3_XXS) };
 const uint8_t kl_iq3_s_grid[512][4] = { KL_IQ3_S_ROWS(IQ3_S) };
+
+#define CODES(hex) 0x##hex,
+
+const uint16_t kl_iq1_codes[] = { KL_IQ1_ROWS(CODES) 0 };
+const uint16_t kl_iq2_xxs_codes[] = { KL_IQ2_XXS_ROWS(CODES) 0 };
+const uint16_t kl_iq2_xs_codes[] = { KL_IQ2_XS_ROWS(CODES) 0 };
+const uint16_t kl_iq2_s_codes[] = { KL_IQ2_S_ROWS(CODES) 0 };
+const uint16_t kl_iq3_xxs_codes[] = { KL_IQ3_XXS_ROWS(CODES) 0 };
+const uint16_t kl_iq3_s_codes[] = { KL_IQ3_S_ROWS(CODES) 0 };

@@ -8,6 +8,11 @@ extern const int8_t kl_iq1_grid[2048][8]; /* IQ1_S, IQ1_M: -1, 0, 1 */
 extern const uint8_t kl_iq2_xxs_grid[256][8], kl_iq2_xs_grid[512][8], kl_iq2_s_grid[1024][8];
 extern const uint8_t kl_iq3_xxs_grid[256][4], kl_iq3_s_grid[512][4];
 
+/* The same rows as iq_rows.h numbers them. The last element is 0: four bytes may be read at any row. */
+extern const uint16_t kl_iq1_codes[2048 + 1];
+extern const uint16_t kl_iq2_xxs_codes[256 + 1], kl_iq2_xs_codes[512 + 1], kl_iq2_s_codes[1024 + 1];
+extern const uint16_t kl_iq3_xxs_codes[256 + 1], kl_iq3_s_codes[512 + 1];
+
 /* Seven sign bits, and an eighth that makes their number even. */
 static inline unsigned kl_even_signs(unsigned seven)
 {

@@ -80,7 +80,8 @@ def test_free_memory_of_macos(monkeypatch):
     for broken in ("", text.replace("16384 ", ""), text.replace("Pages inactive", "Pages idle")):
         assert planning._free_by_vm_stat(broken) is None
     monkeypatch.setattr(planning.sys, "platform", "darwin")
-    assert planning.asked_of_macos("echo", "as there") == "as there" and planning.asked_of_macos("no-such-command") == ""
+    assert planning.asked_of_macos("echo", "as there") == "as there"
+    assert planning.asked_of_macos("no-such-command") == ""
 
 
 def test_a_folder_that_has_no_weights_yet(files, capfd, tmp_path):
