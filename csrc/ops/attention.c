@@ -16,8 +16,8 @@
  * widening) of a block. A chunk is one task for each key head, which takes all segments; but where that is too
  * much for one thread (decoding at depth), its segments are tasks of their own and a second pass merges them. */
 #include "cache_rows.h"
-#include "fixed_room.h"
 #include "pieces.h"
+#include "room.h"
 
 #include <math.h>
 #include <string.h>
@@ -89,23 +89,6 @@ static room room_of(const job *a, int thread)
     return r;
 }
 
-static kl_running row_of(kl_running r, int64_t row)
-{
-    r.m += row;
-    r.l += row;
-    r.acc += row * r.stride;
-    return r;
-}
-
-static void clear(kl_running r, int64_t rows)
-{
-    for (int64_t i = 0; i < rows; i++) {
-        r.m[i] = -INFINITY;
-        r.l[i] = 0.0f;
-    }
-    memset(r.acc, 0, (size_t)(rows * r.width) * sizeof *r.acc);
-}
-
 /* ---- what a query sees ---- */
 
 static int64_t seen(const job *a, const chunk *c, int64_t i)
@@ -158,17 +141,10 @@ static const float *first_query(const job *a, const chunk *c, int64_t head)
 static kl_rows block_of(const job *a, const kl_cache *cache, const chunk *c, int64_t position,
                         int64_t count, int64_t head, int64_t width, int64_t rows, float *buffer)
 {
-    if (cache->type == KL_F16 && rows <= DIRECT)
-        return kl_cache_halves(cache, c->n, position, head * width, width);
+    if (rows <= DIRECT)
+        return kl_cache_stored(a->ctx->k, cache, c->n, position, count, head * width, width,
+                               buffer);
     return kl_cache_rows(a->ctx->k, cache, c->n, position, count, head * width, width, buffer);
-}
-
-/* The same in fixed point, of any number of rows. */
-static kl_rows stored_rows(const job *a, const kl_cache *cache, const chunk *c, int64_t position,
-                           int64_t count, int64_t head, int64_t width, float *buffer)
-{
-    return block_of(a, cache, c, position, count, head, width, cache->type == KL_F16 ? 1 : ROWS,
-                    buffer);
 }
 
 /* attend_segment in fixed point: keys, values and queries are made so once a block, once a segment. */
@@ -181,7 +157,7 @@ static void attend_segment_fixed(const job *a, const chunk *c, int64_t head, int
     const int64_t begin = segment * SEGMENT, lanes = kl_fixed_groups(l.length) * KL_FIXED_LANES;
     const int64_t end = kl_min(begin + SEGMENT, seen(a, c, c->count - 1));
     const float *q = first_query(a, c, head);
-    clear(run, l.n * l.length);
+    kl_running_clear(run, l.n * l.length);
     for (int64_t i = 0; i < l.n; i++) {
         const kl_rows x[2] = { { q + i * l.next, l.stride, g->K, NULL } };
         const kl_fixed_lanes line = lanes_from(r->q, i * lanes);
@@ -189,8 +165,10 @@ static void attend_segment_fixed(const job *a, const chunk *c, int64_t head, int
     }
     for (int64_t p = begin; p < end; p += KL_BLOCK) {
         const int64_t count = kl_min(KL_BLOCK, end - p);
-        const kl_rows key[2] = { stored_rows(a, &a->keys, c, p, count, head, g->K, r->keys) };
-        const kl_rows value[2] = { stored_rows(a, &a->values, c, p, count, head, g->V, r->values) };
+        const kl_rows key[2] = { kl_cache_stored(k, &a->keys, c->n, p, count, head * g->K, g->K,
+                                                 r->keys) };
+        const kl_rows value[2] = { kl_cache_stored(k, &a->values, c->n, p, count, head * g->V, g->V,
+                                                   r->values) };
         k->fixed_rows(&r->key, key, count);
         k->fixed_rows(&r->value, value, count);
         k->fixed_pairs(r->pairs, g->V, &r->value, count);
@@ -207,7 +185,7 @@ static void attend_segment_fixed(const job *a, const chunk *c, int64_t head, int
         };
         for (int64_t i = 0; i < l.n; i++) {
             block.q = lanes_from(r->q, i * lanes);
-            block.run = row_of(run, i * l.length);
+            block.run = kl_running_from(run, i * l.length);
             block.first = seen(a, c, i * l.line_step) - p;
             k->attend_fixed(&block);
             block.ahead[0].n = block.ahead[1].n = 0;
@@ -228,7 +206,7 @@ static void attend_segment(const job *a, const chunk *c, int64_t head, int64_t s
     const int64_t begin = segment * SEGMENT, rows = l.n * l.length;
     const int64_t end = kl_min(begin + SEGMENT, seen(a, c, c->count - 1));
     const float *q = first_query(a, c, head);
-    clear(run, rows);
+    kl_running_clear(run, rows);
     for (int64_t p = begin; p < end; p += KL_BLOCK) {
         const int64_t count = kl_min(KL_BLOCK, end - p);
         kl_attend block = {
@@ -246,7 +224,7 @@ static void attend_segment(const job *a, const chunk *c, int64_t head, int64_t s
             if (skip == l.length)
                 continue;
             block.q[0] = (kl_rows){ q + i * l.next + skip * l.stride, l.stride, g->K, NULL };
-            block.run = row_of(run, i * l.length + skip);
+            block.run = kl_running_from(run, i * l.length + skip);
             block.n_queries = l.length - skip;
             block.first = first + skip * l.query_step;
             a->ctx->k->attend(&block);
@@ -262,8 +240,8 @@ static void merge_segment(const job *a, const chunk *c, int64_t segment, kl_runn
     const lines l = lines_of(a, c);
     for (int64_t i = 0; i < l.n; i++) {
         const int64_t skip = unseeing(l, seen(a, c, i * l.line_step) - segment * SEGMENT);
-        const kl_running part = row_of(from, i * l.length + skip);
-        const kl_running sum = row_of(to, i * l.length + skip);
+        const kl_running part = kl_running_from(from, i * l.length + skip);
+        const kl_running sum = kl_running_from(to, i * l.length + skip);
         a->ctx->k->attend_merge(&sum, &part, l.length - skip);
     }
 }
@@ -287,8 +265,8 @@ static void put_rows(const job *a, const chunk *c, int64_t head, kl_running run)
 static void attend_chunks(void *arg, int64_t begin, int64_t end, int thread)
 {
     const job *a = arg;
-    const kl_running run = row_of(a->run, thread * a->rows),
-                     part = row_of(a->part, thread * a->rows);
+    const kl_running run = kl_running_from(a->run, thread * a->rows),
+                     part = kl_running_from(a->part, thread * a->rows);
     const room r = room_of(a, thread);
     for (int64_t task = begin; task < end; task++) {
         const int64_t head = task % a->args->Hkv;
@@ -308,8 +286,8 @@ static void attend_chunks(void *arg, int64_t begin, int64_t end, int thread)
 static kl_running slot_of(const job *a, int64_t i, int64_t head)
 {
     if (a->first_segment + i == 0)
-        return row_of(a->sum, head * a->rows);
-    return row_of(a->slot, (i * a->args->Hkv + head) * a->rows);
+        return kl_running_from(a->sum, head * a->rows);
+    return kl_running_from(a->slot, (i * a->args->Hkv + head) * a->rows);
 }
 
 static void attend_wave(void *arg, int64_t begin, int64_t end, int thread)
@@ -328,7 +306,7 @@ static void merge_wave(void *arg, int64_t begin, int64_t end, int thread)
     const job *a = arg;
     (void)thread;
     for (int64_t head = begin; head < end; head++) {
-        const kl_running sum = row_of(a->sum, head * a->rows);
+        const kl_running sum = kl_running_from(a->sum, head * a->rows);
         for (int64_t i = a->first_segment == 0 ? 1 : 0; i < a->n_segments; i++)
             merge_segment(a, a->at, a->first_segment + i, sum, slot_of(a, i, head));
         if (a->first_segment + a->n_segments == segments(a, a->at))
@@ -361,7 +339,7 @@ static void each_chunk(job *a, void (*take)(job *a, const chunk *c, int64_t *sum
     const kl_attention_args *g = a->args;
     for (int64_t n = 0; n < g->N; n++) {
         const int64_t L = g->offsets[n + 1] - g->offsets[n];
-        const int64_t fixed = a->ctx->activations != KL_ACTIVATIONS_FLOAT32 ? kl_long_pieces(L) : 0;
+        const int64_t fixed = kl_attends_fixed(a->ctx) ? kl_long_pieces(L) : 0;
         for (int64_t first = 0, count; first < L; first += count) {
             count = kl_min(chunk_queries(a), (first < fixed ? fixed : L) - first);
             const chunk c = { n, first, count, first < fixed };

@@ -34,9 +34,11 @@ kl_rows kl_cache_rows(const kl_kernels *k, const kl_cache *cache, int64_t n, int
     return (kl_rows){ buffer, width, width, NULL };
 }
 
-kl_rows kl_cache_halves(const kl_cache *cache, int64_t n, int64_t position, int64_t column,
-                        int64_t width)
+kl_rows kl_cache_stored(const kl_kernels *k, const kl_cache *cache, int64_t n, int64_t position,
+                        int64_t count, int64_t column, int64_t width, float *buffer)
 {
+    if (cache->type != KL_F16 || width == 0)
+        return kl_cache_rows(k, cache, n, position, count, column, width, buffer);
     return (kl_rows){ NULL, (int64_t)(cache->row_bytes / sizeof(uint16_t)), width,
                       (const uint16_t *)(const void *)stored(cache, n, position, column) };
 }

@@ -11,9 +11,9 @@
 kl_rows kl_cache_rows(const kl_kernels *k, const kl_cache *cache, int64_t n, int64_t position,
                       int64_t count, int64_t column, int64_t width, float *buffer);
 
-/* The same of a float16 cache as they lie. */
-kl_rows kl_cache_halves(const kl_cache *cache, int64_t n, int64_t position, int64_t column,
-                        int64_t width);
+/* The same, but float16 as it lies. */
+kl_rows kl_cache_stored(const kl_kernels *k, const kl_cache *cache, int64_t n, int64_t position,
+                        int64_t count, int64_t column, int64_t width, float *buffer);
 
 /* The rows of the block at `position`, up to position end - 1 of its page, as they lie. */
 kl_ahead kl_cache_ahead(const kl_cache *cache, int64_t n, int64_t position, int64_t end,

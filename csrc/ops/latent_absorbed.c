@@ -8,7 +8,6 @@
  * The positions of a token are cut into segments of a page. A segment is a sum of its own, so that
  * threads can share a long cache; segments are merged in rising order, in waves that bound the
  * memory. Neither the wave nor the group of heads in a task changes a byte. */
-#include "fixed_room.h"
 #include "latent_attention.h"
 #include "product.h"
 
@@ -41,7 +40,7 @@ static size_t lay_out(room *r, const kl_absorbed *e, char *base)
     r->stored = kl_take(
         base, &used, kl_cache_buffer(&e->a->latent, g->R) + kl_cache_buffer(&e->a->k_shared, g->P),
         sizeof *r->stored);
-    if (!kl_mla_is_fixed(e->a))
+    if (!kl_attends_fixed(e->a->ctx))
         return used;
     r->q = kl_take_lanes(base, &used, g->H, g->R + g->P);
     r->key = kl_take_rows(base, &used, g->R + g->P);
@@ -201,8 +200,8 @@ static void attend_segment(const kl_absorbed *e, int64_t u, int64_t h, int64_t h
                { a->q + (token->t * g->H + h) * width + g->K, width, g->P, NULL } },
         .run = place(e, u, h),
     };
-    const bool fixed = kl_mla_is_fixed(a);
-    kl_mla_clear(s.run, heads);
+    const bool fixed = kl_attends_fixed(a->ctx);
+    kl_running_clear(s.run, heads);
     if (fixed)
         a->ctx->k->fixed_lanes(&r->q, s.q, heads, r->row);
     for (int64_t p = begin; p < end; p += KL_BLOCK) {
@@ -248,7 +247,7 @@ static void merge_heads(void *arg, int64_t begin, int64_t end, int thread)
 /* Heads a task: few enough that all threads have work, whole register tiles or lanes. */
 static int64_t head_group(const kl_absorbed *e)
 {
-    const int64_t tile = kl_mla_is_fixed(e->a) ? KL_FIXED_LANES : 8, H = e->a->args->H;
+    const int64_t tile = kl_attends_fixed(e->a->ctx) ? KL_FIXED_LANES : 8, H = e->a->args->H;
     const int64_t groups = kl_ceil_div(4 * (int64_t)e->a->ctx->threads, e->n_units);
     return kl_max(1, kl_ceil_div(kl_ceil_div(H, groups), tile)) * tile;
 }

@@ -4,9 +4,7 @@
 
 #include "cache_rows.h"
 #include "pieces.h"
-
-#include <math.h>
-#include <string.h>
+#include "room.h"
 
 typedef struct kl_mla {
     kl_ctx *ctx;
@@ -25,33 +23,15 @@ static inline kl_rows kl_mla_cache_rows(const kl_mla *a, const kl_cache *cache, 
     return kl_cache_rows(a->ctx->k, cache, n, position, count, 0, width, buffer);
 }
 
-/* Whether scores and values are products in 16-bit fixed point (cpu/fixed.h): where products take narrow activations */
-static inline bool kl_mla_is_fixed(const kl_mla *a)
-{
-    return a->ctx->activations != KL_ACTIVATIONS_FLOAT32;
-}
-
 /* As kl_mla_cache_rows of both caches, float16 as it lies. */
 static inline void kl_mla_stored_rows(const kl_mla *a, int64_t n, int64_t position, int64_t count,
                                       float *buffer, kl_rows latent_and_shared[2])
 {
-    const kl_cache *caches[2] = { &a->latent, &a->k_shared };
-    const int64_t widths[2] = { a->args->R, a->args->P };
-    for (int i = 0; i < 2; i++, buffer += kl_cache_buffer(&a->latent, a->args->R))
-        latent_and_shared[i] =
-            caches[i]->type == KL_F16 && widths[i] > 0
-                ? kl_cache_halves(caches[i], n, position, 0, widths[i])
-                : kl_mla_cache_rows(a, caches[i], n, position, count, widths[i], buffer);
-}
-
-/* Empty sums of n queries. */
-static inline void kl_mla_clear(kl_running run, int64_t n)
-{
-    for (int64_t i = 0; i < n; i++) {
-        run.m[i] = -INFINITY;
-        run.l[i] = 0.0f;
-        memset(run.acc + i * run.stride, 0, (size_t)run.width * sizeof *run.acc);
-    }
+    const kl_latent_attention_args *g = a->args;
+    const kl_kernels *k = a->ctx->k;
+    latent_and_shared[0] = kl_cache_stored(k, &a->latent, n, position, count, 0, g->R, buffer);
+    latent_and_shared[1] = kl_cache_stored(k, &a->k_shared, n, position, count, 0, g->P,
+                                           buffer + kl_cache_buffer(&a->latent, g->R));
 }
 
 /* o of head h of `count` queries from row t on */
@@ -70,14 +50,13 @@ typedef struct kl_expanded {
     const kl_mla *a;
     int64_t n_chunks, *chunk_end; /* [N]: chunks of queries of the sequences up to n */
     int64_t longest;              /* queries of the longest chunk */
-    bool fixed;
-    char *scratch; /* of every thread, one after another */
+    char *scratch;                /* of every thread, one after another */
     size_t thread_bytes;
 } kl_expanded;
 kl_status kl_expanded_prepare(kl_expanded *e, const kl_mla *a) KL_CHECKED;
 kl_status kl_expanded_run(const kl_expanded *e) KL_CHECKED;
 
-/* The same in fixed point (latent_fixed.c): a thread's scratch, and head h of queries first .. last - 1 of sequence n. */
+/* A task in fixed point (latent_fixed.c): a thread's scratch, and head h of queries first .. last - 1 of sequence n. */
 size_t kl_expanded_fixed_bytes(const kl_expanded *e);
 void kl_expanded_fixed(const kl_expanded *e, char *scratch, int64_t n, int64_t h, int64_t first,
                        int64_t last);

@@ -11,7 +11,7 @@ enum { CHUNK = 1024 };
 /* One thread's scratch. */
 typedef struct room {
     float *k, *v, *latent, *k_shared; /* [64, .] of one block */
-    float *m, *l, *acc;               /* [chunk], [chunk], [chunk, V] */
+    kl_running run;                   /* [longest] */
     void *product;
 } room;
 
@@ -19,28 +19,23 @@ static size_t lay_out(room *r, const kl_expanded *e, char *base)
 {
     const kl_mla *a = e->a;
     const kl_latent_attention_args *g = a->args;
-    const size_t product = (size_t)kl_max((int64_t)kl_product_scratch(a->w_uk, KL_BLOCK),
-                                          (int64_t)kl_product_scratch(a->w_uv, KL_BLOCK));
-    const size_t n[] = { (size_t)(KL_BLOCK * g->K),
-                         (size_t)(KL_BLOCK * g->V),
-                         (size_t)kl_cache_buffer(&a->latent, g->R),
-                         (size_t)kl_cache_buffer(&a->k_shared, g->P),
-                         (size_t)e->longest,
-                         (size_t)e->longest,
-                         (size_t)(e->longest * g->V),
-                         (product + sizeof(float) - 1) / sizeof(float) };
-    size_t at[8], bytes = 0;
-    for (int i = 0; i < 8; i++) {
-        at[i] = bytes;
-        bytes += (n[i] * sizeof(float) + 63) / 64 * 64;
-    }
-    if (base != NULL) {
-        float **part[] = { &r->k, &r->v, &r->latent, &r->k_shared, &r->m, &r->l, &r->acc };
-        for (int i = 0; i < 7; i++)
-            *part[i] = (float *)(void *)(base + at[i]);
-        r->product = base + at[7];
-    }
-    return bytes;
+    size_t used = 0;
+    r->k = kl_take(base, &used, KL_BLOCK * g->K, sizeof(float));
+    r->v = kl_take(base, &used, KL_BLOCK * g->V, sizeof(float));
+    r->latent = kl_take(base, &used, kl_cache_buffer(&a->latent, g->R), sizeof(float));
+    r->k_shared = kl_take(base, &used, kl_cache_buffer(&a->k_shared, g->P), sizeof(float));
+    r->run = kl_take_running(base, &used, e->longest, g->V);
+    r->product = kl_take(base, &used,
+                         kl_max((int64_t)kl_product_scratch(a->w_uk, KL_BLOCK),
+                                (int64_t)kl_product_scratch(a->w_uv, KL_BLOCK)),
+                         1);
+    return used;
+}
+
+static size_t thread_bytes(const kl_expanded *e)
+{
+    room r;
+    return kl_attends_fixed(e->a->ctx) ? kl_expanded_fixed_bytes(e) : lay_out(&r, e, NULL);
 }
 
 kl_status kl_expanded_prepare(kl_expanded *e, const kl_mla *a)
@@ -54,8 +49,7 @@ kl_status kl_expanded_prepare(kl_expanded *e, const kl_mla *a)
     }
     if (e->n_chunks == 0)
         return KL_OK;
-    e->fixed = kl_mla_is_fixed(a);
-    e->thread_bytes = e->fixed ? kl_expanded_fixed_bytes(e) : lay_out(NULL, e, NULL);
+    e->thread_bytes = thread_bytes(e);
     KL_SCRATCH(e->chunk_end, a->ctx, g->N);
     KL_SCRATCH(e->scratch, a->ctx, (size_t)a->ctx->threads * e->thread_bytes);
     if (a->ctx->arena.measuring)
@@ -75,25 +69,27 @@ static void expand(const kl_mla *a, const room *r, int64_t n, int64_t h, int64_t
 }
 
 /* head h of queries first .. last - 1 of sequence n */
-static void attend(const kl_mla *a, const room *r, int64_t n, int64_t h, int64_t first,
+static void attend(const kl_expanded *e, char *scratch, int64_t n, int64_t h, int64_t first,
                    int64_t last)
 {
+    const kl_mla *a = e->a;
     const kl_latent_attention_args *g = a->args;
     const int64_t width = g->K + g->P, row = g->H * width, count = last - first;
     const int64_t seen = kl_mla_seen(g, n, first), all = kl_mla_seen(g, n, last - 1);
     const float *q = a->q + (g->offsets[n] + first) * row + h * width;
-    const kl_running run = { r->m, r->l, r->acc, g->V, g->V };
-    kl_mla_clear(run, count);
+    room r;
+    lay_out(&r, e, scratch);
+    kl_running_clear(r.run, count);
     for (int64_t p = 0; p < all; p += KL_BLOCK) {
         const int64_t positions = kl_min(KL_BLOCK, all - p), skip = kl_max(0, p + 1 - seen);
-        expand(a, r, n, h, p, positions);
+        expand(a, &r, n, h, p, positions);
         const kl_attend block = {
             .q = { { q + skip * row, row, g->K, NULL },
                    { q + skip * row + g->K, row, g->P, NULL } },
-            .k = { { r->k, g->K, g->K, NULL },
-                   kl_mla_cache_rows(a, &a->k_shared, n, p, positions, g->P, r->k_shared) },
-            .v = { r->v, g->V, g->V, NULL },
-            .run = { r->m + skip, r->l + skip, r->acc + skip * g->V, g->V, g->V },
+            .k = { { r.k, g->K, g->K, NULL },
+                   kl_mla_cache_rows(a, &a->k_shared, n, p, positions, g->P, r.k_shared) },
+            .v = { r.v, g->V, g->V, NULL },
+            .run = kl_running_from(r.run, skip),
             .n_queries = count - skip,
             .n = positions,
             .first = seen + skip - p,
@@ -102,8 +98,7 @@ static void attend(const kl_mla *a, const room *r, int64_t n, int64_t h, int64_t
         };
         a->ctx->k->attend(&block);
     }
-
-    kl_mla_put(a, run, g->offsets[n] + first, h, count);
+    kl_mla_put(a, r.run, g->offsets[n] + first, h, count);
 }
 
 static void heads(void *arg, int64_t begin, int64_t end, int thread)
@@ -111,9 +106,6 @@ static void heads(void *arg, int64_t begin, int64_t end, int thread)
     const kl_expanded *e = arg;
     const kl_mla *a = e->a;
     char *scratch = e->scratch + (size_t)thread * e->thread_bytes;
-    room r;
-    if (!e->fixed)
-        lay_out(&r, e, scratch);
     for (int64_t task = begin; task < end; task++) {
         const int64_t h = task / e->n_chunks, chunk = task % e->n_chunks;
         int64_t n = 0;
@@ -121,10 +113,10 @@ static void heads(void *arg, int64_t begin, int64_t end, int thread)
             n++;
         const int64_t first = (chunk - (n > 0 ? e->chunk_end[n - 1] : 0)) * CHUNK;
         const int64_t last = kl_min(first + CHUNK, kl_mla_expanded_tokens(a->args, n));
-        if (e->fixed)
+        if (kl_attends_fixed(a->ctx))
             kl_expanded_fixed(e, scratch, n, h, first, last);
         else
-            attend(a, &r, n, h, first, last);
+            attend(e, scratch, n, h, first, last);
     }
 }
 

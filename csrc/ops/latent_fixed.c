@@ -1,7 +1,6 @@
 /* latent_attention, expanded, in 16-bit fixed point (cpu/fixed.h), which is what a task of latent_expanded.c does
  * where products take narrow activations. Rows are made fixed once for all that they are multiplied with: queries and
  * the rows of w_uk and w_uv once a task, latents, keys and values once a block. */
-#include "fixed_room.h"
 #include "latent_attention.h"
 #include "product.h"
 
@@ -28,10 +27,7 @@ static size_t lay_out(room *r, const kl_expanded *e, char *base)
     r->latent = kl_take_rows(base, &used, g->R);
     r->key = kl_take_rows(base, &used, width);
     r->value = kl_take_rows(base, &used, g->V);
-    r->run.m = kl_take(base, &used, e->longest, sizeof(float));
-    r->run.l = kl_take(base, &used, e->longest, sizeof(float));
-    r->run.acc = kl_take(base, &used, e->longest * g->V, sizeof(float));
-    r->run.stride = r->run.width = g->V;
+    r->run = kl_take_running(base, &used, e->longest, g->V);
     r->rows = kl_take(base, &used, kl_max(g->K, g->V) * g->R, sizeof(float));
     r->k = kl_take(base, &used, KL_BLOCK * g->K, sizeof(float));
     r->v = kl_take(base, &used, KL_BLOCK * g->V, sizeof(float));
@@ -90,7 +86,7 @@ void kl_expanded_fixed(const kl_expanded *e, char *scratch, int64_t n, int64_t h
     a->ctx->k->fixed_lanes(&r.q, queries, count, r.row);
     weight_lanes(a, &r, &r.w_uk, a->w_uk, h, g->K);
     weight_lanes(a, &r, &r.w_uv, a->w_uv, h, g->V);
-    kl_mla_clear(r.run, count);
+    kl_running_clear(r.run, count);
     for (int64_t p = 0; p < all; p += KL_BLOCK) {
         const int64_t positions = kl_min(KL_BLOCK, all - p);
         expand(a, &r, n, p, positions);
