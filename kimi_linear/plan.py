@@ -3,7 +3,6 @@
 import math
 import os
 import re
-import subprocess
 import sys
 from dataclasses import dataclass, field
 
@@ -223,6 +222,8 @@ def asked_of_macos(*command):
     """What a command of macOS prints; nothing on other systems."""
     if sys.platform != "darwin":
         return ""
+    import subprocess
+
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -83,9 +83,8 @@ def foreign_calls(args, path, config):
     """The traces of `path`, one a call, as the arguments say; what `kimi-linear trace` wrote is taken as it is."""
     from ..adapters import load
 
-    if _is_ours(path):
-        return load(path)
-    return load(path, args.names, model=config, prefix=args.prefix, mapping=args.mapping)
+    ours = _of_ours(path)
+    return [ours] if ours else load(path, args.names, model=config, prefix=args.prefix, mapping=args.mapping)
 
 
 def foreign_call(args, path, config):
@@ -97,15 +96,16 @@ def foreign_call(args, path, config):
     return calls[0]
 
 
-def _is_ours(path):
-    """Whether `kimi-linear trace` wrote the file."""
+def _of_ours(path):
+    """The trace that `kimi-linear trace` wrote; None of another kind of file."""
     from ..errors import FormatError
     from ..trace import FORMAT, Trace
 
     try:
-        return Trace.load(path).meta.get("format") == FORMAT
+        trace = Trace.load(path)
     except (FormatError, OSError):
-        return False  # a folder, or another kind of file: who reads it says what is wrong
+        return None  # a folder, or another kind of file: who reads it says what is wrong
+    return trace if trace.meta.get("format") == FORMAT else None
 
 
 def positive(text):

@@ -13,13 +13,13 @@ def normal(*shape, scale=1.0, seed=0):
     return (scale * np.random.default_rng([seed, *shape]).standard_normal(shape)).astype(np.float32)
 
 
-def everywhere(run):
-    """`run(ctx)` on every instruction set and 1 and 3 threads: one result, the same bytes from all.
+def everywhere(run, contexts=CONTEXTS):
+    """`run(ctx)` on every instruction set and 1 and 3 threads (or on `contexts`): one result, the same bytes from all.
 
     `run` gives an array or a tuple of arrays.
     """
     first = None
-    for ctx in CONTEXTS:
+    for ctx in contexts:
         got = run(ctx)
         got = got if isinstance(got, tuple) else (got,)
         if first is None:
@@ -27,7 +27,7 @@ def everywhere(run):
         for a, b in zip(first, got, strict=True):
             assert a.shape == b.shape and a.dtype == b.dtype
             same = a.tobytes() == b.tobytes() or (np.isnan(a).any() and np.array_equal(a, b, equal_nan=True))
-            assert same, f"{ctx} differs from {CONTEXTS[0]} at {np.argwhere(a != b)[:3].tolist()}"
+            assert same, f"{ctx} differs from {contexts[0]} at {np.argwhere(a != b)[:3].tolist()}"
     return first if len(first) > 1 else first[0]
 
 

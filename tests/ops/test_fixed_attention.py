@@ -1,23 +1,20 @@
 """Attention in 16-bit fixed point (activations other than float32): the definition of docs/math.md#fixed in NumPy, its
 bound, the laws, and rows that float32's range is too small for."""
 
+import functools
+
+import judge
 import numpy as np
 import pytest
 from judge import guarded
-from test_latent_attention import FORMS, SMALL, WIDE, inputs, packed, run
+from test_latent_attention import FORMS, SMALL, WIDE, inputs, ragged, run
 
 import kimi_linear as kl
 
 ONE = 32700.0
 CONTEXTS = [kl.Context(isa=isa, threads=n, activations="int8") for isa in kl.isa_list() for n in (1, 3)]
 REAL = dict(H=2, K=128, P=64, V=128, R=512)
-
-
-def everywhere(run):
-    outs = [run(ctx) for ctx in CONTEXTS]
-    for ctx, o in zip(CONTEXTS, outs, strict=True):
-        assert np.array_equal(o, outs[0], equal_nan=True), f"{ctx} differs from {CONTEXTS[0]}"
-    return outs[0]
+everywhere = functools.partial(judge.everywhere, contexts=CONTEXTS)
 
 
 def fixed(x):
@@ -157,14 +154,7 @@ def test_float32_activations_stay_float32():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_ragged_batch_is_each_alone(form):
-    lengths = [(1, 1), (0, 0), (70, 70), (3, 600), (0, 9), (20, 30), (64, 513), (16, 16), (129, 140)]
-    parts = [inputs(T, S, **SMALL, seed=i) for i, (T, S) in enumerate(lengths)]
-    for part in parts:
-        part |= {name: parts[0][name] for name in ("w_uk", "w_uv")}
-    given, offsets = packed(parts)
-    got = everywhere(lambda ctx: run(given, ctx, form=form, **offsets))
-    for part, o in zip(parts, kl.unpack(got, offsets["offsets"]), strict=True):
-        assert o.tobytes() == run(part, CONTEXTS[-1], form=form).tobytes()
+    ragged(CONTEXTS, form)
 
 
 @pytest.mark.parametrize("form", FORMS)
