@@ -44,10 +44,13 @@ COMMON = """
     -Wall -Wextra -Wshadow -Wdouble-promotion -Wconversion -Wvla
 """.split()
 STACK = "-Wframe-larger-than=65536"  # threads have 512 KiB on macOS
+AVX2 = "-mavx2 -mfma -mf16c".split()
 AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma -mf16c -mprefer-vector-width=512".split()
 ISA = {  # by machine; the files of another are empty
     "csrc/cpu/isa_scalar.c": {},
-    "csrc/cpu/isa_avx2.c": {"x86_64": "-mavx2 -mfma -mf16c".split()},
+    "csrc/cpu/isa_avx2.c": {"x86_64": AVX2},
+    "csrc/cpu/isa_avxvnni.c": {"x86_64": [*AVX2, "-mavxvnni"]},
+    "csrc/cpu/isa_avxvnni_evex.c": {"x86_64": [*AVX2, "-mavx512vl", "-mavx512vnni"]},
     "csrc/cpu/isa_avx512.c": {"x86_64": AVX512},
     "csrc/cpu/isa_avx512bf16.c": {"x86_64": [*AVX512, "-mavx512bf16"]},
     "csrc/cpu/isa_neon.c": {},

@@ -135,7 +135,7 @@ KL_API kl_status kl_ctx_set_threads(kl_ctx *ctx, int threads) KL_CHECKED;
 KL_API const char *kl_blas_name(void); /* provider and version, or "none" */
 
 /* Instruction sets that this build has and this machine runs, best last; returns their number. "scalar"; on x86-64
- * "avx2", "avx512", "avx512bf16"; on aarch64 "neon", "neon_dotprod". */
+ * "avx2", "avxvnni", "avx512", "avx512bf16"; on aarch64 "neon", "neon_dotprod". */
 KL_API int kl_isa_list(const char *names[], int capacity);
 
 /* Devices that a context can be made for, and those that are not there with the reason. Returns their number;

@@ -31,8 +31,8 @@ class Context:
         Threads to use; by default `OMP_NUM_THREADS`, else one for each processor this process may use.
         The number changes no byte of any result.
     isa : str, optional
-        ``"scalar"``, ``"avx2"``, ``"avx512"`` or ``"avx512bf16"``; on aarch64 ``"scalar"``, ``"neon"`` or
-        ``"neon_dotprod"``. By default the best that runs here. It changes no byte either.
+        ``"scalar"``, ``"avx2"``, ``"avxvnni"``, ``"avx512"`` or ``"avx512bf16"``; on aarch64 ``"scalar"``,
+        ``"neon"`` or ``"neon_dotprod"``. By default the best that runs here. It changes no byte either.
     gemm : {"own", "blas"}
         Who multiplies float32 matrices. ``"own"`` keeps one order of sums; ``"blas"`` (OpenBLAS) does not, so
         results with it are within the budget and not the same bytes.

@@ -3,6 +3,9 @@
 
 #include "../system.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #include <stdio.h>
 #include <string.h>
 
@@ -12,6 +15,13 @@ static bool runs_avx2(void)
 {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
            && __builtin_cpu_supports("f16c");
+}
+
+/* a bit of leaf 7.1, which not every compiler's __builtin_cpu_supports knows */
+static bool runs_avxvnni(void)
+{
+    unsigned a, b, c, d;
+    return runs_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1) != 0;
 }
 
 static bool runs_avx512(void)
@@ -24,7 +34,7 @@ static bool runs_avx512(void)
 static bool runs_avx512bf16(void) { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
-enum { TABLES = 4 };
+enum { TABLES = 5 };
 
 static int available(const kl_kernels *tables[TABLES])
 {
@@ -33,6 +43,10 @@ static int available(const kl_kernels *tables[TABLES])
 #if defined(__x86_64__)
     if (runs_avx2())
         tables[n++] = &kl_kernels_avx2;
+    if (runs_avxvnni())
+        tables[n++] = &kl_kernels_avxvnni;
+    else if (runs_avx512())
+        tables[n++] = &kl_kernels_avxvnni_evex;
     if (runs_avx512())
         tables[n++] = &kl_kernels_avx512;
     if (runs_avx512bf16())

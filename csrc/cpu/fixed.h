@@ -11,6 +11,9 @@
 
 #include "attention.h"
 
+#define FIXED_ONE 32700.0f
+#define FIXED_MAGIC 0x1.8p23f /* added, the low bits are the nearest integer */
+
 enum { KL_FIXED_LANES = 16 }; /* rows side by side, in lanes: [pairs of values][16 lanes][2] */
 
 /* rows of int16, `stride` from one to the next (kl_fixed_stride), zeros behind their width; a unit each. A row with a

@@ -18,6 +18,19 @@ struct kl_kernels {
 extern const kl_kernels kl_kernels_scalar;
 #if defined(__x86_64__)
 extern const kl_kernels kl_kernels_avx2, kl_kernels_avx512, kl_kernels_avx512bf16;
+extern const kl_kernels kl_kernels_avxvnni, kl_kernels_avxvnni_evex;
+
+/* The kernels of the table "avxvnni" that are not AVX2's: by AVX-VNNI (isa_avxvnni.c), and by the same instructions of
+ * AVX-512 in the same registers (isa_avxvnni_evex.c). */
+#define KL_AVXVNNI_KERNELS(of)                                                                     \
+    void of##_int8_dot(float *y, int64_t ldy, const kl_int8_rows *x, const int32_t *index,         \
+                       int64_t T, const void *w, size_t row_bytes, kl_type type, int64_t rows,     \
+                       int64_t K, void *scratch);                                                  \
+    void of##_fixed_product(float *y, int64_t ldy, const kl_fixed_rows *x, int64_t n,              \
+                            const kl_fixed_lanes *w, int64_t rows);                                \
+    void of##_attend_fixed(const kl_attend_fixed *a);
+KL_AVXVNNI_KERNELS(kl_avxvnni)
+KL_AVXVNNI_KERNELS(kl_avxvnni_evex)
 
 /* bfloat16_dot by vdpbf16ps (isa_avx512bf16.c) */
 void kl_avx512bf16_dot(float *y, int64_t ldy, const uint16_t *x, int64_t ldx, const int32_t *index,

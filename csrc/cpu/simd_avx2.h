@@ -155,8 +155,13 @@ static inline v16i v16i_set1(int32_t x)
 }
 static inline v16i v16i_dot(v16i acc, v16i a, v16i b)
 {
+#if defined(KL_AVXVNNI)
+    return (v16i){ _mm256_dpwssd_epi32(acc.lo, a.lo, b.lo),
+                   _mm256_dpwssd_epi32(acc.hi, a.hi, b.hi) };
+#else
     return (v16i){ _mm256_add_epi32(acc.lo, _mm256_madd_epi16(a.lo, b.lo)),
                    _mm256_add_epi32(acc.hi, _mm256_madd_epi16(a.hi, b.hi)) };
+#endif
 }
 /* a, in registers: the compiler would keep one sum of a tile in memory */
 static inline v16i v16i_keep(v16i a)

@@ -5,7 +5,9 @@ import numpy as np
 import kimi_linear as kl
 from kimi_linear.diff.budgets import budget
 
-CONTEXTS = [kl.Context(isa=isa, threads=n) for isa in kl.isa_list() for n in (1, 3)]
+# one product of these is another's than that of the table they are made from: tests/quant, tests/c/test_isa.c
+DERIVED = ("avxvnni", "avx512bf16", "neon_dotprod")
+CONTEXTS = [kl.Context(isa=isa, threads=n) for isa in kl.isa_list() if isa not in DERIVED for n in (1, 3)]
 
 
 def normal(*shape, scale=1.0, seed=0):
