@@ -48,11 +48,12 @@ int kl_allocation_fails(kl_ctx *ctx)
     return ctx->fail_at > 0 && --ctx->fail_at == 0;
 }
 
+static size_t at_least_one(size_t n_bytes) { return n_bytes > 0 ? n_bytes : 1; }
+
 void *kl_allocate(kl_ctx *ctx, size_t n_bytes)
 {
     const bool fails = kl_allocation_fails(ctx);
-    void *p =
-        fails ? NULL : ctx->allocator.allocate(ctx->allocator.user, n_bytes > 0 ? n_bytes : 1);
+    void *p = fails ? NULL : ctx->allocator.allocate(ctx->allocator.user, at_least_one(n_bytes));
     if (p == NULL)
         (void)kl_fail(ctx, KL_ERR_MEMORY, "out of memory: %zu bytes were wanted", n_bytes);
     return p;
@@ -61,7 +62,7 @@ void *kl_allocate(kl_ctx *ctx, size_t n_bytes)
 void kl_release(kl_ctx *ctx, void *p, size_t n_bytes)
 {
     if (p != NULL)
-        ctx->allocator.release(ctx->allocator.user, p, n_bytes);
+        ctx->allocator.release(ctx->allocator.user, p, at_least_one(n_bytes));
 }
 
 kl_status kl_ctx_set_allocator(kl_ctx *ctx, const kl_allocator *allocator)
@@ -126,8 +127,11 @@ kl_status kl_scratch_reserve(kl_ctx *ctx, size_t n_bytes)
 kl_status kl_scratch(kl_ctx *ctx, void **p, size_t n_bytes)
 {
     kl_arena *a = &ctx->arena;
-    n_bytes = round_up(n_bytes);
     *p = NULL;
+    if (n_bytes > SIZE_MAX / 2 || a->used > SIZE_MAX / 2)
+        return kl_fail(ctx, KL_ERR_MEMORY,
+                       "out of memory: scratch of more than %zu bytes was wanted", SIZE_MAX / 2);
+    n_bytes = round_up(n_bytes);
     if (!a->measuring) {
         /* the current chunk, or a later one kept from before, or a new one */
         while (a->current < a->n_chunks

@@ -24,6 +24,7 @@ typedef struct kl_arena {
 struct kl_ctx {
     const kl_backend *backend;
     void *device; /* the backend's own part, NULL on the CPU */
+    int device_number;
     const kl_kernels *k;
     kl_pool *pool;
     kl_arena arena;
@@ -77,11 +78,17 @@ typedef struct kl_measure {
 void kl_measure_begin(kl_ctx *ctx, kl_measure *saved);
 size_t kl_measure_end(kl_ctx *ctx, const kl_measure *saved);
 
+/* n values of a size; what no memory holds, where that is more than it can be */
+static inline size_t kl_bytes_of(int64_t n, size_t size)
+{
+    return n < 0 || (size_t)n > SIZE_MAX / 2 / size ? SIZE_MAX : (size_t)n * size;
+}
+
 /* n values of *pointer's type; returns from the caller on failure */
 #define KL_SCRATCH(pointer, ctx, n)                                                                \
     do {                                                                                           \
         void *kl_p = NULL;                                                                         \
-        KL_TRY(kl_scratch((ctx), &kl_p, (size_t)(n) * sizeof *(pointer)));                         \
+        KL_TRY(kl_scratch((ctx), &kl_p, kl_bytes_of((int64_t)(n), sizeof *(pointer))));            \
         (pointer) = kl_p;                                                                          \
     } while (0)
 

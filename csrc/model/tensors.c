@@ -81,11 +81,12 @@ static const kl_tensor *checked(kl_loader *l, const char *name, int64_t rows, in
         fail(l, KL_ERR_FORMAT, "checkpoint: %s is missing", name);
         return NULL;
     }
-    int64_t values = 1;
+    int64_t values = 1, wanted;
     bool fits = t->n_dims >= 1 && t->n_dims <= 4;
     for (int i = 0; fits && i < t->n_dims; i++)
         fits = kl_mul(&values, values, t->shape[i]);
-    if (!fits || values != rows * cols || (cols > 1 && t->shape[t->n_dims - 1] != cols)) {
+    if (!fits || !kl_mul(&wanted, rows, cols) || values != wanted
+        || (cols > 1 && t->shape[t->n_dims - 1] != cols)) {
         fail(l, KL_ERR_FORMAT, "checkpoint: %s has %lld values; it must be [%lld, %lld]", name,
              (long long)values, (long long)rows, (long long)cols);
         return NULL;

@@ -62,13 +62,16 @@ static kl_status check_checkpoints(kl_ctx *ctx, const kl_delta_rule_args *a)
         return kl_fail(
             ctx, KL_ERR_ARG,
             "delta_rule: checkpoints are given; checkpoint_offsets and kept must be, too");
-    for (int64_t n = 0; n < a->N && a->checkpoints != NULL; n++) {
-        const int64_t begin = a->checkpoint_offsets[n], end = a->checkpoint_offsets[n + 1];
-        if (begin > end || begin < 0)
+    for (int64_t n = 0; n <= a->N && a->checkpoints != NULL; n++) { /* all, before a mark is read */
+        const int64_t least = n > 0 ? a->checkpoint_offsets[n - 1] : 0;
+        if (a->checkpoint_offsets[n] < least)
             return kl_fail(
                 ctx, KL_ERR_ARG,
                 "delta_rule: checkpoint_offsets[%lld] is %lld; it must not be below %lld",
-                (long long)n + 1, (long long)end, (long long)kl_max(begin, 0));
+                (long long)n, (long long)a->checkpoint_offsets[n], (long long)least);
+    }
+    for (int64_t n = 0; n < a->N && a->checkpoints != NULL; n++) {
+        const int64_t begin = a->checkpoint_offsets[n], end = a->checkpoint_offsets[n + 1];
         for (int64_t i = begin; i < end; i++) {
             const int64_t at = a->checkpoints[i], least = i > begin ? a->checkpoints[i - 1] + 1 : 0;
             const int64_t tokens = a->offsets[n + 1] - a->offsets[n];

@@ -8,6 +8,7 @@
  *   Budget: kimi_linear/diff/budgets (docs/math.md#rope). */
 #include "ops.h"
 
+#include "../cpu/fpenv.h"
 #include "../cpu/kernels.h"
 
 #include <math.h>
@@ -53,8 +54,10 @@ kl_status cpu_rope(kl_ctx *ctx, float *y, const float *x, const int64_t *positio
     KL_SCRATCH(table, ctx, ctx->threads * rotary);
     if (ctx->arena.measuring)
         return KL_OK;
+    const kl_fp saved = kl_fp_default();
     for (int64_t j = 0; j < rotary / 2; j++)
         speed[j] = pow(base, -2.0 * (double)j / (double)rotary);
+    kl_fp_restore(saved);
     task a = { ctx->k, y, x, positions, H, K, rotary, speed, table };
     return kl_for(ctx, T, kl_max(1, kl_row_grain(H * K) / 4), turn_tokens, &a);
 }

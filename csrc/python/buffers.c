@@ -259,9 +259,10 @@ const int64_t *kl_py_offsets(kl_py_call *c, PyObject *o, int64_t n, const char *
 
 void **kl_py_pointers(kl_py_call *c, int64_t n, const void *base, int64_t step)
 {
-    if (c->failed || n < 0)
+    if (c->failed)
         return NULL;
-    void **p = malloc(((size_t)n + 1) * sizeof *p);
+    const bool fits = n >= 0 && n < PTRDIFF_MAX / (int64_t)sizeof(void *);
+    void **p = fits ? malloc(((size_t)n + 1) * sizeof *p) : NULL;
     if (p == NULL || c->n_pointers == 8) {
         free(p);
         PyErr_NoMemory();

@@ -2,6 +2,7 @@
 #include "model.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 /* The arrays of a list, held until the call has ended: nobody can resize one meanwhile. */
 typedef struct views {
@@ -127,29 +128,28 @@ typedef struct edits {
     unsigned char *table;
 } edits;
 
-/* function(layer, tap, row of the call, rows, writable bytes of the rows); the bytes are taken away after it */
+/* function(layer, tap, row of the call, rows, bytearray of the rows), whose bytes are copied back: it may be kept */
 static kl_status call_edit(void *user, kl_ctx *ctx, kl_tap tap, int64_t layer, int64_t call_row,
                            int64_t rows, int64_t width, void *values)
 {
     const edits *e = user;
     const PyGILState_STATE gil = PyGILState_Ensure();
-    PyObject *view = PyMemoryView_FromMemory(values, (Py_ssize_t)(rows * width * 4), PyBUF_WRITE);
-    PyObject *result = view == NULL
+    const Py_ssize_t n = (Py_ssize_t)(rows * width * 4);
+    PyObject *bytes = PyByteArray_FromStringAndSize(values, n);
+    PyObject *result = bytes == NULL
                            ? NULL
                            : PyObject_CallFunction(e->function, "LiLLO", (long long)layer, (int)tap,
-                                                   (long long)call_row, (long long)rows, view);
+                                                   (long long)call_row, (long long)rows, bytes);
     bool ok = result != NULL;
-    Py_XDECREF(result);
-    if (view != NULL) {
-        PyObject *type, *value, *trace;
-        PyErr_Fetch(&type, &value, &trace);
-        PyObject *released = PyObject_CallMethod(view, "release", NULL);
-        ok = ok && released != NULL;
-        if (type != NULL)
-            PyErr_Restore(type, value, trace); /* the function's own error is the one to tell */
-        Py_XDECREF(released);
-        Py_DECREF(view);
+    if (ok && PyByteArray_Size(bytes) != n) {
+        PyErr_Format(PyExc_ValueError, "edit: the function left %zd of %zd bytes",
+                     PyByteArray_Size(bytes), n);
+        ok = false;
     }
+    if (ok)
+        memcpy(values, PyByteArray_AsString(bytes), (size_t)n);
+    Py_XDECREF(result);
+    Py_XDECREF(bytes);
     PyGILState_Release(gil);
     return ok ? KL_OK : kl_fail(ctx, KL_ERR_ARG, "edit: the function raised an exception");
 }

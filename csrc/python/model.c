@@ -185,7 +185,7 @@ static bool parse_tensor(PyObject *item, const py_model *self, kl_tensor *t)
     int64_t values = 1;
     for (int i = 0; i < t->n_dims; i++) {
         t->shape[i] = PyLong_AsLongLong(PyTuple_GetItem(shape, i));
-        if (PyErr_Occurred() || !kl_mul(&values, values, t->shape[i])) {
+        if (PyErr_Occurred() || !kl_mul(&values, values, t->shape[i]) || values > INT64_MAX / 8) {
             PyErr_Format(PyExc_ValueError, "%U: a size is negative or too large", name);
             return false;
         }

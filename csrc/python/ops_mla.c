@@ -9,8 +9,10 @@ static kl_cache cache_of(kl_py_call *c, void *data, int type, int64_t width, con
     if (c->failed)
         return cache;
     int64_t n_pages = 0;
-    for (int64_t n = 0; n < N; n++)
-        n_pages += kl_ceil_div(begin[n + 1] - begin[n], KL_PAGE);
+    for (int64_t n = 0; n < N; n++) { /* rows of width 0 may be any number */
+        const int64_t rows = begin[n + 1] - begin[n];
+        n_pages += rows / KL_PAGE + (rows % KL_PAGE != 0);
+    }
     void **page = kl_py_pointers(c, n_pages, data, 0), **table = kl_py_pointers(c, N, data, 0);
     if (c->failed)
         return cache;
