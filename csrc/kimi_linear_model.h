@@ -104,7 +104,7 @@ KL_API int64_t kl_state_checkpoints(const kl_state *state, int64_t *at);
 KL_API kl_status kl_state_truncate(kl_ctx *ctx, kl_state *state, int64_t n,
                                    int64_t *position) KL_CHECKED;
 /* Makes `to` an independent copy of `from`, with the newest of its checkpoints that fit. Both are of one model and
- * one cache type. On failure `to` is as it was. */
+ * one cache type. On failure `to` is as it was, or lost where a device failed in the middle. */
 KL_API kl_status kl_state_copy(kl_ctx *ctx, kl_state *to, kl_state *from) KL_CHECKED;
 /* Makes an empty state one of n tokens, whose arrays are then written. */
 KL_API kl_status kl_state_fill(kl_ctx *ctx, kl_state *state, int64_t n) KL_CHECKED;

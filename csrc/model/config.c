@@ -23,6 +23,20 @@ static kl_status check_layers(kl_ctx *ctx, const kl_config *c)
     return KL_OK;
 }
 
+/* What route wants of groups. */
+static kl_status check_groups(kl_ctx *ctx, const kl_config *c)
+{
+    const int64_t E = c->ffn.experts, groups = c->ffn.groups, top = c->ffn.top_groups;
+    if (E % groups != 0)
+        return kl_fail(ctx, KL_ERR_ARG, "config: n_groups is %lld; it must divide n_experts, %lld",
+                       (long long)groups, (long long)E);
+    if (c->ffn.k > E / groups * top)
+        return kl_fail(ctx, KL_ERR_ARG,
+                       "config: experts_per_token is %lld; %lld groups of %lld experts have fewer",
+                       (long long)c->ffn.k, (long long)top, (long long)(E / groups));
+    return KL_OK;
+}
+
 /* How the heads of a mixer fit each other. */
 static kl_status check_heads(kl_ctx *ctx, const kl_config *c, bool kda, bool gdn, bool attn)
 {
@@ -150,6 +164,8 @@ kl_status kl_config_check(kl_ctx *ctx, const kl_config *c)
                            checks[i].name, (long long)checks[i].value, (long long)checks[i].low,
                            (long long)checks[i].high);
     KL_TRY(check_heads(ctx, c, kda, gdn, attn));
+    if (moe)
+        KL_TRY(check_groups(ctx, c));
     KL_TRY(check_reals(ctx, c, kda || gdn, mla, attn, moe));
     return check_state_size(ctx, c, kda || gdn, mla, attn);
 }

@@ -63,6 +63,7 @@ struct kl_model {
     kl_config config;
     kl_layer *layers; /* config.layers */
     const kl_backend *backend;
+    int device_number;
     kl_weight embed, head;
     const float *norm;
     layer_weights *layer; /* [n_layers] */

@@ -6,8 +6,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { PASS_TOKENS = 512, PIECE = 64 };
-
 /* ---- passes ------------------------------------------------------------------------------------ */
 
 /* New tokens of a sequence up to the end of the piece in which its next checkpoint is due. */
@@ -17,10 +15,10 @@ static int64_t to_checkpoint(const pass *p, int64_t s, int64_t done)
     /* while measuring, earlier passes have not moved the state */
     const int64_t at = state->position + (p->ctx->arena.measuring ? done : 0);
     const int64_t due = kl_state_next_checkpoint(state, at);
-    return due == INT64_MAX ? due : kl_ceil_div(due - at, PIECE) * PIECE;
+    return due == INT64_MAX ? due : kl_ceil_div(due - at, KL_PIECE) * KL_PIECE;
 }
 
-/* Fills the pass with the next tokens: sequences in order, cut only at multiples of PIECE of each sequence's
+/* Fills the pass with the next tokens: sequences in order, cut only at multiples of KL_PIECE of each sequence's
  * own new tokens, and where a checkpoint is due. done [N] counts the new tokens of each sequence that earlier
  * passes took, all of them whole pieces. */
 static void fill(pass *p, const int64_t *done, int64_t room)
@@ -31,7 +29,7 @@ static void fill(pass *p, const int64_t *done, int64_t room)
         const int64_t left = a->offsets[s + 1] - a->offsets[s] - done[s];
         int64_t n = kl_min(left, room);
         if (n < left)
-            n -= n % PIECE;
+            n -= n % KL_PIECE;
         n = kl_min(n, to_checkpoint(p, s, done[s]));
         if (n <= 0)
             continue;
@@ -91,14 +89,16 @@ static void bind(pass *p)
     }
 }
 
-/* A pass in which some sequence has several tokens can be interrupted, so its states are copied first and
- * put back when it fails. One step of one token a sequence runs to its end; if it fails all the same, its
- * states are lost and say so. */
+/* A pass that can be interrupted (some sequence has several tokens) or that what the caller gave can fail has its states
+ * copied first, and put back when it fails. Another step of one token a sequence runs to its end; if it fails all the
+ * same, its states are lost and say so. */
 static kl_status run_guarded(pass *p)
 {
     kl_ctx *ctx = p->ctx;
     const size_t bytes = p->model->fixed_bytes;
-    const bool guarded = p->T > p->N || p->args->edit != NULL; /* an edit may fail */
+    const kl_forward_args *a = p->args;
+    const bool guarded =
+        p->T > p->N || a->edit != NULL || a->expert_ids != NULL || a->check_finite != 0;
     char *copies = NULL;
     if (guarded)
         KL_SCRATCH(copies, ctx, (size_t)p->N * bytes);
@@ -123,6 +123,25 @@ static kl_status run_guarded(pass *p)
 
 /* ---- the call ---------------------------------------------------------------------------------- */
 
+/* Given ids are those of experts, and rise with each token. */
+static kl_status check_experts(kl_ctx *ctx, const kl_config *c, const kl_forward_args *a, int64_t T)
+{
+    const int64_t k = c->ffn.k;
+    for (int64_t l = 0; a->expert_ids != NULL && l < c->n_layers; l++) {
+        const int32_t *ids = a->expert_ids[l];
+        for (int64_t i = 0; ids != NULL && i < T * k; i++) {
+            const int32_t least = i % k > 0 ? ids[i - 1] + 1 : 0;
+            if (ids[i] < least || ids[i] >= c->ffn.experts)
+                return kl_fail(ctx, KL_ERR_ARG,
+                               "forward: expert_ids of layer %lld [%lld, %lld] is %d; the ids of a "
+                               "token must rise, here within %d to %lld",
+                               (long long)l, (long long)(i / k), (long long)(i % k), (int)ids[i],
+                               (int)least, (long long)c->ffn.experts - 1);
+        }
+    }
+    return KL_OK;
+}
+
 static kl_status check_args(kl_ctx *ctx, const kl_model *m, const kl_forward_args *a)
 {
     const int64_t T = a->N >= 0 ? a->offsets[a->N] : 0;
@@ -130,9 +149,9 @@ static kl_status check_args(kl_ctx *ctx, const kl_model *m, const kl_forward_arg
     if (m->planning)
         return kl_fail(ctx, KL_ERR_STATE,
                        "forward: this model was made for planning and has no weights");
-    if (a->pass_tokens < 0 || (a->pass_tokens > 0 && a->pass_tokens < PIECE))
+    if (a->pass_tokens < 0 || (a->pass_tokens > 0 && a->pass_tokens < KL_PIECE))
         return kl_fail(ctx, KL_ERR_ARG, "forward: pass_tokens is %lld; it must be 0 or at least %d",
-                       (long long)a->pass_tokens, PIECE);
+                       (long long)a->pass_tokens, KL_PIECE);
     const int64_t layers = m->config.n_layers, stop = a->stop > 0 ? a->stop : layers;
     if (a->start < 0 || a->start >= stop || stop > layers)
         return kl_fail(ctx, KL_ERR_ARG,
@@ -153,6 +172,7 @@ static kl_status check_args(kl_ctx *ctx, const kl_model *m, const kl_forward_arg
         return kl_fail(ctx, KL_ERR_ARG,
                        "forward: n_logits is %lld, so logits and logit_rows must be given",
                        (long long)a->n_logits);
+    KL_TRY(check_experts(ctx, &m->config, a, T));
     for (int64_t i = 0; i < a->n_logits; i++)
         if (a->logit_rows[i] < 0 || a->logit_rows[i] >= T
             || (i > 0 && a->logit_rows[i] <= a->logit_rows[i - 1]))
@@ -192,7 +212,7 @@ static kl_status check_states(kl_ctx *ctx, const kl_model *m, const kl_forward_a
     return KL_OK;
 }
 
-/* Marks the states as in use; false with all of them free again when one is in use, or given twice. */
+/* Marks the first `taken` states as in use; false where the one behind them is, or is given twice. */
 static bool acquire(const kl_forward_args *a, int64_t *taken)
 {
     for (*taken = 0; *taken < a->N; ++*taken)
@@ -261,7 +281,7 @@ static kl_status prepare(pass *p, int64_t pass_tokens)
 kl_status kl_call_scratch(kl_ctx *ctx, const kl_model *model, const kl_forward_args *args,
                           size_t *bytes)
 {
-    const int64_t pass_tokens = args->pass_tokens > 0 ? args->pass_tokens : PASS_TOKENS;
+    const int64_t pass_tokens = args->pass_tokens > 0 ? args->pass_tokens : KL_PASS_TOKENS;
     pass p = { .ctx = ctx, .model = model, .args = args };
     kl_status status = new_pass(&p, args->N, kl_min(pass_tokens, args->offsets[args->N]));
     if (status == KL_OK)
@@ -295,7 +315,7 @@ kl_status kl_forward(kl_ctx *ctx, const kl_model *model, const kl_forward_args *
         return kl_fail(ctx, KL_ERR_STATE, "forward: state %lld is in use, or given twice",
                        (long long)taken);
     }
-    const int64_t pass_tokens = args->pass_tokens > 0 ? args->pass_tokens : PASS_TOKENS;
+    const int64_t pass_tokens = args->pass_tokens > 0 ? args->pass_tokens : KL_PASS_TOKENS;
     pass p = { .ctx = ctx, .model = model, .args = args };
     int64_t *done = calloc((size_t)args->N + 1, sizeof *done);
     kl_status status = done != NULL ? check_states(ctx, model, args)

@@ -2,7 +2,10 @@
 #ifndef KL_PASS_H
 #define KL_PASS_H
 
+#include "../ops/pieces.h"
 #include "model.h"
+
+enum { KL_PASS_TOKENS = 512 };
 
 /* Tokens first..first+n-1 of one sequence's new ones. */
 typedef struct segment {

@@ -5,7 +5,7 @@
 #include <stdlib.h>
 
 /* ODD short pieces fill a batch of absorbed tokens */
-enum { PASS_TOKENS = 512, PIECE = 64, SHORT_PIECE = 16, ODD = 4 };
+enum { ODD = 4 };
 
 /* Scratch of one call of one pass: N sequences, sequence i with n[i] new tokens up to position context, all
  * logits of them. */
@@ -62,8 +62,8 @@ static bool deal(int64_t *n, int64_t N, int64_t few, int64_t odd, int64_t contex
         left -= more;
     }
     for (int64_t i = 0; i < odd; i++)
-        if (n[i] > SHORT_PIECE)
-            n[i] -= (n[i] - SHORT_PIECE) % PIECE;
+        if (n[i] > KL_ABSORBED_PIECE)
+            n[i] -= (n[i] - KL_ABSORBED_PIECE) % KL_PIECE;
     return true;
 }
 
@@ -73,7 +73,7 @@ static bool deal(int64_t *n, int64_t N, int64_t few, int64_t odd, int64_t contex
 static kl_status widest_pass(kl_ctx *ctx, const kl_model *m, kl_type cache_type, int64_t context,
                              int64_t sequences, int64_t pass_tokens, size_t *bytes)
 {
-    static const int64_t few[] = { 1, 2, 4, 8, SHORT_PIECE };
+    static const int64_t few[] = { 1, 2, 4, 8, KL_ABSORBED_PIECE };
     const int64_t most = kl_min(sequences, pass_tokens);
     int64_t *n = calloc((size_t)most, sizeof *n);
     if (n == NULL)
@@ -119,5 +119,5 @@ kl_status kl_plan_make(kl_ctx *ctx, kl_plan *plan, const kl_model *m, kl_type ca
                        (long long)sequences, (long long)context);
     plan->state = (size_t)all;
     return widest_pass(ctx, m, cache_type, context, sequences,
-                       pass_tokens > 0 ? pass_tokens : PASS_TOKENS, &plan->scratch);
+                       pass_tokens > 0 ? pass_tokens : KL_PASS_TOKENS, &plan->scratch);
 }

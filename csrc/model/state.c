@@ -406,6 +406,7 @@ static kl_status copy_all(kl_ctx *ctx, kl_state *to, const kl_state *from)
         kl_state_page_bytes(from) > 0 ? kl_ceil_div(from->position, KL_PAGE) : 0;
     KL_TRY(check_copy(ctx, to, from));
     KL_TRY(kl_state_grow(ctx, to, from->position));
+    to->lost = 1; /* until all of it is there: a device's copy may fail in the middle */
     KL_TRY(backend->copy(ctx, to->fixed, from->fixed, from->model->fixed_bytes));
     for (int64_t i = 0; i < n_pages; i++)
         KL_TRY(backend->copy(ctx, to->page[i], from->page[i], kl_state_page_bytes(from)));

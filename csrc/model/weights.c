@@ -331,6 +331,7 @@ kl_status kl_model_create(kl_ctx *ctx, kl_model **out, const kl_config *config,
         return status;
     m->config = *config;
     m->backend = ctx->backend;
+    m->device_number = ctx->device_number;
     m->planning = planning;
     m->layers = malloc(n * sizeof *m->layers);
     m->layer = calloc(n, sizeof *m->layer);
@@ -354,10 +355,14 @@ done:
 
 kl_status kl_model_check_ctx(kl_ctx *ctx, const kl_model *model, const char *who)
 {
-    if (ctx->backend == model->backend)
-        return KL_OK;
-    return kl_fail(ctx, KL_ERR_ARG, "%s: the context computes on %s and the model is on %s", who,
-                   ctx->backend->name, model->backend->name);
+    if (ctx->backend != model->backend)
+        return kl_fail(ctx, KL_ERR_ARG, "%s: the context computes on %s and the model is on %s",
+                       who, ctx->backend->name, model->backend->name);
+    if (ctx->device_number != model->device_number)
+        return kl_fail(
+            ctx, KL_ERR_ARG, "%s: the context computes on %s:%d and the model is on %s:%d", who,
+            ctx->backend->name, ctx->device_number, model->backend->name, model->device_number);
+    return KL_OK;
 }
 
 void kl_model_destroy(kl_ctx *ctx, kl_model *model)

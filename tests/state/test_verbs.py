@@ -330,3 +330,15 @@ def test_bad_options(tiny, options, message):
 def test_checkpoints_that_do_not_fit(tiny):
     with pytest.raises(MemoryError):
         tiny.new_state(checkpoints_every=64, keep=1 << 50)
+
+
+@pytest.mark.parametrize("wrong", [dict(expert_ids={1: np.zeros((1, 2), np.int32)}),
+                                   dict(embeds=np.full((1, 128), np.nan, np.float32), check="finite")])
+def test_a_wrong_argument_of_one_token_loses_no_state(tiny, wrong):
+    state = tiny.new_state()
+    tiny.forward([1, 2, 3], state=state)
+    before = state.fork()
+    given = [] if "embeds" in wrong else [[4]]
+    with pytest.raises((ValueError, ArithmeticError)):
+        tiny.forward(*given, state=state, **wrong)
+    assert tiny.forward([5], state=state).tobytes() == tiny.forward([5], state=before).tobytes()
