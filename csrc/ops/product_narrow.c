@@ -3,6 +3,7 @@
 
 #include "../cpu/dot.h"
 #include "../cpu/int8.h"
+#include "../cpu/fpenv.h"
 #include "../cpu/kernels.h"
 
 enum {
@@ -80,7 +81,9 @@ kl_status kl_narrow_make(kl_ctx *ctx, char *to, const float *x, int64_t T, int64
     task a = { ctx, to, x, D, kl_narrow_bytes(ctx, D) };
     if (T * D > FEW_VALUES)
         return kl_for(ctx, T, kl_row_grain(D), make_rows, &a);
+    const kl_fp saved = kl_fp_default();
     make_rows(&a, 0, T, 0);
+    kl_fp_restore(saved);
     return KL_OK;
 }
 

@@ -1,5 +1,9 @@
 """Products with int8 activations (docs/math.md#int8): the definition, one result everywhere, what it costs."""
 
+import ctypes
+import ctypes.util
+import platform
+
 import numpy as np
 import pytest
 from block_bytes import INT8_TYPES, blocks, values_of
@@ -155,3 +159,19 @@ def test_other_types_and_float_weights_take_float32_all_the_same():
 def test_unknown_activations_are_refused():
     with pytest.raises(ValueError, match="activations is 'int4'; it must be one of 'float32', 'int8', 'bfloat16'"):
         kl.Context(activations="int4")
+
+
+def test_the_callers_rounding_mode_changes_no_byte():
+    """A few rows are made int8 by the calling thread itself, which is not to ask it how it rounds."""
+    upward, to_nearest = {"x86_64": 0x800, "aarch64": 0x400000, "arm64": 0x400000}[platform.machine()], 0
+    libm = ctypes.CDLL(ctypes.util.find_library("m"))
+    w = kl.ops.quantize(np.random.default_rng(1).standard_normal((64, 256)).astype(np.float32), "Q8_0")
+    x = np.random.default_rng(2).standard_normal((1, 256)).astype(np.float32)
+    ctx = kl.Context(activations="int8")
+    want = kl.ops.linear(x, w, ctx=ctx)
+    try:
+        assert libm.fesetround(upward) == 0
+        got = kl.ops.linear(x, w, ctx=ctx)
+    finally:
+        libm.fesetround(to_nearest)
+    assert got.tobytes() == want.tobytes()
