@@ -144,9 +144,9 @@ kl_status kl_device_choose(kl_ctx *ctx, const char *name)
     }
     if (library == NULL)
         return kl_fail(ctx, KL_ERR_DEVICE, "device '%s' is not there: %s", name, reason);
-    KL_TRY(library->backend->open(ctx, device, &ctx->device));
-    ctx->backend = library->backend;
-    return KL_OK;
+    ctx->backend = library->backend; /* which closes what a failed opening leaves */
+    ctx->device_number = device;
+    return library->backend->open(ctx, device, &ctx->device);
 }
 
 /* ---- the list ---- */

@@ -105,7 +105,8 @@ typedef enum kl_form {
 } kl_form;
 
 /* What a product makes of its float32 activations first. Weights of other types than named take float32, and so do
- * those that are stored transposed. Attention multiplies in 16-bit fixed point where this is not float32. */
+ * those that are stored transposed. Where this is not float32 attention multiplies in 16-bit fixed point: latent_attention
+ * always, attention in pieces of more than 16 new tokens. */
 typedef enum kl_activations {
     KL_ACTIVATIONS_FLOAT32 = 0, /* nothing: the dequantised weight times float32 */
     KL_ACTIVATIONS_INT8 = 1,    /* weights in blocks: int8, a scale for each 32 values */
@@ -163,8 +164,8 @@ KL_API void kl_ctx_set_poll(kl_ctx *ctx, int (*poll)(void *user), void *user);
 KL_API void kl_ctx_set_progress(kl_ctx *ctx, int (*report)(void *user, int64_t done, int64_t all),
                                 void *user);
 
-/* Every allocation of the context goes through these; allocate returns NULL when it fails. Set before models
- * and states are made: these are given back to the allocator of the moment. NULL: the C library's. */
+/* What the context allocates for values goes through these: scratch, pages and states, vectors of weights (not tables,
+ * nor what a call writes down of itself); allocate returns NULL when it fails. Set before models and states are made: these are given back to the allocator of the moment. NULL: the C library's. */
 typedef struct kl_allocator {
     void *(*allocate)(void *user, size_t n_bytes); /* 64-byte aligned */
     void (*release)(void *user, void *p, size_t n_bytes);

@@ -50,7 +50,7 @@ typedef struct kl_ahead {
 
 /* n_queries queries on one block. A query and a key are two parts side by side (widths agree part by part; the second
  * may be empty). Both k[0] and v may be of float16, the others not. Query i sees the first min(n, first + i * step)
- * positions of the block, at least one: step 1 for queries of successive positions, 0 for heads of one token. */
+ * positions of the block, of kl_attend at least one: step 1 for queries of successive positions, 0 for heads of one token. */
 typedef struct kl_attend {
     kl_rows q[2], k[2], v;
     kl_running run;

@@ -17,12 +17,13 @@ void kl_gemm_rows(float *y, int64_t ldy, const float *x, int64_t ldx, int64_t T,
     assert(!"this build has no BLAS");
 }
 
-int kl_gemm_begin(void) { return 0; }
-void kl_gemm_end(int threads) { (void)threads; }
+void kl_gemm_begin(void) {}
+void kl_gemm_end(void) {}
 
 #else
 
 #include <cblas.h>
+#include <pthread.h>
 
 #if defined(KL_CBLAS_PREFIX)
 #define JOIN(a, b) a##b
@@ -42,13 +43,26 @@ void kl_gemm_rows(float *y, int64_t ldy, const float *x, int64_t ldx, int64_t T,
                           (blasint)ldy);
 }
 
-int kl_gemm_begin(void)
+/* OpenBLAS has one number of threads for the process: the first user saves it, the last puts it back */
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static int users, saved;
+
+void kl_gemm_begin(void)
 {
-    const int threads = BLAS(openblas_get_num_threads)();
-    BLAS(openblas_set_num_threads)(1);
-    return threads;
+    pthread_mutex_lock(&lock);
+    if (users++ == 0) {
+        saved = BLAS(openblas_get_num_threads)();
+        BLAS(openblas_set_num_threads)(1);
+    }
+    pthread_mutex_unlock(&lock);
 }
 
-void kl_gemm_end(int threads) { BLAS(openblas_set_num_threads)(threads); }
+void kl_gemm_end(void)
+{
+    pthread_mutex_lock(&lock);
+    if (--users == 0)
+        BLAS(openblas_set_num_threads)(saved);
+    pthread_mutex_unlock(&lock);
+}
 
 #endif

@@ -9,8 +9,8 @@
 void kl_gemm_rows(float *y, int64_t ldy, const float *x, int64_t ldx, int64_t T, const float *w,
                   int64_t ldw, int64_t n, int64_t K);
 
-/* Around calls from several threads: BLAS itself keeps to one; end takes what begin gave. */
-int kl_gemm_begin(void);
-void kl_gemm_end(int threads);
+/* Around calls from several threads: BLAS itself keeps to one. */
+void kl_gemm_begin(void);
+void kl_gemm_end(void);
 
 #endif

@@ -3,6 +3,8 @@
 #ifndef KL_INT8_BLOCKS_H
 #define KL_INT8_BLOCKS_H
 
+#include "../quant/fp4.h"
+#include "../quant/iq4.h"
 #include "../quant/quant.h"
 #include "int8.h"
 
@@ -18,10 +20,6 @@ typedef struct int8_weights {
 
 /* types whose 16 values have an integer scale of their own */
 static inline bool int8_is_fine(kl_type t) { return t == KL_Q2_K || t == KL_Q3_K || t == KL_Q6_K; }
-
-static const int8_t int8_iq4[16] = { -127, -104, -83, -65, -49, -35, -22, -10,
-                                     1,    13,   25,  38,  53,  69,  89,  113 };
-static const int8_t int8_fp4[16] = { 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12 };
 
 /* scales and mins of Q4_K and Q5_K: 16 numbers of 6 bits in 12 bytes */
 static inline void int8_six_bits(uint8_t sc[8], uint8_t m[8], const uint8_t *p)
@@ -122,10 +120,10 @@ static inline void int8_values_iq4_xs(int8_t *q, const uint8_t *p)
 {
     for (int b = 0; b < 8; b++)
         for (int l = 0; l < 32; l++)
-            q[32 * b + l] = int8_iq4[p[8 + 16 * b + l % 16] >> (l / 16 * 4) & 15];
+            q[32 * b + l] = kl_iq4_values[p[8 + 16 * b + l % 16] >> (l / 16 * 4) & 15];
 }
 
-/* 2^(e - 127), halved because int8_fp4 is doubled */
+/* 2^(e - 127), halved because kl_fp4_values is doubled */
 static inline float int8_e8m0_half(uint8_t e)
 {
     const uint32_t bits = e < 2 ? 0x00200000u << e : (uint32_t)(e - 1) << 23;
@@ -150,8 +148,8 @@ static inline void int8_values_32(int8_t *q, const uint8_t *p, kl_type type)
         case KL_Q5_0:
             q[l] = (int8_t)(((p[6 + at] >> shift & 15) | (p[2 + l / 8] >> l % 8 & 1) << 4) - 16);
             break;
-        case KL_IQ4_NL: q[l] = int8_iq4[p[2 + at] >> shift & 15]; break;
-        default: q[l] = int8_fp4[p[1 + at] >> shift & 15]; break; /* MXFP4 */
+        case KL_IQ4_NL: q[l] = kl_iq4_values[p[2 + at] >> shift & 15]; break;
+        default: q[l] = kl_fp4_values[p[1 + at] >> shift & 15]; break; /* MXFP4 */
         }
     }
 }

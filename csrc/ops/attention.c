@@ -452,10 +452,12 @@ static kl_status check_head(kl_ctx *ctx, const char *name, const kl_cache *cache
     return KL_OK;
 }
 
-static void count_work(const kl_attention_args *a, const kl_cache *keys, const kl_cache *values,
-                       int64_t *flops, int64_t *bytes)
+static void count_work(const kl_ctx *ctx, const kl_attention_args *a, const kl_cache *keys,
+                       const kl_cache *values, int64_t *flops, int64_t *bytes)
 {
-    *flops = 0;
+    *flops = *bytes = 0;
+    if (ctx->arena.measuring) /* a plan's context may be longer than any work that can be counted */
+        return;
     *bytes = 4 * a->T * a->H * (a->K + a->V);
     for (int64_t n = 0; n < a->N; n++) {
         const int64_t L = a->offsets[n + 1] - a->offsets[n], S = a->positions[n];
@@ -480,6 +482,6 @@ kl_status kl_attention(kl_ctx *ctx, float *o, const float *q, kl_cache keys, kl_
     KL_TRY(check_head(ctx, "values", &values, args->Hkv, args->V));
     const size_t mark = kl_scratch_mark(ctx);
     int64_t flops, bytes;
-    count_work(args, &keys, &values, &flops, &bytes);
+    count_work(ctx, args, &keys, &values, &flops, &bytes);
     return kl_done(ctx, mark, KL_RUN(attention, flops, bytes, ctx, o, q, keys, values, args));
 }

@@ -42,10 +42,12 @@ static kl_status check_sizes(kl_ctx *ctx, const kl_latent_attention_args *a)
 }
 
 /* Operations of the form that each sequence's new tokens mostly take, and the bytes of caches and queries. */
-static void count_work(const kl_latent_attention_args *a, const kl_cache *latent,
+static void count_work(const kl_ctx *ctx, const kl_latent_attention_args *a, const kl_cache *latent,
                        const kl_cache *k_shared, int64_t *flops, int64_t *bytes)
 {
-    *flops = 0;
+    *flops = *bytes = 0;
+    if (ctx->arena.measuring) /* a plan's context may be longer than any work that can be counted */
+        return;
     *bytes = 4 * a->T * a->H * (a->K + a->P + a->V);
     for (int64_t n = 0; n < a->N; n++) {
         const int64_t L = a->offsets[n + 1] - a->offsets[n], S = a->positions[n];
@@ -83,7 +85,7 @@ kl_status kl_latent_attention(kl_ctx *ctx, float *o, const float *q, kl_cache la
                        (int)args->form);
     const size_t mark = kl_scratch_mark(ctx);
     int64_t flops, bytes;
-    count_work(args, &latent, &k_shared, &flops, &bytes);
+    count_work(ctx, args, &latent, &k_shared, &flops, &bytes);
     return kl_done(
         ctx, mark,
         KL_RUN(latent_attention, flops, bytes, ctx, o, q, latent, k_shared, w_uk, w_uv, args));

@@ -16,7 +16,6 @@ typedef struct task {
     kl_operand x;
     const kl_weight *w;
     const float *const *bias;
-    int n_weights;
     int64_t T, D;
     int64_t block, t_block, t_blocks; /* rows of w, rows of x, number of the latter blocks */
     char *scratch;
@@ -65,7 +64,6 @@ kl_status cpu_linear(kl_ctx *ctx, float *const *y, const float *x, const kl_weig
                .x = { x, D, NULL, kl_narrow_bytes(ctx, D) },
                .w = w,
                .bias = bias,
-               .n_weights = n_weights,
                .T = T,
                .D = D,
                .block = 1,

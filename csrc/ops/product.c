@@ -163,8 +163,8 @@ kl_status kl_product_for(kl_ctx *ctx, int64_t n, int64_t grain, kl_body body, vo
 {
     if (ctx->gemm != KL_GEMM_BLAS)
         return kl_for(ctx, n, grain, body, arg);
-    const int threads = kl_gemm_begin();
+    kl_gemm_begin();
     const kl_status status = kl_for(ctx, n, grain, body, arg);
-    kl_gemm_end(threads);
+    kl_gemm_end();
     return status;
 }
