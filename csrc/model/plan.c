@@ -104,6 +104,7 @@ kl_status kl_plan_make(kl_ctx *ctx, kl_plan *plan, const kl_model *m, kl_type ca
                        "plan: context is %lld and sequences is %lld; both must be >= 1, context at "
                        "most 2^%d",
                        (long long)context, (long long)sequences, KL_MAX_TOKENS_LOG2);
+    KL_TRY(kl_check_pass_tokens(ctx, "plan", pass_tokens));
     KL_TRY(kl_cache_check(ctx, m, cache_type));
     const int64_t pages = kl_ceil_div(context, KL_PAGE);
     *plan = (kl_plan){

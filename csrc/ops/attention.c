@@ -437,6 +437,9 @@ static kl_status check_sizes(kl_ctx *ctx, const kl_attention_args *a)
             "attention: there are H = %lld query heads and Hkv = %lld key heads; Hkv must "
             "divide H",
             (long long)a->H, (long long)a->Hkv);
+    if (!(a->scale - a->scale == 0.0f))
+        return kl_fail(ctx, KL_ERR_ARG, "attention: scale is %g; it must be finite",
+                       (double)a->scale);
     return KL_OK;
 }
 

@@ -38,6 +38,9 @@ static kl_status check_sizes(kl_ctx *ctx, const kl_latent_attention_args *a)
                        ">= 0, the others >= 1",
                        (long long)a->T, (long long)a->H, (long long)a->K, (long long)a->P,
                        (long long)a->V, (long long)a->R);
+    if (!(a->scale - a->scale == 0.0f))
+        return kl_fail(ctx, KL_ERR_ARG, "latent_attention: scale is %g; it must be finite",
+                       (double)a->scale);
     return KL_OK;
 }
 
