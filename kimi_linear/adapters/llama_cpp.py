@@ -71,6 +71,7 @@ MADE = {
         "ffn_moe_weights_norm": "moe.weights", "ffn_moe_weights_scaled": "moe.weights",
     },
 }
+_MADE_OF = {name for made in MADE.values() for name in made}
 _VIEWS = ("RESHAPE", "VIEW", "PERMUTE", "TRANSPOSE", "CONT")
 _WEIGHT_SECOND = ("SSM_CONV",)
 _DTYPES = {0: np.float32, 1: np.float16, 26: np.int32}  # of ggml_type
@@ -259,9 +260,11 @@ class _Recorder:
         """(name, layer) of a node: its own, or the ops that made it and the tensor where they begin."""
         own, ops = _own_name(x), []
         if own is not None:
-            for name in ((f"{self.ggml.ggml_op_desc(address).decode()} {own[0]}", own[1]), own):
-                if name in self.names:
-                    return name
+            as_logged = f"{self.ggml.ggml_op_desc(address).decode()} {own[0]}"
+            if as_logged not in _MADE_OF and (as_logged, own[1]) in self.names:
+                return as_logged, own[1]
+            if own in self.names:
+                return own
         while x.op and len(ops) < 5:
             op = self.ggml.ggml_op_desc(address).decode()
             if op not in _VIEWS:
