@@ -4,6 +4,7 @@
 #include "internal.h"
 
 #include <time.h>
+#include <unistd.h>
 
 #if defined(__APPLE__)
 
@@ -59,3 +60,9 @@ bool kl_has_sdot(void) { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }
 #elif defined(__aarch64__)
 bool kl_has_sdot(void) { return false; }
 #endif
+
+int64_t kl_memory(void)
+{
+    const long pages = sysconf(_SC_PHYS_PAGES), bytes = sysconf(_SC_PAGESIZE);
+    return pages > 0 && bytes > 0 ? (int64_t)pages * bytes : INT64_MAX;
+}

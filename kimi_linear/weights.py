@@ -7,6 +7,7 @@ import numpy as np
 from ._arrays import TYPE_IDS, as_array, check_shape
 from ._names import near
 from .load.safetensors import array_of
+from .quantized import Quantized
 
 __all__ = ["Weights"]
 
@@ -22,10 +23,15 @@ class Weights(Mapping):
 
     def __getitem__(self, name):
         self._check(name)
+        if self._model._checkpoint is not None:
+            self._model._checkpoint.check_unchanged()  # what is mapped is read
         return array_of(self._model._tensors[name])
 
     def __setitem__(self, name, value):
         self._check(name)
+        if isinstance(value, Quantized):
+            raise TypeError(f"{name} is a Quantized; a weight is replaced by an array, such as its values: "
+                            "np.asarray(it), which are float32")
         a = as_array(value, name)
         if a.dtype not in TYPE_IDS:
             raise TypeError(f"{name} is {a.dtype}; it must be float32, float16 or bfloat16")

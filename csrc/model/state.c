@@ -1,5 +1,6 @@
 /* The state of one sequence: a fixed block (convolution histories and delta states of all delta nets) and a
  * cache in pages of KL_PAGE positions (all layers of attention in each page), so that growing moves nothing. */
+#include "../system.h"
 #include "model.h"
 
 #include <stdlib.h>
@@ -23,6 +24,14 @@ kl_status kl_state_grow(kl_ctx *ctx, kl_state *state, int64_t n)
 {
     const size_t bytes = kl_state_page_bytes(state);
     const int64_t wanted = bytes > 0 ? kl_ceil_div(n, KL_PAGE) : 0;
+    int64_t all = 0;
+    /* the system would promise more than it has, and end the process when it is used */
+    if (state->model->backend == &kl_cpu_backend
+        && (!kl_mul(&all, wanted, (int64_t)bytes) || all > kl_memory()))
+        return kl_fail(ctx, KL_ERR_MEMORY,
+                       "out of memory: a cache of %lld positions has %lld pages of %zu bytes; this "
+                       "machine has %lld bytes",
+                       (long long)n, (long long)wanted, bytes, (long long)kl_memory());
     if (wanted > state->page_capacity) {
         const int64_t capacity = kl_max(wanted, 2 * state->page_capacity);
         void **page = realloc(state->page, (size_t)capacity * sizeof *page);

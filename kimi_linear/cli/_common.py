@@ -3,15 +3,16 @@
 import contextlib
 import functools
 import json
+import os
 import sys
 
 from ..config import layer_pattern
 
 __all__ = [
     "CACHES", "MODEL_IS", "add_compute_arguments", "add_device_argument", "add_json_argument", "add_model_argument",
-    "add_names_arguments", "check_names", "foreign_call", "foreign_calls", "human_bytes", "human_count", "human_rate",
-    "integers", "layer_pattern", "load_model", "model_path", "non_negative", "positive", "print_json", "print_report",
-    "print_table", "progress", "read_text", "say", "types_of",
+    "add_names_arguments", "begins", "check_names", "check_output", "foreign_call", "foreign_calls", "human_bytes",
+    "human_count", "human_rate", "integers", "is_trace", "layer_pattern", "load_model", "model_path", "non_negative",
+    "positive", "print_json", "print_report", "print_table", "progress", "read_text", "say", "types_of",
 ]
 
 
@@ -94,6 +95,23 @@ def foreign_call(args, path, config):
         raise ValueError(f"{path} has {len(calls)} calls, and two traces are compared call by call; kimi-linear blame "
                          "takes them all")
     return calls[0]
+
+
+def check_output(path, ours, kind):
+    """ValueError where a file is at `path` of which `ours(path)` is false: it is not `kind`, and would be lost."""
+    if os.path.isfile(path) and os.path.getsize(path) > 0 and not ours(path):
+        raise ValueError(f"{path} is there and is not {kind}; it would be lost: give another name, or remove it")
+
+
+def begins(path, *starts):
+    """Whether a file begins with one of some bytes."""
+    with open(path, "rb") as file:
+        return file.read(max(map(len, starts))).startswith(starts)
+
+
+def is_trace(path):
+    """Whether `kimi-linear trace` wrote the file."""
+    return _of_ours(path) is not None
 
 
 def _of_ours(path):

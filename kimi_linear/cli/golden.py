@@ -3,7 +3,7 @@
 import os
 
 from ..testing.spec import OPS
-from ._common import add_json_argument, human_bytes, print_json, say
+from ._common import add_json_argument, check_output, human_bytes, print_json, say
 
 HELP = "an op's cases with float64 results and allowed errors, for kernels in any language; and the way back"
 EPILOG = """
@@ -34,6 +34,7 @@ def add_arguments(parser):
 
 def run(args):
     from ..testing import judge_golden, write_golden
+    from ..testing.golden import is_golden
 
     cases = args.cases or "all"
     if args.judge is not None:
@@ -47,6 +48,7 @@ def run(args):
         return 0 if card else 1
     if args.without is not None:
         raise ValueError("--without is for --judge; what a case needs is in the index")
+    check_output(args.output, is_golden, "a file of cases")
     index = write_golden(args.op, args.output, format=args.format, cases=cases)
     if args.json:
         print_json(index)

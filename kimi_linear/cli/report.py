@@ -6,7 +6,9 @@ from ._common import (
     MODEL_IS,
     add_json_argument,
     add_names_arguments,
+    begins,
     check_names,
+    check_output,
     foreign_call,
     foreign_calls,
     human_bytes,
@@ -48,6 +50,7 @@ def add_arguments(parser):
 def run(args):
     from ..diff import blame, traces
 
+    check_output(args.output, lambda path: begins(path, b"<!doctype html", b"<!DOCTYPE html"), "a page")
     alone = args.calls or len(args.traces) == 1
     _check(args, alone)
     model = _model(args.model)

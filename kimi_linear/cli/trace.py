@@ -6,8 +6,10 @@ from ._common import (
     add_compute_arguments,
     add_json_argument,
     add_model_argument,
+    check_output,
     human_bytes,
     integers,
+    is_trace,
     load_model,
     model_path,
     print_json,
@@ -73,6 +75,7 @@ def run(args):
 
 
 def _check(args):
+    check_output(args.output, is_trace, "a trace")
     llama = args.engine == "llama.cpp"
     if llama and (args.reference or args.states):
         raise ValueError("--reference and --states are of our engine; leave out --engine llama.cpp")
@@ -95,7 +98,11 @@ def _llama_cpp(args, model, tokens, taps):
     path = model_path(args)
     if path is None or not os.path.isfile(os.path.expanduser(path)):
         raise ValueError(f"{model.name} is a folder; llama.cpp takes a GGUF file")
-    with Engine(os.path.expanduser(path), model=model, threads=args.threads or 1) as engine:
+    try:
+        engine = Engine(os.path.expanduser(path), model=model, threads=args.threads or 1)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--engine llama.cpp: {error}") from None
+    with engine:
         return engine.trace(tokens, taps)
 
 

@@ -55,11 +55,8 @@ def is_gguf(path: str | os.PathLike) -> bool:
     """Whether a file begins as GGUF files do, whatever its name; False where there is no such file."""
     if not os.path.isfile(path):
         return False
-    try:
-        with open(path, "rb") as file:
-            return file.read(4) == MAGIC
-    except OSError:
-        return False
+    with open(path, "rb") as file:
+        return file.read(4) == MAGIC
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,17 @@ def checked_type(name: str, argument: str = "type") -> str:
     if found is None:
         known = str(name).upper() in storage_types
         rule = f"it can be read but not written; {', '.join(WRITABLE)} can" if known else \
-            f"it must be one of {', '.join(WRITABLE)}"
+            f"it must be one of {', '.join(WRITABLE)}{_of_a_mix(str(name).upper())}"
         raise ValueError(f"{argument} is {name!r}; {rule}")
     return found
+
+
+def _of_a_mix(name):
+    """What to say to Q4_K_M: llama.cpp's names of mixes."""
+    base, _, size = name.rpartition("_")
+    if size not in ("S", "M", "L") or base not in WRITABLE:
+        return ""
+    return f"; {name} is a mix of types: {base}, and better ones for patterns of tensors, as output.weight=Q6_K"
 
 
 def checked_rules(types: Mapping | Iterable) -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ from .._version import __version__
 from ..adapters.arrays import read_npz
 from ..conventions import convention
 from ..diff.budgets import budget
+from ..errors import FormatError
 from ..load.safetensors import SafetensorsFile, array_of, atomic_file, write_safetensors
 from .check import FACTOR, Run, lacks_of
 from .spec import Case, WrongResult, defaults, given, select, spec
@@ -191,11 +192,28 @@ def _number(a, name):
     return a if a.dtype.kind in "fiu" else a.astype(np.float32)
 
 
+def _is_zip(path):
+    with open(path, "rb") as file:
+        return file.read(2) == b"PK"
+
+
+def is_golden(path):
+    """Whether `write_golden` wrote the file."""
+    try:
+        if _is_zip(path):
+            with zipfile.ZipFile(path) as members:
+                return "index.json" in members.namelist()
+        return "index" in SafetensorsFile(path).metadata
+    except (FormatError, zipfile.BadZipFile):
+        return False
+
+
 def _open(path):
     """Name -> array, or what gives one, by what the file begins with."""
-    with open(path, "rb") as file:
-        is_zip = file.read(2) == b"PK"
-    return read_npz(path) if is_zip else SafetensorsFile(path)
+    if is_golden(path):
+        raise ValueError(f"{path} is the file of cases itself; results are a file of their own, with CASE/out/NAME as "
+                         "the kernel made them")
+    return read_npz(path) if _is_zip(path) else SafetensorsFile(path)
 
 
 def _check_names(path, held, known, wanted):

@@ -197,7 +197,8 @@ def test_bad_usage(cli, tmp_path, monkeypatch, words, message):
 def test_interrupted_trace_leaves_nothing(tmp_path):
     """Ctrl-C in the middle of a long float64 run: exit code 130, no file, and what was there before stays."""
     target = tmp_path / "trace.safetensors"
-    target.write_bytes(b"before")
+    kl.Model.tiny().trace([7, 8], "embed").save(target)
+    before = target.read_bytes()
     ids = ",".join(["7"] * 4000)
     run = subprocess.Popen(
         [sys.executable, "-m", "kimi_linear", "trace", KIMI_A, "--ids", ids, "--reference", "-o", target],
@@ -211,7 +212,7 @@ def test_interrupted_trace_leaves_nothing(tmp_path):
     finally:
         run.kill()
     assert run.returncode == 130 and "interrupted" in err and "Traceback" not in err
-    assert target.read_bytes() == b"before" and os.listdir(tmp_path) == [target.name]
+    assert target.read_bytes() == before and os.listdir(tmp_path) == [target.name]
 
 
 def wait_for_work(run):
@@ -367,3 +368,37 @@ def test_report_of_what_it_cannot(cli, tmp_path, monkeypatch, words, message):
     code, out, err = cli("report", *words, "-o", "page.html")
     assert code == 2 and out == "" and message in err
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("command", [("trace", "tiny", "--ids", "1,2"), ("golden", "rms_norm", "--cases", "plain")])
+def test_a_file_of_another_kind_is_not_overwritten(cli, tmp_path, command):
+    other, own = tmp_path / "model.gguf", str(tmp_path / "out.npz")
+    other.write_bytes(b"GGUF and all that")
+    code, _, err = cli(*command, "-o", other)
+    assert code == 2 and "it would be lost" in err
+    assert other.read_bytes() == b"GGUF and all that"
+    for _ in range(2):  # its own kind is
+        assert cli(*command, "-o", own)[0] == 0
+
+
+def test_a_page_is_not_written_over_the_trace_that_it_reads(cli, tmp_path):
+    trace = str(tmp_path / "t.safetensors")
+    cli("trace", "tiny", "--ids", "1,2", "-o", trace)
+    code, _, err = cli("report", trace, "--model", "tiny", "-o", trace)
+    assert code == 2 and "not a page" in err
+    assert cli("diff", trace, trace)[0] == 0
+
+
+def test_cases_are_not_taken_for_results(cli, tmp_path):
+    cases = str(tmp_path / "cases.npz")
+    cli("golden", "rms_norm", "-o", cases)
+    code, _, err = cli("golden", "rms_norm", "--judge", cases)
+    assert code == 2 and "is the file of cases itself" in err
+
+
+def test_llama_cpp_that_is_not_installed_is_one_sentence(cli, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    gguf = str(tmp_path / "tiny.gguf")
+    cli("convert", "tiny", gguf, "--type", "F32")
+    code, _, err = cli("trace", gguf, "--ids", "1,2", "-o", tmp_path / "t", "--engine", "llama.cpp")
+    assert code == 2 and "trace: --engine llama.cpp: llama-cpp-python must be installed" in err

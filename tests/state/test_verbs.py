@@ -342,3 +342,8 @@ def test_a_wrong_argument_of_one_token_loses_no_state(tiny, wrong):
     with pytest.raises((ValueError, ArithmeticError)):
         tiny.forward(*given, state=state, **wrong)
     assert tiny.forward([5], state=state).tobytes() == tiny.forward([5], state=before).tobytes()
+
+
+def test_a_context_that_the_machine_cannot_hold_is_refused(tiny):
+    with pytest.raises(MemoryError, match="a cache of 1000000000000 positions has .* this machine has"):
+        tiny.new_state(context=10**12)
