@@ -127,6 +127,10 @@ def _verdict(p, facts):
     if not facts["larger_than_memory"]:
         return [f"It fits: {here}, enough for {_tokens(fits)} a sequence."]
     disk, fitting = facts["disk_bytes_per_token"], facts["fitting_type"]
+    room = p.largest_context(free)
+    if 0 < room < p.context:
+        return [f"It does not fit: {here}, and the states need {human_bytes(p.state)}; with all weights "
+                f"there is room for {_tokens(room)} a sequence."]
     if disk is None:
         lines = [f"It does not fit: {here}, and all but the experts needs {human_bytes(p.total - p.experts)}."]
     else:

@@ -82,18 +82,24 @@ def sibling_matrix(site: Site):
     return Site.of(replace(site.node, weights={"w": w}), site.values, site.weights, site.scene).run()
 
 
-def groups_by_the_largest(call):
-    """Groups are chosen by their best expert, not by the sum of their best two."""
-    groups, top = call.args.get("groups", 1), call.args.get("top_groups", 1)
-    if groups == top:
-        return None
-    s = getattr(reference, call["function"])(call["scores"])
-    s = s if call.args.get("bias") is None else s + call["bias"].reshape(-1)
-    best = s.reshape(len(s), groups, -1).max(-1)
-    kept = np.zeros(best.shape, bool)
-    np.put_along_axis(kept, np.argsort(-best, axis=-1, kind="stable")[:, :top], True, axis=-1)
-    chosen = np.where(np.repeat(kept, s.shape[1] // groups, axis=1), s, -np.inf)
-    return np.sort(np.argsort(-chosen, axis=-1, kind="stable")[:, :call["k"]], axis=-1)
+def among_groups(rate, rest):
+    """The choice among the groups that `rate` (of [T, groups, experts]) finds best; other groups' scores are `rest`."""
+    def choose(call):
+        groups, top = call.args.get("groups", 1), call.args.get("top_groups", 1)
+        if groups == top:
+            return None
+        s = getattr(reference, call["function"])(call["scores"])
+        s = s if call.args.get("bias") is None else s + call["bias"].reshape(-1)
+        rated = rate(s.reshape(len(s), groups, -1))
+        kept = np.zeros(rated.shape, bool)
+        np.put_along_axis(kept, np.argsort(-rated, axis=-1, kind="stable")[:, :top], True, axis=-1)
+        chosen = np.where(np.repeat(kept, s.shape[1] // groups, axis=1), s, rest)
+        return np.sort(np.argsort(-chosen, axis=-1, kind="stable")[:, :call["k"]], axis=-1)
+    return choose
+
+
+def best_two(scores):
+    return np.sort(scores, axis=-1)[..., -2:].sum(-1)
 
 
 def bias_on_logits(call):
@@ -176,7 +182,9 @@ FAULTS = (
     Fault("router_groups_ignored", "experts are chosen among all groups", ROUTE,
           changed(groups=lambda s: 1, top_groups=lambda s: 1), use=CALL, source=V3),
     Fault("router_groups_by_largest", "groups are chosen by their best expert, not by the sum of their best two", ROUTE,
-          groups_by_the_largest, use=CALL, source="DeepSeek-V2: arXiv:2405.04434"),
+          among_groups(lambda s: s.max(-1), -np.inf), use=CALL, source="DeepSeek-V2: arXiv:2405.04434"),
+    Fault("router_groups_zeroed", "scores of groups that are out are 0, not -inf: above biased scores below 0", ROUTE,
+          among_groups(best_two, 0.0), use=CALL, source="transformers: models/deepseek_v3"),
     Fault("router_bias_on_logits", "the bias is added to the logits, not to their sigmoid or softmax", ROUTE,
           bias_on_logits, use=CALL, source=V3),
     Fault("router_lowest", "the lowest scores are chosen", ROUTE, lowest, use=CALL),

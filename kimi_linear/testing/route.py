@@ -35,6 +35,11 @@ def _strong_bias(x, rng):
     x["bias"] *= np.float32(20)
 
 
+def _low_bias(x, rng):
+    """Every score with its bias is below 0."""
+    x["bias"] -= np.float32(2)
+
+
 def cases():
     """All."""
     yield case("plain", "lengths", 12, usual=True, says="4 of 16 experts, a bias for the choice")
@@ -48,6 +53,8 @@ def cases():
     for groups, top in ((4, 2), (8, 3)):
         yield case(f"groups-{groups}-{top}", "groups", 20, 32, 4, groups=groups, top_groups=top, needs={"groups"},
                    usual=True, says="groups, and how many of them stay")
+    yield case("groups-below-0", "groups", 20, 32, 4, groups=4, top_groups=2, needs={"groups"}, change=_low_bias,
+               says="scores with their bias are negative: 0 is no floor")
     yield case("softmax", "rule", 9, function="softmax", bias=False, needs={"softmax", "no bias"}, usual=True)
     yield case("softmax-512-10", "rule", 5, 512, 10, function="softmax", bias=False, scale=1.0,
                needs={"softmax", "no bias"}, usual=True, says="the router of Qwen3-Next")

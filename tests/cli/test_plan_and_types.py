@@ -118,6 +118,13 @@ def test_a_file_larger_than_memory(files, capfd, monkeypatch):
     assert "Weights in Q8_0 would fit" in out
 
 
+def test_states_too_large_are_said_with_what_would_fit(capfd, monkeypatch):
+    with_memory(monkeypatch, 100 * MiB)
+    out = run(capfd, "plan", "tiny", "--context", "10000000")[1]
+    room = kl.Model.tiny().plan(context=10_000_000).largest_context(100 * MiB)
+    assert f"there is room for {room:,} tokens a sequence" in " ".join(out.split()) and "No type would fit" not in out
+
+
 def test_a_machine_too_small(files, capfd, monkeypatch):
     with_memory(monkeypatch, 7 * MiB)
     facts = plan_of(capfd, files["BF16"])
