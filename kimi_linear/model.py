@@ -307,8 +307,8 @@ class Model:
         """The intermediates of a forward pass.
 
         Two are made only on request, by their whole name or a glob that ends in it: ``layers.3.moe.scores`` [T, E],
-        the router's scores before its bias, and ``layers.3.mla.probs`` or ``attn.probs`` [T, H, S], what each token of
-        one sequence attends to (float64 from the taps, rounded once).
+        the router's sigmoids or softmax before its bias (`ops.route` takes the logits), and ``layers.3.mla.probs`` or
+        ``attn.probs`` [T, H, S], what each token of one sequence attends to (float64 from the taps, rounded once).
 
         Parameters
         ----------
