@@ -275,7 +275,8 @@ typedef struct kl_plan {
     size_t scratch;     /* of the widest pass, whichever sequences it reads together */
 } kl_plan;
 
-/* Bytes, before anything is taken: sequences of context tokens each, passes of pass_tokens (0: 512). */
+/* Bytes, before anything is taken: sequences of context tokens each, passes of pass_tokens (0: 512; fewer than 64 where
+ * no call has more). */
 KL_API kl_status kl_plan_make(kl_ctx *ctx, kl_plan *plan, const kl_model *model, kl_type cache_type,
                               int64_t context, int64_t sequences, int64_t pass_tokens) KL_CHECKED;
 

@@ -123,14 +123,6 @@ static kl_status run_guarded(pass *p)
 
 /* ---- the call ---------------------------------------------------------------------------------- */
 
-kl_status kl_check_pass_tokens(kl_ctx *ctx, const char *who, int64_t n)
-{
-    if (n == 0 || n >= KL_PIECE)
-        return KL_OK;
-    return kl_fail(ctx, KL_ERR_ARG, "%s: pass_tokens is %lld; it must be 0 or at least %d", who,
-                   (long long)n, KL_PIECE);
-}
-
 /* Given ids are those of experts, and rise with each token. */
 static kl_status check_experts(kl_ctx *ctx, const kl_config *c, const kl_forward_args *a, int64_t T)
 {
@@ -157,7 +149,9 @@ static kl_status check_args(kl_ctx *ctx, const kl_model *m, const kl_forward_arg
     if (m->planning)
         return kl_fail(ctx, KL_ERR_STATE,
                        "forward: this model was made for planning and has no weights");
-    KL_TRY(kl_check_pass_tokens(ctx, "forward", a->pass_tokens));
+    if (a->pass_tokens < 0 || (a->pass_tokens > 0 && a->pass_tokens < KL_PIECE))
+        return kl_fail(ctx, KL_ERR_ARG, "forward: pass_tokens is %lld; it must be 0 or at least %d",
+                       (long long)a->pass_tokens, KL_PIECE);
     const int64_t layers = m->config.n_layers, stop = a->stop > 0 ? a->stop : layers;
     if (a->start < 0 || a->start >= stop || stop > layers)
         return kl_fail(ctx, KL_ERR_ARG,

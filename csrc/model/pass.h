@@ -6,7 +6,6 @@
 #include "model.h"
 
 enum { KL_PASS_TOKENS = 512 };
-kl_status kl_check_pass_tokens(kl_ctx *ctx, const char *who, int64_t n) KL_CHECKED;
 
 /* Tokens first..first+n-1 of one sequence's new ones. */
 typedef struct segment {

@@ -104,7 +104,9 @@ kl_status kl_plan_make(kl_ctx *ctx, kl_plan *plan, const kl_model *m, kl_type ca
                        "plan: context is %lld and sequences is %lld; both must be >= 1, context at "
                        "most 2^%d",
                        (long long)context, (long long)sequences, KL_MAX_TOKENS_LOG2);
-    KL_TRY(kl_check_pass_tokens(ctx, "plan", pass_tokens));
+    if (pass_tokens < 0)
+        return kl_fail(ctx, KL_ERR_ARG, "plan: pass_tokens is %lld; it must be >= 0",
+                       (long long)pass_tokens);
     KL_TRY(kl_cache_check(ctx, m, cache_type));
     const int64_t pages = kl_ceil_div(context, KL_PAGE);
     *plan = (kl_plan){
