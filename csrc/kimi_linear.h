@@ -165,7 +165,8 @@ KL_API void kl_ctx_set_progress(kl_ctx *ctx, int (*report)(void *user, int64_t d
                                 void *user);
 
 /* What the context allocates for values goes through these: scratch, pages and states, vectors of weights (not tables,
- * nor what a call writes down of itself); allocate returns NULL when it fails. Set before models and states are made: these are given back to the allocator of the moment. NULL: the C library's. */
+ * nor what a call writes down of itself); allocate returns NULL when it fails. Set before models and states are made:
+ * these are given back to the allocator of the moment. NULL: the C library's. */
 typedef struct kl_allocator {
     void *(*allocate)(void *user, size_t n_bytes); /* 64-byte aligned */
     void (*release)(void *user, void *p, size_t n_bytes);

@@ -26,7 +26,7 @@ kl_status kl_state_grow(kl_ctx *ctx, kl_state *state, int64_t n)
     const int64_t wanted = bytes > 0 ? kl_ceil_div(n, KL_PAGE) : 0;
     int64_t all = 0;
     /* the system would promise more than it has, and end the process when it is used */
-    if (state->model->backend == &kl_cpu_backend
+    if (wanted > state->n_pages && state->model->backend == &kl_cpu_backend
         && (!kl_mul(&all, wanted, (int64_t)bytes) || all > kl_memory()))
         return kl_fail(ctx, KL_ERR_MEMORY,
                        "out of memory: a cache of %lld positions has %lld pages of %zu bytes; this "

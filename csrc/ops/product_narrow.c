@@ -2,8 +2,8 @@
 #include "product.h"
 
 #include "../cpu/dot.h"
-#include "../cpu/int8.h"
 #include "../cpu/fpenv.h"
+#include "../cpu/int8.h"
 #include "../cpu/kernels.h"
 
 enum {
