@@ -238,7 +238,7 @@ class Call:
     def meta(self):
         return {
             "model": self.model.name, "tokens": self.ids.tolist(), "offsets": self.offsets.tolist(),
-            "source": "kimi_linear", "dtype": "float32",
+            "source": "kimi_linear", "dtype": "float32", "activations": self.model.activations,
         }
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from ._arrays import TYPE_IDS, as_array, check_shape
 from ._names import near
-from .load.safetensors import array_of
+from .load.safetensors import array_of, dtype_name
 from .quantized import Quantized
 
 __all__ = ["Weights"]
@@ -39,6 +39,18 @@ class Weights(Mapping):
         a = np.array(a, order="C")
         a.flags.writeable = False
         self._model._replace(name, a)
+
+    def storage_type(self, name):
+        """In what a tensor lies: "F32", "BF16", "Q4_K"; "Q4_K/Q6_K" where its parts lie in two types.
+
+        Raises
+        ------
+        KeyError
+            If no weight has that name.
+        """
+        self._check(name)
+        tensor = self._model._tensors[name]
+        return dtype_name(tensor.dtype) if isinstance(tensor, np.ndarray) else tensor.dtype
 
     def __iter__(self):
         return iter(self._model._tensors)

@@ -112,7 +112,8 @@ class Engine:
     """
 
     def __init__(self, path, *, model=None, n_ubatch=512, threads=1):
-        self.config = config_of(open_checkpoint(path) if model is None else model)
+        checkpoint = open_checkpoint(path)
+        self.config, self._activations = config_of(checkpoint if model is None else model), checkpoint.fast_activations
         if n_ubatch < 1 or threads < 1:
             raise ValueError(f"n_ubatch is {n_ubatch} and threads is {threads}; both must be >= 1")
         self.path, self.n_ubatch, self.threads = Path(path), int(n_ubatch), int(threads)
@@ -168,7 +169,7 @@ class Engine:
         arrays = recorder.arrays(len(ids))
         _sort_experts(arrays)
         meta = {"source": _about(), "model": self.path.name, "dtype": "float32", "tokens": ids.tolist(),
-                "offsets": [0, len(ids)], "n_ubatch": self.n_ubatch}
+                "offsets": [0, len(ids)], "n_ubatch": self.n_ubatch, "activations": self._activations}
         return Trace({t: arrays[t] for t in in_order(arrays) if t in wanted}, meta)
 
     # ---- a run ----

@@ -31,6 +31,8 @@ def add_arguments(parser):
     add_names_arguments(parser, "THEIRS")
     parser.add_argument("--dtype", choices=("float64", "float32", "float16", "bfloat16"),
                         help="what they computed in (default: as the file says, or as most ops show)")
+    parser.add_argument("--activations", choices=("float32", "int8", "bfloat16"),
+                        help="to what they round the inputs of products (default: as the file says, or as most show)")
     parser.add_argument("--weights", metavar="MODEL",
                         help="the checkpoint that they ran: its weights are compared by name first")
     parser.add_argument("--faults", action="store_true", help="list the known faults, and do nothing else")
@@ -49,7 +51,8 @@ def run(args):
     model = Model.from_pretrained(args.model)
     calls = [call for path in args.theirs for call in foreign_calls(args, path, model.config)]
     weights = None if args.weights is None else Model.from_pretrained(args.weights)
-    return print_report(args, blame(model, calls, dtype=args.dtype, weights=weights))
+    return print_report(args, blame(model, calls, dtype=args.dtype, weights=weights,
+                                    activations=args.activations))
 
 
 def _list_faults(args):

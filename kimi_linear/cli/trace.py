@@ -46,7 +46,7 @@ def add_arguments(parser):
     )
     parser.add_argument("--engine", choices=("ours", "llama.cpp"), default="ours",
                         help="what runs it: llama.cpp takes a GGUF, and needs llama-cpp-python (default: %(default)s)")
-    add_compute_arguments(parser, cache="float32")
+    add_compute_arguments(parser, cache="float32", activations="float32")
     add_json_argument(parser)
 
 
@@ -81,8 +81,9 @@ def _check(args):
         raise ValueError("--reference and --states are of our engine; leave out --engine llama.cpp")
     if args.reference and args.states:
         raise ValueError("--states is of the engine; --reference keeps none")
-    if (llama or args.reference) and args.device != "cpu":
-        raise ValueError(f"--device is of our engine; leave out {'--engine llama.cpp' if llama else '--reference'}")
+    for option, usual in {"device": "cpu", "activations": "float32"}.items():
+        if (llama or args.reference) and getattr(args, option) != usual:
+            raise ValueError(f"--{option} is of our engine; leave out {'--engine llama.cpp' if llama else '--reference'}")
 
 
 def _encode(model, text):

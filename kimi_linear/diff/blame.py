@@ -277,7 +277,7 @@ def cells(r: Judged) -> tuple[str, ...]:
 # ---- the judgement ---------------------------------------------------------------------------------
 
 
-def blame(model, theirs, *, dtype=None, tokens=None, weights=None) -> Blame:
+def blame(model, theirs, *, dtype=None, tokens=None, weights=None, activations=None) -> Blame:
     """Which ops of a foreign run are wrong in themselves, and by which known fault.
 
     Parameters
@@ -310,7 +310,7 @@ def blame(model, theirs, *, dtype=None, tokens=None, weights=None) -> Blame:
 
     if not hasattr(model, "config"):
         raise TypeError(f"model is a {type(model).__name__}; it must be a Model or a ReferenceModel")
-    return Run(model, theirs, dtype, tokens, weights).report()
+    return Run(model, theirs, dtype, tokens, weights, activations).report()
 
 
 def level_of(times):

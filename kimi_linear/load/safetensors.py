@@ -89,6 +89,11 @@ class TensorView:
         return values
 
 
+def dtype_name(dtype: np.dtype) -> str | None:
+    """The format's name of a NumPy dtype, as "F32"; None where it has none."""
+    return _TYPE_NAMES.get(dtype.newbyteorder("<"))
+
+
 def array_of(tensor) -> np.ndarray:
     """The values of a TensorView, or of anything that already is an array."""
     return tensor.array() if hasattr(tensor, "file") else np.asarray(tensor)
@@ -386,7 +391,7 @@ def _type_name(name: str, tensor: object) -> str:
     dtype = getattr(tensor, "dtype", None)
     if isinstance(dtype, str) and dtype in DTYPES:
         return dtype
-    found = _TYPE_NAMES.get(np.dtype(dtype).newbyteorder("<")) if isinstance(dtype, np.dtype) else None
+    found = dtype_name(dtype) if isinstance(dtype, np.dtype) else None
     if found is None:
         what = f"has dtype {dtype}" if dtype is not None else f"is a {type(tensor).__name__}"
         raise TypeError(f"tensors: {name!r} {what}; safetensors can hold arrays of {', '.join(DTYPES)}")
