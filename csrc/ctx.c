@@ -21,6 +21,15 @@ kl_status kl_fail(kl_ctx *ctx, kl_status status, const char *format, ...)
     return status;
 }
 
+kl_status kl_fail_in(kl_ctx *ctx, int64_t layer, kl_status status)
+{
+    char sentence[sizeof ctx->error];
+    if (status == KL_OK)
+        return KL_OK;
+    memcpy(sentence, ctx->error, sizeof sentence);
+    return kl_fail(ctx, status, "layer %lld: %s", (long long)layer, sentence);
+}
+
 bool kl_mul(int64_t *product, int64_t a, int64_t b)
 {
     return a >= 0 && b >= 0 && !__builtin_mul_overflow(a, b, product)

@@ -52,6 +52,9 @@ struct kl_ctx {
 kl_status kl_fail(kl_ctx *ctx, kl_status status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 
+/* Of an op that failed or did not: its status, and its sentence with the layer of the model before it. */
+kl_status kl_fail_in(kl_ctx *ctx, int64_t layer, kl_status status);
+
 /* product of two sizes from outside; false when it does not fit 2^62 or one is negative */
 bool kl_mul(int64_t *product, int64_t a, int64_t b);
 

@@ -187,6 +187,11 @@ class Call:
                 self.rows[:n_logits], n_logits, taps, self.experts(expert_ids), int(check == "finite"), 0, self.done,
                 edits.places if edits else None, edits.rows if edits else None, self.embeds, self.start, self.stop,
             )
+        except ValueError as error:
+            if "must be numbers" not in str(error):
+                raise
+            raise ValueError(f'{error}; check="finite" names the first tap that is not finite, '
+                             "`kimi-linear inspect --check` the weights") from None
         finally:
             self._tell_states()
         if self.headless:

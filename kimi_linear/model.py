@@ -56,7 +56,7 @@ class Model:
         self.cache = cache
         _engine.cache_type(cache)
         self.ctx = ctx
-        self._tensors = tensors
+        self._tensors, self._replaced = tensors, {}
         self._checkpoint = checkpoint
         self._building = threading.Lock()
         self._built = _engine.core_model(current(ctx), config, tensors, activations, progress)
@@ -171,8 +171,8 @@ class Model:
     def weights(self):
         """Mapping from name to tensor, read when asked for; ``model.weights[name] = array`` replaces one.
 
-        The array is copied, and must have the tensor's shape; float32, float16 and bfloat16 will do. The next call
-        uses it. States made before belong to the old weights: a call that gets one raises ValueError.
+        The array is copied, and must have the tensor's shape; float32, float16 and bfloat16 will do, and all experts of
+        a matrix of a layer must be of one type. The next call uses it; ``del model.weights[name]`` puts back the first. States made before belong to the old weights: a call that gets one raises ValueError.
         """
         return Weights(self)
 
@@ -186,8 +186,15 @@ class Model:
 
     def _replace(self, name, array):
         with self._building:
+            self._replaced.setdefault(name, self._tensors[name])
             self._tensors = {**self._tensors, name: array}
             self._built = None
+
+    def _restore(self, name):
+        with self._building:
+            if name in self._replaced:
+                self._tensors = {**self._tensors, name: self._replaced.pop(name)}
+                self._built = None
 
     @property
     def taps(self):

@@ -15,7 +15,8 @@ __all__ = ["Weights"]
 class Weights(Mapping):
     """Canonical name -> array of a Model; a tensor of a file is mapped when it is asked for.
 
-    ``weights[name] = array`` replaces a tensor by a copy of the array, which must have its shape.
+    ``weights[name] = array`` replaces a tensor by a copy of the array, which must have its shape; ``del weights[name]``
+    puts back the one of the file, or does nothing where that is in place.
     """
 
     def __init__(self, model):
@@ -39,6 +40,10 @@ class Weights(Mapping):
         a = np.array(a, order="C")
         a.flags.writeable = False
         self._model._replace(name, a)
+
+    def __delitem__(self, name):
+        self._check(name)
+        self._model._restore(name)
 
     def storage_type(self, name):
         """In what a tensor lies: "F32", "BF16", "Q4_K"; "Q4_K/Q6_K" where its parts lie in two types.

@@ -410,11 +410,11 @@ static kl_status moe(pass *p, int64_t layer, float *out, const float *x)
     TRY(router_scores(p, layer, logits, &route));
     if (route.given)
         TRY(kl_pass_experts(p, layer, ids));
-    TRY(kl_route(p->ctx, ids, weights, logits, w->bias, &route));
+    TRY(kl_fail_in(p->ctx, layer, kl_route(p->ctx, ids, weights, logits, w->bias, &route)));
     TRY(kl_tap_at(p, KL_TAP_MOE_IDS, layer, ids));
     if (kl_pass_edits(p, KL_TAP_MOE_IDS, layer)) {
         route.given = 1;
-        TRY(kl_route(p->ctx, ids, weights, logits, w->bias, &route));
+        TRY(kl_fail_in(p->ctx, layer, kl_route(p->ctx, ids, weights, logits, w->bias, &route)));
     }
     TRY(kl_tap_at(p, KL_TAP_MOE_WEIGHTS, layer, weights));
 

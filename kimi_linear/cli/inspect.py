@@ -27,6 +27,7 @@ HELP = "what a checkpoint holds: config, parameters, tensors, memory; whether it
 EPILOG = """
 kimi-linear inspect
 kimi-linear inspect ~/models/kimi --tensors "*.layers.3.*"
+kimi-linear inspect kimi-q4_k.gguf --tensors "blk.*_exps.weight"
 kimi-linear inspect --check kimi-q4_k.gguf
 
 exit code with --check 0: good; 1: a fault was found; 2: bad usage, or no such file
@@ -35,7 +36,9 @@ exit code with --check 0: good; 1: a fault was found; 2: bad usage, or no such f
 
 def add_arguments(parser):
     add_model_argument(parser)
-    parser.add_argument("--tensors", metavar="GLOB", help="list the tensors whose name matches")
+    parser.add_argument("--tensors", metavar="GLOB",
+                        help="list the tensors whose name matches; of a GGUF also by the file's own names, as "
+                             "'blk.3.*', which --map of convert and quantize takes")
     parser.add_argument("--check", action="store_true",
                         help="read every value, try the tokenizer, the template and a text, and give a verdict")
     add_json_argument(parser)
@@ -83,13 +86,15 @@ def parameters(config):
 
 
 def _tensors(model, glob):
-    found = [
-        {"name": name, "shape": list(t.shape), "dtype": _stored_as(t), "bytes": int(t.nbytes)}
-        for name, t in model._tensors.items() if fnmatch.fnmatchcase(name, glob)
-    ]
-    if not found:
-        raise ValueError(f"--tensors {glob!r} matches none of {len(model._tensors)} tensors; try '*'")
-    return found
+    files = model._checkpoint.files if model._checkpoint is not None else ()
+    own = {name: t for file in files if isinstance(file, GGUFFile) for name, t in file.items()}
+    for tensors in (model._tensors, own):
+        found = [{"name": name, "shape": list(t.shape), "dtype": _stored_as(t), "bytes": int(t.nbytes)}
+                 for name, t in tensors.items() if fnmatch.fnmatchcase(name, glob)]
+        if found:
+            return found
+    theirs = f" or, with the file's own names, '{next(iter(own))}'" if own else ""
+    raise ValueError(f"--tensors {glob!r} matches none of {len(model._tensors)} tensors; try '*'{theirs}")
 
 
 def _stored_as(tensor):

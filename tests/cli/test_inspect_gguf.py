@@ -37,6 +37,11 @@ def test_what_the_file_is(write, capsys):
     assert facts["gguf"]["parts"] == 1 and facts["gguf"]["alignment"] == 32
     assert main(["inspect", path, "--tensors", "*.1.block_sparse_moe.experts.3.*"]) == 0
     assert "model.layers.1.block_sparse_moe.experts.3.w2.weight  256x96  BF16" in capsys.readouterr().out
+    assert main(["inspect", path, "--tensors", "blk.1.ffn_*_exps.*"]) == 0  # by the names of the file
+    out = capsys.readouterr().out
+    assert "blk.1.ffn_down_exps.weight  8x256x96  BF16" in out and "experts.3" not in out
+    assert main(["inspect", path, "--tensors", "blk.9.*"]) == 2
+    assert "matches none of 233 tensors; try '*' or, with the file's own names, '" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("options", "name"), [

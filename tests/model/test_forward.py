@@ -227,6 +227,12 @@ def test_check_names_the_first_tap_that_is_not_finite():
         nan_model().forward([5, 6], check="finite")
 
 
+def test_what_is_not_a_number_is_told_with_its_layer_and_what_finds_the_cause():
+    with pytest.raises(ValueError, match=r"layer 2: route: scores\[0, 0\] \(token, expert\) is NaN; .*"
+                                         r'check="finite" names .* `kimi-linear inspect --check`'):
+        nan_model().forward([5, 6])
+
+
 def test_a_failed_call_leaves_the_state_where_it_was():
     good, bad = open_model("kimi-a"), nan_model()
     state = bad.new_state()

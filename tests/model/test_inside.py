@@ -278,6 +278,24 @@ def test_a_replaced_weight_is_used_and_old_states_are_refused(model):
     assert model.forward(tokens, state=model.new_state()).tobytes() == before.tobytes()
 
 
+def test_the_first_weight_is_put_back():
+    model, name = kl.Model.tiny(), "model.layers.1.self_attn.o_proj.weight"
+    before, first = model.forward([5, 6, 7]), model.weights[name]
+    del model.weights[name]  # in place already
+    state = model.new_state()
+    model.forward([1], state=state)
+    for factor in (0, 2):
+        model.weights[name] = np.asarray(first, np.float32) * np.float32(factor)
+    assert (model.forward([5, 6, 7]) != before).any()
+    del model.weights[name]
+    assert model.weights[name].dtype == first.dtype and model.weights[name].tobytes() == first.tobytes()
+    assert model.forward([5, 6, 7]).tobytes() == before.tobytes()
+    with pytest.raises(ValueError, match="before a weight was replaced"):
+        model.forward([1], state=state)
+    with pytest.raises(KeyError, match="near it are model.norm.weight"):
+        del model.weights["model.norms.weight"]
+
+
 def test_wrong_weights_are_refused(tiny):
     weights, name = kl.Model.tiny().weights, "model.norm.weight"
     for key, value, error, message in [
