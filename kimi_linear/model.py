@@ -172,7 +172,8 @@ class Model:
         """Mapping from name to tensor, read when asked for; ``model.weights[name] = array`` replaces one.
 
         The array is copied, and must have the tensor's shape; float32, float16 and bfloat16 will do, and all experts of
-        a matrix of a layer must be of one type. The next call uses it; ``del model.weights[name]`` puts back the first. States made before belong to the old weights: a call that gets one raises ValueError.
+        a matrix of a layer must be of one type. The next call uses it; ``del model.weights[name]`` puts back the first.
+        States made before belong to the old weights: a call that gets one raises ValueError.
         """
         return Weights(self)
 

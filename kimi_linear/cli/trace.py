@@ -81,9 +81,10 @@ def _check(args):
         raise ValueError("--reference and --states are of our engine; leave out --engine llama.cpp")
     if args.reference and args.states:
         raise ValueError("--states is of the engine; --reference keeps none")
+    other = "--engine llama.cpp" if llama else "--reference"
     for option, usual in {"device": "cpu", "activations": "float32"}.items():
         if (llama or args.reference) and getattr(args, option) != usual:
-            raise ValueError(f"--{option} is of our engine; leave out {'--engine llama.cpp' if llama else '--reference'}")
+            raise ValueError(f"--{option} is of our engine; leave out {other}")
 
 
 def _encode(model, text):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Mapping
 from copy import copy
 from dataclasses import replace
 
@@ -119,8 +118,10 @@ class Run:
         return _in_range(y)
 
     def _site(self, node, local, unit=0.0, draw=0):
-        known = ChainMap(local, self.values)
-        return Site.of(node, Jittered(known, unit, draw, self.narrow.of(node)) if unit else known, self.weights, self.scene)
+        values = ChainMap(local, self.values)
+        if unit:
+            values = Jittered(values, unit, draw, self.narrow.of(node))
+        return Site.of(node, values, self.weights, self.scene)
 
     def states(self, node, unit=0.0):
         """The state of each sequence behind the last call, from their values of the op's inputs."""

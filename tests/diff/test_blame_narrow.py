@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from kimi_linear.cli import main
 
 import kimi_linear as kl
+from kimi_linear.cli import main
 
 IDS = np.arange(5, 45)
 
