@@ -105,12 +105,21 @@ class Card:
         holds, fails, out = (len(self._of(s)) for s in ("holds", "fails", "not offered"))
         aside = f"; {out} not offered" if out else ""
         if fails:
-            why = f": {self.reasons[0][0]}" if self.reasons else ""
-            more = f" (and {len(self.reasons) - 1} more)" if len(self.reasons) > 1 else ""
-            return f"FAILS {fails} of {fails + holds} cases{aside}{why}{more}"
+            return f"FAILS {fails} of {fails + holds} cases{aside}{self._why(fails)}"
         worst = max((r for r in self._of("holds") if r.share == r.share), key=lambda r: r.share, default=None)
         most = "" if worst is None else f", at worst with {worst.share:.2g} of the bound ({worst.name}, {_u(worst)})"
         return f"ok: all {holds} cases hold{most}{aside}" if holds else "NOTHING was offered"
+
+    def _why(self, fails):
+        """The first reason, with how many failures it explains where that is not all, and how many more there are."""
+        if not self.reasons:
+            return ""
+        sentence, names = self.reasons[0]
+        unknown = sum(not r.why for r in self._of("fails"))
+        mostly = "no known reason for most; " if 2 * unknown > fails else ""
+        part = "" if len(names) == fails else f", in {len(names)} of them"
+        more = f" (and {len(self.reasons) - 1} more)" if len(self.reasons) > 1 else ""
+        return f": {mostly}{sentence}{part}{more}"
 
     def _groups(self):
         """(group, how it went, worst error, the cases that fail) of each group."""
