@@ -52,11 +52,14 @@ struct kl_ctx {
 kl_status kl_fail(kl_ctx *ctx, kl_status status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 
-/* Of an op that failed or did not: its status, and its sentence with the layer of the model before it. */
+/* Of an op that failed or did not: its status; on the CPU its sentence gets the layer of the model before it. */
 kl_status kl_fail_in(kl_ctx *ctx, int64_t layer, kl_status status);
 
 /* product of two sizes from outside; false when it does not fit 2^62 or one is negative */
 bool kl_mul(int64_t *product, int64_t a, int64_t b);
+
+/* What was asked of a device is done, and what its kernels noted of the values is told. */
+kl_status kl_settle(kl_ctx *ctx) KL_CHECKED;
 
 /* ---- memory (ctx.c) ---- */
 
@@ -111,6 +114,9 @@ typedef void (*kl_body)(void *arg, int64_t begin, int64_t end, int thread);
  * when all are done. Tasks must not depend on each other. The floating-point environment inside a
  * task is the default one, whoever called. KL_ERR_INTERRUPTED when cancelled: some tasks are undone. */
 kl_status kl_for(kl_ctx *ctx, int64_t n, int64_t grain, kl_body body, void *arg) KL_CHECKED;
+
+/* Whether to go on, asked where a device computes and kl_for does not run. */
+kl_status kl_poll(kl_ctx *ctx) KL_CHECKED;
 
 int64_t kl_now_ns(void); /* of a clock that never steps back (system.c) */
 

@@ -65,6 +65,13 @@ static void poll_caller(kl_ctx *ctx)
         kl_ctx_cancel(ctx);
 }
 
+static kl_status go_on(kl_ctx *ctx)
+{
+    if (!ctx->uninterruptible && atomic_exchange(&ctx->cancelled, 0))
+        return kl_fail(ctx, KL_ERR_INTERRUPTED, "interrupted");
+    return KL_OK;
+}
+
 static void take_tasks(kl_pool *pool, int thread)
 {
     while (!cancelled(pool->ctx)) {
@@ -171,9 +178,13 @@ kl_status kl_for(kl_ctx *ctx, int64_t n, int64_t grain, kl_body body, void *arg)
         run_on_all(pool);
     }
     kl_fp_restore(saved);
-    if (!ctx->uninterruptible && atomic_exchange(&ctx->cancelled, 0))
-        return kl_fail(ctx, KL_ERR_INTERRUPTED, "interrupted");
-    return KL_OK;
+    return go_on(ctx);
+}
+
+kl_status kl_poll(kl_ctx *ctx)
+{
+    poll_caller(ctx);
+    return go_on(ctx);
 }
 
 kl_status kl_pool_create(kl_ctx *ctx, int threads)

@@ -203,9 +203,12 @@ static kl_status logits_of(pass *p, const float *h, const int32_t *rows, const i
     KL_SCRATCH(logits, p->ctx, n * vocab);
     KL_TRY(kl_embedding(p->ctx, gathered, rows, &table, n));
     KL_TRY(kl_linear(p->ctx, &logits, gathered, &m->head, NULL, 1, n, D));
-    for (int64_t i = 0; i < n && !p->ctx->arena.measuring; i++)
+    for (int64_t i = 0, run; i < n && !p->ctx->arena.measuring; i += run) {
+        for (run = 1; i + run < n && to[i + run] == to[i] + run; run++) {
+        }
         KL_TRY(m->backend->download(p->ctx, p->args->logits + to[i] * vocab, logits + i * vocab,
-                                    (size_t)vocab * sizeof(float)));
+                                    (size_t)(run * vocab) * sizeof(float)));
+    }
     kl_scratch_reset(p->ctx, mark);
     return KL_OK;
 }

@@ -477,8 +477,10 @@ kl_status kl_pass_run(pass *p)
         TRY(kl_embedding(p->ctx, h, p->ids, &m->embed, p->T));
     if (kl_first_layer(p) == 0)
         TRY(kl_tap_at(p, KL_TAP_EMBED, -1, h));
-    for (int64_t layer = kl_first_layer(p); layer < kl_last_layer(p); layer++)
+    for (int64_t layer = kl_first_layer(p); layer < kl_last_layer(p); layer++) {
+        TRY(kl_poll(p->ctx));
         TRY(run_layer(p, layer, h));
+    }
     if (kl_last_layer(p) < c->n_layers)
         return KL_OK;
     TRY(kl_rms_norm(p->ctx, h, h, m->norm, p->T, c->D, c->rms_eps));

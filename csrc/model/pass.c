@@ -105,10 +105,12 @@ static kl_status run_guarded(pass *p)
     for (int64_t n = 0; guarded && !ctx->arena.measuring && n < p->N; n++)
         KL_TRY(p->model->backend->copy(ctx, copies + (size_t)n * bytes, p->fixed[n], bytes));
     ctx->uninterruptible = !guarded;
-    const kl_status status = kl_pass_run(p);
+    kl_status status = kl_pass_run(p);
     ctx->uninterruptible = false;
     if (ctx->arena.measuring)
         return status;
+    if (status == KL_OK)
+        status = kl_settle(ctx);
     for (int64_t n = 0; n < p->N; n++) {
         kl_state *state = p->args->states[p->segment[n].sequence];
         if (status == KL_OK)
@@ -320,6 +322,8 @@ kl_status kl_forward(kl_ctx *ctx, const kl_model *model, const kl_forward_args *
     int64_t *done = calloc((size_t)args->N + 1, sizeof *done);
     kl_status status = done != NULL ? check_states(ctx, model, args)
                                     : kl_fail(ctx, KL_ERR_MEMORY, "out of memory: forward");
+    if (status == KL_OK)
+        status = kl_settle(ctx); /* what an earlier op on a device has to tell costs no state */
     if (status == KL_OK)
         status = prepare(&p, pass_tokens);
     if (status == KL_OK)

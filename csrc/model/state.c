@@ -73,6 +73,8 @@ kl_status kl_state_create(kl_ctx *ctx, kl_state **out, const kl_model *model, kl
             : kl_fail(ctx, KL_ERR_MEMORY, "out of memory: state of %zu bytes", model->fixed_bytes);
     if (status == KL_OK)
         status = kl_state_grow(ctx, state, context);
+    if (status == KL_OK)
+        status = kl_settle(ctx);
     if (status != KL_OK)
         kl_state_destroy(ctx, state);
     else
@@ -324,6 +326,8 @@ kl_status kl_state_checkpoint_at(kl_ctx *ctx, kl_state *state, int64_t n)
                          (long long)n, (long long)newest, (long long)state->position);
     else
         status = push(ctx, state, n);
+    if (status == KL_OK)
+        status = kl_settle(ctx);
     kl_state_release(state);
     return status;
 }
@@ -368,6 +372,8 @@ kl_status kl_state_truncate(kl_ctx *ctx, kl_state *state, int64_t n, int64_t *po
                          (long long)state->position);
     else if (n < state->position || state->lost)
         status = truncate_to(ctx, state, n);
+    if (status == KL_OK)
+        status = kl_settle(ctx);
     *position = state->position;
     kl_state_release(state);
     return status;
@@ -415,11 +421,13 @@ static kl_status copy_all(kl_ctx *ctx, kl_state *to, const kl_state *from)
         kl_state_page_bytes(from) > 0 ? kl_ceil_div(from->position, KL_PAGE) : 0;
     KL_TRY(check_copy(ctx, to, from));
     KL_TRY(kl_state_grow(ctx, to, from->position));
+    KL_TRY(kl_settle(ctx));
     to->lost = 1; /* until all of it is there: a device's copy may fail in the middle */
     KL_TRY(backend->copy(ctx, to->fixed, from->fixed, from->model->fixed_bytes));
     for (int64_t i = 0; i < n_pages; i++)
         KL_TRY(backend->copy(ctx, to->page[i], from->page[i], kl_state_page_bytes(from)));
     KL_TRY(copy_checkpoints(ctx, to, from));
+    KL_TRY(kl_settle(ctx));
     to->position = from->position;
     to->lost = 0;
     return KL_OK;

@@ -112,8 +112,7 @@ class Engine:
     """
 
     def __init__(self, path, *, model=None, n_ubatch=512, threads=1):
-        checkpoint = open_checkpoint(path)
-        self.config, self._activations = config_of(checkpoint if model is None else model), checkpoint.fast_activations
+        self.config = config_of(open_checkpoint(path) if model is None else model)
         if n_ubatch < 1 or threads < 1:
             raise ValueError(f"n_ubatch is {n_ubatch} and threads is {threads}; both must be >= 1")
         self.path, self.n_ubatch, self.threads = Path(path), int(n_ubatch), int(threads)
@@ -125,6 +124,7 @@ class Engine:
             self._model = self._api.llama_model_load_from_file(str(path).encode(), params)
         if not self._model:
             raise ValueError(f"{path}: llama.cpp does not open it: {_reason(said)}")
+        self._activations = open_checkpoint(path).fast_activations
 
     def close(self):
         """Give the file back."""
