@@ -312,6 +312,10 @@ class State:
         """(name, copy of the array) of each."""
         return ((name, self[name]) for name in self)
 
+    def values(self):
+        """A copy of each array."""
+        return (self[name] for name in self)
+
     def __repr__(self):
         return f"State(position={self.position}, cache={self.cache!r}, {self.nbytes / 2**20:.1f} MiB)"
 

@@ -113,6 +113,50 @@ def test_memory_is_as_planned():
     assert device.ctx._core.scratch_bytes <= plan.scratch
 
 
+def nan_model():
+    model = kl.Model.from_pretrained(DATA / "golden" / "kimi-a")
+    weights = {name: np.array(value) for name, value in model.weights.items()}
+    weights["model.layers.2.self_attn.k_proj.weight"][3, 5] = np.nan
+    return kl.Model(model.config, weights, ctx=kl.Context(device=DEVICE))
+
+
+def test_what_an_earlier_op_noted_costs_no_state():
+    """A router's NaN is told by the next call that waits: it must not be blamed on a state that is read there."""
+    model = kl.Model.from_pretrained(DATA / "golden" / "kimi-a", device=DEVICE)
+    state, twin = model.new_state(), model.new_state()
+    for s in (state, twin):
+        model.forward([5, 6, 7], state=s)
+    scores = np.zeros((4, 8), np.float32)
+    scores[2, 3] = np.nan
+    on_device = kl.DeviceArray.from_numpy(scores, model.ctx)
+    kl.ops.route(on_device, k=2, ctx=model.ctx)
+    with pytest.raises(ValueError, match=r"route: scores\[2, 3\] \(token, expert\) is NaN"):
+        model.forward([8], state=state)
+    assert state.position == 3
+    assert model.forward([8], state=state).tobytes() == model.forward([8], state=twin).tobytes()
+
+
+@pytest.mark.parametrize("logits", ["none", "last"])
+def test_a_prefill_of_nan_fails_in_its_own_call_and_is_put_back(logits):
+    model = nan_model()
+    state = model.new_state()
+    with pytest.raises(ValueError, match="is NaN; scores must be numbers"):
+        model.forward(ids(model, 70), state=state, logits=logits)
+    assert state.position == 0 and not any(x.any() for x in state.values())
+    kl.ops.softmax(np.ones((2, 3), np.float32), ctx=model.ctx)  # nothing is left to tell
+
+
+def test_a_call_is_interrupted_between_layers():
+    model = kl.Model.from_pretrained(DATA / "golden" / "kimi-a", device=DEVICE)
+    state, twin, tokens = model.new_state(), model.new_state(), ids(model, 20)
+    model.ctx._core.cancel_at(3)
+    with pytest.raises(KeyboardInterrupt):
+        model.forward(tokens, state=state)
+    model.ctx._core.cancel_at(0)
+    assert state.position == 0
+    assert model.forward(tokens, state=state).tobytes() == model.forward(tokens, state=twin).tobytes()
+
+
 def test_verify_on_the_device():
     """Every op of a run beside float64 on its own inputs."""
     device = kl.Model.from_pretrained(DATA / "golden" / "kimi-a", device=DEVICE)
