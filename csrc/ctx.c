@@ -24,7 +24,8 @@ kl_status kl_fail(kl_ctx *ctx, kl_status status, const char *format, ...)
 kl_status kl_fail_in(kl_ctx *ctx, int64_t layer, kl_status status)
 {
     char sentence[sizeof ctx->error];
-    if (status == KL_OK || ctx->backend->wait != NULL) /* a device tells of its values later, at a wait */
+    if (status == KL_OK
+        || ctx->backend->wait != NULL) /* a device tells of its values later, at a wait */
         return status;
     memcpy(sentence, ctx->error, sizeof sentence);
     return kl_fail(ctx, status, "layer %lld: %s", (long long)layer, sentence);

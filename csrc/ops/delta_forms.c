@@ -261,7 +261,7 @@ static void run_chunk(const part *p, view state, float *o, int64_t o_step, int64
     const task *a = p->task;
     const kl_delta_rule_args *args = a->args;
     const kl_delta_chunk chunk = chunk_of_tokens(p, t, n);
-    const bool finite = a->k->delta_chunk_factors(&chunk);
+    const bool as_chunk = a->k->delta_chunk_factors(&chunk);
     const int64_t row = (p->first + t) * args->Hv + p->head;
     const int64_t share = kl_ceil_div(next, kl_ceil_div(p->columns, COLUMNS));
     int64_t filled = 0;
@@ -281,7 +281,7 @@ static void run_chunk(const part *p, view state, float *o, int64_t o_step, int64
                                          .n_ask = n_ask,
                                          .ask_values = kl_min(args->K, args->V),
                                          .scratch = p->room.columns };
-        if (!finite || !a->k->delta_chunk_columns(&chunk, &strip))
+        if (!as_chunk || !a->k->delta_chunk_columns(&chunk, &strip))
             run_strip(p, state, state, o, o_step, t, n, c, strip.columns);
         fill(p, &p->room.next, filled, t + n + filled, T, 0);
         filled += T;

@@ -95,7 +95,7 @@ static kl_delta_chunk chunk_at(const inputs *in, const room *r, int64_t t, int64
     const float *beta = in->beta != NULL ? in->beta + t * args->Hv + head : &none;
     const int64_t beta_step = in->beta != NULL ? args->Hv : 0;
     const kl_delta_chunk c = kl_delta_chunk_of(&r->chunk, args, &r->factors, n, beta, beta_step);
-    (void)in->k->delta_chunk_factors(&c); /* whether all is finite */
+    (void)in->k->delta_chunk_factors(&c); /* whether the chunk is fit to be used */
     return c;
 }
 
