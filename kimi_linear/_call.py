@@ -23,10 +23,11 @@ class Call:
         self.model = model
         self.vocab = model.config.vocab_size
         self.start, self.stop = self._layers(start, stop, embeds)
-        self.embeds, tokens = self._embeds(embeds, tokens)
+        self.embeds, tokens, rows = self._embeds(embeds, tokens)
         self.form, self.ids, self.offsets = self._pack(tokens, offsets)
         self.T, self.N = len(self.ids), len(self.offsets) - 1
         if self.embeds is not None:
+            self._check_rows(rows)
             self.embeds = as_float32(self.embeds, "embeds", (self.T, model.config.hidden_size))
         self.states = self._states(state)
         self.rows = self._rows(logits)
@@ -57,19 +58,33 @@ class Call:
         return start, stop
 
     def _embeds(self, embeds, tokens):
-        """The rows that enter layer `start`, packed; ids that stand for them where no tokens are given."""
+        """The rows that enter layer `start`, packed; the tokens, else ids that stand for them; rows of each sequence.
+
+        Rows [T, D] are of no sequence in particular: None.
+        """
         if embeds is None:
             if tokens is None:
                 raise TypeError("tokens is None; it may be only where embeds are given")
-            return None, tokens
+            return None, tokens, None
         self.nameless = tokens is None
         if isinstance(embeds, (list, tuple)) and len(embeds) and np.ndim(embeds[0]) == 2:
             parts = [as_float32(e, f"embeds[{i}]", ("T", self.model.config.hidden_size)) for i, e in enumerate(embeds)]
-            return np.concatenate(parts), [np.zeros(len(e), np.int32) for e in parts] if tokens is None else tokens
+            ids = [np.zeros(len(e), np.int32) for e in parts] if tokens is None else tokens
+            return np.concatenate(parts), ids, [len(e) for e in parts]
         D = self.model.config.hidden_size
         embeds = as_float32(embeds, "embeds", ("T", D), ("B", "T", D))
         ids = np.zeros(embeds.shape[:-1], np.int32) if tokens is None else tokens
-        return embeds.reshape(-1, D), ids
+        return embeds.reshape(-1, D), ids, None if embeds.ndim == 2 else [embeds.shape[1]] * len(embeds)
+
+    def _check_rows(self, rows):
+        """ValueError where the rows are cut into other sequences than the tokens."""
+        if rows is None:
+            return
+        if len(rows) != self.N:
+            raise ValueError(f"embeds has {len(rows)} sequences and tokens {self.N}; they must have as many")
+        for i, (n, length) in enumerate(zip(rows, np.diff(self.offsets).tolist(), strict=True)):
+            if n != length:
+                raise ValueError(f"embeds[{i}] has {n} rows; it must have {length}, one for each token of its sequence")
 
     def _is_made(self, name):
         if name.startswith("layers."):

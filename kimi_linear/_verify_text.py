@@ -192,7 +192,10 @@ def verdict(report):
         else ""
     )
     rest = f" ({', '.join(without)}: no budget)" if without else ""
-    return f"ok: all {len(report.taps)} taps, every op inside its own budget{near}{rest}"
+    given = sum(tap.rms_u is None for tap in report.taps)
+    taps = f"{len(report.taps) - given} of {len(report.taps)}" if given else f"all {len(report.taps)}"
+    rest += "; route was not judged: its choices were given" if given else ""
+    return f"ok: {taps} taps, every op inside its own budget{near}{rest}"
 
 
 def html_table(report):

@@ -104,9 +104,15 @@ _local = threading.local()
 _settings = {"threads": None}
 
 
+def _wanted():
+    """The threads asked for: by the innermost `threads` block of the calling thread, else by `set_num_threads`."""
+    blocks = getattr(_local, "blocks", None)
+    return blocks[-1] if blocks else _settings["threads"]
+
+
 def _default_threads():
-    if _settings["threads"] is not None:
-        return _settings["threads"]
+    if _wanted() is not None:
+        return _wanted()
     text = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if text.isdigit() and int(text) > 1024:
         raise ValueError(f"the environment's OMP_NUM_THREADS is {text}; it must be at most 1024")
@@ -119,7 +125,7 @@ def current(ctx=None):
         if not isinstance(ctx, Context):
             raise TypeError(f"ctx is {type(ctx).__name__}; it must be a kimi_linear.Context")
         return ctx
-    wanted = _settings["threads"]
+    wanted = _wanted()
     mine = getattr(_local, "context", None)
     if mine is None:
         mine = _local.context = Context()
@@ -134,7 +140,7 @@ def current(ctx=None):
 def nested(ctx):
     """`ctx` serves the calling thread inside the ``with`` block: for code that a call in flight calls back."""
     before = getattr(_local, "context", None), getattr(_local, "threads", None)
-    _local.context, _local.threads = ctx, _settings["threads"]
+    _local.context, _local.threads = ctx, _wanted()
     try:
         yield
     finally:
@@ -149,21 +155,32 @@ def set_num_threads(n):
     n : int or None
         0 is one for each processor; None goes back to the default.
     """
-    n = n if n is None else as_whole(n, "n", "an int from 0 (all processors) to 1024, or None")
-    if n is not None and not 0 <= n <= 1024:
-        raise ValueError(f"n is {n!r}; it must be an int from 0 (all processors) to 1024, or None")
-    _settings["threads"] = n
+    _settings["threads"] = _checked(n)
 
 
 @contextlib.contextmanager
 def threads(n):
-    """Use `n` threads inside the ``with`` block."""
-    before = _settings["threads"]
-    set_num_threads(n)
+    """Use `n` threads inside the ``with`` block, in the calling Python thread alone.
+
+    Parameters
+    ----------
+    n : int or None
+        As for `set_num_threads`, which shows behind the block.
+    """
+    n = _checked(n)
+    blocks = _local.blocks = getattr(_local, "blocks", [])
+    blocks.append(n)
     try:
         yield
     finally:
-        _settings["threads"] = before
+        blocks.pop()
+
+
+def _checked(n):
+    n = n if n is None else as_whole(n, "n", "an int from 0 (all processors) to 1024, or None")
+    if n is not None and not 0 <= n <= 1024:
+        raise ValueError(f"n is {n!r}; it must be an int from 0 (all processors) to 1024, or None")
+    return n
 
 
 class Device(NamedTuple):

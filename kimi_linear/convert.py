@@ -132,7 +132,8 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, type: str |
     from_gguf, to_gguf = is_gguf(source.expanduser()), target.name.lower().endswith(".gguf")
     if to_gguf:
         if dtype != "auto":
-            raise ValueError(f"dtype is {dtype!r}, and the target a GGUF; its types are `type` and `types`")
+            raise ValueError(f"dtype is {dtype!r}, and the target a GGUF; its types are `type` and `types` (--type, "
+                             "--map)")
         choice = gguf_types.Choice(None if type is None else gguf_types.checked_type(type),
                                    gguf_types.checked_rules(types))
         _check_target(source, target, overwrite)
@@ -142,8 +143,8 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, type: str |
         resolve(source)  # a source that is not there, or no model, is told first
         raise ValueError(f"target is {str(target)!r}; of a Hugging Face folder it must be a file that ends in .gguf")
     if type is not None or types:
-        raise ValueError(f"type or types are given, and the target {str(target)!r} is a folder; a GGUF must end in "
-                         f".gguf, and a folder has `dtype`")
+        raise ValueError(f"`type` or `types` (--type, --map) are given, and the target {str(target)!r} is a folder; a "
+                         "GGUF must end in .gguf, and a folder has `dtype` (--dtype)")
     return _write_folder(source.expanduser(), target, dtype, overwrite, progress or (lambda *_: None))
 
 

@@ -41,6 +41,9 @@ class Edits:
             shapes["logits"] = (n_logits, vocab)
         self.changes = {}
         for pattern, change in edit.items():
+            if pattern == "logits" and not n_logits:
+                raise ValueError("edit has 'logits', and this call makes none: ask for them, with logits='all' or "
+                                 "among the taps of a trace")
             for name in matches(shapes, str(pattern), "edit"):
                 value = change if callable(change) else self._checked(name, change, shapes[name])
                 self.changes.setdefault(name, []).append(value)

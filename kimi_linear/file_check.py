@@ -42,6 +42,8 @@ class FileReport:
         Ids at which generation ends.
     perplexity : float or None
         Of the text in the package; None without a tokenizer.
+    scored : int
+        Tokens that it is of.
     """
 
     faults: list
@@ -52,6 +54,7 @@ class FileReport:
     converter: str | None = None
     stops: list | None = None
     perplexity: float | None = None
+    scored: int = 0
 
     @property
     def ok(self):
@@ -72,7 +75,7 @@ class FileReport:
         if self.stops is not None:
             lines.append(f"stops       at the ids {', '.join(map(str, self.stops)) or '(none)'}")
         if self.perplexity is not None:
-            lines.append(f"perplexity  {self.perplexity:.4f} of the text in the package")
+            lines.append(f"perplexity  {self.perplexity:.4f} of {self.scored:,} tokens of the text in the package")
         lines += [f"note        {note}" for note in self.notes] + [f"fault       {fault}" for fault in self.faults]
         n = len(self.faults)
         return "\n".join([*lines, "good" if self.ok else f"bad: {n} fault{'s' if n > 1 else ''}"])
@@ -240,7 +243,8 @@ def _text():
 def _check_text(report, model, tokenizer):
     ids = tokenizer.encode(_text(), specials=False)[:TEXT_TOKENS]
     try:
-        report.perplexity = perplexity(model, ids, None).perplexity
+        found = perplexity(model, ids, None)
+        report.perplexity, report.scored = found.perplexity, found.scored
     except ValueError as error:
         report.faults.append(f"the text in the package: {error}")
         return

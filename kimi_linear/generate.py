@@ -137,6 +137,8 @@ class Generation:
         self.stop_ids = _stop_ids(model) if stop_at_eos else frozenset()
         many = _is_batch(prompt)
         prompts = list(prompt) if many else [prompt]
+        if not prompts:
+            raise ValueError("prompt is a batch of none; it must have a prompt or more")
         self.is_batch = many or self.n > 1
         states = self._states(state, len(prompts), many)
         seeds = _seeds(seed, len(prompts))

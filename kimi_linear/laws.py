@@ -122,7 +122,7 @@ def laws(model, names=None, *, seed=0, progress=None):
     Raises
     ------
     ValueError
-        A name that is no law, or of a law that is not asked of the model's device.
+        No name, one that is no law, or of a law that is not asked of the model's device.
     """
     device = current(model.ctx).device
     unasked = {} if device == "cpu" else OF_THE_CPU
@@ -141,6 +141,8 @@ def _chosen(names, device, unasked):
     if names is None:
         return list(LAWS)
     names = [names] if isinstance(names, str) else list(names)
+    if not names:
+        raise ValueError("names is empty; it must name a law or more, or be None for all")
     for name in names:
         choice(name, "names", LAWS)
         if name in unasked:

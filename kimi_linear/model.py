@@ -274,6 +274,7 @@ class Model:
             have moved on.
         embeds : (T, D), (B, T, D) or list of (T, D) float32, optional
             Rows to use instead of those of the embedding; with `start` above 0 the residual stream that enters it.
+            Where `tokens` are given, too, a batch or a list is cut as they are.
         start, stop : int, optional
             Run layers start..stop-1 alone. Short of the last layer the value is the residual stream [T, D] that leaves
             layer stop-1, in place of logits. A part of the layers moves no state of the caller's.
@@ -398,12 +399,12 @@ class Model:
         folder : str or path
             Made if it is not there.
         overwrite : bool
-            Whether a checkpoint that is there may be replaced.
+            Whether a checkpoint that is there may be replaced: its files are removed, the tokenizer's among them.
 
         Raises
         ------
         FileExistsError
-            If a checkpoint is there and `overwrite` is False.
+            If a file of a checkpoint is there and `overwrite` is False.
         OSError
             If it would not fit on the disk, or cannot be written.
         """

@@ -44,7 +44,10 @@ def _checked(name, value):
     """A setting's value, of its type and in its range."""
     value = as_whole(value, name) if name == "top_k" else as_real(value, name)
     if name != "repetition_penalty":
-        ops.sample(np.zeros(2, np.float32), **{name: value})  # raises what is wrong
+        try:
+            ops.sample(np.zeros(2, np.float32), **{name: value})
+        except ValueError as error:
+            raise ValueError(str(error).removeprefix("sample: ").replace(" of row 0", "")) from None
     elif not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} is {value:g}; it must be finite and > 0")
     return value

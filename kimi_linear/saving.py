@@ -15,6 +15,7 @@ __all__ = ["save_pretrained"]
 
 SHARD = 5 * 10**9  # bytes of tensors a file
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = ("tiktoken.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
                    "special_tokens_map.json")
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -50,6 +51,7 @@ def write_folder(folder, tensors, config, generation_config, tokenizer=None, ove
     tokenizer : callable, optional
         Called with a folder, to write the tokenizer's files.
     overwrite : bool
+        Whether every file of a checkpoint that is there may be replaced, or removed where the new one has none.
     check : callable, optional
         Called when all is written and nothing has its name yet.
     own : path, optional
@@ -62,7 +64,8 @@ def write_folder(folder, tensors, config, generation_config, tokenizer=None, ove
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"folder is {folder}, which is a file; it must be a folder")
     if old and not overwrite:
-        raise FileExistsError(f"folder {folder} holds a checkpoint ({old[0].name}); overwrite=True replaces it")
+        raise FileExistsError(f"folder {folder} holds a checkpoint ({old[0].name}); overwrite=True (--force) replaces "
+                              "it")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -82,7 +85,7 @@ def _fill(folder, tensors, config, generation_config, tokenizer, check, old):
             tokenizer(draft)
         _write_tensors(draft, tensors, _shards(tensors))
         if generation_config:
-            _write_json(draft / "generation_config.json", generation_config)
+            _write_json(draft / GENERATION, generation_config)
         _write_json(draft / CONFIG, config)
         if check is not None:
             check()
@@ -126,10 +129,11 @@ class _Plain:
 
 
 def _checkpoint_files(folder):
-    """Files of a checkpoint that is there, config.json first."""
-    config = [path for path in [folder / CONFIG] if path.is_file()]
-    weights = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")] if folder.is_dir() else []
-    return config + sorted(weights)
+    """Files of a checkpoint that are there, config.json first: all that a model in this folder would be read with."""
+    if not folder.is_dir():
+        return []
+    named = [folder / name for name in (CONFIG, GENERATION, *TOKENIZER_FILES) if (folder / name).is_file()]
+    return named + sorted([*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")])
 
 
 def _shards(weights):

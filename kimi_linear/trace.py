@@ -151,10 +151,7 @@ class Trace(Mapping):
         file = SafetensorsFile(path)
         meta = {}
         for key, text in file.metadata.items():
-            try:
-                meta[key] = json.loads(text)
-            except ValueError:
-                meta[key] = text
+            meta[key] = json.loads(text) if _is_json(text) else text
         if names is None:
             order = meta.pop("order", None)
             arrays = {n.removeprefix(prefix): file[n] for n in (order or file) if n.startswith(prefix)}
@@ -265,6 +262,7 @@ class _Steps:
         call = model._call(ids)
         if edit is not None:
             call.edits(edit, len(ids) if "logits" in names else 0)
+            self.of_logits = [glob for glob in edit if not _matches_any(call.table, str(glob))]
         call.experts(expert_ids)
 
     def run(self, state, a, b, end, keep, progress):
@@ -298,13 +296,28 @@ class _Steps:
         if self.edit is None:
             return None
         edit = {k: v if callable(v) else as_array(v, f"edit[{k!r}]")[first:last] for k, v in self.edit.items()}
-        return edit if "logits" in names else {k: v for k, v in edit.items() if k != "logits"}
+        return edit if "logits" in names else {k: v for k, v in edit.items() if k not in self.of_logits}
+
+
+def _matches_any(names, glob):
+    try:
+        return bool(matches(names, glob))
+    except ValueError:
+        return False
 
 
 def _metadata(meta, names):
-    """Metadata of a trace's file: text, other values as JSON."""
-    meta = {k: v if isinstance(v, str) else json.dumps(_plain(v)) for k, v in meta.items()}
+    """Metadata of a trace's file: values as JSON, but text as it is where no reader takes it for JSON."""
+    meta = {k: v if isinstance(v, str) and not _is_json(v) else json.dumps(_plain(v)) for k, v in meta.items()}
     return {**meta, "format": FORMAT, "order": json.dumps(list(names))}
+
+
+def _is_json(text):
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _plain(value):

@@ -132,7 +132,7 @@ class VerifyReport:
     choices : int
         Tokens times layers with experts: what could flip.
     misrouted : list of Flip
-        Rows of the free run where float64 chooses otherwise from the engine's own logits, beyond rounding:
+        Rows of the engine's own choice where float64 chooses otherwise from the engine's own logits, beyond rounding:
         the op `route` is wrong.
     memory : int
         Bytes of taps that were held at a time.
@@ -246,7 +246,8 @@ def verify(model, tokens, *, forced: bool = True, free_run: bool = True,
     forced : bool
         Expert ids from the reference, in the run that is judged.
     free_run : bool
-        Also run with the engine's own choices, and list the flips.
+        Also run with the engine's own choices, and list the flips. With `forced` this run alone shows what `route`
+        chooses: without it `route` is not judged, and the verdict says so.
     progress : callable, optional
         Called with (taps done, taps in all, tap).
 
@@ -266,10 +267,10 @@ def verify(model, tokens, *, forced: bool = True, free_run: bool = True,
     run = _Run(model, tokens, forced, progress)
     for layers in run.groups():
         run.judge_group(layers)
-    flips, misrouted = run.free_run() if free_run else (None, [])
+    flips = run.free_run() if free_run else None
     seconds = time.perf_counter() - begin
     return VerifyReport(model.name, layer_pattern(model.config), len(tokens), forced, run.taps, flips, run.choices,
-                        misrouted, run.memory, seconds, run.notes)
+                        run.misrouted, run.memory, seconds, run.notes)
 
 
 class _Run:
@@ -284,6 +285,7 @@ class _Run:
         self.progress = progress or (lambda done, total, tap: None)
         self.taps: list[Tap] = []
         self.notes: list[str] = []
+        self.misrouted: list[Flip] = []
         self.ids: dict[int, np.ndarray] = {}  # the reference's choice, by layer
         self.scores: dict[int, np.ndarray] = {}  # its router's logits
         self.h = None
@@ -378,7 +380,8 @@ class _Run:
     def _judge(self, node: Node, actual, desired):
         """The tap of a node, and the state array that the op leaves."""
         if node.op == "route":
-            return [_of_ids(node, actual[node.tap], desired[node.tap], self.forced)]
+            tap = _of_ids(node, actual[node.tap], desired[node.tap], self.forced)
+            return [tap if self.forced else self._judge_route(node, tap, actual)]
         values = actual
         if node.tap == "logits":
             values = {"norm": actual["norm"][-len(actual["logits"]) :]}
@@ -393,33 +396,35 @@ class _Run:
     # ---- routing ----
 
     def free_run(self):
-        """(flips against the reference, rows where `route` itself chose otherwise from its own logits)."""
+        """Flips against the reference; `route` is judged on its own logits, where it was given the ids before."""
         if not self.ids:
-            return [], []
+            return []
         wanted = [f"layers.*.moe.{x}" for x in ("ids", "logits")]
         state = self.model.new_state(cache="float32")
         _, trace = self.model.forward(self.tokens, taps=wanted, logits="none", state=state)
-        flips, misrouted, first = [], [], len(self.tokens)
+        flips, first = [], len(self.tokens)
         for i, ids in self.ids.items():
             node = next(x for x in self._of(i) if x.op == "route")
-            got, logits = trace[node.tap], trace[f"layers.{i}.moe.logits"]
-            found = self._flips(node, i, got, ids, self.scores[i], first)
+            found = self._flips(node, i, trace[node.tap], ids, self.scores[i], first)
             first = min([first, *(f.token for f in found)])
             flips += found
-            misrouted += self._judge_route(node, i, got, logits)
-        return flips, misrouted
+            if self.forced:
+                at = next(k for k, tap in enumerate(self.taps) if tap.name == node.tap)
+                self.taps[at] = self._judge_route(node, self.taps[at], trace)
+        return flips
 
-    def _judge_route(self, node, layer, got, logits):
-        """`route` on its own inputs: what float64 chooses from the engine's logits, but for rounding."""
+    def _judge_route(self, node, tap, values):
+        """The tap of `route` on its own inputs: what float64 chooses from the engine's logits, but for rounding."""
+        layer = int(node.tap.split(".")[1])
+        got, logits = values[node.tap], values[f"layers.{layer}.moe.logits"]
         own = reference.route(logits, bias=self._bias(node), **node.options)[0]
         apart = self._flips(node, layer, got, own, logits, len(got))
         limit = _routing_noise(self.config.n_experts)
         worst = max(apart, key=lambda f: f.gap, default=None)
         gap, at = (worst.gap, f"token {worst.token}") if worst else (0.0, "")
-        i = next(i for i, tap in enumerate(self.taps) if tap.name == node.tap)
         u = gap / metrics.U
-        self.taps[i] = replace(self.taps[i], rms_u=u, largest_u=u, share=gap / limit, at=at)
-        return [f for f in apart if not f.gap <= limit]
+        self.misrouted += [f for f in apart if not f.gap <= limit]
+        return replace(tap, rms_u=u, largest_u=u, share=gap / limit, at=at)
 
     def _bias(self, node):
         """[E]: zeros where a router has none."""

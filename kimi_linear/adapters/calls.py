@@ -17,6 +17,7 @@ import importlib
 import inspect
 import json
 import threading
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,8 +68,9 @@ def record_calls(fn, folder, *, op, conventions="ours", limit=None):
     Parameters
     ----------
     fn : callable or str
-        A function; the block gets one that records. Or the dotted name of one, such as ``"fla.ops.kda.chunk_kda"``: it
-        is replaced where it is, and put back. A module that has imported it by name already has its own: name that one.
+        A function; the block gets one that records. Or the dotted name of one, such as ``"fla.ops.kda.chunk_kda"``, or
+        of a method of a class, whose `self` is not kept: it is replaced where it is, and put back. A module that has
+        imported it by name already has its own: name that one.
     folder : str or path
         Made where it is not; calls are added behind those that are there.
     op : str
@@ -81,22 +83,41 @@ def record_calls(fn, folder, *, op, conventions="ours", limit=None):
     Yields
     ------
     callable
-        The recording function. What it raises is not recorded.
+        The recording function. What it raises is not recorded; a call that cannot be kept is told by a warning.
     """
     owner, name = _owner(fn) if isinstance(fn, str) else (None, None)
-    function = getattr(owner, name) if owner is not None else fn
+    function, kind = _function_of(owner, name) if owner is not None else (fn, None)
     if not callable(function):
         raise TypeError(f"fn is a {type(fn).__name__}; it must be a function, or the dotted name of one")
-    recorder = _Recorder(function, Path(folder), op, conventions, limit)
-    wrapped = functools.wraps(function)(recorder)
+    recorder = _Recorder(function, Path(folder), op, conventions, limit, kind in (_METHOD, classmethod))
+
+    @functools.wraps(function)
+    def recording(*args, **kwargs):  # a function, which a class binds to its objects
+        return recorder(*args, **kwargs)
+
     if owner is None:
-        yield wrapped
+        yield recording
         return
-    setattr(owner, name, wrapped)
+    own = getattr(owner, "__dict__", {})
+    inherited, before = name not in own, own.get(name)
+    setattr(owner, name, kind(recording) if kind in (staticmethod, classmethod) else recording)
     try:
-        yield wrapped
+        yield recording
     finally:
-        setattr(owner, name, function)
+        delattr(owner, name) if inherited else setattr(owner, name, before)
+
+
+_METHOD = "method"
+
+
+def _function_of(owner, name):
+    """The function of a name and, in a class, how it is bound: `_METHOD`, classmethod, staticmethod; else None."""
+    if not isinstance(owner, type):
+        return getattr(owner, name), None
+    held = inspect.getattr_static(owner, name)
+    if isinstance(held, staticmethod | classmethod):
+        return held.__func__, type(held)
+    return held, _METHOD if hasattr(held, "__get__") else staticmethod
 
 
 def _owner(dotted):
@@ -120,9 +141,9 @@ def _owner(dotted):
 class _Recorder:
     """A function that keeps a copy of what it was given, runs the real one, and writes both."""
 
-    def __init__(self, function, folder, op, conventions, limit):
+    def __init__(self, function, folder, op, conventions, limit, bound):
         folder.mkdir(parents=True, exist_ok=True)
-        self.function, self.folder, self.limit = function, folder, limit
+        self.function, self.folder, self.limit, self.bound = function, folder, limit, bound
         called = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
         self.about = {"format": FORMAT, "op": op, "conventions": conventions, "function": called}
         self.recorded = 0
@@ -140,20 +161,36 @@ class _Recorder:
             _counts[self.folder.resolve()] += wanted
         if not wanted:
             return self.function(*args, **kwargs)
-        arrays, options, layout = {}, {}, {}
-        for name, value in self._named(args, kwargs).items():
-            _keep(f"in/{name}", value, arrays, options, layout)
+        kept = arrays, options, layout = {}, {}, {}
+        try:
+            for name, value in self._named(args, kwargs).items():
+                _keep(f"in/{name}", value, *kept)
+        except Exception as error:  # whatever an argument's own methods raise: the run goes on
+            self._tell(number, error)
+            return self.function(*args, **kwargs)
         result = self.function(*args, **kwargs)
-        for i, value in enumerate(result if isinstance(result, tuple | list) else (result,)):
-            number_of = isinstance(value, int | float | np.generic) and not isinstance(value, bool)
-            _keep(f"out/{i}", np.asarray(value).reshape(1) if number_of else value, arrays, options, layout)
-        options = {k.removeprefix("in/"): v for k, v in options.items() if k.startswith("in/")}
-        about = self.about | {"call": str(number), "options": json.dumps(options), "layout": json.dumps(layout)}
-        write_safetensors(self.folder / f"call-{number:06d}.safetensors", arrays, about)
+        try:
+            for i, value in enumerate(result if isinstance(result, tuple | list) else (result,)):
+                number_of = isinstance(value, int | float | np.generic) and not isinstance(value, bool)
+                _keep(f"out/{i}", np.asarray(value).reshape(1) if number_of else value, *kept)
+            options = {k.removeprefix("in/"): v for k, v in options.items() if k.startswith("in/")}
+            about = self.about | {"call": str(number), "options": json.dumps(options), "layout": json.dumps(layout)}
+            write_safetensors(self.folder / f"call-{number:06d}.safetensors", arrays, about)
+        except Exception as error:
+            self._tell(number, error)
         return result
+
+    def _tell(self, number, error):
+        """A warning at the caller of the recording function."""
+        about = f"call {number} of {self.about['function']} is not recorded"
+        warnings.warn(f"{about}: {error or type(error).__name__}", RuntimeWarning, stacklevel=4)
 
     def _named(self, args, kwargs):
         """Arguments by name, defaults too; those that a signature does not tell are called 0, 1, ..."""
+        named = self._by_signature(args, kwargs)
+        return dict([*named.items()][1:]) if self.bound else named
+
+    def _by_signature(self, args, kwargs):
         if self.signature is None:
             return {**{str(i): x for i, x in enumerate(args)}, **kwargs}
         bound = self.signature.bind(*args, **kwargs)
@@ -179,12 +216,20 @@ def _keep(name, value, arrays, options, layout):
             _keep(f"{name}.{i}", item, arrays, options, layout)
     elif value is None or isinstance(value, bool | int | float | str):
         options[name] = value
-    elif hasattr(value, "item"):
+    elif hasattr(value, "item") and isinstance(value.item(), bool | int | float | str):
         options[name] = value.item()
-    elif isinstance(value, tuple | list) and all(isinstance(v, int | float) for v in value):
+    elif isinstance(value, tuple | list) and _makes_numbers(value):
         arrays[name] = np.asarray(value)
     else:
-        options[name] = f"<{type(value).__name__}>"
+        options[name] = f"<{name.removeprefix('in/')}, a {type(value).__name__}>"
+
+
+def _makes_numbers(value):
+    """Whether a list, of lists perhaps, is an array of numbers."""
+    try:
+        return as_array(value, "").dtype.kind in "fiub"
+    except (TypeError, ValueError):
+        return False
 
 
 def memory_of(x):

@@ -2,9 +2,11 @@
 safetensors.
 
     import engine_hooks
-    recorder = engine_hooks.attach(model, "calls")      # vLLM: llm.apply_model(lambda m: engine_hooks.attach(m,
-    "calls")) ...                                                 # run prompts
-    recorder.close()
+    recorder = engine_hooks.attach(model, "calls")
+    ...                                                 # run prompts
+    recorder.close()                                    # or the end of the process
+
+    llm.apply_model(lambda m: __import__("engine_hooks").attach(m, "calls") and None)      # in vLLM
 
 Every forward call of the model becomes one file, ``call-000003.safetensors``, numbered in order, prefill and decode
 alike. A tensor is named by its module: ``model.layers.2.self_attn.q_proj/out.0``, ``.../o_norm/in.0``. The metadata

@@ -19,7 +19,8 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = ("demo", "generate", "chat", "inspect", "plan", "verify", "laws", "golden", "trace", "diff", "blame",
             "report", "replay", "perplexity", "bench", "convert", "quantize")
 
-_BAD_INPUT = (ValueError, TypeError, KeyError, OSError, MemoryError, NotImplementedError, DeviceError)
+_BAD_INPUT = (ValueError, TypeError, KeyError, OSError, MemoryError, NotImplementedError, DeviceError,
+              ImportError)  # a package that an input needs and that is not there
 
 
 class _Parser(argparse.ArgumentParser):

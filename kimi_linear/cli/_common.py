@@ -2,9 +2,11 @@
 
 import contextlib
 import functools
+import io
 import json
 import os
 import sys
+from pathlib import Path
 
 from ..config import layer_pattern
 
@@ -85,6 +87,9 @@ def foreign_calls(args, path, config):
     from ..adapters import load
 
     ours = _of_ours(path)
+    if ours and args.prefix and args.names is None:
+        raise ValueError(f"--prefix is {args.prefix!r}, and {path} is a trace of ours, whose names have none; it is "
+                         "for files of another kind")
     return [ours] if ours else load(path, args.names, model=config, prefix=args.prefix, mapping=args.mapping)
 
 
@@ -206,13 +211,14 @@ def types_of(model):
 def read_text(path):
     """A UTF-8 file's text; ``-`` is stdin."""
     if path == "-":
-        return sys.stdin.read()
-    with open(path, encoding="utf-8") as file:
-        try:
-            return file.read()
-        except UnicodeDecodeError as error:
-            byte = error.object[error.start]
-            raise ValueError(f"{path} is not UTF-8: byte {error.start} is {byte:#04x}") from None
+        raw, name = sys.stdin.buffer.read(), "stdin"
+    else:
+        raw, name = Path(path).read_bytes(), path
+    try:
+        return io.StringIO(raw.decode("utf-8"), newline=None).read()  # every end of a line as \n
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8: byte {error.start} is {raw[error.start]:#04x}; it must be UTF-8 "
+                         "text") from None
 
 
 # ---- output ----

@@ -8,7 +8,18 @@ from pathlib import Path
 
 import numpy as np
 
-from ._common import add_compute_arguments, add_model_argument, load_model, positive, reading, say, types_of
+from ..errors import FormatError
+from ..load import SafetensorsFile
+from ._common import (
+    add_compute_arguments,
+    add_model_argument,
+    check_output,
+    load_model,
+    positive,
+    reading,
+    say,
+    types_of,
+)
 from .generate import add_generation_arguments, generation_options
 
 HELP = "talk with the model; each turn reads only its new tokens"
@@ -47,6 +58,8 @@ def run(args):
     chat = Chat(model, checkpoints=args.checkpoints, **generation_options(args))
     if args.state is not None and os.path.isdir(args.state):
         raise ValueError(f"--state is {args.state}, a folder; it must be a file, there or not")
+    if args.state is not None:
+        _check_files(args.state)  # now, and not when the conversation is over
     if args.state is not None and os.path.exists(args.state):
         chat.load(args.state)
         say(f"[{chat.summary()}]")
@@ -142,7 +155,8 @@ class Chat:
     # ---- files ----
 
     def save(self, path):
-        """Writes the state to `path` and the messages beside it, to ``path.json``."""
+        """Writes the state to `path` and the messages beside it, to ``path.json``, in place of a conversation alone."""
+        _check_files(path)
         self.state.save(path)
         facts = {"format": FORMAT, "position": self.state.position, "messages": self.messages}
         beside, part = Path(f"{path}.json"), Path(f"{path}.json.part")
@@ -167,6 +181,28 @@ def _watch(generation, show):
             show(piece)
     except KeyboardInterrupt:
         generation.close()
+
+
+def _check_files(path):
+    """ValueError where a file that `save` did not write is where it would write one."""
+    check_output(path, _is_state, "the state of a conversation")
+    check_output(f"{path}.json", _is_messages, "the messages of a conversation")
+
+
+def _is_state(path):
+    from ..statefile import FORMAT
+
+    try:
+        return SafetensorsFile(path).metadata.get("format") == FORMAT
+    except (FormatError, OSError):
+        return False
+
+
+def _is_messages(path):
+    try:
+        return isinstance(_read_messages(Path(path)), list)
+    except ValueError:
+        return False
 
 
 def _read_messages(path):
@@ -194,12 +230,17 @@ def _loop(chat):
             continue
         if line == "/quit":
             return
-        if line:
+        if any("\ud800" <= c <= "\udfff" for c in line):  # bytes that made no character
+            kind = sys.stdin.encoding.upper()
+            say(f"the line {line!a:.40} has bytes that are not {kind}; it must be {kind} text")
+        elif line:
             _obey(chat, line)
 
 
 def _reader():
     """A function that reads a line: with a prompt and line editing at a terminal, else without."""
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # `_loop` tells what is no text, and goes on
     if not sys.stdin.isatty():
         return input
     try:

@@ -27,7 +27,7 @@ kimi-linear generate ~/models/kimi --chat --prompt "Why is the sky blue?"
 def add_arguments(parser):
     add_model_argument(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", help="text to continue")
+    prompt.add_argument("--prompt", metavar="TEXT", help="text to continue; stderr shows it before what follows")
     prompt.add_argument("--prompt-file", metavar="FILE", help="the same from a UTF-8 file; - is stdin")
     prompt.add_argument("--ids", type=integers, metavar="ID,ID,...", help="token ids; no tokenizer is needed")
     parser.add_argument("--chat", action="store_true", help="send the prompt as one user message")
@@ -85,8 +85,8 @@ def run(args):
         _print_samples(generation.run())
         say(_cost(model, generation))
         return 0
-    if args.prompt is not None and not args.chat:
-        say(args.prompt, end="")
+    if isinstance(prompt, str):
+        say(prompt, end="")
     try:
         _stream(generation)
     except KeyboardInterrupt:

@@ -55,6 +55,8 @@ def run(args):
     text = read_text(args.prompt_file) if args.prompt_file is not None else args.prompt
     model = load_model(args)
     tokens = args.ids if text is None else _encode(model, text)
+    if not len(tokens):
+        raise ValueError(f"{_source(args)} has no token; trace needs at least one")
     taps = args.taps or ["*"]
     if args.engine == "llama.cpp":
         trace = _llama_cpp(args, model, tokens, taps)
@@ -85,6 +87,10 @@ def _check(args):
     for option, usual in {"device": "cpu", "activations": "float32"}.items():
         if (llama or args.reference) and getattr(args, option) != usual:
             raise ValueError(f"--{option} is of our engine; leave out {other}")
+
+
+def _source(args):
+    return "--ids" if args.ids is not None else "--prompt" if args.prompt is not None else args.prompt_file
 
 
 def _encode(model, text):

@@ -58,7 +58,8 @@ def add_arguments(parser):
         help="judge the run with the engine's own expert ids, not the reference's",
     )
     parser.add_argument(
-        "--no-free-run", action="store_true", help="leave out the run that lists routing flips"
+        "--no-free-run", action="store_true",
+        help="leave out the run that lists routing flips; route is then judged with --own-experts alone"
     )
     parser.add_argument(
         "--all",

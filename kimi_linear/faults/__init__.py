@@ -89,7 +89,7 @@ def run(model, tokens, *, plant: Mapping[str, object] | None = None, positions: 
     Raises
     ------
     ValueError
-        If a fault cannot be at its tap.
+        If a fault cannot be at its tap, or there is no token.
     """
     calls = _calls(tokens)
     offsets = [np.cumsum([0, *map(len, call)]) for call in calls]
@@ -115,10 +115,16 @@ def run(model, tokens, *, plant: Mapping[str, object] | None = None, positions: 
 
 def _calls(tokens):
     """Calls of sequences of ids, from these, from sequences, or from ids."""
-    depth, x = 0, tokens
-    while not np.isscalar(x):
-        depth, x = depth + 1, x[0]
+    depth = _depth(tokens)
+    if not 1 <= depth <= 3:
+        what = "has no token" if depth <= 0 else f"is {depth} deep"
+        raise ValueError(f"tokens {what}; it must be ids, a list of sequences of them, or a list of calls of those")
     return tokens if depth == 3 else [tokens] if depth == 2 else [[tokens]]
+
+
+def _depth(x):
+    """How many lists are around an id; below 0 where there is no id."""
+    return 1 + max(map(_depth, x), default=-9) if np.iterable(x) and not isinstance(x, str) else 0
 
 
 def _meta(ids, offsets, position):

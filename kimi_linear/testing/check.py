@@ -1,6 +1,8 @@
 """`check_op`: a callable through an op's cases and laws, each beside the float64 reference."""
 
 import hashlib
+import inspect
+import re
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -43,7 +45,8 @@ def check_op(op, fn, *, conventions="ours", cases="all", without=(), arrays=None
         "all", or patterns of names and groups; the laws are a group.
     without : list of str
         What the callable does not have, as "offsets", "initial state", "T = 0": cases that need it are listed as not
-        offered. An unknown keyword (TypeError) or NotImplementedError says the same.
+        offered. NotImplementedError says the same, and so does the TypeError of a keyword that `fn` does not have (or
+        that what it hands its ``**options`` on to does not have).
     arrays : str or callable, optional
         What `fn` takes: "numpy", "torch", "torch:cuda", "mlx", or a function of a NumPy array; by default as the
         convention says. Results may be NumPy, torch on any device, or have ``__array__`` or ``__dlpack__``.
@@ -114,13 +117,15 @@ class Run:
         Of results that can be compared, for `explain`.
     known : dict of str to (str, str)
         Case -> what explains its failure already, and a place or "".
+    wrote : bool
+        Whether a case that holds has results other than zero.
     """
 
     def __init__(self, the, how, fn, make, lacks, form, factor):
         self.the, self.how, self.fn, self.make = the, how, fn, make
         self.lacks, self.form, self.factor = lacks, form, factor
         self.kinds = the.kinds(how)
-        self.failures, self.known = [], {}
+        self.failures, self.known, self.wrote = [], {}, False
 
     def card(self, chosen):
         """The Card of some of the op's cases and laws."""
@@ -128,7 +133,7 @@ class Run:
         rows = [self.law(c) if isinstance(c, Law) else self.case(c) for c in chosen]
         if all(r.status == "not offered" for r in rows):
             return Card(self.the.op, self.how.project, (), self.factor, refused=self.refused() or rows[0].detail)
-        why = explain(self.the, self.failures) | self.known
+        why = explain(self.the, self.failures, self.wrote) | self.known
         rows = tuple(replace(r, why=", ".join(filter(None, why.get(r.name, ())))) for r in rows)
         return Card(self.the.op, self.how.project, rows, self.factor, _gathered(why), lacks=_lacks(rows, chosen),
                     seconds=time.perf_counter() - start)
@@ -167,9 +172,10 @@ class Run:
         except NotImplementedError as error:
             raise NotOffered(_line(error) or "NotImplementedError") from None
         except TypeError as error:
-            if "unexpected keyword argument" in str(error):
-                raise NotOffered(f"no argument {str(error).rpartition('argument ')[2]}") from None
-            raise
+            name = _unknown_keyword(error, given | more)
+            if name is None:
+                raise
+            raise NotOffered(f"no argument {name!r}") from None
         for name, guarded in held.items():
             changed = guarded.changed()
             if changed:
@@ -201,6 +207,7 @@ class Run:
         detail = self._fault(case, parts, actual, ref)
         row = Row(case.name, case.group, "fails" if detail else "holds", max(p.errors.rms_u for p in parts),
                   max(p.errors.largest_u for p in parts), max(p.share for p in parts), detail)
+        self.wrote |= not detail and any(map(np.any, actual))
         if detail:
             self._failed(case, inputs, Failure(case, exact, actual, ref, tuple(self.factor * b for b in bounds)))
         return row
@@ -353,6 +360,24 @@ def _place(at, name):
     if name in ("ids", "weights"):
         return coordinates(at, ("token", "slot")[2 - len(at):])
     return coordinates(at, axis_names(at))
+
+
+def _unknown_keyword(error, given):
+    """The keyword of the call that the callable does not take; None where the error is one of its own.
+
+    `error` was raised by the call in the caller's frame. Every function that it has come through must have handed the
+    keyword on, as a decorator does.
+    """
+    found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if found is None or found[1] not in given:
+        return None
+    inner = error.__traceback__.tb_next
+    while inner is not None:
+        taken = inspect.getargvalues(inner.tb_frame)
+        if taken.keywords is None or found[1] not in (taken.locals.get(taken.keywords) or ()):
+            return None
+        inner = inner.tb_next
+    return found[1]
 
 
 def _line(error):

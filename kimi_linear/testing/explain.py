@@ -55,25 +55,28 @@ def _is_empty(f):
     return not any(np.any(a) for a in f.actual) and any(np.any(r) for r in f.ref)
 
 
-def explain(spec, failures):
+def explain(spec, failures, wrote=False):
     """What explains the failures.
 
     Parameters
     ----------
     spec : Spec
     failures : list of Failure
+    wrote : bool
+        Whether a case that holds has results other than zero: then a mistake that gives zeros here is the reason.
 
     Returns
     -------
     why : dict of str to (str, str)
         Case -> sentence, and a place or "". Cases that nothing explains are left out.
     """
+    singles = [(e.says, dict(e.switches)) for e in spec.explanations]
     empty = [f for f in failures if _is_empty(f)]
-    if 2 * len(empty) > len(failures):
+    known = wrote and any(all(_fits(spec, switches, f) for f in empty) for _, switches in singles)
+    if 2 * len(empty) > len(failures) and not known:
         rest = explain(spec, [f for f in failures if f not in empty]) if len(empty) < len(failures) else {}
         return {f.name: (EMPTY, "") for f in empty} | rest
     why = {}
-    singles = [(e.says, dict(e.switches)) for e in spec.explanations]
     pairs = _pairs([(e.says, dict(e.switches)) for e in spec.explanations if not e.alone])
     named = _cover(spec, singles, failures, why)
     left = _loosely(spec, named, failures, why)

@@ -103,8 +103,8 @@ FORMS = {
 def diagnose(x, actual, ref):
     """Ids in another order hide what else is wrong."""
     if (np.diff(actual[0]) < 0).any():
-        return [('the ids of a token do not rise; conventions=kl.conventions["ours"]["route"].but(forms=("ids in any '
-                 'order",)) compares them in any order', "")]
+        return [("the ids of a token do not rise: sort them and their weights; or, of check_op, "
+                 'conventions=kl.conventions["ours"]["route"].but(forms=("ids in any order",)) does it', "")]
     return nan_spread(x, actual, ref)
 
 

@@ -182,16 +182,17 @@ def select(cases, patterns):
     Raises
     ------
     ValueError
-        A pattern that matches none; the sentence names the groups.
+        No pattern, or one that matches none; the sentence names the groups.
     """
     if isinstance(patterns, str):
         patterns = ["*"] if patterns == "all" else [patterns]
     elif not isinstance(patterns, Iterable):
         raise TypeError(f"cases is {patterns!r:.40}; it must be text, or a list of it")
-    patterns = list(patterns)
+    patterns, groups = list(patterns), dict.fromkeys(c.group for c in cases)
+    if not patterns:
+        raise ValueError(f"cases is empty; it must be \"all\", or name cases or groups: {', '.join(groups)}")
     for p in patterns:
         if not any(_matches(c, p) for c in cases):
-            groups = dict.fromkeys(c.group for c in cases)
             hint = meant(p, [*groups, *(c.name for c in cases)])
             raise ValueError(f"cases has {p!r}, which matches no case; the groups are {', '.join(groups)}{hint}")
     return [c for c in cases if any(_matches(c, p) for p in patterns)]

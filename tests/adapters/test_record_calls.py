@@ -78,6 +78,86 @@ def test_a_dotted_name_is_replaced_and_put_back(tmp_path, monkeypatch):
         pass
 
 
+class Engine:
+    """Each kind of a class's function, and what is inherited."""
+
+    def double(self, x):
+        return self.factor() * x
+
+    def factor(self):
+        return 2
+
+    @staticmethod
+    def alone(x):
+        return 3 * x
+
+    @classmethod
+    def of_class(cls, x):
+        return cls.value * x
+
+    builtin = np.negative
+    value = 4
+
+
+class Inherits(Engine):
+    value = 5
+
+
+@pytest.mark.parametrize("owner", [Engine, Inherits])
+@pytest.mark.parametrize("name, factor", [("double", 2), ("alone", 3), ("of_class", None), ("builtin", -1)])
+def test_a_function_of_a_class_stays_what_it_is(tmp_path, monkeypatch, owner, name, factor):
+    module = types.ModuleType("some_engine")
+    module.Owner = owner
+    monkeypatch.setitem(sys.modules, "some_engine", module)
+    before = [dict(vars(c)) for c in (Engine, Inherits)]
+    x = np.arange(3.0)
+
+    def called():
+        wanted = owner.value if factor is None else factor
+        assert np.array_equal(getattr(owner(), name)(x), wanted * x)
+        if name != "double":
+            assert np.array_equal(getattr(owner, name)(x), wanted * x)
+            return 2
+        return 1
+
+    with record_calls(f"some_engine.Owner.{name}", tmp_path, op="softmax"):
+        n = called()
+        assert getattr(Inherits(), name)(x) is not None
+    called()
+    assert [dict(vars(c)) for c in (Engine, Inherits)] == before
+    calls = [load_call(p) for p in files_of(tmp_path)]
+    assert len(calls) == n + 1 and {next(iter(c.inputs)) for c in calls} <= {"x", "0"}
+
+
+def test_what_cannot_be_kept_does_not_end_the_run(tmp_path):
+    class Strange:
+        shape, dtype = (2,), "strange"
+
+        def __array__(self, *args, **kwargs):
+            raise RuntimeError("no memory of it")
+
+    with record_calls(lambda x, y=None: x, tmp_path, op="softmax") as fn:
+        z = np.zeros(2, np.complex128)
+        with pytest.warns(RuntimeWarning, match=r"call 0 of .* is not recorded: .*'in/y' has dtype complex128") as told:
+            assert fn(3, z) == 3
+        assert told[0].filename == __file__
+        with pytest.warns(RuntimeWarning, match="call 1 of .* 'out/0' has dtype complex128"):
+            assert fn(1j * np.float64(1) * np.ones(())) == 1j
+        with pytest.warns(RuntimeWarning, match="is not recorded: no memory of it"):
+            assert fn(1, Strange()) == 1
+        assert [*tmp_path.iterdir()] == []
+        fn(np.ones(2), 1j)
+    assert load_call(files_of(tmp_path)[0]).inputs["y"] == "<y, a complex>"
+
+
+def test_lists_of_numbers_are_arrays(tmp_path):
+    with record_calls(lambda x, **options: x, tmp_path, op="softmax") as fn:
+        fn([[1.0, 2.0], [3.0, 4.0]], ragged=[[1], [2, 3]], words=["a"], none=[])
+    inputs = load_call(files_of(tmp_path)[0]).inputs
+    assert inputs["x"].tolist() == [[1, 2], [3, 4]] and inputs["none"].shape == (0,)
+    assert (inputs["ragged"], inputs["words"]) == ("<ragged, a list>", "<words, a list>")
+
+
 def test_fla(tmp_path, monkeypatch):
     """Both places that have a function under its name record it; without fla a sentence."""
     from kimi_linear.adapters import fla

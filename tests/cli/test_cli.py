@@ -1,5 +1,6 @@
 """The commands as a shell meets them: help, errors, exit codes, Ctrl-C, closed pipes."""
 
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 
 import kimi_linear as kl
 from kimi_linear.cli import COMMANDS, main
+from kimi_linear.cli._common import read_text
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data" / "tiny"
@@ -67,7 +69,10 @@ def test_version(capfd):
     (["generate", "--prompt", "--nonsense"], ["--nonsense is not an option"]),
     (["golden", "-q", "--output"], ["-q is not an option (see "]),
     (["generate", "--prompt", "", "--max-new-tokens", "1"], ["prompt is empty"]),
-    (["generate", "--prompt", "a", "--temperature", "-1"], ["temperature", "-1"]),
+    (["generate", "--prompt", "a", "--temperature", "-1"], [": temperature is -1; it must be finite and >= 0"]),
+    (["trace", "--prompt", "", "-o", "never"], ["--prompt has no token; trace needs at least one"]),
+    (["trace", "--ids", "", "-o", "never"], ["--ids has no token"]),
+    (["trace", "--prompt-file", os.devnull, "-o", "never"], [f"{os.devnull} has no token"]),
     (["generate", "--ids", "1,2048"], ["2048"]),
     (["generate", "--ids", "1,x"], ["--ids", "'x'"]),
     (["generate", "--ids", "1", "--chat"], ["--chat", "--ids"]),
@@ -79,7 +84,7 @@ def test_version(capfd):
     (["plan", "--dtype", "F32"], ["--dtype", "config.json"]),
     (["plan", "no-such-config.json"], ["no-such-config.json"]),
     (["perplexity"], ["--text"]),
-    (["perplexity", "--text", str(DATA / "golden64.safetensors")], ["is not UTF-8"]),
+    (["perplexity", "--text", str(DATA / "golden64.safetensors")], ["is not UTF-8: byte ", "; it must be UTF-8 text"]),
     (["perplexity", "--text", os.devnull], ["0 tokens"]),
     (["perplexity", "--text", str(DATA / "heldout.txt"), "--window", "1"], ["window is 1"]),
     (["bench", "--depths", "0,-1"], ["--depths", "'-1'"]),
@@ -165,6 +170,54 @@ def test_generate_streams_text_to_stdout_and_its_cost_to_stderr(capfd):
     assert code == 0
     assert out.endswith("\n") and expected["text"].startswith(out[:-1]) and len(out) > 12
     assert "12 written" in err and "cache float16" in err and "ended by length" in err
+
+
+def test_a_prompt_of_text_is_shown_on_stderr_however_it_is_given(capfd, tmp_path, monkeypatch):
+    prompt, few = "In the beginning", ["--max-new-tokens", "2"]
+    (tmp_path / "p").write_text(prompt)
+    read = {}
+    for form in (["--prompt", prompt], ["--prompt-file", str(tmp_path / "p")], ["--prompt-file", "-"]):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(prompt.encode())))
+        code, out, err = run(capfd, "generate", *form, *few)
+        assert code == 0 and err.startswith(prompt) and prompt not in out
+        read[out] = form
+        assert prompt not in run(capfd, "generate", *form, *few, "--chat")[2]
+    assert len(read) == 1
+
+
+def test_stdin_that_is_not_utf_8_is_told_what_it_must_be(capfd, monkeypatch, tmp_path):
+    for argv in (["generate", "--prompt-file", "-"], ["trace", "--prompt-file", "-", "-o", str(tmp_path / "t")],
+                 ["perplexity", "--text", "-"], ["verify", "--text", "-"]):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"In the \xff beginning")))
+        assert run(capfd, *argv) == (2, "", f"kimi-linear {argv[0]}: stdin is not UTF-8: byte 7 is 0xff; it must be "
+                                            "UTF-8 text\n")
+    for mode in ("0", "1"):  # as a POSIX locale has it, and another
+        talk = subprocess.run([*PROGRAM, "chat", "--max-new-tokens", "2"], input=b"Who?\n\xff\nAnd who?\n",
+                              capture_output=True, env={**os.environ, "PYTHONUTF8": mode, "LC_ALL": "C.UTF-8"})
+        assert talk.returncode == 0 and talk.stdout.count(b"\n") == 2, "the conversation goes on"
+        assert b"the line '\\udcff' has bytes that are not UTF-8; it must be UTF-8 text" in talk.stderr
+
+
+def test_ends_of_lines_are_one_in_every_input(tmp_path):
+    (tmp_path / "t").write_bytes(b"a\r\nb\rc\n")
+    assert read_text(str(tmp_path / "t")) == "a\nb\nc\n"
+
+
+def test_a_package_that_is_not_there_is_bad_input(capfd, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    run(capfd, "trace", "--ids", "1", "-o", str(tmp_path / "t"))
+    (tmp_path / "x.pt").write_bytes(b"PK")
+    (tmp_path / "m.json").write_text("{}")
+    code, out, err = run(capfd, "diff", str(tmp_path / "t"), str(tmp_path / "x.pt"), "--names", "pt", "--config",
+                         str(ROOT / "kimi_linear" / "data" / "tiny"), "--mapping", str(tmp_path / "m.json"))
+    assert (code, out) == (2, "") and "torch, which is not installed here" in err and err.count("\n") == 1, err
+    folder = tmp_path / "m"
+    folder.mkdir()
+    _copy_of_tiny(folder)
+    (folder / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}')
+    code, out, err = run(capfd, "inspect", str(folder))
+    assert (code, out) == (2, "") and "needs the package tokenizers" in err and err.count("\n") == 1
 
 
 def test_generate_json_and_ids_agree_with_the_prompt(capfd):

@@ -24,6 +24,18 @@ def test_convert_and_back(tmp_path, capfd, tiny_dir):
     assert kl.Model.from_pretrained(tmp_path / "back").config == kl.Model.tiny().config
 
 
+def test_what_is_in_the_folder_is_replaced_with_force_alone(tmp_path, capfd, tiny_dir, golden_dir):
+    assert run(capfd, "convert", golden_dir / "kimi-a", tmp_path / "x.gguf")[0] == 0
+    kl.Model.from_pretrained(tiny_dir).save_pretrained(tmp_path / "old")
+    code, out, err = run(capfd, "convert", tmp_path / "x.gguf", tmp_path / "old")
+    assert (code, out) == (2, "") and "(config.json); overwrite=True (--force) replaces it" in err
+    assert kl.Model.from_pretrained(tmp_path / "old").tokenizer is not None
+    code, out, err = run(capfd, "convert", tmp_path / "x.gguf", tmp_path / "new", "--type", "Q8_0")
+    assert (code, out) == (2, "") and "`type` or `types` (--type, --map) are given" in err and "(--dtype)" in err
+    assert run(capfd, "convert", tmp_path / "x.gguf", tmp_path / "old", "--force")[0] == 0
+    assert kl.Model.from_pretrained(tmp_path / "old").tokenizer is None
+
+
 def test_quantize(tmp_path, capfd, tiny_dir):
     assert run(capfd, "quantize", tiny_dir, tmp_path / "a.gguf", "--type", "Q8_0")[0] == 0
     code, out, _ = run(capfd, "quantize", tmp_path / "a.gguf", tmp_path / "b.gguf", "--type", "Q4_0")
@@ -38,6 +50,7 @@ def test_quantize(tmp_path, capfd, tiny_dir):
 @pytest.mark.parametrize("argv, words", [
     (["quantize", "a", "b.gguf"], "no type is given"), (["quantize", "a", "b", "--type", "Q4_0"], "ends in .gguf"),
     (["convert", "a", "b.gguf", "--type", "Q4_K_M"], "type is 'Q4_K_M'; it must be one of F32"),
+    (["convert", "a", "b.gguf", "--dtype", "float32"], "its types are `type` and `types` (--type, --map)"),
     (["convert", "none", "b.gguf"], "none"), (["verify", "a", "b", "--own-experts"], "two files are compared"),
     (["verify", "a", "b", "--model", "c"], "two files are compared"),
 ])

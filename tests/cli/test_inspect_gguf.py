@@ -57,10 +57,11 @@ def test_a_good_file(write, capsys):
     path = write()
     code, report = check(capsys, path)
     assert code == 0 and report["ok"] and report["faults"] == []
-    assert report["stops"] == [1793, 1794] and 10 < report["perplexity"] < 30
+    assert report["stops"] == [1793, 1794] and 10 < report["perplexity"] < 30 and report["scored"] == 511
     assert report["notes"] == ["the file's eos is 1793; a turn ends with 1794, which is a stop here, too"]
     assert main(["inspect", "--check", path]) == 0
-    assert capsys.readouterr().out.endswith("\ngood\n")
+    out = capsys.readouterr().out
+    assert out.endswith("\ngood\n") and " of 511 tokens of the text in the package\n" in out
 
 
 def test_a_good_folder(capsys):

@@ -381,6 +381,20 @@ def test_a_file_of_another_kind_is_not_overwritten(cli, tmp_path, command):
         assert cli(*command, "-o", own)[0] == 0
 
 
+def test_a_prefix_of_a_trace_of_ours_is_refused(cli, tmp_path):
+    trace = str(tmp_path / "t.safetensors")
+    cli("trace", "tiny", "--ids", "1,2", "-o", trace)
+    for words in (("diff", trace, trace), ("blame", "tiny", trace),
+                  ("report", trace, "--model", "tiny", "-o", tmp_path / "r.html")):
+        code, out, err = cli(*words, "--prefix", "foo")
+        assert code == 2 and out == "" and f"--prefix is 'foo', and {trace} is a trace of ours" in err
+    golden = str(DATA / "golden" / "kimi-a" / "golden.safetensors")
+    cli("trace", KIMI_A, "--ids", ",".join(map(str, read_safetensors(golden)["short/tokens"])), "-o", trace)
+    code, out, err = cli("report", golden, trace, "--names", "hf", "--prefix", "short/", "--model", KIMI_A, "-o",
+                         tmp_path / "r.html")
+    assert code == 0, err
+
+
 def test_a_page_is_not_written_over_the_trace_that_it_reads(cli, tmp_path):
     trace = str(tmp_path / "t.safetensors")
     cli("trace", "tiny", "--ids", "1,2", "-o", trace)

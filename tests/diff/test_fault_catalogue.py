@@ -114,6 +114,18 @@ def test_what_cannot_be_planted(bench):
         faults.run(model, [[[1, 2]], [[3]]], positions=[None, [5]])
 
 
+def test_sequences_of_no_token(bench):
+    model = bench.model(faults.WHOLE)
+    whole = faults.run(model, [1, 2])[0]
+    for tokens in ([[], [1, 2]], [[1, 2], []], [[[], [1, 2]]]):
+        found, = faults.run(model, tokens)
+        assert all(np.array_equal(found[tap], whole[tap]) for tap in whole) and len(found.meta["offsets"]) == 3
+    for tokens, message in [([], "has no token"), ([[], []], "has no token"), (3, "has no token"),
+                            ([[[[1]]]], "is 4 deep")]:
+        with pytest.raises(ValueError, match=f"tokens {message}; it must be ids, a list of sequences"):
+            faults.run(model, tokens)
+
+
 def test_recurrence_is_the_reference(rng):
     q, k, v = rng.standard_normal((3, 12, 2, 4))
     g, beta = -rng.random((12, 2, 4)), rng.random((12, 2))

@@ -139,6 +139,23 @@ def test_messages_that_save_did_not_write_change_nothing(chat, tmp_path, text):
     assert chat.state is state and chat.messages is messages
 
 
+def test_what_save_did_not_write_is_not_lost(chat, tmp_path):
+    spoken(chat, "Who made the heavens?")
+    for notes in ("x", "x.json"):
+        folder = tmp_path / f"beside {notes}"
+        folder.mkdir()
+        (folder / notes).write_text('{"precious": 1}')
+        with pytest.raises(ValueError, match="it would be lost: give another name"):
+            chat.save(folder / "x")
+        assert [(p.name, p.read_text()) for p in folder.iterdir()] == [(notes, '{"precious": 1}')]
+    chat.save(tmp_path / "x")
+    spoken(chat, "And the earth?")
+    chat.save(tmp_path / "x")
+    other = Chat(chat.model, **OPTIONS)
+    other.load(tmp_path / "x")
+    assert other.messages == chat.messages
+
+
 def test_an_interrupted_answer_stays_and_goes_on(chat):
     shown = []
 
@@ -199,10 +216,14 @@ def test_ctrl_c_ends_the_answer_and_not_the_program():
     assert talk.returncode == 0 and b"[taken back; left: 0 turns]" in err
 
 
-def test_usage_errors():
+def test_usage_errors(tmp_path):
     done = script(argv=["--temperature", "-1"])
     assert done.returncode == 0
     done = script("Who?", argv=["--temperature", "-1"])
     assert "temperature" in done.stderr and done.returncode == 0
+    (tmp_path / "x.json").write_text("{}")
+    done = script("Who?", argv=["--state", str(tmp_path / "x")])
+    assert done.returncode == 2 and "x.json is there and is not the messages of a conversation" in done.stderr
+    assert (done.stdout, (tmp_path / "x.json").read_text()) == ("", "{}")
     done = script(argv=["--checkpoints", "0"])
     assert done.returncode == 2 and "--checkpoints" in done.stderr

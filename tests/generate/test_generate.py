@@ -413,7 +413,7 @@ def test_whole_numbers_are_numbers_of_json(model, name, value, as_given):
 @pytest.mark.parametrize("name, value, words", [
     ("top_k", 50.5, "top_k is 50.5; it must be an int"), ("top_k", "50", "top_k is '50'; it must be an int"),
     ("top_k", -1.0, "top_k is -1; it must be 0 <= top_k"), ("temperature", "hot", "temperature is 'hot'; it must be a"),
-    ("top_p", 7, "sample: top_p .*is 7"), ("min_p", True, "min_p is True"),
+    ("top_p", 7, "top_p is 7"), ("min_p", True, "min_p is True"),
     ("repetition_penalty", 0, "repetition_penalty is 0; it"),
     ("eos_token_id", "</s>", "eos_token_id is '</s>'; it must be an int, or a list of them"),
     ("eos_token_id", [2, 2.5], "eos_token_id is 2.5"),
@@ -447,6 +447,8 @@ def test_prompts_and_states_that_are_wrong(model):
         model.generate([1, 2, 3, 4, 5], state=state)
     with pytest.raises(ValueError, match="prompt is empty"):
         model.generate([], state=state)
+    with pytest.raises(ValueError, match="prompt is a batch of none"):
+        model.generate(np.zeros((0, 3), int))
     with pytest.raises(ValueError, match=r"prompt\[1\] is empty"):
         model.generate(["a", ""])
     with pytest.raises(ValueError, match=r"state\[1\] is given twice"):

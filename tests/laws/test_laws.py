@@ -37,6 +37,11 @@ def test_law(law, case):
     assert report.ok, str(report)
 
 
+def test_no_law_is_refused():
+    with pytest.raises(ValueError, match="names is empty; it must name a law or more"):
+        laws(open_model("tiny"), [])
+
+
 @pytest.mark.parametrize("law", [name for name in LAWS if name not in ("inputs_unchanged", "nothing_outside_outputs")])
 def test_a_model_that_breaks_a_law_is_seen(law, monkeypatch):
     """Every other call adds a little noise: each law that compares two runs names a difference."""

@@ -267,3 +267,14 @@ def test_a_function_cannot_use_the_context_of_its_own_call(tiny):
     with pytest.raises(ValueError, match="in use by the call"):
         model.forward(ids(tiny, 3), edit={"embed": lambda x: kl.ops.softmax(x, ctx=ctx)})
     assert model.forward(ids(tiny, 3)).tobytes() == tiny.forward(ids(tiny, 3)).tobytes()
+
+
+@pytest.mark.parametrize("form", [{}, {"tokens_slice": slice(600, 610)}])
+def test_edits_of_logits_are_one_rule_for_both_forms_of_a_trace(tiny, form):
+    """Where no logits are made they cannot be changed; a slice makes them in some of its calls alone."""
+    tokens = ids(tiny, 650)
+    with pytest.raises(ValueError, match="edit has 'logits', and this call makes none: ask for them"):
+        tiny.trace(tokens, "embed", edit={"logits": np.negative}, **form)
+    plain = tiny.trace(tokens, "logits", **form)["logits"]
+    for glob in ("logits", "logit*"):
+        assert tiny.trace(tokens, "logits", edit={glob: np.negative}, **form)["logits"].tobytes() == (-plain).tobytes()

@@ -10,6 +10,7 @@ from inside import CASES, MIXTURES, arrays, ids, open_model
 import kimi_linear as kl
 from kimi_linear import reference
 from kimi_linear.diff.budgets import budget
+from kimi_linear.load import SafetensorsFile
 
 
 @pytest.fixture(params=CASES)
@@ -90,6 +91,27 @@ def test_states_are_told_what_they_have_read(tiny, monkeypatch):
     tiny.forward(embeds=np.ones((3, tiny.config.hidden_size), np.float32), state=b, logits="none")
     assert told == [(a, x[:512].tolist()), (b, [-1, -1, -1])]
     assert (a.position, b.position) == (1212, 8)
+
+
+def test_rows_of_other_sequences_than_the_tokens_are_refused(tiny):
+    rows = tiny.trace(ids(tiny, 4), "embed")["embed"]
+    two = [rows[:2], rows[2:]]
+    for tokens, embeds, message in [
+        ([[1], [2, 3, 4]], two, r"embeds\[0\] has 2 rows; it must have 1"),
+        (np.ones((2, 2), np.int32), [rows[:2], rows[:1]], r"embeds\[1\] has 1 rows; it must have 2"),
+        ([[1], [2, 3, 4]], rows.reshape(2, 2, -1), r"embeds\[0\] has 2 rows; it must have 1"),
+        ([1, 2, 3, 4], two, "embeds has 2 sequences and tokens 1"),
+        ([1, 2, 3, 4], rows.reshape(2, 2, -1), "embeds has 2 sequences and tokens 1"),
+        ([[1, 2], [3, 4]], rows[None], "embeds has 1 sequences and tokens 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            tiny.forward(tokens, embeds=embeds)
+    alone = [tiny.forward(embeds=x) for x in two]
+    for tokens in ([[1, 2], [3, 4]], np.array([[1, 2], [3, 4]], np.int32)):
+        for embeds in (two, rows.reshape(2, 2, -1), rows):
+            together = tiny.forward(tokens, embeds=embeds)
+            assert [x.tobytes() for x in together] == [x.tobytes() for x in alone]
+    assert tiny.forward([1, 2, 3, 4], offsets=[0, 2, 4], embeds=two).tobytes() == np.concatenate(alone).tobytes()
 
 
 def test_wrong_parts_are_refused(tiny):
@@ -198,6 +220,15 @@ def test_a_trace_in_a_file_is_the_trace_in_memory(tiny, rows, tmp_path):
         assert np.array_equal(trace.tokens, tokens[kept])
     assert seen and all(done <= total for done, total in seen) and seen[-1][0] == seen[-1][1]
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_texts_of_a_trace_stay_texts_in_its_file(tmp_path):
+    meta = {"model": "2024", "source": "true", "note": "null", "list": "[1]", "quoted": '"x"', "plain": "as it is",
+            "dtype": "NaN", "deep": "[" * 99999, "number": 2024, "none": None, "truth": True, "tokens": [1, 2]}
+    kl.Trace({"embed": np.zeros((2, 3), np.float32)}, meta).save(tmp_path / "t")
+    read = kl.Trace.load(tmp_path / "t").meta
+    assert {key: read[key] for key in meta} == meta
+    assert SafetensorsFile(tmp_path / "t").metadata["plain"] == "as it is"
 
 
 def test_a_streamed_trace_takes_edits_and_moves_a_state_on(tiny, tmp_path):
@@ -367,3 +398,24 @@ def test_a_checkpoint_is_not_overwritten_unasked(tiny, tmp_path, monkeypatch):
     assert not (tmp_path / "model.safetensors").exists()
     with pytest.raises(FileExistsError, match="own"):
         kl.Model.from_pretrained(tmp_path).save_pretrained(tmp_path, overwrite=True)
+
+
+def test_nothing_of_a_checkpoint_that_is_replaced_stays(tiny, tmp_path):
+    """A tokenizer, a template or end tokens of another model would be read with the new one."""
+    tiny.save_pretrained(tmp_path)
+    others = ("tokenizer.json", "special_tokens_map.json", "generation_config.json")
+    for name in (*others, "README.md"):
+        (tmp_path / name).write_text("{}")
+    small = kl.Model.from_config(tiny.config, seed=4)
+    small.save_pretrained(tmp_path, overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert kl.Model.from_pretrained(tmp_path).tokenizer is None
+    tiny.save_pretrained(tmp_path, overwrite=True)
+    assert kl.Model.from_pretrained(tmp_path).tokenizer.encode("In") == tiny.tokenizer.encode("In")
+
+
+def test_a_tokenizer_alone_is_not_mixed_with_a_model_unasked(tiny, tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(FileExistsError, match=r"holds a checkpoint \(tokenizer.json\); overwrite=True \(--force\)"):
+        tiny.save_pretrained(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.json"]

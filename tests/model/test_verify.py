@@ -222,6 +222,25 @@ def test_own_expert_ids(kimi_a):
     report = verify(model(kimi_a), tokens_of(kimi_a, "short"), forced=False, free_run=False)
     assert report.ok and report.flips is None
     assert "expert ids from the reference" not in str(report)
+    assert report.verdict.startswith(f"ok: all {len(report.taps)} taps") and not report.misrouted
+    free = verify(model(kimi_a), tokens_of(kimi_a, "short"), forced=False)
+    assert free.taps == report.taps and not free.misrouted
+
+
+@pytest.mark.parametrize("forced", [True, False])
+def test_route_is_judged_or_said_not_to_be(kimi_a, forced):
+    bias = "model.layers.1.block_sparse_moe.gate.e_score_correction_bias"
+    wrong = Changed(model(kimi_a), **{bias: lambda bias: bias[::-1] + np.linspace(0, 1, len(bias))})
+    report = verify(wrong, tokens_of(kimi_a, "short"), forced=forced, free_run=False)
+    unjudged = [tap.name for tap in report.taps if tap.rms_u is None]
+    if forced:
+        assert report.ok and unjudged and {tap.op for tap in report.taps if tap.name in unjudged} == {"route"}
+        assert f"ok: {len(report.taps) - len(unjudged)} of {len(report.taps)} taps, " in report.verdict
+        assert "; route was not judged: its choices were given" in report.verdict
+    else:
+        assert not report.ok and not unjudged and "route over budget at layers.1.moe.ids" in report.verdict
+        assert {flip.layer for flip in report.misrouted} == {1}
+        assert report.misrouted == verify(wrong, tokens_of(kimi_a, "short"), forced=False).misrouted
 
 
 def test_layer_by_layer_is_the_same(kimi_a, monkeypatch):

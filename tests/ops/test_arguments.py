@@ -1,10 +1,13 @@
 """What all ops promise of their arguments: arrays wherever they lie, results that share no memory, errors by name."""
 
+import threading
+
 import numpy as np
 import pytest
 from judge import normal
 
 import kimi_linear as kl
+from kimi_linear import context
 from kimi_linear.testing import spec, specs
 
 
@@ -192,6 +195,41 @@ def test_numbers_and_names_are_told_by_argument(call, error, message):
 def test_a_number_of_threads_may_be_numpys():
     with kl.threads(np.int64(2)):
         np.testing.assert_array_equal(kl.ops.add(normal(3), normal(3)), 2 * normal(3))
+
+
+def test_blocks_of_two_python_threads_that_overlap_leave_nothing_behind():
+    usual, found = context.current().threads, {}
+    inside, left = threading.Event(), threading.Event()
+
+    def other():
+        with kl.threads(2):
+            inside.set()
+            left.wait(10)
+            found["inside"] = context.current().threads
+        found["behind"] = context.current().threads
+
+    thread = threading.Thread(target=other)
+    with kl.threads(1):
+        thread.start()
+        assert inside.wait(10) and context.current().threads == 1
+        with kl.threads(3):
+            assert context.current().threads == kl.Context().threads == 3
+        assert context.current().threads == 1
+    left.set()
+    thread.join(10)
+    assert found == {"inside": 2, "behind": usual} and context.current().threads == kl.Context().threads == usual
+
+
+def test_what_is_set_in_a_block_shows_behind_it():
+    usual = context.current().threads
+    try:
+        with kl.threads(1):
+            kl.set_num_threads(2)
+            assert context.current().threads == 1
+        assert context.current().threads == 2
+    finally:
+        kl.set_num_threads(None)
+    assert context.current().threads == usual
 
 
 @pytest.mark.parametrize("scale", [1e300, np.inf, np.nan])

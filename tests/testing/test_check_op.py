@@ -1,5 +1,6 @@
 """check_op: right kernels pass in every convention, planted bugs are named, and what is not offered is said."""
 
+import functools
 import json
 import time
 
@@ -141,6 +142,37 @@ def test_unknown_keywords_and_not_implemented_are_listed():
     assert "not offered:" in str(card) and f"{len(card.not_offered)} not offered" in card.verdict
 
 
+def test_a_keyword_that_is_handed_on_is_not_offered():
+    """Decorators take ``**options``; the TypeError comes from inside of them."""
+    def few(q, k, v, g, beta, initial_state=None):
+        return planted.kernel()(q, k, v, g, beta, initial_state=initial_state)
+
+    def logged(*args, **options):
+        return few(*args, **options)
+
+    cases = ["plain", "ragged", "scale-1"]
+    for fn in (few, logged, functools.partial(logged), lambda **x: logged(**x)):
+        card = check(fn, cases=cases)
+        assert card and card["ragged"].detail == "no argument 'offsets'" and "scale-1" in card.not_offered
+
+
+def test_a_typing_error_inside_of_a_kernel_fails():
+    def fast(x):
+        return x
+
+    def own_keyword(x, w, *, eps):
+        return kl.ops.rms_norm(fast(x, mode="fast") if x.shape[-1] > 64 else x, w, eps=eps)
+
+    def keyword_of_the_call(x, w, *, eps):
+        return kl.ops.rms_norm(fast(x, eps=eps) if x.shape[-1] > 64 else x, w, eps=eps)
+
+    for fn, name in ((own_keyword, "mode"), (keyword_of_the_call, "eps")):
+        card = check_op("rms_norm", fn)
+        assert not card and set(card.not_offered) <= {"out"}  # of a law, an argument of ours
+        assert {card[n].detail.rpartition(".")[2] for n in card.failing} == {
+            f"fast() got an unexpected keyword argument '{name}'"}
+
+
 def test_without():
     card = check(planted.kernel(), without=["offsets", "T = 0"])
     assert card and {"ragged", "ragged-carried", "length-0"} <= set(card.not_offered)
@@ -265,6 +297,7 @@ def test_laws():
     (dict(op="rms_nrom"), "op is 'rms_nrom'; check_op knows delta_rule"),
     (dict(conventions="flo"), "conventions is 'flo'; it must be one of ours, fla, "),
     (dict(cases="lenghts"), "'lenghts', which matches no case; the groups are lengths, carried, widths"),
+    (dict(cases=[]), 'cases is empty; it must be "all", or name cases or groups: lengths, carried'),
     (dict(without=["offset"]), "without has 'offset'; it must be of -inf, K != V"),
     (dict(form="fast"), "form is 'fast'; delta_rule has recurrent, chunked"),
     (dict(arrays="cupy"), 'arrays is \'cupy\'; it must be "numpy"'),
