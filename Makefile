@@ -77,7 +77,8 @@ hip-resources:  ## registers, spills and shared memory of each kernel, beside cs
 	$(VENV)/bin/python tools/hip_resources.py
 
 gpu-check: venv build  ## build for the GPU that is here, test and time all of it: build/gpu-check.txt; DEVICE=hip-host for none
-	@$(PY) tools/gpu_check.py $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
+	@sh tools/setup-system.sh g++
+	$(PY) tools/gpu_check.py $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
 hip-system:  ## as root: Debian's hipcc, its runtime and device libraries, which `make hip` needs (1.4 GiB)
 	@sh tools/setup-system.sh hipcc

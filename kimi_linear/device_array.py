@@ -16,7 +16,8 @@ _TYPES = {np.dtype(np.float32): (2, "f"), np.dtype(np.float16): (2, "e"), np.dty
           np.dtype(np.int32): (0, "i"), np.dtype(np.int64): (0, "q"), np.dtype(np.uint8): (1, "B"),
           np.dtype(np.uint16): (1, "H")}
 _BY_CODE = {(code, 8 * dtype.itemsize): dtype for dtype, (code, _) in _TYPES.items()}
-_DEVICES = (2, 10, 12, 13)  # of DLPack: CUDA, ROCm, an extension (here the host build), CUDA managed
+# DLPack's types of device -> its name of the default stream: CUDA, CUDA managed, ROCm, an extension (the host build)
+_DEVICES = {2: 1, 13: 1, 10: 0, 12: None}
 
 
 class DeviceArray:
@@ -183,9 +184,10 @@ def from_device(x, name):
 
 def _from_dlpack(x, name):
     try:
-        if x.__dlpack_device__()[0] not in _DEVICES:
+        device = x.__dlpack_device__()[0]
+        if device not in _DEVICES:
             return None
-        capsule = (x.detach() if hasattr(x, "detach") else x).__dlpack__()
+        capsule = _capsule_of(x.detach() if hasattr(x, "detach") else x, _DEVICES[device])
     except (BufferError, RuntimeError, ValueError) as error:
         if type(x).__module__.split(".")[0] == "torch" and x.device.type == "meta":
             return None
@@ -195,6 +197,16 @@ def _from_dlpack(x, name):
         raise TypeError(f"{name} has DLPack's type {code} of {bits} bits; it must be one of "
                         f"{', '.join(map(str, _TYPES))}")
     return DeviceArray(memory, shape, _BY_CODE[code, bits])
+
+
+def _capsule_of(x, stream):
+    """Of a producer that has the default stream wait for its own: torch does so only where it is told the stream."""
+    if stream is None:
+        return x.__dlpack__()
+    try:
+        return x.__dlpack__(stream=stream)
+    except TypeError:  # an older producer's has no such argument
+        return x.__dlpack__()
 
 
 def _from_interface(x, name):

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 QUICK_TESTS = ["-k", "in_place or embedding_is_exact", "tests/hip/test_hip_ops.py"]
+COMPILERS = {"hipcc": "/opt/rocm/bin", "nvcc": "/usr/local/cuda/bin"}  # where each is when it is not on the PATH
 HOST_ONLY = "not run on a GPU: wave sizes, orders of threads and planted faults, which only the host build has"
 
 
@@ -55,38 +56,91 @@ def first_line(text, word=""):
     return next((line.strip() for line in text.splitlines() if word in line and line.strip()), "unknown")
 
 
-def amd(number, root=Path("/")):
-    """The AMD GPU of a number, or None: the kernel driver tells its architecture."""
-    if not (root / "dev/kfd").exists() or shutil.which("hipcc") is None:
-        return None
+def compiler_of(name):
+    """The path of a compiler: on the PATH, or in the folder that its makers install it into and leave off the PATH."""
+    return shutil.which(name) or shutil.which(name, path=COMPILERS[name])
+
+
+class Seen(NamedTuple):
+    """A GPU that a driver tells of."""
+
+    row: tuple
+    names: tuple  # by which an environment variable may call it, or a part of it
+
+
+def visible(gpus, listed):
+    """Of GPUs those that an environment variable lists, in its order: by number, or by the begin of a name. None: all.
+
+    As the runtimes read it, the first entry that is no GPU ends the list.
+    """
+    if listed is None:
+        return gpus
+    chosen = []
+    for entry in map(str.strip, listed.split(",")):
+        gpu = next((gpu for number, gpu in enumerate(gpus) if entry == str(number)
+                    or entry and any(name.startswith(entry) for name in gpu.names)), None)
+        if gpu is None:
+            break
+        chosen.append(gpu)
+    return chosen
+
+
+def amd_gpus(root=Path("/")):
+    """(architecture, name) of each AMD GPU that the runtime sees: the kernel driver tells them."""
     found = []
+    if not (root / "dev/kfd").exists():
+        return found
     for node in sorted((root / "sys/class/kfd/kfd/topology/nodes").glob("*"), key=lambda p: int(p.name)):
-        version = re.search(r"^gfx_target_version (\d+)", (node / "properties").read_text(), re.M)
-        if version and int(version[1]):
-            v = int(version[1])
-            found.append((f"gfx{v // 10000}{v // 100 % 100:x}{v % 100:x}", (node / "name").read_text().strip()))
-    if number >= len(found):
+        try:
+            properties, name = (node / "properties").read_text(), (node / "name").read_text().strip()
+        except OSError:  # a GPU that a container does not have
+            continue
+        told = {key: int(value) for key, value in re.findall(r"^(\w+) (\d+)$", properties, re.M)}
+        v = told.get("gfx_target_version", 0)
+        if v:
+            arch = f"gfx{v // 10000}{v // 100 % 100:x}{v % 100:x}"
+            found.append(Seen((arch, name), (f"GPU-{told.get('unique_id', 0):016x}",)))
+    found = visible(found, os.environ.get("ROCR_VISIBLE_DEVICES"))
+    listed = os.environ.get("HIP_VISIBLE_DEVICES") or os.environ.get("CUDA_VISIBLE_DEVICES") or None
+    return [gpu.row for gpu in visible(found, listed)]
+
+
+def amd(number, root=Path("/")):
+    """The AMD GPU of a number, or None."""
+    found, hipcc = amd_gpus(root), compiler_of("hipcc")
+    if number >= len(found) or hipcc is None:
         return None
     arch, name = found[number]
     module = root / "sys/module/amdgpu/version"
     driver = module.read_text().strip() if module.exists() else f"of Linux {platform.release()}"
     return Gpu(f"hip:{number}", f"AMD {name or arch}", arch, f"amdgpu {driver}",
-               first_line(text_of("env", "HIP_PLATFORM=amd", "hipcc", "--version"), "HIP version"), "amd",
-               (f"AMD_ARCHS={arch}", f"OUT=../../build/hip/{arch}"), "_hip_amd.so")
+               first_line(text_of("env", "HIP_PLATFORM=amd", hipcc, "--version"), "HIP version"), "amd",
+               (f"AMD_ARCHS={arch}", f"OUT=../../build/hip/{arch}", f"HIPCC={hipcc}"), "_hip_amd.so")
 
 
-def nvidia(number):
-    """The NVIDIA GPU of a number, or None."""
-    if shutil.which("nvcc") is None:
-        return None
+def nvidia_gpus():
+    """(name, compute capability, driver) of each NVIDIA GPU that the runtime sees, in the order of their slots: by that
+    `Report.run` has it count them.
+    """
     rows = text_of("nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader").splitlines()
-    if number >= len(rows):
+    # a paragraph for each GPU: its name, and the names of the parts that it is divided into
+    told = re.split(r"^GPU ", text_of("nvidia-smi", "-L"), flags=re.M)[1:]
+    names = [tuple(re.findall(r"UUID: ([^)]+)", text)) for text in told] or [()] * len(rows)
+    found = [Seen(tuple(cell.strip() for cell in row.split(",")), of) for row, of in zip(rows, names, strict=False)]
+    return [gpu.row for gpu in visible(found, os.environ.get("CUDA_VISIBLE_DEVICES"))]
+
+
+def nvidia(number, before=0):
+    """The NVIDIA GPU of a number, or None; the core counts it behind `before` others."""
+    nvcc = compiler_of("nvcc")
+    found = nvidia_gpus() if nvcc is not None else []
+    if number >= len(found):
         return None
-    name, capability, driver = (cell.strip() for cell in rows[number].split(","))
+    name, capability, driver = found[number]
     arch = capability.replace(".", "")
-    compiler = first_line(text_of("nvcc", "--version"), "release")
-    return Gpu(f"hip:{number}", name, f"sm_{arch}", driver, compiler, "nvidia",
-               (f"NVIDIA_ARCHS={arch}", f"OUT=../../build/hip/sm_{arch}"), "_hip_nvidia.so")
+    compiler = first_line(text_of(nvcc, "--version"), "release")
+    return Gpu(f"hip:{before + number}", name, f"sm_{arch}", driver, compiler, "nvidia",
+               (f"NVIDIA_ARCHS={arch}", f"OUT=../../build/hip/sm_{arch}", f"NVCC={nvcc}"), "_hip_nvidia.so")
 
 
 def host():
@@ -95,14 +149,19 @@ def host():
     return Gpu("hip-host", "none: the host build", platform.machine(), "none", compiler, "host", (), "_hip_host.so")
 
 
-def find(device):
-    """The device that is asked for, the first GPU where None; None where it is not here."""
+def find(device, root=Path("/")):
+    """The device that is asked for, the first GPU with its compiler where None; None where it is not here."""
     if device == "hip-host":
         return host()
     number = re.fullmatch(r"hip(?::(\d+))?", device or "hip")
     if number is None:
         raise SystemExit(f"gpu-check: DEVICE is {device!r}; it must be hip, hip:N or hip-host")
-    return amd(int(number[1] or 0)) or nvidia(int(number[1] or 0))
+    n_amd, built = len(amd_gpus(root)), (ROOT / "kimi_linear/_hip_amd.so").exists()
+    before = n_amd if built else 0  # the core counts AMD's GPUs where their library is there
+    if number[1] is None:
+        return amd(0, root) or nvidia(0, before)
+    n, counted = int(number[1]), n_amd if built or compiler_of("hipcc") else 0
+    return amd(n, root) if n < counted else nvidia(n - counted, before)
 
 
 # ---- the steps ----
@@ -122,7 +181,8 @@ class Report:
     def run(self, title, command, **env):
         """Runs a command, its output in the report; its exit code."""
         self.say(f"\n== {title}")
-        begin, env = time.perf_counter(), {**os.environ, "PYTHONPATH": str(ROOT), **env}
+        begin = time.perf_counter()
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_DEVICE_ORDER": "PCI_BUS_ID", **env}
         with subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               text=True, errors="replace", env=env) as process:
             for line in process.stdout:
@@ -202,8 +262,9 @@ def main():
     args = parser.parse_args()
     gpu = find(args.device)
     if gpu is None:
-        print("gpu-check: there is no GPU here with its compiler: AMD needs hipcc and /dev/kfd, NVIDIA nvcc and "
-              "nvidia-smi; DEVICE=hip-host runs the same steps without one", file=sys.stderr)
+        print("gpu-check: there is no GPU here with its compiler: AMD needs /dev/kfd and hipcc (on the PATH or in "
+              f"{COMPILERS['hipcc']}), NVIDIA nvidia-smi and nvcc (or in {COMPILERS['nvcc']}); DEVICE=hip-host runs "
+              "the same steps without one", file=sys.stderr)
         return 2
     report = Report(args.report)
     failed = check(report, gpu, args.quick, args.model)

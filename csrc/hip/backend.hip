@@ -1,5 +1,6 @@
 /* The HIP backend: memory, copies, streams, the op table, and what the core asks a device library. One text
  * for AMD, NVIDIA and the host build. */
+#include "pointer.h"
 #include "runtime.h"
 #include "stored.h"
 
@@ -18,10 +19,17 @@ struct pinned {
     hipEvent_t copied;
 };
 
+const size_t PIECE = 8 << 20; /* bytes of a staging buffer; an upload of more goes through them */
+const int PUTS = 4;
+const size_t PUT_PIECE = 256 << 10; /* bytes of each; what is larger waits */
+
 struct handle {
     int device;
     hipStream_t stream;
     pinned staging[2];          /* of large uploads, taken in turns; NULL until there is one */
+    pinned puts[PUTS];          /* of tables and control data, taken in turns */
+    int put;                    /* the one that is being filled, */
+    size_t put_bytes;           /* and how far */
     hipEvent_t mark;            /* of tick; NULL before the first */
     unsigned long long *faults; /* [KL_FAULTS] place << 32 | bits; all bits: none */
     bool noting;                /* kernels that may note were launched since they were looked at */
@@ -29,7 +37,6 @@ struct handle {
 };
 
 const size_t FAULT_BYTES = KL_FAULTS * sizeof(unsigned long long);
-const size_t PIECE = 8 << 20; /* bytes of a staging buffer; an upload of more goes through them */
 
 handle *handle_of(const kl_ctx *ctx) { return static_cast<handle *>(kl_core_of->handle(ctx)); }
 
@@ -48,28 +55,54 @@ kl_status check(kl_ctx *ctx, const char *what, hipError_t error)
                             "%s: %s", what, hipGetErrorString(error));
 }
 
+/* The calling thread's device while this lives; then it has its former one again, which others of the process count on. */
+class on_device
+{
+    int former_ = -1; /* -1: nothing to put back */
+
+  public:
+    hipError_t error;
+    explicit on_device(int device) : error(hipGetDevice(&former_))
+    {
+        if (error != hipSuccess || former_ == device)
+            former_ = -1;
+        else
+            error = hipSetDevice(device);
+    }
+    ~on_device()
+    {
+        if (former_ >= 0)
+            (void)hipSetDevice(former_);
+    }
+    on_device(const on_device &) = delete;
+    on_device &operator=(const on_device &) = delete;
+};
+
+/* An entry of the table, run on the context's device. */
+template <class ENTRY, ENTRY CALL> struct present;
+template <class... A, kl_status (*CALL)(kl_ctx *, A...)>
+struct present<kl_status (*)(kl_ctx *, A...), CALL> {
+    static kl_status entry(kl_ctx *ctx, A... a)
+    {
+        const on_device here(handle_of(ctx)->device);
+        KL_TRY(check(ctx, "device", here.error));
+        return CALL(ctx, a...);
+    }
+};
+
 /* ---- a context's part ---- */
 
-kl_status open_device(kl_ctx *ctx, int device, void **to)
+hipError_t make_pinned(pinned *to, size_t n_bytes)
 {
-    hipStream_t stream;
-    *to = nullptr;
-    KL_TRY(check(ctx, "device", hipSetDevice(device)));
-    KL_TRY(check(ctx, "device: stream", hipStreamCreate(&stream)));
-    handle *h = static_cast<handle *>(malloc(sizeof *h));
-    if (h == nullptr) {
-        (void)hipStreamDestroy(stream);
-        return kl_core_of->fail(ctx, KL_ERR_MEMORY, "out of memory: context");
-    }
-    *h = handle{};
-    h->device = device;
-    h->stream = stream;
-    *to = h;
-    void *faults = nullptr;
-    const hipError_t error = hipMalloc(&faults, FAULT_BYTES);
-    h->faults = static_cast<unsigned long long *>(faults);
-    return check(ctx, "device: memory",
-                 error == hipSuccess ? hipMemsetAsync(faults, 0xff, FAULT_BYTES, stream) : error);
+    hipError_t error = hipHostMalloc(&to->data, n_bytes);
+    if (error != hipSuccess)
+        return error;
+    error = hipEventCreate(&to->copied);
+    if (error == hipSuccess)
+        return hipSuccess;
+    (void)hipHostFree(to->data);
+    *to = pinned{};
+    return error;
 }
 
 void release_pinned(pinned &p)
@@ -81,32 +114,56 @@ void release_pinned(pinned &p)
     p = pinned{};
 }
 
+kl_status open_device(kl_ctx *ctx, int device, void **to)
+{
+    hipStream_t stream;
+    *to = nullptr;
+    const on_device here(device);
+    KL_TRY(check(ctx, "device", here.error));
+    KL_TRY(check(ctx, "device: stream", hipStreamCreate(&stream)));
+    handle *h = static_cast<handle *>(malloc(sizeof *h));
+    if (h == nullptr) {
+        (void)hipStreamDestroy(stream);
+        return kl_core_of->fail(ctx, KL_ERR_MEMORY, "out of memory: context");
+    }
+    *h = handle{};
+    h->device = device;
+    h->stream = stream;
+    *to = h;
+    void *faults = nullptr;
+    KL_TRY(check(ctx, "device: memory", hipMalloc(&faults, FAULT_BYTES)));
+    h->faults = static_cast<unsigned long long *>(faults);
+    for (pinned &p : h->puts)
+        KL_TRY(check(ctx, "device: pinned memory", make_pinned(&p, PUT_PIECE)));
+    return check(ctx, "device: memory", hipMemsetAsync(faults, 0xff, FAULT_BYTES, stream));
+}
+
 void close_device(kl_ctx *, void *opened)
 {
     handle *h = static_cast<handle *>(opened);
     if (h == nullptr)
         return;
-    (void)hipSetDevice(h->device);
+    const on_device here(h->device);
     (void)hipStreamSynchronize(h->stream);
     (void)hipStreamDestroy(h->stream);
     (void)hipFree(h->faults);
     for (pinned &p : h->staging)
+        release_pinned(p);
+    for (pinned &p : h->puts)
         release_pinned(p);
     if (h->mark != nullptr)
         (void)hipEventDestroy(h->mark);
     free(h);
 }
 
-/* the calling thread may be another than the last: a device is a thread's setting */
-kl_status enter(kl_ctx *ctx) { return check(ctx, "device", hipSetDevice(handle_of(ctx)->device)); }
-
 /* ---- memory ---- */
 
 void *allocate(kl_ctx *ctx, size_t n_bytes)
 {
     void *p = nullptr;
-    const bool fails = kl_core_of->allocation_fails(ctx) != 0;
-    if (!fails && (enter(ctx) != KL_OK || hipMalloc(&p, n_bytes > 0 ? n_bytes : 1) != hipSuccess))
+    const on_device here(handle_of(ctx)->device);
+    if (!kl_core_of->allocation_fails(ctx) && here.error == hipSuccess
+        && hipMalloc(&p, n_bytes > 0 ? n_bytes : 1) != hipSuccess)
         p = nullptr;
     if (p == nullptr) {
         size_t free_bytes = 0, total = 0;
@@ -123,7 +180,7 @@ void release(kl_ctx *ctx, void *p, size_t)
 {
     if (p == nullptr)
         return;
-    (void)hipSetDevice(handle_of(ctx)->device);
+    const on_device here(handle_of(ctx)->device);
     (void)hipStreamSynchronize(handle_of(ctx)->stream);
     (void)hipFree(p);
 }
@@ -131,7 +188,6 @@ void release(kl_ctx *ctx, void *p, size_t)
 kl_status move(kl_ctx *ctx, const char *what, void *to, const void *from, size_t n_bytes,
                hipMemcpyKind kind)
 {
-    KL_TRY(enter(ctx));
     return check(ctx, what, hipMemcpyAsync(to, from, n_bytes, kind, kl_stream(ctx)));
 }
 
@@ -147,18 +203,10 @@ bool have_staging(kl_ctx *ctx)
     for (pinned &p : h->staging) {
         if (p.data != nullptr)
             continue;
-        void *data = nullptr;
-        hipEvent_t copied;
-        if (kl_core_of->allocation_fails(ctx) || hipHostMalloc(&data, PIECE) != hipSuccess) {
+        if (kl_core_of->allocation_fails(ctx) || make_pinned(&p, PIECE) != hipSuccess) {
             (void)hipGetLastError();
             return false;
         }
-        if (hipEventCreate(&copied) != hipSuccess) {
-            (void)hipGetLastError();
-            (void)hipHostFree(data);
-            return false;
-        }
-        p = pinned{ data, copied };
     }
     return true;
 }
@@ -190,14 +238,12 @@ bool goes_in_pieces(kl_ctx *ctx, size_t n_bytes) { return n_bytes > PIECE && hav
 
 kl_status stage(kl_ctx *ctx, void *to, const void *from, size_t n_bytes)
 {
-    KL_TRY(enter(ctx));
     return goes_in_pieces(ctx, n_bytes) ? upload_pieces(ctx, to, from, n_bytes)
                                         : upload_whole(ctx, to, from, n_bytes);
 }
 
 kl_status upload(kl_ctx *ctx, void *to, const void *from, size_t n_bytes)
 {
-    KL_TRY(enter(ctx));
     if (!goes_in_pieces(ctx, n_bytes))
         return upload_whole(ctx, to, from, n_bytes);
     KL_TRY(upload_pieces(ctx, to, from, n_bytes));
@@ -268,7 +314,6 @@ kl_status copy(kl_ctx *ctx, void *to, const void *from, size_t n_bytes)
 
 kl_status clear(kl_ctx *ctx, void *to, size_t n_bytes)
 {
-    KL_TRY(enter(ctx));
     return check(ctx, "clear", hipMemsetAsync(to, 0, n_bytes, kl_stream(ctx)));
 }
 
@@ -278,7 +323,6 @@ void *stream_of(const kl_ctx *ctx) { return handle_of(ctx)->stream; }
 
 kl_status wait_for(kl_ctx *ctx, void *stream)
 {
-    KL_TRY(enter(ctx));
     KL_TRY(check(ctx, "wait", hipStreamSynchronize(static_cast<hipStream_t>(stream))));
     return stream == stream_of(ctx) ? look_at_faults(ctx) : KL_OK;
 }
@@ -289,22 +333,28 @@ void where(const kl_ctx *ctx, int *type, int *number)
     *number = handle_of(ctx)->device;
 }
 
-/* Its first and its last byte are looked at: memory that was freed shows where the runtime has taken it back. */
+/* Every allocation that the bytes lie in is looked at: memory that was freed shows where the runtime has taken it back. */
 kl_status has(kl_ctx *ctx, const char *name, const void *p, size_t n_bytes)
 {
-    const char *last = static_cast<const char *>(p) + (n_bytes > 0 ? n_bytes - 1 : 0);
-    const int mine = handle_of(ctx)->device, first = kl_memory_device(p),
-              end = first == mine ? kl_memory_device(last) : first;
-    if (first == mine && end == mine)
-        return KL_OK;
-    if (first >= 0 && first != mine)
-        return kl_core_of->fail(ctx, KL_ERR_ARG,
-                                "%s is memory of device %d; the context computes on device %d",
-                                name, first, mine);
-    return kl_core_of->fail(ctx, KL_ERR_ARG,
-                            "%s: the %zu bytes from %p are not memory of the device: they are the "
-                            "host's, or were freed",
-                            name, n_bytes, p);
+    const int mine = handle_of(ctx)->device;
+    const char *at = static_cast<const char *>(p), *begin = nullptr;
+    for (size_t left = n_bytes, there = 0; left > 0; left -= there, at += there) {
+        int device;
+        KL_TRY(check(ctx, name, kl_memory_at(at, &device, &begin, &there)));
+        if (device >= 0 && device != mine)
+            return kl_core_of->fail(ctx, KL_ERR_ARG,
+                                    "%s is memory of device %d; the context computes on device %d",
+                                    name, device, mine);
+        if (device < 0 || at < begin || at >= begin + there)
+            return kl_core_of->fail(
+                ctx, KL_ERR_ARG,
+                "%s: the %zu bytes from %p are not memory of the device: they are the "
+                "host's, or were freed",
+                name, n_bytes, p);
+        there -= static_cast<size_t>(at - begin);
+        there = there < left ? there : left;
+    }
+    return KL_OK;
 }
 
 /* ---- time ---- */
@@ -314,7 +364,6 @@ kl_status tick(kl_ctx *ctx, double *seconds)
     handle *h = handle_of(ctx);
     hipEvent_t now;
     float ms = 0.0f;
-    KL_TRY(enter(ctx));
     KL_TRY(check(ctx, "tick", hipEventCreate(&now)));
     hipError_t error = hipEventRecord(now, h->stream);
     if (error == hipSuccess)
@@ -346,17 +395,6 @@ template <int ID, class... A> struct missing<ID, kl_status (*)(kl_ctx *, A...)> 
     }
 };
 
-/* an op with kernels: on the context's device */
-template <class ENTRY, ENTRY OP> struct present;
-template <class... A, kl_status (*OP)(kl_ctx *, A...)>
-struct present<kl_status (*)(kl_ctx *, A...), OP> {
-    static kl_status entry(kl_ctx *ctx, A... a)
-    {
-        KL_TRY(enter(ctx));
-        return OP(ctx, a...);
-    }
-};
-
 kl_backend make_backend()
 {
     kl_backend b = {};
@@ -365,24 +403,26 @@ kl_backend make_backend()
     b.close = close_device;
     b.allocate = allocate;
     b.release = release;
-    b.upload = upload;
-    b.download = download;
-    b.copy = copy;
-    b.clear = clear;
-    b.stage = stage;
     b.stream = stream_of;
-    b.wait = wait_for;
     b.where = where;
-    b.has = has;
-    b.tick = tick;
-    b.roof_read = hip_roof_read;
-    b.roof_fma = hip_roof_fma;
+#define KL_ON_DEVICE(name, call) b.name = present<decltype(b.name), call>::entry
+    KL_ON_DEVICE(upload, upload);
+    KL_ON_DEVICE(download, download);
+    KL_ON_DEVICE(copy, copy);
+    KL_ON_DEVICE(clear, clear);
+    KL_ON_DEVICE(stage, stage);
+    KL_ON_DEVICE(wait, wait_for);
+    KL_ON_DEVICE(has, has);
+    KL_ON_DEVICE(tick, tick);
+    KL_ON_DEVICE(roof_read, hip_roof_read);
+    KL_ON_DEVICE(roof_fma, hip_roof_fma);
 #define KL_OP(name, parameters) b.name = missing<KL_OP_##name, decltype(b.name)>::entry;
     KL_OPS(KL_OP)
 #undef KL_OP
-#define KL_HAVE(name) b.name = present<decltype(b.name), hip_##name>::entry;
+#define KL_HAVE(name) KL_ON_DEVICE(name, hip_##name);
 #include "ops.def"
 #undef KL_HAVE
+#undef KL_ON_DEVICE
     return b;
 }
 
@@ -454,9 +494,23 @@ kl_status kl_faults_of(kl_ctx *ctx, unsigned long long **faults, int64_t E, int6
     return KL_OK;
 }
 
+/* From a copy in pinned memory: a device copies from other memory while the caller waits, and from the caller's own
+ * pinned memory when it has already been changed. */
 kl_status kl_put(kl_ctx *ctx, void *to, const void *from, size_t n_bytes)
 {
-    return move(ctx, "upload", to, from, n_bytes, hipMemcpyHostToDevice);
+    handle *h = handle_of(ctx);
+    if (n_bytes > PUT_PIECE)
+        return upload_whole(ctx, to, from, n_bytes);
+    if (h->put_bytes + n_bytes > PUT_PIECE) {
+        KL_TRY(check(ctx, "upload", hipEventRecord(h->puts[h->put].copied, h->stream)));
+        h->put = (h->put + 1) % PUTS;
+        h->put_bytes = 0;
+        KL_TRY(check(ctx, "upload", hipEventSynchronize(h->puts[h->put].copied)));
+    }
+    char *data = static_cast<char *>(h->puts[h->put].data) + h->put_bytes;
+    h->put_bytes += (n_bytes + 15) / 16 * 16;
+    memcpy(data, from, n_bytes);
+    return move(ctx, "upload", to, data, n_bytes, hipMemcpyHostToDevice);
 }
 
 kl_status kl_get(kl_ctx *ctx, void *to, const void *from, size_t n_bytes)

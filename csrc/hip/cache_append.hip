@@ -155,12 +155,15 @@ kl_status refuse(kl_ctx *ctx, const float *x, int64_t n, int64_t D, kl_type type
 kl_status look(kl_ctx *ctx, const float *x, int64_t n, int64_t D, kl_type type)
 {
     const float limit = type == KL_Q8_0 ? 127.0f * 65520.0f : 65520.0f;
-    const int64_t wanted = kl_ceil_div(n, BLOCK), blocks = wanted < LOOKERS ? wanted : LOOKERS;
+    const int64_t wanted = kl_ceil_div(n, BLOCK);
+    const unsigned blocks = kl_grid(wanted < LOOKERS ? wanted : LOOKERS);
     float *on_device, found[LOOKERS];
     KL_SCRATCH_OF(on_device, ctx, LOOKERS);
-    KL_LAUNCH(cache_append_look, kl_grid(blocks), BLOCK, 0, kl_stream(ctx), on_device, x, n, limit);
-    KL_TRY(kl_get(ctx, found, on_device, static_cast<size_t>(blocks) * sizeof *found));
-    for (int64_t i = 0; i < blocks; i++)
+    if (kl_core_of->measuring(ctx))
+        return KL_OK;
+    KL_LAUNCH(cache_append_look, blocks, BLOCK, 0, kl_stream(ctx), on_device, x, n, limit);
+    KL_TRY(kl_get(ctx, found, on_device, blocks * sizeof *found));
+    for (unsigned i = 0; i < blocks; i++)
         if (found[i] != 0.0f)
             return refuse(ctx, x, n, D, type, limit);
     return KL_OK;
@@ -183,6 +186,10 @@ kl_status hip_cache_append(kl_ctx *ctx, kl_cache cache, const float *x, const in
         const int64_t tokens = offsets[n + 1] - offsets[n];
         return tokens > 0 ? start[n] + tokens : 0;
     }));
+    if (kl_core_of->measuring(ctx)) {
+        kl_core_of->scratch_reset(ctx, mark);
+        return KL_OK;
+    }
     if (kl_version() == 1)
         KL_LAUNCH(cache_append_v1, kl_grid(kl_ceil_div(T * D, BLOCK)), BLOCK, 0, kl_stream(ctx), a);
     else if (cache.type == KL_Q8_0)

@@ -120,6 +120,10 @@ kl_status hip_decay_cumsum(kl_ctx *ctx, float *c, const float *g, const int64_t 
     if (T == 0)
         return KL_OK;
     KL_TRY(kl_put_table(ctx, &a.offsets, offsets, N + 1));
+    if (kl_core_of->measuring(ctx)) {
+        kl_core_of->scratch_reset(ctx, mark);
+        return KL_OK;
+    }
     if (kl_version() == 1 || chunk == 0)
         KL_LAUNCH(decay_cumsum_v1, kl_grid(kl_ceil_div(N * D, BLOCK)), BLOCK, 0, kl_stream(ctx), a);
     else

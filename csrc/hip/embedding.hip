@@ -49,6 +49,10 @@ kl_status hip_embedding(kl_ctx *ctx, float *y, const int32_t *ids, const kl_weig
     if (T == 0)
         return KL_OK;
     KL_SCRATCH_OF(device_ids, ctx, T);
+    if (kl_core_of->measuring(ctx)) {
+        kl_core_of->scratch_reset(ctx, mark);
+        return KL_OK;
+    }
     KL_TRY(kl_put(ctx, device_ids, ids, static_cast<size_t>(T) * sizeof *ids));
     const kl_matrix w = kl_matrix_of(table, 0);
     switch (kl_kernel_type(table->type)) {

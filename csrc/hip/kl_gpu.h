@@ -34,6 +34,7 @@
 #define hipGetLastError cudaGetLastError
 #define hipGetErrorString cudaGetErrorString
 #define hipGetDeviceCount cudaGetDeviceCount
+#define hipGetDevice cudaGetDevice
 #define hipSetDevice cudaSetDevice
 #define hipDeviceProp_t cudaDeviceProp
 #define hipGetDeviceProperties cudaGetDeviceProperties
@@ -87,32 +88,6 @@ template <class T> using kl_shared = T *;
 #define KL_UNROLL
 #define KL_NO_UNROLL
 
-#endif
-
-#if defined(__HIPCC__) || defined(__CUDACC__)
-/* The number of the device whose memory p points to; -1: host memory, or none. */
-static inline int kl_memory_device(const void *p)
-{
-#if defined(__CUDACC__)
-    cudaPointerAttributes a;
-    if (cudaPointerGetAttributes(&a, p) != cudaSuccess) {
-        (void)cudaGetLastError();
-        return -1;
-    }
-    return a.type == cudaMemoryTypeDevice || a.type == cudaMemoryTypeManaged ? a.device : -1;
-#else
-    hipPointerAttribute_t a;
-    if (hipPointerGetAttributes(&a, p) != hipSuccess) {
-        (void)hipGetLastError();
-        return -1;
-    }
-#if HIP_VERSION_MAJOR >= 6
-    return a.type == hipMemoryTypeDevice || a.type == hipMemoryTypeManaged ? a.device : -1;
-#else
-    return a.memoryType == hipMemoryTypeDevice ? a.device : -1;
-#endif
-#endif
-}
 #endif
 
 /* v, of which the compiler forgets what it knew: what is computed from it is computed here, anew, and not kept in

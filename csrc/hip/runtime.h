@@ -33,7 +33,8 @@ kl_status kl_launched(kl_ctx *ctx, const char *op) KL_CHECKED;
 /* The failure of a storage type that has no kernels. */
 kl_status kl_no_type(kl_ctx *ctx, const char *op, const char *name, kl_type type);
 
-/* Host values to device memory, in order with the launches; and back, when all before is done. */
+/* Host values, the caller's again when it returns, to device memory, in order with the launches; and back, when all before
+ * is done. */
 kl_status kl_put(kl_ctx *ctx, void *to, const void *from, size_t n_bytes) KL_CHECKED;
 kl_status kl_get(kl_ctx *ctx, void *to, const void *from, size_t n_bytes) KL_CHECKED;
 

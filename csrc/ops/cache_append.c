@@ -108,7 +108,7 @@ kl_status kl_cache_append(kl_ctx *ctx, kl_cache cache, const float *x, const int
         if (start[n] < 0)
             return kl_fail(ctx, KL_ERR_ARG, "cache_append: start[%lld] is %lld; it must be >= 0",
                            (long long)n, (long long)start[n]);
-    if (ctx->arena.measuring)
+    if (kl_is_measured(ctx))
         return KL_OK;
     return KL_RUN(cache_append, 0, T * (4 * D + (int64_t)cache.row_bytes), ctx, cache, x, offsets,
                   start, N, T, D);

@@ -63,7 +63,7 @@ kl_status kl_decay_cumsum(kl_ctx *ctx, float *c, const float *g, const int64_t *
         return kl_fail(ctx, KL_ERR_ARG,
                        "decay_cumsum: chunk is %lld; it must be >= 1, or 0 for none",
                        (long long)chunk);
-    if (ctx->arena.measuring)
+    if (kl_is_measured(ctx))
         return KL_OK;
     return KL_RUN(decay_cumsum, T * D, 8 * T * D, ctx, c, g, offsets, N, T, D, chunk);
 }

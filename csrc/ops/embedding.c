@@ -37,7 +37,7 @@ kl_status kl_embedding(kl_ctx *ctx, float *y, const int32_t *ids, const kl_weigh
     if (table->transposed)
         return kl_fail(ctx, KL_ERR_UNSUPPORTED,
                        "embedding: table is stored transposed; it must be [rows, cols]");
-    if (ctx->arena.measuring)
+    if (kl_is_measured(ctx))
         return KL_OK;
     for (int64_t t = 0; t < T; t++)
         if (ids[t] < 0 || ids[t] >= table->rows)

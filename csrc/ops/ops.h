@@ -20,4 +20,10 @@ KL_OPS(KL_OP)
 
 extern const kl_backend kl_cpu_backend; /* cpu/backend.c */
 
+/* Whether an op has nothing to do: scratch is measured, and only devices take some for it. */
+static inline bool kl_is_measured(const kl_ctx *ctx)
+{
+    return ctx->arena.measuring && ctx->backend == &kl_cpu_backend;
+}
+
 #endif

@@ -108,7 +108,7 @@ kl_status kl_short_conv(kl_ctx *ctx, float *y, kl_slots history_out, const float
         return kl_fail(ctx, KL_ERR_ARG,
                        "short_conv: activation is %d; it must be KL_NONE or KL_SILU",
                        (int)activation);
-    if (ctx->arena.measuring)
+    if (kl_is_measured(ctx))
         return KL_OK;
     return KL_RUN(short_conv, 2 * T * C * W, 8 * T * C, ctx, y, history_out, x, w, history_in,
                   offsets, N, T, C, W, activation);

@@ -6,13 +6,14 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* `aligned`: what an address on a device must be a multiple of. Bytes are blocks, whose words have two. */
 static const struct {
     const char *formats, *name;
-    Py_ssize_t size;
+    Py_ssize_t size, aligned;
 } kinds[] = {
-    [KL_PY_F32] = { "f", "float32", 4 }, [KL_PY_I32] = { "i", "int32", 4 },
-    [KL_PY_I64] = { "lq", "int64", 8 },  [KL_PY_U16] = { "H", "uint16", 2 },
-    [KL_PY_U8] = { "B", "uint8", 1 },
+    [KL_PY_F32] = { "f", "float32", 4, 4 }, [KL_PY_I32] = { "i", "int32", 4, 4 },
+    [KL_PY_I64] = { "lq", "int64", 8, 8 },  [KL_PY_U16] = { "H", "uint16", 2, 2 },
+    [KL_PY_U8] = { "B", "uint8", 1, 2 },
 };
 
 /* what is done with the values of an array when the context is of a device */
@@ -94,7 +95,7 @@ static bool has_format_of(PyObject *o, kl_py_kind kind, const char *name)
 }
 
 /* What is not the context's own is looked at, and waited for. */
-static bool admit(kl_py_call *c, kl_py_memory *memory, const char *name)
+static bool admit(kl_py_call *c, kl_py_memory *memory, kl_py_kind kind, const char *name)
 {
     kl_ctx *ctx = c->ctx;
     int type, number;
@@ -107,9 +108,20 @@ static bool admit(kl_py_call *c, kl_py_memory *memory, const char *name)
                      name, memory->device_type, type);
         return false;
     }
-    if (ctx->backend->has(ctx, name, memory->data, memory->n_bytes) != KL_OK) {
-        (void)kl_py_raise(KL_ERR_ARG, ctx->error);
+    if ((uintptr_t)memory->data % (uintptr_t)kinds[kind].aligned != 0) {
+        PyErr_Format(PyExc_ValueError,
+                     "%s begins at %p on the device; the address must be a multiple of %zd", name,
+                     memory->data, kinds[kind].aligned);
         return false;
+    }
+    const kl_status status = ctx->backend->has(ctx, name, memory->data, memory->n_bytes);
+    if (status != KL_OK) {
+        (void)kl_py_raise(status, ctx->error);
+        return false;
+    }
+    if (memory->device_type == 0) { /* known now */
+        memory->device_type = type;
+        memory->device_id = number;
     }
     c->foreign = true;
     if (memory->owned)
@@ -155,7 +167,7 @@ static void *hold_memory(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n,
         PyErr_Format(PyExc_ValueError, "%s is read-only", name);
         return NULL;
     }
-    return admit(c, memory, name) ? memory->data : NULL;
+    return admit(c, memory, kind, name) ? memory->data : NULL;
 }
 
 /* ---- arrays of the host ---- */

@@ -24,6 +24,8 @@ typedef struct dl_managed {
     void (*deleter)(struct dl_managed *self);
 } dl_managed;
 
+enum { DL_CUDA = 2, DL_CUDA_MANAGED = 13 };
+
 static const char FRESH[] = "dltensor", USED[] = "used_dltensor"; /* names of its capsule */
 
 /* ---- life ---- */
@@ -47,7 +49,9 @@ static void memory_dealloc(PyObject *o)
     kl_py_memory *self = (kl_py_memory *)o;
     if (self->owned && self->data != NULL) {
         kl_ctx *ctx = self->context->ctx;
+        PyThreadState *thread = PyEval_SaveThread(); /* it waits for the device */
         ctx->backend->release(ctx, self->data, self->n_bytes);
+        PyEval_RestoreThread(thread);
     }
     dl_managed *managed = self->managed;
     if (managed != NULL && managed->deleter != NULL)
@@ -158,7 +162,7 @@ static PyObject *take_tensor(dl_managed *managed, const char *name)
     }
     self->data = (char *)t->data + t->byte_offset;
     self->n_bytes = (size_t)n_bytes;
-    self->device_type = t->device_type;
+    self->device_type = t->device_type == DL_CUDA_MANAGED ? DL_CUDA : t->device_type;
     self->device_id = t->device_id;
     self->waits = true; /* the producer was asked for the default stream */
     PyObject *result = Py_BuildValue("(NiiN)", (PyObject *)self, t->code, t->bits, shape);

@@ -1,9 +1,11 @@
 """Arrays that lie on a device: ops take and give them without a copy, what is wrong with one is a sentence, memory
 lives as long as what was made of it. Large uploads go through pinned memory, and a model's say how far they are."""
 
+import contextlib
 import ctypes
 import gc
 import subprocess
+import threading
 
 import ml_dtypes
 import numpy as np
@@ -253,6 +255,29 @@ def test_hip_memory_that_was_freed_is_refused():
         kl.ops.sigmoid(gone, out=out, ctx=context())
 
 
+@host_build_only
+def test_hip_other_threads_go_on_while_memory_is_freed():
+    """To free it waits for the device, which takes half a second here."""
+    a, ticks, ended = put(normal(4)), [], threading.Event()
+
+    def tick():
+        while not ended.wait(0.01):
+            ticks.append(1)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    host_library().kl_host_slow(500)
+    try:
+        before = len(ticks)
+        del a
+        passed = len(ticks) - before
+    finally:
+        host_library().kl_host_slow(0)
+        ended.set()
+        thread.join()
+    assert passed >= 5
+
+
 def test_hip_an_array_of_another_context():
     other = kl.Context(device=DEVICE)
     x = kl.DeviceArray.from_numpy(normal(3, 4), other)
@@ -283,8 +308,56 @@ def test_hip_pointer_of_the_host_is_refused():
 
 def test_hip_memory_that_ends_too_early_is_refused():
     a = put(normal(4))
-    with pytest.raises(ValueError, match="x: the 4000000 bytes"):
-        kl.ops.sigmoid(Told(data=(a._memory.address, False), shape=(1_000_000,)), ctx=context())
+    given = Told(data=(a._memory.address, False), shape=(2**40,))  # more than the neighbours of `a` can have
+    with pytest.raises(ValueError, match=f"^out: the {2**42} bytes"):
+        kl.ops.sigmoid(given, out=given, ctx=context())
+
+
+@host_build_only
+def test_hip_memory_with_a_gap_is_refused():
+    """First and last byte are of the device, and what lies between is not."""
+    held = [put(np.zeros(100_000, np.float32)) for _ in range(8)]
+    first, last = (pick(held, key=lambda a: a._memory.address)._memory for pick in (min, max))
+    n = (last.address + last.nbytes - first.address) // 4
+    with pytest.raises(ValueError, match=f"x: the {4 * n} bytes from 0x.* are not memory of the device"):
+        kl.ops.sigmoid(Told(data=(first.address, False), shape=(n,)), out=put(np.zeros(n, np.float32)), ctx=context())
+
+
+@pytest.mark.parametrize("dtype, aligned", [(np.float32, 4), (np.float16, 2), (BFLOAT16, 2)])
+def test_hip_misaligned_values_are_refused(dtype, aligned):
+    x, w = normal(3, 8), put(np.zeros((5, 9), dtype))
+    for off in (aligned // 2, aligned):
+        memory = _core.DeviceMemory.borrow(w._memory.address + off, 40 * aligned, False, None, w)
+        given = kl.DeviceArray(memory, (5, 8), dtype)
+        if off == aligned:
+            assert not kl.ops.linear(x, given, ctx=context()).any()
+            continue
+        with pytest.raises(ValueError, match=f"^w begins at 0x.*; the address must be a multiple of {aligned}"):
+            kl.ops.linear(x, given, ctx=context())
+
+
+def test_hip_misaligned_blocks_are_refused():
+    held = put(np.zeros(36, np.uint8))
+    for off in (1, 2):
+        memory = _core.DeviceMemory.borrow(held._memory.address + off, 34, False, None, held)
+        q = kl.Quantized(kl.DeviceArray(memory, (1, 34), np.uint8), "Q8_0", (1, 32))
+        if off == 2:
+            assert not np.any(kl.ops.linear(normal(3, 32), q, ctx=context()))
+            continue
+        with pytest.raises(ValueError, match="^w begins at 0x.* on the device; the address must be a multiple of 2"):
+            kl.ops.linear(normal(3, 32), q, ctx=context())
+
+
+@host_build_only
+def test_hip_error_of_an_earlier_launch_is_told_as_it_is():
+    a = put(normal(4))
+    given = Told(data=(a._memory.address, False))
+    host_library().kl_host_break(1)
+    try:
+        with pytest.raises(kl.DeviceError, match="^x: an earlier launch has failed"):
+            kl.ops.sigmoid(given, ctx=context())
+    finally:
+        host_library().kl_host_break(0)
 
 
 def test_hip_other_devices_memory_is_refused():
@@ -293,12 +366,12 @@ def test_hip_other_devices_memory_is_refused():
         with pytest.raises(ValueError, match=f"^{name} lies on a device and the context computes on the CPU"):
             kl.ops.add(*given)
     mine = a.__dlpack_device__()[0]
-    other = _relabelled(a.__dlpack__(), 2 if mine != 2 else 10)
+    other = relabelled(a.__dlpack__(), 2 if mine != 2 else 10)
     with pytest.raises(ValueError, match=rf"^a lies on a device of DLPack's type \d+; .* computes on type {mine}"):
         kl.ops.add(other, other, ctx=context())
 
 
-def _relabelled(capsule, device_type):
+def relabelled(capsule, device_type):
     """A DeviceArray over the tensor of a capsule whose device type was changed."""
     get = ctypes.pythonapi.PyCapsule_GetPointer
     get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
@@ -320,10 +393,124 @@ def test_hip_array_that_does_not_fit(told, error, sentence):
 
 
 @pytest.mark.parametrize("stream", [None, 1, 2])
-def test_hip_stream_of_the_producer_is_waited_for(stream):
+def test_hip_stream_of_the_producer_may_have_any_name(stream):
     a = put(normal(4))
     got = kl.ops.sigmoid(Told(data=(a._memory.address, False), stream=stream), ctx=context())
     assert same(got, kl.ops.sigmoid(normal(4), ctx=context()))
+
+
+def on_its_way(x, by_default):
+    """Device memory to which another library copies x on a stream of its own or the default one; and that stream."""
+    a, produce = put(np.zeros_like(x)), host_library().kl_host_produce
+    produce.restype = ctypes.c_void_p
+    produce.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return a, produce(a._memory.address, x.ctypes.data, x.nbytes, by_default)
+
+
+@host_build_only
+@pytest.mark.parametrize("by_default", [False, True])
+@pytest.mark.parametrize("said", [False, True])
+def test_hip_stream_of_the_producer_is_waited_for(by_default, said):
+    """Where it is said; None means that the producer is done, and then the old values are read."""
+    x = normal(4)
+    a, stream = on_its_way(x, by_default)
+    got = kl.ops.sigmoid(Told(data=(a._memory.address, False), stream=stream if said else None), ctx=context())
+    assert same(got, kl.ops.sigmoid(x if said else np.zeros_like(x), ctx=context()))
+
+
+@host_build_only
+@pytest.mark.parametrize("kind", [Foreign, lambda a: Told(**a.__cuda_array_interface__ | {"version": 2, "stream": 1})],
+                         ids=["dlpack", "interface"])
+def test_hip_default_stream_is_waited_for(kind):
+    x = normal(4)
+    a, _ = on_its_way(x, by_default=True)
+    assert same(kl.ops.sigmoid(kind(a), ctx=context()), kl.ops.sigmoid(x, ctx=context()))
+
+
+class Producer:
+    """Another library's array, on a device of one of DLPack's types as it says; it keeps what it was asked."""
+
+    def __init__(self, x, device_type, knows_streams=True):
+        self.x, self.device_type, self.knows_streams, self.asked = x, device_type, knows_streams, []
+
+    def __dlpack_device__(self):
+        return self.device_type, 0
+
+    def __dlpack__(self, **options):
+        if options and not self.knows_streams:
+            raise TypeError("__dlpack__() got an unexpected keyword argument 'stream'")
+        self.asked.append(options)
+        return self.x.__dlpack__()
+
+
+@pytest.mark.parametrize("device_type, wanted", [(2, {"stream": 1}), (13, {"stream": 1}), (10, {"stream": 0}),
+                                                 (12, {})])
+def test_hip_producer_is_told_the_stream(device_type, wanted):
+    """Where it is not told, torch lets no stream wait for its own."""
+    x = Producer(put(normal(4)), device_type)
+    assert same(kl.ops.sigmoid(x, ctx=context()), kl.ops.sigmoid(normal(4), ctx=context()))
+    assert x.asked == [wanted]
+
+
+def test_hip_producer_that_knows_no_streams():
+    x = Producer(put(normal(4)), 2, knows_streams=False)
+    assert same(kl.ops.sigmoid(x, ctx=context()), kl.ops.sigmoid(normal(4), ctx=context()))
+    assert x.asked == [{}]
+
+
+def test_hip_managed_memory_is_cudas():
+    a = put(normal(4))
+    memory = relabelled(a.__dlpack__(), 13)._memory
+    assert memory.device == (2, a.__dlpack_device__()[1])
+
+
+def test_hip_result_over_borrowed_memory_can_be_exported():
+    """The CUDA array interface does not say of which vendor the memory is; the op that has used it knows."""
+    a, x = put(normal(4)), normal(4, seed=1)
+    got = kl.ops.sigmoid(x, out=Interface(a), ctx=context())
+    assert got.__dlpack_device__() == a.__dlpack_device__()
+    assert same(kl.ops.sigmoid(Foreign(got), ctx=context()), kl.ops.sigmoid(a.numpy(), ctx=context()))
+
+
+@contextlib.contextmanager
+def other_device():
+    """The calling thread's device is another's meanwhile, and must still be after it."""
+    device = host_library().kl_host_device
+    before = device(1)
+    try:
+        yield
+    finally:
+        after = device(before)
+    assert after == 1, "the thread's device was changed"
+
+
+@host_build_only
+def test_hip_thread_keeps_its_device():
+    """And what is done with the context is done on the context's."""
+    x, large = normal(4, 6), np.arange(PIECE + 5, dtype=np.uint8)
+    with other_device():
+        ctx = kl.Context(device=DEVICE)
+        core = ctx._core
+        a = kl.DeviceArray.from_numpy(x, ctx)
+        got = [kl.ops.sigmoid(a, ctx=ctx).numpy(), kl.ops.sigmoid(Foreign(a), ctx=ctx).numpy()]
+        assert same(kl.DeviceArray.from_numpy(large, ctx), large)
+        kl.ops.route(kl.DeviceArray.from_numpy(x, ctx), k=2, ctx=ctx)[0].numpy()
+        core.tick()
+        assert core.tick() >= 0 and core.roof_fma() > 0 and core.roof_read(np.ones(64, np.uint8)) > 0
+        with pytest.raises(NotImplementedError, match="quantize"):
+            kl.ops.quantize(normal(1, 256), "Q6_K", ctx=ctx)
+        del a, core, ctx
+        gc.collect()
+    assert got[0].tobytes() == got[1].tobytes() == kl.ops.sigmoid(x, ctx=context()).tobytes()
+
+
+@host_build_only
+def test_hip_model_keeps_the_threads_device():
+    ids, wanted = [3, 1, 2], kl.Model.tiny(device=DEVICE)
+    with other_device():
+        model = kl.Model.tiny(device=DEVICE)
+        got = model.forward(ids)
+    assert got.tobytes() == wanted.forward(ids).tobytes()
 
 
 def test_hip_out_that_does_not_fit():
@@ -389,6 +576,32 @@ def test_hip_an_upload_waits_once(n):
     before = count()
     held = put(x)
     assert count() == before + 1 and same(held, x)
+
+
+@host_build_only
+def test_hip_control_data_wait_for_nothing():
+    """Offsets and tables are copied from pinned memory: a device's copies from other memory wait."""
+    x, w, library = put(normal(9, 5)), put(normal(5, 4)), host_library()
+    given = dict(offsets=[0, 4, 9], history=put(np.zeros((2, 3, 5), np.float32)), ctx=context())
+    out = tuple(put(np.zeros(shape, np.float32)) for shape in ((9, 5), (2, 3, 5)))
+    counts = (library.kl_host_waits, library.kl_host_pageable)
+    for count in counts:
+        count.restype = ctypes.c_int64
+    before = [count() for count in counts]
+    kl.ops.short_conv(x, w, out=out, **given)
+    assert [count() for count in counts] == before
+    assert same(out[0], kl.ops.short_conv(x.numpy(), w.numpy(), offsets=given["offsets"], ctx=context())[0])
+
+
+def test_hip_more_control_data_than_the_pinned_memory_keep_every_byte(monkeypatch):
+    """The pages of 100,000 sequences, a copy each: the pinned memory is used anew before there is a launch."""
+    monkeypatch.setenv("KL_GPU_VERSION", "1")
+    n, caches = 100_000, []
+    at = [np.arange(n + 1), np.zeros(n, np.int64), np.arange(n + 1)]
+    for ctx in (context(), kl.Context()):
+        caches.append(np.zeros((n, 1), np.float32))
+        _core.cache_append(ctx._core, caches[-1], 0, np.arange(n, dtype=np.float32)[:, None], *at, n, n, 1, n)
+    assert caches[0].tobytes() == caches[1].tobytes() and caches[0][-1] == n - 1
 
 
 @pytest.mark.parametrize("n_bytes", [PIECE - 1, PIECE, PIECE + 1, 2 * PIECE + 12345, 3 * PIECE])

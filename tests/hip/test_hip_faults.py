@@ -22,8 +22,9 @@ FOUND = {  # by a sentence
     "two_writers": r"writes shared memory s \+ \d+ bytes",
     "past_the_output": r"wrote past the end of an allocation of 512 bytes",
     "host_pointer": r"argument 1 is 0x\w+, which is no device memory",
+    "host_pointer_in_a_struct": r"argument 0 has 0x\w+ at byte 8, which is the host's memory",
 }
-SOUND = ["sound", "sound_with_teams", "sound_with_team_barriers", "sound_with_atomics"]
+SOUND = ["sound", "sound_with_teams", "sound_with_team_barriers", "sound_with_atomics", "sound_with_a_struct"]
 
 
 @pytest.fixture(scope="module")

@@ -33,11 +33,39 @@ def experts(T):
                 w_gate=normal(9, 70, 40, seed=1), w_up=normal(9, 70, 40, seed=2), w_down=normal(9, 40, 70, seed=3))
 
 
+def halves():
+    """What `delta_rule_inter` takes."""
+    x = delta()
+    _, P, _, W, U = kl.ops.delta_rule_intra(**x, chunk=16)
+    return dict(q=x["q"], k=x["k"], g=x["g"], P=P, W=W, U=U, chunk=16)
+
+
+def cache_append(x, type, ctx):
+    """What a cache of two sequences holds behind 3 rows and none that it had."""
+    kind, dtype, width = {"F32": (0, np.float32, 64), "F16": (1, np.uint16, 64), "Q8_0": (8, np.uint8, 68)}[type]
+    cache = np.full((90, width), 7, dtype)
+    kl._core.cache_append(ctx._core, cache, kind, x, np.array([0, 33, 70]), np.array([3, 0]), np.array([0, 40, 90]), 2,
+                          *x.shape, 90)
+    return cache
+
+
 CASES = {
     "add": dict(a=normal(40, 70), b=normal(40, 70, seed=1)),
     "swiglu": dict(gate=normal(40, 70), up=normal(40, 70, seed=1)),
+    "sigmoid": dict(x=normal(40, 70)),
+    "sigmoid_gate": dict(x=normal(40, 70), gate=normal(40, 7, seed=1)),
     "softmax": dict(x=normal(70, 40)),
     "rms_norm": dict(x=normal(70, 40), w=normal(40), eps=1e-6),
+    "gated_rms_norm": dict(x=normal(70, 40), z=normal(70, 40, seed=1), w=normal(40), eps=1e-6),
+    "l2_norm": dict(x=normal(70, 40)),
+    "rope": dict(x=normal(70, 3, 8), positions=np.arange(70), base=1e4, rotary=6),
+    "short_conv": dict(x=normal(70, 40), w=normal(40, 4, seed=1), offsets=[0, 33, 70]),
+    "decay_gate": dict(f=normal(70, 5, 8), rate=np.ones(5, np.float32), dt_bias=normal(5, 8, seed=1)),
+    "decay_cumsum": dict(g=-np.abs(normal(70, 40)), chunk=16, offsets=[0, 33, 70]),
+    "sample": dict(logits=normal(7, 60), top_k=20, top_p=0.9, seed=3),
+    "cache_append float32": dict(x=normal(70, 64), type="F32"),
+    "cache_append float16": dict(x=normal(70, 64), type="F16"),
+    "cache_append q8_0": dict(x=normal(70, 64), type="Q8_0"),
     "embedding": dict(ids=np.arange(70) % 9, table=stored(normal(9, 512), "Q5_0")),
     "linear few": dict(x=normal(5, 256), w=stored(normal(90, 256, seed=1), "IQ3_S")),
     "linear": dict(x=normal(70, 256), w=stored(normal(90, 256, seed=1), "Q4_K")),
@@ -47,6 +75,8 @@ CASES = {
     "quantize": dict(x=normal(50, 64), type="Q8_0"),
     "dequantize": dict(q=stored(normal(9, 512), "TQ1_0")),
     "delta_rule": delta(),
+    "delta_rule_intra": dict(**delta(), chunk=16),
+    "delta_rule_inter": halves(),
     "attention": dict(q=normal(40, 6, 8), k=normal(530, 2, 8, seed=1), v=normal(530, 2, 8, seed=2), scale=0.3),
     "latent_attention absorbed": latent("absorbed"),
     "latent_attention expanded": latent("expanded"),
@@ -58,9 +88,13 @@ def bytes_of(got):
     return b"".join(np.asarray(getattr(part, "data", part)).tobytes() for part in parts)
 
 
+def test_hip_every_op_has_a_case():
+    assert {case.split()[0] for case in CASES} == {*kl.ops.__all__, "cache_append"}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_hip_kernels_walk_over_more_tasks_than_blocks(case, version, monkeypatch):
-    op = getattr(kl.ops, case.split()[0])
+    op = getattr(kl.ops, case.split()[0], cache_append)
     wanted = bytes_of(op(**CASES[case], ctx=context()))
     for blocks in ("1", "3"):
         monkeypatch.setenv("KL_GPU_BLOCKS", blocks)

@@ -105,12 +105,18 @@ def test_a_context_of_another_device_is_refused():
         device.forward(np.arange(5), state=state)
 
 
-def test_memory_is_as_planned():
-    device = kl.Model.tiny(device=DEVICE)
-    plan, state = device.plan(context=100), device.new_state(context=100)
+@pytest.mark.parametrize("cache", ["float32", "float16"])
+def test_memory_is_as_planned(cache):
+    """No call takes scratch that was not measured: the second finds all of it in place."""
+    device = kl.Model.tiny(device=DEVICE, cache=cache)
+    plan, state, core = device.plan(context=100), device.new_state(context=100), device.ctx._core
     assert state.nbytes == plan.state
-    device.forward(np.arange(100), state=state)
-    assert device.ctx._core.scratch_bytes <= plan.scratch
+    device.forward(np.arange(40), state=state, logits="all")
+    assert 0 < core.scratch_bytes <= plan.scratch
+    before, again = core.allocations, device.new_state(context=100)
+    of_a_state = core.allocations - before
+    device.forward(np.arange(40), state=again, logits="all")
+    assert core.allocations == before + of_a_state and core.scratch_bytes > 0
 
 
 def nan_model():

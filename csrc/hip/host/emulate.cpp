@@ -374,6 +374,24 @@ void check_pointer(int argument, const void *p)
         fail("argument %d is %p, which is no device memory", argument, p);
 }
 
+/* A word is taken for the host's address when there is memory and it is no device memory. Sizes are far below any. */
+void check_words(int argument, const void *p, size_t n_bytes)
+{
+    const uint64_t lowest = UINT64_C(1) << 40, highest = UINT64_C(1) << 47;
+    for (size_t i = 0; i + sizeof(uint64_t) <= n_bytes; i += sizeof(uint64_t)) {
+        uint64_t word;
+        unsigned char resident;
+        memcpy(&word, static_cast<const char *>(p) + i, sizeof word);
+        if (word < lowest || word >= highest)
+            continue;
+        void *at = reinterpret_cast<void *>(static_cast<uintptr_t>(word));
+        void *page =
+            reinterpret_cast<void *>(static_cast<uintptr_t>(word) / PAGE_BYTES * PAGE_BYTES);
+        if (!is_device_memory(at, 1) && mincore(page, 1, &resident) == 0)
+            fail("argument %d has %p at byte %zu, which is the host's memory", argument, at, i);
+    }
+}
+
 void run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void *), void *arguments)
 {
     const int64_t threads = int64_t(block.x) * block.y * block.z;

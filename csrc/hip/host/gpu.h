@@ -6,7 +6,8 @@
  *     - a read of shared memory that nobody wrote;
  *     - two threads at one place of shared memory, one of them writing, with no barrier between;
  *     - a shuffle from a lane that the wave does not have;
- *     - a pointer argument that is no device memory, a write next to an allocation. */
+ *     - a pointer argument that is no device memory, a member of a struct that is the host's, a write next to an
+ *       allocation. */
 #ifndef KL_HOST_GPU_H
 #define KL_HOST_GPU_H
 
@@ -41,6 +42,7 @@ enum hipError_t {
     hipErrorInvalidValue = 1,
     hipErrorOutOfMemory = 2,
     hipErrorInvalidDevice = 101,
+    hipErrorInvalidHandle = 400,
     hipErrorLaunchFailure = 719
 };
 enum hipMemcpyKind { hipMemcpyHostToDevice, hipMemcpyDeviceToHost, hipMemcpyDeviceToDevice };
@@ -55,6 +57,7 @@ struct hipDeviceProp_t {
 hipError_t hipGetLastError();
 const char *hipGetErrorString(hipError_t error);
 hipError_t hipGetDeviceCount(int *count);
+hipError_t hipGetDevice(int *device);
 hipError_t hipSetDevice(int device);
 hipError_t hipGetDeviceProperties(hipDeviceProp_t *properties, int device);
 hipError_t hipMemGetInfo(size_t *free_bytes, size_t *total);
@@ -62,7 +65,8 @@ hipError_t hipMalloc(void **p, size_t n_bytes);
 hipError_t hipFree(void *p);
 hipError_t hipHostMalloc(void **p, size_t n_bytes);
 hipError_t hipHostFree(void *p);
-int kl_memory_device(const void *p); /* as for GPUs: kl_gpu.h */
+hipError_t kl_memory_at(const void *p, int *device, const char **begin,
+                        size_t *n_bytes); /* as for GPUs: pointer.h */
 hipError_t hipMemcpyAsync(void *to, const void *from, size_t n_bytes, hipMemcpyKind kind,
                           hipStream_t stream);
 hipError_t hipMemsetAsync(void *to, int value, size_t n_bytes, hipStream_t stream);
@@ -212,22 +216,36 @@ template <class A> shared<A> array_in(const region *r)
 
 /* ---- launch ---- */
 
+hipError_t before_launch(hipStream_t stream);
 void begin_launch(const char *name);
 void check_pointer(int argument, const void *p);
+void check_words(int argument, const void *p,
+                 size_t n_bytes); /* none may be an address of the host's */
 void run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void *), void *arguments);
 
 template <class T, class = void> struct has_data : std::false_type {};
 template <class T> struct has_data<T, std::void_t<decltype(T::data)>> : std::true_type {};
 
-/* pointers, and the member `data` of what is a struct */
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_clear_padding)
+#define KL_HOST_CLEARS_PADDING 1 /* where an old address may lie */
+#endif
+#endif
+
+/* pointers; the member `data` of what is a struct, and whatever in it looks like one of the host's */
 template <class T> void check_argument(int argument, T value)
 {
     if constexpr (std::is_pointer_v<T>)
         check_pointer(argument, value);
-    else if constexpr (has_data<T>::value)
+    if constexpr (has_data<T>::value)
         check_pointer(argument, value.data);
-    else
-        (void)argument, (void)value;
+#if defined(KL_HOST_CLEARS_PADDING)
+    if constexpr (std::is_class_v<T> && std::is_trivially_copyable_v<T>) {
+        __builtin_clear_padding(&value);
+        check_words(argument, &value, sizeof value);
+    }
+#endif
+    (void)argument, (void)value;
 }
 
 template <class... P> struct call {
@@ -242,8 +260,10 @@ template <class... P> struct call {
 
 template <class... P, class... A>
 void launch(const char *name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
-            hipStream_t, A... arguments)
+            hipStream_t stream, A... arguments)
 {
+    if (before_launch(stream) != hipSuccess)
+        return;
     call<P...> c = { kernel, std::tuple<P...>(static_cast<P>(arguments)...) };
     begin_launch(name);
     int i = 0;

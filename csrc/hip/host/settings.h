@@ -10,7 +10,9 @@
 namespace kl_host
 {
 
-enum : size_t { SHARED_BYTES = 64 * 1024 }; /* what a block has on every GPU but the newest */
+enum : size_t {
+    SHARED_BYTES = 48 * 1024
+}; /* what a block has on every GPU that is not asked for more */
 
 struct settings {
     int wave;      /* KL_GPU_WAVE: 32 or 64 */
@@ -33,9 +35,14 @@ inline settings settings_from_environment()
                      SHARED_BYTES, 0 };
 }
 
-/* memory.cpp; both are called with the lock held */
+/* memory.cpp; all are called with the lock held */
 bool is_device_memory(const void *p, size_t n_bytes);
+bool is_pinned(const void *p);
 const char *damaged_guard(); /* a sentence when something wrote next to an allocation; once */
+
+/* streams.cpp */
+hipError_t check_device(); /* the calling thread's must be the one that there is */
+void finish_all();         /* copies of all streams; with the lock held */
 
 /* Where the thread is that runs. Epochs count barriers, over all blocks, so that what an earlier block left is older
  * than this block's first. */
