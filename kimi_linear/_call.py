@@ -30,6 +30,7 @@ class Call:
             self._check_rows(rows)
             self.embeds = as_float32(self.embeds, "embeds", (self.T, model.config.hidden_size))
         self.states = self._states(state)
+        self.position = [s.position for s in self.states] if self.states else [0] * self.N  # before the call
         self.rows = self._rows(logits)
         taps = model._taps
         self.table = taps if self.whole else {name: taps[name] for name in taps if self._is_made(name)}
@@ -258,7 +259,8 @@ class Call:
     def meta(self):
         return {
             "model": self.model.name, "tokens": self.ids.tolist(), "offsets": self.offsets.tolist(),
-            "source": "kimi_linear", "dtype": "float32", "activations": self.model.activations,
+            "position": self.position, "source": "kimi_linear", "dtype": "float32",
+            "activations": self.model.activations,
         }
 
 

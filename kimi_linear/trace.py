@@ -203,12 +203,11 @@ def stream(model, tokens, taps, to=None, tokens_slice=None, progress=None, *, st
     specs = {n: _Spec((b - a, *call.table[n][2]), call.table[n][3]) for n in names if n != "logits"}
     if "logits" in names:
         specs["logits"] = _Spec((b - a, call.vocab), np.dtype(np.float32))
-    meta = {**call.meta(), "tokens": call.ids[a:b].tolist(), "offsets": [0, b - a]}
     end = min(-(-b // 64) * 64, call.T) if state is None else call.T
     given, state = state, model.new_state() if state is None else state
+    meta = {**call.meta(), "tokens": call.ids[a:b].tolist(), "offsets": [0, b - a], "position": [state.position + a]}
     if states is not None:
         end = b if given is None else end
-        meta["position"] = [state.position + a]
         steps.states = matches(state, "*" if states is True else states, "states")
         specs |= _state_specs(state, steps.states, a, b)
     if to is None:

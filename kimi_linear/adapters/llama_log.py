@@ -278,7 +278,7 @@ def compare(log, ours, *, model, run=0, threshold=None) -> Report:
 def _row(tensor, taps, ours, known, threshold, seen):
     """(Row, note) of a tensor; None where its shape is not the tap's."""
     tap = " | ".join(taps)
-    parts = [metrics.as_float64(np.asarray(ours[t]), t) for t in taps]
+    parts = [metrics.as_float64(ours[t], t) for t in taps]
     y = parts[0] if len(parts) == 1 else np.concatenate([p.reshape(len(p), -1) for p in parts], -1)
     place = known[taps[0]] if len(taps) == 1 else Place("TC", (y.shape[-1],))
     if tap.endswith(IS_STATE) and STATE == "VK":
@@ -291,10 +291,10 @@ def _row(tensor, taps, ours, known, threshold, seen):
         return None, f"{tap}: the log has no values of {tensor.name}"
     got, want = np.array([tensor.values[i] for i in at]), np.array([y[i] for i in at])
     seen[0], seen[1] = seen[0] + len(at), seen[1] + y.size
-    rms = float(np.sqrt((y ** 2).mean())) or 1.0
+    rms = metrics.measure(y, y).size or 1.0
     limit = (threshold_for(np.float32) if threshold is None else threshold)
     limit = limit + PRINTED / rms
-    error = np.where(np.isfinite(got), np.abs(got - want), np.inf) / rms
+    error = metrics.distance(got, want)[0] / rms
     token = np.array([_token(i, y.shape, place) for i in at])
     over = error > 8 * limit  # one value, not a row's rms
     worst = at[int(error.argmax())]
@@ -303,9 +303,8 @@ def _row(tensor, taps, ours, known, threshold, seen):
         notes.append(f"{tap}: the corners agree and the sum does not: {tensor.sum:g}, ours {y.sum():g}; the "
                      "difference is in what is not printed")
         over, worst = np.ones(len(at), bool), ()
-    finite = error[np.isfinite(error)]
-    rms_error = float(np.sqrt((finite ** 2).mean())) if len(finite) else float("inf")
     first = int(token[over].min()) if over.any() else None
+    rms_error = float(np.sqrt((error ** 2).mean()))
     row = Row(tap, tuple(y.shape), (tensor.dtype, "float32"), rms_error, float(error.max()), float("nan"),
               tuple(int(i) for i in worst), first, len(set(token[over].tolist())), limit,
               nonfinite=int((~np.isfinite(got)).sum()))
@@ -334,10 +333,16 @@ def _token(index, shape, place):
 
 def _sum_agrees(tensor, y, error):
     """Whether the sum fits: that of all values as float32 adds them, or, of older builds, of those that are printed."""
+    printed = sum(tensor.values.values())
+    if abs(tensor.sum - printed) <= PRINTED * len(tensor.values) + 1e-6:
+        return True
+    with np.errstate(all="ignore"):
+        total = np.float64(np.float32(y.sum()))
+    if not np.isfinite([tensor.sum, total]).all():
+        return metrics.distance(np.float64(tensor.sum), total)[0] == 0
     n, size = y.size, np.abs(y).sum()
     allowed = error * np.sqrt(n) * 4 + metrics.U * np.sqrt(n) * size + 1e-6 * abs(tensor.sum)
-    printed = sum(tensor.values.values())
-    return abs(tensor.sum - y.sum()) <= allowed or abs(tensor.sum - printed) <= PRINTED * len(tensor.values) + 1e-6
+    return abs(tensor.sum - y.sum()) <= allowed
 
 
 def _first(rows):

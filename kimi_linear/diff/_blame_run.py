@@ -16,7 +16,7 @@ from ._narrow import Jittered, Narrow
 from ._noise import ATTENDS, draws_of, long_sums
 from ._opened import open_array, open_ids
 from ._weights import compare_weights, names_of
-from .blame import USUAL, WRONG, Blame, Judged, as_calls, level_of, ranked
+from .blame import NO_TOKENS, USUAL, WRONG, Blame, Judged, as_calls, level_of, ranked
 
 EXPLAINED = 30  # a fault leaves this part of the error at most,
 CLOSE = 2.5  # or this many times the noise
@@ -29,6 +29,7 @@ TIED_ROWS = 6  # so many rows with equal scores, all to the last expert, are a r
 LARGEST = 3e38
 OPENED = 4  # of the wrong ops, to be looked at
 WITHOUT = ("cache_append",)
+ELEMENTWISE = ("add", "sigmoid", "sigmoid_gate", "swiglu")  # no sum whose parts may leave the range one by one
 
 
 class Run:
@@ -134,6 +135,9 @@ class Run:
     # ---- judging ----
 
     def report(self):
+        if not self.scene.T:
+            return Blame([], [(tap, NO_TOKENS) for tap in self.values if tap in self.nodes], self.unit, self.notes,
+                         self.structure, weights=self.differences)
         rows, details = [], {}
         with np.errstate(all="ignore"):
             for tap in self.nodes:
@@ -161,7 +165,7 @@ class Run:
                 self.notes.append(f"{len(strange)} names of the trace are none of ours, as {strange[0]!r}: "
                                   "model.taps lists ours")
         rows = ranked(rows)
-        places = [self.scene.place(i) for i in range(self.scene.T)]
+        places = self.scene.places()
         cuts = tuple(int(p.rows[0]) for p in self.scene.pieces if len(p.rows) and p.rows[0])
         opened = [self._open(r.tap, details[r.tap]) for r in rows if not r.ok and r.tap in details][:OPENED]
         return Blame(rows, self.skipped, self.unit, self.notes, self.structure, places, cuts, opened, self.differences)
@@ -230,7 +234,7 @@ class Run:
             return row
         x = self.values[tap]
         noise = self.noise(tap, group, y)
-        total, of_rows = _ratios(x, y, noise)
+        total, of_rows = _ratios(x, y, noise, _sums(group))
         worst = int(np.argmax(of_rows)) if len(of_rows) else 0
         details[tap] = group, y, noise
         size = metrics.rms_relative(x, y)
@@ -259,7 +263,7 @@ class Run:
                 continue
             x, y, moved = (z.reshape(-1, *y.shape[-2:]) for z in (x, y, moved))
             noise = np.sqrt((self.unit * np.abs(y)) ** 2 / 3 + (moved - y) ** 2) * level
-            far, turned = (_score(*_ratios(z, y, noise)) for z in (x, _turned(x, y)))
+            far, turned = (_score(*_ratios(z, y, noise, True)) for z in (x, _turned(x, y)))
             kind = "right" if far < WRONG else "stored_transposed" if turned < CLOSE else "unknown"
             error = metrics.rms_relative(x, y)
             yield Judged(node.state, node.op, (node.state,), far, error, kind=kind, where=node.state)
@@ -310,16 +314,16 @@ class Run:
         if row.noise < WRONG:
             return row
         group, y, noise = detail
-        x = self.values[row.tap]
+        x, sums = self.values[row.tap], _sums(group)
         most, found = HOPELESS * max(CLOSE, row.noise / EXPLAINED), []
 
         def ruled_out(*candidate):
             return self._fails_early(candidate, row.tap, detail, level, most)
 
         for fault, choice, where, y_f in self._candidates(group, ruled_out):
-            left = _score(*_ratios(x, y_f, _noise_of_fault(noise, y, y_f, self.unit_of(row.tap)))) / level
+            left = _score(*_ratios(x, y_f, _noise_of_fault(noise, y, y_f, self.unit_of(row.tap)), sums)) / level
             found.append((left, fault, choice, where, y_f))
-        return _named(row, found, lambda a, b: _score(*_ratios(a, b, noise)) / level < 1)
+        return _named(row, found, lambda a, b: _score(*_ratios(a, b, noise, sums)) / level < 1)
 
     def _candidates(self, group, ruled_out=lambda *candidate: False):
         """(fault, choice, tap that has it, result) of every fault that can be in a group, and is not ruled out."""
@@ -344,7 +348,7 @@ class Run:
         rows = len(x)
         floor = 0.1 * np.sqrt((np.where(np.isfinite(noise), noise, 0) ** 2).mean())
         noise = _noise_of_fault(np.maximum(noise[:rows], floor), y[:rows], y_f, self.unit_of(tap))
-        return not _score(*_ratios(x, y_f, noise)) / level <= most
+        return not _score(*_ratios(x, y_f, noise, _sums(group))) / level <= most
 
     def of_first(self, n):
         """This run with the first n tokens of its first sequence's first call alone; None where that has none."""
@@ -438,12 +442,19 @@ def _rms(x):
     return float(np.sqrt((finite ** 2).mean())) if finite.size else 0.0
 
 
-def _ratios(x, y, noise):
-    """rms error over rms noise, of all and of each row. Elements that are not finite in both agree."""
+def _sums(group):
+    """Whether a group of ops has a sum: of parts past the range NaN may come where float64 has an infinity."""
+    return any(n.op not in ELEMENTWISE for n in group)
+
+
+def _ratios(x, y, noise, sums=False):
+    """rms error over rms noise, of all and of each row. NaN agrees with NaN, an infinity with the same one, and with
+    NaN where there are sums."""
     if not x.size:
         return 0.0, np.zeros(0)
     error, _ = metrics.distance(x, y)
-    error[~np.isfinite(x) & ~np.isfinite(y)] = 0.0
+    if sums:
+        error[np.isnan(x) & np.isinf(y) | np.isinf(x) & np.isnan(y)] = 0.0
     noise = np.where(np.isfinite(noise), noise, 0)
     errors, noises = (np.sqrt((z.reshape(len(z), -1) ** 2).mean(1)) for z in (error, noise))
     whole = np.sqrt((noises ** 2).mean())

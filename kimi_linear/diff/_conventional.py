@@ -101,6 +101,7 @@ def _delta_rule(how, given, results):
     always = set(how.always) | KNOWN
     notes += [f"{n} was not looked at" for n, x in given.items()
               if n not in always and x is not None and x is not False]
+    notes += [f"result {i} was not looked at" for i, x in enumerate(results) if i > 1 and x is not None]
     return args, _results(how, results, args, rows, transposed), notes
 
 

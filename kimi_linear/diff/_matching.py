@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,13 @@ class Join:
     parts: tuple = ()
     split: Step | None = None
 
+    @cached_property
+    def varies(self):
+        """rms of ours less its mean, each part less its own, over the rms of ours; of one value all of it."""
+        edges = np.cumsum([n for _, n in self.parts[:-1]]).astype(int)
+        pieces = np.split(self.ours, edges, self.axis) if self.parts else [self.ours]
+        return math.sqrt(sum(_norm(a - a.mean() if a.size > 1 else a) ** 2 for a in pieces)) / _norm(self.ours)
+
 
 @dataclass(frozen=True)
 class View:
@@ -105,9 +113,14 @@ class Found:
         """The array that it is compared with."""
         return self.join.ours
 
+    @property
+    def chance(self):
+        """The residual that values of the same mean would leave: 1 where that is 0, little where ours hardly vary."""
+        return self.join.varies
+
     def bits(self, floor):
         """What the residual tells, less what the steps had to choose. No digits are counted below the rounding."""
-        return self.ours.size * -math.log2(min(max(self.residual, floor), 1.0)) - self.cost
+        return self.ours.size * -math.log2(min(max(self.residual / self.chance, floor), 1.0)) - self.cost
 
     def all_steps(self):
         """From theirs to ours."""

@@ -93,9 +93,14 @@ def judged(run: Callable[[dict], tuple], args, got, unit, units, seen=None):
     ValueError
         If a result has another shape than float64's.
     """
-    exact = run(args)
-    draws = max(draws_of(np.shape(y)) for y in exact)
-    moved = [run(jittered(args, unit, i)) for i in range(draws)]
+    def sorted_run(given):
+        return metrics.by_expert(tuple(map(np.asarray, run(given))))
+
+    exact = sorted_run(args)
+    if all(x is not None for x in got):
+        got = metrics.by_expert(tuple(got))
+    draws = max(draws_of(y.shape) for y in exact)
+    moved = [sorted_run(jittered(args, unit, i)) for i in range(draws)]
     found = []
     for i, (x, y) in enumerate(zip(got, exact, strict=False)):
         if x is None:
@@ -105,9 +110,11 @@ def judged(run: Callable[[dict], tuple], args, got, unit, units, seen=None):
         if x.shape != y.shape:
             raise ValueError(f"result {i} has shape {list(x.shape)}; it must be {list(y.shape)}")
         if y.dtype.kind in "iu":
-            found.append((*_sets(x, y, tied(run, args, unit, i)), y))
+            width = y.shape[-1] if y.ndim > 1 or y.ndim and len(exact) > 1 else 1  # of a router's row, or of a sample
+            found.append((*_sets(x, y, width, tied(run, args, unit, i, width)), y))
             continue
-        change = sum(_finite(np.asarray(m[i]) - y) ** 2 for m in moved) / draws
+        with np.errstate(invalid="ignore"):
+            change = sum(_finite(m[i] - y) ** 2 for m in moved) / draws
         if seen is not None:
             change = change * long_sums(seen, unit, y.ndim)
         noise = np.sqrt((units[i] * _finite(y)) ** 2 / 3 + change)
@@ -124,7 +131,6 @@ def _ratio(x, y, noise):
     if not x.size:
         return 0.0, 0.0, ()
     error, _ = metrics.distance(x, y)
-    error[~np.isfinite(x) & ~np.isfinite(y) & (np.isnan(x) == np.isnan(y))] = 0.0
     rows = len(x) if x.ndim > 1 else 1
     errors, noises = (np.sqrt((z.reshape(rows, -1) ** 2).mean(1)) for z in (error, noise))
     whole = np.sqrt((noises ** 2).mean())
@@ -139,22 +145,21 @@ def _over(a, b):
     return float(a / b) if b else (0.0 if a == 0 else float("inf"))
 
 
-def tied(run, args, unit, i):
+def tied(run, args, unit, i, width):
     """Rows of ids that an error of a verdict's size would change: nobody can say which is right."""
-    exact = _rows(run(args)[i])
+    exact = _rows(run(args)[i], width)
     apart = np.zeros(len(exact), bool)
     for draw in range(TRIES):
-        apart |= (_rows(run(jittered(args, WRONG * unit, 100 + draw))[i]) != exact).any(-1)
+        apart |= (_rows(run(jittered(args, WRONG * unit, 100 + draw))[i], width) != exact).any(-1)
     return apart
 
 
-def _rows(x):
-    x = np.asarray(x)
-    return np.sort(x.reshape(-1, x.shape[-1] if x.ndim else 1), -1)
+def _rows(x, width):
+    return np.sort(metrics.in_rows(np.asarray(x), width), -1)
 
 
-def _sets(x, y, ties):
-    """Ids as sets: rows that differ and are no ties count."""
-    other = (_rows(x) != _rows(y)).any(-1) & ~ties
+def _sets(x, y, width, ties):
+    """Ids as sets of so many: rows that differ and are no ties count."""
+    other = (_rows(x, width) != _rows(y, width)).any(-1) & ~ties
     return (float("inf") if other.any() else 0.0), float(other.mean()) if len(other) else 0.0, \
         (int(other.argmax()),) if other.any() else ()

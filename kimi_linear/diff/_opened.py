@@ -141,13 +141,14 @@ def _plural(name):
 
 
 def open_ids(name: str, actual, desired, gaps=None) -> Opened:
-    """Expert ids [T, k]: the rows with another set; `gaps`, where known, of the scores in question."""
-    a, d = (np.asarray(x).reshape(len(x), -1) for x in (actual, desired))
+    """Expert ids [T, k]: the rows with another set; `gaps`, where known, of the scores in question. Integers of fewer
+    axes: the elements that differ."""
+    a, d = (metrics.in_rows(x, x.shape[-1] if x.ndim > 1 else 1) for x in map(np.asarray, (actual, desired)))
     other = np.flatnonzero((np.sort(a, -1) != np.sort(d, -1)).any(-1))
     order = other if gaps is None else other[np.argsort(-gaps[other], kind="stable")]
     worst = []
     for t in order[:WORST]:
-        taken, lost = (sorted(set(x.tolist()) - set(y.tolist())) for x, y in ((a[t], d[t]), (d[t], a[t])))
+        taken, lost = metrics.exchanged(a[t], d[t])
         row = f"token {t}", ", ".join(map(str, taken)), ", ".join(map(str, lost))
         worst.append(row if gaps is None else (*row, f"{gaps[t]:.3g}"))
     head = ("at", "chosen", "in place of", *(() if gaps is None else ("gap of the scores",)))

@@ -9,6 +9,7 @@ import numpy as np
 
 from .._arrays import as_array
 from ..dataflow import Node
+from . import metrics
 
 __all__ = ["WeightDifference", "compare_weights", "names_of"]
 
@@ -77,16 +78,19 @@ def _difference(name, x, y):
         return WeightDifference(name, np.inf, np.inf, f"weight {name} differs: it has shape {list(y.shape)}, and must "
                                                       f"have {list(x.shape)}")
     y = y.reshape(x.shape)
+    if _rounded(x, y) or _rounded(y, x):
+        return None
+    e = metrics.measure(y, x)
+    if e.exact:
+        return None
+    text = f"weight {name} differs: max abs {e.largest:.3g}, {e.largest_relative:.2g} of its rms, at {[*e.worst]}"
+    return WeightDifference(name, e.largest, e.largest_relative, text)
+
+
+def _rounded(x, y):
+    """Whether y is x rounded to the float type of y, and all of it is in that range."""
+    if not (metrics.is_float(x.dtype) and metrics.is_float(y.dtype)):
+        return False
     with np.errstate(all="ignore"):
-        if _same(x, y.astype(x.dtype)) or _same(x.astype(y.dtype), y):
-            return None
-        off = np.abs(y.astype(np.float64) - x)
-        off = np.where(np.isfinite(off), off, np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0.0, np.inf))
-        relative = float(off.max() / np.sqrt(np.square(x, dtype=np.float64).mean()))
-    at = [int(i) for i in np.unravel_index(int(off.argmax()), off.shape)]
-    return WeightDifference(name, float(off.max()), relative, f"weight {name} differs: max abs {off.max():.3g}, "
-                                                              f"{relative:.2g} of its rms, at {at}")
-
-
-def _same(x, y):
-    return bool(((x == y) | ((x != x) & (y != y))).all())
+        z = x.astype(y.dtype)
+        return bool(((z == y) | ((z != z) & (y != y))).all()) and bool((np.isfinite(x) == np.isfinite(y)).all())

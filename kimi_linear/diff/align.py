@@ -17,6 +17,8 @@ __all__ = ["Alignment", "align"]
 
 #: Residual, over the rms of ours, up to which a fit is one. Two unrelated arrays have about 1.
 ACCEPT = 0.05
+#: And over what chance leaves: arrays of one mean that hardly vary, as the weights of norms, are near each other.
+OF_CHANCE = 0.25
 #: By how many bits a fit must be better than chance: what the residual tells, less what the steps had to choose.
 BITS = 16
 
@@ -141,7 +143,7 @@ def align(theirs, ours, *, axes: Sequence[str] | str | None = None) -> Alignment
     if not found:
         raise ValueError(_no_shape(their, parts, named))
     best, other = choose(found, floor)
-    if best.residual > ACCEPT or best.bits(floor) < BITS:
+    if best.residual > min(ACCEPT, OF_CHANCE * best.chance) or best.bits(floor) < BITS:
         return _none(best, floor, their.shape)
     return _alignment(best, other, floor, their.shape)
 
@@ -193,7 +195,10 @@ def _no_shape(their, parts, named):
 
 
 def _none(best, floor, shape):
-    if best.residual <= ACCEPT:
+    if OF_CHANCE * best.chance < best.residual <= ACCEPT:
+        why = (f"the nearest ({' and '.join(_says(best)[0]) or 'as it is'}) leaves a residual of {best.residual:.2g}, "
+               f"and ours varies by only {best.chance:.2g}: other values of its mean are as near")
+    elif best.residual <= ACCEPT:
         why = f"a fit with residual {best.residual:.2g} is no better than chance on so few values"
     else:
         why = f"the nearest ({' and '.join(_says(best)[0]) or 'as it is'}) leaves a residual of {best.residual:.2g}"

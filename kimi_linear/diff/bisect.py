@@ -42,6 +42,9 @@ class Bisection(Page):
         How far the op's results lie apart on the first run's inputs, over their rms.
     steps : list of (str, float)
         Last tap that was replaced, and the difference that was left.
+    nonfinite : (int, int) or None
+        Where values are not finite in one run and others in the other at `end`: how many each has at `tap`, the first
+        where that is so. Nothing is swapped then.
     """
 
     _parts = of_bisect
@@ -53,6 +56,7 @@ class Bisection(Page):
     after: float = 0.0
     own: float = 0.0
     steps: list[tuple[str, float]] = field(default_factory=list)
+    nonfinite: tuple[int, int] | None = None
 
     @property
     def ok(self) -> bool:
@@ -65,16 +69,21 @@ class Bisection(Page):
     @property
     def share(self) -> float:
         """The part of the whole difference that goes where this op is swapped."""
-        return (self.before - self.after) / self.total if self.total else 0.0
+        share = (self.before - self.after) / self.total if self.total else 0.0
+        return share if np.isfinite(share) else 0.0
 
     @property
     def verdict(self) -> str:
         """One sentence."""
         if self.ok:
             return f"ok: the runs differ by {self.total:.2e} of the rms at {self.end}, within the threshold"
+        if self.nonfinite:
+            first, second = self.nonfinite
+            return (f"NOT FINITE from {self.tap} on: the first run has {first:,} values there that are not finite, the "
+                    f"second {second:,}")
         part = f"{100 * self.share:.0f} % of the difference of {self.total:.2e} at {self.end}"
         own = f"on the same inputs the two lie {self.own:.2e} of their rms apart"
-        if self.share < SPREAD:
+        if not self.share >= SPREAD:
             return f"SPREAD: no op makes most of the difference; {self.tap} makes {part}; {own}"
         return f"DIFFERENT: {self.tap} makes {part}; {own}"
 
@@ -135,6 +144,7 @@ class _Search:
             raise ValueError("the runs have no tap in common")
         self.end, self.steps = self.taps[-1], []
         self.total = self.apart(b[self.end], self.end)
+        self.nonfinite = self.parted(b)
 
     def first(self, tap):
         """The first run's tap."""
@@ -142,12 +152,27 @@ class _Search:
 
     def apart(self, x, tap):
         """rms distance from the first run's tap, over its rms."""
+        return self.errors(x, tap).rms_relative
+
+    def errors(self, x, tap):
         first = self.first(tap)
-        return metrics.measure(as_array(x, f"run_b: {tap}").reshape(first.shape), first).rms_relative
+        return metrics.measure(as_array(x, f"run_b: {tap}").reshape(first.shape), first)
+
+    def parted(self, b):
+        """(first tap whose values are not finite in one run and others in the other, how many each has there); None
+        where the last one is not such a tap."""
+        if not self.errors(b[self.end], self.end).nonfinite_apart:
+            return None
+        found = ((tap, self.errors(b[tap], tap)) for tap in self.taps)
+        tap, e = next((tap, e) for tap, e in found if e.nonfinite_apart)
+        return tap, e.desired_nonfinite, e.actual_nonfinite
 
     def find(self, threshold):
         if self.total <= threshold:
             return Bisection(None, self.end, self.total)
+        if self.nonfinite:
+            tap, *counts = self.nonfinite
+            return Bisection(tap, self.end, self.total, nonfinite=tuple(counts))
         streams = [tap for tap in self.taps if tap == "embed" or _is_stream(tap)]
         low, high, above, below = self.halve([[tap] for tap in streams if tap != self.end], self.total)
         inside = self.taps[self.place(low) + 1 : self.place(high) + 1]

@@ -29,6 +29,8 @@ __all__ = ["Blame", "Judged", "WRONG", "blame"]
 WRONG = 7.0
 #: The median op of an engine is at most that many times its noise.
 USUAL = 8.0
+#: Why nothing is judged of an empty call.
+NO_TOKENS = "the trace has no tokens"
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,8 @@ class Blame(Plotted):
             return self._of_weights()
         n = len(self.rows)
         if not n:
-            return "NOT JUDGED: no op is between taps that the trace has"
+            reasons = {reason for _, reason in self.skipped}
+            return f"NOT JUDGED: {NO_TOKENS if reasons == {NO_TOKENS} else 'no op is between taps that the trace has'}"
         if not self.wrong:
             worst = f"; the furthest, {self.rows[0].tap}, is at {self.rows[0].noise:.2g} times its noise" if n else ""
             return (f"ok: none of {n} ops is wrong in itself{worst}. What moves an op by less than "
@@ -287,7 +290,7 @@ def blame(model, theirs, *, dtype=None, tokens=None, weights=None, activations=N
     theirs : Trace, mapping from tap to array [T, ...], or a list of them
         One for each of consecutive calls of the same sequences, from their beginning. Of a Trace's ``meta`` count
         ``tokens`` [T], ``offsets`` [N+1], ``dtype`` (that they computed in), and ``position``: the number of tokens
-        that each sequence has before the call, where it was put back.
+        that each sequence has before the call, less than it has read where it was put back.
     dtype : optional
         The type that they computed in; by default that of the metadata or of the arrays, or a wider one's noise is
         taken where most ops have it.
@@ -304,7 +307,8 @@ def blame(model, theirs, *, dtype=None, tokens=None, weights=None, activations=N
     Raises
     ------
     ValueError
-        If there is no tap of this model, or calls and shapes do not agree; with names. If `weights` has no name of it.
+        If there is no tap of this model, or calls and shapes do not agree; with names. If a call begins behind what the
+        calls before it have read. If `weights` has no name of it.
     """
     from ._blame_run import Run
 

@@ -31,7 +31,7 @@ class Comparison(Plotted):
     ----------
     ok : bool
         With a budget: every element within it. Without: finite where the reference is, and past the three
-        usual gates. Integers: the same set in every row.
+        usual gates. Integers: the same.
     rows : list of (label, value, remark)
         The table, as text.
     verdict : str
@@ -100,7 +100,8 @@ def compare(
     Parameters
     ----------
     actual, desired : array, or tuples of arrays for an op with several results
-        NumPy, torch or ml_dtypes. Integers (expert ids) are compared as sets, row by row.
+        NumPy, torch or ml_dtypes. Expert ids, integers [..., k], are compared as sets, row by row, and weights that
+        come with them in the order of the ids; other integers element by element.
     op : str, optional
         The op that made `actual`; with `inputs` it is judged by that op's budget.
     inputs : mapping, optional
@@ -118,7 +119,8 @@ def compare(
     Raises
     ------
     ValueError
-        If the shapes differ, there is no such op, or it has no budget; the message says what was expected.
+        If the shapes differ, there is no such op, or it has no budget; the message says what was expected. If an
+        array alone may be one of several results.
     """
     _check_op(op)
     if isinstance(actual, tuple) or isinstance(desired, tuple):
@@ -126,10 +128,11 @@ def compare(
     actual, desired = as_array(actual, "actual"), as_array(desired, "desired")
     metrics.check_same_shape(actual, desired)
     if actual.dtype.kind in "iu" and desired.dtype.kind in "iu":
-        return compare_sets(actual, desired, op=op)
+        return compare_integers(actual, desired, op=op)
     bound = None
     if op is not None and inputs is not None:
-        bound = _bound_of(op, inputs, desired)
+        bound, result = _bound_of(op, inputs, desired)
+        axes = _axes_of_result(op, result, desired) if axes is None else axes
     return judge(actual, desired, bound, op=op, axes=axes, dtype=dtype)
 
 
@@ -142,24 +145,29 @@ def _check_op(op):
         raise ValueError(f"op is {op!r}; there is no such op, near it are {', '.join(near(op, known))}")
 
 
+def _axes_of_result(op, result, x):
+    """Names of the axes of a result that is no row a token; None where they are the usual ones."""
+    return AXES_OF_STATE.get(x.ndim) if op == "delta_rule" and result == 1 else None
+
+
 def _compare_all(actual, desired, op, inputs, axes, dtype):
     actual, desired = _tuple(actual), _tuple(desired)
     if len(actual) != len(desired):
         raise ValueError(f"actual has {len(actual)} results and desired {len(desired)}; they must be as many")
+    actual, desired = (tuple(as_array(x, name) for x in arrays)
+                       for arrays, name in ((actual, "actual"), (desired, "desired")))
+    for a, d in zip(actual, desired):
+        metrics.check_same_shape(a, d)
+    actual, desired = metrics.by_expert(actual), metrics.by_expert(desired)
     bounds = (None,) * len(actual)
     if op is not None and inputs is not None:
-        bounds = _budget(op, desired, inputs)
+        bounds = _bounds_of(op, inputs, desired)
     parts = []
     for a, d, bound in zip(actual, desired, bounds, strict=True):
-        a, d = as_array(a, "actual"), as_array(d, "desired")
-        metrics.check_same_shape(a, d)
-        sets = a.dtype.kind in "iu" and d.dtype.kind in "iu"
-        names = axes if axes is not None and len(axes) == a.ndim else None
-        if names is None and op == "delta_rule" and len(parts) == 1:
-            names = AXES_OF_STATE.get(a.ndim)
-        parts.append(
-            compare_sets(a, d, op=op) if sets else judge(a, d, bound, op=op, axes=names, dtype=dtype)
-        )
+        integers = a.dtype.kind in "iu" and d.dtype.kind in "iu"
+        names = axes if axes is not None and len(axes) == a.ndim else _axes_of_result(op, len(parts), a)
+        parts.append(compare_integers(a, d, op=op) if integers
+                     else judge(a, d, bound, op=op, axes=names, dtype=dtype))
     worst = max(parts, key=lambda p: (not p.ok, p.share or 0.0))
     rows = []
     for i, p in enumerate(parts):
@@ -177,27 +185,39 @@ def _tuple(x):
 def _budget(op, desired, inputs):
     if op not in budget_names():
         raise ValueError(f"op is {op!r}; it must be one with a budget: {', '.join(budget_names())}")
-    desired = tuple(
-        metrics.as_float64(d, "desired") if np.asarray(d).dtype.kind not in "iu" else np.asarray(d)
-        for d in desired
-    )
     return _tuple(budget(op, desired if len(desired) > 1 else desired[0], **inputs))
 
 
+def _bounds_of(op, inputs, desired):
+    """The bound of each of an op's results."""
+    if len(desired) == 1:
+        return (_bound_of(op, inputs, desired[0])[0],)
+    bounds = _budget(op, desired, inputs)
+    if len(bounds) != len(desired):
+        raise ValueError(f"desired has {len(desired)} results; {op} on these inputs has {len(bounds)}")
+    return bounds
+
+
 def _bound_of(op, inputs, desired):
-    """The bound of one array; of an op with several results, the one of that shape."""
+    """(the bound of one array, which result it is): of an op with several, the nearest of its kind and shape."""
     from .. import reference
 
     if op not in budget_names():
         _budget(op, (desired,), inputs)
     results = _tuple(getattr(reference, op)(**inputs))
     if len(results) == 1:
-        return _budget(op, (desired,), inputs)[0]
-    fits = [i for i, r in enumerate(results) if np.shape(r) == desired.shape]
+        return _budget(op, (desired,), inputs)[0], 0
+    fits = [i for i, r in enumerate(results)
+            if np.shape(r) == desired.shape and (r.dtype.kind in "iu") == (desired.dtype.kind in "iu")]
     if not fits:
-        shapes = " and ".join(str(list(np.shape(r))) for r in results)
+        shapes = " and ".join(f"{list(np.shape(r))}{' of integers' * (r.dtype.kind in 'iu')}" for r in results)
         raise ValueError(f"desired has shape {list(desired.shape)}; {op} on these inputs gives {shapes}")
-    return _budget(op, results, inputs)[fits[0]]
+    off = {i: metrics.measure(desired, results[i]).rms for i in fits}
+    nearest, *others = sorted(fits, key=off.get)
+    if others and desired.size and not off[nearest] < off[others[0]] / 2:
+        raise ValueError(f"desired may be result {nearest} or {others[0]} of {op}, which have one shape; give all of "
+                         "its results, as a tuple")
+    return _budget(op, results, inputs)[nearest], nearest
 
 
 # ---- floats ----------------------------------------------------------------------------------------
@@ -319,27 +339,34 @@ def _verdict(share, at, actual, d, bound, axes, op):
     )
 
 
-# ---- expert ids ------------------------------------------------------------------------------------
+# ---- integers --------------------------------------------------------------------------------------
 
 
-def compare_sets(actual, desired, *, op=None) -> Comparison:
-    """Integers [..., k]: the same set in every row, whatever its order."""
-    a, d = (
-        np.sort(np.asarray(x), axis=-1).reshape(-1, np.shape(x)[-1] if np.ndim(x) else 1)
-        for x in (actual, desired)
-    )
+def compare_integers(actual, desired, *, op=None) -> Comparison:
+    """Expert ids [..., k]: the same set in every row, whatever its order. Other integers: the same elements."""
+    if actual.ndim >= (1 if op == "route" else 2) and op in (None, "route"):
+        return _compare_sets(actual, desired, op)
+    different = np.argwhere(actual != desired)
+    rows = [("elements", f"{actual.size:,}", "integers"), ("elements that differ", f"{len(different):,}", "")]
+    if not len(different):
+        return Comparison(True, rows, "ok: every element is the same", op=op)
+    for at in map(tuple, different[:4].tolist()):
+        rows.append((f"at {list(at)}" if at else "it is", f"{actual[at]}", f"in place of {desired[at]}"))
+    at = tuple(different[0].tolist())
+    where = f", the first at {list(at)}" if at else ""
+    return Comparison(False, rows, f"DIFFERENT: {len(different):,} of {actual.size:,} integers are others{where}: "
+                                   f"{actual[at]} in place of {desired[at]}", at=at, op=op)
+
+
+def _compare_sets(actual, desired, op):
+    a, d = (np.sort(metrics.in_rows(x, x.shape[-1]), axis=-1) for x in (actual, desired))
     different = np.flatnonzero((a != d).any(axis=-1))
     rows = [("rows", f"{len(a):,}", "compared as sets"), ("rows that differ", f"{len(different):,}", "")]
     if not len(different):
         return Comparison(True, rows, "ok: the same set in every row", op=op)
     for t in different[:4]:
-        rows.append(
-            (
-                f"row {t}",
-                f"{sorted(set(a[t].tolist()) - set(d[t].tolist()))}",
-                f"in place of {sorted(set(d[t].tolist()) - set(a[t].tolist()))}",
-            )
-        )
+        taken, lost = metrics.exchanged(a[t], d[t])
+        rows.append((f"row {t}", f"{taken}", f"in place of {lost}"))
     return Comparison(
         False,
         rows,

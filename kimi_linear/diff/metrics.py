@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -207,6 +208,35 @@ def share_of(actual, desired, bound) -> tuple[float, tuple[int, ...]]:
     return float(ratio.max()), tuple(int(i) for i in np.unravel_index(ratio.argmax(), ratio.shape))
 
 
+# ---- expert ids ------------------------------------------------------------------------------------
+
+
+def in_order_of(ids: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """`x` [..., k], the ids themselves or what belongs to them, in the order of rising ids [..., k]."""
+    return np.take_along_axis(x, np.argsort(ids, axis=-1, kind="stable"), axis=-1)
+
+
+def by_expert(results: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+    """The results of an op, those of a router (ids and weights [..., k]) in the order of the ids, which is free."""
+    if len(results) != 2:
+        return results
+    ids, weights = results
+    if ids.dtype.kind not in "iu" or weights.dtype.kind in "iu" or not ids.ndim or ids.shape != weights.shape:
+        return results
+    return in_order_of(ids, ids), in_order_of(ids, weights)
+
+
+def in_rows(x: np.ndarray, width: int) -> np.ndarray:
+    """`x` as [rows, width], also where it is empty."""
+    return x.reshape(x.size // width if width else int(np.prod(x.shape[:-1])), width)
+
+
+def exchanged(a: np.ndarray, d: np.ndarray) -> tuple[list[int], list[int]]:
+    """(what a row has that the other lacks, what it lacks), each as often as it does."""
+    a, d = (Counter(x.ravel().tolist()) for x in (a, d))
+    return sorted((a - d).elements()), sorted((d - a).elements())
+
+
 @dataclass(frozen=True)
 class Gates:
     """Whether the usual gates of other projects would let a result pass."""
@@ -266,3 +296,12 @@ def coordinates(at: Sequence[int], axes: Sequence[str]) -> str:
 def unit_of(dtype: Any) -> float:
     """u of a float type: half the spacing at 1 (2**-24, 2**-11, 2**-8)."""
     return float(ml_dtypes.finfo(np.dtype(dtype)).eps) / 2
+
+
+def is_float(dtype: Any) -> bool:
+    """Whether a type is of floats, those of ml_dtypes among them."""
+    try:
+        ml_dtypes.finfo(np.dtype(dtype))
+    except ValueError:
+        return False
+    return True

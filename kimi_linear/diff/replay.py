@@ -247,6 +247,7 @@ def _judge(file, op, project, unit):
     units = [max(of_call, unit_of_arrays([x])) for x in got]
     got = [x if x.dtype.kind in "iu" or x.dtype == np.float64 else x.astype(np.float64) for x in map(np.asarray, got)]
     found = judged(run, args, got, of_call, units, seen_by(args) if name in ATTENDS else None)
+    notes += [f"result {i} was not looked at" for i in range(len(found), len(got))]
     worst = max(range(len(found)), key=lambda i: found[i][0])
     times, error, at, y = found[worst]
     axes = metrics.axis_names(y.shape) if worst == 0 or y.ndim < 3 else ("sequence", "head", "key", "value")[-y.ndim:]

@@ -9,7 +9,7 @@ from .._arrays import as_array
 from ..trace import BEFORE
 from . import metrics
 from ._noise import ATTENDS, judged, seen_by, unit_of_arrays
-from .blame import WRONG, Blame, Judged, ranked
+from .blame import NO_TOKENS, WRONG, Blame, Judged, ranked
 
 __all__ = ["step"]
 
@@ -63,6 +63,9 @@ def step(model, trace, layer: int, *, dtype=None) -> Blame:
     unit = _unit(dtype, getattr(trace, "meta", {}).get("dtype"), [*values.values(), *before.values()])
     rows, skipped = [], []
     for node in here:
+        if not len(values[node.tap]):
+            skipped.append((node.tap, NO_TOKENS))
+            continue
         lacking = [a for a in node.initial.values() if a not in before] if position else []
         if lacking:
             why = f"the trace lacks {BEFORE}{lacking[0]}, and the call begins at position {position}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from os import PathLike
@@ -42,6 +43,8 @@ class Row:
         First token over the threshold.
     tokens : int
         How many are.
+    nonfinite : int
+        Elements of the first trace that are NaN or infinite.
     added, inherited : float or None
         The rms error in two: what the op of `a` added, on its own inputs, and what these brought with them.
     of_token, added_of_token : (T,) array or None
@@ -147,11 +150,21 @@ class Report(Plotted):
     def verdict(self) -> str:
         """One sentence."""
         if self.first is not None:
-            return self.first.sentence
+            return self.first.sentence + self._not_finite()
+        if not any(math.prod(r.shape) for r in self.rows):
+            return f"ok: no divergence in {len(self.rows)} taps, in which there are no values"
         floats = [r for r in self.rows if r.kind == "float"]
         worst = max(floats, key=lambda r: r.rms, default=None)
         how = f"; the largest rms error is {worst.rms:.2e}, at {worst.tap}" if worst else ""
-        return f"ok: no divergence in {len(self.rows)} taps{how}"
+        return f"ok: no divergence in {len(self.rows)} taps{how}{self._not_finite()}"
+
+    def _not_finite(self):
+        """What no error tells: NaN and infinities that are the same in both."""
+        taps = [r.tap for r in self.rows if r.ok and r.nonfinite]
+        if not taps:
+            return ""
+        return f"; {taps[0]} is not finite in both" if len(taps) == 1 else \
+            f"; {len(taps)} taps are not finite in both, the first {taps[0]}"
 
     def __str__(self):
         lines = aligned([head(self.has_parts), *(row_cells(r, self.has_parts) for r in self.rows)])
@@ -234,7 +247,7 @@ def _plain_cells(r: Row) -> tuple[str, ...]:
     if r.kind == "ids":
         return (r.tap, shape, "same" if r.ok else "other ids", "", "", *over)
     if r.rms == 0:
-        return (r.tap, shape, "same", "", "", *over)
+        return (r.tap, shape, f"same, {r.nonfinite:,} not finite" if r.nonfinite else "same", "", "", *over)
     at = metrics.coordinates(r.worst, axes_of(r.tap, r.shape))
     return (r.tap, shape, f"{r.rms:.2e}", f"{r.largest:.2e}", at, *over)
 
@@ -271,6 +284,9 @@ def traces(a, b, *, threshold: float | None = None, model=None) -> Report:
     """
     a, b = _taps_of(a, "a"), _taps_of(b, "b")
     _same_tokens(a, b)
+    routed = {tap.removesuffix("ids") for tap in a if tap in b and tap.endswith("moe.ids")}
+    routed = {x for x in routed if x + "weights" in a and x + "weights" in b}
+    a, b = _Side(a, "a", routed), _Side(b, "b", routed)
     ours, theirs = (_names(x) for x in (a, b))
     both = in_order(n for n in ours if n in set(theirs))
     if not both:
@@ -279,7 +295,7 @@ def traces(a, b, *, threshold: float | None = None, model=None) -> Report:
         raise ValueError(f"threshold is {threshold}; it must be >= 0")
     rows, notes = [], []
     for tap in both:
-        x, y = as_array(a[tap], f"a[{tap!r}]"), as_array(b[tap], f"b[{tap!r}]")
+        x, y = a[tap], b[tap]
         if (x.dtype.kind in "iub") != (y.dtype.kind in "iub") or "b" in x.dtype.kind + y.dtype.kind:
             notes.append(f"{tap}: {x.dtype} in a and {y.dtype} in b; left out")
             continue
@@ -288,7 +304,7 @@ def traces(a, b, *, threshold: float | None = None, model=None) -> Report:
     if not rows:
         raise ValueError(f"no tap can be compared: {notes[0]}")
     if model is not None:
-        rows = _in_parts(rows, a, b, model)
+        rows = _in_parts(rows, a, b, model, notes)
     first = _first(rows, a, b)
     return Report(
         rows,
@@ -311,6 +327,34 @@ def _taps_of(x, name):
         hint = ", such as one of the list: a trace is of one call" if isinstance(x, list | tuple) else hint
         raise TypeError(f"{name} is a {type(x).__name__}; it must be a Trace or a mapping from tap to array{hint}")
     return x
+
+
+class _Side(Mapping):
+    """One of the two: arrays of NumPy; of the mixtures `routed`, ``layers.3.moe.``, ids and weights by rising ids."""
+
+    def __init__(self, x, name, routed):
+        self.x, self.name, self.routed = x, name, routed
+        self.meta, self.tokens = getattr(x, "meta", {}), getattr(x, "tokens", None)
+
+    def __getitem__(self, tap):
+        x, (mixture, dot, last) = self._array(tap), tap.rpartition(".")
+        if last not in ("ids", "weights") or mixture + dot not in self.routed:
+            return x
+        ids = self._array(f"{mixture}.ids")
+        together = ids.dtype.kind in "iu" and ids.ndim > 1 and ids.shape == x.shape
+        return metrics.in_order_of(ids, x) if together else x
+
+    def _array(self, tap):
+        return as_array(self.x[tap], f"{self.name}[{tap!r}]")
+
+    def __contains__(self, tap):
+        return tap in self.x
+
+    def __iter__(self):
+        return iter(self.x)
+
+    def __len__(self):
+        return len(self.x)
 
 
 def _names(x):
@@ -344,22 +388,22 @@ def _same_shape(tap, x, y, notes):
         return x, y
     if x.shape[:1] == y.shape[:1] and x.size == y.size:
         notes.append(f"{tap}: {list(x.shape)} in a and {list(y.shape)} in b, compared as rows of one length")
-        return x.reshape(len(x), -1), y.reshape(len(y), -1)
+        return _by_row(x), _by_row(y)
     what = "other tokens" if x.shape[1:] == y.shape[1:] else "another shape"
     raise ValueError(f"{tap} has {what}: {list(x.shape)} in a and {list(y.shape)} in b")
 
 
 def _row(tap, x, y, threshold):
     dtypes = (x.dtype.name, y.dtype.name)
-    rows = len(x) if x.ndim else 1
     if x.dtype.kind in "iu" and y.dtype.kind in "iu":
-        over = (np.sort(x, axis=-1) != np.sort(y, axis=-1)).reshape(rows, -1).any(axis=1)
+        x, y = (np.sort(z, axis=-1) if z.ndim > 1 else z for z in (x, y))  # of more axes they are sets
+        over = _by_row(x != y).any(axis=1)
         first = int(over.argmax()) if over.any() else None
         return Row(
             tap,
             x.shape,
             dtypes,
-            float(over.mean()) if rows else 0.0,
+            float(over.mean()) if len(over) else 0.0,
             float(over.any()),
             1.0,
             (),
@@ -392,24 +436,32 @@ def _row(tap, x, y, threshold):
 
 def _rms_of_rows(x, y):
     """rms error of each row [T, ...]; infinite where one of the two is not finite."""
-    rows = len(x) if x.ndim else 1
-    error, _ = metrics.distance(metrics.as_float64(x, "a"), metrics.as_float64(y, "b"))
-    return np.sqrt((error.reshape(rows, -1) ** 2).mean(axis=1)) if x.size else np.zeros(rows)
+    error = _by_row(metrics.distance(metrics.as_float64(x, "a"), metrics.as_float64(y, "b"))[0])
+    return np.sqrt((error ** 2).mean(axis=1)) if error.size else np.zeros(len(error))
+
+
+def _by_row(x):
+    """[T, ...] as [T, values], also where there are none."""
+    return x.reshape((len(x), math.prod(x.shape[1:])) if x.ndim else (1, 1))
 
 
 def _over(errors, size):
     return errors / size if size else np.where(errors > 0, np.inf, 0.0)
 
 
-def _in_parts(rows, a, b, model):
+def _in_parts(rows, a, b, model, notes):
     """The rows with added and inherited errors, where the inputs of a tap are in `a`."""
     from ._blame_run import Run
 
+    begins = np.ravel(a.meta.get("position", 0))
+    if begins.any():
+        notes.append(f"a begins at position {begins.max()}: what its ops add hangs on the rows before, and is not told")
+        return rows
     own, by_tap = dict(Run(model, a, None, None).own_results()), {r.tap: r for r in rows}
     for tap in own.keys() & by_tap.keys():
-        y = own[tap].reshape(np.asarray(b[tap]).shape)
+        y = own[tap].reshape(b[tap].shape)
         size = metrics.measure(b[tap], b[tap]).size or 1.0
-        x = np.asarray(a[tap]).reshape(y.shape)
+        x = a[tap].reshape(y.shape)
         added, inherited = metrics.measure(x, y), metrics.measure(y, b[tap])
         by_tap[tap] = replace(by_tap[tap], added=added.rms / size, inherited=inherited.rms / size,
                               added_of_token=_rms_of_rows(x, y) / size)
@@ -443,7 +495,7 @@ def _of_interest(rows, first):
 
 
 def _open(r, a, b):
-    x, y = (np.asarray(t[r.tap]).reshape(r.shape) for t in (a, b))
+    x, y = (t[r.tap].reshape(r.shape) for t in (a, b))
     return open_ids(r.tap, x, y) if r.kind == "ids" else open_array(r.tap, x, y)
 
 
@@ -453,11 +505,11 @@ def _first(rows, a, b):
         return None
     parts = row.tap.split(".")
     layer = int(parts[1]) if parts[0] == "layers" and len(parts) > 1 and parts[1].isdigit() else None
-    x, y = (np.asarray(t[row.tap]).reshape(row.shape or (1,))[row.first] for t in (a, b))
+    x, y = (t[row.tap].reshape(row.shape or (1,))[row.first] for t in (a, b))
     clean = f"; the {rows.index(row)} taps before it agree" if rows.index(row) else ""
     if row.kind == "ids":
-        lost, taken = (sorted(set(p.ravel().tolist()) - set(q.ravel().tolist())) for p, q in ((y, x), (x, y)))
-        what = f"experts {taken} in place of {lost}"
+        taken, lost = metrics.exchanged(x, y)
+        what = f"{'experts' if row.tap.endswith('.ids') else 'integers'} {taken} in place of {lost}"
         error = 1.0
     elif not np.isfinite(metrics.as_float64(x, "a")).all():
         what, error = "a is not finite there", float("inf")

@@ -129,9 +129,16 @@ class Scene:
     def place(self, row: int) -> str:
         """``token 5``; with several calls or sequences, also which."""
         p = next(p for p in self.pieces if len(p.rows) and p.rows[0] <= row <= p.rows[-1])
+        return self._name(p, row - p.rows[0])
+
+    def places(self) -> list[str]:
+        """`place` of every row."""
+        return [self._name(p, i) for p in self.pieces for i in range(len(p.rows))]
+
+    def _name(self, p, i):
         call = f"call {p.call}, " if self.n_calls > 1 else ""
         sequence = f"sequence {p.sequence}, " if self.has_several else ""
-        return f"{call}{sequence}token {row - p.rows[0] + p.source.start}"
+        return f"{call}{sequence}token {i + p.source.start}"
 
     def positions(self) -> np.ndarray:
         """The position of each row in its sequence, [T]."""

@@ -177,3 +177,28 @@ def test_partial_and_bad_input(model, ours):
         llama_log.parse("main: build = 1\nhello")
     with pytest.raises(ValueError, match="no tensor of the log can be laid beside the trace: it has Kcur"):
         llama_log.compare(text, {"layers.9.out": np.zeros(3)}, model=model)
+
+
+@pytest.mark.parametrize("at, sum_alone", [((0, 0), False), ((5, 100), True)])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_in_one_alone(model, ours, at, sum_alone, value):
+    """In the corners or between them, ours or theirs: it is never within the threshold."""
+    broken = {n: np.array(x) for n, x in ours.items()}
+    broken["embed"][at] = value
+    text = log_of(model, ours)
+    report = llama_log.compare(text, broken, model=model)
+    assert not report.ok and report.first.tap == "embed", str(report)
+    assert ("the sum is off" in report.verdict) == sum_alone
+    there = llama_log.compare(log_of(model, broken), ours, model=model)
+    assert not there.ok and there.first.tap == "embed", str(there)
+    both = llama_log.compare(log_of(model, broken), broken, model=model)
+    assert both.ok, str(both)
+    assert sum_alone or both.verdict.endswith("embed is not finite in both")
+
+
+def test_a_wrong_value_beside_one_that_is_not_finite_is_found(model, ours):
+    broken = {n: np.array(x) for n, x in ours.items()}
+    broken["embed"][0, 0] = np.nan
+    off = {"model.input_embed": lambda x: x * np.float32(1.5), "model.embed_tokens": lambda x: x * np.float32(1.5)}
+    report = llama_log.compare(log_of(model, broken, off), broken, model=model)
+    assert report.verdict.startswith("DIVERGES at embed, token 0: a value is off by "), report.verdict

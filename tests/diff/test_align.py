@@ -219,6 +219,27 @@ def test_near_is_not_enough(q, rng):
     assert not align(half, q)
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("spread", [0.003, 0.01])
+def test_arrays_that_hardly_vary_are_not_found_by_their_mean(dtype, spread, rng):
+    """As the weights of norms: what is left after the mean must fit."""
+    theirs, ours = ((1 + spread * rng.standard_normal(256)).astype(dtype) for _ in range(2))
+    found = align(theirs, ours)
+    assert not found and "ours varies by only 0.0" in found.verdict, found
+    order = rng.permutation(256)
+    permuted = align(ours[order], ours)
+    assert (permuted and permuted.steps[0].kind == "take") if dtype is not ml_dtypes.bfloat16 else not permuted
+    assert align(ours, ours).verdict.startswith("theirs is ours, exactly")
+    parts = {"q": ours[:128], "k": 5 * ours[128:]}
+    assert not align(np.concatenate([theirs[:128], 5 * theirs[128:]]), parts), "one mean each"
+
+
+def test_a_norm_s_weight_rounded_to_bfloat16_is_found(rng):
+    ours = (1 + 0.01 * rng.standard_normal(256)).astype(np.float32)
+    found = align(ours.astype(ml_dtypes.bfloat16), ours)
+    assert found and found.verdict == "theirs is ours, to 0.002"
+
+
 def test_two_numbers_prove_nothing():
     assert "no better than chance" in align(np.float32([3.0]), np.float32([2.0])).verdict
 

@@ -72,3 +72,23 @@ def test_what_cannot_be_bisected(model):
         kl.diff.bisect(3, model, IDS)
     with pytest.raises(ValueError, match="no tap in common"):
         kl.diff.bisect(lambda tokens, replace: {"x": np.zeros(2)}, model, IDS)
+
+
+def test_what_is_not_finite_is_told_from_where_on(wide):
+    def spoil(site):
+        y = site.shaped(site.run())
+        y[5, 0] = np.nan
+        return y
+
+    found = kl.diff.bisect(engine(wide), engine(wide, {"layers.5.mid": spoil}), IDS)
+    assert not found and found.tap == "layers.5.mid" and found.nonfinite == (0, 1) and not found.steps
+    assert found.verdict == ("NOT FINITE from layers.5.mid on: the first run has 0 values there that are not finite, "
+                             "the second 1")
+    assert "NOT FINITE" in found.html() and found.share == 0
+    both = kl.diff.bisect(engine(wide, {"norm": spoil}), engine(wide, {"norm": spoil}), IDS)
+    assert both.ok
+
+
+def test_a_share_that_is_no_number_is_no_cause():
+    found = kl.diff.Bisection("norm", "logits", 0.5, before=np.inf, after=np.nan)
+    assert found.verdict.startswith("SPREAD: ") and found.share == 0

@@ -112,6 +112,64 @@ def test_engines_of_ours_are_right(model):
     assert found.ok and len(found.rows) > 150
 
 
+def test_a_trace_that_begins_later_asks_for_the_calls_before(model, tmp_path):
+    """By `tokens_slice`, behind a state, in a file; with the earlier calls it is judged, put back or not."""
+    ids, state = np.arange(40) % model.config.vocab_size, model.new_state()
+    first = model.trace(ids[:9], state=state)
+    second = model.trace(ids[9:14], state=state)
+    model.trace(ids[:14], tokens_slice=slice(9, 14), to=tmp_path / "late.safetensors")
+    late = [model.trace(ids[:14], tokens_slice=slice(9, 14)), second, kl.Trace.load(tmp_path / "late.safetensors")]
+    for trace in late:
+        assert trace.meta["position"] == [9]
+        with pytest.raises(ValueError, match="call 0 begins at position 9 .* give the earlier calls, too"):
+            kl.diff.blame(model, trace)
+        assert kl.diff.blame(model, [first, trace]).ok
+    assert first.meta["position"] == [0]
+    states = model.new_state(2)
+    parts = [[ids[:3], ids[:5]], [ids[3:9], ids[5:6]]]
+    both = [model.forward(x, state=states, taps="*")[1] for x in parts]
+    assert [t.meta["position"] for t in both] == [[0, 0], [3, 5]] and kl.diff.blame(model, both).ok
+
+
+def test_places_are_named_piece_by_piece():
+    scene = faults.Scene([[0, 2, 3], [0, 0, 2]])
+    assert scene.places() == [scene.place(i) for i in range(scene.T)]
+    assert scene.places()[0] == "call 0, sequence 0, token 0" and scene.places()[-1] == "call 1, sequence 1, token 1"
+
+
+def test_no_tokens(model):
+    found = kl.diff.blame(model, model.trace(np.arange(9), tokens_slice=slice(0, 0)))
+    assert not found and found.verdict == "NOT JUDGED: the trace has no tokens" and len(found.skipped) == 155
+    assert found.html()
+
+
+def spoiled(at, value):
+    def edit(x):
+        x = x.copy()
+        x[at] = value
+        return x
+
+    return edit
+
+
+@pytest.mark.parametrize("value, wrong", [(np.inf, False), (np.nan, True), (-np.inf, True)])
+def test_values_that_are_not_finite_are_told_apart(model, value, wrong):
+    """Gate and up of 1e30 are past float32's range: the result is +inf, and nothing else."""
+    far = {f"layers.0.mlp.{x}": spoiled((3, 4), np.float32(1e30)) for x in ("gate", "up")}
+    act, out = {"layers.0.mlp.act": spoiled((3, 4), value)}, {"layers.0.mlp.out": np.zeros_like}
+    found = kl.diff.blame(model, model.trace(np.arange(9), edit=far | act | out))
+    assert {r.tap for r in found.wrong} == {*far, *out, *(act if wrong else ())}, str(found)
+
+
+def test_a_sum_past_the_range_may_be_nan_for_an_infinity(model):
+    """What is past float32's range in the parts of a delta rule comes out as NaN there, and as an infinity in float64:
+    the op is right."""
+    tame = {"layers.0.kda.o": lambda x: x, "layers.*.moe.logits": lambda x: np.clip(np.nan_to_num(x, nan=0.1), -9, 9)}
+    trace = model.trace(np.arange(9), edit=tame | {"layers.0.kda.k": spoiled((3, 0, 3), np.float32(1e30))})
+    assert np.isnan(trace["layers.0.kda.o"]).any()
+    assert "layers.0.kda.o" not in [r.tap for r in kl.diff.blame(model, trace).wrong]
+
+
 EDITS = {
     "layers.1.kda.beta": (lambda x: 2 * x, "beta_doubled"),
     "layers.3.moe.weights": (lambda x: x / 2.446, "router_scale_missing"),
@@ -336,6 +394,24 @@ def test_weights_in_another_type_or_with_an_axis_more_are_the_same(model, other_
         assert kl.diff.blame(model, trace, weights=theirs).ok
     theirs[WEIGHT] = theirs[WEIGHT] * np.nan
     assert "differs: max abs inf" in kl.diff.blame(model, trace, weights=theirs).verdict
+
+
+@pytest.mark.parametrize("theirs, ours, same", [
+    (np.float16([1, np.inf]), np.float32([1, 99840]).astype(ml_dtypes.bfloat16), False),
+    (np.float32([1, 99840]), np.float16([1, np.inf]), False),
+    (np.zeros(4, np.int8), np.float32([.9, -.5, .2, .1]), False),
+    (np.int8([3, -2]), np.float32([3, -2]), True),
+    (np.float32([np.nan, 1, np.inf]), np.float16([np.nan, 1, np.inf]), True),
+    (np.float16([.1, 3]), np.float32([.1, 3]), True),
+    (np.float32([0, 1e-3]), np.float32([0, 0]), False),
+])
+def test_what_is_the_same_weight(theirs, ours, same):
+    """Rounded to a narrower float type, and nothing else: what left its range, or was cut to an integer, differs."""
+    from kimi_linear.diff._weights import compare_weights
+
+    found, _ = compare_weights({"w": ours}, {"w": theirs})
+    assert [d.name for d in found] == ([] if same else ["w"]), found
+    assert same or found[0].text.startswith("weight w differs: max abs ")
 
 
 def test_weights_that_are_none(model):

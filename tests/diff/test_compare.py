@@ -3,6 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
+from tensors import Tensor
 
 from kimi_linear import diff, ops, reference
 from kimi_linear.diff import metrics
@@ -200,6 +201,68 @@ def test_expert_ids_are_sets():
     found = diff.compare(np.array([[3, 1], [0, 2]]), np.array([[1, 3], [2, 5]]))
     assert not found and found.at == (1,)
     assert "[0]" in str(found) and "in place of [5]" in str(found)
+
+
+def test_expert_ids_and_weights_are_compared_in_one_order(rng):
+    inputs = dict(scores=rng.standard_normal((6, 16)).astype(np.float32), k=4)
+    (ids, weights), desired = ops.route(**inputs), reference.route(**inputs)
+    turned = ids[:, ::-1], weights[:, ::-1]
+    for op, given in (("route", inputs), ("route", None), (None, None)):
+        assert diff.compare(turned, desired, op=op, inputs=given), op
+        found = diff.compare((turned[0], weights), desired, op=op, inputs=given)
+        assert not found and found.parts[0].ok and not found.parts[1].ok, "these weights are of other experts"
+    one = dict(inputs, scores=inputs["scores"][0])
+    assert diff.compare(tuple(x[::-1] for x in ops.route(**one)), reference.route(**one), op="route", inputs=one)
+
+
+def test_an_array_alone_takes_the_bound_of_the_result_that_it_is(rng):
+    inputs = dict(scores=rng.standard_normal((6, 16)).astype(np.float32), k=4)
+    got, desired = ops.route(**inputs), reference.route(**inputs)
+    both = diff.compare(got, desired, op="route", inputs=inputs)
+    assert diff.compare(got[1], desired[1], op="route", inputs=inputs).share == both.parts[1].share
+    q, k, v, g = (rng.standard_normal((8, 8, 8)).astype(np.float32) / 3 for _ in range(4))
+    inputs = dict(q=q, k=k, v=v, g=-np.abs(g), beta=rng.random((8, 8)).astype(np.float32))
+    got, desired = ops.delta_rule(**inputs), reference.delta_rule(**inputs)
+    both = diff.compare(got, desired, op="delta_rule", inputs=inputs)
+    for i in range(2):
+        alone = diff.compare(got[i], desired[i], op="delta_rule", inputs=inputs)
+        assert alone and alone.rows == both.parts[i].rows, "the same figures and names of axes"
+    assert "head " in alone.rows[-1][2] and "key " in alone.rows[-1][2]
+    assert diff.compare((got[0],), (desired[0],), op="delta_rule", inputs=inputs).share == both.parts[0].share
+    with pytest.raises(ValueError, match="desired may be result . or . of delta_rule, which have one shape; give all"):
+        diff.compare(q, q, op="delta_rule", inputs=inputs)
+    with pytest.raises(ValueError, match="desired has 3 results; delta_rule on these inputs has 2"):
+        diff.compare((*got, q), (*desired, q), op="delta_rule", inputs=inputs)
+
+
+def test_token_ids_are_no_set():
+    ids, other = np.array([5, 9, 7]), np.array([9, 5, 7])
+    for op in ("sample", None):
+        found = diff.compare(ids, other, op=op)
+        assert not found and found.at == (0,)
+        assert found.verdict == "DIFFERENT: 2 of 3 integers are others, the first at [0]: 5 in place of 9"
+        assert diff.compare(ids, ids.astype(np.int32), op=op).verdict == "ok: every element is the same"
+    assert not diff.compare(ids[None], other[None], op="sample") and diff.compare(ids[None], other[None])
+    assert diff.compare(np.array(3), np.array(3)) and not diff.compare(np.array(3), np.array(4))
+    assert diff.compare(np.zeros((3, 0), int), np.zeros((3, 0), int))
+    found = diff.compare(np.array([[3, 3, 5]]), np.array([[3, 5, 5]]))
+    assert not found and "[3]" in str(found) and "in place of [5]" in str(found)
+
+
+def test_tensors_that_numpy_cannot_read_by_itself(rng):
+    x, w = rng.standard_normal((5, 32)).astype(np.float32), rng.standard_normal((4, 32)).astype(np.float32)
+    assert diff.compare(ops.softmax(x), reference.softmax(x), op="softmax", inputs=dict(x=Tensor(x)))
+    found = diff.compare(Tensor(ops.linear(x, w)), Tensor(reference.linear(x, w)), op="linear",
+                         inputs=dict(x=Tensor(x), w=Tensor(w)))
+    assert found and found.share is not None
+    results = tuple(map(Tensor, ops.route(x, k=2))), tuple(map(Tensor, reference.route(x, k=2)))
+    assert diff.compare(*results, op="route", inputs=dict(scores=Tensor(x), k=2))
+
+
+def test_weights_in_blocks_have_a_budget(rng):
+    x = rng.standard_normal((5, 32)).astype(np.float32)
+    w = ops.quantize(rng.standard_normal((4, 32)).astype(np.float32), "Q8_0")
+    assert diff.compare(ops.linear(x, w), reference.linear(x, w), op="linear", inputs=dict(x=x, w=w))
 
 
 # ---- how it looks, and bad input ----

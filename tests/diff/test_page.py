@@ -259,7 +259,7 @@ def test_a_number_and_nothing():
     """Arrays without tokens, or without anything, have a page, too."""
     assert "DIVERGES at x" in kl.diff.traces({"x": np.float32(1)}, {"x": np.float32(2)}).html()
     experts = kl.diff.traces({"layers.0.moe.ids": np.ones((2, 3), int)}, {"layers.0.moe.ids": np.zeros((2, 3), int)})
-    assert "<td>token 0</td><td>1</td><td>0</td>" in experts.html() and experts.plot()._repr_png_()
+    assert "<td>token 0</td><td>1, 1, 1</td><td>0, 0, 0</td>" in experts.html() and experts.plot()._repr_png_()
     assert "ok: no divergence" in kl.diff.traces({"embed": np.zeros((0, 4))}, {"embed": np.zeros((0, 4))}).html()
 
 

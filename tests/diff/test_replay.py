@@ -270,6 +270,43 @@ def test_ids_that_a_rounding_decides_are_ties(tmp_path):
     assert not report.ok and report.rows[0].at == "token 1" and report.rows[0].error == 0.25
 
 
+def test_experts_in_any_order(tmp_path, rng):
+    inputs = dict(scores=rng.standard_normal((6, 16)).astype(np.float32), k=4)
+    ids, weights = kl.ops.route(**inputs)
+    write(tmp_path, inputs, (ids[:, ::-1], weights[:, ::-1]), op="route")
+    assert replay(tmp_path).ok, str(replay(tmp_path))
+    write(tmp_path, inputs, (ids[:, ::-1], weights), op="route")
+    assert not replay(tmp_path).ok and replay(tmp_path).rows[0].result == 1, "weights of other experts"
+
+
+def test_sampled_ids_are_no_set(tmp_path, rng):
+    inputs = dict(logits=rng.standard_normal((5, 50)).astype(np.float32), temperature=0.0, seed=3, position=5)
+    ids = kl.ops.sample(**inputs)
+    write(tmp_path, inputs, (ids,), op="sample")
+    assert replay(tmp_path).ok, str(replay(tmp_path))
+    write(tmp_path, inputs, (np.roll(ids, 1),), op="sample")
+    assert not replay(tmp_path).ok
+
+
+def test_an_infinity_of_the_other_sign(tmp_path):
+    far = dict(a=np.float32([[np.inf, 1]]), b=np.float32([[np.inf, 1]]))
+    for value, right in ((np.inf, True), (-np.inf, False), (np.nan, False)):
+        write(tmp_path, far, (np.float32([[value, 2]]),), op="add")
+        assert replay(tmp_path).ok == right, value
+
+
+def test_results_that_the_op_does_not_have(tmp_path, rng):
+    inputs = given(rng, 5)
+    o, state = kl.ops.delta_rule(**inputs)
+    write(tmp_path, dict(a=o, b=o), (o + o, o * np.nan), op="add")
+    assert replay(tmp_path).rows[0].notes == ("result 1 was not looked at",)
+    fla = {how: x[None] for how, x in inputs.items()} | {"scale": 0.25}
+    o, state = kl.reference.delta_rule(**inputs, scale=0.25)
+    results = o[None].astype(np.float32), state[None].astype(np.float32), o[None] * np.float32(0)
+    write(tmp_path, fla, results, op="delta_rule", conventions="fla")
+    assert replay(tmp_path).ok and "result 2 was not looked at" in str(replay(tmp_path)), str(replay(tmp_path))
+
+
 # ---- files that are no calls ---------------------------------------------------------------------------
 
 

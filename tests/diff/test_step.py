@@ -140,3 +140,18 @@ def test_mistakes(model, deep, ids):
         model.trace(ids[:5], states=True, offsets=[0, 2, 5])
     with pytest.raises(ValueError, match="to, tokens_slice and states need one sequence"):
         model.trace([ids[:5], ids[:3]], states=True)
+
+
+def test_a_call_behind_a_state_without_the_states_before_it(model, ids):
+    """It says where it begins, so that nothing is judged as if it were a sequence's beginning."""
+    state = model.new_state()
+    model.forward(ids[:9], state=state, logits="none")
+    trace = model.trace(ids[9:12], "layers.2", state=state)
+    report = step(model, trace, 2)
+    assert not report.wrong and trace.meta["position"] == [9]
+    assert {tap for tap, why in report.skipped if "the call begins at position 9" in why} >= {"layers.2.kda.o"}
+
+
+def test_no_tokens(model, ids):
+    report = step(model, model.trace(ids[:9], "layers.2", states="layers.2", tokens_slice=slice(4, 4)), 2)
+    assert not report and report.verdict == "NOT JUDGED: the trace has no tokens"

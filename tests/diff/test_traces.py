@@ -3,6 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
+from tensors import Tensor
 
 import kimi_linear as kl
 from kimi_linear.diff import traces
@@ -72,7 +73,11 @@ def test_expert_ids_are_sets(ours):
     theirs = copy(ours)
     ids = theirs["layers.3.moe.ids"]
     theirs["layers.3.moe.ids"][:] = ids[:, ::-1]
-    assert traces(ours, theirs)
+    report = traces(theirs, ours)
+    assert report.first.tap == "layers.3.moe.weights", "they belong to other experts now"
+    theirs["layers.3.moe.weights"][:] = ours["layers.3.moe.weights"][:, ::-1]
+    assert traces(theirs, ours) and traces(ours, theirs)
+    assert all(r.rms == 0 for r in traces(theirs, ours).rows)
     other = (set(range(8)) - set(ids[5].tolist())).pop()
     lost = int(ids[5, 0])
     theirs["layers.3.moe.ids"][5, 0] = other
@@ -148,3 +153,59 @@ def test_added_and_inherited(model):
     assert report.first.tap == "layers.2.kda.beta" and "1.00e+00 added by this op, 0.00e+00 inher" in report.verdict
     assert "inherited" in str(report).splitlines()[0] and "inherited" in report._repr_html_()
     assert "inherited" not in str(kl.diff.traces(other, whole))
+
+
+def test_experts_in_any_order_have_their_parts_and_are_opened(model, ours):
+    """The error that the op adds, the page, and the first divergence are told in one order, too."""
+    theirs = {n: np.array(x) for n, x in ours.items()}
+    for last in ("ids", "weights"):
+        theirs[f"layers.3.moe.{last}"] = theirs[f"layers.3.moe.{last}"][:, ::-1]
+    rows = {r.tap: r for r in traces(theirs, ours, model=model).rows}
+    assert rows["layers.3.moe.weights"].added < 1e-6 and rows["layers.3.moe.weights"].inherited < 1e-6
+    theirs["layers.3.moe.weights"] = theirs["layers.3.moe.weights"] * np.float32(1.5)
+    report = traces(theirs, ours)
+    assert report.first.sentence.startswith("DIVERGES at layers.3.moe.weights, token 0: rms error 4.99e-01")
+    assert dict(report.opened[0].facts)["cosine"] == "1"
+
+
+def test_integers_of_one_axis_are_no_set():
+    report = traces({"tokens.sampled": np.array([5, 9, 7])}, {"tokens.sampled": np.array([9, 5, 7])})
+    assert report.first.token == 0 and report.rows[0].tokens == 2
+    assert "integers [5] in place of [9]" in report.verdict
+
+
+def test_what_is_not_finite_in_both_is_told(ours):
+    theirs = copy(ours)
+    for tap in ("layers.1.out", "layers.2.out"):
+        theirs[tap][3, :5] = np.nan
+    report = traces(theirs, theirs)
+    assert report.ok and report.verdict.endswith("; 2 taps are not finite in both, the first layers.1.out")
+    assert "same, 5 not finite" in str(report)
+    other = copy(theirs)
+    other["layers.3.out"][:] *= 2
+    assert traces(other, theirs).verdict.startswith("DIVERGES at layers.3.out")
+    assert traces(other, theirs).verdict.endswith("2 taps are not finite in both, the first layers.1.out")
+    assert traces(theirs.filter("layers.2.out"), theirs).verdict.endswith("; layers.2.out is not finite in both")
+    assert "not finite" not in traces(ours, ours).verdict
+
+
+def test_tensors_that_numpy_cannot_read_by_itself(model, ours):
+    theirs = {n: Tensor(x) for n, x in ours.items()}
+    report = traces(theirs, ours)
+    assert report.ok and len(report.rows) == len(ours) and report.opened
+    assert traces(theirs, ours, model=model).has_parts
+    spoiled = {**theirs, "layers.2.out": Tensor(ours["layers.2.out"] + 1)}
+    assert traces(spoiled, ours).first.tap == "layers.2.out"
+
+
+def test_no_tokens(model, ours):
+    empty = model.trace(np.arange(1, 20), "*", tokens_slice=slice(0, 0))
+    report = traces(empty, empty)
+    assert report.ok and report.verdict == "ok: no divergence in 155 taps, in which there are no values"
+    assert "layers.3.moe.ids" in report.html()
+
+
+def test_errors_in_parts_need_the_rows_before(model):
+    late = model.trace(np.arange(1, 20), "*", tokens_slice=slice(5, 10))
+    report = traces(late, late, model=model)
+    assert report.ok and not report.has_parts and "a begins at position 5: what its ops add hangs on" in report.notes[0]

@@ -5,7 +5,12 @@ largest absolute error allowed at each element, derived in docs/math.md; u = 2**
 is judged by its largest ratio ``|got - ref| / budget``: above 1 is a finding, never a reason to raise the budget.
 """
 
+import numpy as np
+
+from ..._arrays import as_array
 from ..._batches import packed, packed_results, unpacked
+from ..._float64 import f64
+from ...quantized import Quantized
 from . import _attention, _basic, _delta, _dense, _kda, _mla
 from ._basic import U
 
@@ -40,7 +45,17 @@ def budget(op, ref, **inputs):
     """
     if op not in _TABLE:
         raise KeyError(f"{op!r} has no budget; these have: {', '.join(names())}")
-    given, lead = packed(op, inputs)
+    ref = tuple(_array(r) for r in ref) if isinstance(ref, tuple) else _array(ref)
+    given, lead = packed(op, {name: _array(x) for name, x in inputs.items()})
     if lead is None:
-        return _TABLE[op](ref, **inputs)
+        return _TABLE[op](ref, **given)
     return unpacked(op, _TABLE[op](packed_results(op, ref, lead), **given), lead)
+
+
+def _array(x):
+    """An argument as the formulas take it: arrays of any library as NumPy's, blocks as their values."""
+    if isinstance(x, tuple):
+        return tuple(_array(a) for a in x)
+    if isinstance(x, Quantized):
+        return f64(x)
+    return as_array(x, "an input") if hasattr(x, "dtype") and not isinstance(x, np.generic) else x
