@@ -270,8 +270,11 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 static void model_dealloc(PyObject *o)
 {
     py_model *self = (py_model *)o;
-    if (self->context != NULL)
+    if (self->context != NULL) {
+        PyThreadState *thread = PyEval_SaveThread(); /* a device is waited for */
         kl_model_destroy(self->context->ctx, self->model);
+        PyEval_RestoreThread(thread);
+    }
     for (Py_ssize_t i = 0; i < self->n_buffers; i++)
         PyBuffer_Release(&self->buffers[i]);
     free(self->buffers);

@@ -41,8 +41,11 @@ static PyObject *state_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 static void state_dealloc(PyObject *o)
 {
     py_state *self = (py_state *)o;
-    if (self->model != NULL)
+    if (self->model != NULL) {
+        PyThreadState *thread = PyEval_SaveThread(); /* a device is waited for */
         kl_state_destroy(self->model->context->ctx, self->state);
+        PyEval_RestoreThread(thread);
+    }
     Py_XDECREF((PyObject *)self->model);
     kl_py_free(o);
 }
