@@ -151,8 +151,8 @@ KL_API int kl_device_list(kl_device_info *list, int capacity);
 /* "cpu", "hip (host)", "hip (amd)", "hip (nvidia)" */
 KL_API const char *kl_ctx_device(const kl_ctx *ctx);
 
-/* Stops the call in flight from another thread: it returns KL_ERR_INTERRUPTED at the end of a task. Where none is,
- * the next. */
+/* Stops the call in flight from another thread: it returns KL_ERR_INTERRUPTED at the end of a task, on a device of
+ * a layer. Where none is, the next. */
 KL_API void kl_ctx_cancel(kl_ctx *ctx);
 
 /* poll is called by the calling thread some twenty times a second during long calls; a value other
@@ -182,7 +182,7 @@ KL_API void kl_ctx_trim(kl_ctx *ctx);
 
 /* Faults for tests. The nth allocation of the context from now on fails, once (1: the next; 0: none). */
 KL_API void kl_ctx_fail_at(kl_ctx *ctx, int64_t nth);
-/* The nth parallel region from now on cancels its call, as kl_ctx_cancel would at that moment. */
+/* The nth parallel region or layer from now on cancels its call, as kl_ctx_cancel would at that moment. */
 KL_API void kl_ctx_cancel_at(kl_ctx *ctx, int64_t nth);
 
 /* ---- measuring ------------------------------------------------------------------------------- */
