@@ -64,9 +64,12 @@ kl_status kl_check_cache(kl_ctx *ctx, const char *op, const char *name, const kl
 kl_status kl_check_rows(kl_ctx *ctx, const char *op, const char *name, int64_t T, int64_t D)
 {
     int64_t n;
-    if (T < 0 || D < 1 || !kl_mul(&n, T, D))
+    if (T < 0 || D < 1)
         return kl_fail(ctx, KL_ERR_SHAPE,
                        "%s: %s is [%lld, %lld]; the first must be >= 0, the second >= 1", op, name,
                        (long long)T, (long long)D);
+    if (!kl_mul(&n, T, D))
+        return kl_fail(ctx, KL_ERR_SHAPE, "%s: %s is [%lld, %lld], which is too large: 2^62 values",
+                       op, name, (long long)T, (long long)D);
     return KL_OK;
 }

@@ -83,7 +83,7 @@ typedef enum kl_type {
 
 /* Values of a block: 1 for F32, F16 and BF16; 0 where the type is unknown. */
 KL_API int64_t kl_type_block(kl_type type);
-/* Bytes of n values of a type, whole blocks; 0 where the type is unknown. */
+/* Bytes of n values of a type, whole blocks; 0 where the type is unknown, or n is negative or 2^60 or more. */
 KL_API size_t kl_type_bytes(kl_type type, int64_t n_values);
 KL_API const char *kl_type_name(kl_type type);
 

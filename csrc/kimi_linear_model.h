@@ -248,7 +248,7 @@ typedef struct kl_forward_args {
     const int32_t *const
         *expert_ids;     /* NULL, or [n_layers] host arrays [T, k]: routing given, or NULL */
     int check_finite;    /* 1: the first tap that is not finite is an error that names it */
-    int64_t pass_tokens; /* 0: 512 */
+    int64_t pass_tokens; /* 0: 512; else 64 or more */
     int64_t *
         done; /* NULL, or [N]: new tokens of each sequence that its state has read, also on failure */
     kl_edit edit; /* NULL, or called where edited says so, before the tap is handed out */

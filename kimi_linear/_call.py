@@ -6,7 +6,7 @@ from . import reference
 from ._arrays import as_float32, as_integers, as_offsets
 from ._scalars import as_whole
 from .context import current
-from .editing import Edits
+from .editing import Edits, Place
 from .plan import available_memory
 from .state import State
 from .trace import Trace, matches
@@ -220,7 +220,11 @@ class Call:
     def edits(self, edit, n_logits):
         if edit is None or (hasattr(edit, "items") and not edit):
             return None
-        return Edits(self.table, self.model.config.n_experts, self.T, n_logits, self.vocab, edit)
+        lengths = np.diff(self.offsets)
+        first = np.asarray(self.position, np.int64) - self.offsets[:-1]
+        place = Place(np.repeat(np.arange(self.N), lengths), np.arange(self.T) + np.repeat(first, lengths))
+        return Edits(self.table, self.model.config.n_experts, self.T, n_logits, self.vocab, edit, place,
+                     self.rows[:n_logits])
 
     def _tell_states(self):
         """Each state keeps the ids that it has read; -1 stands for a row of embeds that has none."""

@@ -1,12 +1,22 @@
 """Edits of a forward pass: taps replaced by arrays, or by what a function makes of them."""
 
+import inspect
+from typing import NamedTuple
+
 import numpy as np
 
 from ._arrays import as_float32, as_integers
 from .context import Context, nested
 from .trace import matches
 
-__all__ = ["Edits"]
+__all__ = ["Edits", "Place"]
+
+
+class Place(NamedTuple):
+    """Where rows of an edited tap are: arrays [n] of each row's sequence in the call, and its position in that."""
+
+    sequence: np.ndarray
+    position: np.ndarray
 
 
 class Edits:
@@ -23,6 +33,10 @@ class Edits:
         Rows of logits of the call; "logits" may be edited where it is not 0.
     vocab : int
     edit : mapping from glob to array or function
+    place : Place
+        Of all T rows.
+    logit_rows : (n_logits,) integers
+        Of which of them the logits are.
 
     Raises
     ------
@@ -32,10 +46,10 @@ class Edits:
         If a glob matches no tap (near names are shown), or an array's shape is not the tap's.
     """
 
-    def __init__(self, table, n_experts, T, n_logits, vocab, edit):
+    def __init__(self, table, n_experts, T, n_logits, vocab, edit, place, logit_rows):
         if not hasattr(edit, "items"):
             raise TypeError(f"edit is a {type(edit).__name__}; it must be a dict from tap to array or function")
-        self.n_experts, self._lender = n_experts, None
+        self.n_experts, self._lender, self._place, self._logit_rows = n_experts, None, place, logit_rows
         shapes = {name: (T, *entry[2]) for name, entry in table.items()}
         if n_logits:
             shapes["logits"] = (n_logits, vocab)
@@ -65,18 +79,18 @@ class Edits:
         """Replace rows first..first+n-1 of a tap; `view` is their memory."""
         name, shape, dtype = self._of_place[layer, tap]
         x = np.frombuffer(bytes(view), dtype).reshape(n, *shape).copy()
-        view[:] = self._changed(name, x, first).tobytes()
+        view[:] = self._changed(name, x, slice(first, first + n)).tobytes()
 
     def logits(self, values):
         """The rows of logits that the call gives, changed."""
-        return self._changed("logits", values, 0) if "logits" in self.changes else values
+        return self._changed("logits", values, self._logit_rows) if "logits" in self.changes else values
 
-    def _changed(self, name, x, first):
+    def _changed(self, name, x, rows):
         for change in self.changes[name]:
             if callable(change):
-                x = self._returned(name, self._call(change, x), x)
+                x = self._returned(name, self._call(change, x, rows), x)
             else:
-                x = change[first : first + len(x)]
+                x = change[rows if name != "logits" else slice(None)]
         return x
 
     def _returned(self, name, value, x):
@@ -85,9 +99,20 @@ class Edits:
                             f"{list(x.shape)}, as rows itself where it has changed that copy in place")
         return self._checked(name, value, x.shape, "(rows)")
 
-    def _call(self, function, x):
-        """`function` of a copy; ops that it calls run in a context of their own, since this call's is taken."""
+    def _call(self, function, x, rows):
+        """`function` of a copy, and of its place where it takes two arguments; ops that it calls run in a context of
+        their own, since this call's is taken."""
         if self._lender is None:
             self._lender = Context(threads=1)
+        place = (Place(*(a[rows] for a in self._place)),) if takes_place(function) else ()
         with nested(self._lender):
-            return function(x.copy())
+            return function(x.copy(), *place)
+
+
+def takes_place(function):
+    """Whether a function needs a second argument by position."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some of those in C do not tell
+        return False
+    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) == 2

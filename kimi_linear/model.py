@@ -268,7 +268,9 @@ class Model:
         edit : mapping from tap to array or function, optional
             Intermediates to replace, by glob: an array of exactly the tap's shape [T, ...], or a function from rows of
             it to rows of the same shape. A function is called once a pass (up to 512 tokens) and sequence with a copy
-            of its rows [n, ...], which it may change in place but must return: None is refused. Several changes of one
+            of its rows [n, ...], which it may change in place but must return: None is refused. A function of two
+            arguments gets their place, too: ``place.position`` [n] in their sequences, what a state has read before
+            included, and ``place.sequence`` [n]; row 0 of a later pass is not token 0. Several changes of one
             tap are made in the order given. New ``moe.ids`` are weighed by the router's scores. The rest of the pass,
             taps and the state see the new values. ``"logits"`` are changed last, all rows in one call, when the states
             have moved on.

@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { NAME = 160 };
+enum { NAME = 160, MAX_AXES = 4 };
 
 static int by_name(const void *a, const void *b)
 {
@@ -81,14 +81,23 @@ static const kl_tensor *checked(kl_loader *l, const char *name, int64_t rows, in
         fail(l, KL_ERR_FORMAT, "checkpoint: %s is missing", name);
         return NULL;
     }
+    if (t->n_dims < 1 || t->n_dims > MAX_AXES) {
+        fail(l, KL_ERR_FORMAT, "checkpoint: %s has n_dims %d; it must be 1 to %d", name, t->n_dims,
+             MAX_AXES);
+        return NULL;
+    }
     int64_t values = 1, wanted;
-    bool fits = t->n_dims >= 1 && t->n_dims <= 4;
+    bool fits = true;
     for (int i = 0; fits && i < t->n_dims; i++)
         fits = kl_mul(&values, values, t->shape[i]);
     if (!fits || !kl_mul(&wanted, rows, cols) || values != wanted
         || (cols > 1 && t->shape[t->n_dims - 1] != cols)) {
-        fail(l, KL_ERR_FORMAT, "checkpoint: %s has %lld values; it must be [%lld, %lld]", name,
-             (long long)values, (long long)rows, (long long)cols);
+        char shape[MAX_AXES * 24] = "";
+        for (int i = 0, n = 0; i < t->n_dims; i++)
+            n += snprintf(shape + n, sizeof shape - (size_t)n, "%s%lld", i > 0 ? ", " : "",
+                          (long long)t->shape[i]);
+        fail(l, KL_ERR_FORMAT, "checkpoint: %s is [%s]; it must be [%lld, %lld]", name, shape,
+             (long long)rows, (long long)cols);
         return NULL;
     }
     const int64_t block = kl_type_block(t->type);

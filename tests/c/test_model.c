@@ -91,7 +91,7 @@ static void test_wrong_checkpoints(kl_ctx *ctx)
           && model == NULL);
     tensors[0].shape[0]--;
     CHECK(kl_model_create(ctx, &model, &c, tensors, n_tensors, 0) == KL_ERR_FORMAT);
-    CHECK(strstr(kl_ctx_error(ctx), "model.embed_tokens.weight") != NULL);
+    CHECK(strstr(kl_ctx_error(ctx), "model.embed_tokens.weight is [") != NULL);
     tensors[0].shape[0]++;
     c.delta.taps = 9;
     CHECK(kl_model_create(ctx, &model, &c, tensors, n_tensors, 0) == KL_ERR_ARG);
@@ -194,8 +194,21 @@ static void test_numbers_out_of_range(kl_ctx *ctx)
     };
     CHECK(kl_forward(ctx, model, &args) == KL_ERR_ARG);
     CHECK(strstr(kl_ctx_error(ctx), "logits and logit_rows must be given") != NULL);
+    for (int64_t n = -1; n <= 2; n += 3) {
+        args.n_logits = n;
+        CHECK(kl_forward(ctx, model, &args) == KL_ERR_ARG);
+        CHECK(strstr(kl_ctx_error(ctx), "it must be 0 to 1, the tokens") != NULL);
+    }
     args.n_logits = 0;
+    const int64_t endless[] = { 0, INT64_C(1) << 61 };
+    args.offsets = endless;
+    CHECK(kl_forward(ctx, model, &args) == KL_ERR_SHAPE);
+    CHECK(strstr(kl_ctx_error(ctx), "there may be 2^40 tokens") != NULL);
+    args.offsets = offsets;
+    CHECK(kl_state_position(state) == 0);
     CHECK(kl_forward(ctx, model, &args) == KL_OK && kl_state_position(state) == 1);
+    CHECK(kl_type_bytes(KL_F32, INT64_C(1) << 60) == 0 && kl_type_bytes(KL_Q4_K, -256) == 0);
+    CHECK(kl_type_bytes(KL_F32, (INT64_C(1) << 60) - 1) == ((size_t)1 << 62) - 4);
     kl_state_destroy(ctx, state);
     kl_model_destroy(ctx, model);
 }

@@ -163,6 +163,37 @@ def test_a_function_sees_the_rows_of_each_pass_and_sequence_once(tiny):
     assert seen == [(512, H), (88, H), (30, H)]
 
 
+def test_a_function_of_two_arguments_knows_where_its_rows_are(tiny):
+    """In later passes, of other sequences, behind a state, of logits; row 5 of a pass is not token 5."""
+    name, seen = "layers.2.kda.beta", []
+
+    def at_five(x, place):
+        seen.append((place.sequence[0], place.position[0], len(place.position)))
+        x[place.position == 5] = 0
+        return x
+
+    sequences = [ids(tiny, n, seed=n) for n in (1000, 30)]
+    arrays = [tiny.trace(s, name)[name].copy() for s in sequences]
+    for a in arrays:
+        a[5] = 0
+    given = tiny.forward(sequences, edit={name: np.concatenate(arrays)})
+    made = tiny.forward(sequences, edit={name: at_five})
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(given, made, strict=True))
+    assert seen == [(0, 0, 512), (0, 512, 488), (1, 0, 30)]
+    state = tiny.new_state()
+    tiny.forward(sequences[1][:3], state=state)
+    seen.clear()
+    tiny.forward(sequences[1][3:10], state=state, edit={name: at_five})
+    assert seen == [(0, 3, 7)]
+    places = []
+    tiny.forward(sequences, logits=[7, 999, 1002], edit={"logits": lambda x, at: places.append(at) or x})
+    assert places[0].sequence.tolist() == [0, 0, 1] and places[0].position.tolist() == [7, 999, 2]
+    seen.clear()
+    tiny.trace(sequences[0], name, tokens_slice=slice(600, 610), edit={name: at_five})
+    assert {first for _, first, _ in seen} == {0, 512}
+    assert tiny.forward([1, 2], edit={name: lambda x, scale=1: x * scale}) is not None  # one argument is needed
+
+
 def test_changes_are_made_in_order_and_functions_may_call_ops(tiny):
     tokens, name = ids(tiny, 20), "layers.1.attn_norm"
     whole = tiny.trace(tokens, name)[name]
