@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,7 +85,7 @@ def amd_machine(root, nodes=NODES):
 
 def test_gpu_check_finds_an_amd_gpu(gpu_check, tmp_path, monkeypatch):
     command(tmp_path / "hipcc", "HIP version: 6.2.41133\nclang version 18")
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{system(tmp_path)}")
     assert gpu_check.amd(0, tmp_path) is None  # no /dev/kfd
     amd_machine(tmp_path)
     found = [gpu_check.amd(n, tmp_path) for n in range(3)]
@@ -96,7 +97,7 @@ def test_gpu_check_finds_an_amd_gpu(gpu_check, tmp_path, monkeypatch):
 def test_gpu_check_finds_an_nvidia_gpu(gpu_check, tmp_path, monkeypatch):
     command(tmp_path / "nvcc", "nvcc: NVIDIA (R) Cuda compiler driver\nCuda compilation tools, release 13.0, V13.0.88")
     command(tmp_path / "nvidia-smi", "NVIDIA H100 80GB HBM3, 9.0, 580.65.06\nNVIDIA A100-SXM4-40GB, 8.0, 580.65.06")
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{system(tmp_path)}")
     gpu = gpu_check.nvidia(0)
     assert (gpu.name, gpu.arch, gpu.driver) == ("NVIDIA H100 80GB HBM3", "sm_90", "580.65.06")
     assert "release 13.0" in gpu.compiler and gpu.target == "nvidia" and "NVIDIA_ARCHS=90" in gpu.options
@@ -133,6 +134,15 @@ def test_gpu_check_sees_the_amd_gpus_that_the_runtime_sees(gpu_check, tmp_path, 
     assert [arch for arch, _ in gpu_check.amd_gpus(tmp_path)] == archs
 
 
+def system(folder):
+    """A folder with what a shell script needs of this machine, and none of its compilers."""
+    (folder / "system").mkdir(exist_ok=True)
+    for name in ("env", "sh", "cat", "echo", "printf"):
+        if not (folder / "system" / name).exists():
+            (folder / "system" / name).symlink_to(shutil.which(name))
+    return folder / "system"
+
+
 def nvidia_machine(folder):
     """A small GPU in the first slot and a large one in two parts behind it; the runtime would begin with the large."""
     (folder / "nvidia-smi").write_text(
@@ -155,7 +165,7 @@ def nvidia_machine(folder):
 ])
 def test_gpu_check_sees_the_nvidia_gpus_that_the_runtime_sees(gpu_check, tmp_path, monkeypatch, listed, archs):
     nvidia_machine(tmp_path)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{system(tmp_path)}")
     if listed is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
     assert [capability for _, capability, _ in gpu_check.nvidia_gpus()] == archs
@@ -184,7 +194,7 @@ def test_gpu_check_counts_amds_gpus_before_nvidias(gpu_check, tmp_path, monkeypa
     (tmp_path / "kimi_linear").mkdir()
     if built:
         (tmp_path / "kimi_linear/_hip_amd.so").touch()
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{system(tmp_path)}")
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
     monkeypatch.setitem(gpu_check.COMPILERS, "hipcc", str(tmp_path / "none"))
     for name, (arch, number) in wanted.items():
@@ -201,7 +211,7 @@ def test_gpu_check_finds_compilers_that_are_not_on_the_path(gpu_check, tmp_path,
     nvidia_machine(tmp_path / "bin")
     (tmp_path / "bin/nvcc").rename(tmp_path / "cuda/nvcc")
     command(tmp_path / "rocm/hipcc", "HIP version: 6.2.41133")
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{system(tmp_path)}")
     for name, folder in (("hipcc", "rocm"), ("nvcc", "cuda")):
         monkeypatch.setitem(gpu_check.COMPILERS, name, str(tmp_path / folder))
     assert f"HIPCC={tmp_path}/rocm/hipcc" in gpu_check.amd(0, tmp_path).options
