@@ -170,7 +170,8 @@ static kl_status check_args(kl_ctx *ctx, const kl_model *m, const kl_forward_arg
         return kl_fail(ctx, KL_ERR_SHAPE, "forward: offsets end at %lld; there may be 2^%d tokens",
                        (long long)T, KL_MAX_TOKENS_LOG2);
     if (a->n_logits < 0 || a->n_logits > T)
-        return kl_fail(ctx, KL_ERR_ARG, "forward: n_logits is %lld; it must be 0 to %lld, the tokens",
+        return kl_fail(ctx, KL_ERR_ARG,
+                       "forward: n_logits is %lld; it must be 0 to %lld, the tokens",
                        (long long)a->n_logits, (long long)T);
     for (int64_t t = 0; t < T; t++)
         if (a->ids[t] < 0 || a->ids[t] >= m->config.vocab)

@@ -42,7 +42,8 @@ int64_t kl_type_block(kl_type type)
 
 size_t kl_type_bytes(kl_type type, int64_t n_values)
 {
-    if (n_values < 0 || n_values >> 60 > 0) /* more than any memory, and than 64 bits of bytes hold */
+    if (n_values < 0
+        || n_values >> 60 > 0) /* more than any memory, and than 64 bits of bytes hold */
         return 0;
     if (type == KL_F32)
         return (size_t)n_values * 4;

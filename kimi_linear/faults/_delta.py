@@ -18,9 +18,11 @@ LOSSY = 20.0  # nats: a float32 sum of gates beyond is rounded by more than a bu
 
 
 def wrong(x, *, l2=None, heads=None, scale=None, gate=None, axis=None, beta=None, order=None, read=None, stored=None,
-          initial=None, final=None, border=None, padding=None, ragged=None, sums=None, turned=()):
+          initial=None, final=None, border=None, padding=None, ragged=None, sums=None, turned=(), exchanged=None,
+          inputs=None, results=None):
     """`reference.delta_rule` of the arguments `x` with faults, all None: none. Takes gates above 0, too."""
     q, k, v, b = (np.asarray(x[n], np.float64) for n in ("q", "k", "v", "beta"))
+    q, k, v = (_rounded(a, inputs) for a in ((k, q, v) if exchanged else (q, k, v)))
     (T, Hk, K), (Hv, V) = q.shape, v.shape[1:]
     if x.get("l2_norm"):
         q, k = _norms(q, k, l2, x.get("l2_eps", 1e-6))
@@ -53,7 +55,13 @@ def wrong(x, *, l2=None, heads=None, scale=None, gate=None, axis=None, beta=None
                                                             padding, turned)
     if final == "swapped":
         states = states.swapaxes(-1, -2)
+    o, states = _rounded(o, results), _rounded(states, results)
     return o, states if x.get("offsets") is not None else states[0]
+
+
+def _rounded(x, kind):
+    """x as a narrower type has it, in float64; x itself for None."""
+    return x if kind is None else x.astype(getattr(ml_dtypes, kind, kind)).astype(np.float64)
 
 
 ACTS_ON = {"l2": "l2_norm", "gate": "g", "axis": "g", "sums": "g", "initial": "initial_state", "ragged": "offsets"}
@@ -355,4 +363,14 @@ def _rest():
                  stored="bfloat16")
 
 
-FAULTS = tuple(f for part in (_states, _scaled, _orders, _gates, _betas_of, _normed, _rest, _chunks) for f in part())
+def _types():
+    kinds = ("bfloat16",), ("float16",)
+    yield _fault("delta_results_rounded", "the results are rounded to a narrow type", choices=kinds,
+                 each="the results are rounded to {}", results=lambda kind: kind)
+    yield _fault("delta_inputs_rounded", "q, k and v are rounded to a narrow type", choices=kinds,
+                 each="q, k and v are rounded to {}", inputs=lambda kind: kind)
+    yield _fault("query_and_key_exchanged", "q and k are exchanged", exchanged=True)
+
+
+PARTS = _states, _scaled, _orders, _gates, _betas_of, _normed, _rest, _chunks, _types
+FAULTS = tuple(f for part in PARTS for f in part())

@@ -101,7 +101,7 @@ def test_the_place_of_an_overflow():
     """-5 nats a token: the sum passes -88.7 at the eighteenth."""
     card = check(planted.kernel(planted.FACTORED), cases=["gate-5", "gate-5-long"])
     assert card["gate-5"].why == (
-        "NaN from a positive exponent, exp(90) where float32 ends at exp(88.7), chunk 0, row 17, chunks of 64")
+        "NaN from a positive exponent, exp(90) where float32 ends at exp(88.7), chunk 0, row 17")
     assert "token 17, head 0" in card["gate-5"].detail
 
 

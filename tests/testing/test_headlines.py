@@ -34,3 +34,30 @@ def test_a_reason_for_some_says_for_how_many():
     card = kl.testing.check_op("rms_norm", kernel, cases=["widths", "eps"])
     sentence, names = card.reasons[0]
     assert card.verdict.endswith(sentence if len(names) == len(card.failing) else f", in {len(names)} of them")
+
+
+def rounded(kind):
+    import ml_dtypes
+
+    return lambda x: x.astype(getattr(ml_dtypes, kind, kind)).astype(np.float32)
+
+
+@pytest.mark.parametrize("says, kernel", [
+    ("the results are rounded to bfloat16", lambda **x: tuple(map(rounded("bfloat16"), kl.ops.delta_rule(**x)))),
+    ("the results are rounded to float16", lambda **x: tuple(map(rounded("float16"), kl.ops.delta_rule(**x)))),
+    ("q, k and v are rounded to bfloat16",
+     lambda q, k, v, **x: kl.ops.delta_rule(*map(rounded("bfloat16"), (q, k, v)), **x)),
+    ("q and k are exchanged", lambda q, k, v, **x: kl.ops.delta_rule(k, q, v, **x)),
+])
+def test_common_slips_of_a_delta_rule_are_named(says, kernel):
+    card = kl.testing.check_op("delta_rule", kernel, cases=["lengths", "carried", "keys"], without=["out"])
+    assert f"cases: {says}" in card.verdict.replace("; 1 not offered", ""), card.verdict
+
+
+def test_a_kernel_that_always_normalises_is_found():
+    """Most cases have q and k of unit length; one has not, and asks for no norm."""
+    def kernel(q, k, v, **x):
+        return kl.ops.delta_rule(kl.ops.l2_norm(q), kl.ops.l2_norm(k), v, **x)
+
+    card = kl.testing.check_op("delta_rule", kernel, cases=["keys"])
+    assert "keys-lengths" in card.failing

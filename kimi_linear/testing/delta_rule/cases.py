@@ -184,6 +184,11 @@ def _orthogonal(x, rng):
     x["k"][...] = np.eye(x["k"].shape[-1], dtype=np.float32)[np.arange(len(x["k"])) % x["k"].shape[-1]][:, None]
 
 
+def _of_other_lengths(x, rng):
+    for name, most in (("q", 3.0), ("k", 0.9)):
+        x[name] *= rng.uniform(0.3, most, x[name].shape[:-1]).astype(np.float32)[..., None]
+
+
 def _times(names, factor):
     def change(x, rng):
         for name in names:
@@ -208,6 +213,8 @@ def _betas():
 def _keys():
     yield _case("keys-zero", "keys", 33, change=_zero_keys, carried=True, says="every third key is zero")
     yield _case("keys-equal", "keys", 70, change=_mild_then(_equal), carried=True, says="one key for all tokens")
+    yield _case("keys-lengths", "keys", 70, change=_mild_then(_of_other_lengths), carried=True,
+                says="q and k of other lengths than 1, and no norm")
     yield _case("keys-orthogonal", "keys", 70, change=_mild_then(_orthogonal), carried=True)
     for name, factor, of, says in (
             ("norm", 3.0, "qk", ""), ("norm-small", 1e-3, "qk", "the sum of squares is as large as eps"),

@@ -60,7 +60,8 @@ def _nearest(kind, g, token):
         n, row = divmod(token, C)
         at, says, what = kind(g[n * C:(n + 1) * C])
         if at is not None:
-            found.append((abs(at - row) + (at > row), says, f"{what}chunk {n}, row {at}, chunks of {C}"))
+            of = f", chunks of {C}" if n else ""  # what is in the first chunk tells nothing of its length
+            found.append((abs(at - row) + (at > row), says, f"{what}chunk {n}, row {at}{of}"))
     return min(found, key=lambda f: f[0])[1:] if found else None
 
 
