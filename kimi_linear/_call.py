@@ -241,7 +241,9 @@ class Call:
         c = self.model.config
         for layer, ids in expert_ids.items():
             if f"layers.{layer}.moe.ids" not in self.table:
-                raise ValueError(f"expert_ids: layer {layer} has no mixture of experts")
+                layers = [i for i, spec in enumerate(self.model.config.layers) if spec.ffn == "moe"]
+                raise ValueError(f"expert_ids has the key {layer!r}; it must be a layer with a mixture of experts, one "
+                                 f"of {layers}")
             _, tap, shape, _ = self.model._taps[f"layers.{layer}.moe.ids"]
             a = as_integers(ids, f"expert_ids[{layer}]", (self.T, *shape), low=0, high=c.n_experts)
             given.append((layer, tap, np.sort(a, axis=-1)))

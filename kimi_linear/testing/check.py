@@ -338,7 +338,7 @@ def _torch(a, device):
 def _numpy(x):
     """A result as a NumPy array of its own."""
     if x is None:
-        raise WrongResult("a result is None; the state must be returned, too")
+        raise WrongResult("a result is None; every result must be returned, the state of a delta rule, too")
     if type(x).__module__.split(".")[0] == "torch":
         x = x.detach().cpu()
     a = as_array(x, "a result")

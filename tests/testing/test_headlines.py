@@ -61,3 +61,12 @@ def test_a_kernel_that_always_normalises_is_found():
 
     card = kl.testing.check_op("delta_rule", kernel, cases=["keys"])
     assert "keys-lengths" in card.failing
+
+
+def test_results_in_another_order_are_one_reason():
+    def kernel(**x):
+        o, state = kl.ops.delta_rule(**x)
+        return state, o
+
+    card = kl.testing.check_op("delta_rule", kernel, cases=["lengths", "carried", "widths"], without=["out"])
+    assert card.reasons[0][0] == "the state is given before o" and len(card.reasons) == 1, card.verdict
