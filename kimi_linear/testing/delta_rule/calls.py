@@ -113,10 +113,10 @@ def _read(how, result, sizes, lead, ragged):
     if len(result) != 2:
         raise WrongResult(f"it gave {len(result)} result{'s' * (len(result) != 1)}; it must give two, o and the state")
     o, state = result
-    if o.shape != o_shape and state.shape == o_shape:
+    if (o.shape, state.shape) == (s_shape, o_shape) != (o_shape, s_shape):
         raise WrongResult("it gave the state and o; it must give o, then the state", "the state is given before o")
     if o.shape != o_shape:
-        raise WrongResult(f"o has shape {list(o.shape)}; it must be {list(o_shape)}", "o has another shape")
+        raise WrongResult(f"o has shape {list(o.shape)}; it must be {list(o_shape)}")
     if state.shape != s_shape:
         swapped = state.shape == (*s_shape[:-2], s_shape[-1], s_shape[-2])
         raise WrongResult(f"the state has shape {list(state.shape)}; it must be {list(s_shape)}", SWAPPED * swapped)
