@@ -63,7 +63,7 @@ def explain(spec, failures, wrote=False):
     spec : Spec
     failures : list of Failure
     wrote : bool
-        Whether a case that holds has results other than zero: then a mistake that gives zeros here is the reason.
+        Whether a case that holds has results other than zero: then mistakes that give zeros here are the reason.
 
     Returns
     -------
@@ -72,7 +72,7 @@ def explain(spec, failures, wrote=False):
     """
     singles = [(e.says, dict(e.switches)) for e in spec.explanations]
     empty = [f for f in failures if _is_empty(f)]
-    known = wrote and any(all(_fits(spec, switches, f) for f in empty) for _, switches in singles)
+    known = wrote and all(any(_fits(spec, switches, f) for _, switches in singles) for f in empty)
     if 2 * len(empty) > len(failures) and not known:
         rest = explain(spec, [f for f in failures if f not in empty]) if len(empty) < len(failures) else {}
         return {f.name: (EMPTY, "") for f in empty} | rest

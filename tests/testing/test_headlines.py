@@ -70,3 +70,16 @@ def test_results_in_another_order_are_one_reason():
 
     card = kl.testing.check_op("delta_rule", kernel, cases=["lengths", "carried", "widths"], without=["out"])
     assert card.reasons[0][0] == "the state is given before o" and len(card.reasons) == 1, card.verdict
+
+
+def test_zeros_of_a_kernel_that_writes_have_their_own_reasons():
+    """Two cases fail with zeros, each by another mistake: that nothing is written is neither."""
+    def kernel(x, z, w, eps, activation="sigmoid"):
+        with np.errstate(over="ignore"):
+            squares = (x * x).sum(-1, keepdims=True) / np.float32(x.shape[-1])
+            gate = 1 / (1 + np.exp(-z))
+        y = w * x / np.sqrt(squares + np.float32(eps)) * gate
+        return y * z if activation == "silu" else y
+
+    card = kl.testing.check_op("gated_rms_norm", kernel, without=["out"])
+    assert card.failing and "as if nothing were written" not in str(card), str(card)
