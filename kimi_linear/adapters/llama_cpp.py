@@ -112,7 +112,8 @@ class Engine:
     """
 
     def __init__(self, path, *, model=None, n_ubatch=512, threads=1):
-        self.config = config_of(open_checkpoint(path) if model is None else model)
+        checkpoint = open_checkpoint(path) if model is None else None
+        self.config = config_of(checkpoint or model)
         if n_ubatch < 1 or threads < 1:
             raise ValueError(f"n_ubatch is {n_ubatch} and threads is {threads}; both must be >= 1")
         self.path, self.n_ubatch, self.threads = Path(path), int(n_ubatch), int(threads)
@@ -124,7 +125,7 @@ class Engine:
             self._model = self._api.llama_model_load_from_file(str(path).encode(), params)
         if not self._model:
             raise ValueError(f"{path}: llama.cpp does not open it: {_reason(said)}")
-        self._activations = open_checkpoint(path).fast_activations
+        self._activations = (checkpoint or open_checkpoint(path)).fast_activations
 
     def close(self):
         """Give the file back."""

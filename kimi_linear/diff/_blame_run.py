@@ -174,7 +174,7 @@ class Run:
         """The rows, judged again with narrow activations where nobody said which, and most products are that far off.
 
         Only where the types of the weights are known: the others' errors would be those of any float type."""
-        if self.told or not self.narrow.in_blocks:
+        if self.told or not self.narrow.knows_types:
             return rows
         for kind in ("int8", "bfloat16"):
             narrow = Narrow(kind, self.weights)

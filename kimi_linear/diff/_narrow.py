@@ -10,13 +10,13 @@ import numpy as np
 from ..context import check_activations
 from ..quantized import storage_types
 from ..weights import Weights
+from . import metrics
 
 __all__ = ["Jittered", "Narrow"]
 
 BLOCK = 32  # values that share a scale
 LEVELS = 127  # of int8, to either side
 INSIDE = 2  # an expert rounds what it makes of x, too: so much more than x alone would be
-UNITS = {"bfloat16": 2.0**-9, "float16": 2.0**-12}
 #: Inputs that are rounded: of products like the weight, of attention's others as a cache may store them.
 PRODUCTS = {"linear": ("x",), "moe": ("x",), "latent_attention": ("q", "latent")}
 CACHED = {"attention": ("q", "k", "v"), "latent_attention": ("k_shared",)}
@@ -37,8 +37,8 @@ class Narrow:
         self._type_of = weights.storage_type if isinstance(weights, Weights) else None
 
     @property
-    def in_blocks(self):
-        """Whether the weights are known, so that `of` tells products of blocks from others."""
+    def knows_types(self):
+        """Whether the weights tell in what they lie, so that `takes` tells narrow products from others."""
         return self._type_of is not None
 
     def of(self, node) -> dict[str, tuple[str, int]]:
@@ -101,9 +101,10 @@ class Jittered(Mapping):
 
 
 def half_steps(x, kind):
-    """By how much rounding to a type moves each element of rows [T, ...] at most."""
+    """By how much rounding to a type moves each element of rows [T, ...]: at most, and for a float type about halfway
+    between two powers of two."""
     if kind != "int8":
-        return UNITS[kind] * np.abs(x)
+        return metrics.unit_of(kind) / 2 * np.abs(x)
     rows = np.abs(x.reshape(len(x), -1))
     blocks = np.pad(rows, ((0, 0), (0, -rows.shape[1] % BLOCK))).reshape(len(x), -1, BLOCK)
     steps = np.repeat(blocks.max(-1) / (2 * LEVELS), BLOCK, axis=1)

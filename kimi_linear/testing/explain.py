@@ -72,8 +72,8 @@ def explain(spec, failures, wrote=False):
     """
     singles = [(e.says, dict(e.switches)) for e in spec.explanations]
     empty = [f for f in failures if _is_empty(f)]
-    known = wrote and all(any(_fits(spec, switches, f) for _, switches in singles) for f in empty)
-    if 2 * len(empty) > len(failures) and not known:
+    if 2 * len(empty) > len(failures) and not (
+            wrote and all(any(_fits(spec, switches, f) for _, switches in singles) for f in empty)):
         rest = explain(spec, [f for f in failures if f not in empty]) if len(empty) < len(failures) else {}
         return {f.name: (EMPTY, "") for f in empty} | rest
     why = {}
