@@ -1,5 +1,5 @@
-"""Arrays that lie on a device: ops take and give them without a copy and memory
-lives as long as what was made of it. Large uploads go through pinned memory, and a model's say how far they are."""
+"""Arrays that lie on a device: ops take and give them without a copy, and memory lives as long as what was made of it.
+Large uploads go through pinned memory, and a model's say how far they are."""
 
 import ctypes
 import gc
