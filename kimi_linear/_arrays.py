@@ -28,6 +28,8 @@ def as_array(x, name):
         raise TypeError(f"{name} lies on a device; give {name}.numpy()")
     if any(c.__module__.split(".")[0] == "torch" for c in type(x).__mro__):
         return _from_torch(x, name)
+    if str(getattr(x, "dtype", "")) == "mlx.core.bfloat16":
+        return _from_mlx(x)
     if hasattr(x, "__dlpack__") and not hasattr(x, "__array__"):
         try:
             return np.from_dlpack(x)
@@ -85,6 +87,13 @@ def _from_torch(x, name):
         return x.numpy()
     except (RuntimeError, TypeError) as error:  # sparse, quantised, of a type that NumPy has not
         raise TypeError(f"{name}: a tensor of {x.dtype} that NumPy cannot read ({error})") from None
+
+
+def _from_mlx(x):
+    """An mlx array of bfloat16, which the buffer protocol has no letter for."""
+    import mlx.core as mx
+
+    return np.asarray(x.view(mx.uint16)).view(BFLOAT16)
 
 
 def as_float32(x, name, *shapes):

@@ -11,6 +11,7 @@ kimi-linear golden delta_rule -o cases.npz
 kimi-linear golden delta_rule -o cases.safetensors --cases "rim gates" --cases "nan*"
 kimi-linear golden rms_norm -o cases.npz
 kimi-linear golden delta_rule --judge results.npz --without "initial state"
+kimi-linear golden attention --dtype bfloat16 -o cases.npz
 
 RESULTS is npz or safetensors: CASE/out/NAME, your results under the names and in the shapes of those in the cases.
 
@@ -26,6 +27,9 @@ def add_arguments(parser):
     parser.add_argument("--format", choices=("npz", "safetensors"), help="(default: as the file's name ends, else npz)")
     parser.add_argument("--cases", action="append", metavar="GLOB",
                         help="names or groups; may be given again (default: all, and the packaged model's own)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+                        help="what the kernel computes in: arguments are values of it, and what it rounds is allowed "
+                             "(default: %(default)s)")
     parser.add_argument("--without", action="append", metavar="WORDS",
                         help="with --judge: what the kernel does not have, as a case's `needs` in the index spells it; "
                              "may be given again")
@@ -40,7 +44,7 @@ def run(args):
     if args.judge is not None:
         if args.format is not None:
             raise ValueError("--format is for the file to write; RESULTS is known by what it begins with")
-        card = judge_golden(args.op, args.judge, cases=cases, without=args.without or ())
+        card = judge_golden(args.op, args.judge, cases=cases, without=args.without or (), dtype=args.dtype)
         if args.json:
             print_json(card.to_dict())
         else:
@@ -49,7 +53,7 @@ def run(args):
     if args.without is not None:
         raise ValueError("--without is for --judge; what a case needs is in the index")
     check_output(args.output, is_golden, "a file of cases")
-    index = write_golden(args.op, args.output, format=args.format, cases=cases)
+    index = write_golden(args.op, args.output, format=args.format, cases=cases, dtype=args.dtype)
     if args.json:
         print_json(index)
     else:

@@ -246,12 +246,17 @@ def judge(actual, desired, bound=None, *, op=None, axes=None, dtype=None) -> Com
                           arrays=(actual, desired, axes, None))
     bound = np.broadcast_to(np.asarray(bound, np.float64), d.shape)
     if narrow:
-        bound = bound * (1 + metrics.unit_of(dtype)) + _half_spacing(d, dtype)
+        bound = bounded(d, bound, dtype)
     share, at = metrics.share_of(actual, desired, bound)
     if e.count:
         rows.append(("budget", f"{share:.3g} of it used at worst", metrics.coordinates(at, axes)))
     return Comparison(share <= 1, rows, _verdict(share, at, actual, d, bound, axes, op), e, share, at, op,
                       arrays=(actual, desired, axes, bound))
+
+
+def bounded(d, bound, dtype):
+    """A bound of the error of values near `d`, and what rounding them to a narrow type adds."""
+    return bound * (1 + metrics.unit_of(dtype)) + _half_spacing(d, dtype)
 
 
 def _round_to(x, dtype):

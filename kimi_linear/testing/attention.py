@@ -39,4 +39,5 @@ FORMS = {
     "[1, H, T, n], o [1, T, H, n]": Form(_heads_first, lambda found, x: {"o": found["o"][0]}),
 }
 
-SPEC = plain("attention", ("o",), cases(), (causal("q", "k", "v"),), FORMS)
+SPEC = plain("attention", ("o",), cases(), (causal("q", "k", "v"),), FORMS,
+             narrow=("q", "k", "v"))

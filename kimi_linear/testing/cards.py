@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from .._names import near
 from ..diff.compare import aligned
+from ..diff.metrics import unit_of
 
 __all__ = ["Card", "Row"]
 
@@ -23,7 +24,8 @@ class Row:
     name, group : str
     status : {"holds", "fails", "not offered"}
     rms, largest : float
-        Error over the rms of the result, in u = 2**-24: rms, and in the worst element. NaN where nothing was compared.
+        Error over the rms of the result, in u of the card's dtype (2**-24, 2**-8, 2**-11): rms, and in the worst
+        element. NaN where nothing was compared.
     share : float
         Largest ratio of an element's error to the bound of docs/math.md, once.
     detail : str
@@ -63,6 +65,8 @@ class Card:
         Why nothing was run; empty where something was.
     seconds : float
         What it took.
+    dtype : str
+        The type that the callable computes in.
     """
 
     op: str
@@ -73,6 +77,7 @@ class Card:
     lacks: tuple = ()
     refused: str = ""
     seconds: float = field(default=0.0, compare=False)
+    dtype: str = "float32"
 
     def __bool__(self):
         return not self.refused and not self.failing and bool(self._of("holds"))
@@ -138,7 +143,7 @@ class Card:
     def brief(self):
         """The text without what holds: the verdict, then the groups that fail, where first, and why."""
         groups = list(self._groups())
-        lines = _wrapped(f"{self.op}, {self.conventions} conventions: {self.verdict}", "")
+        lines = _wrapped(f"{self._called()}: {self.verdict}", "")
         lines += [line[:WIDTH] for line in aligned([g for g in groups if "FAIL" in g[1]], "  ")]
         hold = [name for name, went, _, _ in groups if went.endswith("hold")]
         if hold and self.failing:
@@ -146,14 +151,18 @@ class Card:
         return "\n".join([*lines, *self._reasons()])
 
     def __str__(self):
-        lines = [f"{self.op}, {self.conventions} conventions: {len(self.rows)} cases and laws; "
-                 f"an error may be {self.factor} times the bound of docs/math.md#{self.op}"]
+        lines = _wrapped(f"{self._called()}: {len(self.rows)} cases and laws; an error may be {self.factor} times the "
+                         f"bound of docs/math.md#{self.op}", "")
         lines += [line[:WIDTH] for line in aligned(list(self._groups()), "  ")]
         lines += self._reasons()
         lacking = dict.fromkeys(r.detail for r in self._of("not offered"))
         if lacking:
             lines += _wrapped(f"not offered: {'; '.join(lacking)}", "  ")
         return "\n".join([*lines, *_wrapped(self.verdict, "")])
+
+    def _called(self):
+        narrow = "" if self.dtype == "float32" else f", {self.dtype} (u = 2^{math.log2(unit_of(self.dtype)):.0f})"
+        return f"{self.op}, {self.conventions} conventions{narrow}"
 
     def _reasons(self):
         """Lines: the first that fails, and what explains how many."""
@@ -185,7 +194,8 @@ class Card:
 
     def to_dict(self):
         """Plain values, for JSON."""
-        return {"op": self.op, "conventions": self.conventions, "ok": bool(self), "verdict": self.verdict,
+        return {"op": self.op, "conventions": self.conventions, "dtype": self.dtype, "ok": bool(self),
+                "verdict": self.verdict,
                 "reasons": [{"says": s, "cases": list(names)} for s, names in self.reasons],
                 "lacks": list(self.lacks),
                 "rows": [{n: _finite(x) for n, x in vars(r).items()} for r in self.rows]}

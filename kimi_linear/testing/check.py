@@ -13,10 +13,10 @@ from .. import reference
 from .._arrays import BFLOAT16, as_array
 from ..conventions import convention
 from ..diff.budgets import budget
-from ..diff.compare import judge
-from ..diff.metrics import axis_names, coordinates
+from ..diff.compare import bounded, judge
+from ..diff.metrics import axis_names, coordinates, unit_of
 from .cards import Card, Row
-from .explain import Failure, explain
+from .explain import NEAR, Failure, explain
 from .spec import Law, NotOffered, WrongResult, select, spec
 
 __all__ = ["check_op"]
@@ -24,13 +24,16 @@ __all__ = ["check_op"]
 #: Bounds that an error may reach. The bound counts the roundings of our order of sums; any other order of the sums
 #: over K has at most twice as many, and a chunked form has its triangular sums besides.
 FACTOR = 4
-#: On inputs as a model has them, besides: rms error over the rms of the result, and the largest.
-USUAL_RMS, USUAL_LARGEST = 1e-6, 2e-5
+#: On inputs as a model has them, besides: rms error over the rms of the result, and in one element so many times that.
+USUAL_RMS, USUAL_LARGEST = 1e-6, 20
+#: Types that a callable may take, and u of those that are narrow.
+TYPES = {"float32": np.dtype(np.float32), "bfloat16": BFLOAT16, "float16": np.dtype(np.float16)}
 
 GUARD = 64, 1 << 14  # values before and after each input: as many times its own, and at most so many
 
 
-def check_op(op, fn, *, conventions="ours", cases="all", without=(), arrays=None, form=None, factor=FACTOR):
+def check_op(op, fn, *, conventions="ours", dtype="float32", cases="all", without=(), arrays=None, form=None,
+             factor=FACTOR):
     """Run a callable over the cases of an op, and say which hold, how far off it is, and why.
 
     Parameters
@@ -41,6 +44,10 @@ def check_op(op, fn, *, conventions="ours", cases="all", without=(), arrays=None
         Takes the op's arguments by name, in the conventions named, and returns its results.
     conventions : str or Convention
         Whose names, layouts and units `fn` has: a key of `kimi_linear.conventions`, or an entry of it with ``but``.
+    dtype : {"float32", "bfloat16", "float16"}
+        What `fn` computes in. In a narrow type it is given values that the type holds, as the reference is, and may
+        round to it what docs/math.md#narrow says: its results, and each operand of a product once. Gates, routing
+        weights and states stay float32.
     cases : str or list of str
         "all", or patterns of names and groups; the laws are a group.
     without : list of str
@@ -62,7 +69,7 @@ def check_op(op, fn, *, conventions="ours", cases="all", without=(), arrays=None
     Raises
     ------
     ValueError
-        If there is no such op, convention, case, lack or form.
+        If there is no such op, convention, type, case, lack or form, or the op has nothing narrow.
     TypeError
         If `fn` is not callable.
     """
@@ -75,7 +82,19 @@ def check_op(op, fn, *, conventions="ours", cases="all", without=(), arrays=None
     if form is not None and form not in the.forms:
         raise ValueError(f"form is {form!r}; {op} has {', '.join(the.forms) or 'one form alone'}")
     form = {} if form is None else {"form": form}
-    return Run(the, how, fn, _maker(arrays or how.arrays), lacks, form, factor).card(chosen)
+    return Run(the, how, fn, _maker(arrays or how.arrays), lacks, form, factor, narrow_type(the, dtype)).card(chosen)
+
+
+def narrow_type(the, dtype):
+    """The dtype of a name, or of a type of another library; ValueError where there is none, or the op has no use for
+    it."""
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", str(dtype))
+    name = name.rpartition(".")[2]
+    if name not in TYPES:
+        raise ValueError(f"dtype is {dtype!r}; it must be of {', '.join(TYPES)}")
+    if name != "float32" and not the.narrow:
+        raise ValueError(f"dtype is {name!r}; {the.op} is computed in float32 alone")
+    return TYPES[name]
 
 
 def lacks_of(the, without):
@@ -113,6 +132,8 @@ class Run:
 
     Attributes
     ----------
+    u : float
+        Of the type that the callable computes in; `stored` is the same, and 0 for float32.
     failures : list of Failure
         Of results that can be compared, for `explain`.
     known : dict of str to (str, str)
@@ -121,9 +142,12 @@ class Run:
         Whether a case that holds has results other than zero.
     """
 
-    def __init__(self, the, how, fn, make, lacks, form, factor):
+    def __init__(self, the, how, fn, make, lacks, form, factor, dtype=TYPES["float32"]):
         self.the, self.how, self.fn, self.make = the, how, fn, make
-        self.lacks, self.form, self.factor = lacks, form, factor
+        self.lacks, self.form, self.factor, self.dtype = lacks, form, factor, dtype
+        self.u = unit_of(dtype)
+        self.stored = self.u if dtype.itemsize < 4 else 0.0
+        self.usual = the.narrow_rms * self.u if self.stored else USUAL_RMS
         self.kinds = the.kinds(how)
         self.failures, self.known, self.wrote = [], {}, False
 
@@ -132,11 +156,12 @@ class Run:
         start = time.perf_counter()
         rows = [self.law(c) if isinstance(c, Law) else self.case(c) for c in chosen]
         if all(r.status == "not offered" for r in rows):
-            return Card(self.the.op, self.how.project, (), self.factor, refused=self.refused() or rows[0].detail)
+            return Card(self.the.op, self.how.project, (), self.factor, refused=self.refused() or rows[0].detail,
+                        dtype=self.dtype.name)
         why = explain(self.the, self.failures, self.wrote) | self.known
         rows = tuple(replace(r, why=", ".join(filter(None, why.get(r.name, ())))) for r in rows)
         return Card(self.the.op, self.how.project, rows, self.factor, _gathered(why), lacks=_lacks(rows, chosen),
-                    seconds=time.perf_counter() - start)
+                    seconds=time.perf_counter() - start, dtype=self.dtype.name)
 
     def refused(self):
         """Why the plain case is not offered; empty where it is."""
@@ -154,7 +179,18 @@ class Run:
         lacking = sorted(case.needs & self.lacks)
         if lacking:
             raise NotOffered(f"{', '.join(lacking)}")
-        return case.make(self.kinds[0])
+        return self.narrowed(case.make(self.kinds[0]))
+
+    def narrowed(self, inputs):
+        """The inputs with those that may be narrow in the callable's type; NotOffered where it cannot hold them."""
+        if not self.stored:
+            return inputs
+        narrow = {n: a for n in self.the.narrow if isinstance(a := inputs.get(n), np.ndarray)}
+        with np.errstate(over="ignore"):
+            held = {n: a.astype(self.dtype) for n, a in narrow.items()}
+        if any((np.isfinite(narrow[n]) & ~np.isfinite(held[n])).any() for n in narrow):
+            raise NotOffered(f"values beyond {self.dtype.name}")
+        return inputs | held
 
     def results(self, case, inputs, fill=np.nan):
         """What is judged, in our layout: of one call, or of the case's steps."""
@@ -197,20 +233,37 @@ class Run:
             detail = f"raised {type(error).__name__}: {_line(error)}"
             self.known[case.name] = detail, ""
             return Row(case.name, case.group, "fails", detail=detail)
-        ref, bounds = _reference(self.the.op, exact, self.form)
+        ref, bounds = _reference(self.the.op, exact, self.form, self.stored)
         for name, a, r in zip(self.the.results, actual, ref, strict=True):
             if a.shape != r.shape:
                 says = f"{name} has shape {list(a.shape)}; it must be {list(r.shape)}"
                 self.known[case.name] = says, ""
                 return Row(case.name, case.group, "fails", detail=says)
-        parts = [judge(a, r, b, op=self.the.op) for a, r, b in zip(actual, ref, bounds, strict=True)]
+        types = [self._type(name, a) for name, a in zip(self.the.results, actual, strict=True)]
+        actual = tuple(widened(a) for a in actual)
+        parts = [judge(a, r, b, op=self.the.op, dtype=t) for a, r, b, t in zip(actual, ref, bounds, types, strict=True)]
         detail = self._fault(case, parts, actual, ref)
-        row = Row(case.name, case.group, "fails" if detail else "holds", max(p.errors.rms_u for p in parts),
-                  max(p.errors.largest_u for p in parts), max(p.share for p in parts), detail)
+        row = Row(case.name, case.group, "fails" if detail else "holds",
+                  max(p.errors.rms_relative for p in parts) / self.u,
+                  max(p.errors.largest_relative for p in parts) / self.u, max(p.share for p in parts), detail)
         self.wrote |= not detail and any(map(np.any, actual))
         if detail:
-            self._failed(case, inputs, Failure(case, exact, actual, ref, tuple(self.factor * b for b in bounds)))
+            allowed = tuple(self.factor * p.arrays[-1] for p in parts)
+            near = NEAR if not self.stored else max(NEAR, 2 * self.usual)
+            self._failed(case, inputs, Failure(case, exact, actual, ref, allowed, near))
         return row
+
+    def with_storage(self, name, ref, bound):
+        """The bound of a result, and what its own type may round."""
+        narrow = self.stored and name in self.the.narrow_results
+        return bounded(ref, bound, self.dtype) if narrow else bound
+
+    def _type(self, name, a):
+        """The type that a result may have been rounded to: where the callable is narrow the one it came in, of some
+        that of the callable whatever they came in."""
+        if not self.stored:
+            return TYPES["float32"]
+        return self.dtype if name in self.the.narrow_results else a.dtype
 
     def _fault(self, case, parts, actual, ref):
         """What is wrong, in a sentence that names the place; empty where the case holds."""
@@ -222,9 +275,10 @@ class Run:
             if p.share > self.factor:
                 return (f"{name} is {a[p.at]:.6g} and the reference {r[p.at]:.6g} at {_place(p.at, name)}: "
                         f"{p.share:.3g} times the bound")
-            if case.usual and (e.rms_relative > USUAL_RMS or e.largest_relative > USUAL_LARGEST):
+            largest = USUAL_LARGEST * self.usual
+            if case.usual and (e.rms_relative > self.usual or e.largest_relative > largest):
                 return (f"{name} is off by {e.rms_relative:.1e} of its rms, {e.largest_relative:.1e} in one element; "
-                        f"on such inputs it may be {USUAL_RMS:.0e} and {USUAL_LARGEST:.0e}")
+                        f"on such inputs it may be {self.usual:.0e} and {largest:.0e}")
         return ""
 
     def _failed(self, case, inputs, failure):
@@ -232,6 +286,7 @@ class Run:
         if not failure.finite:
             with suppress(Exception):
                 again = self.results(case, inputs, fill=0.0)
+                again = tuple(widened(a) for a in again)
                 if not all(np.array_equal(a, b, equal_nan=True) for a, b in zip(failure.actual, again, strict=True)):
                     says = "it reads past the ends of its inputs: NaN that lie there reach the results"
                     self.known[case.name] = says, ""
@@ -244,7 +299,7 @@ class Run:
         if lacking:
             return Row(law.name, "laws", "not offered", detail=", ".join(lacking))
         try:
-            broken = law.check(self.the.cases[0].make(self.kinds[0]), self._call)
+            broken = law.check(self.narrowed(self.the.cases[0].make(self.kinds[0])), self._call)
         except NotOffered as lack:
             return Row(law.name, "laws", "not offered", detail=str(lack))
         except WrongResult as error:
@@ -261,15 +316,15 @@ class Run:
 _kept = {}  # digest of an op's inputs -> (reference, bounds): the same cases serve many callables
 
 
-def _reference(op, inputs, form):
-    """(results, bounds) in float64, each a tuple; `form` goes to the budget."""
-    key = _digest(op, inputs | form)
+def _reference(op, inputs, form, stored):
+    """(results, bounds) in float64, each a tuple; `form` and `stored` go to the budget."""
+    key = _digest(op, inputs | form | {"stored": stored})
     if key not in _kept:
         if len(_kept) > 400:
             _kept.clear()
         with np.errstate(all="ignore"):
             ref = getattr(reference, op)(**inputs)
-            bounds = budget(op, ref, **inputs, **form)
+            bounds = budget(op, ref, stored=stored, **inputs, **form)
         ref, bounds = (x if isinstance(x, tuple) else (x,) for x in (ref, bounds))
         if any(np.isnan(a).any() for a in inputs.values() if isinstance(a, np.ndarray)):
             bounds = tuple(np.where(np.isnan(b), np.inf, b) for b in bounds)  # beside a NaN its place alone is judged
@@ -342,7 +397,12 @@ def _numpy(x):
     if type(x).__module__.split(".")[0] == "torch":
         x = x.detach().cpu()
     a = as_array(x, "a result")
-    return a.copy() if a.dtype.kind in "fiu" else a.astype(np.float32)  # the memory may be used again
+    return a.copy() if a.dtype.kind in "fiu" or a.dtype == BFLOAT16 else a.astype(np.float32)  # may be written again
+
+
+def widened(a):
+    """A result of a narrow type in float32."""
+    return a.astype(np.float32) if a.dtype.kind not in "iu" and a.dtype.itemsize < 4 else a
 
 
 def _first_apart(a, r):

@@ -69,4 +69,5 @@ FORMS = {
     "g in log2": Form(back=lambda found, x: {"g": np.float64(found["g"]) * np.log(2)}),
 }
 
-SPEC = plain("decay_gate", ("g",), cases(), lone_rows("decay_gate", "f"), FORMS)
+SPEC = plain("decay_gate", ("g",), cases(), lone_rows("decay_gate", "f"), FORMS,
+             narrow=("f",), narrow_results=())

@@ -43,4 +43,5 @@ def cases():
                says="subnormal, huge and infinite values are copied")
 
 
-SPEC = plain("embedding", ("y",), cases(), lone_rows("embedding", "ids"))
+SPEC = plain("embedding", ("y",), cases(), lone_rows("embedding", "ids"),
+             narrow=("table",))

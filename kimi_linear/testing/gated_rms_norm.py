@@ -35,4 +35,5 @@ def rest():
 FORMS = {"w less 1": NORM_FORMS["w less 1"], "swish": Form(
     lambda x: {"activation": {"silu": "swish"}.get(x.get("activation"), "sigmoid")})}
 
-SPEC = plain("gated_rms_norm", ("y",), norm_cases(case, rest=rest()), lone_rows("gated_rms_norm", "x", "z"), FORMS)
+SPEC = plain("gated_rms_norm", ("y",), norm_cases(case, rest=rest()), lone_rows("gated_rms_norm", "x", "z"), FORMS,
+             narrow=("x", "z", "w"))

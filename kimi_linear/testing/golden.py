@@ -6,6 +6,7 @@ import io
 import json
 import textwrap
 import zipfile
+from contextlib import suppress
 
 import numpy as np
 
@@ -18,8 +19,8 @@ from ..conventions import convention
 from ..diff.budgets import budget
 from ..errors import FormatError
 from ..load.safetensors import SafetensorsFile, array_of, atomic_file, write_safetensors
-from .check import FACTOR, Run, lacks_of
-from .spec import Case, WrongResult, defaults, given, select, spec
+from .check import FACTOR, Run, lacks_of, narrow_type, widened
+from .spec import Case, NotOffered, WrongResult, defaults, given, select, spec
 
 __all__ = ["judge_golden", "write_golden"]
 
@@ -29,11 +30,11 @@ CASE/in/NAME are the arguments, float32 (integers int32 or int64); CASE/out/NAME
 CASE/bound/NAME the largest absolute error that the bound of docs/math.md allows at each element, in the op's own
 order of sums. Arrays are row-major. Judge a kernel by the largest |got - out| / bound; {factor} is what kimi_linear
 allows a foreign one. NaN in `out` must be NaN in yours, and nothing else may be; beside NaN a bound is infinite, and
-where it is 0 the values must be the same.
+where it is 0 the values must be the same.{narrow}
 
 Write your results as CASE/out/NAME to an npz or safetensors file of your own, in any float type (ids as integers),
-and `kimi-linear golden {op} --judge FILE` says which cases hold, how far off they are, and why. CASE/in and
-CASE/bound may be in it, too, and are not looked at.
+and `kimi-linear golden {op}{option} --judge FILE` says which cases hold, how far off they are,
+and why. CASE/in and CASE/bound may be in it, too, and are not looked at.
 
 The index has an entry a case: what it is about (`says`), its group, which arrays it has, what it `needs` of a kernel,
 and arguments that are no arrays (`options`). Cases called model-* are a trained model's own inputs. What is not there
@@ -45,7 +46,7 @@ has its default:
 """
 
 
-def write_golden(op, path, *, format=None, cases="all"):
+def write_golden(op, path, *, format=None, cases="all", dtype="float32"):
     """Write an op's cases to a file.
 
     Parameters
@@ -59,6 +60,9 @@ def write_golden(op, path, *, format=None, cases="all"):
         the metadata "readme" and "index" of a safetensors file.
     cases : str or list of str
         As for `check_op`, of the cases that are one call; "all" has those of the packaged model, too.
+    dtype : {"float32", "bfloat16", "float16"}
+        What the kernel computes in. The arguments that `check_op` would hand on in a narrow type are float32 here, with
+        values that it holds; cases of which it holds no values are left out.
 
     Returns
     -------
@@ -67,19 +71,22 @@ def write_golden(op, path, *, format=None, cases="all"):
     Raises
     ------
     ValueError
-        If there is no such op, case or format.
+        If there is no such op, case, format or type.
     """
     the = spec(op)
+    run = _Stored(the, convention("ours", op), {}, frozenset(), narrow_type(the, dtype))
     format = format or ("safetensors" if str(path).endswith(".safetensors") else "npz")
     if format not in ("npz", "safetensors"):
         raise ValueError(f'format is {format!r}; it must be "npz" or "safetensors"')
     entries, arrays = [], {}
     for case in _cases(the, cases):
         about = {"group": case.group, "says": case.says, "needs": sorted(case.needs)}
-        _add(the, case.name, case.make(the.kind), about, entries, arrays)
+        with suppress(NotOffered):
+            _add(run, case.name, run.narrowed(case.make(the.kind)), about, entries, arrays)
     formula = inspect.getdoc(getattr(reference, op)).partition("Parameters")[0].strip()
-    readme = README.format(op=op, version=__version__, factor=FACTOR, formula=formula, defaults=_defaults(op))
-    index = {"op": op, "version": __version__, "results": list(the.results), "cases": entries}
+    readme = README.format(op=op, version=__version__, factor=FACTOR, formula=formula, defaults=_defaults(op),
+                           **_about_type(run))
+    index = {"op": op, "version": __version__, "dtype": run.dtype.name, "results": list(the.results), "cases": entries}
     (_write_npz if format == "npz" else _write_safetensors)(path, arrays, readme, json.dumps(index, indent=1))
     return index
 
@@ -102,15 +109,29 @@ def _defaults(op):
     return textwrap.fill(", ".join(f"{n} {value!r}" for n, value in defaults(op).items()) or "none", 115)
 
 
-def _add(the, name, inputs, about, entries, arrays):
+def _about_type(run):
+    """What the README says of the type."""
+    if not run.stored:
+        return {"narrow": "", "option": ""}
+    name, results = run.dtype.name, run.the.narrow_results
+    too = f", {' and '.join(results)} themselves among it" if results else ""
+    return {"narrow": f"\n\nFor a kernel in {name}: {', '.join(run.the.narrow)} are float32 here, of values that it "
+                      f"holds.\nThe bounds have what it may round{too}: docs/math.md#narrow.",
+            "option": f" --dtype {name}"}
+
+
+def _add(run, name, inputs, about, entries, arrays):
     """One case: its arrays under its name, and its entry."""
+    the = run.the
     inputs = given(the.op, inputs)
     arguments = {n: np.asarray(x) for n, x in inputs.items() if isinstance(x, np.ndarray)}
     whole = {n: inputs.get(n) for n in the.required} | inputs
     with np.errstate(all="ignore"):
         results = _tuple(getattr(reference, the.op)(**whole))
-        bounds = _tuple(budget(the.op, results if len(results) > 1 else results[0], **whole))
-    held = {f"in/{n}": x for n, x in arguments.items()}
+        bounds = _tuple(budget(the.op, results if len(results) > 1 else results[0], stored=run.stored, **whole))
+    bounds = [run.with_storage(n, np.asarray(r, np.float64), b)
+              for n, r, b in zip(the.results, results, bounds, strict=True)]
+    held = {f"in/{n}": widened(x) for n, x in arguments.items()}
     held |= {f"out/{n}": np.asarray(r, np.float64) for n, r in zip(the.results, results, strict=True)}
     held |= {f"bound/{n}": np.where(np.isnan(b), np.inf, b) for n, b in zip(the.results, bounds, strict=True)}
     arrays |= {f"{name}/{n}": x for n, x in held.items()}
@@ -141,7 +162,7 @@ def _write_safetensors(path, arrays, readme, index):
 # ---- the way back --------------------------------------------------------------------------------------
 
 
-def judge_golden(op, path, *, cases="all", without=()):
+def judge_golden(op, path, *, cases="all", without=(), dtype="float32"):
     """Judge the results of a kernel that ran on the cases of `write_golden`, as `check_op` judges a callable.
 
     Parameters
@@ -154,6 +175,8 @@ def judge_golden(op, path, *, cases="all", without=()):
         As for `write_golden`.
     without : list of str
         As for `check_op`: cases that need it are not offered, and need not be there.
+    dtype : {"float32", "bfloat16", "float16"}
+        As for `write_golden`.
 
     Returns
     -------
@@ -162,7 +185,7 @@ def judge_golden(op, path, *, cases="all", without=()):
     Raises
     ------
     ValueError
-        If results are missing, or the file has some that no case has; by name. If there is no such op or case.
+        If results are missing, or the file has some that no case has; by name. If there is no such op, case or type.
     FormatError
         If the file is neither npz nor safetensors.
     """
@@ -170,16 +193,25 @@ def judge_golden(op, path, *, cases="all", without=()):
     chosen, lacks = _cases(the, cases), lacks_of(the, without)
     held = _open(path)
     known = {f"{c.name}/out/{n}" for c in _cases(the, "all") for n in the.results}
-    _check_names(path, held, known, [f"{c.name}/out/{n}" for c in chosen if not c.needs & lacks for n in the.results])
-    return _Stored(the, convention("ours", op), held, lacks).card(chosen)
+    run = _Stored(the, convention("ours", op), held, lacks, narrow_type(the, dtype))
+    _check_names(path, held, known, [f"{c.name}/out/{n}" for c in chosen if run.offers(c) for n in the.results])
+    return run.card(chosen)
 
 
 class _Stored(Run):
     """Results that lie in a file."""
 
-    def __init__(self, the, how, held, lacks):
-        super().__init__(the, how, None, None, lacks, {}, FACTOR)
+    def __init__(self, the, how, held, lacks, dtype):
+        super().__init__(the, how, None, None, lacks, {}, FACTOR, dtype)
         self.held = held
+
+    def offers(self, case):
+        """Whether the case is run."""
+        try:
+            self._inputs(case)
+        except NotOffered:
+            return False
+        return True
 
     def results(self, case, inputs, fill=np.nan):
         names = [f"{case.name}/out/{n}" for n in self.the.results]
@@ -189,7 +221,7 @@ class _Stored(Run):
 def _number(a, name):
     if a.dtype.kind not in "fiu" and a.dtype != BFLOAT16:
         raise WrongResult(f"{name} is {a.dtype}; it must be an array of numbers")
-    return a if a.dtype.kind in "fiu" else a.astype(np.float32)
+    return a
 
 
 def _is_zip(path):

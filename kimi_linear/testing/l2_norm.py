@@ -14,4 +14,5 @@ def inputs(rng, T, D=48, scale=1.0, eps=1e-6, spread=1.0):
 
 
 case = maker("l2_norm", inputs)
-SPEC = plain("l2_norm", ("y",), norm_cases(case, (1e-6, 1e-5), 48**-0.5), lone_rows("l2_norm", "x"))
+SPEC = plain("l2_norm", ("y",), norm_cases(case, (1e-6, 1e-5), 48**-0.5), lone_rows("l2_norm", "x"),
+             narrow=("x",))

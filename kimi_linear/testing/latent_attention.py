@@ -51,4 +51,5 @@ FORMS = {
         lambda x: {"latent": np.concatenate([x["latent"], x["k_shared"]], -1), "k_shared": DROPPED}),
 }
 
-SPEC = plain("latent_attention", ("o",), cases(), (causal("q", *CACHES),), FORMS)
+SPEC = plain("latent_attention", ("o",), cases(), (causal("q", *CACHES),), FORMS,
+             narrow=("q", "latent", "k_shared", "w_uk", "w_uv"))

@@ -50,4 +50,5 @@ def cases():
 
 FORMS = {"w [n, m]": Form(lambda x: {"w": np.ascontiguousarray(x["w"].T)})}
 
-SPEC = plain("linear", ("y",), cases(), lone_rows("linear", "x"), FORMS)
+SPEC = plain("linear", ("y",), cases(), lone_rows("linear", "x"), FORMS,
+             narrow=("x", "w", "bias"))

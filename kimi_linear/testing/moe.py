@@ -66,4 +66,5 @@ FORMS = {
     "ids int64": Form(lambda x: {"ids": x["ids"].astype(np.int64)}),
 }
 
-SPEC = plain("moe", ("y",), cases(), (rows_apart("x", "weights"), alone("moe", "x", "ids", "weights")), FORMS)
+SPEC = plain("moe", ("y",), cases(), (rows_apart("x", "weights"), alone("moe", "x", "ids", "weights")), FORMS,
+             narrow=("x", "w_gate", "w_up", "w_down", "shared", "shared_gate"), narrow_rms=2.56)

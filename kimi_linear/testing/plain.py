@@ -13,6 +13,7 @@ import numpy as np
 
 from .. import dataflow, reference
 from ..diff.budgets import budget
+from ..diff.metrics import unit_of
 from ..faults import Call, mistakes
 from .check import FACTOR
 from .spec import Case, Explanation, Law, NotOffered, Plan, Spec, WrongResult, given
@@ -150,9 +151,9 @@ def causal(*names):
 def alone(op, *names):
     """Each of a few rows in a call of its own gives what the whole gave, but for twice the error allowed."""
     def check(x, call):
-        whole, ref = call(x), getattr(reference, op)(**x)
-        bounds = budget(op, ref, **x)
-        bounds = bounds if isinstance(bounds, tuple) else (bounds,)
+        whole, ref, stored = call(x), getattr(reference, op)(**x), _stored(x)
+        bounds, ref = (a if isinstance(a, tuple) else (a,) for a in (budget(op, ref, stored=stored, **x), ref))
+        bounds = [b + stored * np.abs(r) for b, r in zip(bounds, ref, strict=True)]
         T = len(x[names[0]])
         for t in sorted({0, T // 2, T - 1}):
             lone = call(x | {n: np.ascontiguousarray(x[n][t:t + 1]) for n in names})
@@ -162,6 +163,12 @@ def alone(op, *names):
         return None
 
     return Law("batch-alone", "a row alone gives what it gives in a batch", check)
+
+
+def _stored(x):
+    """u of the narrow type of some of the arguments; 0 where there is none."""
+    kinds = {a.dtype for a in x.values() if isinstance(a, np.ndarray) and a.dtype.itemsize < 4}
+    return max(map(unit_of, kinds), default=0.0)
 
 
 def lone_rows(op, *names):
@@ -302,7 +309,8 @@ def _real(op, parameters, most=2):
 # ---- the spec --------------------------------------------------------------------------------------
 
 
-def plain(op, results, cases, laws=(), forms=None, diagnose=None, mistaken=None, explanations=None):
+def plain(op, results, cases, laws=(), forms=None, diagnose=None, mistaken=None, explanations=None, narrow=(),
+          narrow_results=None, narrow_rms=Spec.narrow_rms):
     """The Spec of an op.
 
     Parameters
@@ -315,6 +323,8 @@ def plain(op, results, cases, laws=(), forms=None, diagnose=None, mistaken=None,
     forms : dict of str to Form, optional
     diagnose, mistaken, explanations : optional
         As in Spec, where the faults of the op are not all.
+    narrow, narrow_results, narrow_rms : optional
+        As in Spec; by default all results.
     """
     parameters = inspect.signature(getattr(reference, op)).parameters
     required = tuple(n for n, p in parameters.items() if p.default is p.empty)
@@ -326,7 +336,8 @@ def plain(op, results, cases, laws=(), forms=None, diagnose=None, mistaken=None,
                 plan=functools.partial(_plan, op, results, forms or {}),
                 mistaken=mistaken or functools.partial(_mistaken, op),
                 diagnose=diagnose or nan_spread,
-                real=functools.cache(functools.partial(_real, op, parameters)))
+                real=functools.cache(functools.partial(_real, op, parameters)), narrow=narrow,
+                narrow_results=results if narrow_results is None else narrow_results, narrow_rms=narrow_rms)
 
 
 def nan_spread(x, actual, ref):

@@ -55,10 +55,14 @@ def norm_cases(case, eps=(1e-6, 1e-5), size=1.0, rest=()):
     yield from nans(case, 5, x=(2, 3))
 
 
+def _less_1(w):
+    return (w - np.float32(1)).astype(w.dtype)
+
+
 FORMS = {
-    "w less 1": Form(lambda x: {"w": x["w"] - np.float32(1)},
-                     exact=lambda x: {"w": np.float64(x["w"] - np.float32(1)) + 1}),
+    "w less 1": Form(lambda x: {"w": _less_1(x["w"])}, exact=lambda x: {"w": _less_1(x["w"]).astype(np.float64) + 1}),
     "normalized_shape": Form(lambda x: {"normalized_shape": (x["x"].shape[-1],)}),
 }
 
-SPEC = plain("rms_norm", ("y",), norm_cases(maker("rms_norm", inputs)), lone_rows("rms_norm", "x"), FORMS)
+SPEC = plain("rms_norm", ("y",), norm_cases(maker("rms_norm", inputs)), lone_rows("rms_norm", "x"), FORMS,
+             narrow=("x", "w"))

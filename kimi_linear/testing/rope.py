@@ -46,4 +46,5 @@ FORMS = {
     "positions int32": Form(lambda x: {"positions": x["positions"].astype(np.int32)}),
 }
 
-SPEC = plain("rope", ("y",), cases(), lone_rows("rope", "x", "positions"), FORMS)
+SPEC = plain("rope", ("y",), cases(), lone_rows("rope", "x", "positions"), FORMS,
+             narrow=("x",))

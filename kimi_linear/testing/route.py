@@ -109,4 +109,5 @@ def diagnose(x, actual, ref):
 
 
 SPEC = plain("route", ("ids", "weights"), cases(), lone_rows("route", "scores"), FORMS, mistaken=mistaken,
-             explanations=EXPLANATIONS, diagnose=diagnose)
+             explanations=EXPLANATIONS, diagnose=diagnose,
+             narrow=("scores",), narrow_results=())

@@ -124,4 +124,5 @@ FORMS = {
     "history in x, [1, C, W-1+T]": _in_front(True),
 }
 
-SPEC = plain("short_conv", ("y", "history"), cases(), (causal("x"),), FORMS)
+SPEC = plain("short_conv", ("y", "history"), cases(), (causal("x"),), FORMS,
+             narrow=("x", "w", "history"))

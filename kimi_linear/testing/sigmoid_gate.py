@@ -30,4 +30,5 @@ def cases():
     yield from nans(case, 5, x=(2, 3), gate=(3, 1))
 
 
-SPEC = plain("sigmoid_gate", ("y",), cases(), lone_rows("sigmoid_gate", "x", "gate"))
+SPEC = plain("sigmoid_gate", ("y",), cases(), lone_rows("sigmoid_gate", "x", "gate"),
+             narrow=("x", "gate"))

@@ -54,4 +54,5 @@ def diagnose(x, actual, ref):
     return nan_spread(x, actual, ref)
 
 
-SPEC = plain("softmax", ("y",), cases(), lone_rows("softmax", "x"), diagnose=diagnose)
+SPEC = plain("softmax", ("y",), cases(), lone_rows("softmax", "x"), diagnose=diagnose,
+             narrow=("x",))

@@ -135,6 +135,11 @@ class Spec:
         What may be the cause where results are not finite and should be, and of which place; the likeliest first.
     real : callable() -> dict of str to inputs
         Inputs from the packaged model, for golden files.
+    narrow, narrow_results : tuple of str
+        Arguments that kernels take in a type narrower than float32, and results that they then give in it.
+    narrow_rms : float
+        On inputs as a model has them the rms error over the rms of the result, then, in u of that type: by default the
+        0.005 that flash-linear-attention's tests allow for bfloat16.
     """
 
     op: str
@@ -150,6 +155,9 @@ class Spec:
     mistaken: Callable
     diagnose: Callable
     real: Callable
+    narrow: tuple = ()
+    narrow_results: tuple = ()
+    narrow_rms: float = 1.28
 
 
 def specs():

@@ -38,4 +38,5 @@ FORMS = {
         lambda x: {"gate": np.concatenate([x["up"], x["gate"]], -1), "up": DROPPED}),
 }
 
-SPEC = plain("swiglu", ("y",), cases(), lone_rows("swiglu", "gate", "up"), FORMS)
+SPEC = plain("swiglu", ("y",), cases(), lone_rows("swiglu", "gate", "up"), FORMS,
+             narrow=("gate", "up"))

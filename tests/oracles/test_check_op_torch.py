@@ -156,3 +156,32 @@ def test_functions_of_torch_and_transformers(op, project, fn, failing):
     card = check_op(op, fn, conventions=project, arrays="torch")
     assert {name: card[name].why for name in card.failing} == failing, card
     assert len([r for r in card.rows if r.status == "holds"]) >= 19
+
+
+# ---- narrow types ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("project", RECURRENT)
+def test_transformers_forms_hold_in_narrow_types(project, dtype):
+    """They compute in float32 and give the type that they were given."""
+    for forms in (RECURRENT, CHUNKED):
+        card = check_op("delta_rule", forms[project], conventions=project, dtype=dtype,
+                        cases=["lengths", "carried", "widths", "gates", "beta", "laws"])
+        assert card and card.dtype == str(dtype).removeprefix("torch."), card
+
+
+def test_a_torch_module_in_bfloat16():
+    seen = set()
+
+    def module(x, w, eps):
+        seen.update((x.dtype, w.dtype))
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
+        return w * y.to(x.dtype)
+
+    named = dict(arrays="torch", cases=["lengths", "widths", "values", "eps"])
+    assert check_op("rms_norm", module, dtype=torch.bfloat16, **named)
+    assert seen == {torch.bfloat16}
+    half = check_op("rms_norm", lambda x, w, eps: module(x.bfloat16(), w.bfloat16(), eps), **named)
+    assert not half and "bfloat16" in half.verdict and half.dtype == "float32"

@@ -5,6 +5,7 @@ import json
 import re
 import zipfile
 
+import ml_dtypes
 import numpy as np
 import pytest
 from conftest import read_safetensors
@@ -175,6 +176,56 @@ def test_command_judges(results, capsys, tmp_path):
     assert code == 0 and "not offered: offsets" in out
     assert "without has 'offset'; it must be of" in judged("--without", "offset")[2]
     assert "plain/out/o is bool; it must be an array of numbers" in judged(**{"plain/out/o": np.zeros(3, bool)})[1]
+
+
+@pytest.mark.parametrize("op", ["delta_rule", "moe", "route"])
+def test_a_narrow_type(op, tmp_path):
+    """Inputs are values of the type, its rounding is in the bounds, and results are judged by it alone."""
+    path, results = tmp_path / "cases.npz", tmp_path / "results.npz"
+    index = write_golden(op, path, dtype="bfloat16")
+    the, ours = spec(op), {c["name"]: c for c in index["cases"]}
+    assert index["dtype"] == "bfloat16" and len(ours) >= len([c for c in the.cases if c.steps is None])
+    cases, made = np.load(path), {}
+    readme = zipfile.ZipFile(path).read("README.txt").decode()
+    for name, case in ours.items():
+        given = {n.partition("/")[2]: cases[f"{name}/{n}"] for n in case["arrays"] if n.startswith("in/")}
+        for n in set(the.narrow) & given.keys():
+            assert given[n].dtype == np.float32
+            assert np.array_equal(given[n].astype(ml_dtypes.bfloat16).astype(np.float32), given[n], equal_nan=True)
+        whole = {n: None for n in the.required} | given | case["options"]
+        y = getattr(kl.ops, op)(**whole)
+        for n, a in zip(the.results, y if isinstance(y, tuple) else (y,)):
+            a = a.astype(ml_dtypes.bfloat16).astype(np.float32) if n in the.narrow_results else a
+            made[f"{name}/out/{n}"] = a
+            with np.errstate(invalid="ignore"):
+                off = np.abs(np.float64(a) - cases[f"{name}/out/{n}"])
+            assert not (off > cases[f"{name}/bound/{n}"]).any(), (name, n)
+    np.savez(results, **made)
+    assert judge_golden(op, results, dtype="bfloat16")
+    assert bool(judge_golden(op, results)) is False  # other inputs
+    assert "For a kernel in bfloat16: " in readme and f"golden {op} --dtype bfloat16 --judge" in readme
+    assert max(map(len, readme.splitlines())) <= 120
+
+
+def test_float16_leaves_out_what_it_cannot_hold(tmp_path):
+    index = write_golden("rms_norm", tmp_path / "cases.npz", dtype="float16")
+    names = {c["name"] for c in index["cases"]}
+    assert "plain" in names and not {"huge", "overflow"} & names
+    results = tmp_path / "results.npz"
+    made = {}
+    with np.load(tmp_path / "cases.npz") as cases:
+        for c in index["cases"]:
+            x = {n: cases[f"{c['name']}/in/{n}"] for n in ("x", "w")}
+            made[f"{c['name']}/out/y"] = kl.ops.rms_norm(**x, **c["options"]).astype(np.float16)
+    np.savez(results, **made)
+    assert judge_golden("rms_norm", results, dtype="float16")
+
+
+def test_command_of_a_narrow_type(tmp_path, capsys):
+    path = str(tmp_path / "cases.npz")
+    assert main(["golden", "swiglu", "--dtype", "bfloat16", "-o", path]) == 0
+    assert main(["golden", "decay_cumsum", "--dtype", "bfloat16", "-o", path]) == 2
+    assert "decay_cumsum is computed in float32 alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words, message", [

@@ -5,6 +5,8 @@ largest absolute error allowed at each element, derived in docs/math.md; u = 2**
 is judged by its largest ratio ``|got - ref| / budget``: above 1 is a finding, never a reason to raise the budget.
 """
 
+import inspect
+
 import numpy as np
 
 from ..._arrays import as_array
@@ -23,12 +25,16 @@ _TABLE = {
 }
 
 
+#: Ops that form values on their way which a narrower type may hold.
+_STORING = {op for op, function in _TABLE.items() if "stored" in inspect.signature(function).parameters}
+
+
 def names():
     """Ops that have a budget."""
     return sorted(_TABLE)
 
 
-def budget(op, ref, **inputs):
+def budget(op, ref, *, stored=0.0, **inputs):
     """Largest absolute error allowed at each element of `ref`.
 
     Parameters
@@ -36,6 +42,9 @@ def budget(op, ref, **inputs):
     op : str
     ref : array or tuple of arrays
         What :mod:`kimi_linear.reference` gives on the same inputs.
+    stored : float
+        u of a type narrower than float32 in which values may lie between the steps of the formula: operands of
+        products, results of sums, each rounded to it once (docs/math.md#narrow). 0: none is.
     **inputs
         The op's arguments by name.
 
@@ -47,6 +56,8 @@ def budget(op, ref, **inputs):
         raise KeyError(f"{op!r} has no budget; these have: {', '.join(names())}")
     ref = tuple(_array(r) for r in ref) if isinstance(ref, tuple) else _array(ref)
     given, lead = packed(op, {name: _array(x) for name, x in inputs.items()})
+    if stored and op in _STORING:
+        given["stored"] = stored
     if lead is None:
         return _TABLE[op](ref, **given)
     return unpacked(op, _TABLE[op](packed_results(op, ref, lead), **given), lead)

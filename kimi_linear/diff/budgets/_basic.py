@@ -8,8 +8,8 @@ U = 2.0**-24
 TINY = 2.0**-149  # the smallest subnormal: results down there are rounded to a multiple of it
 
 
-def _relative(ref, units):
-    return units * U * np.abs(ref) + TINY
+def _relative(ref, units, stored=0.0):
+    return (units * U + stored) * np.abs(ref) + TINY
 
 
 def add(ref, a, b):
@@ -22,39 +22,42 @@ def sigmoid(ref, x):
     return _relative(ref, 4)
 
 
-def sigmoid_gate(ref, x, gate):
-    """sigmoid and a product: 6 u; a sigmoid that underflows is off by TINY before it meets x."""
-    return _relative(ref, 6) + TINY * np.abs(np.asarray(x, np.float64))
+def sigmoid_gate(ref, x, gate, stored=0.0):
+    """sigmoid and a product: 6 u; a sigmoid that underflows is off by TINY before it meets x. Stored: the sigmoid."""
+    return _relative(ref, 6, stored) + TINY * np.abs(np.asarray(x, np.float64))
 
 
-def swiglu(ref, gate, up):
-    """sigmoid, then two products: 8 u; a sigmoid that underflows is off by TINY before them."""
-    return _relative(ref, 8) + TINY * np.abs(np.asarray(gate, np.float64) * up)
+def swiglu(ref, gate, up, stored=0.0):
+    """sigmoid, then two products: 8 u; a sigmoid that underflows is off by TINY before them. Stored: the sigmoid,
+    and its product with gate."""
+    return _relative(ref, 8, 2 * stored) + TINY * np.abs(np.asarray(gate, np.float64) * up)
 
 
-def softmax(ref, x):
-    """The rounded difference x - m moves exp by |x - m| u; then a sum of D terms in 16 lanes, and a division."""
+def softmax(ref, x, stored=0.0):
+    """The rounded difference x - m moves exp by |x - m| u; then a sum of D terms in 16 lanes, and a division. Stored:
+    exp, and the sum."""
     x = np.asarray(x, np.float64)
     with np.errstate(invalid="ignore"):
         distance = np.abs(x - x.max(axis=-1, keepdims=True))
     shift = np.where(np.isfinite(distance), distance, 0)
     spread = (np.abs(ref) * shift).sum(axis=-1, keepdims=True)  # what the same rounding does to the sum
-    return (x.shape[-1] / 16 + 8 + shift + spread) * U * np.abs(ref) + TINY
+    return _relative(ref, x.shape[-1] / 16 + 8 + shift + spread, 2 * stored)
 
 
-def rms_norm(ref, x, w, eps):
+def rms_norm(ref, x, w, eps, stored=0.0):
     """A sum of squares of one sign in 16 lanes (half of its error survives the root), then five roundings.
 
-    A product that underflows before it meets w is off by TINY.
+    A product that underflows before it meets w is off by TINY. Stored: 1 / rms, and its product with x.
     """
-    return _relative(ref, np.shape(x)[-1] / 32 + 8) + TINY * np.abs(np.asarray(w, np.float64))
+    return _relative(ref, np.shape(x)[-1] / 32 + 8, 2 * stored) + TINY * np.abs(np.asarray(w, np.float64))
 
 
-def l2_norm(ref, x, eps=1e-6):
-    """As rms_norm."""
-    return _relative(ref, np.shape(x)[-1] / 32 + 8)
+def l2_norm(ref, x, eps=1e-6, stored=0.0):
+    """As rms_norm. Stored: 1 / norm."""
+    return _relative(ref, np.shape(x)[-1] / 32 + 8, stored)
 
 
-def gated_rms_norm(ref, x, z, w, eps, activation="sigmoid"):
-    """rms_norm, then a gate within 4 u (sigmoid) or 5 u (silu), and a product."""
-    return _relative(ref, np.shape(x)[-1] / 32 + 14) + TINY * (1 + np.abs(np.asarray(w, np.float64))) * 2
+def gated_rms_norm(ref, x, z, w, eps, activation="sigmoid", stored=0.0):
+    """rms_norm, then a gate within 4 u (sigmoid) or 5 u (silu), and a product. Stored: the norm's two and its result,
+    and the gate."""
+    return _relative(ref, np.shape(x)[-1] / 32 + 14, 4 * stored) + TINY * (1 + np.abs(np.asarray(w, np.float64))) * 2

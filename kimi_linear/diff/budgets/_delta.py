@@ -30,20 +30,23 @@ def decay_cumsum(ref, g, chunk=64, offsets=None):
 
 
 def delta_rule(ref, q, k, v, g, beta, scale=None, initial_state=None, offsets=None, form="auto", chunk=64,
-               l2_norm=False, l2_eps=1e-6, head_map="grouped", checkpoints=None, final_state=None):
+               l2_norm=False, l2_eps=1e-6, head_map="grouped", checkpoints=None, final_state=None, stored=0.0):
     """A running bound, computed beside the recurrence in float64; where a form works in chunks, two of them.
 
     Two bounds of the state's error are carried and each is kept below the other: E of every element, and e,
     the 2-norm of every column. E follows single elements through strong decays; e follows the whole through
     I - beta k k^T, whose 2-norm is 1 for unit keys, where E would double with every token. A chunk may be run
     by the recurrence instead (its triangles may overflow), so from each chunk the larger bound goes on.
+
+    Stored: both operands of a product, that of T with W and U among them, each rounded to the narrow type: 4
+    roundings a term. The state itself is float32.
     """
     q, k, v, beta = f64(q), f64(k), f64(v), f64(beta)
     (T, Hv, V), K = v.shape, q.shape[-1]
-    key = 0.0  # relative error of every q and k
+    key = 4 * stored  # relative error of every q and k
     if l2_norm:
         q, k = (a / np.sqrt((a * a).sum(-1, keepdims=True) + l2_eps) for a in (q, k))
-        key = (K / 32 + 8) * U
+        key += (K / 32 + 8) * U + 2 * stored
     scale = K**-0.5 if scale is None else scale
     q, k, g = of_value_heads(q, k, g, Hv, scale, head_map)
     ranges = sequences(T, offsets)

@@ -20,9 +20,10 @@ def _dot(x, w):
     return (-(-D // 16) + 5) * U * (x @ w.T) + D * TINY
 
 
-def linear(ref, x, w, bias=None):
-    """The dot product, then one rounding when the bias is added."""
-    return _dot(x, w) + U * np.abs(ref) + TINY
+def linear(ref, x, w, bias=None, stored=0.0):
+    """The dot product, then one rounding when the bias is added. Stored: the product, before that."""
+    product = 0.0 if bias is None else np.abs(ref - np.asarray(bias, np.float64))
+    return _dot(x, w) + U * np.abs(ref) + stored * product + TINY
 
 
 def route(ref, scores, k, bias=None, groups=1, top_groups=1, function="sigmoid", renormalise=True, scale=1.0):
@@ -45,41 +46,47 @@ def route(ref, scores, k, bias=None, groups=1, top_groups=1, function="sigmoid",
     return np.zeros(ids.shape), bound
 
 
-def _expert(x, w_gate, w_up, w_down):
+def _expert(x, w_gate, w_up, w_down, stored):
     """(value, bound of its error) of ``w_down swiglu(w_gate x, w_up x)``: each product's own error, and what it
-    becomes in the next (|silu'| <= 1.1)."""
+    becomes in the next (|silu'| <= 1.1). Stored: each product, the sigmoid, its product with gate, and h."""
     from ...reference import linear as product
     from ...reference import silu
 
     gate, up = product(x, w_gate), product(x, w_up)
-    gate_error, up_error = _dot(x, w_gate), _dot(x, w_up)
+    gate_error = _dot(x, w_gate) + stored * np.abs(gate)
+    up_error = _dot(x, w_up) + stored * np.abs(up)
     h = silu(gate) * up
     h_error = (1.1 * gate_error * (np.abs(up) + up_error) + np.abs(silu(gate)) * up_error
-               + 8 * U * np.abs(h) + TINY * (1 + np.abs(gate * up)))
-    down = np.abs(np.asarray(w_down, np.float64))
-    return product(h, w_down), h_error @ down.T + _dot(np.abs(h) + h_error, down)
+               + (8 * U + 3 * stored) * np.abs(h) + TINY * (1 + np.abs(gate * up)))
+    down, value = np.abs(np.asarray(w_down, np.float64)), product(h, w_down)
+    return value, h_error @ down.T + _dot(np.abs(h) + h_error, down) + stored * np.abs(value)
 
 
-def _shared_error(x, shared, shared_gate):
-    """Bound of the error of what is added last: 0 where it is given as an array and not scaled."""
-    value, error = (np.asarray(shared, np.float64), 0.0) if not isinstance(shared, tuple) else _expert(x, *shared)
+def _shared_error(x, shared, shared_gate, stored):
+    """Bound of the error of what is added last: 0 where it is given as an array and not scaled. Stored: the gate's
+    logit, its sigmoid, and the product."""
+    value, error = np.asarray(shared, np.float64), 0.0
+    if isinstance(shared, tuple):
+        value, error = _expert(x, *shared, stored)
     if shared_gate is None:
         return error
-    share_error = _dot(x, shared_gate) / 4 + 4 * U  # sigmoid' <= 1/4
-    return share_error * (np.abs(value) + error) + error + U * np.abs(value)
+    logit = np.abs(np.asarray(x, np.float64) @ np.asarray(shared_gate, np.float64).T) if stored else 0.0
+    share_error = (_dot(x, shared_gate) + stored * logit) / 4 + 4 * U + stored  # sigmoid' <= 1/4
+    return share_error * (np.abs(value) + error) + error + (U + stored) * np.abs(value)
 
 
-def moe(ref, x, ids, weights, w_gate, w_up, w_down, shared=None, shared_gate=None, activation="silu"):
-    """The experts' own errors by their weights, k + 1 additions, and the shared expert's error."""
+def moe(ref, x, ids, weights, w_gate, w_up, w_down, shared=None, shared_gate=None, activation="silu", stored=0.0):
+    """The experts' own errors by their weights, k + 1 additions, and the shared expert's error. Stored: besides theirs,
+    the weights, what they multiply, and each sum."""
     x, ids, weights = np.asarray(x, np.float64), np.asarray(ids), np.asarray(weights, np.float64)
     k = ids.shape[-1]
     total, size = np.zeros_like(ref), np.zeros_like(ref)
     for e in np.unique(ids):
         t, slot = np.nonzero(ids == e)
-        value, error = _expert(x[t], w_gate[e], w_up[e], w_down[e])
+        value, error = _expert(x[t], w_gate[e], w_up[e], w_down[e], stored)
         weight = np.abs(weights[t, slot])[:, None]
         np.add.at(total, t, weight * error)
         np.add.at(size, t, weight * np.abs(value))
     if shared is not None:
-        total += _shared_error(x, shared, shared_gate)
-    return 1.01 * total + (k + 1) * U * size + U * np.abs(ref) + (k + 1) * TINY
+        total += _shared_error(x, shared, shared_gate, stored)
+    return 1.01 * total + ((k + 1) * U + (k + 2) * stored) * size + (U + stored) * np.abs(ref) + (k + 1) * TINY

@@ -12,10 +12,11 @@ FLUSH = 2.0**-126  # what an operation with flushed subnormals may lose
 SLOPE = 1.1  # largest slope of SiLU
 
 
-def short_conv(ref, x, w, history=None, offsets=None, activation="silu"):
+def short_conv(ref, x, w, history=None, offsets=None, activation="silu", stored=0.0):
     """W roundings on sum |w x|, through SiLU's slope of at most 1.1; then SiLU within 5 u.
 
-    Subnormal inputs count as 0, so FLUSH meets |w| and |x|. The history is a copy: no error at all.
+    Subnormal inputs count as 0, so FLUSH meets |w| and |x|. The history is a copy: no error at all. Stored: the sum,
+    before SiLU, and the sigmoid in it.
     """
     x, w = np.abs(_f64(x)), np.abs(_f64(w))
     before = None if history is None else np.abs(_f64(history))
@@ -25,7 +26,7 @@ def short_conv(ref, x, w, history=None, offsets=None, activation="silu"):
     W = w.shape[1]
     bound = W * U * magnitude + FLUSH * (reach + taken + W)
     if activation is not None:
-        bound = SLOPE * bound + 6 * U * np.abs(ref[0]) + FLUSH * (2 + magnitude)
+        bound = SLOPE * (bound + stored * magnitude) + (6 * U + stored) * np.abs(ref[0]) + FLUSH * (2 + magnitude)
     return bound, np.zeros_like(ref[1])
 
 

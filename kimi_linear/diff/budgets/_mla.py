@@ -9,12 +9,14 @@ __all__ = ["latent_attention"]
 _BLOCK, _SEGMENT = 64, 512
 
 
-def latent_attention(ref, q, latent, k_shared, w_uk, w_uv, scale, offsets=None, kv_offsets=None, form="auto"):
+def latent_attention(ref, q, latent, k_shared, w_uk, w_uv, scale, offsets=None, kv_offsets=None, form="auto",
+                     stored=0.0):
     """Holds for both forms. Per query and head, over the positions s that it sees, with weights w_s:
 
     each score is off by e_s <= (K/16 + R/16 + P/16 + 16) u scale sum |q| |w_uk| |c|, which moves its weight
     by e_s + (distance to the maximum + what running maxima cost) u; the result by sum_s w_s |v_s - o| of
-    that, plus the roundings of the sums themselves, in proportion to sum_s w_s |w_uv| |c_s|.
+    that, plus the roundings of the sums themselves, in proportion to sum_s w_s |w_uv| |c_s|. Stored: scale q, and in
+    one form the keys and the values, in the other w_uk^T q and sum_s w_s c_s; and the weights.
     """
     arrays = (q, latent, k_shared, w_uk, w_uv)
     q, latent, k_shared, w_uk, w_uv = (np.asarray(x).astype(np.float64) for x in arrays)
@@ -25,18 +27,20 @@ def latent_attention(ref, q, latent, k_shared, w_uk, w_uv, scale, offsets=None, 
     for n in range(len(offsets) - 1):
         t, s = slice(offsets[n], offsets[n + 1]), slice(int(kv_offsets[n]), int(kv_offsets[n + 1]))
         for h in range(q.shape[1]):
-            bound[t, h] = _head(q[t, h], latent[s], k_shared[s], w_uk[h], w_uv[h], abs(scale), np.sign(scale))
+            bound[t, h] = _head(q[t, h], latent[s], k_shared[s], w_uk[h], w_uv[h], abs(scale), np.sign(scale),
+                                stored / U)
     return bound
 
 
-def _head(q, c, k_shared, w_uk, w_uv, scale, sign):
+def _head(q, c, k_shared, w_uk, w_uv, scale, sign, stored):
     """One head of one sequence: q [T, K+P], c [S, R], k_shared [S, P], w_uk [K, R], w_uv [V, R] -> [T, V]."""
     (K, R), P = w_uk.shape, k_shared.shape[1]
     k = np.concatenate([c @ w_uk.T, k_shared], axis=1)
     v = c @ w_uv.T
     k_size = np.concatenate([np.abs(c) @ np.abs(w_uk).T, np.abs(k_shared)], axis=1)
     v_size = np.abs(c) @ np.abs(w_uv).T
-    return attended(q, k, v, k_size, v_size, scale, sign, K / 16 + R / 16 + P / 16 + 16, R / 16 + 16)
+    return attended(q, k, v, k_size, v_size, scale, sign, K / 16 + R / 16 + P / 16 + 16 + 2 * stored,
+                    R / 16 + 16 + 2 * stored)
 
 
 def attended(q, k, v, k_size, v_size, scale, sign, score_units, value_units):

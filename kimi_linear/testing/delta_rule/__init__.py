@@ -9,4 +9,5 @@ __all__ = ["SPEC"]
 
 SPEC = Spec(op="delta_rule", results=("o", "state"), required=("q", "k", "v", "g", "beta"),
             forms=("recurrent", "chunked"), kind="channel", kinds=kinds, cases=CASES, laws=LAWS, real=real, plan=plan,
-            explanations=EXPLANATIONS, mistaken=mistaken, diagnose=diagnose)
+            explanations=EXPLANATIONS, mistaken=mistaken, diagnose=diagnose,
+            narrow=("q", "k", "v"), narrow_results=("o",))

@@ -31,7 +31,7 @@ def plan(how, x):
     elif "g" in how.names and how.project == "ours":
         given["g"] = None
     if how.scale == "caller":
-        given["q"] = exact["q"] = x["q"] * np.float32(x.get("scale", K**-0.5))
+        given["q"] = exact["q"] = (x["q"] * np.float32(x.get("scale", K**-0.5))).astype(x["q"].dtype)
         exact["scale"] = 1.0
     arguments = {how.names[name]: _layout(how, name, a) for name, a in given.items()}
 

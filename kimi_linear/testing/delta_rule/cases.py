@@ -274,17 +274,22 @@ def _given_outputs(x, call):
 def _causal(x, call):
     """What is done to the second half of the tokens changes nothing in the first."""
     t = len(x["q"]) // 2
-    other = x | {n: np.concatenate([x[n][:t], x[n][t:] * np.float32(0.5)]) for n in ("q", "k", "v", "g", "beta")}
-    return _untouched(call(x)[0][:t], call(other)[0][:t], "tokens change outputs before them")
+    return _untouched(call(x)[0][:t], call(_halved(x, np.s_[t:]))[0][:t], "tokens change outputs before them")
 
 
 def _apart(x, call):
     """What is done to the last head changes nothing in the others."""
+    return _untouched(call(x)[0][:, :-1], call(_halved(x, np.s_[:, -1]))[0][:, :-1],
+                      "one head changes the outputs of others")
+
+
+def _halved(x, place):
+    """The arguments with half of what they have at a place, in their types."""
     other = dict(x)
     for n in ("q", "k", "v", "g", "beta"):
         other[n] = x[n].copy()
-        other[n][:, -1] *= np.float32(0.5)
-    return _untouched(call(x)[0][:, :-1], call(other)[0][:, :-1], "one head changes the outputs of others")
+        other[n][place] *= np.float32(0.5)
+    return other
 
 
 def _untouched(a, b, says):
