@@ -152,7 +152,8 @@ def as_float64(x, name: str) -> np.ndarray:
     a = as_array(x, name)
     if a.dtype.kind not in "fiubV" and a.dtype != ml_dtypes.bfloat16:
         raise TypeError(f"{name} is {a.dtype}; it must be an array of floats or integers")
-    return a.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        return a.astype(np.float64)
 
 
 def check_same_shape(a: np.ndarray, d: np.ndarray) -> None:
