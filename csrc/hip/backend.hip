@@ -34,6 +34,11 @@ struct handle {
     unsigned long long *faults; /* [KL_FAULTS] place << 32 | bits; all bits: none */
     bool noting;                /* kernels that may note were launched since they were looked at */
     int64_t E, k;               /* of the call that they belong to */
+    struct {
+        int64_t D;
+        kl_type type;
+    } caches[KL_CACHES]; /* that may have been noted since, */
+    int n_caches;        /* and how many */
 };
 
 const size_t FAULT_BYTES = KL_FAULTS * sizeof(unsigned long long);
@@ -252,16 +257,34 @@ kl_status upload(kl_ctx *ctx, void *to, const void *from, size_t n_bytes)
 
 /* ---- what kernels noted ---- */
 
-kl_status sentence_of(kl_ctx *ctx, int kind, unsigned long long noted, int64_t E, int64_t k)
+/* how wide the rows are in which a place is counted */
+int64_t width_of(const handle *h, int kind)
 {
-    const int64_t place = static_cast<int64_t>(noted >> 32);
+    if (kind < KL_CACHES)
+        return h->caches[kind].D;
+    if (kind == KL_FAULT_BIAS)
+        return INT64_MAX;
+    return kind == KL_FAULT_SCORES ? h->E : h->k;
+}
+
+kl_status sentence_of(kl_ctx *ctx, const handle *h, int kind, unsigned long long noted)
+{
+    const int64_t place = static_cast<int64_t>(noted >> 32), cols = width_of(h, kind);
     const uint32_t bits = static_cast<uint32_t>(noted);
-    const int64_t cols = kind == KL_FAULT_SCORES ? E : kind == KL_FAULT_BIAS ? INT64_MAX : k;
     const long long row = place / cols, col = place % cols;
     float value;
     int32_t id;
     memcpy(&value, &bits, sizeof value);
     memcpy(&id, &bits, sizeof id);
+    if (kind < KL_CACHES) {
+        const bool half = h->caches[kind].type == KL_F16;
+        return kl_core_of->fail(
+            ctx, KL_ERR_ARG,
+            "cache_append: x[%lld, %lld] is %g, too large for a %s cache (%s at most); "
+            "use a float32 cache",
+            row, col, static_cast<double>(value), half ? "float16" : "q8_0",
+            half ? "65504" : "8319008");
+    }
     if (kind == KL_FAULT_BIAS)
         return kl_core_of->fail(ctx, KL_ERR_ARG,
                                 "route: bias[%lld] is %g; it must be a number below infinity", col,
@@ -279,7 +302,7 @@ kl_status sentence_of(kl_ctx *ctx, int kind, unsigned long long noted, int64_t E
         ctx, KL_ERR_ARG,
         "%s: ids[%lld, %lld] (token, slot) is %d; ids of a token must rise within 0 to %lld",
         kind == KL_FAULT_MOE_IDS ? "moe" : "route", row, col, static_cast<int>(id),
-        static_cast<long long>(E) - 1);
+        static_cast<long long>(h->E) - 1);
 }
 
 /* the sentence of what was noted, once */
@@ -290,12 +313,13 @@ kl_status look_at_faults(kl_ctx *ctx)
     if (!h->noting)
         return KL_OK;
     h->noting = false;
+    h->n_caches = 0;
     KL_TRY(move(ctx, "download", noted, h->faults, FAULT_BYTES, hipMemcpyDeviceToHost));
     KL_TRY(wait(ctx, "download"));
     for (int kind = 0; kind < KL_FAULTS; kind++)
         if (noted[kind] != ~0ULL) {
             KL_TRY(check(ctx, "clear", hipMemsetAsync(h->faults, 0xff, FAULT_BYTES, h->stream)));
-            return sentence_of(ctx, kind, noted[kind], h->E, h->k);
+            return sentence_of(ctx, h, kind, noted[kind]);
         }
     return KL_OK;
 }
@@ -491,6 +515,24 @@ kl_status kl_faults_of(kl_ctx *ctx, unsigned long long **faults, int64_t E, int6
     h->E = E;
     h->k = k;
     *faults = h->faults;
+    return KL_OK;
+}
+
+kl_status kl_cache_fault_of(kl_ctx *ctx, unsigned long long **fault, int64_t D, kl_type type)
+{
+    handle *h = handle_of(ctx);
+    int i = 0;
+    while (i < h->n_caches && (h->caches[i].D != D || h->caches[i].type != type))
+        i++;
+    if (i == KL_CACHES) {
+        KL_TRY(look_at_faults(ctx));
+        i = 0;
+    }
+    h->noting = true;
+    h->caches[i].D = D;
+    h->caches[i].type = type;
+    h->n_caches = i < h->n_caches ? h->n_caches : i + 1;
+    *fault = h->faults + KL_FAULT_CACHE + i;
     return KL_OK;
 }
 

@@ -1,22 +1,30 @@
 /* cache_append (ops/cache_append.c): the CPU's bytes.
  *   v1  one value a thread, or one block of Q8_0; its token and sequence by division and search.
  *   v2  one block a token; a team a block of Q8_0 (launched).
- * float16 and Q8_0 cannot hold every finite value: such a call waits for the device, which has looked first. A
- * float32 cache does not. */
+ * float16 and Q8_0 cannot hold every finite value: the first that is too large is noted (runtime.h), and its cache is
+ * not to be read. */
 #include "cache.h"
 #include "reduce.h"
 
 namespace
 {
 
-const int BLOCK = 256, TEAMS = BLOCK / KL_TEAM, VALUES = 32, LOOKERS = 64;
+const int BLOCK = 256, TEAMS = BLOCK / KL_TEAM, VALUES = 32;
 
 struct rows {
     const float *x;
     const int64_t *offsets, *start;
     int64_t N, T, D;
     kl_cached cache;
+    unsigned long long *fault;
+    float limit; /* too large from here on; infinite: never */
 };
+
+__device__ __forceinline__ void check(const rows &a, int64_t at, float x)
+{
+    if (fabsf(x) >= a.limit && fabsf(x) < INFINITY)
+        kl_note(a.fault, at, x);
+}
 
 __device__ __forceinline__ char *row_of(const rows &a, int64_t t)
 {
@@ -64,12 +72,15 @@ __global__ void __launch_bounds__(256) cache_append_v1(rows a)
          i += step) {
         char *row = row_of(a, i / width);
         if (a.cache.type != KL_Q8_0) {
+            check(a, i, a.x[i]);
             put(a.cache.type, row, i % width, a.x[i]);
             continue;
         }
         float largest = 0.0f;
-        for (int j = 0; j < VALUES; j++)
+        for (int j = 0; j < VALUES; j++) {
+            check(a, i * VALUES + j, a.x[i * VALUES + j]);
             largest = kl_larger(largest, fabsf(a.x[i * VALUES + j]));
+        }
         const scale s = scale_of(largest);
         char *block = row + i % width * 34;
         memcpy(block, &s.bits, sizeof s.bits);
@@ -82,8 +93,10 @@ __global__ void __launch_bounds__(256) cache_append_v2(rows a)
 {
     for (int64_t t = blockIdx.x; t < a.T; t += gridDim.x) {
         char *row = row_of(a, t);
-        for (int64_t d = threadIdx.x; d < a.D; d += BLOCK)
+        for (int64_t d = threadIdx.x; d < a.D; d += BLOCK) {
+            check(a, t * a.D + d, a.x[t * a.D + d]);
             put(a.cache.type, row, d, a.x[t * a.D + d]);
+        }
     }
 }
 
@@ -95,6 +108,7 @@ __global__ void __launch_bounds__(256) cache_append_q8_0_v2(rows a)
             const int64_t b = first + kl_team();
             const bool mine = b < a.D / VALUES; /* a team behind the last block only shuffles */
             const float x = mine ? a.x[t * a.D + b * VALUES + kl_lane()] : 0.0f;
+            check(a, t * a.D + b * VALUES + kl_lane(), x);
             const scale s = scale_of(kl_team_max(fabsf(x)));
             if (mine && kl_lane() == 0)
                 memcpy(row + b * 34, &s.bits, sizeof s.bits);
@@ -104,82 +118,15 @@ __global__ void __launch_bounds__(256) cache_append_q8_0_v2(rows a)
     }
 }
 
-__device__ __forceinline__ bool too_large(float x, float limit)
-{
-    return fabsf(x) >= limit && fabsf(x) < INFINITY;
-}
-
-/* found [gridDim.x]: 1 where a block saw a value too large */
-__global__ void __launch_bounds__(256)
-    cache_append_look(float *found, const float *x, int64_t n, float limit)
-{
-    KL_SHARED(float, parts, [TEAMS]);
-    const int64_t step = static_cast<int64_t>(gridDim.x) * BLOCK;
-    float any = 0.0f;
-    for (int64_t i = static_cast<int64_t>(blockIdx.x) * BLOCK + threadIdx.x; i < n; i += step)
-        any = too_large(x[i], limit) ? 1.0f : any;
-    any = kl_block_max<BLOCK>(any, parts);
-    if (threadIdx.x == 0)
-        found[blockIdx.x] = any;
-}
-
-/* first [BLOCK]: the first that each thread of one block sees, or n; only for the sentence */
-__global__ void __launch_bounds__(256)
-    cache_append_find(int64_t *first, const float *x, int64_t n, float limit)
-{
-    int64_t i = threadIdx.x;
-    while (i < n && !too_large(x[i], limit))
-        i += BLOCK;
-    first[threadIdx.x] = i;
-}
-
-kl_status refuse(kl_ctx *ctx, const float *x, int64_t n, int64_t D, kl_type type, float limit)
-{
-    int64_t *on_device, first[BLOCK], i = n;
-    float value;
-    KL_SCRATCH_OF(on_device, ctx, BLOCK);
-    KL_LAUNCH(cache_append_find, 1, BLOCK, 0, kl_stream(ctx), on_device, x, n, limit);
-    KL_TRY(kl_get(ctx, first, on_device, sizeof first));
-    for (int j = 0; j < BLOCK; j++)
-        i = first[j] < i ? first[j] : i;
-    KL_TRY(kl_get(ctx, &value, x + i, sizeof value));
-    return kl_core_of->fail(
-        ctx, KL_ERR_ARG,
-        "cache_append: x[%lld, %lld] is %g, too large for a %s cache (%s at most); "
-        "use a float32 cache",
-        static_cast<long long>(i / D), static_cast<long long>(i % D), static_cast<double>(value),
-        type == KL_F16 ? "float16" : "q8_0", type == KL_F16 ? "65504" : "8319008");
-}
-
-/* KL_OK when the cache can hold all values */
-kl_status look(kl_ctx *ctx, const float *x, int64_t n, int64_t D, kl_type type)
-{
-    const float limit = type == KL_Q8_0 ? 127.0f * 65520.0f : 65520.0f;
-    const int64_t wanted = kl_ceil_div(n, BLOCK);
-    const unsigned blocks = kl_grid(wanted < LOOKERS ? wanted : LOOKERS);
-    float *on_device, found[LOOKERS];
-    KL_SCRATCH_OF(on_device, ctx, LOOKERS);
-    if (kl_core_of->measuring(ctx))
-        return KL_OK;
-    KL_LAUNCH(cache_append_look, blocks, BLOCK, 0, kl_stream(ctx), on_device, x, n, limit);
-    KL_TRY(kl_get(ctx, found, on_device, blocks * sizeof *found));
-    for (unsigned i = 0; i < blocks; i++)
-        if (found[i] != 0.0f)
-            return refuse(ctx, x, n, D, type, limit);
-    return KL_OK;
-}
-
 } // namespace
 
 kl_status hip_cache_append(kl_ctx *ctx, kl_cache cache, const float *x, const int64_t *offsets,
                            const int64_t *start, int64_t N, int64_t T, int64_t D)
 {
     const size_t mark = kl_core_of->scratch_mark(ctx);
-    rows a = { x, nullptr, nullptr, N, T, D, {} };
+    rows a = { x, nullptr, nullptr, N, T, D, {}, nullptr, INFINITY };
     if (T == 0)
         return KL_OK;
-    if (cache.type != KL_F32)
-        KL_TRY(look(ctx, x, T * D, D, cache.type));
     KL_TRY(kl_put_table(ctx, &a.offsets, offsets, N + 1));
     KL_TRY(kl_put_table(ctx, &a.start, start, N));
     KL_TRY(kl_put_cache(ctx, &a.cache, cache, N, [=](int64_t n) {
@@ -189,6 +136,10 @@ kl_status hip_cache_append(kl_ctx *ctx, kl_cache cache, const float *x, const in
     if (kl_core_of->measuring(ctx)) {
         kl_core_of->scratch_reset(ctx, mark);
         return KL_OK;
+    }
+    if (cache.type != KL_F32) {
+        a.limit = cache.type == KL_Q8_0 ? 127.0f * 65520.0f : 65520.0f;
+        KL_TRY(kl_cache_fault_of(ctx, &a.fault, D, cache.type));
     }
     if (kl_version() == 1)
         KL_LAUNCH(cache_append_v1, kl_grid(kl_ceil_div(T * D, BLOCK)), BLOCK, 0, kl_stream(ctx), a);

@@ -40,9 +40,20 @@ kl_status kl_get(kl_ctx *ctx, void *to, const void *from, size_t n_bytes) KL_CHE
 
 /* Wrong values that only the device sees. A kernel notes the first of them (kl_note), goes on with something that stays
  * inside its arrays, and the next copy to the host fails with the sentence: no op waits for its own check. */
-enum kl_fault { KL_FAULT_SCORES, KL_FAULT_BIAS, KL_FAULT_ROUTE_IDS, KL_FAULT_MOE_IDS, KL_FAULTS };
+enum kl_fault {
+    KL_FAULT_CACHE, /* of up to KL_CACHES caches; first, because what they store spoils what comes after */
+    KL_CACHES = 4,
+    KL_FAULT_SCORES = KL_FAULT_CACHE + KL_CACHES,
+    KL_FAULT_BIAS,
+    KL_FAULT_ROUTE_IDS,
+    KL_FAULT_MOE_IDS,
+    KL_FAULTS
+};
 /* Where the kernels of a call note: [KL_FAULTS]. Rows of scores are E wide, those of ids k. */
 kl_status kl_faults_of(kl_ctx *ctx, unsigned long long **faults, int64_t E, int64_t k) KL_CHECKED;
+/* Where what a cache of rows D wide cannot hold is noted. */
+kl_status kl_cache_fault_of(kl_ctx *ctx, unsigned long long **fault, int64_t D,
+                            kl_type type) KL_CHECKED;
 
 /* The highest version of a ladder that may be launched: KL_GPU_VERSION, by which a test runs the oracles. */
 int kl_version();

@@ -1,9 +1,11 @@
 """The whole model on a device: every kernel of a forward pass."""
 
+import ctypes
+
 import numpy as np
 import pytest
 from conftest import DATA
-from hip_build import DEVICE, host_library
+from hip_build import DEVICE, host_build_only, host_library
 
 import kimi_linear as kl
 from kimi_linear.verify import verify
@@ -150,6 +152,40 @@ def test_a_prefill_of_nan_fails_in_its_own_call_and_is_put_back(logits):
         model.forward(ids(model, 70), state=state, logits=logits)
     assert state.position == 0 and not any(x.any() for x in state.values())
     kl.ops.softmax(np.ones((2, 3), np.float32), ctx=model.ctx)  # nothing is left to tell
+
+
+@pytest.mark.parametrize("cache, word, size", [("float16", "float16", 1e6), ("q8_0", "q8_0", 1e9)])
+def test_latents_that_a_cache_cannot_hold_fail_in_their_own_call(cache, word, size):
+    """The kernel that stores them notes them: told before the state moves on, and before the NaN that comes of them."""
+    tiny = kl.Model.tiny()
+    weights = {name: np.array(value) for name, value in tiny.weights.items()}
+    [norm, *_] = [name for name in weights if name.endswith("kv_a_layernorm.weight")]
+    weights[norm] *= size
+    sentences = []
+    for ctx in (kl.Context(), kl.Context(device=DEVICE)):
+        model = kl.Model(tiny.config, weights, ctx=ctx, cache=cache)
+        state = model.new_state()
+        with pytest.raises(ValueError, match=f"x\\[.*\\] is .*, too large for a {word} cache") as raised:
+            model.forward(ids(model, 7), state=state)
+        sentences.append(str(raised.value).partition("cache_append: ")[2])
+        assert state.position == 0 and not any(np.any(x) for x in state.values())
+        model.forward([], state=state, logits="none")
+    assert sentences[0].partition(" is ")[0] == sentences[1].partition(" is ")[0]
+
+
+@host_build_only
+def test_a_step_waits_as_often_with_any_cache():
+    counts = []
+    for cache in ("float32", "float16", "q8_0"):
+        model = kl.Model.tiny(device=DEVICE, cache=cache)
+        state, count = model.new_state(context=64), host_library().kl_host_waits
+        count.restype = ctypes.c_int64
+        model.forward(ids(model, 9), state=state)
+        model.forward([5], state=state)
+        before = count()
+        model.forward([6], state=state)
+        counts.append(count() - before)
+    assert len(set(counts)) == 1 and 0 < counts[0] < 8, counts
 
 
 def test_a_call_is_interrupted_between_layers():
