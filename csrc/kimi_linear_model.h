@@ -1,6 +1,8 @@
 /* The model: a config, borrowed weights, one state a sequence, and the forward pass. Included by
  * kimi_linear.h, whose conventions hold. */
-#ifndef KIMI_LINEAR_MODEL_H
+#ifndef KIMI_LINEAR_H
+#include "kimi_linear.h"
+#elif !defined(KIMI_LINEAR_MODEL_H)
 #define KIMI_LINEAR_MODEL_H
 
 /* KDA and GDN are delta nets, with a decay for each key channel and for each head; MLA attends over a latent a

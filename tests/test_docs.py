@@ -269,7 +269,7 @@ def test_op_is_complete(op):
         assert f'Case("{op}"' in (ROOT / "benchmarks/cases.py").read_text(), "no benchmark"
 
 
-@pytest.mark.parametrize("name", ["example_op.c", "example_model.c"])
+@pytest.mark.parametrize("name", ["example_op.c", "example_delta_rule.c", "example_model.c"])
 def test_the_page_of_the_c_library_shows_the_programs_of_its_tests(name):
     page, program = (ROOT / "docs/c-api.md").read_text(), (ROOT / "tests/c" / name).read_text()
     shown = re.search(rf"tests/c/{name}\).*?```c\n(.*?)```", page, re.S)[1]

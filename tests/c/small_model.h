@@ -2,7 +2,7 @@
 #ifndef SMALL_MODEL_H
 #define SMALL_MODEL_H
 
-#include "kimi_linear.h"
+#include "kimi_linear_model.h"
 
 #include <math.h>
 #include <stdio.h>
