@@ -71,15 +71,15 @@ __global__ void __launch_bounds__(256) cache_append_v1(rows a)
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * BLOCK + threadIdx.x; i < a.T * width;
          i += step) {
         char *row = row_of(a, i / width);
+        const int n = a.cache.type == KL_Q8_0 ? VALUES : 1;
+        float largest = 0.0f;
+        for (int j = 0; j < n; j++)
+            largest = kl_larger(largest, fabsf(a.x[i * n + j]));
+        for (int j = 0; j < n && !(largest < a.limit); j++)
+            check(a, i * n + j, a.x[i * n + j]);
         if (a.cache.type != KL_Q8_0) {
-            check(a, i, a.x[i]);
             put(a.cache.type, row, i % width, a.x[i]);
             continue;
-        }
-        float largest = 0.0f;
-        for (int j = 0; j < VALUES; j++) {
-            check(a, i * VALUES + j, a.x[i * VALUES + j]);
-            largest = kl_larger(largest, fabsf(a.x[i * VALUES + j]));
         }
         const scale s = scale_of(largest);
         char *block = row + i % width * 34;
