@@ -39,7 +39,8 @@ kl_status kl_settle(kl_ctx *ctx)
 
 bool kl_mul(int64_t *product, int64_t a, int64_t b)
 {
-    return a >= 0 && b >= 0 && !__builtin_mul_overflow(a, b, product)
+    const int64_t most = INT64_C(1) << 50; /* beside a 0, too: what is made of a size must fit */
+    return a >= 0 && b >= 0 && a <= most && b <= most && !__builtin_mul_overflow(a, b, product)
            && *product < (INT64_C(1) << 62);
 }
 

@@ -55,7 +55,7 @@ kl_status kl_fail(kl_ctx *ctx, kl_status status, const char *format, ...)
 /* Of an op that failed or did not: its status; on the CPU its sentence gets the layer of the model before it. */
 kl_status kl_fail_in(kl_ctx *ctx, int64_t layer, kl_status status);
 
-/* product of two sizes from outside; false when it does not fit 2^62 or one is negative */
+/* product of two sizes from outside; false when it does not fit 2^62, or one is negative or above 2^50 */
 bool kl_mul(int64_t *product, int64_t a, int64_t b);
 
 /* What was asked of a device is done, and what its kernels noted of the values is told. */

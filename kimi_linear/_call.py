@@ -8,7 +8,7 @@ from ._scalars import as_whole
 from .context import current
 from .editing import Edits, Place
 from .plan import available_memory
-from .state import State
+from .state import State, exclusive
 from .trace import Trace, matches
 
 SMALL = 64 << 20  # bytes: a result below this is not worth asking the machine about
@@ -30,7 +30,7 @@ class Call:
             self._check_rows(rows)
             self.embeds = as_float32(self.embeds, "embeds", (self.T, model.config.hidden_size))
         self.states = self._states(state)
-        self.position = [s.position for s in self.states] if self.states else [0] * self.N  # before the call
+        self.position = self._positions()  # before the call
         self.rows = self._rows(logits)
         taps = model._taps
         self.table = taps if self.whole else {name: taps[name] for name in taps if self._is_made(name)}
@@ -124,6 +124,9 @@ class Call:
                 raise TypeError(f"state[{i}] is a {type(s).__name__}; it must be a State")
         return states
 
+    def _positions(self):
+        return [s.position for s in self.states] if self.states else [0] * self.N
+
     def _rows(self, logits):
         self.which = logits if isinstance(logits, str) else "rows"
         if self.which == "all":
@@ -185,13 +188,17 @@ class Call:
         """The call itself: fills the arrays of taps, moves the states on, gives the value in the caller's form."""
         if check not in (None, "finite"):
             raise ValueError(f"check is {check!r}; it must be None or 'finite'")
-        model, n_logits = self.model, 0 if self.headless else len(self.rows)
-        edits = self.edits(edit, n_logits)
-        if model._checkpoint is not None:
-            model._checkpoint.check_unchanged()
+        if self.model._checkpoint is not None:
+            self.model._checkpoint.check_unchanged()
         if self.states is None:
-            self.states = model.new_state(self.N)
-        leaving = f"layers.{self.stop - 1}.out"
+            self.states = self.model.new_state(self.N)
+        with exclusive("forward", *self.states):
+            self.position = self._positions()
+            return self._run(arrays, edit, expert_ids, check)
+
+    def _run(self, arrays, edit, expert_ids, check):
+        model, n_logits = self.model, 0 if self.headless else len(self.rows)
+        edits, leaving = self.edits(edit, n_logits), f"layers.{self.stop - 1}.out"
         if self.headless and len(self.rows):
             arrays = {leaving: np.empty((self.T, model.config.hidden_size), np.float32), **arrays}
         taps = [(*self.table[n][:2], a) for n, a in arrays.items()] or None

@@ -114,9 +114,10 @@ def _default_threads():
     if _wanted() is not None:
         return _wanted()
     text = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if text.isdigit() and int(text) > 1024:
+    number = text.isascii() and text.isdigit()
+    if number and int(text) > 1024:
         raise ValueError(f"the environment's OMP_NUM_THREADS is {text}; it must be at most 1024")
-    return int(text) if text.isdigit() else 0
+    return int(text) if number else 0
 
 
 def current(ctx=None):

@@ -355,7 +355,8 @@ def sample(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, se
 
     Temperature 0 is the largest logit. Otherwise weights (`sample_weight`) in the order of x descending, then id
     ascending: the first top_k stay (0: all), of these w >= min_p, of these the shortest prefix with a sum >= top_p of
-    their sum (1: all). The first whose running sum exceeds `uniform` of that prefix's sum is drawn.
+    their sum (1: all). The first whose running sum exceeds `uniform` of that prefix's sum is drawn. Temperature, top_p
+    and min_p are float32.
     """
     x = f64(logits)
     if x.ndim == 2:
@@ -373,11 +374,12 @@ def sample(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, se
         raise ValueError(f"logits[{i}] is {x[i]}; logits must be finite, or -inf for some")
     if temperature == 0:
         return int(np.argmax(x))
-    t, w = sample_weight(logits, temperature)
+    top_p, min_p = np.float32(top_p), np.float32(min_p)
+    t, w = sample_weight(logits, np.float32(temperature))
     order = _top(x, top_k or len(x))
-    order = order[(w[order] > 0) & (t[order] >= np.float32(np.log2(min_p) if min_p else -np.inf))]
+    order = order[(w[order] > 0) & (t[order] >= np.float32(np.log2(f64(min_p)) if min_p else -np.inf))]
     running = np.cumsum(f64(w[order]))
     if top_p < 1:
-        running = running[:np.searchsorted(running, top_p * running[-1]) + 1]
+        running = running[:np.searchsorted(running, f64(top_p) * running[-1]) + 1]
     drawn = np.searchsorted(running, uniform(seed, sequence, position) * running[-1], side="right")
     return int(order[min(drawn, len(running) - 1)])

@@ -1,5 +1,8 @@
 """The state of one sequence: what the model keeps of the tokens it has read."""
 
+import threading
+from contextlib import contextmanager
+
 import numpy as np
 
 from . import _core, _engine
@@ -8,7 +11,7 @@ from ._names import near
 from ._scalars import as_whole, at_least
 from .context import current
 
-__all__ = ["Snapshot", "State"]
+__all__ = ["Snapshot", "State", "exclusive"]
 
 _DELTA = {"state": 0, "q_history": 1, "k_history": 2, "v_history": 3}
 _OF_MIXER = {  # the parts of a layer, by the number that C has for them
@@ -81,6 +84,7 @@ class State:
         self.cache = cache
         self.checkpoints_every, self.keep = every, keep
         self.tokens = []
+        self._lock = threading.RLock()  # over the core and the tokens, which move on one after the other
         self._core = self._new_core(self._context, ctx)
 
     def _new_core(self, context, ctx=None):
@@ -114,8 +118,9 @@ class State:
 
     def reset(self):
         """Forget everything: an empty sequence again, its memory kept."""
-        self._core.reset(self._ctx()._core)
-        self.tokens = []
+        with exclusive("reset", self):
+            self._core.reset(self._ctx()._core)
+            self.tokens = []
 
     def checkpoint(self):
         """Keep a checkpoint here, besides those that come by themselves.
@@ -130,7 +135,9 @@ class State:
     def fork(self):
         """An independent copy, checkpoints included; costs one copy of the state."""
         copy = object.__new__(State)
-        copy.__dict__.update(self.__dict__, tokens=list(self.tokens), _core=self._copy(self._context))
+        with exclusive("fork", self):
+            copy.__dict__.update(self.__dict__, tokens=list(self.tokens), _core=self._copy(self._context),
+                                 _lock=threading.RLock())
         return copy
 
     __copy__ = fork
@@ -144,7 +151,8 @@ class State:
 
     def snapshot(self):
         """A copy in memory, for `restore`; costs one copy of the state."""
-        return Snapshot(self._copy(0), list(self.tokens))
+        with exclusive("snapshot", self):
+            return Snapshot(self._copy(0), list(self.tokens))
 
     def _copy(self, context):
         core = self._new_core(context)
@@ -165,8 +173,9 @@ class State:
         """
         if not isinstance(snapshot, Snapshot):
             raise TypeError(f"snapshot is a {type(snapshot).__name__}; it must be a Snapshot of state.snapshot()")
-        self._core.copy_from(self._ctx()._core, snapshot._core)
-        self.tokens = list(snapshot._tokens)
+        with exclusive("restore", self):
+            self._core.copy_from(self._ctx()._core, snapshot._core)
+            self.tokens = list(snapshot._tokens)
 
     def truncate(self, n):
         """Go back to the first `n` tokens.
@@ -187,11 +196,12 @@ class State:
             `n` were embeds without ids; nothing changes then.
         """
         n = as_whole(n, "n")
-        self._refuse_nameless(n)
-        at = self._core.truncate(self._ctx()._core, n)
-        between, self.tokens = self.tokens[at:n], self.tokens[:at]
-        if between:
-            self._model.forward(np.array(between, np.int32), state=self, logits="none")
+        with exclusive("truncate", self):
+            self._refuse_nameless(n)
+            at = self._core.truncate(self._ctx()._core, n)
+            between, self.tokens = self.tokens[at:n], self.tokens[:at]
+            if between:
+                self._model.forward(np.array(between, np.int32), state=self, logits="none")
 
     def _refuse_nameless(self, n):
         first = max((at for at in self.checkpoints if at <= n), default=0)
@@ -212,7 +222,8 @@ class State:
         """
         from .statefile import save
 
-        save(self, path)
+        with exclusive("save", self):
+            save(self, path)
 
     @classmethod
     def load(cls, path, model, *, context=None, checkpoints_every=None, keep=0):
@@ -318,6 +329,22 @@ class State:
 
     def __repr__(self):
         return f"State(position={self.position}, cache={self.cache!r}, {self.nbytes / 2**20:.1f} MiB)"
+
+
+@contextmanager
+def exclusive(verb, *states):
+    """Hold states for a verb; ValueError where another thread has one of them in a call."""
+    held = []
+    try:
+        for i, state in enumerate(states):
+            if not state._lock.acquire(blocking=False):
+                which = f"state {i}" if len(states) > 1 else "the state"
+                raise ValueError(f"{verb}: {which} is in use by another call")
+            held.append(state)
+        yield
+    finally:
+        for state in held:
+            state._lock.release()
 
 
 def _checkpoints(every, keep):

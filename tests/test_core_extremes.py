@@ -27,6 +27,14 @@ kl.ops.moe(x, np.zeros((1, 1), np.int32), x, w, w, np.zeros((2**61, 1, 0), np.fl
     "2^63 - 1 positions of width 0": """
 _core.cache_append(c, e, 0, e, ids(0, 0), ids(0), ids(0, 2**63 - 1), 1, 0, 0, 2**63 - 1)
 """,
+    "no row of 2^60 values": "kl.ops.softmax(np.zeros((0, 2**60), np.float32))",
+    "no row of 2^60 experts": "kl.ops.route(np.zeros((0, 2**60), np.float32), k=1, ctx=kl.Context(threads=16))",
+    "no matrix of 2^80 values": "_core.embedding(c, e, np.zeros(0, np.int32), (e, 0, 0, 2**40, 2**40), 0)",
+    "2^28 matrices without rows": """
+x, i = np.zeros((1, 4), np.float32), np.zeros((1, 1), np.int32)
+w = (e, 0, 2**28, 0, 4)
+_core.linear(c, [x], x, [w], [None], [0], 1, 4)
+""",
 }
 
 

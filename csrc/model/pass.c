@@ -2,6 +2,8 @@
  * states where it found them. */
 #include "pass.h"
 
+#include "../cpu/fpenv.h"
+
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -131,6 +133,9 @@ static kl_status check_experts(kl_ctx *ctx, const kl_config *c, const kl_forward
     const int64_t k = c->ffn.k;
     for (int64_t l = 0; a->expert_ids != NULL && l < c->n_layers; l++) {
         const int32_t *ids = a->expert_ids[l];
+        if (ids != NULL && c->layers[l].ffn != KL_FFN_MOE)
+            return kl_fail(ctx, KL_ERR_ARG,
+                           "forward: expert_ids of layer %lld, which has no experts", (long long)l);
         for (int64_t i = 0; ids != NULL && i < T * k; i++) {
             const int32_t least = i % k > 0 ? ids[i - 1] + 1 : 0;
             if (ids[i] < least || ids[i] >= c->ffn.experts)
@@ -326,6 +331,7 @@ kl_status kl_forward(kl_ctx *ctx, const kl_model *model, const kl_forward_args *
     }
     const int64_t pass_tokens = args->pass_tokens > 0 ? args->pass_tokens : KL_PASS_TOKENS;
     pass p = { .ctx = ctx, .model = model, .args = args };
+    const kl_fp saved = kl_fp_default(); /* what is computed between the ops */
     int64_t *done = calloc((size_t)args->N + 1, sizeof *done);
     kl_status status = done != NULL ? check_states(ctx, model, args)
                                     : kl_fail(ctx, KL_ERR_MEMORY, "out of memory: forward");
@@ -342,5 +348,6 @@ kl_status kl_forward(kl_ctx *ctx, const kl_model *model, const kl_forward_args *
     free_pass(&p);
     free(done);
     release(args, taken);
+    kl_fp_restore(saved);
     return status;
 }

@@ -3,6 +3,8 @@
  * .v_b_proj.weight [H, V, R] for kv_b_proj, .rate [H] for exp(A_log), and the parts of in_proj_qkvz apart. */
 #include "tensors.h"
 
+#include "../cpu/fpenv.h"
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -342,8 +344,11 @@ kl_status kl_model_create(kl_ctx *ctx, kl_model **out, const kl_config *config,
     m->config.layers = m->layers;
     lay_out(m);
     status = kl_loader_begin(&l, tensors, n_tensors);
-    if (status == KL_OK)
+    if (status == KL_OK) {
+        const kl_fp saved = kl_fp_default();
         status = load(&l);
+        kl_fp_restore(saved);
+    }
 done:
     kl_loader_end(&l);
     if (status != KL_OK)

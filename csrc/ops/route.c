@@ -178,6 +178,9 @@ kl_status cpu_route(kl_ctx *ctx, int32_t *ids, float *weights, const float *scor
 
 static kl_status check_args(kl_ctx *ctx, const kl_route_args *a)
 {
+    if (a->E > INT32_MAX)
+        return kl_fail(ctx, KL_ERR_SHAPE, "route: scores have %lld experts; ids are int32",
+                       (long long)a->E);
     if (a->groups < 1 || a->E % a->groups != 0)
         return kl_fail(ctx, KL_ERR_ARG, "route: groups is %lld; it must divide the %lld experts",
                        (long long)a->groups, (long long)a->E);

@@ -18,6 +18,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include "../cpu/fpenv.h"
 #include "../internal.h"
 
 enum { KL_PY_MAX_BUFFERS = 24 };
@@ -33,6 +34,7 @@ typedef struct kl_py_call {
     kl_ctx *ctx;
     kl_status status;
     struct kl_py_context *context; /* locked */
+    kl_fp fp;                      /* of the caller, who has it again at the end */
     PyThreadState *thread;
     /* Of the arrays that lie on the device already: held to the end; and the streams to wait for before the op. foreign:
      * one of them is not the context's own, so that the call waits for its own end, too. */

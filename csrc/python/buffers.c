@@ -16,6 +16,8 @@ static const struct {
     [KL_PY_U8] = { "B", "uint8", 1, 2 },
 };
 
+enum { MOST_MATRICES = 1 << 20, LOCK_MICROSECONDS = 50000 };
+
 /* what is done with the values of an array when the context is of a device */
 enum { MOVE_NONE = 0, MOVE_IN = 1, MOVE_OUT = 2 };
 
@@ -325,7 +327,14 @@ kl_weight kl_py_weight(kl_py_call *c, PyObject *o, const char *name)
         c->failed = true;
         return w;
     }
-    const int64_t size = kl_py_size(c, name, n, rows, cols, 1);
+    if (n < 0 || n > MOST_MATRICES) {
+        PyErr_Format(PyExc_ValueError, "%s has %lld matrices; it must have 0 to %d", name, n,
+                     MOST_MATRICES);
+        c->failed = true;
+        return w;
+    }
+    const int64_t one = kl_py_size(c, name, rows, cols, 1, 1), /* alone: n may be 0 */
+        size = kl_py_size(c, name, n, one, 1, 1);
     const void *data =
         block == 1
             ? kl_py_in(c, buffer, type == KL_F32 ? KL_PY_F32 : KL_PY_U16, size, name)
@@ -354,12 +363,16 @@ void kl_py_on(kl_py_call *c, PyObject *context)
         PyErr_SetString(PyExc_ValueError, "ctx is in use by the call that this one is made from");
         return;
     }
-    if (PyThread_acquire_lock(taken->lock, NOWAIT_LOCK) == 0) {
+    PyLockStatus status = PyThread_acquire_lock_timed(taken->lock, 0, 0);
+    while (status != PY_LOCK_ACQUIRED) { /* another thread's call: signals are heard meanwhile */
+        if (PyErr_CheckSignals() < 0)
+            return;
         PyThreadState *thread = PyEval_SaveThread();
-        PyThread_acquire_lock(taken->lock, WAIT_LOCK);
+        status = PyThread_acquire_lock_timed(taken->lock, LOCK_MICROSECONDS, 1);
         PyEval_RestoreThread(thread);
     }
     atomic_store(&taken->owner, me);
+    c->fp = kl_fp_default(); /* numbers of Python become float32 */
     c->context = taken;
     c->ctx = taken->ctx;
     c->failed = false;
@@ -414,6 +427,7 @@ PyObject *kl_py_end(kl_py_call *c)
         if (c->status != KL_OK)
             memcpy(sentence, c->ctx->error, sizeof sentence);
         kl_scratch_reset(c->ctx, 0);
+        kl_fp_restore(c->fp);
         atomic_store(&c->context->owner, 0);
         PyThread_release_lock(c->context->lock);
     }

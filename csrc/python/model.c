@@ -259,8 +259,10 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     if (self == NULL)
         return NULL;
     self->context = (kl_py_context *)Py_NewRef(context);
-    if (!parse_config(config, self) || !hold_buffers(buffers, self)
-        || !create(self, tensors, planning, progress)) {
+    const kl_fp saved = kl_fp_default(); /* numbers of Python become float32 */
+    const bool parsed = parse_config(config, self);
+    kl_fp_restore(saved);
+    if (!parsed || !hold_buffers(buffers, self) || !create(self, tensors, planning, progress)) {
         Py_DECREF(self);
         return NULL;
     }

@@ -98,7 +98,7 @@ static PyObject *py_latent_attention(PyObject *module, PyObject *args)
         return NULL;
     kl_py_on(&c, ctx);
     const int64_t n_o = kl_py_size(&c, "out", T, H, V, 1),
-                  width = K >= 0 && P >= 0 && K <= INT32_MAX ? K + P : -1;
+                  width = K >= 0 && P >= 0 && K <= INT32_MAX && P <= INT32_MAX ? K + P : -1;
     const int64_t n_q = kl_py_size(&c, "q", T, H, width, 1);
     const int64_t n_latent = kl_py_size(&c, "latent", S, R, 1, 1),
                   n_shared = kl_py_size(&c, "k_shared", S, P, 1, 1);

@@ -91,13 +91,13 @@ static PyObject *state_checkpoint(PyObject *o, PyObject *args)
 {
     kl_py_call c = { 0 };
     PyObject *context;
-    long long n = -1;
+    long long n = 0;
     if (!PyArg_ParseTuple(args, "O|L:checkpoint", &context, &n))
         return NULL;
     kl_state *state = ((py_state *)o)->state;
     if (kl_py_begin(&c, context))
-        c.status =
-            n == -1 ? kl_state_checkpoint(c.ctx, state) : kl_state_checkpoint_at(c.ctx, state, n);
+        c.status = PyTuple_Size(args) < 2 ? kl_state_checkpoint(c.ctx, state)
+                                          : kl_state_checkpoint_at(c.ctx, state, n);
     return kl_py_end(&c);
 }
 
@@ -191,7 +191,7 @@ static PyObject *move(PyObject *o, PyObject *args, bool out)
 {
     kl_py_call c = { 0 };
     PyObject *context, *array;
-    long long layer, checkpoint = -1;
+    long long layer, checkpoint = 0;
     int part, n_dims = 0;
     int64_t shape[3] = { 0, 0, 1 };
     kl_type type = KL_F32;
@@ -215,7 +215,7 @@ static PyObject *move(PyObject *o, PyObject *args, bool out)
             c.status =
                 kl_fail(c.ctx, KL_ERR_SHAPE, "state: the array has %lld bytes; it must have %zu",
                         (long long)view.len, bytes);
-        if (c.status == KL_OK && checkpoint != -1)
+        if (c.status == KL_OK && PyTuple_Size(args) == 5)
             c.status = kl_state_read_checkpoint(c.ctx, state, checkpoint, layer,
                                                 (kl_state_part)part, view.buf);
         else if (c.status == KL_OK)

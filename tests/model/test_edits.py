@@ -1,5 +1,8 @@
 """Taps that a caller changes on the way."""
 
+import signal
+import threading
+
 import numpy as np
 import pytest
 from inside import CASES, MIXTURES, arrays, every_tap, float32, ids, open_model
@@ -298,6 +301,38 @@ def test_a_function_cannot_use_the_context_of_its_own_call(tiny):
     with pytest.raises(ValueError, match="in use by the call"):
         model.forward(ids(tiny, 3), edit={"embed": lambda x: kl.ops.softmax(x, ctx=ctx)})
     assert model.forward(ids(tiny, 3)).tobytes() == tiny.forward(ids(tiny, 3)).tobytes()
+
+
+def test_who_waits_for_a_context_hears_signals(tiny):
+    """Another thread's call has it, and ends when this test says so."""
+    ctx, inside, go_on = kl.Context(threads=1), threading.Event(), threading.Event()
+    model = kl.Model.tiny(ctx=ctx)
+
+    def stay(x):
+        inside.set()
+        assert go_on.wait(30)
+        return x
+
+    class Alarm(Exception):
+        pass
+
+    def raise_alarm(*_):
+        raise Alarm
+
+    worker = threading.Thread(target=lambda: model.forward(ids(tiny, 3), edit={"embed": stay}))
+    before = signal.signal(signal.SIGALRM, raise_alarm)
+    try:
+        worker.start()
+        assert inside.wait(30)
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(Alarm):
+            kl.ops.softmax(np.zeros((1, 3), np.float32), ctx=ctx)
+        assert not go_on.is_set() and worker.is_alive()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        go_on.set()
+        worker.join()
+    assert kl.ops.softmax(np.zeros((1, 2), np.float32), ctx=ctx).tolist() == [[0.5, 0.5]]
 
 
 @pytest.mark.parametrize("form", [{}, {"tokens_slice": slice(600, 610)}])

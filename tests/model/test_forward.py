@@ -1,7 +1,10 @@
 """The laws of the forward pass: what gives the same bytes, and what stays within the budget."""
 
 import copy
+import ctypes
+import ctypes.util
 import pickle
+import platform
 
 import numpy as np
 import pytest
@@ -47,6 +50,20 @@ def run(model, tokens, cuts=()):
     parts = [model.forward(tokens[a:b], state=state) for a, b in zip([0, *cuts], ends, strict=True)]
     assert state.position == len(tokens)
     return np.concatenate(parts), state
+
+
+def test_the_callers_rounding_mode_changes_no_byte(model):
+    """Not of a call, nor of a model that is made under it: scales and rates are computed by the calling thread."""
+    upward, to_nearest = {"x86_64": 0x800, "aarch64": 0x400000, "arm64": 0x400000}[platform.machine()], 0
+    libm, tokens = ctypes.CDLL(ctypes.util.find_library("m")), np.arange(9)
+    want = model.forward(tokens).tobytes()
+    try:
+        assert libm.fesetround(upward) == 0
+        got = model.forward(tokens).tobytes()
+        made = kl.Model(model.config, model.weights)
+    finally:
+        libm.fesetround(to_nearest)
+    assert got == want and made.forward(tokens).tobytes() == want
 
 
 def test_same_bytes_on_every_instruction_set_and_thread_count(model):

@@ -18,17 +18,12 @@ def logits_of(T, V, seed=0, scale=3.0):
     return (scale * np.random.default_rng([seed, T, V]).standard_normal((T, V))).astype(np.float32)
 
 
-def rounded(setting):
-    """The op takes its numbers as float32."""
-    return {k: float(np.float32(v)) if isinstance(v, float) else v for k, v in setting.items()}
-
-
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("V", [1, 2, 17, 1000])
 def test_ids_are_the_reference_s(setting, V):
     x = logits_of(20, V)
-    exact, place = rounded(setting), dict(seed=3, sequence=1)
-    wanted = [kl.reference.sample(row, **exact, **place, position=t) for t, row in enumerate(x)]
+    place = dict(seed=3, sequence=1)
+    wanted = [kl.reference.sample(row, **setting, **place, position=t) for t, row in enumerate(x)]
     got = everywhere(lambda ctx: kl.ops.sample(x, **setting, **place, position=np.arange(20), ctx=ctx))
     assert got.dtype == np.int32 and got.tolist() == wanted
     one = kl.ops.sample(x[4], **setting, seed=3, sequence=1, position=4)
@@ -38,8 +33,17 @@ def test_ids_are_the_reference_s(setting, V):
 def test_real_vocabulary():
     x = logits_of(3, 163840)
     for setting in (dict(), dict(top_k=50, top_p=0.9), dict(temperature=0.0), dict(top_p=0.95), dict(min_p=0.01)):
-        wanted = [kl.reference.sample(row, **rounded(setting), seed=9) for row in x]
+        wanted = [kl.reference.sample(row, **setting, seed=9) for row in x]
         assert kl.ops.sample(x, **setting, seed=9).tolist() == wanted
+
+
+def test_shares_of_equal_logits_are_those_of_a_float32_top_p():
+    """0.1 in float32 is more than 0.1: a prefix of 15 of 150 equal weights does not reach it."""
+    x = np.zeros(300, np.float32)
+    for k in (10, 20, 150):
+        setting = dict(top_k=k, top_p=0.1)
+        assert [kl.ops.sample(x, **setting, seed=i) for i in range(40)] == [
+            kl.reference.sample(x, **setting, seed=i) for i in range(40)]
 
 
 TEMPERATURES = (1e-40, 1e-30, 0.125, 0.75, 1.0, 1.0, 2.0, 1e30)
@@ -79,8 +83,8 @@ def test_any_case_is_the_reference_s(widths, n):
     rng = np.random.default_rng(len(widths))
     for case in range(n):
         x = any_logits(rng, int(rng.choice(widths)))
-        setting = rounded(dict(temperature=float(rng.choice(TEMPERATURES)), top_k=int(rng.choice(TOP_K)),
-                               top_p=float(rng.choice(TOP_P)), min_p=float(rng.choice(MIN_P))))
+        setting = dict(temperature=float(rng.choice(TEMPERATURES)), top_k=int(rng.choice(TOP_K)),
+                       top_p=float(rng.choice(TOP_P)), min_p=float(rng.choice(MIN_P)))
         place = dict(seed=int(rng.integers(2**63)), position=case)
         wanted = kl.reference.sample(x, **setting, **place)
         got = [kl.ops.sample(x, **setting, **place, ctx=ctx) for ctx in CONTEXTS[case % 2::2]]

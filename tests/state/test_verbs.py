@@ -25,6 +25,37 @@ def model(request, golden_dir):
 def cache(request):
     return request.param
 
+# ---- threads ----------------------------------------------------------------------------------------
+
+
+def test_a_verb_has_the_state_until_its_tokens_are_told(tiny, monkeypatch):
+    """What the core has read and the ids move on one after the other: no other thread sees the state in between."""
+    state, told, go_on = tiny.new_state(), threading.Event(), threading.Event()
+    empty = state.snapshot()
+
+    def slow(self, ids):
+        told.set()
+        assert go_on.wait(30)
+        self.tokens.extend(ids)
+
+    monkeypatch.setattr(kl.State, "_append", slow)
+    reader = threading.Thread(target=lambda: tiny.forward([5, 6], state=state))
+    reader.start()
+    assert told.wait(30)
+    verbs = {"snapshot": state.snapshot, "fork": state.fork, "reset": state.reset,
+             "restore": lambda: state.restore(empty), "truncate": lambda: state.truncate(1),
+             "save": lambda: state.save("nowhere"), "forward": lambda: tiny.forward([7], state=state)}
+    try:
+        for verb, call in verbs.items():
+            with pytest.raises(ValueError, match=f"{verb}: the state is in use by another call"):
+                call()
+    finally:
+        go_on.set()
+        reader.join()
+    assert state.tokens == [5, 6] and state.position == 2
+    assert state.snapshot().position == 2 and state.fork().tokens == [5, 6]
+
+
 # ---- copies ----------------------------------------------------------------------------------------
 
 
