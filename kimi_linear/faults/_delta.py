@@ -5,7 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-from ..reference_delta import key_heads, with_triangles
+from ..reference_delta import decays, key_heads
 from . import _l2
 from ._fault import BOTH, CALL, STRONG, Fault
 from .site import Call
@@ -19,7 +19,7 @@ LOSSY = 20.0  # nats: a float32 sum of gates beyond is rounded by more than a bu
 
 def wrong(x, *, l2=None, heads=None, scale=None, gate=None, axis=None, beta=None, order=None, read=None, stored=None,
           initial=None, final=None, border=None, padding=None, ragged=None, sums=None, turned=(), exchanged=None,
-          inputs=None, results=None):
+          rolled=None, inputs=None, results=None):
     """`reference.delta_rule` of the arguments `x` with faults, all None: none. Takes gates above 0, too."""
     q, k, v, b = (np.asarray(x[n], np.float64) for n in ("q", "k", "v", "beta"))
     q, k, v = (_rounded(a, inputs) for a in ((k, q, v) if exchanged else (q, k, v)))
@@ -32,6 +32,7 @@ def wrong(x, *, l2=None, heads=None, scale=None, gate=None, axis=None, beta=None
     q, k = _scales(q[:, index], k[:, index], K**-0.5 if x.get("scale") is None else x["scale"], V, scale)
     g = np.zeros((T, Hv)) if x.get("g") is None else np.asarray(x["g"], np.float64)
     g = np.broadcast_to(g[..., None] if g.ndim == 2 else g, (T, Hv, K))
+    q, k, v, g, b = _rolled(q, k, v, g, b, *rolled or ())
     b, b_read = _betas(b, beta)
 
     offsets = [0, T] if x.get("offsets") is None else [int(n) for n in x["offsets"]]
@@ -59,6 +60,13 @@ def wrong(x, *, l2=None, heads=None, scale=None, gate=None, axis=None, beta=None
     return o, states if x.get("offsets") is not None else states[0]
 
 
+def _rolled(q, k, v, g, b, what=None, whose="next"):
+    """The arguments, each head's gates or another of them taken from its neighbour."""
+    names = "key head", "key head", "values", "gates", "beta"
+    return [np.roll(a, -1 if whose == "next" else 1, axis=1) if name == what else a
+            for a, name in zip((q, k, v, g, b), names)]
+
+
 def _rounded(x, kind):
     """x as a narrower type has it, in float64; x itself for None."""
     return x if kind is None else x.astype(getattr(ml_dtypes, kind, kind)).astype(np.float64)
@@ -78,15 +86,29 @@ def _acts(x, name, value):
     given = x.get(ACTS_ON.get(name))
     if name in ACTS_ON and (given is None or given is False):
         return False
+    if name in ("border", "padding"):
+        return _of_chunks(x, *value)
     if name == "sums":
         return given.size > 0 and -np.nansum(given, axis=0).min() > LOSSY
     if (name, value) in (("scale", "of V"), ("heads", "other")):
         return K != V if name == "scale" else Hk not in (1, Hv)
-    if value in ("one channel", "mean"):
+    if value in ("next", "one before") and name == "initial":
+        return x.get("offsets") is not None and len(x["offsets"]) > 2
+    if name == "rolled":
+        return Hv > 1 and (value[0] != "gates" or x.get("g") is not None) and (value[0] != "key head" or Hk > 1)
+    if value in ("one channel", "mean", "reversed"):
         return given.ndim == 3
     if name == "axis":
         return K == V and given.ndim == 3
     return value != "rows" or K == V
+
+
+def _of_chunks(x, kind, C):
+    """Whether a sequence has a row at which a fault of chunks of C acts."""
+    lengths = np.diff([0, len(x["q"])] if x.get("offsets") is None else x["offsets"])
+    if kind in ("repeats the last token", "decays"):
+        return bool((lengths % C).any())
+    return bool((lengths >= C + (kind in ("reset", "no first gate"))).any())
 
 
 def _norms(q, k, l2, eps):
@@ -132,6 +154,7 @@ def _decays(g, gate):
         None: np.exp, "missing": np.ones_like, "log2": np.exp2, "log2e": lambda g: np.exp(g / np.log(2)),
         "exp twice": lambda g: np.exp(np.exp(g)), "as it is": lambda g: g, "sign": lambda g: np.exp(-g),
         "one channel": lambda g: np.exp(g[..., :1]), "mean": lambda g: np.exp(g.mean(-1, keepdims=True)),
+        "reversed": lambda g: np.exp(g[..., ::-1]),
         "twice": lambda g: np.exp(2 * g)}
     return np.broadcast_to(forms[gate](g), g.shape)
 
@@ -180,20 +203,22 @@ def _padded(k, v, a, b, S, kind, rows):
 
 
 def _by_sums(q, k, v, g, b, S, how):
-    """The textbook chunk with sums of g in float32, which it subtracts: rounded at each step, or once at the end."""
-    rounded, C = how
+    """The textbook chunk with sums of g in float32, which it subtracts, everywhere or in L and P alone: rounded at each
+    step, or once at the end."""
+    rounded, C, *alone = how
     o, S = np.zeros(v.shape), S.copy()
     for t in range(0, len(q), C):
         p = slice(t, min(t + C, len(q)))
         c = np.cumsum(g[p].astype(np.float32), axis=0, dtype=np.float32 if rounded == "each" else np.float64)
-        c, n = c.astype(np.float32), p.stop - t
-        L, P = np.zeros((2, g.shape[1], n, n))
-        for i in range(n):
+        c = c.astype(np.float32)
+        start, end = decays(g[p]) if alone else (np.exp(np.float64(c)), np.exp(np.float64(c[-1] - c)))
+        d, y = np.zeros(v[p].shape), o[p]
+        for i, (q_i, k_i, v_i, b_i) in enumerate(zip(q[p], k[p], v[p], b[p][..., None])):
             to = np.exp(np.float64(c[i] - c[:i + 1])) * k[p][:i + 1]
-            L[:, i, :i] = b[p][i][:, None] * np.einsum("hk,jhk->hj", k[p][i], to[:i])
-            P[:, i, :i + 1] = np.einsum("hk,jhk->hj", q[p][i], to)
-        ends = np.exp(np.float64(c)), np.exp(np.float64(c[-1] - c))
-        o[p], S = with_triangles(q[p], k[p], v[p], b[p], S, L, P, *ends)
+            L, P = b_i * np.einsum("hk,jhk->hj", k_i, to[:i]), np.einsum("hk,jhk->hj", q_i, to)
+            d[i] = b_i * (v_i - np.einsum("hkv,hk->hv", S, start[i] * k_i)) - np.einsum("hj,jhv->hv", L, d[:i])
+            y[i] = np.einsum("hkv,hk->hv", S, start[i] * q_i) + np.einsum("hj,jhv->hv", P, d[:i + 1])
+        S = start[-1][:, :, None] * S + np.einsum("jhk,jhv->hkv", end * k[p], d)
     return o, S
 
 
@@ -228,7 +253,7 @@ class Switched:
 DELTA, GATED = ("delta_rule",), ("delta_rule", "decay_gate")
 KDA, FLA = "arXiv:2510.26692, equation 1", "flash-linear-attention"
 LAYOUT = f"ggml and MLX keep [V, K], {FLA} [K, V]"
-CHUNKS = ((64,), (32,), (16,))
+CHUNKS, LONGER = ((64,), (32,), (16,)), ((128,),)
 
 
 def _fault(name, text, source="", *, use=CALL, scenario=None, choices=((),), more=(), each="", square=False,
@@ -272,10 +297,12 @@ def _scaled():
 
 def _orders():
     yield _fault("decay_after_update", "the update comes before the decay", KDA, use=BOTH, order="update, then decay")
-    yield _fault("decay_after_correction", "the prediction reads the state before its decay", KDA, use=BOTH,
+    yield _fault("decay_after_correction", "the prediction reads the state before its decay (in a chunk: L and W "
+                 "decay k_i without the row's own gate)", KDA, use=BOTH,
                  order="reads the undecayed state")
     yield _fault("output_before_decay", "the output is read before the decay and the update", read="before")
-    yield _fault("output_before_update", "the output is read before the update", KDA, use=BOTH, read="decayed")
+    yield _fault("output_before_update", "the output is read before the update (in a chunk: P without its "
+                 "diagonal)", KDA, use=BOTH, read="decayed")
     yield _fault("correction_missing", "the correction is missing, S + k beta v^T: plain gated linear attention", KDA,
                  use=BOTH, beta="without correction")
 
@@ -301,6 +328,7 @@ def _gates():
     yield _fault("decay_of_first_channel", "all channels have the gate of the first", sources, use=BOTH,
                  gate="one channel")
     yield _fault("decay_averaged", "all channels have the mean gate of their head", sources, use=BOTH, gate="mean")
+    yield _fault("decay_of_reversed_channels", "the channels have the gates in reverse order", gate="reversed")
     yield _fault("decay_on_value_axis", "the decay is along the values instead of the keys", KDA, use=BOTH, square=True,
                  axis="value")
 
@@ -308,7 +336,8 @@ def _gates():
 def _betas_of():
     yield _fault("beta_missing_in_update", "beta is missing", KDA, use=BOTH, beta="missing")
     yield _fault("beta_sigmoid_again", "beta goes through a sigmoid again", beta="sigmoid")
-    yield _fault("beta_on_key_alone", "beta is on what is read back alone (on k), not on v", beta="on the read alone")
+    yield _fault("beta_on_key_alone", "beta is on what is read back alone (on k), not on v (in a "
+                 "chunk: missing in U)", beta="on the read alone")
     yield _fault("beta_on_value_alone", "beta is on v alone, not on what is read back", KDA, use=BOTH,
                  beta="on v alone")
     yield _fault("beta_twice", "beta is applied twice", beta="squared")
@@ -340,15 +369,18 @@ def _chunks():
              dict(padding=lambda C: ("repeats the last token", C))),
             ("padding_decays", "padding goes on decaying the state by the last gate, chunks of {}",
              dict(padding=lambda C: ("decays", C)))):
-        yield _fault(f"chunk_{name}", says.rpartition(" of {}")[0], choices=CHUNKS, each=says, **switch)
+        yield _fault(f"chunk_{name}", says.rpartition(" of {}")[0], choices=CHUNKS, more=LONGER, each=says, **switch)
     says = "decays are formed by subtracting float32 sums of g over chunks of {}: digits are lost after a strong gate"
     yield _fault("chunk_sums_in_float32", "decays are formed by subtracting sums that were added up in float32",
-                 choices=CHUNKS, each=says, sums=lambda C: ("each", C))
+                 choices=CHUNKS, more=LONGER, each=says, sums=lambda C: ("each", C))
+    yield _fault("chunk_sums_in_L_and_P", "decays in L and P are formed by subtracting float32 sums",
+                 choices=CHUNKS, more=LONGER, each=says.replace("decays", "in L and P, decays"),
+                 sums=lambda C: ("each", C, "in L and P"))
     yield _fault("chunk_decays_subtracted",
                  "decays in a chunk are differences of float32 running sums: a strong decay makes the sums large, and "
                  "small differences between them lose their last bits",
                  "transformers and flash-linear-attention; arXiv:2510.26692, equations 2 to 9", use=BOTH,
-                 scenario=STRONG, choices=CHUNKS, each=says, sums=lambda C: ("once", C))
+                 scenario=STRONG, choices=CHUNKS, more=LONGER, each=says, sums=lambda C: ("once", C))
 
 
 def _rest():
@@ -356,6 +388,10 @@ def _rest():
                  "key heads are found the other way: grouped (h // G) for tiled (h % Hk), or the "
                  "reverse", "repeat for repeat_interleave; GGUF files of Qwen3.5 have tiled value heads", use=BOTH,
                  heads="other")
+    for what in ("key head", "values", "gates", "beta"):
+        yield _fault(f"{what.replace(' ', '_')}_rolled", f"each value head has the {what} of another",
+                     "heads counted from another one", choices=(("next",), ("one before",)),
+                     each=f"each value head has the {what} of the {{}}", rolled=lambda whose, what=what: (what, whose))
     yield _fault("offsets_ignored", "sequences run into each other: the state is not begun anew at an offset",
                  ragged="one")
     yield _fault("state_in_bfloat16", "the state is rounded to bfloat16 after every token",

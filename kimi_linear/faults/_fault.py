@@ -63,7 +63,7 @@ class Fault:
     more : tuple of tuples
         Choices that `check_op` tries besides.
     each : str
-        The text of one choice, a format of its values.
+        The text of one choice, a format of its values; without a value it is `text`.
     looks_ahead : bool
         Whether a row of its result depends on rows behind it.
     """
@@ -83,7 +83,7 @@ class Fault:
 
     def says(self, choice: tuple = ()) -> str:
         """The text of one choice."""
-        if self.each:
+        if self.each and choice:
             return self.each.format(*choice)
         return f"{self.text} ({', '.join(map(str, choice))})" if choice else self.text
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from .. import reference
 from ..reference_delta import of_value_heads
-from . import _delta, _l2
+from . import _delta, _delta_chunk, _l2
 from . import scene as rules
 from ._delta import wrong
 from ._fault import CALL, LONG, RESTORED, RUN, SEVERAL, SPLIT, STRONG, Fault, carried, changed, in_blocks
@@ -292,6 +292,7 @@ KDA, FLA, GGML = "arXiv:2510.26692, equation 1", "flash-linear-attention", "llam
 
 FAULTS = (
     *_delta.FAULTS,
+    *_delta_chunk.FAULTS,
     Fault("state_transposed_between_calls", "the state is left as [V, K] and taken up as [K, V]", DELTA,
           turned_between_calls, SPLIT, source="ggml and MLX keep [V, K], flash-linear-attention [K, V]", use=RUN),
     Fault("chunk_overflow", "a chunk multiplies by exp(-c_j) alone, which overflows", DELTA, factored_chunks, STRONG,

@@ -316,7 +316,7 @@ class Run:
 _kept = {}  # digest of an op's inputs -> (reference, bounds): the same cases serve many callables
 
 
-def _reference(op, inputs, form, stored):
+def _reference(op, inputs, form, stored=0.0):
     """(results, bounds) in float64, each a tuple; `form` and `stored` go to the budget."""
     key = _digest(op, inputs | form | {"stored": stored})
     if key not in _kept:

@@ -5,7 +5,6 @@ then the one that explains most of the rest. Where none fits alone, pairs are tr
 what is not finite.
 """
 
-import functools
 import itertools
 from collections import Counter
 from dataclasses import dataclass
@@ -73,54 +72,86 @@ def explain(spec, failures, wrote=False):
         Case -> sentence, and a place or "". Cases that nothing explains are left out.
     """
     singles = [(e.says, dict(e.switches)) for e in spec.explanations]
+    fits = _Fits(spec)
     empty = [f for f in failures if _is_empty(f)]
     if 2 * len(empty) > len(failures) and not (
-            wrote and all(any(_fits(spec, switches, f) for _, switches in singles) for f in empty)):
+            wrote and all(any(fits(switches, f) for _, switches in singles) for f in empty)):
         rest = explain(spec, [f for f in failures if f not in empty]) if len(empty) < len(failures) else {}
         return {f.name: (EMPTY, "") for f in empty} | rest
     why = {}
     pairs = _pairs([(e.says, dict(e.switches)) for e in spec.explanations if not e.alone])
-    named = _cover(spec, singles, failures, why)
-    left = _loosely(spec, named, failures, why)
+    named = _cover(fits, singles, failures, why)
+    left = _loosely(fits, named, failures, why)
     if any(f.finite for f in left):
-        named = _cover(spec, list(pairs), left, why, pairs=True)
-        left = _loosely(spec, named, left, why)
+        named = _cover(fits, list(pairs), left, why, pairs=True)
+        left = _loosely(fits, named, left, why)
     found = {f.name: spec.diagnose(f.inputs, f.actual, f.ref) for f in left}
     often = Counter(says for each in found.values() for says, _ in each)
     return why | {name: max(each, key=lambda e: often[e[0]]) for name, each in found.items() if each}
 
 
-def _loosely(spec, named, failures, why):
+class _Fits:
+    """`_fits` of an op, once for all mistakes that come to the same on a case."""
+
+    def __init__(self, spec):
+        self.spec, self.known = spec, {}
+
+    def __call__(self, switches, f, loose=False):
+        start = None if loose else self.spec.start(f.inputs, switches)
+        if start is not None and self._once(_fails_early, start, switches, f):
+            return False
+        return self._once(_fits_loosely if loose else _fits, f.inputs, switches, f)
+
+    def _once(self, judge, inputs, switches, f):
+        acting = self.spec.acting(inputs, switches)
+        key = judge, f, *acting.items()
+        if key not in self.known:
+            self.known[key] = judge(self.spec, acting, f)
+        return self.known[key]
+
+
+def _loosely(fits, named, failures, why):
     """Of cases left, those whose rounding grows under a mistake that is already named; what is still left."""
     left = [f for f in failures if f.name not in why]
     for f in left:
-        says = next((says for says, switches in named if _fits(spec, switches, f, loose=True)), None)
+        says = next((says for says, switches in named if fits(switches, f, loose=True)), None)
         why |= {f.name: (says, "")} if says else {}
     return [f for f in left if f.name not in why]
 
 
-def _cover(spec, candidates, failures, why, pairs=False):
+def _cover(fits, candidates, failures, why, pairs=False):
     """Takes the best candidate until none explains anything; those taken."""
-    left, taken, fits = list(failures), [], functools.cache(lambda i, f: _fits(spec, candidates[i][1], f))
-    while found := _fitting(candidates, left, pairs, fits):
-        says, switches, names = max(found, key=lambda f: len(f[2]))  # the first among equals
+    left, taken = list(failures), []
+    while found := _best(fits, candidates, left, pairs):
+        best, explained = found
+        says, switches = candidates[best]
         taken.append((says, switches))
-        why |= dict.fromkeys(names, (says, ""))
-        left = [f for f in left if f.name not in names]
+        why |= {f.name: (says, "") for f in explained}
+        left = [f for f in left if f not in explained]
     return taken
 
 
-def _fitting(candidates, failures, pairs, fits):
-    """(sentence, switches, names of the cases) of each candidate that explains one of the probes."""
+def _best(fits, candidates, failures, pairs):
+    """The candidate, of those that explain a probe, that explains most failures, the first among equals, and which;
+    None where there is none. One that can no longer be the best is not tried further."""
     probes = _probes(failures, pairs)
     rest = [f for f in failures if f not in probes]
-    found = []
-    for i, (says, switches) in enumerate(candidates):
-        names = [f.name for f in probes if fits(i, f)]
-        if names:
-            names += [f.name for f in rest if fits(i, f)]
-            found.append((says, switches, names))
-    return found
+    found = {}
+    for f in probes:
+        for i, (_, switches) in enumerate(candidates):
+            if fits(switches, f):
+                found.setdefault(i, []).append(f)
+    if not found:
+        return None
+    leader = min(found, key=lambda i: (-len(found[i]), i))
+    found[leader] += [f for f in rest if fits(candidates[leader][1], f)]
+    for n, f in enumerate(rest):
+        for i in [i for i in found if i != leader]:
+            if len(found[i]) + len(rest) - n < len(found[leader]) + (i > leader):
+                del found[i]
+            elif fits(candidates[i][1], f):
+                found[i].append(f)
+    return min(found.items(), key=lambda item: (-len(item[1]), item[0]))
 
 
 def _probes(failures, pairs):
@@ -145,25 +176,47 @@ def _pairs(singles):
             yield f"{a}; and {b}", x | y
 
 
-def _fits(spec, switches, f, loose=False):
+def _fits(spec, switches, f):
     """The mistaken reference gives this result, and is much nearer to it than the right one."""
     with np.errstate(all="ignore"):
-        wrong = _wrong(spec, switches, f)
-        if wrong is None or any(a.shape != w.shape for a, w in zip(f.actual, wrong, strict=True)):
+        wrong = _wrong(spec, switches, f, f.inputs)
+        if not _alike(f.actual, wrong):
             return False
-        if loose:
-            near = _distance(f.actual, wrong, HUGE)
-            return near <= max(LOOSE, f.near) and near * TIMES < _distance(f.actual, f.ref)
         near = _distance(f.actual, wrong)
         if near <= f.near and near * TIMES < _distance(f.actual, f.ref):
             return True
         return _within(f.actual, wrong, f.allowed, f.near) and not _within(f.actual, f.ref, f.allowed, 0)
 
 
-def _wrong(spec, switches, f):
-    """What the mistake gives on a case, by its steps; None where it does nothing."""
+def _fits_loosely(spec, switches, f):
+    """The same where rounding has grown: the mistaken reference is near, and much nearer than the right one."""
+    with np.errstate(all="ignore"):
+        wrong = _wrong(spec, switches, f, f.inputs)
+        near = _distance(f.actual, wrong, HUGE) if _alike(f.actual, wrong) else np.inf
+        return near <= max(LOOSE, f.near) and near * TIMES < _distance(f.actual, f.ref)
+
+
+def _fails_early(spec, switches, f):
+    """Whether the first rows of the first result are too far from the mistake's for `_fits`."""
+    start = spec.start(f.inputs, switches)
+    with np.errstate(all="ignore"):
+        wrong, n = _wrong(spec, switches, f, start), len(next(iter(start.values())))
+        a, d, e = np.asarray(f.actual[0], np.float64), f.ref[0][:n] if wrong is None else wrong[0], f.allowed[0][:n]
+        error, apart = distance(a[:n], d)
+        loose = max(LOOSE, 2 * f.near) * np.linalg.norm(d[np.isfinite(d)])
+        most = min(2 * f.near * np.linalg.norm(a[np.isfinite(a)]), loose)
+        return bool(apart) or not (np.linalg.norm(error) <= most or (error <= e + f.near * np.abs(d)).all())
+
+
+def _alike(actual, wrong):
+    """Whether there is a wrong result, in the shapes of the other."""
+    return wrong is not None and all(a.shape == w.shape for a, w in zip(actual, wrong, strict=True))
+
+
+def _wrong(spec, switches, f, inputs):
+    """What the mistake gives on a case's inputs, by its steps; None where it does nothing."""
     if f.case.steps is None:
-        return spec.mistaken(f.inputs, **switches)
+        return spec.mistaken(inputs, **switches)
     idle = []
 
     def call(x):
@@ -171,7 +224,7 @@ def _wrong(spec, switches, f):
         idle.append(wrong is None)
         return spec.mistaken(x) if wrong is None else wrong
 
-    wrong = f.case.steps(f.inputs, call)
+    wrong = f.case.steps(inputs, call)
     return None if all(idle) else wrong
 
 

@@ -109,6 +109,15 @@ class Plan:
     read: Callable
 
 
+def as_given(inputs, switches):
+    """The switches: no two of an op's mistakes come to the same."""
+    return switches
+
+
+def none_known(inputs, switches):
+    """None: what an op gives for its first rows may not be what it gives for them alone."""
+
+
 @dataclass(frozen=True)
 class Spec:
     """An op's entry.
@@ -135,6 +144,11 @@ class Spec:
         What may be the cause where results are not finite and should be, and of which place; the likeliest first.
     real : callable() -> dict of str to inputs
         Inputs from the packaged model, for golden files.
+    acting : callable(inputs, switches) -> switches
+        What a mistake's switches come to on these inputs: where that is equal, so are the results.
+    start : callable(inputs, switches) -> inputs or None
+        The first tokens, whose results of a mistake are the first rows of all; None where there are few, or the mistake
+        looks ahead.
     narrow, narrow_results : tuple of str
         Arguments that kernels take in a type narrower than float32, and results that they then give in it.
     narrow_rms : float
@@ -155,6 +169,8 @@ class Spec:
     mistaken: Callable
     diagnose: Callable
     real: Callable
+    acting: Callable = as_given
+    start: Callable = none_known
     narrow: tuple = ()
     narrow_results: tuple = ()
     narrow_rms: float = 1.28

@@ -1,21 +1,77 @@
-"""What is tried to explain a wrong `delta_rule`: its faults in `kimi_linear.faults`; and what NaN say of a chunked
-kernel."""
+"""What is tried to explain a wrong `delta_rule`: its faults in `kimi_linear.faults`, of the recurrence and of the
+chunked form; and what NaN say of a chunked kernel."""
+
+import functools
+from collections import deque
 
 import numpy as np
 
 from ...faults import mistakes
 from ...faults._delta import acts, wrong
+from ...faults._delta_chunk import TERMS, Chunks, longest
 from ..spec import Explanation
 
-__all__ = ["EXPLANATIONS", "SWAPPED", "diagnose", "mistaken"]
+__all__ = ["EXPLANATIONS", "SWAPPED", "acting", "diagnose", "mistaken", "start"]
 
 LARGEST_EXPONENT = 88.72  # of exp in float32
-ALONE = {"border", "padding", "sums"}  # switches that are not tried together with another
+ALONE = {"border", "padding", "sums", "chunk", "rolled"}  # switches that are not tried together with another
+START = 15  # tokens, fewer than a chunk has, that rule out most mistakes
 
 
-def mistaken(x, **switches):
-    """`reference.delta_rule` with faults, by the switches of `wrong`; None where none acts on these inputs."""
-    return wrong(x, **switches) if acts(x, **switches) else None
+def mistaken(x, chunk=None, **switches):
+    """`reference.delta_rule` with faults, by the switches of `wrong`, or with one of the chunked form: `chunk` is its
+    name and a length. None where none acts on these inputs."""
+    if chunk is None:
+        return wrong(x, **switches) if acts(x, **switches) else None
+    name, length = chunk
+    return _shared(x).chunks.wrong(TERMS[name], length)
+
+
+def acting(x, switches):
+    """Switches of which those that do the same are equal: all chunks that no sequence fills are one, and of two heads
+    the next is the one before."""
+    if "rolled" in switches and x["v"].shape[1] == 2:
+        return {"rolled": (switches["rolled"][0], "next")}
+    if "chunk" not in switches:
+        return switches
+    name, length = switches["chunk"]
+    return {"chunk": (name, None if length is None or length > longest(x) else length)}
+
+
+def start(x, switches):
+    """The first tokens of many, where a mistake's results for them are the same without the others."""
+    return None if len(x["q"]) <= 2 * START or _looks_ahead(**switches) else _shared(x).start
+
+
+def _looks_ahead(chunk=(None,), gate=None, **switches):
+    return gate == "next" or chunk[0] in AHEAD
+
+
+class _Shared:
+    """What the mistakes of one call share."""
+
+    def __init__(self, x):
+        self.x = x
+
+    @functools.cached_property
+    def chunks(self):
+        return Chunks(self.x)
+
+    @functools.cached_property
+    def start(self):
+        x = {n: a[:START] if n in ("q", "k", "v", "g", "beta") and a is not None else a for n, a in self.x.items()}
+        return x if x.get("offsets") is None else x | {"offsets": np.minimum(x["offsets"], START)}
+
+
+_held = deque(maxlen=2)  # of the last inputs and of their start: the mistakes of a case are tried one after another
+
+
+def _shared(x):
+    for shared in tuple(_held):
+        if shared.x is x:
+            return shared
+    _held.append(_Shared(x))
+    return _held[-1]
 
 
 def _all():
@@ -26,6 +82,7 @@ def _all():
 
 
 EXPLANATIONS = tuple(_all())
+AHEAD = {f.name for f in mistakes("delta_rule") if f.looks_ahead}
 SWAPPED = EXPLANATIONS[0].says
 
 
