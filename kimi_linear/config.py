@@ -6,7 +6,6 @@ and what transformers 5.23 saves, and writes one of them back.
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Mapping
@@ -124,16 +123,22 @@ class Config:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> Config:
-        """Read a config.json. Raises OSError, or ConfigError when it is no regular file, not JSON, or not usable."""
-        from .load.strict_json import read_limited  # which needs Config, by way of the package
+        """Read a config.json.
+
+        Raises
+        ------
+        OSError
+            If it cannot be read.
+        ConfigError
+            If it is no regular file, not JSON, has a key twice, or is not usable.
+        """
+        from .load.strict_json import load_object  # which needs Config, by way of the package
 
         try:
-            d = json.loads(read_limited(path).decode("utf-8"))
+            content = load_object(path)
         except FormatError as e:
             raise ConfigError([f"{e.where}: {problem}" for problem in e.problems]) from None
-        except (ValueError, RecursionError) as e:     # bad JSON, bad UTF-8, bottomless nesting
-            raise ConfigError([f"{os.fspath(path)} is not JSON: {e}"]) from None
-        return cls.from_dict(d)
+        return cls.from_dict(content)
 
     def to_dict(self) -> dict[str, Any]:
         """A config.json that reads back equal."""

@@ -14,7 +14,7 @@ L2_EPS = 1e-6                 # of the L2 norms of q and k, under the root of th
 LARGEST = 2**31 - 1           # of any size in a config
 MOST_LAYERS = 4096
 MOST_EXPERTS = 65536
-MOST_EXPERTS_IN_ALL = 2**20   # of all layers together
+MOST_EXPERTS_IN_ALL = 2**16   # of all layers together; published models have up to 30,720
 MOST_EOS = 1024
 WIDEST_CONV = 8
 
@@ -165,7 +165,11 @@ class Reader:
 
 
 def short(value: Any) -> str:
-    text = json.dumps(value, default=repr)
+    """A value as JSON, cut to 80 characters, whatever its depth."""
+    try:
+        text = json.dumps(value, default=repr)
+    except RecursionError:
+        return "a deeply nested value"
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from .config import Config
 from .load import gguf_heads, gguf_kept, gguf_metadata, gguf_types
-from .load.checkpoint import open_folder, resolve
+from .load.checkpoint import missing_tokenizer_file, open_folder, readable, resolve
 from .load.gguf import is_gguf
 from .load.gguf_kimi import open_gguf
 from .load.gguf_tensors import Incoming, cast, encoded, of_file, of_folder, rows_of
@@ -70,7 +70,7 @@ class Conversion:
     def __str__(self):
         rows = sorted(self.types.items(), key=lambda item: -item[1][1])
         kinds = ", ".join(f"{name} {n:,} ({size:,} bytes)" for name, (n, size) in rows)
-        lines = [f"{self.target}: {self.tensors:,} tensors, {self.nbytes:,} bytes", f"types: {kinds}"]
+        lines = [f"{readable(self.target)}: {self.tensors:,} tensors, {self.nbytes:,} bytes", f"types: {kinds}"]
         lines += [f"fallback {fallback}" for fallback in self.fallbacks]
         if self.requantised:
             lines.append(f"note: {self.requantised:,} tensors were in blocks of another type before: errors add up")
@@ -79,17 +79,18 @@ class Conversion:
     def to_dict(self) -> dict:
         """Plain values, for JSON."""
         types = {name: {"tensors": n, "bytes": size} for name, (n, size) in self.types.items()}
-        return asdict(self) | {"target": str(self.target), "types": types}
+        return asdict(self) | {"target": readable(self.target), "types": types}
 
 
 def convert(source: str | os.PathLike, target: str | os.PathLike, *, type: str | None = None,
-            types: Mapping | Iterable = (), dtype: str = "auto", overwrite: bool = False,
+            types: Mapping | Iterable = (), dtype: str = "auto", tokenizer: bool = True, overwrite: bool = False,
             progress: Callable[[int, int, str], None] | None = None) -> Conversion:
     """Write a model in the other format, or in other types.
 
     A GGUF has llama.cpp's names, metadata and tokenizer, so that llama.cpp runs it; what config.json and
     generation_config.json say beyond these is kept in keys of our own, so that a folder made from it has an equal
-    config, every key, and the same bytes (docs/gguf.md#convert). One part of one tensor is in memory at a time.
+    config, every key, and the same bytes, where nothing was quantised (docs/gguf.md#convert). One part of one tensor
+    is in memory at a time.
 
     Parameters
     ----------
@@ -106,6 +107,9 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, type: str |
     dtype : {"auto", "float32", "float16", "bfloat16"}
         Of a folder's tensors. "auto" is what each was in the folder that the GGUF was made from; where the file does
         not say that, a float type stays and blocks become bfloat16.
+    tokenizer : bool
+        Whether the target gets the tokenizer. False makes a model of token ids, also of a folder that lacks some of its
+        tokenizer's files.
     overwrite : bool
         Whether a file or a checkpoint that is there may be replaced.
     progress : callable, optional
@@ -118,10 +122,13 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, type: str |
     Raises
     ------
     FileExistsError
-        If the target is there and `overwrite` is False, or is the source.
+        If the target is there and `overwrite` is False, also when it came meanwhile; if it is a file of the source, or
+        no regular file.
+    FileNotFoundError
+        If there is no source, or it lacks some of its tokenizer's files, which the sentence names.
     ValueError
         An unknown type, a pattern that decides nothing, an option of the other direction, a key of config.json that
-        would be lost, a tensor with values that the type cannot hold.
+        would be lost, a tensor with values that the type cannot hold, a decay that is not finite.
     FormatError
         With all that is wrong with the source.
     OSError
@@ -138,14 +145,14 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, type: str |
                                    gguf_types.checked_rules(types))
         _check_target(source, target, overwrite)
         plan = _plan_of_file if from_gguf else _plan_of_folder
-        return _write_gguf(target, *plan(source), choice, progress or (lambda *_: None))
+        return _write_gguf(target, *plan(source, tokenizer), choice, overwrite, progress or (lambda *_: None))
     if not from_gguf:
         resolve(source)  # a source that is not there, or no model, is told first
         raise ValueError(f"target is {str(target)!r}; of a Hugging Face folder it must be a file that ends in .gguf")
     if type is not None or types:
         raise ValueError(f"`type` or `types` (--type, --map) are given, and the target {str(target)!r} is a folder; a "
                          "GGUF must end in .gguf, and a folder has `dtype` (--dtype)")
-    return _write_folder(source.expanduser(), target, dtype, overwrite, progress or (lambda *_: None))
+    return _write_folder(source.expanduser(), target, dtype, tokenizer, overwrite, progress or (lambda *_: None))
 
 
 def _check_target(source: Path, target: Path, overwrite: bool) -> None:
@@ -153,6 +160,8 @@ def _check_target(source: Path, target: Path, overwrite: bool) -> None:
         raise FileExistsError(f"target is {target}, the source itself; it must be another file")
     if target.is_dir():
         raise FileExistsError(f"target {target} is a folder; it must be a file")
+    if target.exists() and not target.is_file():
+        raise FileExistsError(f"target {target} is a device, a pipe or a socket; it must be a file")
     if target.exists() and not overwrite:
         raise FileExistsError(f"target {target} is there; overwrite=True (--force) replaces it")
     if not target.absolute().parent.is_dir():
@@ -162,31 +171,45 @@ def _check_target(source: Path, target: Path, overwrite: bool) -> None:
 # ---- to a GGUF -------------------------------------------------------------------------------------
 
 
-def _plan_of_folder(source: Path) -> tuple[dict, list[Incoming], object]:
+def _plan_of_folder(source: Path, tokenizer: bool) -> tuple[dict, list[Incoming], object]:
     """Metadata, tensors, and what must not change meanwhile."""
-    from .tokenizer import Tokenizer
-
     checkpoint = open_folder(source)
-    try:
-        tokenizer = Tokenizer.from_folder(checkpoint.path)
-    except FileNotFoundError:
-        tokenizer = None
     tensors = of_folder(checkpoint.config, checkpoint.tensors)
-    name = checkpoint.path.resolve().name
-    metadata = gguf_metadata.metadata_of(checkpoint, tokenizer, {t.name: t for t in tensors}, name)
+    found = _tokenizer_of(checkpoint.path) if tokenizer else None
+    metadata = gguf_metadata.metadata_of(checkpoint, found, {t.name: t for t in tensors}, checkpoint.name)
     return metadata, tensors, checkpoint
 
 
-def _plan_of_file(source: Path) -> tuple[dict, list[Incoming], object]:
+def _tokenizer_of(folder: Path):
+    """The folder's Tokenizer, or None where it has no file of any."""
+    from .tokenizer import Tokenizer
+
+    try:
+        return Tokenizer.from_folder(folder)
+    except FileNotFoundError:
+        if (missing := missing_tokenizer_file(folder)) is None:
+            return None
+        raise FileNotFoundError(f"{folder} has files of a tokenizer, and {missing} is missing; get it, or convert with "
+                                "tokenizer=False (--no-tokenizer) for token ids alone") from None
+
+
+def _plan_of_file(source: Path, tokenizer: bool) -> tuple[dict, list[Incoming], object]:
     """The same of a GGUF: its metadata as they lie."""
     checkpoint = open_gguf(source)
     head = checkpoint.files[0]
     metadata = {key: head.mapping[begin:end] for key, (begin, end) in head.pairs.items()
-                if not key.startswith("split.") and key != "general.alignment"}
+                if not key.startswith("split.") and key != "general.alignment"
+                and (tokenizer or not key.startswith("tokenizer.") or key.endswith("_token_id"))}
+    if not tokenizer:
+        metadata["tokenizer.ggml.model"] = "none"
     return metadata, of_file({name: view for file in checkpoint.files for name, view in file.items()}), checkpoint
 
 
-def _write_gguf(target: Path, metadata: dict, tensors: list[Incoming], checkpoint, choice, progress) -> Conversion:
+def _write_gguf(target: Path, metadata: dict, tensors: list[Incoming], checkpoint, choice, overwrite: bool,
+                progress) -> Conversion:
+    for file in checkpoint.files:
+        if target.exists() and target.samefile(file.path):
+            raise FileExistsError(f"target is {target}, a file of the source; it must be another file")
     result = Conversion(target)
     outgoing = _typed(tensors, choice, result)
     kind = choice.default or _most_bytes(tensors, outgoing)
@@ -199,7 +222,8 @@ def _write_gguf(target: Path, metadata: dict, tensors: list[Incoming], checkpoin
         done += n
         progress(done, total, name)
 
-    result.nbytes = write_gguf(target, metadata, outgoing, written, check=checkpoint.check_unchanged)
+    result.nbytes = write_gguf(target, metadata, outgoing, written, check=checkpoint.check_unchanged,
+                               overwrite=overwrite)
     return result
 
 
@@ -278,7 +302,7 @@ class _Published:
         return values
 
 
-def _write_folder(source: Path, target: Path, dtype: str, overwrite: bool, progress) -> Conversion:
+def _write_folder(source: Path, target: Path, dtype: str, tokenizer: bool, overwrite: bool, progress) -> Conversion:
     from .saving import write_folder
 
     if dtype != "auto" and dtype not in _NAMES:
@@ -294,13 +318,14 @@ def _write_folder(source: Path, target: Path, dtype: str, overwrite: bool, progr
 
     tensors, published = {}, Config.from_dict(checkpoint.content)
     for name, tensor in checkpoint.tensors.items():
-        tensor = gguf_heads.as_published(checkpoint.config, published, name, tensor)
+        tensor = gguf_heads.as_published(checkpoint.config, published, name, tensor, checkpoint.norms.get(name))
         tensors[name] = _Published(name, tensor, _folder_dtype(checkpoint, name, dtype), moved)
         result.add(tensors[name].dtype, tensors[name].nbytes)
     total = result.nbytes = sum(t.nbytes for t in tensors.values())
-    tokenizer = checkpoint.tokenizer() if checkpoint.tokenizer is not None else None
+    found = checkpoint.tokenizer() if tokenizer and checkpoint.tokenizer is not None else None
     write_folder(target, tensors, _content(checkpoint.content, tensors, dtype), checkpoint.generation_config,
-                 tokenizer.save if tokenizer is not None else None, overwrite, checkpoint.check_unchanged)
+                 found.save if found is not None else None, overwrite, checkpoint.check_unchanged,
+                 files=checkpoint.files)
     return result
 
 

@@ -200,7 +200,7 @@ class Generation:
             ids = model._encode(prompt)
         elif _is_messages(prompt):
             if model.tokenizer is None:
-                raise ValueError(f"{model.name} has no tokenizer; give token ids, not messages")
+                raise ValueError(f"{model._has_no_tokenizer}; give token ids, not messages")
             text = model.tokenizer.apply_chat_template(prompt, tools=tools)
             ids = _encode_behind(model.tokenizer, text, [] if state is None else state.tokens)
         else:
@@ -439,7 +439,7 @@ def _stop_strings(stop, model):
         if not s:
             raise ValueError(f"stop[{i}] is {s!r}; it must be text of a character or more")
     if strings and model.tokenizer is None:
-        raise ValueError(f"{model.name} has no tokenizer; stop strings need one")
+        raise ValueError(f"{model._has_no_tokenizer}; stop strings need one")
     return strings
 
 

@@ -33,9 +33,9 @@ class Model:
     ----------
     config : Config
     tokenizer : Tokenizer or None
-        None for a checkpoint without one: token ids still work. A GGUF's is built when it is first asked for, and
-        raises FormatError then if its tokens do not give exact ids. A tokenizer.json needs the package `tokenizers`,
-        and raises ModuleNotFoundError without it.
+        None for a checkpoint without one, or that lacks one of its files, which what needs it then names: token ids
+        still work. A GGUF's is built when it is first asked for, and raises FormatError then if its tokens do not give
+        exact ids. A tokenizer.json needs the package `tokenizers`, and raises ModuleNotFoundError without it.
     generation_config : dict
         As the checkpoint has it.
     activations : {"float32", "int8", "bfloat16"}
@@ -49,6 +49,8 @@ class Model:
                  cache="float32", activations="float32", ctx=None, progress=None):
         self.config = config
         self._tokenizer = tokenizer
+        self._opened_tokenizer = tokenizer, getattr(tokenizer, "chat_template", None)
+        self._missing_tokenizer_file = None
         self.generation_config = dict(generation_config or {})
         self.name = name
         check_activations(activations)
@@ -107,6 +109,7 @@ class Model:
         import dataclasses
 
         from .load import open_checkpoint
+        from .load.checkpoint import missing_tokenizer_file
 
         if activations != "auto":
             check_activations(activations)
@@ -119,17 +122,19 @@ class Model:
         config = checkpoint.config
         given = {"latent_eps": latent_eps, "l2_eps": l2_eps}
         config = dataclasses.replace(config, **{k: float(v) for k, v in given.items() if v is not None})
-        tokenizer = checkpoint.tokenizer
+        tokenizer, missing = checkpoint.tokenizer, None
         if checkpoint.path.is_dir():
             try:
                 tokenizer = Tokenizer.from_folder(checkpoint.path)
             except FileNotFoundError:
-                pass
+                missing = missing_tokenizer_file(checkpoint.path)
             except ModuleNotFoundError:  # said again when the tokenizer is asked for
                 tokenizer = functools.partial(Tokenizer.from_folder, checkpoint.path)
-        return cls(config, checkpoint.tensors, tokenizer=tokenizer, generation_config=checkpoint.generation_config,
-                   checkpoint=checkpoint, name=Path(checkpoint.path).name, cache=cache, activations=activations,
-                   ctx=ctx, progress=progress)
+        model = cls(config, checkpoint.tensors, tokenizer=tokenizer, generation_config=checkpoint.generation_config,
+                    checkpoint=checkpoint, name=checkpoint.name, cache=cache, activations=activations, ctx=ctx,
+                    progress=progress)
+        model._missing_tokenizer_file = missing
+        return model
 
     @classmethod
     def tiny(cls, **options):
@@ -155,7 +160,8 @@ class Model:
     def tokenizer(self):
         """The Tokenizer, or None; see the class."""
         if self._tokenizer is not None and not isinstance(self._tokenizer, Tokenizer):
-            self._tokenizer = self._tokenizer()
+            self._tokenizer = made = self._tokenizer()
+            self._opened_tokenizer = made, made.chat_template
         return self._tokenizer
 
     @tokenizer.setter
@@ -396,17 +402,24 @@ class Model:
         """Write the model as a Hugging Face folder: config.json, safetensors (in shards of 5e9 bytes), the tokenizer's
         files and generation_config.json. `from_pretrained` gives the same config and the same bytes.
 
+        What fails, Ctrl-C included, leaves what was in the folder.
+
         Parameters
         ----------
         folder : str or path
             Made if it is not there.
         overwrite : bool
-            Whether a checkpoint that is there may be replaced: its files are removed, the tokenizer's among them.
+            Whether a checkpoint that is there may be replaced: its files are removed, the tokenizer's too. Others
+            stay.
 
         Raises
         ------
         FileExistsError
-            If a file of a checkpoint is there and `overwrite` is False.
+            If a file of a checkpoint is there and `overwrite` is False, or what is no file has the name of one.
+        FormatError
+            If a file of the model's has changed since it was opened.
+        ValueError
+            If a value of `generation_config` has no JSON.
         OSError
             If it would not fit on the disk, or cannot be written.
         """
@@ -436,8 +449,20 @@ class Model:
 
     def _encode(self, text):
         if self.tokenizer is None:
-            raise ValueError(f"{self.name} has no tokenizer; give token ids")
+            raise ValueError(f"{self._has_no_tokenizer}; give token ids")
         return self.tokenizer.encode(text)
+
+    @property
+    def _has_no_tokenizer(self):
+        """A sentence's beginning, which says what its folder lacks."""
+        missing = self._missing_tokenizer_file
+        why = f": {missing} is missing in its folder, which has other files of one" if missing else ""
+        return f"{self.name} has no tokenizer{why}"
+
+    def _tokenizer_is_as_opened(self):
+        """Whether the tokenizer is that of the checkpoint, with its chat template."""
+        tokenizer, template = self._opened_tokenizer
+        return self._tokenizer is tokenizer and getattr(tokenizer, "chat_template", None) == template
 
     def __copy__(self):
         """Another Model over the same weights; one that is replaced in either leaves the other as it is."""

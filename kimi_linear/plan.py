@@ -4,7 +4,9 @@ import math
 import os
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -113,9 +115,9 @@ def plan(source, *, context=4096, sequences=1, cache="float32", dtype=None, pass
 
     Parameters
     ----------
-    source : str or path, or Config
-        A GGUF or a Hugging Face folder, whose tensors have their types; or a config, as if all its tensors were of one
-        storage type.
+    source : str or path, Config or dict
+        A GGUF or a Hugging Face folder, whose tensors have their types; or a config, a config.json or its content, as
+        if all its tensors were of one storage type.
     context : int
         Tokens a sequence may hold.
     sequences : int
@@ -131,7 +133,8 @@ def plan(source, *, context=4096, sequences=1, cache="float32", dtype=None, pass
     Plan
     """
     ctx = current(ctx)
-    if isinstance(source, str | os.PathLike):
+    source = _config(source)
+    if not isinstance(source, Config):
         from .load import open_checkpoint
 
         if dtype is not None:
@@ -146,6 +149,19 @@ def plan(source, *, context=4096, sequences=1, cache="float32", dtype=None, pass
         tensors = {name: _Planned(shape, _bytes(shape, dtype)) for name, shape in config.weight_shapes().items()}
         core = _engine.planning_model(ctx, config, dtype)
     return of_core(core, ctx, context, sequences, cache, pass_tokens, keep, config=config, tensors=tensors)
+
+
+def _config(source):
+    """A Config where `source` is one in any form; a path of another kind as it is."""
+    if isinstance(source, Mapping):
+        return Config.from_dict(source)
+    if isinstance(source, str | os.PathLike):
+        path = os.path.expanduser(os.fspath(source))
+        return Config.from_file(path) if path.endswith(".json") and os.path.isfile(path) else source
+    if not isinstance(source, Config):
+        raise TypeError(f"source is a {type(source).__name__}; it must be a path, a Config, or the content of a "
+                        "config.json")
+    return source
 
 
 @dataclass(frozen=True)
@@ -206,16 +222,63 @@ def read_rate(ctx=None):
     return max(core.roof_read(data) for _ in range(5))
 
 
-def available_memory():
-    """Bytes that this machine can still give without swapping; None where it does not say."""
-    try:
-        with open("/proc/meminfo") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+def available_memory(root="/"):
+    """Bytes that this process can still have without swapping; None where the system does not say.
+
+    What the machine has left, or less where a control group, as that of a container, has a limit. `root` is where
+    ``proc`` and ``sys`` are.
+    """
+    root = Path(root)
+    left = [_of_the_machine(root / "proc/meminfo"), *_of_control_groups(root)]
+    return min((n for n in left if n is not None), default=None)
+
+
+def _of_the_machine(meminfo):
+    for line in _text(meminfo).splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
     return _free_by_vm_stat(asked_of_macos("vm_stat"))
+
+
+#: Of versions 2 and 1: the folder below sys/fs/cgroup; the files of the limit and the use; the line of memory.stat with
+#: the file cache that is given up first.
+_GROUPS = {"": ("", "memory.max", "memory.current", "inactive_file"),
+           "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")}
+
+
+def _of_control_groups(root):
+    """Bytes that are left below the limit of each control group that this process is in, in both versions' files."""
+    found = []
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        controllers, _, inside = line.partition(":")[2].partition(":")
+        key = "memory" if "memory" in controllers.split(",") else controllers
+        if key not in _GROUPS:
+            continue
+        below, limit, used, cache = _GROUPS[key]
+        top = root / "sys/fs/cgroup" / below
+        group = top / inside.lstrip("/")
+        for folder in [group, *group.parents]:
+            found.append(_left(folder, limit, used, cache))
+            if folder == top:
+                break
+    return found
+
+
+def _left(folder, limit, used, cache):
+    """Bytes left in one group; None where it has no limit."""
+    numbers = [_text(folder / name).strip() for name in (limit, used)]
+    if not all(number.isdigit() for number in numbers):  # there is no such file, or "max"
+        return None
+    stat = dict(line.split() for line in _text(folder / "memory.stat").splitlines() if line.count(" ") == 1)
+    return max(0, int(numbers[0]) - int(numbers[1]) + int(stat.get(cache, 0)))
+
+
+def _text(path):
+    """The text of a file of the system; none where it cannot be read."""
+    try:
+        return path.read_text()
+    except (OSError, ValueError):
+        return ""
 
 
 def asked_of_macos(*command):

@@ -20,6 +20,7 @@ import jinja2.sandbox
 import tiktoken
 
 from .errors import FormatError
+from .load.atomic import write_text
 from .load.strict_json import is_there, load_object, read_limited, show
 
 N_SPECIAL = 256  # slots after the base vocabulary
@@ -161,10 +162,10 @@ class Tokenizer:
         }
         names = {key: name for key, name in self._names.items() if name is not None}
         config = json.dumps({"added_tokens_decoder": added, **names}, indent=2, ensure_ascii=False)
-        (folder / "tiktoken.model").write_text("".join(lines), encoding="ascii")
-        (folder / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
+        write_text(folder / "tiktoken.model", "".join(lines))
+        write_text(folder / "tokenizer_config.json", config + "\n")
         if self.chat_template is not None:
-            (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8", newline="")
+            write_text(folder / "chat_template.jinja", self.chat_template)
 
     def __len__(self) -> int:
         return self.vocab_size

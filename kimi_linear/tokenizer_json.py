@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .errors import FormatError
+from .load.atomic import write_text
 from .load.byte_alphabet import bytes_of
 from .load.strict_json import is_there, load_object, show
 from .tokenizer import Tokenizer, read_template, token_name
@@ -49,6 +50,7 @@ class JsonTokenizer(Tokenizer):
         problems: list[str] = []
         vocabulary = _vocabulary(spec, problems)
         added = _added(spec, vocabulary, problems)
+        _check_bytes(spec, problems)
         if not problems:
             _check_merges(spec, vocabulary, problems)
         if problems:
@@ -108,9 +110,9 @@ class JsonTokenizer(Tokenizer):
         names = {key: name for key, name in self._names.items() if name is not None}
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
         for name, content in ((FILE, self.spec), ("tokenizer_config.json", config)):
-            (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_text(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         if self.chat_template is not None:
-            (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8", newline="")
+            write_text(folder / "chat_template.jinja", self.chat_template)
 
     def _encode(self, text: str, specials: bool) -> list[int]:
         if specials:
@@ -163,6 +165,18 @@ def _vocabulary(spec: Mapping, problems: list[str]) -> dict[str, int]:
             break
         holders[i] = token
     return dict(vocabulary)
+
+
+def _check_bytes(spec: Mapping, problems: list[str]) -> None:
+    """Text is spelled in the alphabet of bytes before merging, or behind it: else spaces would be lost."""
+    parts = []
+    for key, inside in (("pre_tokenizer", "pretokenizers"), ("decoder", "decoders"), ("normalizer", "normalizers")):
+        part = spec.get(key)
+        steps = part.get(inside) if isinstance(part, Mapping) else None
+        parts += [part, *(steps if isinstance(steps, list) else [])]
+    if not any(isinstance(part, Mapping) and part.get("type") == "ByteLevel" for part in parts):
+        problems.append("neither its pre_tokenizer nor its decoder is of the type ByteLevel; only BPE over bytes is "
+                        "read")
 
 
 def _added(spec: Mapping, vocabulary: Mapping[str, int], problems: list[str]) -> list[Mapping]:

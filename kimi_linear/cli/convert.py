@@ -8,7 +8,8 @@ kimi-linear convert ~/models/kimi kimi-bf16.gguf
 kimi-linear convert ~/models/kimi kimi.gguf --type Q4_K --map 'output.weight=Q6_K' --map 'blk.*.ffn_down*=Q5_K'
 kimi-linear convert kimi-bf16.gguf ~/models/kimi-again
 
-A target that ends in .gguf is a GGUF, any other a folder. There and back gives the same bytes and an equal config.
+A target that ends in .gguf is a GGUF, any other a folder. There and back gives the same bytes, where nothing is
+quantised, and an equal config.
 """
 
 
@@ -31,7 +32,9 @@ def add_type_arguments(parser, default):
 
 
 def add_output_arguments(parser):
-    """``--force`` and ``--json``."""
+    """``--no-tokenizer``, ``--force`` and ``--json``."""
+    parser.add_argument("--no-tokenizer", dest="tokenizer", action="store_false",
+                        help="leave the tokenizer out, also where the source has only some of its files")
     parser.add_argument("--force", action="store_true", help="replace what is there")
     add_json_argument(parser)
 
@@ -52,7 +55,7 @@ def convert_as(args, dtype="auto", label="convert"):
             bar.update(done - bar.n)
 
         result = convert(args.source, args.target, type=args.type, types=args.map, dtype=dtype,
-                         overwrite=args.force, progress=moved)
+                         tokenizer=args.tokenizer, overwrite=args.force, progress=moved)
     if args.json:
         print_json(result.to_dict())
     else:

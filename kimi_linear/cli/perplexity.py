@@ -42,7 +42,7 @@ def run(args):
     text = read_text(args.text)
     model = load_model(args)
     if model.tokenizer is None:
-        raise ValueError(f"{model.name} has no tokenizer, so it cannot read {args.text}")
+        raise ValueError(f"{model._has_no_tokenizer}, so it cannot read {args.text}")
     tokens = model.tokenizer.encode(text, specials=False)[: args.whole]
     begin = time.perf_counter()
     with progress(len(tokens), "perplexity") as bar:

@@ -95,7 +95,7 @@ def _source(args):
 
 def _encode(model, text):
     if model.tokenizer is None:
-        raise ValueError(f"{model.name} has no tokenizer; give --ids")
+        raise ValueError(f"{model._has_no_tokenizer}; give --ids")
     return model.tokenizer.encode(text)
 
 

@@ -129,9 +129,9 @@ def _tokens(model, args, text):
     elif model.tokenizer is not None:
         tokens = model.tokenizer.encode(_sample() if text is None else text, specials=False)
     elif text is not None:
-        raise ValueError(f"{model.name} has no tokenizer, so it cannot read {args.text}; give --ids")
+        raise ValueError(f"{model._has_no_tokenizer}, so it cannot read {args.text}; give --ids")
     else:
-        say(f"{model.name} has no tokenizer: random ids, seed {args.seed}")
+        say(f"{model._has_no_tokenizer}: random ids, seed {args.seed}")
         tokens = np.random.default_rng(args.seed).integers(
             0, model.config.vocab_size, args.tokens, dtype=np.int32
         )

@@ -7,9 +7,9 @@ order in which one asks: what is the answer, where is it, what does it look like
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..load.atomic import write_text
 from . import _svg
 from ._grid import layer_of
 from ._html import TITLE, document, folded, fragment, notes, section, table, text, verdict
@@ -36,12 +36,17 @@ class Page:
         Parameters
         ----------
         path : str or path, optional
-            The file to write, in UTF-8. Without, the page is returned as text.
+            The file to write, in UTF-8, whole or not at all. Without, the page is returned as text.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be written; what was there before is there still.
         """
         page = document(f"{TITLE}: {self.verdict}", *self._parts(False))
         if path is None:
             return page
-        Path(path).write_text(page, encoding="utf-8", errors="backslashreplace")
+        write_text(path, page, errors="backslashreplace")
         return None
 
     def _repr_html_(self):

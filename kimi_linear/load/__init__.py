@@ -2,9 +2,10 @@
 
 import os
 
+from .atomic import atomic_file
 from .checkpoint import Checkpoint, open_folder, resolve
 from .gguf import GGUFFile, MetaArray, is_gguf
-from .safetensors import SafetensorsFile, TensorView, atomic_file, write_safetensors
+from .safetensors import SafetensorsFile, TensorView, write_safetensors
 
 
 def open_checkpoint(path):

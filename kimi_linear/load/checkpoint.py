@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+
 from .._names import meant
 from ..config import Config
 from ..errors import FormatError
@@ -19,8 +21,11 @@ from .safetensors import SafetensorsFile, TensorView
 from .strict_json import is_there, load_object, show
 
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = ("tiktoken.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+                   "special_tokens_map.json")
+_OF_OTHERS = ("vocab.json", "merges.txt", "added_tokens.json")  # of tokenizers that are read from tokenizer.json alone
 PACKAGED = "tiny"  # the name of the model in the package
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -49,6 +54,8 @@ class Checkpoint:
         config.json as it stands; of a GGUF what stands for it.
     dtypes : dict of str to str
         Of a GGUF: the storage types of the folder that it was made from, where it says so (gguf_kept.py).
+    norms : dict of str to array
+        Of a GGUF: norms w of that folder, where the file holds 1 + w, which rounds, and keeps w beside it.
     """
 
     path: Path
@@ -60,6 +67,16 @@ class Checkpoint:
     tokenizer: Callable | None = None
     content: Mapping = field(default_factory=dict)
     dtypes: Mapping[str, str] = field(default_factory=dict)
+    norms: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What the model is called: as its file or folder is, or as its repository of the hub, in whose cache it is."""
+        path = self.path.resolve() if self.path.is_dir() else self.path
+        name = path.name
+        if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+            name = path.parent.parent.name.rpartition("--")[2]
+        return readable(name)
 
     @property
     def in_blocks(self) -> bool:
@@ -81,6 +98,11 @@ class Checkpoint:
             raise FormatError(problems)
 
 
+def readable(name: str | os.PathLike) -> str:
+    """A name of a file as text that can be written: bytes that are no UTF-8 become U+FFFD."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
 def open_folder(path: str | os.PathLike) -> Checkpoint:
     """Open a folder of config.json and safetensors, one file or shards.
 
@@ -99,7 +121,7 @@ def open_folder(path: str | os.PathLike) -> Checkpoint:
     ValueError
         If config.json describes no model that can be run; its message is the config's.
     """
-    folder = resolve(path)
+    folder = resolve(path).absolute()
     config_path = folder / "config.json"
     if not is_there(config_path):
         ggufs = sorted(path.name for path in folder.glob("*.gguf"))
@@ -141,6 +163,18 @@ def resolve(path: str | os.PathLike) -> Path:
         raise FileNotFoundError(f"There is no folder or GGUF file {folder}. A model is one of these, an id in the "
                                 f"local Hugging Face cache, or {PACKAGED!r}, the one in the package.")
     return _cached_snapshot(text)
+
+
+def missing_tokenizer_file(folder: Path) -> str | None:
+    """What a folder lacks to have a tokenizer, as words; None where it has one, or no file of any."""
+    there = [name for name in (*TOKENIZER_FILES, *_OF_OTHERS) if os.path.lexists(folder / name)]
+    if not there:
+        return None
+    if "tiktoken.model" in there:
+        return None if "tokenizer_config.json" in there else "tokenizer_config.json"
+    if "tokenizer.json" in there:
+        return None
+    return "tokenizer.json" if set(there) & set(_OF_OTHERS) else "tiktoken.model or tokenizer.json"
 
 
 def _beginning(path: Path) -> str:
@@ -189,14 +223,14 @@ def _open_files(folder: Path, problems: list[str]) -> tuple[list[SafetensorsFile
     """The files that could be opened, and the tensors not to be reported as missing: those that the index
     lists, as `_compare_index` reports them; None, for all of them, when a file without index is unreadable.
     """
-    if is_there(folder / _SINGLE):
-        paths = [folder / _SINGLE]
-    elif is_there(folder / _INDEX):
+    if is_there(folder / SINGLE):
+        paths = [folder / SINGLE]
+    elif is_there(folder / INDEX):
         return _open_shards(folder, problems)
     else:
         paths = sorted(folder.glob("*.safetensors"))
     if not paths:
-        raise FileNotFoundError(f"{folder} has no weights: no {_SINGLE}, {_INDEX} or other *.safetensors.")
+        raise FileNotFoundError(f"{folder} has no weights: no {SINGLE}, {INDEX} or other *.safetensors.")
     files = [file for path in paths if (file := _open(path, problems))]
     return files, set() if len(files) == len(paths) else None
 
@@ -213,20 +247,20 @@ def _open(path: Path, problems: list[str]) -> SafetensorsFile | None:
 
 def _open_shards(folder: Path, problems: list[str]) -> tuple[list[SafetensorsFile], set[str]]:
     """The shards that the index names, compared with what it says of them, and the index's tensors."""
-    index = load_object(folder / _INDEX).get("weight_map")
+    index = load_object(folder / INDEX).get("weight_map")
     if not isinstance(index, dict) or not index:
-        raise FormatError(f"{_INDEX}: weight_map is {show(index)}; it must map names to files", str(folder))
+        raise FormatError(f"{INDEX}: weight_map is {show(index)}; it must map names to files", str(folder))
 
     listed: dict[str, set[str]] = {}
     for name, shard in index.items():
-        if not isinstance(shard, str) or not _is_plain_name(shard):
-            problems.append(f"{_INDEX}: {name!r} is in {show(shard)}; it must be a *.safetensors beside it")
+        if not isinstance(shard, str) or not is_shard_name(shard):
+            problems.append(f"{INDEX}: {name!r} is in {show(shard)}; it must be a *.safetensors beside it")
         else:
             listed.setdefault(shard, set()).add(name)
 
     files = []
     for shard, names in sorted(listed.items()):
-        if not (folder / shard).is_file():
+        if not os.path.isfile(folder / shard):
             problems.append(f"{shard}: the file is not there, and {len(names)} tensors of the index with it")
         elif file := _open(folder / shard, problems):
             files.append(file)
@@ -234,7 +268,8 @@ def _open_shards(folder: Path, problems: list[str]) -> tuple[list[SafetensorsFil
     return files, {canonical_name(name) for name in index}
 
 
-def _is_plain_name(shard: str) -> bool:
+def is_shard_name(shard: str) -> bool:
+    """Whether an index may name a file so: one that lies beside it."""
     return shard.endswith(".safetensors") and "\0" not in shard and Path(shard).name == shard
 
 
@@ -249,9 +284,9 @@ def _compare_index(
         shard = file.path.name
         for name in sorted(listed[shard] - file.keys()):
             where = f"it is in {holder[name]}" if name in holder else "no shard that could be read has it"
-            problems.append(f"{name} is listed in {shard} by {_INDEX}, but {where}")
+            problems.append(f"{name} is listed in {shard} by {INDEX}, but {where}")
         for name in sorted(file.keys() - index.keys()):
-            problems.append(f"{name} is in {shard}, but not in {_INDEX}")
+            problems.append(f"{name} is in {shard}, but not in {INDEX}")
 
 
 def _match(

@@ -31,6 +31,8 @@ MAX_BYTES = 2**63 - 1
 MAX_KEY = 2**16 - 1  # bytes, the format's own limits
 MAX_NAME = 64
 MAX_DEPTH = 4  # of arrays in arrays
+MAX_NESTED = 2**16  # arrays in arrays, of a file
+MAX_COUNT = 2**16  # metadata keys, and tensors; experts are stacked
 MAX_ALIGNMENT = 2**30
 DEFAULT_ALIGNMENT = 32
 
@@ -192,6 +194,8 @@ class GGUFFile(MappedFile, Mapping):
             if n > (cursor.end - cursor.at) // least:
                 cursor.fail(f"it promises {n} {what} at byte {cursor.at - 8}; no more than "
                             f"{(cursor.end - cursor.at) // least} fit its {cursor.whole}")
+            if n > MAX_COUNT:
+                cursor.fail(f"it has {n} {what}, by its byte {cursor.at - 8}; at most {MAX_COUNT} are read")
             counts.append(n)
         return counts[0], counts[1]
 
@@ -294,7 +298,7 @@ class _Cursor:
 
     def __init__(self, file: MappedFile, at: int, end: int):
         self.file, self.data, self.path = file, file.mapping, file.path
-        self.at, self.end = at, end
+        self.at, self.end, self.nested = at, end, 0
 
     @property
     def whole(self) -> str:
@@ -363,6 +367,10 @@ class _Cursor:
         if kind == _ARRAY:
             if depth == MAX_DEPTH:
                 self.fail(f"{who} nests arrays deeper than {MAX_DEPTH} at byte {self.at}")
+            self.nested += count
+            if self.nested > MAX_NESTED:
+                self.fail(f"{who} has {count} arrays in an array at byte {self.at}; at most {MAX_NESTED} are read of a "
+                          "file")
             for _ in range(count):
                 self.array(key, depth + 1)
         elif kind == _STRING:

@@ -61,14 +61,31 @@ def take_columns(c: Config, values: np.ndarray, heads: np.ndarray) -> np.ndarray
     return values.reshape(len(values), c.gdn_v_heads, c.gdn_v_dim)[:, heads].reshape(values.shape)
 
 
-def undo(c: Config, published: Config, rest: str) -> Callable[[np.ndarray], np.ndarray] | None:
+def is_folded(name: str) -> bool:
+    """Whether a tensor is a norm w that files of the Qwen kinds store as 1 + w; ``linear_attn.norm`` is none."""
+    return name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight")
+
+
+def plus_one(w: np.ndarray) -> np.ndarray:
+    """1 + w in float32."""
+    return w.astype(np.float32) + np.float32(1)
+
+
+def minus_one(stored: np.ndarray, kept: np.ndarray | None = None) -> np.ndarray:
+    """w of 1 + w in float32: `kept`, where the file has w beside it and the sum is still that of it."""
+    stored = stored.astype(np.float32)
+    w = stored - np.float32(1)
+    return w if kept is None else np.where(plus_one(kept) == stored, kept, w)
+
+
+def undo(c: Config, published: Config, rest: str, kept: np.ndarray | None = None) \
+        -> Callable[[np.ndarray], np.ndarray] | None:
     """What makes a tensor of a folder, whose Config is `published`, of that of a file, whose Config is `c`.
 
-    None where they are the same.
+    None where they are the same. `kept` is the tensor of the folder, where the file has it beside the other.
     """
-    if rest.endswith("norm.weight"):
-        changed = c.norm_plus_one != published.norm_plus_one and rest != "linear_attn.norm.weight"
-        return (lambda w: w.astype(np.float32) - np.float32(1)) if changed else None
+    if is_folded(rest):
+        return (lambda w: minus_one(w, kept)) if c.norm_plus_one != published.norm_plus_one else None
     if c.gdn_tiled == published.gdn_tiled:
         return None
     heads = grouped(c)
@@ -90,8 +107,11 @@ class _Undone:
         return self._change(array_of(self._tensor))
 
 
-def as_published(config: Config, published: Config, name: str, tensor):
-    """A tensor of a model whose Config is `config` as a folder's with `published`: itself, or a lazy copy."""
+def as_published(config: Config, published: Config, name: str, tensor, kept: np.ndarray | None = None):
+    """A tensor of a model whose Config is `config` as a folder's with `published`: itself, or a lazy copy.
+
+    `kept` is a norm of the folder, where the file has it beside 1 + w.
+    """
     rest = name.split(".", 3)[3] if name.startswith("model.layers.") else name
-    change = undo(config, published, rest)
+    change = undo(config, published, rest, kept)
     return tensor if change is None else _Undone(tensor, change)

@@ -6,6 +6,7 @@
 ``kimi_linear.generation_config``         JSON: generation_config.json
 ``kimi_linear.dtypes``                    JSON: storage types of the folder's tensors, by name, ``*`` for a number
 ``kimi_linear.A_log``                     A_log of all linear layers, where the logarithm of the rates is not it
+``kimi_linear.norms``                     all norms w that the file holds as 1 + w, where that less 1 is not w
 ========================================  ============================================================================
 
 A key of the GGUF that was changed later is obeyed: only what differs from what the keys gave is kept.
@@ -18,12 +19,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..config import Config
+from . import gguf_heads as order
 from .gguf import MetaArray
 from .safetensors import DTYPES
 from .strict_json import parse, show
 
 CONFIG, ABSENT = "kimi_linear.config", "kimi_linear.config.absent"
-GENERATION, TYPES, RATES = "kimi_linear.generation_config", "kimi_linear.dtypes", "kimi_linear.A_log"
+GENERATION, TYPES = "kimi_linear.generation_config", "kimi_linear.dtypes"
+RATES, NORMS = "kimi_linear.A_log", "kimi_linear.norms"
 MAX_DEPTH = 64  # of JSON
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -120,8 +123,17 @@ def read_dtypes(metadata: Mapping, problems: list[str]) -> dict[str, str]:
 
 
 def rate_of(a_log: np.ndarray) -> np.ndarray:
-    """exp(A_log) in float64, rounded once to float32."""
-    return np.exp(a_log.astype(np.float64)).astype(np.float32)
+    """exp(A_log) in float64, rounded once to float32; infinite where it is too large for that."""
+    with np.errstate(over="ignore"):
+        return np.exp(a_log.astype(np.float64)).astype(np.float32)
+
+
+def check_rate(name: str, a_log: np.ndarray) -> None:
+    """ValueError where a rate is not finite, which no file may hold."""
+    bad = np.flatnonzero(~np.isfinite(rate_of(a_log)))
+    if bad.size:
+        raise ValueError(f"{name} holds {a_log[bad[0]]} at index {bad[0]}; a GGUF holds -exp(A_log) in float32, which "
+                         "must be finite")
 
 
 def needs_keeping(a_log: np.ndarray) -> bool:
@@ -143,3 +155,27 @@ def read_a_logs(metadata: Mapping, config: Config, problems: list[str]) -> dict[
         problems.append(f"{RATES} is {_shown(value)}; it must be an array of {n} float32, one a head of a linear layer")
         return {}
     return dict(zip(layers, np.split(value.values().astype(DTYPES["F32"]), len(layers)), strict=True))
+
+
+# ---- norms -----------------------------------------------------------------------------------------
+
+
+def kept_norms(tensors: Mapping) -> list[np.ndarray]:
+    """The norms w of a folder whose file has 1 + w, in their order; none where each comes back from that."""
+    norms = [t.array() for name, t in tensors.items() if order.is_folded(name)]
+    lost = any(order.minus_one(order.plus_one(w)).astype(w.dtype).tobytes() != w.tobytes() for w in norms)
+    return [w.astype(np.float32) for w in norms] if lost else []
+
+
+def read_norms(metadata: Mapping, shapes: Mapping, problems: list[str]) -> dict[str, np.ndarray]:
+    """Name -> norm w [n] float32, of a file that keeps them; `shapes` are those of all tensors of the config."""
+    value = metadata.get(NORMS)
+    if value is None:
+        return {}
+    sizes = {name: shape[0] for name, shape in shapes.items() if order.is_folded(name)}
+    n = sum(sizes.values())
+    if not isinstance(value, MetaArray) or value.kind != "float32" or value.count != n:
+        problems.append(f"{NORMS} is {_shown(value)}; it must be an array of {n} float32, all norms that are 1 + w")
+        return {}
+    parts = np.split(value.values().astype(DTYPES["F32"]), np.cumsum([*sizes.values()])[:-1])
+    return dict(zip(sizes, parts, strict=True))

@@ -26,7 +26,7 @@ def open_gguf(path: str | os.PathLike) -> Checkpoint:
     FormatError
         With every problem of the file, by key or tensor and byte; for another architecture, its name.
     """
-    path = Path(path).expanduser()
+    path = Path(path).expanduser().absolute()
     files = split_files(path)
     metadata = files[0].metadata
     check_architecture(metadata, str(path))
@@ -36,6 +36,7 @@ def open_gguf(path: str | os.PathLike) -> Checkpoint:
     a_logs = gguf_kept.read_a_logs(metadata, config, problems)
     generation = gguf_kept.json_object(metadata, gguf_kept.GENERATION, problems)
     dtypes = gguf_kept.read_dtypes(metadata, problems)
+    norms = gguf_kept.read_norms(metadata, config.weight_shapes(), problems) if gguf_kept.NORMS in metadata else {}
     blocks = metadata[f"{metadata['general.architecture']}.block_count"]
     tensors, skipped = match(config, stored, problems, a_logs, blocks)
     if problems:
@@ -43,4 +44,5 @@ def open_gguf(path: str | os.PathLike) -> Checkpoint:
     tokenizer = None
     if "tokenizer.ggml.tokens" in metadata:
         tokenizer = functools.partial(read_tokenizer, metadata, str(path))
-    return Checkpoint(path, config, tensors, tuple(files), generation, skipped, tokenizer, content, dtypes)
+    return Checkpoint(path, config, tensors, tuple(files), generation, skipped, tokenizer, content, dtypes,
+                      norms)

@@ -194,12 +194,16 @@ def _kept(checkpoint, content: Mapping, given: Mapping) -> dict:
     if checkpoint.generation_config:
         found[kept.GENERATION] = json.dumps(checkpoint.generation_config, ensure_ascii=False)
     found[kept.TYPES] = kept.dtypes_of(checkpoint.tensors)
-    a_logs = [t.array() for name, t in checkpoint.tensors.items() if name.endswith(".A_log")]
+    named = {name: t.array() for name, t in checkpoint.tensors.items() if name.endswith(".A_log")}
+    for name, a_log in named.items():
+        kept.check_rate(name, a_log)
+    a_logs = [*named.values()]
     if any(map(kept.needs_keeping, a_logs)):
         if stored_form(checkpoint.config).gdn_tiled:
             a_logs = [a_log[order.tiled(checkpoint.config)] for a_log in a_logs]
         found[kept.RATES] = ("float32", np.concatenate(a_logs).astype(np.float32))
-    return found
+    norms = kept.kept_norms(checkpoint.tensors) if checkpoint.config.norm_plus_one else []
+    return found | ({kept.NORMS: ("float32", np.concatenate(norms))} if norms else {})
 
 
 def _check_config(checkpoint, wanted: Mapping, config: Config, content: Mapping) -> None:

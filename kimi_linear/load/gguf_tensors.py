@@ -108,12 +108,12 @@ def _of_linear(config: Config, name: str, rest: str, view: TensorView) -> Incomi
 
 
 def _folded(config: Config, name: str) -> bool:
-    """Whether a tensor is a norm w that the file stores as 1 + w; ``linear_attn.norm`` is none."""
-    return config.norm_plus_one and name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight")
+    """Whether a tensor is stored as 1 + w."""
+    return config.norm_plus_one and order.is_folded(name)
 
 
 def _plus_one(name: str, view: TensorView) -> Incoming:
-    return Incoming(name, "F32", view.shape, "F32", lambda: [view.array().astype(np.float32) + np.float32(1)])
+    return Incoming(name, "F32", view.shape, "F32", lambda: [order.plus_one(view.array())])
 
 
 def _moved(name: str, view: TensorView, ranges: order.Ranges) -> Incoming:

@@ -6,6 +6,7 @@ bytes. Source: conversion/base.py and src/llama-vocab.cpp of ggml-org/llama.cpp;
 published tokenizer.json files, which llama.cpp quotes.
 """
 
+import unicodedata
 from collections.abc import Mapping
 
 from ..errors import FormatError
@@ -121,7 +122,18 @@ def _splitter(spec: Mapping) -> str:
     if strange:
         raise ValueError(f"tokenizer.json: a GGUF cannot keep that {show(strange[0])} takes the space beside it, or "
                          f"is a token as a whole word only")
+    touched = [token["content"] for token in spec.get("added_tokens") or ()
+               if token.get("normalized") and _is_touched(token["content"])]
+    if touched:
+        raise ValueError(f"tokenizer.json: a GGUF cannot keep that {show(touched[0])} is found in text behind NFC "
+                         "(normalized): there added tokens are found before it")
     return found[0]
+
+
+def _is_touched(name: str) -> bool:
+    """Whether NFC makes a text of something else, or something else of it: other spellings of it, a mark before it."""
+    return any(unicodedata.normalize(form, name) != name for form in ("NFC", "NFD")) \
+        or unicodedata.combining(name[0]) > 0
 
 
 def _steps(spec: Mapping) -> tuple:

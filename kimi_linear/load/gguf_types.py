@@ -52,13 +52,21 @@ def _of_a_mix(name):
 
 def checked_rules(types: Mapping | Iterable) -> list[tuple[str, str]]:
     """(pattern, type) of a mapping, of pairs, or of texts ``pattern=type``."""
+    if isinstance(types, str) or not isinstance(types, Iterable):
+        raise TypeError(f"types is {types!r:.40}; it must be a mapping, or a list of rules PATTERN=TYPE")
     rules = []
     for rule in types.items() if isinstance(types, Mapping) else types:
-        pattern, _, dtype = rule.rpartition("=") if isinstance(rule, str) else (rule[0], "=", rule[1])
+        pattern, dtype = rule.rpartition("=")[::2] if isinstance(rule, str) else _pair(rule)
         if not pattern:
-            raise ValueError(f"the rule {rule!r} must be PATTERN=TYPE, as 'blk.*.ffn_down*=Q6_K'")
+            raise ValueError(f"the rule {rule!r:.40} must be PATTERN=TYPE, as 'blk.*.ffn_down*=Q6_K'")
         rules.append((pattern, checked_type(dtype, f"the type of the rule {rule!r}")))
     return rules
+
+
+def _pair(rule: object) -> tuple:
+    """A rule of two texts; an empty pattern where it is another thing."""
+    is_pair = isinstance(rule, tuple | list) and len(rule) == 2 and all(isinstance(part, str) for part in rule)
+    return tuple(rule) if is_pair else ("", "")
 
 
 class Choice:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .atomic import atomic_file
 from .gguf import _ARRAY, _BOOL, _IDS, _NUMBERS, _STRING, DEFAULT_ALIGNMENT, MAX_NAME, TYPES, MetaArray
-from .safetensors import atomic_file
 
 TYPE_IDS = {name: i for i, (name, _, _) in TYPES.items()}
 _CHUNK = 1 << 24  # bytes handed to one write, so that Ctrl-C is soon heard
@@ -64,7 +64,8 @@ class Outgoing:
 
 
 def write_gguf(path: str | os.PathLike, metadata: Mapping, tensors: list[Outgoing],
-               progress: Callable[[int, str], None] | None = None, check: Callable[[], None] | None = None) -> int:
+               progress: Callable[[int, str], None] | None = None, check: Callable[[], None] | None = None,
+               overwrite: bool = True) -> int:
     """Write a file, through `atomic_file`.
 
     Parameters
@@ -78,6 +79,8 @@ def write_gguf(path: str | os.PathLike, metadata: Mapping, tensors: list[Outgoin
         Called with bytes as they are written, and the tensor's name.
     check : callable, optional
         Called last, before the file takes its name; what it raises removes the file.
+    overwrite : bool
+        Whether a file that is there, or comes meanwhile, is replaced.
 
     Returns
     -------
@@ -86,6 +89,8 @@ def write_gguf(path: str | os.PathLike, metadata: Mapping, tensors: list[Outgoin
 
     Raises
     ------
+    FileExistsError
+        If there is a file and `overwrite` is False.
     OSError
         If it would not fit on its disk, or cannot be written. What was under `path` is then there still, and no
         other file.
@@ -98,7 +103,7 @@ def write_gguf(path: str | os.PathLike, metadata: Mapping, tensors: list[Outgoin
     free = shutil.disk_usage(path.absolute().parent).free
     if n_bytes > free:
         raise OSError(errno.ENOSPC, f"the file would be {n_bytes:,} bytes and {free:,} are free on its disk", str(path))
-    with atomic_file(path) as file:
+    with atomic_file(path, overwrite=overwrite) as file:
         file.write(header)
         for tensor in tensors:
             _write_tensor(file, tensor, progress or (lambda n, name: None))

@@ -34,7 +34,7 @@ class MappedFile:
     """
 
     def __init__(self, path: str | os.PathLike, least: int, kind: str):
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # the working folder may become another
         if not stat.S_ISREG(os.stat(self.path).st_mode):
             raise FormatError("it is not a regular file", str(self.path))
         with open(self.path, "rb") as file:

@@ -9,7 +9,6 @@ import errno
 import json
 import math
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import numpy as np
 
 from ..errors import FormatError
 from . import strict_json
+from .atomic import atomic_file
 from .mapped import MappedFile, cut_short
 from .strict_json import show
 
@@ -270,43 +270,6 @@ def _cover_problems(tensors: list[TensorView], start: int, end: int, all_known: 
     if reached < end and all_known:
         problems.append(f"the last {end - reached} bytes of the file belong to no tensor")
     return problems
-
-
-@contextlib.contextmanager
-def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A new file that takes its name only when it is whole and on the disk.
-
-    It is written beside `path` under a name of its own. Leaving the block by an exception, Ctrl-C included,
-    removes it and leaves what was under `path` as it was.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
-    try:
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    except OSError as error:  # by the name that was asked for
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except BaseException as error:
-        draft.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None and error.errno is not None:
-            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error  # a write does not name its file
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_safetensors(

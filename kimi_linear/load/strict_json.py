@@ -107,7 +107,11 @@ def load_object(path: Path) -> dict:
         raise FormatError(str(error), str(path)) from None
     if not isinstance(value, Object):
         raise FormatError(f"it holds a JSON {type(value).__name__}; it must hold an object", str(path))
-    if repeated := sorted(set(_repeated_keys(value))):
+    try:
+        repeated = sorted(set(_repeated_keys(value)))
+    except RecursionError:  # where the parser goes deeper than Python does
+        raise FormatError("its JSON is nested too deep", str(path)) from None
+    if repeated:
         raise FormatError([f"the key {key!r} is there twice" for key in repeated], str(path))
     return value
 

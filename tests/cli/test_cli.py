@@ -215,7 +215,8 @@ def test_a_package_that_is_not_there_is_bad_input(capfd, tmp_path, monkeypatch):
     folder = tmp_path / "m"
     folder.mkdir()
     _copy_of_tiny(folder)
-    (folder / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}')
+    (folder / "tokenizer.json").write_text(
+        '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "pre_tokenizer": {"type": "ByteLevel"}}')
     code, out, err = run(capfd, "inspect", str(folder))
     assert (code, out) == (2, "") and "needs the package tokenizers" in err and err.count("\n") == 1
 

@@ -67,6 +67,17 @@ def test_kl_plan_takes_a_file(files):
         kl.plan(files["Q8_0"], dtype="F32")
 
 
+def test_kl_plan_takes_a_config_in_any_form(tmp_path):
+    config = kl.Model.tiny().config
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config.to_dict()))
+    assert kl.plan(config.to_dict()) == kl.plan(str(path)) == kl.plan(path) == kl.plan(config)
+    assert kl.plan(path, dtype="F32") == kl.plan(config, dtype="F32")
+    for source, kind in ((None, "NoneType"), (3, "int"), ([], "list")):
+        with pytest.raises(TypeError, match=f"source is a {kind}; it must be a path, a Config, or the content of a"):
+            kl.plan(source)
+
+
 def with_memory(monkeypatch, n_bytes):
     monkeypatch.setattr(planning, "available_memory", lambda: n_bytes)
     monkeypatch.setattr(planning, "read_rate", lambda: 10e9)
@@ -82,6 +93,42 @@ def test_free_memory_of_macos(monkeypatch):
     monkeypatch.setattr(planning.sys, "platform", "darwin")
     assert planning.asked_of_macos("echo", "as there") == "as there"
     assert planning.asked_of_macos("no-such-command") == ""
+
+
+def a_system(root, files):
+    for name, text in {"proc/meminfo": "MemTotal: 9 kB\nMemAvailable:  1000 kB\n", **files}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+V2, V1 = "sys/fs/cgroup/", "sys/fs/cgroup/memory/"
+GROUPS = {
+    "none": ({}, 1024000),
+    "no limit": ({"proc/self/cgroup": "0::/\n", V2 + "memory.max": "max\n", V2 + "memory.current": "5\n"}, 1024000),
+    "version 2": ({"proc/self/cgroup": "0::/\n", V2 + "memory.max": "900\n", V2 + "memory.current": "500\n",
+                   V2 + "memory.stat": "anon 7\ninactive_file 30\nactive_file 4\n"}, 430),
+    "more than the machine has": ({"proc/self/cgroup": "0::/\n", V2 + "memory.max": "9000000\n",
+                                   V2 + "memory.current": "5\n"}, 1024000),
+    "beyond the limit": ({"proc/self/cgroup": "0::/\n", V2 + "memory.max": "5\n", V2 + "memory.current": "9\n"}, 0),
+    "a group around": ({"proc/self/cgroup": "0::/a/b\n", V2 + "a/memory.max": "900\n", V2 + "a/memory.current": "5\n",
+                        V2 + "a/b/memory.max": "max\n", V2 + "a/b/memory.current": "5\n"}, 895),
+    "version 1": ({"proc/self/cgroup": "5:cpu,cpuacct:/x\n4:memory:/docker/ab\n0::/\n",
+                   V1 + "memory.limit_in_bytes": "900\n", V1 + "memory.usage_in_bytes": "500\n",
+                   V1 + "memory.stat": "inactive_file 1\ntotal_inactive_file 30\n"}, 430),
+    "damaged": ({"proc/self/cgroup": "0::/\nx\n", V2 + "memory.max": "\n", V2 + "memory.current": "?"}, 1024000),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_free_memory_below_the_limits_of_a_container(tmp_path, name):
+    files, wanted = GROUPS[name]
+    assert planning.available_memory(a_system(tmp_path, files)) == wanted
+
+
+def test_free_memory_that_nobody_tells(tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "asked_of_macos", lambda *command: "")
+    assert planning.available_memory(tmp_path) is None
 
 
 def test_a_folder_that_has_no_weights_yet(files, capfd, tmp_path):

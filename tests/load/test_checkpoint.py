@@ -235,6 +235,14 @@ def test_bad_index(tmp_path, text, message):
     assert message in problem
 
 
+def test_a_shard_name_that_no_disk_takes(tmp_path):
+    index = make_shards(tmp_path / "m", random_weights())
+    for name in list(index)[:2]:
+        index[name] = "a" * 300 + ".safetensors"
+    write_index(tmp_path / "m", index)
+    assert any("a.safetensors: the file is not there, and 2 tensors" in p for p in problems_of(tmp_path / "m"))
+
+
 def test_the_packaged_model_has_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert resolve("tiny").name == "tiny" and (resolve("tiny") / "model.safetensors").is_file()

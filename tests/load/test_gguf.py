@@ -161,6 +161,13 @@ HOSTILE = {
     "nested": (raw_file([key("a", ARRAY, array(ARRAY, 1, array(ARRAY, 1, array(ARRAY, 1, array(ARRAY, 1, array(
         U32, 0, b""))))))], data=ONE * 4), "'a' nests arrays deeper than 4"),
     "endless nest": (raw_file([key("a", ARRAY, array(ARRAY, 1, b"") * 100)], data=ONE * 99), "deeper than 4"),
+    "keys beyond the limit": (raw_file([key(f"{i}", 0, b"\0") for i in range(2**16 + 1)]),
+                              "it has 65537 metadata keys, by its byte 16; at most 65536 are read"),
+    "tensors beyond the limit": (raw_file(n_infos=2**16 + 1, data=b"\0" * 2**22), "it has 65537 tensors, by its byte"),
+    "arrays beyond the limit": (raw_file([key("a", ARRAY, array(ARRAY, 2**16 + 1, array(U32, 0, b"") * (2**16 + 1)))]),
+                                "'a' has 65537 arrays in an array at byte 49; at most 65536 are read of a file"),
+    "arrays of two keys": (raw_file([key(x, ARRAY, array(ARRAY, 40000, array(U32, 0, b"") * 40000)) for x in "ab"]),
+                           "'b' has 40000 arrays in an array"),
     "same key": (raw_file([key("a", U32, b"\0\0\0\0")] * 2), "the key 'a' is there twice, the second time at byte 41"),
     "alignment type": (raw_file([key("general.alignment", STRING, text("32"))]), "alignment' is '32'; it must"),
     "alignment 0": (raw_file([key("general.alignment", U32, struct.pack("<I", 0))]), "'general.alignment' is 0; it"),

@@ -256,3 +256,30 @@ def test_files_that_are_no_config(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ConfigError):
         Config.from_file(path)
+
+
+@pytest.mark.parametrize("text, words", [
+    ('{"vocab_size": 1, "vocab_size": 2}', "config.json: the key 'vocab_size' is there twice"),
+    ('{"linear_attn_config": {"num_heads": 1, "num_heads": 2}}', "config.json: the key 'num_heads' is there twice"),
+    ('{"routed_scaling_factor": NaN}', "config.json: it holds NaN, which JSON does not have"),
+])
+def test_a_file_is_read_as_strictly_as_a_folders(tmp_path, text, words):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        Config.from_file(path)
+
+
+def test_a_deep_value_is_a_sentence():
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(ConfigError, match="vocab_size is a deeply nested value; it must be an integer"):
+        Config.from_dict(changed(vocab_size=deep))
+
+
+def test_experts_of_all_layers_have_a_limit():
+    """Each has a name and three shapes: a small file must not take minutes and gigabytes."""
+    Config.from_dict(changed(num_experts=2**16 // 27))
+    with pytest.raises(ConfigError, match="num_experts is 2428; with 27 layers it must be at most 2427"):
+        Config.from_dict(changed(num_experts=2428))

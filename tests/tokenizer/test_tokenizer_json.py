@@ -188,6 +188,7 @@ def change(path, value):
     (["added_tokens", 0, "content"], "<think>", r"added_tokens\[3\], '<think>', has the id .* must be its own"),
     (["added_tokens", 0, "content"], "", r"added_tokens\[0\] is .*; it must have an id and a content"),
     (["pre_tokenizer"], {"type": "Nothing"}, "the package tokenizers does not read it"),
+    (["model", "dropout"], "x", "the package tokenizers does not read it"),
 ])
 def test_bad_files(folder, path, value, words):
     spec = json.loads((folder / "tokenizer.json").read_text())
@@ -196,6 +197,21 @@ def test_bad_files(folder, path, value, words):
     with pytest.raises(FormatError, match=words) as caught:
         kl.Tokenizer.from_folder(folder)
     assert "tokenizer.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("keep", ["pre_tokenizer", "decoder", None])
+def test_text_that_is_not_spelled_as_bytes(folder, keep):
+    """Where nothing is ByteLevel a space has no token, and would be gone."""
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    for key, other in (("pre_tokenizer", {"type": "Whitespace"}), ("decoder", {"type": "Fuse"})):
+        if key != keep:
+            spec[key] = other
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    if keep is not None:
+        kl.Tokenizer.from_folder(folder)
+        return
+    with pytest.raises(FormatError, match="neither its pre_tokenizer nor its decoder is of the type ByteLevel"):
+        kl.Tokenizer.from_folder(folder)
 
 
 def test_a_bad_config(folder):
@@ -258,6 +274,23 @@ def test_what_a_gguf_cannot_keep(spec, path, value, words):
     change(path, value)(changed)
     with pytest.raises(ValueError, match=words):
         gguf_metadata.vocabulary_keys(JsonTokenizer(changed), 600)
+
+
+@pytest.mark.parametrize("name, kept", [
+    ("\u00e9", False), ("e\u0301", False), ("\u0301x", False), ("\u212b", False), ("\uac00", False),
+    ("\u4e2d", True), ("<tool_call>", True), ("\u00df", True)])
+def test_added_tokens_that_are_found_behind_the_normaliser(spec, name, kept):
+    """Of a text whose spelling NFC changes a GGUF's reader would find others, for it looks before NFC."""
+    changed = copy.deepcopy(spec)
+    changed["added_tokens"][-1] |= {"content": name, "normalized": True}
+    if not kept:
+        with pytest.raises(ValueError, match=r"a GGUF cannot keep that .* is found in text behind NFC \(normalized\)"):
+            gguf_metadata.vocabulary_keys(JsonTokenizer(changed), 600)
+        changed["added_tokens"][-1]["normalized"] = False
+    tokenizer = JsonTokenizer(changed)
+    back = read_tokenizer(metadata_of(tokenizer), "x.gguf")
+    for text in (f"x{name}y", *TEXTS, "xe\u0301", "\u1100\u1161"):
+        assert back.encode(text) == tokenizer.encode(text), text
 
 
 def test_more_tokens_than_the_model(ours):
