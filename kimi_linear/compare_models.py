@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from ._arrays import as_integers
+from ._scalars import to_json
 from .diff import _html as parts
 from .load.gguf_tensors import VALUES, rows_of
 from .load.safetensors import TensorView
@@ -137,15 +138,7 @@ class ModelComparison:
 
     def to_dict(self) -> dict:
         """Plain values, for JSON; what is not finite is None."""
-        return _plain(asdict(self) | {"verdict": self.verdict})
-
-
-def _plain(x):
-    if isinstance(x, dict):
-        return {key: _plain(value) for key, value in x.items()}
-    if isinstance(x, list | tuple):
-        return [_plain(value) for value in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
+        return to_json(asdict(self) | {"verdict": self.verdict})
 
 
 def _cells(t: TensorDistance) -> tuple[str, ...]:

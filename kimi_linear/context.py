@@ -65,7 +65,7 @@ class Context:
             raise TypeError(f"isa is {type(isa).__name__}; it must be a str, as 'avx2', or None")
         numbers = (_GEMM[choice(gemm, "gemm", _GEMM)], _DELTA_RULE[choice(delta_rule, "delta_rule", _DELTA_RULE)],
                    ACTIVATIONS[check_activations(activations)])
-        threads = _default_threads() if threads is None else as_whole(threads, "threads", "an int, or None")
+        threads = _default_threads() if threads is None else _checked(threads, "threads")
         self._core = _core.Context(threads, isa, *numbers, device)
         self.device = device
         self.gemm = gemm
@@ -84,7 +84,7 @@ class Context:
 
     def set_threads(self, n):
         """Use `n` threads from the next call on (0: one for each processor)."""
-        self._core.set_threads(as_whole(n, "n"))
+        self._core.set_threads(_checked(as_whole(n, "n", largest=None)))
 
     def cancel(self):
         """Stop the call in flight in another thread: it raises KeyboardInterrupt there."""
@@ -177,10 +177,10 @@ def threads(n):
         blocks.pop()
 
 
-def _checked(n):
-    n = n if n is None else as_whole(n, "n", "an int from 0 (all processors) to 1024, or None")
+def _checked(n, name="n"):
+    n = n if n is None else as_whole(n, name, "an int from 0 (all processors) to 1024, or None", None)
     if n is not None and not 0 <= n <= 1024:
-        raise ValueError(f"n is {n!r}; it must be an int from 0 (all processors) to 1024, or None")
+        raise ValueError(f"{name} is {n}; it must be an int from 0 (all processors) to 1024, or None")
     return n
 
 

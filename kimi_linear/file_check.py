@@ -211,7 +211,7 @@ def _check_tokenizer(report, tokenizer):
 def _check_stops(report, model, tokenizer):
     from .generate import _stop_ids
 
-    stops = sorted(_stop_ids(model))
+    stops = sorted(_stop_ids(model, tokenizer))
     report.stops = stops
     outside = [i for i in stops if i >= model.config.vocab_size]
     if outside:

@@ -16,6 +16,7 @@ from .state import State
 __all__ = ["Generation", "Stats"]
 
 PIECE = 512  # tokens of a prompt between two words of progress: a multiple of 64, so the bytes are those of one call
+SAMPLES = 1 << 16  # of a prompt at most
 
 
 @dataclass
@@ -67,19 +68,20 @@ class Generation:
         0 takes the likeliest token (greedy). By default the checkpoint's, else 0 where it says not to sample.
     top_k, top_p, min_p : optional
         Keep the k likeliest; the smallest set of at least this probability; those of at least this share of the
-        likeliest.
+        likeliest. Not without a temperature above 0, given or the checkpoint's.
     repetition_penalty : float, optional
         Logits of tokens in the prompt and generated so far are divided by it where positive, else multiplied;
-        before the temperature. 1 changes nothing.
+        before the temperature. 1 changes nothing; from 1e-30 to 1e30.
     seed : int or list of int, optional
         One for all prompts or one for each; by default 0. A token is drawn by (seed, sample, position in the
         sequence) alone, so the same seed gives the same text, alone or in a batch; equal prompts with one seed give
         equal texts, and samples of one prompt (`n`) differ.
     n : int
-        Samples of each prompt. It is read once and its state forked; the first sample is that of ``n=1``.
+        Samples of each prompt, 65,536 at most. It is read once and its state forked; the first sample is that of
+        ``n=1``.
     stop : str or sequence of str, optional
-        End where one of these appears, also across tokens. It is not shown; what may be the beginning of one is held
-        back. `tokens` has every token drawn.
+        End where one of these appears, also across tokens, or where it names a special token, at that token. It is not
+        shown; what may be the beginning of one is held back. `tokens` has every token drawn.
     logprobs : int
         k >= 1 fills `logprobs` and the k likeliest into `top_logprobs`: of the model's own logits, before penalty,
         processor and temperature. 0 leaves both empty, and costs nothing.
@@ -87,7 +89,9 @@ class Generation:
         ``processor(ids, logits)``, called for each token with all ids so far and a float32 copy of the logits
         [vocab], after the penalty: returns logits, -inf masking a token, or None where it changed the copy.
     tools : list of dict, optional
-        Descriptions of functions, for messages.
+        Descriptions of functions, for messages alone.
+    template_options : mapping, optional
+        Variables for the chat template, for messages alone: ``{"enable_thinking": False}``.
     state : State or list of State, optional
         One for each prompt. The longest common prefix of what it has read and the prompt is reused; from there the
         prompt is read, and the state moved on. It goes back to its newest checkpoint inside that prefix (or is
@@ -103,7 +107,8 @@ class Generation:
     Attributes
     ----------
     text : str
-        All pieces so far; without a tokenizer, the ids.
+        All pieces so far; without a tokenizer, the ids. Where a model has more rows than its tokenizer has ids, these
+        rows are padding, and none is drawn.
     tokens : list of int
         New tokens, the end token included. The last is not in the state yet.
     logprobs : list of float
@@ -120,23 +125,29 @@ class Generation:
     TypeError, ValueError
         For arguments that are wrong, before anything is read; while it runs, for logits that are not finite or all
         masked, by the position of the token that cannot be drawn.
+    FormatError, ModuleNotFoundError
+        If the model's tokenizer cannot be made, and the prompt is not of ids alone: those go on without it, after a
+        warning.
     """
 
     def __init__(self, model, prompt, *, max_new_tokens=256, temperature=None, top_k=None, top_p=None, min_p=None,
                  repetition_penalty=None, seed=None, n=1, stop=(), logprobs=0, logits_processor=None, tools=None,
-                 state=None, prompt_logits=None, progress=None, stop_at_eos=True):
+                 template_options=None, state=None, prompt_logits=None, progress=None, stop_at_eos=True):
         self.model = model
         self.max_new_tokens = at_least(max_new_tokens, 1, "max_new_tokens")
-        self.n = at_least(n, 1, "n")
+        self.n = at_least(n, 1, "n", largest=SAMPLES)
         self.top = at_least(logprobs, 0, "logprobs")
         self.sampling = settings(model.generation_config, temperature=temperature, top_k=top_k, top_p=top_p,
                                  min_p=min_p, repetition_penalty=repetition_penalty)
-        self.stop = _stop_strings(stop, model)
-        if logits_processor is not None and not callable(logits_processor):
-            raise TypeError(f"logits_processor is a {type(logits_processor).__name__}; it must be callable")
-        self.stop_ids = _stop_ids(model) if stop_at_eos else frozenset()
         many = _is_batch(prompt)
         prompts = list(prompt) if many else [prompt]
+        of_ids = not any(isinstance(p, str) or _is_messages(p) for p in prompts)
+        self._tokenizer = model._tokenizer_or_none("ids are shown") if of_ids else model.tokenizer
+        self.stop = _stop_strings(stop, model, self._tokenizer)
+        if logits_processor is not None and not callable(logits_processor):
+            raise TypeError(f"logits_processor is a {type(logits_processor).__name__}; it must be callable")
+        self.stop_ids = _stop_ids(model, self._tokenizer) if stop_at_eos else frozenset()
+        self.stop_ids |= {self._tokenizer.special_ids[s] for s in self.stop if s in self._tokenizer.special_ids}
         if not prompts:
             raise ValueError("prompt is a batch of none; it must have a prompt or more")
         self.is_batch = many or self.n > 1
@@ -147,11 +158,13 @@ class Generation:
         self._known = self._known_logits(prompt_logits)
         self.stats = Stats(sequences=len(prompts) * self.n)
         self._sequences = []
+        chat = {"tools": tools, "template_options": template_options}
         for i, (p, own, s) in enumerate(zip(prompts, states, seeds, strict=True)):
-            ids = self._ids(p, tools, own, f"prompt[{i}]" if many else "prompt")
+            ids = self._ids(p, chat, own, f"prompt[{i}]" if many else "prompt")
             for sample in range(self.n):
                 sampler = Sampler(self.sampling, s, sample, logits_processor, ids, model.config.vocab_size, model.ctx)
-                self._sequences.append(_Sequence(model, ids, own if sample == 0 else None, sampler, self.stop))
+                state = own if sample == 0 else None
+                self._sequences.append(_Sequence(model, self._tokenizer, ids, state, sampler, self.stop))
         self._pieces = self._run()
 
     def __iter__(self):
@@ -194,17 +207,20 @@ class Generation:
 
     # ---- arguments ----
 
-    def _ids(self, prompt, tools, state, name):
+    def _ids(self, prompt, chat, state, name):
+        """The prompt's ids; `chat` are options of the template, for messages alone."""
         model = self.model
-        if isinstance(prompt, str):
-            ids = model._encode(prompt)
-        elif _is_messages(prompt):
-            if model.tokenizer is None:
+        if _is_messages(prompt):
+            if self._tokenizer is None:
                 raise ValueError(f"{model._has_no_tokenizer}; give token ids, not messages")
-            text = model.tokenizer.apply_chat_template(prompt, tools=tools)
-            ids = _encode_behind(model.tokenizer, text, [] if state is None else state.tokens)
+            text = self._tokenizer.apply_chat_template(prompt, **chat)
+            ids = _encode_behind(self._tokenizer, text, [] if state is None else state.tokens)
         else:
-            ids = prompt
+            ids = model._encode(prompt) if isinstance(prompt, str) else prompt
+            for option, value in chat.items():
+                if value is not None:
+                    what = "text" if isinstance(prompt, str) else "no list of messages"
+                    raise ValueError(f"{option} is given and {name} is {what}; only messages go through the template")
         ids = as_integers(ids, name, ("T",), low=0, high=model.config.vocab_size)
         if len(ids) == 0:
             raise ValueError(f"{name} is empty; it must have a token or more")
@@ -324,11 +340,12 @@ class Generation:
 class _Sequence:
     """One sequence of a generation: its state, and what it has written."""
 
-    def __init__(self, model, ids, state, sampler, stop):
+    def __init__(self, model, tokenizer, ids, state, sampler, stop):
         self.prompt_ids, self.prompt_logits = ids, None
         self.state = model.new_state() if state is None else state
         self.sampler = sampler
-        self.stream = model.tokenizer.stream(skip_special=True) if model.tokenizer else None
+        self.known = model.config.vocab_size if tokenizer is None else len(tokenizer)
+        self.stream = None if tokenizer is None else tokenizer.stream(skip_special=True)
         self.stops = StopStrings(stop)
         self.text, self.tokens, self.logprobs, self.top_logprobs = "", [], [], []
         self.finish_reason = None
@@ -354,7 +371,7 @@ class _Sequence:
         return 0 < self.state._context <= self.state.position
 
     def draw(self, logits, top):
-        token = self.sampler(logits, self.state.position)
+        token = self.sampler(_masked(logits, self.known), self.state.position)
         self.tokens.append(token)
         if top:
             own, likeliest = logprobs_of(logits, token, top)
@@ -365,7 +382,7 @@ class _Sequence:
     def push(self, token):
         if self.stream is None:
             return self._write(f" {token}" if self.text else str(token))
-        return self._write(self.stops.push(self.stream.push(token)))
+        return self._write(self.stops.push(self.stream.push(token) if token < self.known else ""))
 
     def finish(self):
         """What was held back; nothing behind a stop string."""
@@ -377,6 +394,13 @@ class _Sequence:
     def _write(self, piece):
         self.text += piece
         return piece
+
+
+def _masked(logits, known):
+    """Logits with those from id `known` on masked, which the tokenizer does not have; a copy where there are any."""
+    if known >= len(logits):
+        return logits
+    return np.concatenate([logits[:known], np.full(len(logits) - known, -np.inf, np.float32)])
 
 
 def _common(a, b):
@@ -394,13 +418,13 @@ def _encode_behind(tokenizer, text, read):
     """
     whole, ends = text.encode("utf-8"), [0]
     for id in read:
-        token = tokenizer.id_to_bytes(id) if id >= 0 else None
+        token = None if id < 0 else tokenizer.id_to_bytes(id) if id < len(tokenizer) else b""
         if token is None or not whole.startswith(token, ends[-1]):
             break
         ends.append(ends[-1] + len(token))
     kept = len(ends) - 1
     if kept < len(read) or whole[ends[kept]:ends[kept] + 1] >= b"\x80" and whole[ends[kept]] < 0xC0:
-        while kept and read[kept - 1] < tokenizer.n_base:
+        while kept and not tokenizer.n_base <= read[kept - 1] < len(tokenizer):
             kept -= 1
     return [*read[:kept], *tokenizer.encode(whole[ends[kept]:].decode("utf-8"))]
 
@@ -422,14 +446,15 @@ def _seeds(seed, n_prompts):
     if np.iterable(seed) and not isinstance(seed, str):
         seeds = list(seed)
     else:
-        seeds = [0 if seed is None else as_whole(seed, "seed", "an int, or one for each prompt")] * n_prompts
+        one = 0 if seed is None else as_whole(seed, "seed", "an int, or one for each prompt", (1 << 64) - 1)
+        seeds = [one] * n_prompts
     if len(seeds) != n_prompts:
         raise ValueError(f"seed has {len(seeds)} values; it must be one, or one for each of {n_prompts} prompts")
     ops.sample(np.zeros((n_prompts, 2), np.float32), seed=seeds)  # raises what is wrong
     return [int(s) for s in seeds]
 
 
-def _stop_strings(stop, model):
+def _stop_strings(stop, model, tokenizer):
     if not (stop is None or np.iterable(stop)):
         raise TypeError(f"stop is {stop!r:.40}; it must be text, or a sequence of it")
     strings = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
@@ -438,12 +463,12 @@ def _stop_strings(stop, model):
             raise TypeError(f"stop[{i}] is {s!r:.40}; it must be text")
         if not s:
             raise ValueError(f"stop[{i}] is {s!r}; it must be text of a character or more")
-    if strings and model.tokenizer is None:
+    if strings and tokenizer is None:
         raise ValueError(f"{model._has_no_tokenizer}; stop strings need one")
     return strings
 
 
-def _stop_ids(model):
+def _stop_ids(model, tokenizer):
     ids = set(model.config.eos_token_ids)
     given = model.generation_config.get("eos_token_id")
     try:
@@ -451,6 +476,6 @@ def _stop_ids(model):
                    for id in (given if isinstance(given, list) else [] if given is None else [given]))
     except TypeError as error:
         raise FormatError(f"generation_config: {error}") from None
-    if model.tokenizer is not None:
-        ids.update(model.tokenizer.eos_ids)
+    if tokenizer is not None:
+        ids.update(tokenizer.eos_ids)
     return frozenset(ids)

@@ -3,6 +3,7 @@
 import functools
 import importlib.resources
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from ._call import Call, tap_names
 from ._scalars import at_least
 from .config import Config, layer_pattern
 from .context import Context, check_activations, current
+from .errors import FormatError
 from .perplexity import log_probs
 from .plan import of_core
 from .state import State
@@ -34,8 +36,9 @@ class Model:
     config : Config
     tokenizer : Tokenizer or None
         None for a checkpoint without one, or that lacks one of its files, which what needs it then names: token ids
-        still work. A GGUF's is built when it is first asked for, and raises FormatError then if its tokens do not give
-        exact ids. A tokenizer.json needs the package `tokenizers`, and raises ModuleNotFoundError without it.
+        still work, as they do where asking for it raises. FormatError says what is wrong with its files, the template
+        included, or why a GGUF's tokens do not give exact ids; a GGUF's is built when it is first asked for. A
+        tokenizer.json needs the package `tokenizers`, and raises ModuleNotFoundError without it.
     generation_config : dict
         As the checkpoint has it.
     activations : {"float32", "int8", "bfloat16"}
@@ -102,9 +105,11 @@ class Model:
         Raises
         ------
         FormatError
-            With everything that is wrong with the files, by tensor name.
+            With everything that is wrong with the files, by tensor name; with a tokenizer's when that is asked for.
         FileNotFoundError
             If there is nothing at `path`.
+        ValueError
+            If `ctx` is given beside `threads` or another `device`.
         """
         import dataclasses
 
@@ -113,6 +118,10 @@ class Model:
 
         if activations != "auto":
             check_activations(activations)
+        if ctx is not None and threads is not None:
+            raise ValueError(f"threads is {threads} and ctx is given; a context has its own threads: give one of them")
+        if ctx is not None and device not in ("cpu", ctx.device):
+            raise ValueError(f"device is {device!r} and ctx is of {ctx.device!r}; give one of them")
         if ctx is None and (threads is not None or device != "cpu"):
             ctx = Context(device, threads=threads)
         checkpoint = open_checkpoint(path)
@@ -128,7 +137,7 @@ class Model:
                 tokenizer = Tokenizer.from_folder(checkpoint.path)
             except FileNotFoundError:
                 missing = missing_tokenizer_file(checkpoint.path)
-            except ModuleNotFoundError:  # said again when the tokenizer is asked for
+            except (FormatError, ModuleNotFoundError):  # said again when the tokenizer is asked for
                 tokenizer = functools.partial(Tokenizer.from_folder, checkpoint.path)
         model = cls(config, checkpoint.tensors, tokenizer=tokenizer, generation_config=checkpoint.generation_config,
                     checkpoint=checkpoint, name=checkpoint.name, cache=cache, activations=activations, ctx=ctx,
@@ -446,6 +455,14 @@ class Model:
     def _call(self, tokens):
         """A call that only asks what a pass over `tokens` makes."""
         return Call(self, tokens, logits="none")
+
+    def _tokenizer_or_none(self, instead):
+        """The tokenizer; where it cannot be made None, after a warning that says what is done instead."""
+        try:
+            return self.tokenizer
+        except (FormatError, ModuleNotFoundError) as error:
+            warnings.warn(f"{self.name} has no tokenizer, so {instead}: {error}", stacklevel=4)
+            return None
 
     def _encode(self, text):
         if self.tokenizer is None:

@@ -26,7 +26,8 @@ class PerplexityResult:
     scored : int
         Tokens with a probability; the first of each window has none.
     bits_per_byte : float or None
-        The mean, taken for every token, over the bytes of the text, in bits; None without a tokenizer.
+        The mean, taken for every token, over the bytes of the text, in bits; None without a tokenizer, or
+        bytes.
     """
 
     nll_per_token: float
@@ -115,9 +116,13 @@ def log_probs(logits, targets):
 
 
 def _bits_per_byte(model, windows, mean):
-    if model.tokenizer is None:
+    tokenizer = model._tokenizer_or_none("bits a byte are not counted")
+    if tokenizer is None:
         return None
-    n_bytes = sum(len(model.tokenizer.decode_bytes(w.tolist())) for w in windows)
+    # rows of the model behind the tokenizer's are no text
+    n_bytes = sum(len(tokenizer.decode_bytes(w[w < len(tokenizer)].tolist())) for w in windows)
+    if n_bytes == 0:
+        return None
     return mean / math.log(2) * sum(map(len, windows)) / n_bytes
 
 

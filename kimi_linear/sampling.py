@@ -24,7 +24,8 @@ def settings(defaults, *, temperature=None, top_k=None, top_p=None, min_p=None, 
     Raises
     ------
     TypeError, ValueError
-        If one is no number or out of its range.
+        If one is no number or out of its range, or if top_k, top_p or min_p is asked for where nothing is drawn: no
+        temperature is asked for, and the default is 0.
     FormatError
         If that is so of one of `defaults`; 50.0 is an int there, as JSON has it.
     """
@@ -33,23 +34,35 @@ def settings(defaults, *, temperature=None, top_k=None, top_p=None, min_p=None, 
     kept = {name: value for name, value in defaults.items() if name in asked and value is not None}
     if not defaults.get("do_sample"):
         kept["temperature"] = 0.0
-    return {name: _checked(name, value) if value is not None else
-            _kept(name, kept[name]) if name in kept else _NEUTRAL[name] for name, value in asked.items()}
+    chosen = {name: _checked(name, value) if value is not None else
+              _kept(name, kept[name]) if name in kept else _NEUTRAL[name] for name, value in asked.items()}
+    for name in ("top_k", "top_p", "min_p"):
+        if temperature is None and chosen["temperature"] == 0 and asked[name] not in (None, _NEUTRAL[name]):
+            raise ValueError(f"{name} is {asked[name]}, and without a temperature the likeliest token is taken; give "
+                             "temperature, too")
+    return chosen
 
 
+PENALTIES = 1e-30, 1e30  # smaller or larger, a logit of some size would be infinite in float32
 _NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 def _checked(name, value):
-    """A setting's value, of its type and in its range."""
+    """A setting's value, of its type and, as the float32 that it will be, in its range."""
     value = as_whole(value, name) if name == "top_k" else as_real(value, name)
-    if name != "repetition_penalty":
-        try:
-            ops.sample(np.zeros(2, np.float32), **{name: value})
-        except ValueError as error:
-            raise ValueError(str(error).removeprefix("sample: ").replace(" of row 0", "")) from None
-    elif not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} is {value:g}; it must be finite and > 0")
+    shown = str(value).removesuffix(".0")
+    if name == "repetition_penalty":
+        if not PENALTIES[0] <= value <= PENALTIES[1]:
+            raise ValueError(f"{name} is {shown}; it must be from {PENALTIES[0]:g} to {PENALTIES[1]:g}")
+        return value
+    with np.errstate(over="ignore"):
+        single = np.float32(value)
+    try:
+        ops.sample(np.zeros(2, np.float32), **{name: value if name == "top_k" else single})
+    except ValueError as error:
+        rule = str(error).partition("; ")[2]
+        lost = np.isfinite(value) and (np.isinf(single) or (single == 0) != (value == 0))
+        raise ValueError(f"{name} is {shown}; {rule}{' in float32' if lost else ''}") from None
     return value
 
 

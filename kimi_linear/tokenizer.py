@@ -6,7 +6,6 @@ Ids 0..n-1 are the ranks of tiktoken.model, n..n+255 the special slots. Source: 
 
 import base64
 import codecs
-import datetime
 import json
 import operator
 import os
@@ -14,20 +13,17 @@ import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import tiktoken
 
+from .chat_template import read_template, render_chat
 from .errors import FormatError
 from .load.atomic import write_text
-from .load.strict_json import is_there, load_object, read_limited, show
+from .load.strict_json import is_there, load_object, show
 
 N_SPECIAL = 256  # slots after the base vocabulary
 MAX_PIECE = 400_000  # characters encoded at once
 MAX_RUN = 25_000  # characters of white space, or of none, in a row
 MAX_RANKS_FILE = 100_000_000  # bytes of tiktoken.model
-ROLES = ("system", "user", "assistant", "tool")
 
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"  # letters that can stand in a capitalised run
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
@@ -252,35 +248,36 @@ class Tokenizer:
         *,
         tools: Sequence[Mapping] | None = None,
         add_generation_prompt: bool = True,
+        template_options: Mapping | None = None,
     ) -> str:
         """The text of a conversation in the model's own chat format, to be given to `encode`.
+
+        The name of a special token in a message, as ``<|im_end|>``, becomes that token in `encode`, as with other
+        engines: take such names out of messages from strangers.
 
         Parameters
         ----------
         messages : sequence of dict
-            Each with "role", one of `ROLES`, and "content": text, a list of parts such as
+            Each with "role", which is "system", "developer", "user", "assistant" or "tool" (what the template does
+            with it is the template's), and "content": text, a list of parts such as
             ``{"type": "text", "text": ...}``, or None beside "tool_calls". Further keys reach the template.
         tools : sequence of dict, optional
             Descriptions of functions, as JSON.
         add_generation_prompt : bool, optional
             Whether to end with the opening of the assistant's turn.
+        template_options : mapping, optional
+            Further variables for the template, such as ``{"enable_thinking": False}``.
 
         Raises
         ------
         TypeError, ValueError
-            If messages or tools are not as above; if there is no template; if the template fails or refuses,
+            If messages, tools or options are not as above; if there is no template; if the template fails or refuses,
             with its line.
         """
         if self.chat_template is None:
             raise ValueError("This tokenizer has no chat template (chat_template.jinja); give text or ids.")
         names = {key: name for key, name in self._names.items() if name is not None}
-        return _render(
-            self.chat_template,
-            messages=_checked_messages(messages),
-            tools=_checked_tools(tools),
-            add_generation_prompt=bool(add_generation_prompt),
-            **names,
-        )
+        return render_chat(self.chat_template, messages, tools, add_generation_prompt, template_options, names)
 
     def _join(self, ids: Iterable[int], skip_special: bool) -> bytes:
         checked = (self._checked(i, "ids", n) for n, i in enumerate(ids))
@@ -404,114 +401,3 @@ def token_name(config: Mapping, key: str, special: Container[str], problems: lis
         return name
     problems.append(f"{key} is {show(name)}; it must be the name of a special token")
     return None
-
-
-def read_template(folder: Path, config: Mapping, problems: list[str]) -> str | None:
-    """chat_template.jinja, else the config's "chat_template": a text, or of a list the one named default."""
-    path = folder / "chat_template.jinja"
-    if is_there(path):
-        try:
-            return read_limited(path).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
-        except UnicodeDecodeError as error:
-            raise FormatError(f"it is not UTF-8 at byte {error.start}", str(path)) from None
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
-    if template is not None and not isinstance(template, str):
-        problems.append(f"chat_template is {show(template)}; it must be text")
-        return None
-    return template
-
-
-def _checked_messages(messages: Sequence[Mapping]) -> list[dict]:
-    """Copies of the messages, their content as one text."""
-    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise TypeError(f"messages is {show(messages)}; it must be a list of dicts with role and content.")
-    if not messages:
-        raise ValueError("messages is empty; there must be at least one.")
-    return [_checked_message(f"messages[{i}]", message) for i, message in enumerate(messages)]
-
-
-def _checked_message(where: str, message: Mapping) -> dict:
-    if not isinstance(message, Mapping):
-        raise TypeError(f"{where} is {show(message)}; it must be a dict with role and content.")
-    role = message.get("role")
-    if role not in ROLES:
-        raise ValueError(f"{where}['role'] is {show(role)}; it must be one of {', '.join(ROLES)}.")
-    content = message.get("content")
-    if content is None and not message.get("tool_calls"):
-        raise ValueError(f"{where}['content'] is missing; only a message with tool_calls may leave it out.")
-    return {**message, "content": _content_text(f"{where}['content']", content)}
-
-
-def _content_text(where: str, content: object) -> str:
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, (list, tuple)):
-        raise TypeError(f"{where} is {show(content)}; it must be text or a list of text parts.")
-    for i, part in enumerate(content):
-        is_text = isinstance(part, Mapping) and part.get("type") == "text"
-        if not is_text or not isinstance(part.get("text"), str):
-            rule = 'it must be {"type": "text", "text": ...}: this model reads text only'
-            raise TypeError(f"{where}[{i}] is {show(part)}; {rule}.")
-    return "".join(part["text"] for part in content)
-
-
-def _checked_tools(tools: Sequence[Mapping] | None) -> list | None:
-    if tools is None:
-        return None
-    if not isinstance(tools, (list, tuple)):
-        raise TypeError(f"tools is {show(tools)}; it must be a list of dicts.")
-    for i, tool in enumerate(tools):
-        if not isinstance(tool, Mapping):
-            raise TypeError(f"tools[{i}] is {show(tool)}; it must be a dict.")
-    try:
-        return json.loads(json.dumps(list(tools), allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"tools cannot be written as JSON: {error}.") from None
-
-
-def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """The filter ``tojson`` that chat templates expect: JSON for a prompt, without escapes for HTML."""
-    layout = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
-    return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
-
-
-def _raise_exception(message: str):
-    raise jinja2.TemplateError(message)
-
-
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """Options, filter and functions that Hugging Face templates are written for, in jinja2's sandbox."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment
-
-
-def _render(template: str, **values: object) -> str:
-    try:
-        return _environment().from_string(template).render(**values)
-    except jinja2.TemplateSyntaxError as error:
-        raise FormatError(f"The chat template is wrong at line {error.lineno}: {error.message}") from error
-    except Exception as error:  # a template can raise whatever its expressions do
-        line = _template_line(error)
-        where = "" if line is None else f" at line {line}"
-        what = str(error) or type(error).__name__
-        raise ValueError(f"The chat template failed{where}: {what}") from error
-
-
-def _template_line(error: BaseException) -> int | None:
-    """Line of the template in which the exception rose; jinja2 puts it into the traceback."""
-    line, trace = None, error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == "<template>":
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return line

@@ -10,11 +10,12 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from .chat_template import read_template
 from .errors import FormatError
 from .load.atomic import write_text
 from .load.byte_alphabet import bytes_of
 from .load.strict_json import is_there, load_object, show
-from .tokenizer import Tokenizer, read_template, token_name
+from .tokenizer import Tokenizer, token_name
 
 FILE = "tokenizer.json"
 MAX_ID = 10**7
@@ -163,7 +164,8 @@ def _vocabulary(spec: Mapping, problems: list[str]) -> dict[str, int]:
             problems.append(f"token {i} is {show(token)}, which is not spelled in the alphabet of bytes")
         if len(problems) > 8:
             break
-        holders[i] = token
+        if type(i) is int:
+            holders[i] = token
     return dict(vocabulary)
 
 
@@ -191,7 +193,8 @@ def _added(spec: Mapping, vocabulary: Mapping[str, int], problems: list[str]) ->
         i, name = (token.get("id"), token.get("content")) if isinstance(token, Mapping) else (None, None)
         if type(i) is not int or not isinstance(name, str) or not name:
             problems.append(f"added_tokens[{position}] is {show(token)}; it must have an id and a content")
-        elif not n <= i < MAX_ID:
+            continue
+        if not n <= i < MAX_ID:
             problems.append(f"added_tokens[{position}], {show(name)}, has the id {i}; added tokens follow the {n} of "
                             f"the vocabulary")
         elif i in seen or name in seen:

@@ -9,7 +9,9 @@ import numpy as np
 
 from ._arrays import as_array
 from ._names import near
+from .errors import FormatError
 from .load.safetensors import SafetensorsFile, sparse_safetensors, write_safetensors
+from .load.strict_json import show
 
 __all__ = ["BEFORE", "Trace", "matches", "tap_table"]
 
@@ -146,14 +148,16 @@ class Trace(Mapping):
         ValueError
             If no name begins with the prefix, or none is a module of transformers; the message shows some.
         FormatError
-            If it is not a safetensors file.
+            If it is not a safetensors file, or its metadata have an order, tokens, offsets or positions that are none.
         """
         file = SafetensorsFile(path)
         meta = {}
         for key, text in file.metadata.items():
             meta[key] = json.loads(text) if _is_json(text) else text
+        _check_integers(meta, path)
         if names is None:
             order = meta.pop("order", None)
+            _check_order(order, file, path)
             arrays = {n.removeprefix(prefix): file[n] for n in (order or file) if n.startswith(prefix)}
             if prefix and not arrays:
                 raise ValueError(f"{path}: none of its {len(file)} names begins with prefix={prefix!r}; it holds "
@@ -317,6 +321,44 @@ def _is_json(text):
     except (ValueError, RecursionError):
         return False
     return True
+
+
+def _check_order(order, names, path):
+    """FormatError unless it is None or a list of some of the names, each once."""
+    if order is None:
+        return
+    if not isinstance(order, list) or not all(isinstance(name, str) for name in order):
+        raise FormatError(f"its metadata's order is {show(order)}; it must be a list of the file's names", str(path))
+    seen = set()
+    for name in order:
+        if name not in names or name in seen:
+            what = "twice" if name in seen else "and no array"
+            raise FormatError(f"its metadata's order has the name {show(name)} {what}; it must list the file's names, "
+                              "each once", str(path))
+        seen.add(name)
+
+
+def _check_integers(meta, path):
+    """FormatError where tokens, offsets or positions are not whole numbers, or are not those of as many sequences."""
+    for key in ("tokens", "offsets", "position"):
+        if key in meta and not _are_integers(meta[key]):
+            raise FormatError(f"its metadata's {key} is {show(meta[key])}; it must be a list of integers", str(path))
+    offsets = np.ravel(meta.get("offsets", [0, 0])).tolist()
+    if not offsets or offsets[0] != 0 or sorted(offsets) != offsets:
+        raise FormatError(f"its metadata's offsets is {show(offsets)}; it must begin with 0 and not fall", str(path))
+    n, positions = len(offsets) - 1, np.size(meta.get("position", [0] * (len(offsets) - 1)))
+    if positions != n:
+        raise FormatError(f"its metadata's position has {positions} numbers; it must have {n}, one for each sequence",
+                          str(path))
+
+
+def _are_integers(value):
+    """Whether it is an integer of 64 bits, or a list of them or of such lists, all as long."""
+    try:
+        found = np.array(value)
+    except ValueError:
+        return False
+    return found.dtype == np.int64 or isinstance(value, list) and found.size == 0
 
 
 def _plain(value):

@@ -6,7 +6,8 @@ Two questions, asked of each tap of a run:
 - *own*: how far is it from the same op in float64 **on the engine's own inputs**? Only this can be held
   against the op's budget, and only this says which op is wrong.
 
-The reference goes layer by layer, and both runs hold the taps of few layers at a time, within `MEMORY` bytes.
+Both runs go through the layers once, and hold the taps of few of them at a time, within `MEMORY` bytes; between these
+they hand on the residual stream.
 Expert ids come from the reference, so that a choice between two nearly equal experts hides no arithmetic; a
 free run then lists the choices that came out otherwise, with the gap between the scores in question.
 """
@@ -23,6 +24,7 @@ import numpy as np
 
 from . import reference
 from ._arrays import as_integers
+from ._call import Call
 from .config import layer_pattern
 from .context import current
 from .dataflow import TOKENS, Node, arguments, evaluate, nodes
@@ -274,7 +276,7 @@ def verify(model, tokens, *, forced: bool = True, free_run: bool = True,
 
 
 class _Run:
-    """The two runs side by side; between groups of layers stay the reference's stream and its expert ids."""
+    """The two runs side by side; between groups of layers stay both streams and the reference's expert ids."""
 
     def __init__(self, model, tokens, forced, progress):
         self.model, self.config, self.tokens, self.forced = model, model.config, tokens, forced
@@ -288,7 +290,7 @@ class _Run:
         self.misrouted: list[Flip] = []
         self.ids: dict[int, np.ndarray] = {}  # the reference's choice, by layer
         self.scores: dict[int, np.ndarray] = {}  # its router's logits
-        self.h = None
+        self.h = self.stream = None  # what the last layer judged has left, in float64 and of the engine
         self.memory = 0
 
     @property
@@ -297,10 +299,11 @@ class _Run:
         return len(self.tokens) * len(self.ids)
 
     def groups(self):
-        """Ranges of layers whose taps fit MEMORY; -1 is the embedding, n_layers the final norm and logits."""
+        """Ranges of layers whose taps fit MEMORY; -1, the embedding, goes with the first layer, and n_layers, the final
+        norm and logits, with the last."""
         n, first, held = self.config.n_layers, -1, 0
-        for i in range(-1, n + 1):
-            size = self._bytes(i)
+        for i in range(n):
+            size = self._bytes(i) + (self._bytes(-1) if i == 0 else 0) + (self._bytes(n) if i == n - 1 else 0)
             if held and held + size > MEMORY:
                 yield range(first, i)
                 first, held = i, 0
@@ -363,18 +366,22 @@ class _Run:
 
     def _engine(self, layers):
         """Taps and states of these layers from the engine, and the layer below's output, their input."""
-        n = self.config.n_layers
-        wanted = [f"layers.{i}.*" for i in layers if 0 <= i < n]
-        before = layers[0] - 1
-        wanted += ["embed"] if before < 0 else [f"layers.{before}.out"]
-        wanted += ["norm"] if n in layers else []
-        T, state = len(self.tokens), self.model.new_state(cache="float32")
+        n, T = self.config.n_layers, len(self.tokens)
+        first, last = max(0, layers[0]), min(n - 1, layers[-1])
         rows = np.arange(T - self._logit_rows(n), T) if n in layers else "none"
-        given = self.ids if self.forced and self.ids else None
-        logits, trace = self.model.forward(self.tokens, state=state, taps=wanted, logits=rows,
-                                           expert_ids=given)
+        call = Call(self.model, self.tokens, logits=rows, embeds=self.stream, start=first, stop=last + 1)
+        state = self.model.new_state(cache="float32")
+        call.states = [state]  # empty, and of these layers alone
+        wanted = [f"layers.{i}.*" for i in range(first, last + 1)]
+        wanted += ["embed"] if first == 0 else []
+        wanted += ["norm"] if n in layers else []
+        given = {i: ids for i, ids in self.ids.items() if i in layers} if self.forced else None
+        logits, trace = call.trace(wanted, None, given, None)
         values = dict(trace) | {TOKENS: self.tokens}
+        if first:
+            values[f"layers.{first - 1}.out"] = self.stream
         values |= {name: state[name] for name in state if int(name.split(".")[1]) in layers}
+        self.stream = trace[f"layers.{last}.out"]
         return values if logits is None else values | {"logits": logits}
 
     def _judge(self, node: Node, actual, desired):

@@ -69,12 +69,22 @@ def main(argv=None):
         Without the program's name; by default the process's.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    _open_streams()
     if not argv or argv[0] not in COMMANDS:
         return _guarded("kimi-linear", _no_command, argv)
     prog = f"kimi-linear {argv[0]}"
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *rest, **named: print(f"{prog}: {message}", file=sys.stderr)
         return _guarded(prog, _run_command, argv)
+
+
+def _open_streams():
+    """Streams that were closed lead nowhere; a character that stdout's encoding lacks is written as its escape."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _run_command(argv):

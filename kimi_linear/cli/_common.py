@@ -1,5 +1,6 @@
 """What the commands share: the model argument, words to stderr, tables, sizes."""
 
+import codecs
 import contextlib
 import functools
 import io
@@ -8,13 +9,15 @@ import os
 import sys
 from pathlib import Path
 
+from .._scalars import LARGEST_INT, to_json
 from ..config import layer_pattern
 
 __all__ = [
     "CACHES", "MODEL_IS", "add_compute_arguments", "add_device_argument", "add_json_argument", "add_model_argument",
-    "add_names_arguments", "begins", "check_names", "check_output", "foreign_call", "foreign_calls", "human_bytes",
-    "human_count", "human_rate", "integers", "is_trace", "layer_pattern", "load_model", "model_path", "non_negative",
-    "positive", "print_json", "print_report", "print_table", "progress", "read_text", "say", "types_of",
+    "add_names_arguments", "add_output_argument", "begins", "check_names", "check_output", "foreign_call",
+    "foreign_calls", "human_bytes", "human_count", "human_rate", "integers", "is_trace", "layer_pattern", "load_model",
+    "model_path", "non_negative", "positive", "print_json", "print_report", "print_table", "progress", "read_text",
+    "say", "seed", "types_of",
 ]
 
 
@@ -55,6 +58,11 @@ def add_device_argument(parser):
     parser.add_argument("--device", default="cpu", metavar="NAME",
                         help="cpu, hip (the first GPU), hip:N, or hip-host, its kernels run by the CPU (default: "
                              "%(default)s)")
+
+
+def add_output_argument(parser, words, **options):
+    """``-o FILE``; ``~`` is home, though no shell has read it."""
+    parser.add_argument("-o", "--output", metavar="FILE", type=os.path.expanduser, help=words, **options)
 
 
 def add_json_argument(parser):
@@ -141,7 +149,12 @@ def non_negative(text):
     return _at_least(text, 0)
 
 
-def _at_least(text, low):
+def seed(text):
+    """An int of 64 bits, for ``type=``."""
+    return _at_least(text, 0, (1 << 64) - 1)
+
+
+def _at_least(text, low, largest=LARGEST_INT):
     import argparse
 
     try:
@@ -150,6 +163,8 @@ def _at_least(text, low):
         value = None
     if value is None or value < low:
         raise argparse.ArgumentTypeError(f"it is {text!r}; it must be an integer >= {low}")
+    if value > largest:
+        raise argparse.ArgumentTypeError(f"it is {text!r:.60}; it must be at most {largest}")
     return value
 
 
@@ -258,8 +273,9 @@ def reading():
 
 
 def print_json(value):
-    """One JSON object on stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """One JSON object on stdout; null for a number that is not finite, escapes where stdout is not UTF-8."""
+    is_utf8 = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
+    print(json.dumps(to_json(value), indent=2, ensure_ascii=not is_utf8, allow_nan=False))
 
 
 def print_report(args, report, text=str):

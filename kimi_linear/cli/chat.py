@@ -1,15 +1,18 @@
 """``kimi-linear chat``: a conversation that reads only what is new."""
 
+import contextlib
 import json
 import os
+import signal
 import sys
+import threading
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from ..errors import FormatError
-from ..load import SafetensorsFile
+from ..load import SafetensorsFile, atomic_file
+from ..load.strict_json import is_there, read_limited, show
 from ._common import (
     add_compute_arguments,
     add_model_argument,
@@ -41,7 +44,7 @@ FORMAT = 1  # of FILE.json
 def add_arguments(parser):
     add_model_argument(parser)
     parser.add_argument("--system", metavar="TEXT", help="an instruction before the first message")
-    parser.add_argument("--state", metavar="FILE",
+    parser.add_argument("--state", metavar="FILE", type=os.path.expanduser,
                         help="go on with this conversation if it is there; save it at the end, with its messages in "
                              "FILE.json")
     parser.add_argument("--checkpoints", type=positive, default=16, metavar="N",
@@ -65,15 +68,44 @@ def run(args):
         say(f"[{chat.summary()}]")
     if args.system is not None:
         chat.set_system(args.system)
-    _loop(chat)
-    if args.state is not None:
-        chat.save(args.state)
+    with _ended_by_signals() as ignore_signals:
+        try:
+            _loop(chat)
+        finally:
+            ignore_signals()
+            if args.state is not None:
+                chat.save(args.state)
     return 0
+
+
+@contextlib.contextmanager
+def _ended_by_signals():
+    """SIGTERM, and SIGHUP when the terminal goes, leave the block by SystemExit, the first alone.
+
+    Gives a function from whose call on they are ignored.
+    """
+    def ignore():
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+
+    def end(number, frame):
+        ignore()
+        sys.exit(128 + number)
+
+    here = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.getsignal(number) for number in here if signal.getsignal(number) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, end)
+    try:
+        yield ignore
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @dataclass
 class Turn:
-    """Where the newest answer began, for another: how often it was asked for, and the logits before it."""
+    """An answer: how often another was asked for and, of the newest, the logits before it."""
 
     retries: int = 0
     logits: np.ndarray | None = None
@@ -83,7 +115,7 @@ class Chat:
     """A conversation, and the state that has read it.
 
     The state keeps a checkpoint at the end of each prompt and of each answer: a next turn, `undo` and `retry` read no
-    token a second time while those checkpoints are kept.
+    token a second time while those checkpoints are kept; a `retry` behind `undo` or `load` reads the last message.
 
     Parameters
     ----------
@@ -148,6 +180,8 @@ class Chat:
         _watch(generation, show)
         self.stats, self.reason = generation.stats, generation.finish_reason
         if generation.tokens:
+            for earlier in turns[:-1]:
+                earlier.logits = None
             turn.logits = generation.prompt_logits
             self.messages = [*messages, {"role": "assistant", "content": generation.text}]
             self.turns = turns
@@ -155,18 +189,24 @@ class Chat:
     # ---- files ----
 
     def save(self, path):
-        """Writes the state to `path` and the messages beside it, to ``path.json``, in place of a conversation alone."""
+        """Writes the state to `path` and the messages beside it, to ``path.json``, in place of a conversation alone.
+
+        The messages come first: should the state fail behind them, an older one reads what it lacks.
+        """
+        path = os.path.expanduser(path)
         _check_files(path)
-        self.state.save(path)
         facts = {"format": FORMAT, "position": self.state.position, "messages": self.messages}
-        beside, part = Path(f"{path}.json"), Path(f"{path}.json.part")
-        part.write_text(json.dumps(facts, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, beside)
+        with atomic_file(f"{path}.json") as file:
+            file.write((json.dumps(facts, ensure_ascii=False, indent=1) + "\n").encode())
+        self.state.save(path)
 
     def load(self, path):
         """Goes on with what `save` wrote; on an error the conversation stays as it was."""
-        messages = _read_messages(Path(f"{path}.json"))
-        self.model.tokenizer.apply_chat_template(messages or [{"role": "user", "content": ""}])  # raises what is wrong
+        path = os.path.expanduser(path)
+        messages, options = _read_messages(f"{path}.json"), self.options.get("template_options")
+        self.model.tokenizer.apply_chat_template(messages or [{"role": "user", "content": ""}],
+                                                 template_options=options)  # raises what is wrong
+        is_there(path)
         from ..state import State
 
         self.state = State.load(path, self.model, **self.places)
@@ -184,7 +224,14 @@ def _watch(generation, show):
 
 
 def _check_files(path):
-    """ValueError where a file that `save` did not write is where it would write one."""
+    """ValueError where `save` could write no file, or what it did not write is where it would write one."""
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        raise ValueError(f"{path} would be in {folder}, and there is no such folder; it must be there")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{path} would be in {folder}, a folder that may not be written; it must be one that may")
+    is_there(path)  # raises where it is no file
+    is_there(f"{path}.json")
     check_output(path, _is_state, "the state of a conversation")
     check_output(f"{path}.json", _is_messages, "the messages of a conversation")
 
@@ -200,19 +247,24 @@ def _is_state(path):
 
 def _is_messages(path):
     try:
-        return isinstance(_read_messages(Path(path)), list)
+        return isinstance(_read_messages(path), list)
     except ValueError:
         return False
 
 
 def _read_messages(path):
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = json.loads(read_limited(path).decode("utf-8"))
         messages = facts["messages"] if facts["format"] == FORMAT else None
     except (ValueError, KeyError, TypeError, RecursionError):
         messages = None
-    if not isinstance(messages, list):
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ValueError(f"{path} is not what /save wrote; it must be JSON with format {FORMAT} and messages")
+    roles = [message.get("role") for message in messages]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if len(turns) % 2 or turns != ["user", "assistant"] * (len(turns) // 2):
+        raise ValueError(f"{path} has messages of {show(roles)}; behind one of system it must be user and assistant in "
+                         "turn")
     return messages
 
 
@@ -265,6 +317,8 @@ def _obey(chat, line):
             say(_command(chat, verb, rest.strip()))
     except (ValueError, TypeError, OSError, MemoryError) as error:
         say(f"{error}")
+    except Exception as error:  # what nobody foresaw is no reason to lose the conversation
+        say(f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
         say("[interrupted]")
 

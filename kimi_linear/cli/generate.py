@@ -1,7 +1,9 @@
 """``kimi-linear generate``: a prompt goes on, streamed."""
 
+import argparse
 import sys
 
+from ..load.strict_json import parse
 from ._common import (
     add_compute_arguments,
     add_json_argument,
@@ -14,6 +16,7 @@ from ._common import (
     read_text,
     reading,
     say,
+    seed,
     types_of,
 )
 
@@ -58,19 +61,38 @@ def add_generation_arguments(parser):
                              "checkpoint's, else 1)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT",
                         help="end before this text; may be given again")
-    parser.add_argument("--seed", type=non_negative, default=0, metavar="N",
+    parser.add_argument("--template-option", type=_option, action="append", metavar="NAME=VALUE",
+                        help="a variable for the chat template, its value in JSON, as enable_thinking=false; may be "
+                             "given again")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N",
                         help="the same seed gives the same text (default: %(default)s)")
 
 
 def generation_options(args):
     """The options of ``model.generate`` that `add_generation_arguments` asked for."""
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed")
-    return {name: getattr(args, name) for name in names}
+    options = {name: getattr(args, name) for name in names}
+    given = args.template_option
+    return options if given is None else {**options, "template_options": dict(given)}
+
+
+def _option(text):
+    """NAME=VALUE, for ``type=``; the value is JSON."""
+    name, equals, value = text.partition("=")
+    try:
+        if not name or not equals:
+            raise ValueError
+        return name, parse(value.encode())
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"it is {text!r}; it must be NAME=VALUE with a value in JSON, as "
+                                         "enable_thinking=false or mode='\"fast\"'") from None
 
 
 def run(args):
     if args.chat and args.ids is not None:
         raise ValueError("--chat needs text; give --prompt or --prompt-file, not --ids")
+    if args.template_option and not args.chat:
+        raise ValueError("--template-option needs --chat; only messages go through the template")
     if args.logprobs and not args.json:
         raise ValueError("--logprobs needs --json, which shows them")
     prompt = _prompt(args)

@@ -3,7 +3,7 @@
 import os
 
 from ..testing.spec import OPS
-from ._common import add_json_argument, check_output, human_bytes, print_json, say
+from ._common import add_json_argument, add_output_argument, check_output, human_bytes, print_json, say
 
 HELP = "an op's cases with float64 results and allowed errors, for kernels in any language; and the way back"
 EPILOG = """
@@ -22,7 +22,7 @@ exit code 0: written, or every case holds; 1: a case is over its budget; 2: bad 
 def add_arguments(parser):
     parser.add_argument("op", metavar="OP", help=f"an op: {', '.join(OPS)}")
     way = parser.add_mutually_exclusive_group(required=True)
-    way.add_argument("-o", "--output", metavar="FILE", help="file of cases to write")
+    add_output_argument(way, "file of cases to write")
     way.add_argument("--judge", metavar="RESULTS", help="file of a kernel's results to judge, as check_op does")
     parser.add_argument("--format", choices=("npz", "safetensors"), help="(default: as the file's name ends, else npz)")
     parser.add_argument("--cases", action="append", metavar="GLOB",

@@ -1,5 +1,6 @@
 """``kimi-linear plan``: memory before it is taken, and the tokens/s to expect."""
 
+import os
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -70,8 +71,9 @@ def _plan(args):
     from ..plan import plan
 
     path = model_path(args)
-    if path is not None and _is_config_alone(Path(path).expanduser()):
-        path = str(Path(path).expanduser() / "config.json")
+    folder = None if path is None else Path(os.path.expanduser(path))
+    if folder is not None and _is_config_alone(folder):
+        path = str(folder / "config.json")
     sizes = {"context": args.context, "sequences": args.sequences, "cache": args.cache}
     if path is None or not path.endswith(".json"):
         if args.dtype is not None:

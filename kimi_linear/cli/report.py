@@ -6,6 +6,7 @@ from ._common import (
     MODEL_IS,
     add_json_argument,
     add_names_arguments,
+    add_output_argument,
     begins,
     check_names,
     check_output,
@@ -34,7 +35,7 @@ exit code 0: nothing found; 1: something is wrong or diverges; 2: bad usage or i
 
 def add_arguments(parser):
     parser.add_argument("traces", metavar="TRACE", nargs="+", help="A B: traces to lay beside each other; or one alone")
-    parser.add_argument("-o", "--output", metavar="FILE", required=True, help="the page to write")
+    add_output_argument(parser, "the page to write", required=True)
     parser.add_argument("--model", metavar="MODEL", help=f"the same checkpoint: {MODEL_IS}")
     parser.add_argument("--calls", action="store_true",
                         help="the files are consecutive calls of one run, from its beginning")

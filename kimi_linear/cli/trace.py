@@ -6,6 +6,7 @@ from ._common import (
     add_compute_arguments,
     add_json_argument,
     add_model_argument,
+    add_output_argument,
     check_output,
     human_bytes,
     integers,
@@ -40,7 +41,7 @@ def add_arguments(parser):
     )
     parser.add_argument("--states", action="append", metavar="GLOB",
                         help="state arrays to keep, before and after, such as 'layers.3' (not with --reference)")
-    parser.add_argument("-o", "--output", metavar="FILE", required=True, help="safetensors file to write")
+    add_output_argument(parser, "safetensors file to write", required=True)
     parser.add_argument(
         "--reference", action="store_true", help="of the float64 reference model, not of the engine"
     )

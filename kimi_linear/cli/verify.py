@@ -125,7 +125,7 @@ def _tokens(model, args, text):
     import numpy as np
 
     if args.ids is not None:
-        tokens = np.asarray(args.ids, np.int32)
+        tokens = np.asarray(args.ids, np.int64)
     elif model.tokenizer is not None:
         tokens = model.tokenizer.encode(_sample() if text is None else text, specials=False)
     elif text is not None:

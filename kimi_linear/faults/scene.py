@@ -77,6 +77,10 @@ class Scene:
         if len(counts) != 1:
             raise ValueError(f"the calls have {sorted(counts)} sequences; every call must have all of them")
         self.n_sequences, self.n_calls = counts.pop(), len(offsets)
+        for c, given in enumerate(positions):
+            if given is not None and np.size(given) != self.n_sequences:
+                raise ValueError(f"call {c} has {np.size(given)} positions; it must have {self.n_sequences}, one for "
+                                 "each sequence")
         lengths = [[b - a for a, b in zip(o, o[1:])] for o in offsets]
         starts = np.cumsum([0, *(lengths[c][n] for n in range(self.n_sequences) for c in range(self.n_calls))])
         self.T = int(starts[-1])

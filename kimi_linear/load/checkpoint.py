@@ -146,12 +146,16 @@ def resolve(path: str | os.PathLike) -> Path:
     Raises
     ------
     FileNotFoundError
-        If there is neither.
+        If there is neither, or no user of whom ``~name`` would be the home.
     NotADirectoryError
         If the path is a file.
     """
     text = os.fspath(path)
-    folder = Path(text).expanduser()
+    try:
+        folder = Path(text).expanduser()
+    except RuntimeError:
+        user = text[1:].partition("/")[0]
+        raise FileNotFoundError(f"There is no user {user}, in whose home {text} would be.") from None
     if folder.is_dir():
         return folder
     if folder.exists():

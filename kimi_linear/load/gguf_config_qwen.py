@@ -141,6 +141,9 @@ def _attn(r: Keys, layers: list[int], blocks: int) -> dict:
     if K is None:
         r.problems.append(f"{r.prefix}attention.key_length is missing; it must be an integer >= 1")
         return {}
+    if K < 1:
+        r.wrong(r.prefix + "attention.key_length", K, "an integer >= 1")
+        return {}
     if (value := r.integer("attention.value_length", K)) != K:
         r.wrong(r.prefix + "attention.value_length", value, f"attention.key_length, {K}")
     for name, key, heads, parts in (("attn_q", "head_count", H, 2), ("attn_k", "head_count_kv", Hkv, 1)):

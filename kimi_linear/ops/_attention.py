@@ -52,7 +52,7 @@ def rope(x, positions, *, base, rotary, out=None, ctx=None):
     base = as_real(base, "base")
     if not 0.0 < base < math.inf:
         raise ValueError(f"base is {base}; it must be > 0 and finite")
-    rotary = as_whole(rotary, "rotary")
+    rotary = as_whole(rotary, "rotary", largest=None)
     if not 0 <= rotary <= K or rotary % 2:
         raise ValueError(f"rotary is {rotary}; it must be even, from 0 to K = {K}")
     y = output(out, x.shape, like=x)

@@ -290,7 +290,7 @@ def decay_cumsum(g, *, chunk=64, offsets=None, out=None, ctx=None):
     if g.ndim == 0 or 0 in g.shape[1:]:
         raise ValueError(f"g has shape {list(g.shape)}; it must be [T, ...], and only T may be 0")
     _check_not_positive(g)
-    chunk = chunk if chunk is None else as_whole(chunk, "chunk", "an int, or None")
+    chunk = chunk if chunk is None else as_whole(chunk, "chunk", "an int, or None", None)
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk is {chunk}; it must be >= 1, or None")
     offsets = as_offsets(offsets, len(g))
@@ -317,7 +317,7 @@ def _keys(q, k, g, values, name, scale, head_map, chunk):
                          f"only T may be 0")
     g, gate = _check_gate(g, (*tokens, Hv), K)
     scale = K**-0.5 if scale is None else as_finite(scale, "scale", "a number, or None")
-    chunk = as_whole(chunk, "chunk")
+    chunk = as_whole(chunk, "chunk", largest=None)
     if not 1 <= chunk <= 256:
         raise ValueError(f"chunk is {chunk}; it must be 1 to 256")
     return q, k, g, gate, (Hk, Hv, K, V), scale, _HEAD_MAPS[choice(head_map, "head_map", _HEAD_MAPS)], chunk

@@ -174,7 +174,8 @@ def route(scores, *, k, bias=None, groups=1, top_groups=1, function="sigmoid", r
     E = scores.shape[-1]
     T = scores.size // E
     bias = None if bias is None else as_float32(bias, "bias", (E,))
-    k, groups, top_groups = as_whole(k, "k"), as_whole(groups, "groups"), as_whole(top_groups, "top_groups")
+    k, groups, top_groups = (as_whole(x, name, largest=None) for x, name in
+                             ((k, "k"), (groups, "groups"), (top_groups, "top_groups")))
     if not 1 <= k <= E:
         raise ValueError(f"k is {k}; it must be 1 <= k <= E = {E}")
     for name, value in (("groups", groups), ("top_groups", top_groups)):

@@ -5,6 +5,7 @@ import pytest
 
 import kimi_linear as kl
 from kimi_linear.diff import blame, traces
+from kimi_linear.load import write_safetensors
 
 IDS = np.arange(3, 12)
 
@@ -94,6 +95,32 @@ def test_damaged_files(ours, tmp_path):
         file.write_bytes(data)
         with pytest.raises(kl.FormatError, match=says):
             kl.Trace.load(file)
+
+
+@pytest.mark.parametrize("key, text, words", [
+    ("order", "[1]", r"order is \[1\]; it must be a list of the file's names"),
+    ("order", '[["a"]]', r"order is \[\['a'\]\]; it must be"), ("order", "5", "order is 5; it must be"),
+    ("order", '["embed", "x"]', "order has the name 'x' and no array"),
+    ("order", '["embed", "embed"]', "order has the name 'embed' twice"),
+    ("tokens", '{"a": 1}', r"tokens is \{'a': 1\}; it must be a list of integers"),
+    ("tokens", "[[1], [2, 3]]", "tokens is .*; it must be a list of integers"),
+    ("position", "[]", "position has 0 numbers; it must have 1, one for each sequence"),
+    ("position", "[1e400]", r"position is \[inf\]; it must be a list of integers"),
+    ("position", f"[{2**70}]", "position is .*; it must be a list of integers"),
+    ("offsets", "null", "offsets is None; it must be"), ("offsets", "[]", "offsets is .*; it must begin with 0"),
+    ("offsets", "[0, 9, 3]", "offsets is .*; it must begin with 0 and not fall"),
+])
+def test_metadata_that_are_none(model, ours, tmp_path, key, text, words):
+    file = tmp_path / "x.safetensors"
+    write_safetensors(file, {"embed": np.array(ours["embed"])}, {"format": "kimi_linear trace 1", key: text})
+    with pytest.raises(kl.FormatError, match=words) as caught:
+        kl.Trace.load(file)
+    assert str(file) in str(caught.value)
+
+
+def test_positions_of_other_sequences(model, ours):
+    with pytest.raises(ValueError, match="call 0 has 0 positions; it must have 1, one for each sequence"):
+        blame(model, kl.Trace(dict(ours), {**ours.meta, "position": []}))
 
 
 def test_what_is_no_trace_is_named(model, ours):

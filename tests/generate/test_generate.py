@@ -465,7 +465,7 @@ def test_prompts_and_states_that_are_wrong(model):
 
 
 def test_messages_that_are_wrong(model, monkeypatch):
-    with pytest.raises(ValueError, match=r"messages\[0\]\['role'\] is 'wizard'; it must be one of system, user"):
+    with pytest.raises(ValueError, match=r"messages\[0\]\['role'\] is 'wizard'; it must be one of system, developer"):
         model.generate([{"role": "wizard", "content": "x"}])
     monkeypatch.setattr(model.tokenizer, "chat_template", "a\n{{ messages[9].content }}\n")
     with pytest.raises(ValueError, match="failed at line 2"):

@@ -136,6 +136,7 @@ BAD = [
     (Q, dict(keys={"ssm.time_step_rank": 6}), "ssm.time_step_rank is 6, but blk.0.ssm_a .* is 4 along axis 0"),
     (Q, dict(keys={"ssm.conv_kernel": 3}), "ssm.conv_kernel is 3, but blk.0.ssm_conv1d.weight"),
     (Q, dict(keys={"attention.key_length": 16}), "attention.key_length is 16, but blk.3.attn_q_norm.weight"),
+    (Q, dict(keys={"attention.key_length": 0}), "attention.key_length is 0; it must be an integer >= 1"),
     (Q, dict(keys={"attention.value_length": 16}), "attention.value_length is 16; it must be attention.key_length, 32"),
     (Q, dict(keys={"attention.head_count": 8}), "attention.head_count is 8 of width 32, but blk.3.attn_q.weight .* has "
                                                 "256 rows; it must have 512"),

@@ -9,6 +9,7 @@ from one_ulp import noise, relative
 
 import kimi_linear as kl
 from kimi_linear import golden
+from kimi_linear._call import Call
 from kimi_linear.verify import gap_of_choice, verify
 
 FORMS = ["auto", "recurrent", "chunked"]  # of the delta rule
@@ -252,6 +253,21 @@ def test_layer_by_layer_is_the_same(kimi_a, monkeypatch):
     assert pieces.taps[-1].name == "logits" and pieces.notes == [
         "logits: the last 1 of 21 tokens, as all would take more memory"
     ]
+
+
+def test_the_engine_runs_each_layer_once(kimi_a, monkeypatch):
+    whole = verify(model(kimi_a), tokens_of(kimi_a, "short"), free_run=False)
+    ran, plain = [], Call.run
+
+    def counted(call, *args):
+        ran.extend(range(call.start, call.stop))
+        return plain(call, *args)
+
+    monkeypatch.setattr(Call, "run", counted)
+    monkeypatch.setattr("kimi_linear.verify.MEMORY", 300_000)
+    pieces = verify(model(kimi_a), tokens_of(kimi_a, "short"), free_run=False)
+    assert ran == list(range(model(kimi_a).config.n_layers)) and pieces.memory < whole.memory
+    assert pieces.taps[:-1] == whole.taps[:-1]
 
 
 def test_progress_and_bad_input(kimi_a):

@@ -248,6 +248,20 @@ def test_whole_numbers_of_any_size_are_refused_by_name():
         kl.Model.tiny().plan(context="x")
 
 
+@pytest.mark.parametrize("value", [2**70, -(2**70)])
+def test_whole_numbers_that_c_does_not_take(value, tmp_path):
+    model = kl.Model.tiny()
+    state = model.new_state()
+    state.save(tmp_path / "x")
+    for call, name in ((lambda: model.new_state(context=value), "context"), (lambda: state.truncate(value), "n"),
+                       (lambda: model.load_state(tmp_path / "x", context=value), "context"),
+                       (lambda: model.new_state(checkpoints_every=1, keep=value), "keep"),
+                       (lambda: kl.Context(threads=value), "threads"), (lambda: model.plan(context=value), "context"),
+                       (lambda: kl.set_num_threads(value), "n"), (lambda: kl.Context().set_threads(value), "n")):
+        with pytest.raises(ValueError, match=f"^{name} is .*; it must be "):
+            call()
+
+
 def test_too_many_threads_of_the_environment_are_named(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "5000")
     with pytest.raises(ValueError, match="the environment's OMP_NUM_THREADS is 5000; it must be at most 1024"):

@@ -1,5 +1,6 @@
 """Chat templates: the packaged one, the published test vector's shape, what templates may use, and errors."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -127,12 +128,57 @@ def test_bad_tools(tokenizer, tools, kind, message):
         tokenizer.apply_chat_template([USER], tools=tools)
 
 
+def test_options_reach_the_template(tokenizer):
+    other = with_template(tokenizer, "{{ bos_token }}{{ enable_thinking | default('unset') }}{{ messages[0].role }}")
+    bos = other._names["bos_token"]
+    assert other.apply_chat_template([USER]) == f"{bos}unsetuser"
+    assert other.apply_chat_template([USER], template_options={"enable_thinking": False}) == f"{bos}Falseuser"
+    assert other.apply_chat_template([USER], template_options={"bos_token": "B"}) == "Bunsetuser"
+    for options, kind, words in ((3, TypeError, "template_options is 3; it must be a dict"),
+                                 ({3: 3}, TypeError, "template_options has the key 3; it must be text"),
+                                 ({"tools": []}, ValueError, "template_options has the key 'tools'; .* are not opt")):
+        with pytest.raises(kind, match=words):
+            other.apply_chat_template([USER], template_options=options)
+
+
+def test_tags_for_training_are_passed_over(tokenizer):
+    template = ("{% for m in messages %}{% set x = 1 %}\n{% generation %}\n{{ m.role }}{% set x = 2 %}\n"
+                "{%- endgeneration %}{{ x }}{% endfor %}")
+    assert with_template(tokenizer, template).apply_chat_template([USER]) == "user1"
+    with pytest.raises(FormatError, match="The chat template is wrong at line 1"):
+        with_template(tokenizer, "{% generation %}").apply_chat_template([USER])
+
+
+def test_the_template_decides_what_a_developer_is(tokenizer):
+    text = tokenizer.apply_chat_template([{"role": "developer", "content": "Be brief."}, USER])
+    assert text.startswith("<|im_system|>developer<|im_middle|>Be brief.<|im_end|>")
+    refusing = with_template(tokenizer, "{% if messages[0].role != 'user' %}{{ raise_exception('who?') }}{% endif %}")
+    with pytest.raises(ValueError, match="The chat template failed at line 1: who?"):
+        refusing.apply_chat_template([{"role": "developer", "content": "Be brief."}])
+
+
+@pytest.mark.parametrize("templates, words", [
+    ([{"name": ["x"], "template": "A"}], r"chat_template\[0\] is .*; it must have a name and a template, which are"),
+    ([{"name": "default", "template": "A"}, 3], r"chat_template\[1\] is 3; it must have a name"),
+    ([{"name": "a", "template": "A"}, {"name": "b", "template": "B"}],
+     "chat_template has templates named 'a', 'b'; one must be named 'default'"),
+])
+def test_lists_of_templates_that_are_none(tmp_path, templates, words):
+    for file in ("tiktoken.model", "tokenizer_config.json"):
+        shutil.copyfile(TINY / file, tmp_path / file)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
+    with pytest.raises(FormatError, match=words):
+        Tokenizer.from_folder(tmp_path)
+
+
 def test_where_the_template_comes_from(tmp_path):
     for file in ("tiktoken.model", "tokenizer_config.json"):
         shutil.copyfile(TINY / file, tmp_path / file)
     with pytest.raises(ValueError, match="has no chat template"):
         Tokenizer.from_folder(tmp_path).apply_chat_template([USER])
-    for config in ('{"chat_template": "A"}', '{"chat_template": [{"name": "default", "template": "A"}]}'):
+    for config in ('{"chat_template": "A"}', '{"chat_template": [{"name": "default", "template": "A"}]}',
+                   '{"chat_template": [{"name": "only", "template": "A"}]}',
+                   '{"chat_template": [{"name": "x", "template": "B"}, {"name": "default", "template": "A"}]}'):
         (tmp_path / "tokenizer_config.json").write_text(config)
         assert Tokenizer.from_folder(tmp_path).apply_chat_template([USER]) == "A"
     (tmp_path / "chat_template.jinja").write_text("B")

@@ -107,10 +107,10 @@ def test_stops_are_the_union(file, ours, tiny_dir, tmp_path):
     """The file says [EOS], a turn ends with <|im_end|>, and an eot may be a third."""
     model = kl.Model.from_pretrained(file)
     eos, end = ours.special_ids["[EOS]"], ours.special_ids["<|im_end|>"]
-    assert model.config.eos_token_ids == (eos,) and _stop_ids(model) == {eos, end}
+    assert model.config.eos_token_ids == (eos,) and _stop_ids(model, model.tokenizer) == {eos, end}
     path = gguf_files.write(tmp_path / "x.gguf", tiny_dir, more=lambda writer: writer.add_eot_token_id(1801))
     model = kl.Model.from_pretrained(path)
-    assert model.config.eos_token_ids == (eos, 1801) and _stop_ids(model) == {eos, end, 1801}
+    assert model.config.eos_token_ids == (eos, 1801) and _stop_ids(model, model.tokenizer) == {eos, end, 1801}
 
 
 def test_it_is_built_on_first_use(file):

@@ -151,7 +151,7 @@ def test_the_end_of_a_turn_stops_beside_the_configs_eos(folder):
         generation_config = {"eos_token_id": [3]}
         tokenizer = kl.Tokenizer.from_folder(folder)
 
-    assert _stop_ids(Model) == {2, 3, Model.tokenizer.special_ids["<|im_end|>"]}
+    assert _stop_ids(Model, Model.tokenizer) == {2, 3, Model.tokenizer.special_ids["<|im_end|>"]}
 
 
 def test_without_the_package(folder, monkeypatch):
@@ -178,6 +178,7 @@ def change(path, value):
     (["model", "type"], "Unigram", "its model is 'Unigram'; it must be of the type BPE"),
     (["model", "vocab"], [], r"model.vocab is \[\]; it must map tokens to ids"),
     (["model", "vocab", "a"], "x", "model.vocab has 'a' as 'x'; an id must be an integer below"),
+    (["model", "vocab", "a"], [1], r"model.vocab has 'a' as \[1\]; an id must be an integer below"),
     (["model", "vocab", "a"], 10, "as 10; ids must differ"),
     (["model", "vocab", "\u4e2d"], 9999, "token 9999 is '\u4e2d', which is not spelled in the alphabet of bytes"),
     (["model", "merges"], None, "model.merges is None; it must be a list"),
@@ -187,6 +188,8 @@ def change(path, value):
     (["added_tokens", 0, "id"], 5, r"added_tokens\[0\], '<\|endoftext\|>', has the id 5; added tokens follow the"),
     (["added_tokens", 0, "content"], "<think>", r"added_tokens\[3\], '<think>', has the id .* must be its own"),
     (["added_tokens", 0, "content"], "", r"added_tokens\[0\] is .*; it must have an id and a content"),
+    (["added_tokens", 0, "id"], [5], r"added_tokens\[0\] is .*; it must have an id and a content"),
+    (["added_tokens", 0, "content"], ["x"], r"added_tokens\[0\] is .*; it must have an id and a content"),
     (["pre_tokenizer"], {"type": "Nothing"}, "the package tokenizers does not read it"),
     (["model", "dropout"], "x", "the package tokenizers does not read it"),
 ])
