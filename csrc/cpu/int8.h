@@ -7,7 +7,25 @@
  *     inner = scale_w * (sum of q_w q_x) - min_w * (sum of q_x)        the product rounds, then one fma
  *     lane[block % 8] = fma(inner, scale_x, lane)                      in rising order of groups
  *     y = the halving tree over the lanes: l + l+4, then +2, +1
- * so a result has the same bytes in any batch, at any number of threads and on any instruction set. */
+ * so a result has the same bytes in any batch, at any number of threads and on any instruction set.
+ *
+ * The files, and where value v of block b of a group lies in each (r: a row of weights):
+ *
+ *     int8.inc            the definition: the scalar table, and the oracle        q[32 b + v]
+ *     int8_blocks.h       what integers and scales each type has, as defined      q[32 b + v]
+ *     kl_int8_group       x, below              blocks 0 4 1 5 2 6 3 7:  q[64 (b % 4) + 32 (b / 4) + v]
+ *     int8_x86.inc        what types are like, and their scales, for both of x86
+ *     int8_quads.inc      weights of half a group, a block a register:            quad b / 4, register b % 4, byte v
+ *     int8_avx2.inc       x made int8; the choice between
+ *       _few              rows of weights as they lie: quads with x
+ *       _many             a panel of 8 rows, turned:                              q[8 b + v / 4][r][v % 4]
+ *       _products         bytes times bytes; with KL_AVXVNNI in one instruction
+ *     avxvnni.inc         all of int8_avx2.inc once more, with KL_AVXVNNI
+ *     int8_avx512.inc     x made int8; the choice between
+ *       _load             weights of a group, two blocks a register:              register b % 4, byte 32 (b / 4) + v
+ *       _few              two rows of weights side by side, as they lie
+ *       _panel, _many     a panel of 16 rows, turned:                             q[8 b + v / 4][r][v % 4]
+ *     int8_neon.inc, _load   16 values a register, in order */
 #ifndef KL_INT8_H
 #define KL_INT8_H
 
