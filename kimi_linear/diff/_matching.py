@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Found", "Join", "Step", "View", "ambiguities", "choose", "joins", "permutation_words", "runs", "search"]
+__all__ = ["Found", "HOPELESS", "Join", "Step", "View", "ambiguities", "choose", "factor_words", "joins",
+           "permutation_words", "runs", "search"]
 
 WIDTH = 32      # values of a slice's fingerprint
 MOST = 1 << 15  # slices along an axis up to which each is laid beside each
+FAR = 0.05      # residual above which a factor for each slice is looked for
 HOPELESS = 0.5  # residual from which no factor is looked for
+FACTOR_BITS = 24  # of a factor of which nothing is known
 LOOSE = 0.1     # difference of norms, over the norm, above which no permutation can fit within a residual of half of it
 
 
@@ -25,12 +28,12 @@ class Step:
 
     Attributes
     ----------
-    kind : {"reshape", "transpose", "slice", "take", "scale", "parts"}
+    kind : {"reshape", "transpose", "slice", "take", "factors", "scale", "parts"}
     value : object
-        The shape; the axes, as for np.transpose; (start, stop); the indices; the factor; name -> (start, stop, shape),
-        or (index,) of a stacked part.
+        The shape; the axes, as for np.transpose; (start, stop); the indices; a factor for each slice; the factor;
+        name -> (start, stop, shape), or (index,) of a stacked part.
     axis : int or None
-        Of slice, take and parts.
+        Of slice, take, factors and parts.
     """
 
     kind: str
@@ -47,6 +50,8 @@ class Step:
             return x[(slice(None),) * self.axis + (slice(*self.value),)]
         if self.kind == "take":
             return np.take(x, self.value, axis=self.axis)
+        if self.kind == "factors":
+            return (x * self.value.reshape(-1, *[1] * (x.ndim - 1 - self.axis))).astype(x.dtype)
         if self.kind == "scale":
             return (x * np.float64(self.value)).astype(x.dtype)
         return {name: np.take(x, range(a, b), axis=self.axis).reshape(shape)
@@ -55,8 +60,8 @@ class Step:
     def words(self):
         """The step as a few words."""
         along = "" if self.axis is None else f", axis {self.axis}"
-        if self.kind == "take":
-            shown = ", ".join(str(int(i)) for i in self.value[:8])
+        if self.kind in ("take", "factors"):
+            shown = ", ".join(f"{i:.6g}" for i in self.value[:8])
             return f"[{shown}{', ...' if len(self.value) > 8 else ''}]{along}"
         if self.kind == "slice":
             return f"{self.value[0]}:{self.value[1]}{along}"
@@ -98,7 +103,7 @@ class View:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """A candidate: a view, permutations after it, and a factor."""
+    """A candidate: a view, permutations after it or factors along an axis, and a factor."""
 
     join: Join
     view: View
@@ -310,7 +315,8 @@ def _offset(a, b):
 
 
 def search(theirs, join, floor) -> list[Found]:
-    """The candidates of one joined ours: views alone; where none is exact, with one permutation, then with two."""
+    """The candidates of one joined ours: views alone; where none is exact, with one permutation, then with two; where
+    none of these is near, with a factor for each slice along an axis."""
     all_views = views(theirs, join.ours, join.names, reshaped=not join.parts)
     found = [_fit(join, v, (), floor) for v in all_views]
     if not found or min(f.residual for f in found) <= floor:
@@ -319,7 +325,19 @@ def search(theirs, join, floor) -> list[Found]:
     found += _permuted(join, likely, floor, _one_axis)
     if min(f.residual for f in found) <= floor:
         return found
-    return found + _permuted(join, likely, floor, _two_axes)
+    found += _permuted(join, likely, floor, _two_axes)
+    if min(f.residual for f in found) <= FAR:
+        return found
+    return found + [_fit(join, v, (step,), floor) for v in all_views for step in _factors(v.x, join.ours)]
+
+
+def _factors(x, ours):
+    """The step that brings each slice along an axis nearest to ours, of each axis."""
+    for axis, n in enumerate(ours.shape):
+        rest = tuple(i for i in range(ours.ndim) if i != axis)
+        xx, xy = (x * x).sum(rest), (x * ours).sum(rest)
+        if 1 < n < ours.size and (xy != 0).all():
+            yield Step("factors", xy / xx, axis)
 
 
 def _permuted(join, some, floor, find):
@@ -353,7 +371,7 @@ def _fit(join, view, permutations, floor) -> Found:
     for step in permutations:
         x = step.apply(x)
     size, xx, xy = _norm(ours), float(np.vdot(x, x)), float(np.vdot(x, ours))
-    cost = view.cost + sum(_cost(step.value) for step in permutations)
+    cost = view.cost + sum(_cost(step) for step in permutations)
     best = xy / xx if xx else 0.0
 
     def residual(scale):
@@ -389,9 +407,11 @@ def _constants(shape, names):
     return [(sign / value, ("-" if sign < 0 else "") + name) for value, name in found for sign in (1, -1)]
 
 
-def _cost(order):
-    """Bits to say a permutation: as any, as runs of neighbours, or as a stride."""
-    n = len(order)
+def _cost(step):
+    """Bits to say factors; or a permutation: as any, as runs of neighbours, or as a stride."""
+    order, n = step.value, len(step.value)
+    if step.kind == "factors":
+        return FACTOR_BITS * n
     if _stride(order) or _stride(np.argsort(order)):
         return 8 + math.log2(n)
     return min(math.lgamma(n + 1) / math.log(2), 2 * len(runs(order)) * math.log2(n) + 8)
@@ -489,6 +509,14 @@ def _stride(order):
     return s if 1 < s < n and n % s == 0 and (np.arange(n).reshape(-1, s).T.ravel() == order).all() else 0
 
 
+def factor_words(factors) -> str:
+    """What slices of ours are multiplied by, to be theirs."""
+    shown = ", ".join(f"{f:.4g}" for f in factors[:8])
+    if len(factors) <= 8:
+        return f"theirs is ours times {shown}"
+    return f"theirs is ours times a factor for each, {shown} and so on, {len(factors)} in all"
+
+
 def permutation_words(order) -> str:
     """Slices of theirs, as slices of ours: ``order[j]`` is the slice of ours that theirs has at j."""
     n, s = len(order), _stride(order)
@@ -549,7 +577,7 @@ def ambiguities(best, floor) -> Iterator[str]:
             for sign, word in ((1, "symmetric"), (-1, "antisymmetric")):
                 if _norm(sign * other - ours) <= near * size:
                     yield f"ours is {word} in axes {best.join.names[a]} and {best.join.names[b]}"
-    moved = {step.axis for step in best.permutations}
+    moved = {step.axis for step in best.permutations if step.kind == "take"}
     for axis in range(ours.ndim):
         n = ours.shape[axis]
         if n > 1 and _norm(np.roll(ours, 1, axis) - ours) <= near * size:

@@ -10,7 +10,7 @@ import numpy as np
 from .._arrays import BFLOAT16, as_array
 from . import metrics
 from ._html import fragment, table, verdict
-from ._matching import Found, Step, ambiguities, choose, joins, permutation_words, runs, search
+from ._matching import HOPELESS, Found, Step, ambiguities, choose, factor_words, joins, permutation_words, runs, search
 from .compare import aligned
 
 __all__ = ["Alignment", "align"]
@@ -97,9 +97,10 @@ def align(theirs, ours, *, axes: Sequence[str] | str | None = None) -> Alignment
     """Find what makes a foreign tensor equal ours, and say it.
 
     Tried are every order of the axes, axes merged or split or of length 1, padding along one axis, a permutation
-    along one or two axes (heads in another order, even and odd against halves) and a factor, together. Slices are
-    paired by fingerprints that the rest of the search cannot change (norms, sorted projections), not by trying
-    permutations. A step must earn what it had to choose: it is taken where the residual falls by more than chance.
+    along one or two axes (heads in another order, even and odd against halves) and a factor, together; else a factor
+    for each slice along an axis (a norm's weights multiplied in, a scale a head). Slices are paired by fingerprints
+    that the rest of the search cannot change (norms, sorted projections), not by trying permutations. A step must earn
+    what it had to choose: it is taken where the residual falls by more than chance.
 
     Parameters
     ----------
@@ -200,6 +201,8 @@ def _none(best, floor, shape):
                f"and ours varies by only {best.chance:.2g}: other values of its mean are as near")
     elif best.residual <= ACCEPT:
         why = f"a fit with residual {best.residual:.2g} is no better than chance on so few values"
+    elif best.residual > HOPELESS:
+        why = f"nothing that was tried comes near; the least residual is {best.residual:.2g}"
     else:
         why = f"the nearest ({' and '.join(_says(best)[0]) or 'as it is'}) leaves a residual of {best.residual:.2g}"
     return Alignment(False, (), best.residual, f"none found: {why}", shape=shape)
@@ -222,6 +225,9 @@ def _says(best: Found) -> tuple[list[str], tuple[str, ...]]:
         says.append(best.view.says)
     joined = False
     for step in best.permutations:
+        if step.kind == "factors":
+            says.append(f"along axis {join.names[step.axis]} {factor_words(1 / step.value)}")
+            continue
         order = np.argsort(step.value)
         if join.parts and step.axis == join.axis:
             says.append(_held(order, join))

@@ -75,6 +75,28 @@ PAIRS = {
 }
 
 
+@pytest.mark.parametrize("axis, name, n", [(0, "T", T), (1, "H", H), (2, "K", K)])
+@pytest.mark.parametrize("kind", [np.float32, np.float16])
+def test_a_factor_for_each_slice(q, rng, axis, name, n, kind):
+    """As where a norm's weights were multiplied in, or a scale a head: with the axes in another order, too."""
+    factors = np.exp2(rng.integers(-3, 4, n)) * rng.choice([-1, 1, 1.5], n)
+    factors[0] = 4
+    theirs = (q * factors.reshape(-1, *[1] * (2 - axis))).transpose(1, 2, 0).astype(kind)
+    found = align(theirs, q, axes=("T", "H", "K"))
+    assert found and [step.kind for step in found.steps][-1] == "factors", found
+    assert f"along axis {name} theirs is ours times" in found.verdict and " 4, " in found.verdict
+    assert np.allclose(found.apply(theirs), q, rtol=2e-3 if kind == np.float16 else 1e-6, atol=1e-3)
+    assert found.steps[-1].axis == axis and found.residual < 1e-3
+
+
+def test_factors_are_not_made_up(rng):
+    """Of two values a slice a factor each brings half of anything near; unrelated values stay so."""
+    for shape in ((200, 2), (64, 48), (3, 5), (7, 2, 9)):
+        x, y = rng.standard_normal((2, *shape))
+        found = align(x, y)
+        assert not found and "nothing that was tried comes near; the least residual is" in found.verdict, found
+
+
 @pytest.mark.parametrize("name", SINGLE)
 def test_one_difference(name, q):
     change, words, kinds = SINGLE[name]
