@@ -275,7 +275,7 @@ def test_hip_core_with_nonsense_raises():
         with pytest.raises((TypeError, ValueError)):
             call()
     with pytest.raises(MemoryError):
-        new.allocate(ctx, 1 << 60)
+        new.allocate(ctx, 1 << 49)
 
 
 def test_hip_out_of_memory_leaves_the_array_without():
