@@ -413,13 +413,24 @@ static void parts(void *arg, int64_t begin, int64_t end, int thread)
     kl_fp_restore(saved);
 }
 
-/* Columns of V a task: a whole head, or strips of it where there would be less than two tasks a
- * thread. */
+/* Columns of V a task: a whole head, or some strips of it where that ends sooner. A task computes its factors anew, as
+ * many as a head has, which take a third of the time of all its strips. */
 static int64_t columns_of(const kl_ctx *ctx, const kl_delta_rule_args *args)
 {
-    const int64_t wanted = kl_ceil_div(2 * ctx->threads, kl_max(1, args->N * args->Hv));
     const int64_t strips = kl_ceil_div(args->V, COLUMNS);
-    return kl_ceil_div(strips, kl_min(ctx->threads > 1 ? wanted : 1, strips)) * COLUMNS;
+    int64_t longest = 1, best = strips, least = INT64_MAX;
+    for (int64_t n = 0; n < args->N; n++)
+        longest = kl_max(longest, args->offsets[n + 1] - args->offsets[n]);
+    const int64_t heads = kl_ceil_div(args->T, longest) * args->Hv; /* as if all were as long */
+    for (int64_t wide = strips; wide > 0 && ctx->threads > 1; wide--) {
+        const int64_t rounds = kl_ceil_div(heads * kl_ceil_div(strips, wide), ctx->threads);
+        const int64_t time = rounds * (strips + 3 * wide);
+        if (time < least) {
+            least = time;
+            best = wide;
+        }
+    }
+    return best * COLUMNS;
 }
 
 static int64_t chunk_of(const kl_delta_rule_args *args)
