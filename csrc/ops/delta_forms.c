@@ -147,7 +147,7 @@ static kl_delta_rows rows_from(const part *p, int64_t t)
 }
 
 /* A head's rows lie far apart, beyond what the processor foresees: they are asked for before they are
- * wanted. These are the rows of q, k, v and, by channel, g of one token; returns how many. */
+ * wanted. These are the rows of q, k, v, o and, by channel, g of one token; returns how many. */
 static int rows_of(const part *p, int64_t t, const float **rows)
 {
     const task *a = p->task;
@@ -155,13 +155,14 @@ static int rows_of(const part *p, int64_t t, const float **rows)
     rows[0] = at.q;
     rows[1] = at.k;
     rows[2] = a->v + ((p->first + t) * a->args->Hv + p->head) * a->args->V + p->c0;
-    rows[3] = at.g;
-    return a->args->gate == KL_GATE_CHANNEL ? 4 : 3;
+    rows[3] = a->o + ((p->first + t) * a->args->Hv + p->head) * a->args->V + p->c0;
+    rows[4] = at.g;
+    return a->args->gate == KL_GATE_CHANNEL ? 5 : 4;
 }
 
 static void ask_for_token(const part *p, int64_t t)
 {
-    const float *rows[4];
+    const float *rows[5];
     const int n = t < p->tokens ? rows_of(p, t, rows) : 0;
     for (int i = 0; i < n; i++)
         for (int64_t j = 0; j < kl_min(p->task->args->K, 256); j += 16)
@@ -267,7 +268,7 @@ static void run_chunk(const part *p, view state, float *o, int64_t o_step, int64
     int64_t filled = 0;
     for (int64_t c = 0; c < p->columns; c += COLUMNS) {
         const int64_t T = kl_min(share, next - filled);
-        const float *ask[4 * KL_DELTA_BLOCK];
+        const float *ask[5 * KL_DELTA_BLOCK];
         int n_ask = 0;
         for (int64_t i = 0; i < kl_min(T, KL_DELTA_BLOCK); i++)
             n_ask += rows_of(p, t + n + filled + i, ask + n_ask);
