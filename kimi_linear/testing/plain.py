@@ -344,6 +344,6 @@ def nan_spread(x, actual, ref):
     """What NaN may mean that is in a result where it should not be, or is not where it should, with one in an input."""
     if all((np.isfinite(a) == np.isfinite(r)).all() for a, r in zip(actual, ref, strict=True)):
         return []
-    if any(isinstance(a, np.ndarray) and a.dtype.kind == "f" and np.isnan(a).any() for a in x.values()):
+    if any(isinstance(a, np.ndarray) and a.dtype.kind not in "iu" and np.isnan(a).any() for a in x.values()):
         return [("NaN of one row reaches others, or is lost", "")]
     return []

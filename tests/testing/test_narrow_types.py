@@ -96,6 +96,15 @@ def test_float32_inside_and_a_narrow_result_hold(op, kind):
     assert bool(usual) == (not the.narrow_results or op == "route"), usual  # without dtype nothing is allowed for
 
 
+def test_its_rim_fails_and_the_card_says_why():
+    """No type excuses NaN: of gates that are subtracted at -infinity, and of one token's in the rows of others."""
+    card = check(gpu_chunk(ml_dtypes.bfloat16), cases=["rim gates", "nan", "plain"])
+    reasons = [says.partition(":")[0] for says, _ in card.reasons]
+    assert set(reasons) == {"NaN of one token reaches others", "NaN from -infinity minus -infinity, sums of g that are "
+                            "subtracted"}, card
+    assert card["plain"].status == "holds" and "not explained" not in str(card)
+
+
 def test_a_state_kept_narrow_is_seen_in_what_reads_it():
     """The state of one call may come in any type; one that is rounded at every chunk drifts."""
     lossy = gpu_chunk(ml_dtypes.bfloat16, C=1, state_kind=ml_dtypes.float8_e4m3fn)

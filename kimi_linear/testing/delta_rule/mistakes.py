@@ -97,7 +97,7 @@ def diagnose(x, actual, ref):
     """
     if all((np.isfinite(a) == np.isfinite(r)).all() for a, r in zip(actual, ref, strict=True)):
         return []
-    if any(np.isnan(a).any() for a in x.values() if isinstance(a, np.ndarray) and a.dtype.kind == "f"):
+    if any(np.isnan(a).any() for a in x.values() if isinstance(a, np.ndarray) and a.dtype.kind not in "iu"):
         return [("NaN of one token reaches others: those before it, or those that do not read it", "")]
     bad = np.argwhere(~np.isfinite(actual[0]) & np.isfinite(ref[0]))
     if x.get("g") is None or not len(bad):
