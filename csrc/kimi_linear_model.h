@@ -259,7 +259,7 @@ typedef struct kl_forward_args {
     const float *embeds; /* NULL, or [T, D] on the host: what enters layer start, instead of rows of
                             the embedding */
     /* Layers start..stop-1 are run; stop 0: to the last. Short of the last there is no final norm and there
-     * are no logits; start above 0 needs embeds. */
+     * are no logits; start above 0 needs embeds, and start = n_layers is the final norm and the head alone. */
     int64_t start, stop;
 } kl_forward_args;
 

@@ -52,8 +52,9 @@ class Call:
         n = self.model.config.n_layers
         start = 0 if start is None else as_whole(start, "start", "an int, or None")
         stop = n if stop is None else as_whole(stop, "stop", "an int, or None")
-        if not 0 <= start < stop <= n:
-            raise ValueError(f"start is {start} and stop {stop}; 0 <= start < stop <= {n} layers must hold")
+        if not (0 <= start < stop <= n or start == stop == n):
+            raise ValueError(f"start is {start} and stop {stop}; 0 <= start < stop <= {n} layers must hold, or both be "
+                             f"{n}: the final norm and the head alone")
         if start and embeds is None:
             raise ValueError(f"start is {start}; embeds must then be the residual stream that enters layer {start}")
         return start, stop

@@ -294,7 +294,8 @@ class Model:
             Where `tokens` are given, too, a batch or a list is cut as they are.
         start, stop : int, optional
             Run layers start..stop-1 alone. Short of the last layer the value is the residual stream [T, D] that leaves
-            layer stop-1, in place of logits. A part of the layers moves no state of the caller's.
+            layer stop-1, in place of logits. ``start=n_layers`` is the final norm and the head alone: the logits that
+            any layer's stream would give. A part of the layers moves no state of the caller's.
         expert_ids : mapping from layer to (T, k) integers, optional
             Routing to use instead of the router's choice; weights are the router's for those experts.
         check : {"finite"}, optional

@@ -160,9 +160,10 @@ static kl_status check_args(kl_ctx *ctx, const kl_model *m, const kl_forward_arg
         return kl_fail(ctx, KL_ERR_ARG, "forward: pass_tokens is %lld; it must be 0 or at least %d",
                        (long long)a->pass_tokens, KL_PIECE);
     const int64_t layers = m->config.n_layers, stop = a->stop > 0 ? a->stop : layers;
-    if (a->start < 0 || a->start >= stop || stop > layers)
+    if (a->start < 0 || a->start > stop || stop > layers || (a->start == stop && stop < layers))
         return kl_fail(ctx, KL_ERR_ARG,
-                       "forward: start is %lld and stop %lld; 0 <= start < stop <= %lld must hold",
+                       "forward: start is %lld and stop %lld; 0 <= start < stop <= %lld must hold, "
+                       "or both be that",
                        (long long)a->start, (long long)stop, (long long)layers);
     if (a->start > 0 && a->embeds == NULL)
         return kl_fail(ctx, KL_ERR_ARG, "forward: start is %lld, so embeds must be given",

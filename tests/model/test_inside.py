@@ -50,6 +50,23 @@ def test_parts_of_the_model_compose_to_the_whole(model):
     assert model.forward(embeds=h, start=n - 1, logits="last").tobytes() == whole["logits"][-1].tobytes()
 
 
+def test_the_head_alone(model):
+    """What the stream behind a layer would say: of the last layer the logits themselves."""
+    n, tokens = model.config.n_layers, ids(model, 70)
+    whole, trace = model.forward(tokens, taps=["layers.*.out", "embed", "norm"])
+    head = {"embeds": trace[f"layers.{n - 1}.out"], "start": n}
+    assert model.forward(**head).tobytes() == whole.tobytes()
+    assert model.forward(**head, logits="last").tobytes() == whole[-1].tobytes()
+    logits, taps = model.forward(**head, taps="*", logits="all")
+    assert list(taps) == ["norm", "logits"] and taps["norm"].tobytes() == trace["norm"].tobytes()
+    assert logits.tobytes() == taps["logits"].tobytes() == whole.tobytes()
+    for tap in ("embed", "layers.0.out"):
+        w = np.float32(model.weights["model.norm.weight"]) + model.config.norm_plus_one
+        head = model.weights["model.embed_tokens.weight" if model.config.tie_embeddings else "lm_head.weight"]
+        wanted = kl.ops.linear(kl.ops.rms_norm(trace[tap], w, eps=model.config.rms_norm_eps), head)
+        assert np.allclose(model.forward(embeds=trace[tap], start=n), wanted, atol=1e-5 * np.abs(wanted).max())
+
+
 def test_parts_come_in_the_form_of_the_tokens(tiny):
     sequences = [ids(tiny, n, seed=n) for n in (9, 70)]
     parts = tiny.forward(sequences, stop=2)
@@ -121,6 +138,10 @@ def test_wrong_parts_are_refused(tiny):
         (dict(tokens=tokens, start=1), ValueError, "embeds must then be"),
         (dict(embeds=rows, start=3, stop=3), ValueError, "start < stop"),
         (dict(embeds=rows, start=0, stop=n + 1), ValueError, "stop 7"),
+        (dict(embeds=rows, start=n + 1), ValueError, "or both be 6: the final norm and the head alone"),
+        (dict(embeds=rows, start=n, stop=n - 1), ValueError, "start < stop"),
+        (dict(tokens=tokens, start=n), ValueError, "embeds must then be"),
+        (dict(embeds=rows, start=n, taps="layers.*"), ValueError, "matches no tap"),
         (dict(embeds=rows, start=1, state=tiny.new_state()), ValueError, "state is given and only layers"),
         (dict(tokens=tokens, stop=1, state=tiny.new_state()), ValueError, "state is given and only layers"),
         (dict(tokens=tokens, embeds=rows[:4]), ValueError, r"embeds has shape \[4"),
