@@ -39,6 +39,8 @@ def as_array(x, name):
         a = np.asarray(x)
     except ValueError as error:  # a list of lists of several lengths
         raise ValueError(f"{name} is a {type(x).__name__} that makes no array ({error})") from None
+    if a.dtype == object and all(isinstance(v, int) for v in a.flat):
+        raise ValueError(f"{name} holds {max(a.flat, key=abs)}; integers must fit 64 bits")
     if a.dtype == object:
         raise TypeError(f"{name} is a {type(x).__name__}; it must be an array of numbers")
     return a

@@ -11,7 +11,7 @@ import numpy as np
 
 from .config import Config
 from .load import gguf_heads, gguf_kept, gguf_metadata, gguf_types
-from .load.checkpoint import missing_tokenizer_file, open_folder, readable, resolve
+from .load.checkpoint import at_home, missing_tokenizer_file, open_folder, readable, resolve
 from .load.gguf import is_gguf
 from .load.gguf_kimi import open_gguf
 from .load.gguf_tensors import Incoming, cast, encoded, of_file, of_folder, rows_of
@@ -135,8 +135,8 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, type: str |
         If the target would not fit on its disk, or cannot be written; nothing is left under its name then, nor when
         the process is killed.
     """
-    source, target = Path(os.fspath(source)), Path(os.fspath(target)).expanduser()
-    from_gguf, to_gguf = is_gguf(source.expanduser()), target.name.lower().endswith(".gguf")
+    source, target = Path(os.fspath(source)), at_home(target)
+    from_gguf, to_gguf = is_gguf(at_home(source)), target.name.lower().endswith(".gguf")
     if to_gguf:
         if dtype != "auto":
             raise ValueError(f"dtype is {dtype!r}, and the target a GGUF; its types are `type` and `types` (--type, "
@@ -152,11 +152,11 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, type: str |
     if type is not None or types:
         raise ValueError(f"`type` or `types` (--type, --map) are given, and the target {str(target)!r} is a folder; a "
                          "GGUF must end in .gguf, and a folder has `dtype` (--dtype)")
-    return _write_folder(source.expanduser(), target, dtype, tokenizer, overwrite, progress or (lambda *_: None))
+    return _write_folder(at_home(source), target, dtype, tokenizer, overwrite, progress or (lambda *_: None))
 
 
 def _check_target(source: Path, target: Path, overwrite: bool) -> None:
-    if target.exists() and source.expanduser().exists() and target.samefile(source.expanduser()):
+    if target.exists() and at_home(source).exists() and target.samefile(at_home(source)):
         raise FileExistsError(f"target is {target}, the source itself; it must be another file")
     if target.is_dir():
         raise FileExistsError(f"target {target} is a folder; it must be a file")

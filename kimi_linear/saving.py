@@ -6,11 +6,10 @@ import json
 import math
 import os
 import shutil
-from pathlib import Path
 
 from .errors import FormatError
 from .load.atomic import atomic_files, write_text
-from .load.checkpoint import INDEX, SINGLE, TOKENIZER_FILES, is_shard_name
+from .load.checkpoint import INDEX, SINGLE, TOKENIZER_FILES, at_home, is_shard_name
 from .load.gguf_heads import as_published
 from .load.safetensors import DTYPES, write_safetensors
 from .load.strict_json import load_object, show
@@ -66,7 +65,7 @@ def write_folder(folder, tensors, config, generation_config, tokenizer=None, ove
     files : iterable of MappedFile
         The files that the tensors are in; none of them is replaced.
     """
-    folder = Path(folder)
+    folder = at_home(folder)
     if own is not None and folder.exists() and folder.resolve() == own.resolve():
         raise FileExistsError(f"folder is {folder}, the model's own, whose files are in use; it must be another")
     if folder.exists() and not folder.is_dir():

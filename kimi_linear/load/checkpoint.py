@@ -140,6 +140,16 @@ def open_folder(path: str | os.PathLike) -> Checkpoint:
     return Checkpoint(folder, config, tensors, tuple(files), generation_config, skipped, content=content)
 
 
+def at_home(path: str | os.PathLike) -> Path:
+    """`path` with ``~`` as the folder that it stands for; FileNotFoundError where there is no user of that name."""
+    text = os.fspath(path)
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        user = text[1:].partition("/")[0]
+        raise FileNotFoundError(f"There is no user {user}, in whose home {text} would be.") from None
+
+
 def resolve(path: str | os.PathLike) -> Path:
     """The folder that a path or a hub id stands for, or "tiny"; a folder of that name comes before these.
 
@@ -150,12 +160,7 @@ def resolve(path: str | os.PathLike) -> Path:
     NotADirectoryError
         If the path is a file.
     """
-    text = os.fspath(path)
-    try:
-        folder = Path(text).expanduser()
-    except RuntimeError:
-        user = text[1:].partition("/")[0]
-        raise FileNotFoundError(f"There is no user {user}, in whose home {text} would be.") from None
+    text, folder = os.fspath(path), at_home(path)
     if folder.is_dir():
         return folder
     if folder.exists():

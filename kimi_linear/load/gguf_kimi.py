@@ -2,11 +2,10 @@
 
 import functools
 import os
-from pathlib import Path
 
 from ..errors import FormatError
 from . import gguf_kept
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, at_home
 from .gguf import split_files
 from .gguf_config import check_architecture, read_config
 from .gguf_names import match
@@ -26,7 +25,7 @@ def open_gguf(path: str | os.PathLike) -> Checkpoint:
     FormatError
         With every problem of the file, by key or tensor and byte; for another architecture, its name.
     """
-    path = Path(path).expanduser().absolute()
+    path = at_home(path).absolute()
     files = split_files(path)
     metadata = files[0].metadata
     check_architecture(metadata, str(path))

@@ -173,3 +173,19 @@ def test_rules_that_are_none(tmp_path, file, types, error, words):
     with pytest.raises(error, match=words):
         kl.convert(file, tmp_path / "x.gguf", types=types)
     assert not names(tmp_path)
+
+
+# ---- homes -----------------------------------------------------------------------------------------
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch, file):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    kl.Model.tiny().save_pretrained("~/saved")
+    kl.convert("~/saved", "~/saved.gguf")
+    assert (tmp_path / "saved" / "config.json").is_file() and (tmp_path / "saved.gguf").is_file()
+    assert not os.path.lexists("~")
+    nowhere = "~nouser-of-this-name/x"
+    for call in (lambda: kl.convert(nowhere, "y.gguf"), lambda: kl.convert(file, nowhere),
+                 lambda: kl.Model.tiny().save_pretrained(nowhere)):
+        with pytest.raises(FileNotFoundError, match="There is no user nouser-of-this-name, in whose home"):
+            call()

@@ -56,6 +56,13 @@ def test_a_result_is_written_at_an_address_of_its_size(call, name):
         call(unaligned(np.zeros(4, np.float32)))
 
 
+def test_integers_past_64_bits_are_named():
+    model = kl.Model.tiny()
+    for name, call in (("prompt", model.generate), ("tokens", model.forward)):
+        with pytest.raises(ValueError, match=f"{name} holds 1{'0' * 26}; integers must fit 64 bits"):
+            call([1, 10**26])
+
+
 def test_lists_that_make_no_array_are_named():
     with pytest.raises(ValueError, match="^b is a list that makes no array"):
         kl.ops.add(np.zeros(2, np.float32), [[1.0], [1.0, 2.0]])
