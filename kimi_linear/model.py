@@ -331,7 +331,8 @@ class Model:
 
     def trace(self, tokens, taps="*", *, to=None, tokens_slice=None, states=None, state=None, offsets=None, edit=None,
               expert_ids=None, check=None, progress=None):
-        """The intermediates of a forward pass.
+        """The intermediates of a forward pass, which ends with the last layer that makes one, unless it has a state to
+        move on, or edits, expert ids or checks to be told about.
 
         Two are made only on request, by their whole name or a glob that ends in it: ``layers.3.moe.scores`` [T, E],
         the router's sigmoids or softmax before its bias (`ops.route` takes the logits), and ``layers.3.mla.probs`` or
@@ -377,9 +378,16 @@ class Model:
                 raise ValueError("offsets are given; to, tokens_slice and states need one sequence")
             return stream(self, tokens, taps, to, tokens_slice, progress, states=states, **options)
         wanted = matches([*tap_names(self._taps), "logits"], taps)
-        _, trace = self.forward(tokens, offsets=offsets, logits="all" if "logits" in wanted else "none", taps=taps,
-                                **options)
+        stop = None if any(value is not None for value in options.values()) else self._last_layer(wanted) + 1
+        _, trace = self.forward(tokens, offsets=offsets, logits="all" if "logits" in wanted else "none", taps=wanted,
+                                stop=stop, **options)
         return trace
+
+    def _last_layer(self, names):
+        """The last layer that makes one of these taps."""
+        if "norm" in names or "logits" in names:
+            return self.config.n_layers - 1
+        return max((int(name.split(".")[1]) for name in names if name.startswith("layers.")), default=0)
 
     def logprobs(self, tokens):
         """Log-probability of each token but the first, given those before it; logits of 512 tokens at a time.

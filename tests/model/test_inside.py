@@ -50,6 +50,22 @@ def test_parts_of_the_model_compose_to_the_whole(model):
     assert model.forward(embeds=h, start=n - 1, logits="last").tobytes() == whole["logits"][-1].tobytes()
 
 
+def test_a_trace_ends_with_the_last_layer_that_makes_a_tap(tiny):
+    """The same bytes, and layers behind it are not run: their NaN is not met."""
+    tokens, whole = ids(tiny, 90), tiny.trace(ids(tiny, 90))
+    weights = {name: np.array(value) for name, value in tiny.weights.items()}
+    weights["model.layers.3.input_layernorm.weight"][:] = np.nan
+    broken = kl.Model(tiny.config, weights)
+    for taps in ("layers.2.*", ["embed", "layers.0.kda.g", "layers.2.moe.out"], "embed"):
+        trace = broken.trace(tokens, taps)
+        assert trace.keys() and all(x.tobytes() == whole[name].tobytes() for name, x in trace.items())
+    for more in ({"state": broken.new_state()}, {"check": "finite"}, {"edit": {"layers.5.out": np.negative}}):
+        with pytest.raises(ValueError, match="NaN|not finite|nan"):
+            broken.trace(tokens, "layers.2.*", **more)
+    with pytest.raises(ValueError, match="NaN"):
+        broken.trace(tokens, "layers.4.moe.out")
+
+
 def test_the_head_alone(model):
     """What the stream behind a layer would say: of the last layer the logits themselves."""
     n, tokens = model.config.n_layers, ids(model, 70)
