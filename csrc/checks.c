@@ -69,7 +69,7 @@ kl_status kl_check_rows(kl_ctx *ctx, const char *op, const char *name, int64_t T
                        "%s: %s is [%lld, %lld]; the first must be >= 0, the second >= 1", op, name,
                        (long long)T, (long long)D);
     if (!kl_mul(&n, T, D))
-        return kl_fail(ctx, KL_ERR_SHAPE, "%s: %s is [%lld, %lld], which is too large",
-                       op, name, (long long)T, (long long)D);
+        return kl_fail(ctx, KL_ERR_SHAPE, "%s: %s is [%lld, %lld], which is too large", op, name,
+                       (long long)T, (long long)D);
     return KL_OK;
 }

@@ -73,7 +73,8 @@ int main(void)
     for (int i = 0; i < SHAPES; i++)
         for (int e = 0; e < (shapes[i].count ? shapes[i].count : 1); e++, n++) {
             for (int j = 0; j < LARGEST; j++)
-                values[n][j] = shapes[i].cols == 0 ? 1.0f : (float)((j * j + 7 * j + 5 * n) % 19 - 9) / 12;
+                values[n][j] =
+                    shapes[i].cols == 0 ? 1.0f : (float)((j * j + 7 * j + 5 * n) % 19 - 9) / 12;
             snprintf(names[n], sizeof names[n], shapes[i].name, e);
             tensors[n] = (kl_tensor){ .name = names[n],
                                       .data = values[n],
