@@ -13,6 +13,15 @@ enum {
     KL_DELTA_COLUMNS = 32, /* columns of the state that stay in the first cache: [K, 32] */
 };
 
+/* Asks for n floats before they are wanted. A row of an array of the caller's may begin inside a cache line: then it
+ * ends in one more, which no step of 64 bytes meets. */
+static inline void kl_delta_ask(const float *row, int64_t n)
+{
+    for (int64_t i = 0; i < n; i += 16)
+        __builtin_prefetch(row + i);
+    __builtin_prefetch(row + n - 1);
+}
+
 /* Some columns of the state, token by token. */
 typedef struct kl_delta_strip {
     int64_t T, K, columns;

@@ -165,8 +165,7 @@ static void ask_for_token(const part *p, int64_t t)
     const float *rows[5];
     const int n = t < p->tokens ? rows_of(p, t, rows) : 0;
     for (int i = 0; i < n; i++)
-        for (int64_t j = 0; j < kl_min(p->task->args->K, 256); j += 16)
-            __builtin_prefetch(rows[i] + j);
+        kl_delta_ask(rows[i], kl_min(p->task->args->K, 256));
 }
 
 /* Of T tokens from t on, into rows from `row` on: once for all columns of the part. Others are asked for some

@@ -54,7 +54,10 @@ def figure(result):
     bar = fig.colorbar(image, ax=left, ticks=np.arange(1.5, 8), pad=0.01)
     bar.ax.set_yticklabels([times(e * grid.scale.one) for e in grid.scale.edges], fontsize=7)
     bar.set_label(unit, fontsize=8)
-    (_by_depth if depth else _histogram)(right, depth or result)
+    if depth:
+        _by_depth(right, depth, unit if grid.scale is NOISE else "rms error, of the tap's rms")
+    else:
+        _histogram(right, result)
     fig.suptitle(fill(result.verdict, 150), fontsize=9, x=0.01, ha="left")
     return fig
 
@@ -73,7 +76,7 @@ def _data(result):
     return grid, "error", f"multiples of {allowed}", None
 
 
-def _by_depth(axes, depth):
+def _by_depth(axes, depth, unit):
     labels, series, limit = depth
     for (name, values), colour in zip(series.items(), (HEAT[7], HEAT[4])):
         values = np.array(values, float)
@@ -82,6 +85,7 @@ def _by_depth(axes, depth):
     axes.axhline(limit, color="0.5", linewidth=0.8, linestyle=":")
     step = max(-(-len(labels) // 8), 1)
     axes.set_xticks(range(0, len(labels), step), [x.removeprefix("layer ") for x in labels[::step]], fontsize=8)
+    axes.set_ylabel(unit, fontsize=8)
     axes.set(xlabel="layer", title="error by depth")
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)

@@ -118,7 +118,7 @@ def of_traces(report: Report, brief: bool):
         section(f"{error.capitalize()} by layer and token", *drawn, about=f"{why} Of a layer its worst tap."),
         section(f"Inside {layer}", inside, about="Its taps in the order of the dataflow."),
         *_opened(report.opened, report.first.tap if report.first else None),
-        section("Error by depth", _depth(report)),
+        section("Error by depth", _depth(report), about="The rms error of a tap, over the tap's rms."),
         section("Every tap", listed(report.rows), about=_MEANING if parts else ""),
         section("Left out", notes(report.left_out())),
     )

@@ -242,6 +242,7 @@ def test_plot(results, name):
     assert len(figure.axes) == 3 and figure._repr_png_()[:4] == b"\x89PNG"
     shown = figure.axes[0].images[0].get_array()
     assert shown.shape[0] == len(figure.axes[0].get_yticks())
+    assert all(axes.get_xlabel() and axes.get_ylabel() for axes in figure.axes[1:2])
 
 
 def test_nothing_to_draw(results):
