@@ -79,6 +79,16 @@ static inline v16 v16_indices(int32_t i)
 static inline v16i v16i_keep(v16i a) { return a; }
 #endif
 
+/* v16_sum of each of n */
+static inline __attribute__((always_inline)) void v16_sums(float *y, const v16 *a, const int n)
+{
+    int i = 0;
+    for (; i + 4 <= n; i += 4)
+        v16_sum4(y + i, a + i);
+    for (; i < n; i++)
+        y[i] = v16_sum(a[i]);
+}
+
 /* The sixteen lanes of double, by the tree of v16_sum. */
 static inline double v16d_sum(v16d a)
 {

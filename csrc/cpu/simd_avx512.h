@@ -63,6 +63,20 @@ static inline float v16_sum(v16 a)
     const __m128 d = _mm_add_ps(c, _mm_movehl_ps(c, c));
     return _mm_cvtss_f32(_mm_add_ss(d, _mm_shuffle_ps(d, d, 1)));
 }
+/* v16_sum of four, by the same tree */
+static inline void v16_sum4(float *y, const v16 *a)
+{
+    const v16 low = _mm512_add_ps(_mm512_shuffle_f32x4(a[0], a[1], 0x44),
+                                  _mm512_shuffle_f32x4(a[0], a[1], 0xEE));
+    const v16 high = _mm512_add_ps(_mm512_shuffle_f32x4(a[2], a[3], 0x44),
+                                   _mm512_shuffle_f32x4(a[2], a[3], 0xEE));
+    const v16 c =
+        _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xDD));
+    const v16 d = _mm512_add_ps(c, _mm512_permute_ps(c, 0xEE));
+    const v16 sums = _mm512_add_ps(d, _mm512_permute_ps(d, 0x55));
+    const __m512i first = _mm512_castsi128_si512(_mm_setr_epi32(0, 4, 8, 12));
+    _mm_storeu_ps(y, _mm512_castps512_ps128(_mm512_permutexvar_ps(first, sums)));
+}
 typedef struct {
     __m512d part[2];
 } v16d;
