@@ -12,6 +12,7 @@ the share of tokens at which ours is nearer. docs/block-types.md#perplexity says
 import argparse
 import ctypes
 import importlib
+import importlib.util
 import json
 import sys
 import tempfile
@@ -35,6 +36,9 @@ ENGINES = ("float32", "int8", "llama.cpp")
 
 def main():
     args = arguments()
+    if importlib.util.find_spec("llama_cpp") is None:
+        return ("block_types: llama-cpp-python is missing; `make peers` builds it into .venv-peers, and "
+                ".venv-peers/bin/python runs this file with it")
     text = Path(args.text).read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(args.file) if args.file else packaged(Path(scratch) / "tiny-F32.gguf")

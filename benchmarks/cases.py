@@ -157,6 +157,11 @@ def route(T, rng):
     return [{"scores": normal(rng, T, E), "k": USED, "bias": normal(rng, E, scale=0.1), "scale": 2.446}]
 
 
+def route_work(T, arguments):
+    """Scores and bias read, ids and weights written."""
+    return 10 * T * E, size(arguments["scores"], arguments["bias"]) + 8 * T * USED
+
+
 def moe(dtype):
     """Tokens spread evenly over `EXPERTS` experts; weights cold by their size."""
     def make(T, rng):
@@ -202,6 +207,11 @@ def delta_rule_work(T, arguments):
     return T * H * 7 * K * V, size(*arrays) + arguments["initial_state"].nbytes + arguments["v"].nbytes
 
 
+def chunks(T):
+    """Lengths of the chunks of T tokens: the last may be shorter."""
+    return [min(CHUNK, T - begin) for begin in range(0, T, CHUNK)]
+
+
 def delta_rule_intra(T, rng):
     (arguments,) = delta_rule(T, rng)
     del arguments["initial_state"]
@@ -212,7 +222,7 @@ def delta_rule_intra_work(T, arguments):
     """Triangles of L and P, T by substitution, W and U as products with it."""
     arrays = [a for a in arguments.values() if isinstance(a, np.ndarray)]
     results = 4 * T * H * (3 * CHUNK + K + V)
-    return T * H * (CHUNK * (3 * K + V) + CHUNK * CHUNK // 3), size(*arrays) + results
+    return H * sum(n * n * (3 * K + V) + n**3 // 3 for n in chunks(T)), size(*arrays) + results
 
 
 def delta_rule_inter(T, rng):
@@ -224,7 +234,7 @@ def delta_rule_inter(T, rng):
 def delta_rule_inter_work(T, arguments):
     arrays = [a for a in arguments.values() if isinstance(a, np.ndarray)]
     results = size(arguments["initial_state"]) + 2 * size(arguments["U"])
-    return T * H * V * (6 * K + CHUNK), size(*arrays) + results
+    return H * V * sum(n * (6 * K + n) for n in chunks(T)), size(*arrays) + results
 
 
 # ---- MLA ----
@@ -282,6 +292,11 @@ def sample(T, rng):
     return [{"logits": normal(rng, T, VOCAB, scale=3), "temperature": 0.8, "top_p": 0.95}]
 
 
+def sample_work(T, arguments):
+    """Logits read, an id a row written."""
+    return 9 * T * VOCAB, size(arguments["logits"]) + 4 * T
+
+
 F32, BF16, F16 = np.float32, BFLOAT16, np.float16
 CASES = [
     Case("embedding", "bf16", embedding, embedding_work),
@@ -310,8 +325,8 @@ CASES = [
     Case("sigmoid", "4096", one(x=(C,)), streamed(7)),
     Case("add", "2304", one(a=(D,), b=(D,)), streamed(1)),
     Case("softmax", "256", one(x=(E,)), streamed(9)),
-    Case("route", "8 of 256", route, streamed(10)),
+    Case("route", "8 of 256", route, route_work),
     Case("moe", f"8 of {EXPERTS} bf16", moe(BF16), moe_work),
-    Case("sample", "163840", sample, streamed(9), tokens=(1, 16)),
+    Case("sample", "163840", sample, sample_work, tokens=(1, 16)),
 ]
 OPS = sorted({case.op for case in CASES})

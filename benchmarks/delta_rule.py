@@ -37,7 +37,7 @@ BARS = {"decode": 0.80, "long": 1.10}
 PEAK = "FMA peak"      # sampled in turn with the others
 JUDGED = 64            # first tokens whose o is compared with float64
 WRONG = {"sglang bfloat16": 0.05}   # relative rms from which on a result is not the same rule; 1e-3 for the others
-REST, SAMPLE = 0.005, 0.002        # seconds: before a sample, of a sample at least
+REST, SAMPLE = 0.02, 0.002         # seconds: before a sample (ggml's and torch's threads spin for 5 to 12 ms), of one
 WARM, SLOW = 0.05, 1.0             # of a call that runs once untimed before its sample; of one that is timed once
 FULL = {"H": 32, "K": 128, "seconds": 3.0, "cold": 512 << 20, "long": (4096, 16), "turns": (5, 40)}
 QUICK = {"H": 4, "K": 32, "seconds": 0.02, "cold": 1 << 20, "long": (64, 4), "turns": (2, 3)}
@@ -213,7 +213,7 @@ def judge(calls, arguments):
             continue
         o, state = call.result()
         errors[name] = relative_rms(o[:JUDGED], want)
-        worst = max(errors[name], relative_rms(o, base[0]), relative_rms(state, base[1]))
+        worst = np.max([errors[name], relative_rms(o, base[0]), relative_rms(state, base[1])])  # NaN where one is
         if not worst < WRONG.get(name, 1e-3):
             raise SystemExit(f"delta_rule: {name} is off by {worst:.1e}; it does not compute the same rule")
     return errors
@@ -297,14 +297,10 @@ def part_decode(settings):
 
 def decode_passes(settings, arguments, memory, ctx, threads):
     """Passes over all slots: the memory alone, ours in place, ggml's op, and ggml's with the copy back."""
-    passes = {}
-    try:
-        from peers.naive_chunk import read_write
+    from peers.naive_chunk import read_write
 
-        read_write(memory, threads)
-        passes["memory, read and written"] = lambda: read_write(memory, threads)
-    except Missing as reason:
-        raise SystemExit(f"delta_rule: the rate of the memory cannot be measured: {reason}") from None
+    read_write(memory, threads)
+    passes = {"memory, read and written": lambda: read_write(memory, threads)}
     slots = [Ours(arguments | {"initial_state": slot}, ctx, FORMS["auto"], in_place=True) for slot in memory]
     passes["auto"] = lambda: each(slots)
     if "ggml" in settings.peers:
@@ -494,6 +490,9 @@ def run(parts, settings):
     for line in about_peers([name for name in settings.peers if "peers" in parts or name == "ggml"]):
         print(line)
     for name in parts:
-        PARTS[name](settings)
+        try:
+            PARTS[name](settings)
+        except Missing as reason:  # decode measures the memory by a C program
+            print(f"\n{name} is left out: {reason}")
     print()
     return settings

@@ -11,13 +11,13 @@ A name that ends in .gguf is a GGUF file that llama.cpp runs, too; any other a H
 
     full           Kimi-Linear-48B-A3B as published
     mini           its widths with 8 layers (MLA at 4 and 8, counted from 1), 32 experts, a vocabulary of 32,768
-    small          two layers of widths that every block type divides
+    small          two layers; every block type divides the rows of all large matrices
     tiny           the packaged model's
     qwen3next-80b  Qwen3-Next-80B-A3B as published
     qwen3next      its widths with 8 layers (attention at 4 and 8) and 64 experts, of which 10 are used
     qwen3next-12   the same with 12 layers
     qwen35-0.8b    the text model of Qwen3.5-0.8B as published: dense, tied embeddings
-    qwen-small, qwen35-small, qwen35moe-small    four layers of widths that every block type divides
+    qwen-small, qwen35-small, qwen35moe-small    four layers with rows as those of small
 
 The values of a tensor depend on its name, shape, type and ``--seed`` alone. Matrices keep the size of their input,
 gates go from almost none to strong, so that a run meets no subnormals or infinities that a trained model would not.
@@ -36,7 +36,7 @@ import numpy as np
 from random_blocks import TYPES as BLOCK_TYPES
 from random_gguf import plan_types, tensors_of, write_gguf
 
-from kimi_linear.cli._common import human_bytes, human_count, layer_pattern, progress
+from kimi_linear.cli._common import human_bytes, human_count, layer_pattern, non_negative, positive, progress
 from kimi_linear.config import Config
 from kimi_linear.load.safetensors import write_safetensors
 from kimi_linear.random_weights import random_tensor
@@ -120,10 +120,9 @@ SHAPES = {  # a config and changes of it
 
 def main():
     args = arguments()
-    config = config_of(args)
     write = write_file if args.output.suffix == ".gguf" else write_folder
     try:
-        return write(args, config)
+        return write(args, config_of(args))
     except ValueError as error:
         return f"make_model: {error}"
 
@@ -172,16 +171,18 @@ def announce(config, n_bytes, args):
 def arguments():
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
-    parser.add_argument("--shape", choices=SHAPES, default="mini")
+    parser.add_argument("--shape", choices=SHAPES, default="mini", help="(default: %(default)s)")
     parser.add_argument("--type", default="bfloat16", metavar="TYPE",
                         help=f"storage type of the matrices: {', '.join(TYPES)}; in a GGUF file also "
                              f"{', '.join(BLOCK_TYPES)} (default: %(default)s)")
     parser.add_argument("--map", type=pattern_and_type, action="append", default=[], metavar="PATTERN=TYPE",
                         help="another type for the tensors of a GGUF file with such names; the first that fits counts")
-    parser.add_argument("--layers", type=int, metavar="N", help="another number of layers, each 4th of full attention")
-    parser.add_argument("--experts", type=int, metavar="N")
-    parser.add_argument("--vocab", type=int, metavar="N")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", type=positive, metavar="N",
+                        help="another number of layers, each 4th of full attention")
+    parser.add_argument("--experts", type=positive, metavar="N", help="another number of experts")
+    parser.add_argument("--vocab", type=positive, metavar="N", help="another vocabulary, of 512 tokens or more")
+    parser.add_argument("--seed", type=non_negative, default=0, metavar="N",
+                        help="of the values (default: %(default)s)")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="PATH")
     return parser.parse_args()
 
@@ -206,9 +207,13 @@ def config_of(args):
             d["linear_attn_config"] = linear | {
                 "full_attn_layers": [*full], "kda_layers": [i for i in range(1, n + 1) if i not in full]}
     if n := changes.get("experts"):
+        if "num_experts" not in d:
+            raise ValueError(f"--experts is {n}; {args.shape} has none")
         used = "num_experts_per_token" if "num_experts_per_token" in d else "num_experts_per_tok"
         d |= {"num_experts": n, used: min(n, d[used])}
     if n := changes.get("vocab"):
+        if n < 512:
+            raise ValueError(f"the vocabulary is {n}; it must have 512 tokens or more: 256 bytes and 256 special ones")
         d |= {"vocab_size": n, "bos_token_id": n - 256, "eos_token_id": n - 254, "pad_token_id": n - 1}
     return Config.from_dict(d)
 

@@ -4,7 +4,7 @@
     python benchmarks/run.py linear moe --isa all --threads 1,2 --json new.json
     python benchmarks/run.py linear --against old.json       time, then compare
     python benchmarks/run.py --compare old.json new.json     compare two files
-    python benchmarks/run.py model --model DIR               a model's tokens/s, as `kimi-linear bench` does
+    python benchmarks/run.py model --model DIR               a model's tokens/s, by several kernels, all in float32
     python benchmarks/run.py model --model FILE.gguf         in turns with llama.cpp on the same file (models.py)
     python benchmarks/run.py types                           what each storage type costs (storage_types.py)
     python benchmarks/run.py workbench                       a trace beside a forward pass, and blame (workbench.py)
@@ -21,10 +21,13 @@ its budget.
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import blas_sleeps  # noqa: F401  before NumPy
 import delta_accuracy
 import delta_rule
 import hip
@@ -34,6 +37,7 @@ import storage_types
 import workbench
 from cases import CASES, OPS
 from delta_rule import PARTS
+from engines import EngineError
 from peers import PEERS
 
 import kimi_linear as kl
@@ -50,7 +54,7 @@ SLOW = 1.0         # seconds of a call that is not repeated: the scalar kernels,
 def main():
     args = arguments()
     if args.compare:
-        return compare(*(json.loads(Path(path).read_text()) for path in args.compare))
+        return compare(*args.compare)
     unknown = set(args.ops) - set(OPS) - set(OTHERS)
     if unknown:
         return f"run: there is no case {', '.join(sorted(unknown))}; there are {', '.join((*OPS, *OTHERS))}"
@@ -74,7 +78,7 @@ def main():
         run_workbench(args, result)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
-    return compare(json.loads(Path(args.against).read_text()), result) if args.against else 0
+    return compare(args.against, result) if args.against else 0
 
 
 def arguments():
@@ -84,7 +88,9 @@ def arguments():
     parser.add_argument("--isa", default="best", help="best, all, or names with commas (default: best)")
     parser.add_argument("--threads", type=integers, metavar="N,N",
                         help="(default: 0, all; 1 and all for delta_rule beside its peers)")
-    parser.add_argument("--tokens", type=integers, metavar="T,T", help="only these T (default: 1,16,64,512)")
+    parser.add_argument("--tokens", type=integers, metavar="T,T",
+                        help="only these T (default: 1,16,64,512; delta_rule beside its peers 4096, too; types 1,512; "
+                             "workbench 2000)")
     parser.add_argument("--model", metavar="PATH", help="for the case model (default: the packaged one)")
     parser.add_argument("--parts", type=names, metavar="P,P",
                         help=f"only: of delta_rule {', '.join(PARTS)}; of hip {', '.join(hip.PARTS)}; "
@@ -94,12 +100,13 @@ def arguments():
     parser.add_argument("--quick", action="store_true", help="parts of delta_rule and hip small, to see that they run")
     parser.add_argument("--device", default="hip", metavar="NAME", help="of hip: hip:N or hip-host (default: hip)")
     parser.add_argument("--accuracy", action="store_true", help="errors of delta_rule's forms, nothing timed")
+    of_any = parser.add_argument_group("a model")
+    of_any.add_argument("--depths", type=integers, default=[0, 4096], metavar="N,N", help="(default: 0,4096)")
+    of_any.add_argument("--prefill", type=positive, default=512, metavar="N", help="(default: 512)")
+    of_any.add_argument("--decode", type=positive, default=64, metavar="N", help="(default: 64)")
     of_model = parser.add_argument_group("a GGUF file beside llama.cpp (--peers none: ours alone)")
     of_model.add_argument("--activations", type=names, default=["int8"], metavar="A,A",
                           help="of ours: int8, bfloat16, float32, or several (default: int8)")
-    of_model.add_argument("--depths", type=integers, default=[0, 4096], metavar="N,N", help="(default: 0,4096)")
-    of_model.add_argument("--prefill", type=positive, default=512, metavar="N", help="(default: 512)")
-    of_model.add_argument("--decode", type=positive, default=64, metavar="N", help="(default: 64)")
     of_model.add_argument("--samples", type=positive, default=5, metavar="N", help="turns (default: 5)")
     of_model.add_argument("--apart", action=argparse.BooleanOptionalAction,
                           help="open one engine at a time (default: where memory has no room for both)")
@@ -107,16 +114,23 @@ def arguments():
     of_model.add_argument("--llama-python", metavar="PATH",
                           help="interpreter that has llama_cpp (default: this one, or .venv-peers/bin/python)")
     parser.add_argument("--json", metavar="FILE", help="write the results")
-    parser.add_argument("--against", metavar="FILE", help="compare with the results in a file")
-    parser.add_argument("--compare", nargs=2, metavar=("OLD", "NEW"), help="compare two files, time nothing")
+    parser.add_argument("--against", type=saved, metavar="FILE", help="compare with the results in a file")
+    parser.add_argument("--compare", type=saved, nargs=2, metavar=("OLD", "NEW"),
+                        help="compare two files, time nothing")
     args = parser.parse_args()
     allowed = {"parts": ("delta_rule", "hip", "types"), "quick": ("delta_rule", "hip"), "accuracy": ("delta_rule",)}
     for option, alone in allowed.items():
         if getattr(args, option) and (len(args.ops) != 1 or args.ops[0] not in alone):
             parser.error(f"--{option} is of {' or '.join(alone)}: name that op alone")
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        parser.error(f"--json is {args.json}: there is no such folder")
+    if args.llama_python and shutil.which(args.llama_python) is None:
+        parser.error(f"--llama-python is {args.llama_python}: there is no such program")
+    if "types" in args.ops and (len(args.threads or [0]) > 1 or len(isas_of(args)) > 1):
+        parser.error("types are timed with one number of threads and one instruction set")
     args.peers = [] if args.peers == ["none"] else args.peers
     parts = {"hip": hip.PARTS, "types": kl.storage_types}.get("".join(args.ops), PARTS)
-    for given, known in ((args.peers, PEERS), (args.parts or [], parts)):
+    for given, known in ((args.peers, PEERS), (args.parts or [], parts), (isas_of(args), kl.isa_list())):
         if unknown := set(given) - set(known):
             parser.error(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     return args
@@ -124,6 +138,17 @@ def arguments():
 
 def names(text):
     return text.replace(",", " ").split()
+
+
+def saved(path):
+    """What --json wrote, for ``type=``: a wrong name is told before anything is timed."""
+    try:
+        found = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error}") from None
+    if not isinstance(found, dict) or "cases" not in found:
+        raise argparse.ArgumentTypeError(f"{path} has no cases; it must be a file that --json wrote")
+    return found
 
 
 def revision():
@@ -170,10 +195,11 @@ def run_case(case, args, results):
     rows = []
     for T in args.tokens or case.tokens:
         sets = case.make(T, rng)
-        contenders = {name: caller(case, sets, ctx) for name, ctx in found.items()}
+        calls = {name: partial(caller, case, ctx) for name, ctx in found.items()}
         if case.sgemm:
             counts = sorted({ctx.threads for ctx in found.values()})
-            contenders |= {f"sgemm {n}": numpy_caller(sets, n) for n in counts}
+            calls |= {f"sgemm {n}": partial(numpy_caller, n) for n in counts}
+        contenders = {name: call(begun_at(sets, i / len(calls))) for i, (name, call) in enumerate(calls.items())}
         flops, n_bytes = case.work(T, sets[0])
         for name, times in take_turns(contenders).items():
             row = {"seconds": spread(times), "flops": flops, "bytes": n_bytes}
@@ -186,15 +212,15 @@ def run_case(case, args, results):
 
 def within_budget(case, arguments, found):
     """Raises where a result is further from float64 than the op's budget allows."""
-    if case.op == "sample":
-        return  # an id: its tests compare it, and it has no error to bound
+    if case.op in ("quantize", "sample"):
+        return  # bytes and ids: their tests compare them, and they have no error to bound
     desired = getattr(kl.reference, case.op)(**arguments)
-    bounds = budget(case.op, desired, **arguments)
+    bounds = np.zeros_like(desired) if case.op == "dequantize" else budget(case.op, desired, **arguments)
     for name, ctx in found.items():
         actual = getattr(kl.ops, case.op)(**arguments, ctx=ctx)
         for a, d, bound in zip(*map(as_tuple, (actual, desired, bounds)), strict=True):
             error = np.abs(np.asarray(a, np.float64) - d)
-            if (error > bound).any():
+            if not (error <= bound).all():  # of NaN neither holds
                 raise SystemExit(f"run: {case.name} with {name} is over its budget; its test says where")
 
 
@@ -202,18 +228,24 @@ def as_tuple(value):
     return value if isinstance(value, tuple) else (value,)
 
 
-def caller(case, sets, ctx):
+def begun_at(sets, share):
+    """The sets from some place on, and then those before: what one contender has read is not hot for the next."""
+    first = int(share * len(sets))
+    return sets[first:] + sets[:first]
+
+
+def caller(case, ctx, sets):
     """A call with the next set of arguments."""
     op, turn = getattr(kl.ops, case.op), iter_forever(sets)
     return lambda: op(**next(turn), ctx=ctx)
 
 
-def numpy_caller(sets, threads):
+def numpy_caller(threads, sets):
     turn = iter_forever(sets)
 
     def call():
         arguments = next(turn)
-        with blas_threads(threads):
+        with blas_threads(threads):  # a microsecond
             np.matmul(arguments["x"], arguments["w"].T)
 
     return call
@@ -273,8 +305,9 @@ def run_model(args, result):
         return run_file(args, result)
     for name, ctx in contexts(args).items():
         model = kl.Model.from_pretrained(args.model, ctx=ctx) if args.model else kl.Model.tiny(ctx=ctx)
-        with progress(tokens_of(512, 64, (0, 4096)), f"{model.name} {name}") as bar:
-            found = bench(model, progress=bar.update)
+        size = {"prefill": args.prefill, "decode": args.decode, "depths": args.depths}
+        with progress(tokens_of(**size), f"{model.name} {name}") as bar:
+            found = bench(model, **size, progress=bar.update)
         show(found)
         result.setdefault("models", {})[f"{model.name} {name}"] = found
         for row in found["rates"]:
@@ -289,7 +322,10 @@ def run_file(args, result):
             threads=n, isas=tuple(isas_of(args)), activations=tuple(args.activations), peer=bool(args.peers),
             python=args.llama_python, depths=tuple(sorted(set(args.depths))), prefill=args.prefill, decode=args.decode,
             samples=args.samples, apart=args.apart, profile=args.profile)
-        found = models.run(args.model, settings)
+        try:
+            found = models.run(args.model, settings)
+        except EngineError as error:
+            raise SystemExit(f"run: {error}") from None
         result.setdefault("files", []).append(found)
         for row in found["rates"]:
             key = f"model {found['file']} {row['kind']} at {row['depth']} {row['engine']} {n or 'all'}"

@@ -6,6 +6,7 @@ compared, and the spread stands beside them.
 
 import contextlib
 import ctypes
+import functools
 import gc
 import math
 import os
@@ -29,6 +30,7 @@ __all__ = [
 
 _READ_BYTES = 8 << 30  # of a model's files that are read for the roof
 _SETTLE = 3            # decode steps before the first that counts
+_ASLEEP = 0.12         # seconds for which threads of OpenBLAS spin after a product, 2**28 cycles, and some more
 
 
 # ---- taking times ----
@@ -117,8 +119,9 @@ def blas_threads(n):
             setter(before)
 
 
+@functools.cache
 def _numpy_blas(what, *argtypes):
-    """A function of the OpenBLAS that NumPy has loaded, or None."""
+    """A function of the OpenBLAS that NumPy has loaded, or None; looked for once, which takes half a millisecond."""
     with contextlib.suppress(OSError), open("/proc/self/maps") as file:
         for path in sorted({line.split()[-1] for line in file if "numpy" in line and "openblas" in line}):
             library = ctypes.CDLL(path)
@@ -170,8 +173,10 @@ class Roofs:
             self.samples[name].clear()
 
     def sample(self, name, n=1):
-        """Adds n samples of a roof and returns their median."""
+        """Adds n samples of a roof and returns their median; behind sgemm its threads are given time to fall asleep."""
         taken = [getattr(self, f"_{name}")() for _ in range(n)]
+        if name == "sgemm":
+            time.sleep(_ASLEEP)
         self.samples[name] += taken
         return statistics.median(taken)
 

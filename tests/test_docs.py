@@ -13,11 +13,14 @@ import kimi_linear.diff
 import kimi_linear.load
 import kimi_linear.testing
 from kimi_linear import _core
+from kimi_linear.config import MIXER_LETTERS
 from kimi_linear.diff import budgets
+from kimi_linear.diff.budgets import _basic
 
 ROOT = Path(__file__).parents[1]
 MATH = ROOT / "docs" / "math.md"
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+STATE = ROOT / "docs" / "state.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 OPS = re.findall(r"^\s+OP\((\w+),", (ROOT / "csrc/ops/list.h").read_text(), re.M)
 INNER = {"cache_append"}  # part of a forward pass: no function of kl.ops
@@ -196,7 +199,74 @@ def test_math_has_a_section_for_each_op(op):
     assert re.search(rf"^### {op}$|^## {op}$", MATH.read_text(encoding="utf-8"), re.M)
 
 
-@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.stem)
+def section(path, title):
+    """The text below a heading that has these words, to the next heading of its level or above."""
+    level, rest = re.search(rf"^(#+) [^\n]*?{title}\n(.*)", path.read_text(encoding="utf-8"), re.M | re.S).groups()
+    return re.split(rf"^#{{1,{len(level)}}} ", rest, flags=re.M)[0]
+
+
+def test_the_forward_pass_names_every_tap():
+    taps = re.findall(r'^ +KL_TAP\(\w+, "([\w.]+)"', (ROOT / "csrc/kimi_linear_model.h").read_text(), re.M)
+    text = section(MATH, "The forward pass")
+    assert len(taps) > 60
+    for name in taps:
+        assert re.search(rf"\b{name.rpartition('.')[2]}\b", text), f"docs/math.md#forward has no {name}"
+
+
+@pytest.mark.parametrize("case", ["kimi-a", "qwen-a"])
+def test_the_page_of_states_has_every_array(case):
+    model = kl.Model.from_pretrained(ROOT / "tests/data/golden" / case)
+    rows = section(STATE, "What it holds").splitlines()
+    for mixer, array in {tuple(name.split(".")[2:]) for name in dict(model.new_state().items())}:
+        assert any(row.startswith(f"| `layers.i.{mixer}.") and f"{array}`" in row for row in rows), (mixer, array)
+    size = model.plan(context=512)
+    n, c = {kind: sum(layer.mixer == kind for layer in model.config.layers) for kind in MIXER_LETTERS}, model.config
+    H, K, W = c.kda_heads, c.kda_head_dim, c.conv_width
+    gdn = c.gdn_v_heads * c.gdn_k_dim * c.gdn_v_dim + (W - 1) * (
+        2 * c.gdn_k_heads * c.gdn_k_dim + c.gdn_v_heads * c.gdn_v_dim)
+    assert size.state_fixed == 4 * (n["kda"] * (H * K * K + 3 * (W - 1) * H * K) + n["gdn"] * gdn)
+    assert size.state_page == 4 * 512 * (n["mla"] * (c.kv_rank + c.rope_dim)
+                                         + n["attn"] * 2 * c.attn_kv_heads * c.attn_head_dim)
+
+
+def test_the_readme_explains_the_letters_of_layers():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    explained = re.search(r"a letter a layer: (.*?);", text, re.S)[1]
+    assert set(re.findall(r"\b([A-Z]) \w", explained)) == set(MIXER_LETTERS.values())
+
+
+def blocks(title):
+    """The blocks of code below a heading of the README."""
+    return re.findall(r"^```\w*\n(.*?)^```", section(ROOT / "README.md", title), re.M | re.S)
+
+
+def test_the_first_example_of_the_readme_prints_what_it_shows(capsys):
+    code, shown = blocks(r"Is this op right\?")
+    exec(code, {})
+    printed = capsys.readouterr().out
+    assert re.sub(r"[\d.]+(e-\d+)?", "#", printed).split() == re.sub(r"[\d.]+(e-\d+)?", "#", shown).split()
+
+
+def test_the_edits_of_the_readme_run():
+    model = kl.Model.tiny()
+    (code,) = blocks("Change something inside")
+    ids = model.tokenizer.encode("And the LORD said unto Moses, Speak unto the children of Israel")
+    theirs = np.zeros_like(model.trace(ids, "layers.2.kda.beta")["layers.2.kda.beta"])
+    run = {"kl": kl, "np": np, "model": model, "theirs_beta": theirs}
+    exec(code, run)
+    assert run["rest"].tobytes() == run["whole"].tobytes() and run["lens"].shape == run["whole"].shape
+    for name in ("slower", "replaced", "unread"):
+        assert (run[name] != run["whole"]).any(), name
+
+
+@pytest.mark.parametrize("function", [kl.reference.rms_norm, _basic.rms_norm], ids=["reference", "budget"])
+def test_the_page_of_a_new_op_shows_the_code(function):
+    shown = re.findall(r"^```python\n(def rms_norm.*?)^```", (ROOT / "docs/add-an-op.md").read_text(), re.M | re.S)
+    code = inspect.getsource(function)
+    assert any(all(line in code for line in block.splitlines()) for block in shown)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_links_and_paths_in_docs(path):
     text = path.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)\s]+)\)", text):

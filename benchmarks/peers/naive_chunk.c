@@ -2,7 +2,7 @@
  * differences of cumulative sums, plain loops; and the rate of the memory that a step is held against.
  *
  *   naive_chunk: q, k [T, H, K]  v, o [T, H, V]  g [T, H, K] (channel) or [T, H]  beta [T, H]
- *                state [H, K, V], in place. K and V at most 256. Heads are dealt to the threads.
+ *                initial, state [H, K, V]. K and V at most 256. Heads are dealt to the threads.
  *   read_write:  x[i] *= 1, each value read and written where it lies.
  *
  * With G the sums of g from the chunk's first row, for rows j <= i:
@@ -19,7 +19,7 @@ enum { CHUNK = 64, WIDEST = 256, MOST_THREADS = 64 };
 
 typedef struct job {
     float *o, *state;
-    const float *q, *k, *v, *g, *beta;
+    const float *q, *k, *v, *g, *beta, *initial;
     int64_t T, H, K, V;
     int channel;
     int64_t head, step; /* first head of this thread, and how many it goes on by */
@@ -136,9 +136,12 @@ static void run_chunk(const job *a, int64_t h, int64_t t, int n)
 static void *heads(void *arg)
 {
     const job *a = arg;
-    for (int64_t h = a->head; h < a->H; h += a->step)
+    const int64_t size = a->K * a->V;
+    for (int64_t h = a->head; h < a->H; h += a->step) {
+        memcpy(a->state + h * size, a->initial + h * size, (size_t)size * sizeof *a->state);
         for (int64_t t = 0; t < a->T; t += CHUNK)
             run_chunk(a, h, t, (int)(a->T - t < CHUNK ? a->T - t : CHUNK));
+    }
     return NULL;
 }
 
@@ -158,14 +161,14 @@ static int run(void *(*work)(void *), void *jobs, size_t size, int threads)
 }
 
 int naive_chunk(float *o, float *state, const float *q, const float *k, const float *v,
-                const float *g, const float *beta, int64_t T, int64_t H, int64_t K, int64_t V,
-                int channel, int threads)
+                const float *g, const float *beta, const float *initial, int64_t T, int64_t H,
+                int64_t K, int64_t V, int channel, int threads)
 {
     job jobs[MOST_THREADS];
     if (K > WIDEST || V > WIDEST || threads < 1 || threads > MOST_THREADS)
         return -1;
     for (int i = 0; i < threads; i++)
-        jobs[i] = (job){ o, state, q, k, v, g, beta, T, H, K, V, channel, i, threads };
+        jobs[i] = (job){ o, state, q, k, v, g, beta, initial, T, H, K, V, channel, i, threads };
     return run(heads, jobs, sizeof *jobs, threads);
 }
 

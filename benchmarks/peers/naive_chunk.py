@@ -30,7 +30,7 @@ def library():
         raise Missing(f"naive chunk is missing: {compiler} did not build it ({why}); set CC to a C compiler") from None
     lib = ctypes.CDLL(str(built))
     lib.keep = keep
-    lib.naive_chunk.argtypes = [_P] * 7 + [_I64] * 4 + [_INT] * 2
+    lib.naive_chunk.argtypes = [_P] * 8 + [_I64] * 4 + [_INT] * 2
     lib.read_write.argtypes = [_P, _I64, ctypes.c_float, _INT]
     return lib
 
@@ -47,14 +47,13 @@ class Call:
     def __init__(self, arguments, threads):
         q, v, g = arguments["q"], arguments["v"], arguments["g"]
         (T, H, K), V = q.shape, v.shape[2]
-        self.function, self.initial = library().naive_chunk, arguments["initial_state"]
-        self.o, self.state = np.zeros_like(v), self.initial.copy()
-        self.inputs = [np.ascontiguousarray(arguments[name]) for name in ("q", "k", "v", "g", "beta")]
+        self.function, self.o, self.state = library().naive_chunk, np.zeros_like(v), np.zeros((H, K, V), np.float32)
+        names = ("q", "k", "v", "g", "beta", "initial_state")
+        self.inputs = [np.ascontiguousarray(arguments[name]) for name in names]
         self.arguments = [a.ctypes.data for a in (self.o, self.state, *self.inputs)]
         self.arguments += [T, H, K, V, int(g.ndim == 3), threads]
 
     def __call__(self):
-        self.state[...] = self.initial
         if self.function(*self.arguments) != 0:
             raise RuntimeError("naive_chunk: widths are at most 256, threads at most 64")
 

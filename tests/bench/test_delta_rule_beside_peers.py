@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -77,11 +78,30 @@ def test_a_contender_of_another_rule_is_not_timed():
         def result(self):
             return right.result()[0] * 1.01, right.result()[1]
 
+    class NoState(Wrong):
+        def result(self):
+            return right.result()[0], right.result()[1] * np.nan
+
     arguments = delta_rule.inputs("channel", 5, 2, 16)
     right = delta_rule.ours(arguments, kl.Context(threads=1), ["auto"])["auto"]
     assert delta_rule.judge({"auto": right}, arguments)["auto"] < 5e-7
     with pytest.raises(SystemExit, match="other is off by 1.0e-02"):
         delta_rule.judge({"auto": right, "other": Wrong()}, arguments)
+    with pytest.raises(SystemExit, match="other is off by nan"):
+        delta_rule.judge({"auto": right, "other": NoState()}, arguments)
+
+
+def test_a_part_that_cannot_be_is_left_out_and_the_rest_runs(monkeypatch, capfd, tmp_path):
+    """The rate of the memory is measured by a C program: without a compiler there is no decode."""
+    def missing():
+        raise peers.Missing("naive chunk is missing: set CC to a C compiler")
+
+    file = tmp_path / "result.json"
+    monkeypatch.setattr(peers.naive_chunk, "library", missing)
+    argv = ["delta_rule", "--quick", "--peers", "none", "--threads", "1", "--parts", "decode,chunks", "--json", file]
+    assert not benchmark(monkeypatch, *argv)
+    assert "decode is left out: naive chunk is missing: set CC to a C compiler" in capfd.readouterr().out
+    assert set(json.loads(file.read_text())["delta_rule"]) == {"chunks"}
 
 
 def test_accuracy(monkeypatch, capfd, tmp_path):
@@ -119,6 +139,24 @@ def test_a_peer_computes_the_rule(name, gate, T, threads):
             call()
             for got, right in zip(call.result(), want, strict=True):
                 assert got.shape == right.shape and delta_rule.relative_rms(got, right) < bound, label
+
+
+SPINNING = [name for name in HERE if name in ("ggml", "torch_delta")]  # while they wait for work
+
+if SPINNING:
+
+    @pytest.mark.parametrize("name", SPINNING)
+    def test_the_threads_of_a_peer_sleep_before_the_next_contender(name):
+        """What the process computes while it rests, at the best of five."""
+        for label, call in peer(name, delta_rule.inputs("head", 64, 8, 64), 2).items():
+            spun = []
+            for _ in range(5):
+                call()
+                time.sleep(delta_rule.REST)
+                begin = time.process_time()
+                time.sleep(0.02)
+                spun.append(time.process_time() - begin)
+            assert min(spun) < 0.002, label
 
 
 if "torch_delta" in HERE:

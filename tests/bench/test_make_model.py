@@ -178,10 +178,19 @@ def test_published_qwen_sizes():
     (["--type", "Q9_X"], "the type is 'Q9_X'; it must be one of F32"),
     (["--type", "F32", "--map", "blk.9*=F16"], "no matrix is named like blk.9*"),
     (["--vocab", "500"], "the vocabulary is 500; it must have 512 tokens"),
+    (["--vocab", "100"], "the vocabulary is 100; it must have 512 tokens"),
+    (["--shape", "qwen35-small", "--experts", "4"], "--experts is 4; qwen35-small has none"),
 ])
 def test_what_cannot_be_made_is_said_and_leaves_no_file(monkeypatch, tmp_path, argv, sentence):
     assert sentence in make(monkeypatch, tmp_path / "a.gguf", "--shape", "small", *argv)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("option", ["--layers", "--experts", "--vocab"])
+def test_a_size_of_0_is_refused(monkeypatch, tmp_path, capsys, option):
+    with pytest.raises(SystemExit):
+        make(monkeypatch, tmp_path / "a", option, "0")
+    assert f"argument {option}: it is '0'; it must be an integer >= 1" in capsys.readouterr().err
 
 
 def test_a_map_is_a_pattern_and_a_type(monkeypatch, tmp_path, capsys):

@@ -21,6 +21,13 @@ def test_every_type_has_its_rates():
     assert {"Q8_0", "Q4_K", "MXFP4", "BF16"} <= narrow and not narrow & {"F32", "F16", "IQ1_S"}
 
 
+def test_values_are_written_where_there_is_memory_already(monkeypatch):
+    seen, dequantize = [], kl.ops.dequantize
+    monkeypatch.setattr(kl.ops, "dequantize", lambda *args, **named: seen.append(named) or dequantize(*args, **named))
+    assert list(storage_types.run(["Q4_K"], tokens=(1,), turns=3, rows=24, at_least=1 << 16, threads=1))
+    assert len({named["out"].ctypes.data for named in seen}) == 1
+
+
 def bits(name):
     kind = kl.storage_types[name]
     return 8 * kind.bytes / kind.values

@@ -125,6 +125,6 @@ def test_notebook(browser, tmp_path):
     fetched = re.search(r"<pre id=\"fetched\">([^<]*)</pre>", dom)[1].split()
     assert [name for name in fetched if not name.startswith(("file:", "data:"))] == []
     said = next(out for cell in notebook.cells for out in cell.get("outputs", []) if "text/html" in out.get("data", {}))
-    verdict = re.search(r"<p class='verdict no'>([^<]*)</p>", said.data["text/html"])[1]
-    assert f"<p class=\"verdict no\">{verdict}</p>" in dom and "decay_after_correction" in verdict
+    verdict = unescape(re.search(r"<p class='verdict no'>([^<]*)</p>", said.data["text/html"])[1])
+    assert f"<p class=\"verdict no\">{verdict}</p>" in unescape(dom) and "decay_after_correction" in verdict
     assert dom.count("<g class=\"cells\"") == 1 and "all of it holds" in dom
