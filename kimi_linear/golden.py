@@ -1,8 +1,8 @@
 """Module paths of transformers (and of the golden files) and the taps that hold the same numbers.
 
 A golden file names each array ``<module path>``, where needed behind a prompt's prefix:
-``short/model.layers.2.mlp``. Leading batch axes of 1 are dropped, heads are split, router choices are sorted
-by expert id, and the convolution cache, [q|k|v channels, W] with the newest column last, becomes three
+``short/model.layers.2.mlp``. The axes of a batch and of its tokens become one, heads are split, router choices are
+sorted by expert id, and the convolution cache, [q|k|v channels, W] with the newest column last, becomes three
 histories [W-1, channels], oldest first. A module whose output holds several taps (the joint projections) is cut
 into them.
 """
@@ -43,7 +43,8 @@ def _grouped_columns(c: Config):
 
 
 #: Outside the layers.
-GLOBAL = {"model.embed_tokens": "embed", "model.norm": "norm", "lm_head": "logits", "logits": "logits"}
+LOGITS = ("lm_head", "logits")
+GLOBAL = {"model.embed_tokens": "embed", "model.norm": "norm", **dict.fromkeys(LOGITS, "logits")}
 
 #: Module path below ``model.layers.<i>`` -> tap below ``layers.<i>``, by kind of mixer and feed-forward.
 LAYER = {"": "out", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
@@ -203,6 +204,22 @@ def to_taps(arrays: Mapping[str, np.ndarray], config: Config, prefix: str = "") 
     for tap in [t for t in out if t.endswith("moe.ids")]:
         _sort_experts(out, tap)
     return out
+
+
+def offsets_of(arrays: Mapping[str, np.ndarray], config: Config, prefix: str = "") -> list[int] | None:
+    """Where the sequences of a batch without padding begin and end in the rows of `to_taps`, by the modules whose
+    results are [sequences, tokens, channels]; None of one sequence."""
+    shapes = set()
+    for name in arrays:
+        path = name.removeprefix(prefix)
+        entry = _entry(path, config) if name.startswith(prefix) and path not in LOGITS else None
+        if isinstance(entry, str) and not path.startswith("cache/") and _tail(entry, config) is None \
+                and np.ndim(arrays[name]) == 3:
+            shapes.add(np.shape(arrays[name])[:2])
+    if len(shapes) != 1:
+        return None
+    (n, length), = shapes
+    return [length * i for i in range(n + 1)] if n > 1 else None
 
 
 def _cut(x: np.ndarray, name: str, entry: Several, config: Config) -> dict[str, np.ndarray]:

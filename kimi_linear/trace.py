@@ -138,7 +138,8 @@ class Trace(Mapping):
         path : str or path
             A safetensors file.
         names : {None, "hf"}
-            ``"hf"``: the arrays are named by transformers' module paths and come in its shapes; they become ours.
+            ``"hf"``: the arrays are named by transformers' module paths and come in its shapes; they become ours. A
+            batch, which must be without padding, becomes so many sequences.
         config : Config, needed with ``names="hf"``
         prefix : str
             Of the names to take, removed.
@@ -168,12 +169,15 @@ class Trace(Mapping):
         if config is None:
             raise ValueError("names='hf' needs config=: shapes of heads are not in the file")
         from .dataflow import nodes
-        from .golden import to_taps
+        from .golden import offsets_of, to_taps
 
         lazy = {name: file[name].array() for name in file}
         if f"{prefix}tokens" in lazy:
             meta["tokens"] = lazy[f"{prefix}tokens"].tolist()
         taps = to_taps(lazy, config, prefix)
+        offsets = offsets_of(lazy, config, prefix)
+        if offsets is not None:
+            meta.setdefault("offsets", offsets)
         own = {node.tap for node in nodes(config)}.intersection(name.removeprefix(prefix) for name in lazy)
         if len(own) > len(taps):
             raise ValueError(f"{path}: {len(own)} of its {len(lazy)} names are our taps, {len(taps)} are modules of "

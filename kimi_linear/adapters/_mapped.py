@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .._arrays import as_array
 from .._names import near
 from ..config import Config
 from ..dataflow import in_order
@@ -20,7 +21,8 @@ from ._layout import Batch, Layout, bring, places
 __all__ = ["config_of", "load_mapping", "read", "steps_of"]
 
 FIELDS = ("taps", "tokens", "lengths", "padding", "layer_base", "dtype", "source", "model")
-ENTRY = ("file", "key", "axes", "steps", "bits", "scale")
+ENTRY = {"file": "a name, or a list of names", "key": "a name", "axes": "letters", "steps": "a list",
+         "bits": "'bfloat16'", "scale": "a number"}
 
 
 def config_of(model) -> Config:
@@ -103,7 +105,7 @@ def read(get: Callable[[str | None, str | None], np.ndarray], there: list[str], 
 
 def _batch(mapping):
     lengths = mapping.get("lengths") or ()
-    if not all(isinstance(n, int) for n in lengths):
+    if not isinstance(lengths, list | tuple) or not all(isinstance(n, int) for n in lengths):
         raise ValueError(f"lengths is {strict_json.show(lengths)}; it must be a list of integers")
     return Batch(tuple(lengths), mapping.get("padding", "right"))
 
@@ -117,6 +119,8 @@ def _entries(name, entry, mapping, known, get, left_out):
     for field in entry:
         if field not in ENTRY:
             raise ValueError(f"{name} has {field!r}; it may have {', '.join(ENTRY)}")
+        if not _fits(field, entry[field]):
+            raise ValueError(f"{name}: {field} is {strict_json.show(entry[field])}; it must be {ENTRY[field]}")
     taps, layout = [t.strip() for t in name.split("|")], _layout(name, entry)
     if not any("{i}" in t for t in taps):
         _check(taps, known)
@@ -138,6 +142,15 @@ def _entries(name, entry, mapping, known, get, left_out):
         yield [t.replace("{i}", str(i)) for t in taps], where, x, layout
     if len(missing) == len(fitting):
         raise missing[0]
+
+
+def _fits(field, value):
+    """Whether a field of an entry is of the right kind; `_layout` looks into steps."""
+    if field == "scale":
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if field == "file" and isinstance(value, list):
+        return bool(value) and all(isinstance(name, str) for name in value)
+    return field == "steps" or isinstance(value, str) or field in ("file", "key") and isinstance(value, Path | None)
 
 
 def _layout(name, entry):
@@ -197,7 +210,7 @@ def _tokens(mapping, get, batch, lengths):
     if isinstance(given, str | Mapping):
         where, x = _array({"file": given} if isinstance(given, str) else given, get, None)
     else:
-        x = np.asarray(given)
+        x = as_array(given, where)
     if x.dtype.kind not in "iu":
         raise TypeError(f"{where} is {x.dtype}; tokens must be integers")
     x = x if x.ndim == 2 else x.reshape(1, -1)

@@ -31,6 +31,7 @@ from .transformers import input_taps
 __all__ = ["figures", "read"]
 
 TREE = "_debug_tree_FULL_TENSORS.json"
+DTYPES = ("float64", "float32", "float16", "bfloat16")
 _PRINTED = ("its tensors are printed and not kept: record with use_repr=False; `figures` gives the shapes, means and "
             "extremes that are there")
 
@@ -59,13 +60,15 @@ def read(path, *, model):
     tree, folder = _tree(path)
     config, printed = config_of(model), 0
     known = places(config)
-    outputs, taps = {}, {}
+    outputs, taps, dtypes = {}, {}, []
     for module, side, keys, tensor in _tensors(tree):
         if not str(tensor["value"]).startswith("./") or isinstance(tensor["value"], list):
             printed += 1
             continue
         if side == "outputs":
-            outputs.update(_output(module, keys, tensor, folder, config))
+            found = _output(module, keys, tensor, folder, config)
+            outputs.update(found)
+            dtypes += [str(tensor["dtype"]).removeprefix("torch.")] * len(found)
         elif keys == ("args", 0):
             taps |= input_taps(module, lambda tensor=tensor: _array(tensor, folder), config)
     tokens = _tokens(tree, folder)
@@ -77,6 +80,10 @@ def read(path, *, model):
             raise ValueError(f"{tap} has shape {list(x.shape)}; of this model it must be "
                              f"{['T', *place.sizes]}: is it another?")
     meta = {"source": "transformers' model-addition debugger", "model": str(tree.get("module_path", "?"))}
+    dtypes = [dtype for dtype in dtypes if dtype in DTYPES]
+    meta |= {"dtype": max(set(dtypes), key=dtypes.count)} if dtypes else {}
+    offsets = golden.offsets_of(outputs, config)
+    meta |= {"offsets": offsets} if offsets else {}
     meta |= {"tokens": tokens.tolist()} if tokens is not None else {}
     pruned = [i for i in range(config.n_layers) if not any(t.startswith(f"layers.{i}.") for t in taps)]
     if pruned:
@@ -165,7 +172,7 @@ def _tokens(tree, folder):
     if not isinstance(ids, dict) or not str(ids.get("value", "")).startswith("./"):
         return None
     x = _array(ids, folder)
-    return x.reshape(-1) if x.dtype.kind in "iu" and x.size == x.shape[-1] else None
+    return x.reshape(-1) if x.dtype.kind in "iu" else None
 
 
 def _number(text):

@@ -38,6 +38,8 @@ OUTPUTS = ("model.embed_tokens", "model.norm", "logits_processor", "model.layers
 SKIPPED = ("*.experts", "*.experts.*", "*.attn_mqa", "*.attn_mha", "*.kv_b_proj", "*.rotary_emb", "*.mla_attn")
 #: Modules whose first arguments are kept as well.
 INPUTS = ("*.o_norm", "*.linear_attn.norm", "*.o_proj", "*.attn")
+#: Where vLLM says which rows of a pool of states are those of the batch's requests.
+SLOTS = ("non_spec_state_indices_tensor", "state_indices_tensor")
 #: Arguments of a recorded function of which only some rows are kept: argument -> that of the rows.
 ROWS = {"initial_state": "ssm_state_indices"}
 
@@ -45,8 +47,8 @@ ROWS = {"initial_state": "ssm_state_indices"}
 def attach(model, folder, outputs=OUTPUTS, inputs=INPUTS, skipped=SKIPPED, root="model", limit=None):
     """Hook a model; gives a Recorder, whose ``close()`` writes the last call and takes the hooks away.
 
-    `outputs`, `inputs`, `skipped` are globs of module names; `root` is the module one run of which is one call; after
-    `limit` calls nothing more is kept.
+    `folder` is made where it is not, and must have no calls of another run. `outputs`, `inputs`, `skipped` are globs of
+    module names; `root` is the module one run of which is one call; after `limit` calls nothing more is kept.
     """
     return Recorder(model, folder, outputs, inputs, skipped, root, limit)
 
@@ -77,7 +79,9 @@ class Recorder:
         named = {_join(prefix, name): module for name, module in model.named_modules()}
         if root not in named:
             raise ValueError(f"the model has no module {root!r}; it has {', '.join(list(named)[:5])}")
-        self.handles = [named[root].register_forward_pre_hook(self.begin, with_kwargs=True)]
+        if any(f.startswith("call-") for f in os.listdir(folder)):
+            raise ValueError(f"{folder} has the calls of another run; give a folder of its own, or remove them")
+        self.handles = [_Before(named[root], self.begin)]
         for name, module in named.items():
             if any(fnmatch.fnmatchcase(name, p) for p in skipped):
                 continue
@@ -130,7 +134,7 @@ class Recorder:
 
     def state(self, path, when, module, *_):
         """The rows of a delta net's recurrent state that the batch owns."""
-        slots, cache = (self.batch or {}).get("slots"), module.kv_cache
+        slots, cache = _slots_of(module, path, (self.batch or {}).get("slots")), module.kv_cache
         while isinstance(cache, (tuple, list)) and len(cache):
             cache = cache[-1]  # the recurrent state lies behind those of the convolutions
         if self.about is not None and slots and isinstance(cache, torch.Tensor) and cache.dim() == 4:
@@ -161,6 +165,31 @@ class Recorder:
         self.handles = []
 
 
+class _Before:
+    """Calls `tell` before a module's forward, until it is removed.
+
+    No forward hook: vLLM's classes with @support_torch_compile call forward by themselves in eager mode, and hooks not.
+    """
+
+    def __init__(self, module, tell):
+        self.module, self.own, real = module, vars(module).get("forward"), module.forward
+
+        @functools.wraps(real)
+        def forward(*args, **kwargs):
+            tell(module, args, kwargs)
+            return real(*args, **kwargs)
+
+        module.forward = self.forward = forward
+
+    def remove(self):
+        """Put the module's forward back."""
+        if vars(self.module).get("forward") is not self.forward:
+            return
+        del self.module.forward
+        if self.own is not None:
+            self.module.forward = self.own
+
+
 # ---- functions -----------------------------------------------------------------------------------------
 
 
@@ -184,7 +213,7 @@ def record_function(dotted, folder, op="delta_rule", conventions="vllm", limit=N
         given = _named(real, args, kwargs)
         tensors, layout, options, rows = {}, {}, {}, {}
         for argument, value in given.items():
-            if argument in ROWS and given.get(ROWS[argument]) is not None:
+            if argument in ROWS and value is not None and given.get(ROWS[argument]) is not None:
                 rows[value.data_ptr()] = given[ROWS[argument]].long()
                 value = value[rows[value.data_ptr()]]
             if argument in ROWS.values():
@@ -218,25 +247,40 @@ def _batch(given):
     for value in given.values():
         if hasattr(value, "forward_mode"):
             return _batch_of_sglang(value)
-    context = sys.modules.get("vllm.forward_context")
-    if context is None:
-        return {}
     try:
-        metadata = context.get_forward_context().attn_metadata
-    except (AssertionError, AttributeError):
+        metadata = _metadata_of_vllm()
+    except (AssertionError, AttributeError, KeyError):
         return {}
     if metadata is None:
         return None
-    found = {}
     of_layers = metadata.values() if isinstance(metadata, dict) else [metadata]
-    for name, attributes in (("offsets", ("non_spec_query_start_loc", "query_start_loc")),
-                             ("slots", ("non_spec_state_indices_tensor", "state_indices_tensor")),
-                             ("rows", ("num_actual_tokens",))):
-        values = (getattr(m, a, None) for a in attributes for m in of_layers)
-        found[name] = _plain(next((v for v in values if v is not None), None))
+    found = {"offsets": _first(of_layers, ("non_spec_query_start_loc", "query_start_loc")),
+             "slots": _first(of_layers, SLOTS), "rows": _first(of_layers, ("num_actual_tokens",))}
     if found["slots"] and found["offsets"]:
         found["slots"] = found["slots"][:len(found["offsets"]) - 1]  # the rest is padding
     return found
+
+
+def _metadata_of_vllm():
+    """Of every layer of the run, by its prefix, or of all; None of a profile run."""
+    return sys.modules["vllm.forward_context"].get_forward_context().attn_metadata
+
+
+def _slots_of(module, path, slots):
+    """Those of the batch in a layer's own pool: each KV cache group of vLLM has its own; else `slots`."""
+    try:
+        metadata = _metadata_of_vllm()
+    except (AssertionError, AttributeError, KeyError):
+        return slots
+    own = metadata.get(getattr(module, "prefix", path)) if isinstance(metadata, dict) else None
+    own = _first([own], SLOTS)
+    return own[:len(slots)] if own and slots else slots
+
+
+def _first(objects, attributes):
+    """The first of the attributes that one of the objects has, as a list or a number; else None."""
+    values = (getattr(x, a, None) for a in attributes for x in objects)
+    return _plain(next((v for v in values if v is not None), None))
 
 
 def _batch_of_sglang(batch):

@@ -51,7 +51,7 @@ def record(folder, functions=None, *, limit=None):
     Raises
     ------
     ModuleNotFoundError
-        If fla is not installed.
+        If fla is not installed, or a module of `functions` is not in it.
     """
     chosen = list(OPS) if functions is None else list(functions)
     for name in chosen:
@@ -59,9 +59,9 @@ def record(folder, functions=None, *, limit=None):
             raise ValueError(f"functions has {name!r}; it must be of {', '.join(OPS)}")
     places = []
     with contextlib.ExitStack() as stack:
-        for name in chosen:
-            module, _, function = name.rpartition(".")
-            real = getattr(_imported(module), function, None)
+        for name, there in _modules(chosen, functions is None):
+            function = name.rpartition(".")[2]
+            real = getattr(there, function, None)
             if real is None:
                 continue
             op, conventions = OPS[name]
@@ -71,6 +71,21 @@ def record(folder, functions=None, *, limit=None):
                 stack.callback(setattr, place, function, real)
                 places.append(f"{place.__name__}.{function}")
         yield places
+
+
+def _modules(names, some):
+    """(name, its module) of functions; with `some`, those whose module is there, if one is."""
+    found, lacking = [], None
+    for name in names:
+        try:
+            found.append((name, _imported(name.rpartition(".")[0])))
+        except ModuleNotFoundError as error:
+            lacking = error
+            if not some:
+                raise
+    if not found and lacking is not None:
+        raise lacking
+    return found
 
 
 def _imported(module):

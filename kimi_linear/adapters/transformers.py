@@ -73,7 +73,7 @@ def trace(model, tokens, taps="*", *, state=False):
     Raises
     ------
     ValueError
-        If `model` is none of `CLASSES`, or a glob matches nothing.
+        If `model` is none of `CLASSES`, `tokens` are not of one sequence, or a glob matches nothing.
     """
     import torch
 
@@ -87,7 +87,10 @@ def trace(model, tokens, taps="*", *, state=False):
                 kept[name] = np.array(x)
 
     known, mixers = golden.names(config), {layer.mixer for layer in config.layers}
-    ids = torch.as_tensor(np.asarray(tokens), device=model.device)[None]
+    ids = torch.as_tensor(np.asarray(tokens), device=model.device)
+    if ids.ndim != 1:
+        raise ValueError(f"tokens has shape {list(ids.shape)}; it must be [T], one sequence")
+    ids = ids[None]
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     # Without an attention layer no cache of transformers knows a length, which making masks would ask for.
     mask = None if mixers & {"mla", "attn"} else {"full_attention": None, "linear_attention": None}

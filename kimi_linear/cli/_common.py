@@ -71,7 +71,7 @@ def add_json_argument(parser):
 
 
 def add_names_arguments(parser, file):
-    """``--names``, ``--mapping``, ``--prefix``: what a foreign trace is; the kinds are those of `adapters.KINDS`."""
+    """``--names``, ``--mapping``, ``--prefix``, ``--slot``: what a foreign trace is, as `adapters.KINDS` has it."""
     from ..adapters import KINDS
 
     parser.add_argument("--names", choices=tuple(KINDS), metavar="KIND",
@@ -80,12 +80,17 @@ def add_names_arguments(parser, file):
     parser.add_argument("--mapping", metavar="FILE",
                         help="JSON, for arrays and pt (default: mapping.json in the folder)")
     parser.add_argument("--prefix", default="", metavar="TEXT", help=f"of the names in {file} to take (default: all)")
+    parser.add_argument("--slot", type=non_negative, metavar="N",
+                        help="of what vLLM or SGLang recorded, the request in this slot of its pool (default: all of "
+                             "them, the same ones in every call)")
 
 
 def check_names(args, given, option):
-    """ValueError where --names lacks `option`, which has the shapes of heads, or --mapping is for nothing."""
+    """ValueError where --names lacks `option`, which has the shapes of heads, or --mapping or --slot is for nothing."""
     if args.mapping is not None and args.names not in ("arrays", "pt"):
         raise ValueError("--mapping is for --names arrays and --names pt")
+    if args.slot is not None and args.names not in ("vllm", "sglang"):
+        raise ValueError("--slot is for --names vllm and --names sglang")
     if args.names is not None and given is None:
         raise ValueError(f"--names {args.names} needs {option}: shapes of heads are not in the file")
 
@@ -98,7 +103,14 @@ def foreign_calls(args, path, config):
     if ours and args.prefix and args.names is None:
         raise ValueError(f"--prefix is {args.prefix!r}, and {path} is a trace of ours, whose names have none; it is "
                          "for files of another kind")
-    return [ours] if ours else load(path, args.names, model=config, prefix=args.prefix, mapping=args.mapping)
+    if ours:
+        return [ours]
+    calls = load(path, args.names, model=config, prefix=args.prefix, mapping=args.mapping)
+    if args.slot is None:
+        return calls
+    from ..adapters.vllm import of_slot
+
+    return of_slot(calls, args.slot)
 
 
 def foreign_call(args, path, config):

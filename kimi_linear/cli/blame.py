@@ -15,7 +15,7 @@ EPILOG = """
 kimi-linear blame ~/models/kimi theirs.safetensors
 kimi-linear blame ~/models/kimi theirs.safetensors --names hf --prefix short/ --dtype bfloat16
 kimi-linear blame ~/models/kimi prompt.safetensors first-token.safetensors second-token.safetensors
-kimi-linear blame ~/models/kimi calls --names vllm
+kimi-linear blame ~/models/kimi calls --names vllm --slot 3
 kimi-linear blame ~/models/kimi theirs.safetensors --weights ~/models/converted.gguf
 kimi-linear blame --faults
 

@@ -15,6 +15,8 @@ from . import metrics
 from ._narrow import Jittered, Narrow
 from ._noise import ATTENDS, draws_of, long_sums
 from ._opened import open_array, open_ids
+from ._ratios import noise_of_fault, ratios, score, sums_in
+from ._ties import with_their_experts
 from ._weights import compare_weights, names_of
 from .blame import NO_TOKENS, USUAL, WRONG, Blame, Judged, as_calls, level_of, ranked
 
@@ -29,7 +31,6 @@ TIED_ROWS = 6  # so many rows with equal scores, all to the last expert, are a r
 LARGEST = 3e38
 OPENED = 4  # of the wrong ops, to be looked at
 WITHOUT = ("cache_append",)
-ELEMENTWISE = ("add", "sigmoid", "sigmoid_gate", "swiglu")  # no sum whose parts may leave the range one by one
 
 
 class Run:
@@ -44,6 +45,7 @@ class Run:
         self.structure = _wrong_kinds(self.config, calls)
         self.scene, self.last = _scene(calls, self.nodes), calls[-1]
         self.types, self.values = self._values(calls, tokens)
+        self.chosen = {}  # (tap, tap of a router in its group) -> the ids that the tap shows
         self.unit = self._unit(calls, dtype)
         said = getattr(calls[0], "meta", {}).get("activations") if activations is None else activations
         self.narrow, self.told = Narrow(said or "float32", self.weights), said is not None
@@ -69,6 +71,8 @@ class Run:
                 raise ValueError(f"{tap} has shape {list(x.shape)}; it must be {[self.scene.T, *node.shape]}")
             types[tap] = x.dtype
             x = x.reshape(self.scene.T, *node.shape)
+            if node.op == "route":
+                self._check_experts(tap, x)
             values[tap] = x if x.dtype.kind in "iu" else x.astype(np.float64)
         if not values:
             raise ValueError(f"theirs has no tap of this model: it has {', '.join(list(calls[0])[:3]) or 'none'}; the "
@@ -76,8 +80,19 @@ class Run:
         values[dataflow.POSITIONS] = self.scene.positions()
         ids = [tokens] if tokens is not None else [getattr(x, "tokens", None) for x in calls]
         if all(x is not None for x in ids) and len(ids) == len(calls):
-            values[dataflow.TOKENS] = self.scene.lay([np.ravel(x).astype(np.int64) for x in ids])
+            ids = [np.ravel(x).astype(np.int64) for x in ids]
+            for x, call in zip(ids, calls):
+                if len(x) != _length(call, self.nodes):
+                    raise ValueError(f"tokens has {len(x)} ids; the call has {_length(call, self.nodes)} tokens")
+            values[dataflow.TOKENS] = self.scene.lay(ids)
         return types, values
+
+    def _check_experts(self, tap, ids):
+        """ValueError where an id is of no expert."""
+        rows, _ = np.nonzero((ids < 0) | (ids >= self.config.n_experts))
+        if len(rows):
+            raise ValueError(f"{tap} has {ids[rows[0]].tolist()} at {self.scene.place(int(rows[0]))}; expert ids must "
+                             f"be in 0..{self.config.n_experts - 1}")
 
     def _unit(self, calls, dtype):
         """u of the type that they computed in, as far as they say."""
@@ -113,6 +128,8 @@ class Run:
                 y = faulty[1].result(site, faulty[2])
                 if y is None:
                     return None
+            elif (group[-1].tap, node.tap) in self.chosen and not (faulty and faulty[0] in local):
+                y = self.chosen[group[-1].tap, node.tap]
             else:
                 y = site.shaped(site.run())
             local[node.tap] = y
@@ -153,7 +170,7 @@ class Run:
                 rows.append(self._judge(tap, group, details))
             rows = self._as_narrow(rows, details)
             level, self.start = self._level(rows), self.of_first(START) if self.scene.T > LONG else None
-            rows = [self._explained(r, details.get(r.tap), level) for r in self._visible(rows, level)]
+            rows = [self._explained(r, details, level) for r in self._visible(rows, level)]
             rows += self._judge_states(level, {tap for r in rows if not r.ok for tap in r.group})
         rows = [self._with_weights(r) for r in rows]
         lacking = [tap for tap in self.nodes if tap not in self.values]
@@ -180,6 +197,9 @@ class Run:
             narrow = Narrow(kind, self.weights)
             taps = {r.tap for r in rows if narrow.takes(self.nodes[r.tap])}
             if not taps or np.median([r.noise for r in rows if r.tap in taps]) < WRONG:
+                continue
+            rest = [r.noise for r in rows if r.op != "route" and not any(map(narrow.takes, details[r.tap][0]))]
+            if rest and np.median(rest) > USUAL:  # not the products alone: all of it is in a narrower type
                 continue
             before, self.narrow, fresh = self.narrow, narrow, {}
             again = {tap: self._judge(tap, details[tap][0], fresh) for tap in taps}
@@ -234,12 +254,12 @@ class Run:
             return row
         x = self.values[tap]
         noise = self.noise(tap, group, y)
-        total, of_rows = _ratios(x, y, noise, _sums(group))
+        total, of_rows = ratios(x, y, noise, sums_in(group))
         worst = int(np.argmax(of_rows)) if len(of_rows) else 0
         details[tap] = group, y, noise
         size = metrics.rms_relative(x, y)
         at = self.scene.place(worst) if len(of_rows) else ""
-        return Judged(tap, op, names, _score(total, of_rows), size, at, of_token=of_rows)
+        return Judged(tap, op, names, score(total, of_rows), size, at, of_token=of_rows)
 
     def noise(self, tap, group, y):
         """Of each element: one rounding of the result, and what one of all inputs does, in some draws."""
@@ -263,7 +283,7 @@ class Run:
                 continue
             x, y, moved = (z.reshape(-1, *y.shape[-2:]) for z in (x, y, moved))
             noise = np.sqrt((self.unit * np.abs(y)) ** 2 / 3 + (moved - y) ** 2) * level
-            far, turned = (_score(*_ratios(z, y, noise, True)) for z in (x, _turned(x, y)))
+            far, turned = (score(*ratios(z, y, noise, True)) for z in (x, _turned(x, y)))
             kind = "right" if far < WRONG else "stored_transposed" if turned < CLOSE else "unknown"
             error = metrics.rms_relative(x, y)
             yield Judged(node.state, node.op, (node.state,), far, error, kind=kind, where=node.state)
@@ -308,22 +328,26 @@ class Run:
 
     # ---- faults ----
 
-    def _explained(self, row, detail, level):
+    def _explained(self, row, details, level):
+        detail = details.get(row.tap)
         if row.op == "route":
             return self._explained_ids(row, detail)
         if row.noise < WRONG:
             return row
-        group, y, noise = detail
-        x, sums = self.values[row.tap], _sums(group)
-        most, found = HOPELESS * max(CLOSE, row.noise / EXPLAINED), []
+        row, detail = with_their_experts(self, row, detail, level)
+        if row.noise < WRONG:
+            return replace(row, kind="tie")
+        details[row.tap] = group, y, noise = detail
+        x, sums = self.values[row.tap], sums_in(group)
+        most, found = HOPELESS * _leaves(row.noise), []
 
         def ruled_out(*candidate):
             return self._fails_early(candidate, row.tap, detail, level, most)
 
         for fault, choice, where, y_f in self._candidates(group, ruled_out):
-            left = _score(*_ratios(x, y_f, _noise_of_fault(noise, y, y_f, self.unit_of(row.tap)), sums)) / level
+            left = score(*ratios(x, y_f, noise_of_fault(noise, y, y_f, self.unit_of(row.tap)), sums)) / level
             found.append((left, fault, choice, where, y_f))
-        return _named(row, found, lambda a, b: _score(*_ratios(a, b, noise, sums)) / level < 1)
+        return _named(row, found, lambda a, b: score(*ratios(a, b, noise, sums)) / level < 1)
 
     def _candidates(self, group, ruled_out=lambda *candidate: False):
         """(fault, choice, tap that has it, result) of every fault that can be in a group, and is not ruled out."""
@@ -347,8 +371,8 @@ class Run:
         x, (_, y, noise) = self.start.values[tap], detail
         rows = len(x)
         floor = 0.1 * np.sqrt((np.where(np.isfinite(noise), noise, 0) ** 2).mean())
-        noise = _noise_of_fault(np.maximum(noise[:rows], floor), y[:rows], y_f, self.unit_of(tap))
-        return not _score(*_ratios(x, y_f, noise, _sums(group))) / level <= most
+        noise = noise_of_fault(np.maximum(noise[:rows], floor), y[:rows], y_f, self.unit_of(tap))
+        return not score(*ratios(x, y_f, noise, sums_in(group))) / level <= most
 
     def of_first(self, n):
         """This run with the first n tokens of its first sequence's first call alone; None where that has none."""
@@ -357,6 +381,7 @@ class Run:
             return None
         run = copy(self)
         run.scene, run.values = Scene([[0, len(rows)]]), {tap: x[rows] for tap, x in self.values.items()}
+        run.chosen = {}
         return run
 
     def _try(self, group, node, fault, choice):
@@ -371,15 +396,14 @@ class Run:
         """Rows with another set, the gap between the scores in question beside what rounding makes of it."""
         from ..verify import gap_of_choice
 
-        unit = self._unit_of_group(group)
         node, x = self.nodes[tap], self.values[tap]
-        value, moved = self._choice_scores(group, 0.0), self._choice_scores(group, unit)
-        rounding = np.maximum(np.abs(value - moved).max(-1), unit * np.abs(value).max(-1))
+        value, rounding = self.rounding_of_choice(group)
         rule = node.options["groups"], node.options["top_groups"]
         other = np.flatnonzero((np.sort(x, -1) != np.sort(y, -1)).any(-1))
         gaps = np.zeros(len(x))
         for t in other:
             gaps[t] = abs(gap_of_choice(value[t], set(x[t].tolist()), set(y[t].tolist()), *rule))
+        gaps[(np.diff(np.sort(x, -1), axis=-1) == 0).any(-1)] = np.inf  # an expert twice
         ratio = np.nan_to_num(gaps / rounding, posinf=np.inf)
         over = ratio >= WRONG
         worst = int(ratio.argmax()) if len(ratio) else 0
@@ -387,6 +411,12 @@ class Run:
         row = Judged(tap, node.op, names, float(ratio.max(initial=0)), float(over.mean()) if len(over) else 0.0,
                      self.scene.place(worst) if len(x) else "", kind, of_token=ratio)
         return row, (group, other, gaps)
+
+    def rounding_of_choice(self, group):
+        """(what experts are chosen by [T, E], what rounding moves it by at most in each row [T])."""
+        unit = self._unit_of_group(group)
+        value, moved = self._choice_scores(group, 0.0), self._choice_scores(group, unit)
+        return value, np.maximum(np.abs(value - moved).max(-1), unit * np.abs(value).max(-1))
 
     def _choice_scores(self, group, unit):
         """What experts are chosen by, [T, E]."""
@@ -431,50 +461,15 @@ def _turned(x, y):
 # ---- figures -----------------------------------------------------------------------------------------
 
 
-def _noise_of_fault(noise, y, y_f, unit):
-    """The noise of a fault's result: the op's, as much larger as the result is."""
-    times = max(1.0, _rms(y_f) / _rms(y)) if _rms(y) else 1.0
-    return np.sqrt((times * noise) ** 2 + (unit * np.where(np.isfinite(y_f), y_f, 0)) ** 2 / 3)
-
-
-def _rms(x):
-    finite = np.asarray(x, np.float64)[np.isfinite(x)]
-    return float(np.sqrt((finite ** 2).mean())) if finite.size else 0.0
-
-
-def _sums(group):
-    """Whether a group of ops has a sum: of parts past the range NaN may come where float64 has an infinity."""
-    return any(n.op not in ELEMENTWISE for n in group)
-
-
-def _ratios(x, y, noise, sums=False):
-    """rms error over rms noise, of all and of each row. NaN agrees with NaN, an infinity with the same one, and with
-    NaN where there are sums."""
-    if not x.size:
-        return 0.0, np.zeros(0)
-    error, _ = metrics.distance(x, y)
-    if sums:
-        error[np.isnan(x) & np.isinf(y) | np.isinf(x) & np.isnan(y)] = 0.0
-    noise = np.where(np.isfinite(noise), noise, 0)
-    errors, noises = (np.sqrt((z.reshape(len(z), -1) ** 2).mean(1)) for z in (error, noise))
-    whole = np.sqrt((noises ** 2).mean())
-    total = _over(np.sqrt((errors ** 2).mean()), whole)
-    return total, _over(errors, np.maximum(noises, 0.1 * whole))
-
-
-def _over(a, b):
-    """a / b; of nothing, 0 for no error and infinity for any."""
-    return np.where(b == 0, np.where(a == 0, 0.0, np.inf), a / b)
-
-
-def _score(total, of_rows):
-    return max(total, float(of_rows.max(initial=0)) / 2)
+def _leaves(noise):
+    """What is left beside a fault that explains a result, at most: nothing finite is a part of an infinite error."""
+    return max(CLOSE, noise / EXPLAINED) if np.isfinite(noise) else CLOSE
 
 
 def _named(row, found, alike):
     """The row with the fault that leaves least, or unknown."""
     found.sort(key=lambda f: f[0])
-    if not found or not found[0][0] <= max(CLOSE, row.noise / EXPLAINED) or not found[0][0] < row.noise / 2:
+    if not found or not found[0][0] <= _leaves(row.noise) or not found[0][0] < row.noise / 2:
         return replace(row, kind="unknown", where=row.tap)
     left, fault, choice, where, y = found[0]
     as_well = [f for f in found[1:] if f[0] <= RIVAL * max(left, 1e-3) or alike(f[4], y)]
@@ -491,12 +486,22 @@ def _ours(name):
 
 
 def _scene(calls, nodes):
+    _check_slots([getattr(x, "meta", {}).get("slots") for x in calls])
     offsets = [np.ravel(getattr(x, "meta", {}).get("offsets", [0, _length(x, nodes)])) for x in calls]
     for c, (x, o) in enumerate(zip(calls, offsets)):
         if int(o[-1]) != _length(x, nodes):
             raise ValueError(f"call {c} has offsets up to {o[-1]} and taps of {_length(x, nodes)} rows; a tap's first "
                              "axis must be the tokens, without one for the batch")
     return Scene(offsets, [getattr(x, "meta", {}).get("position") for x in calls])
+
+
+def _check_slots(slots):
+    """ValueError where the calls of an engine are of other requests, or have them in another order."""
+    for c, found in enumerate(slots):
+        if found and slots[0] and found != slots[0]:
+            first, here = (", ".join(map(str, x)) for x in (slots[0], found))
+            raise ValueError(f"call {c} has the requests of slots {here}, and call 0 those of {first}; take those of "
+                             "one request: adapters.vllm.of_slot(calls, slot), or --slot")
 
 
 def _length(call, nodes):

@@ -51,7 +51,8 @@ class Judged:
     at : str
         The worst row: call, sequence, token.
     kind : str
-        "right"; "tie" for expert ids that differ between scores as near as rounding; the name of a fault;
+        "right"; "tie" for expert ids that differ between scores as near as rounding, or for what was made with such ids
+        within its group; the name of a fault;
         "stored_transposed" for a state array; "weight_differs" where a weight of its is another on their side;
         "unknown" where nothing explains the result.
     fault : Fault or None
@@ -308,7 +309,8 @@ def blame(model, theirs, *, dtype=None, tokens=None, weights=None, activations=N
     ------
     ValueError
         If there is no tap of this model, or calls and shapes do not agree; with names. If a call begins behind what the
-        calls before it have read. If `weights` has no name of it.
+        calls before it have read, or an engine's call is of other requests than the first. If an expert id is of no
+        expert. If `weights` has no name of it.
     """
     from ._blame_run import Run
 

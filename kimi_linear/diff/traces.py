@@ -248,7 +248,7 @@ def _plain_cells(r: Row) -> tuple[str, ...]:
         return (r.tap, shape, "same" if r.ok else "other ids", "", "", *over)
     if r.rms == 0:
         return (r.tap, shape, f"same, {r.nonfinite:,} not finite" if r.nonfinite else "same", "", "", *over)
-    at = metrics.coordinates(r.worst, axes_of(r.tap, r.shape))
+    at = metrics.coordinates(r.worst, axes_of(r.tap, r.shape)) if r.worst else ""
     return (r.tap, shape, f"{r.rms:.2e}", f"{r.largest:.2e}", at, *over)
 
 
@@ -268,7 +268,8 @@ def traces(a, b, *, threshold: float | None = None, model=None) -> Report:
     threshold : float, optional
         rms error of a token's row over the rms of the tap, from which the runs have parted there. By default
         1024 u, six times what two right float32 implementations differ by after a long prompt, or 16 units in
-        the last place of a narrower type that a tap is stored in.
+        the last place of a narrower type that a tap is stored in, or that one of the runs was computed in: the
+        ``dtype`` of its metadata, else that of most of its arrays.
     model : Model or ReferenceModel, optional
         Of the same checkpoint. With it the error of each tap is told in two: what its op added, beside float64 on
         the inputs that `a` has, and what came with these.
@@ -293,26 +294,28 @@ def traces(a, b, *, threshold: float | None = None, model=None) -> Report:
         raise ValueError(f"no tap is in both traces: a has {_some(ours)}; b has {_some(theirs)}")
     if threshold is not None and not threshold >= 0:
         raise ValueError(f"threshold is {threshold}; it must be >= 0")
-    rows, notes = [], []
+    rows, notes, of_runs = [], [], [_dtype_of(x, both) for x in (a, b)]
     for tap in both:
         x, y = a[tap], b[tap]
         if (x.dtype.kind in "iub") != (y.dtype.kind in "iub") or "b" in x.dtype.kind + y.dtype.kind:
             notes.append(f"{tap}: {x.dtype} in a and {y.dtype} in b; left out")
             continue
         x, y = _same_shape(tap, x, y, notes)
-        rows.append(_row(tap, x, y, threshold))
+        rows.append(_row(tap, x, y, threshold, of_runs))
     if not rows:
         raise ValueError(f"no tap can be compared: {notes[0]}")
     if model is not None:
         rows = _in_parts(rows, a, b, model, notes)
-    first = _first(rows, a, b)
+    columns, cuts = _columns(a, b, rows)
+    first = _first(rows, a, b, columns)
     return Report(
         rows,
         first,
         in_order(n for n in ours if n not in theirs),
         in_order(n for n in theirs if n not in ours),
         notes,
-        *_columns(a, b, rows),
+        columns,
+        cuts,
         [_open(r, a, b) for r in _of_interest(rows, first)],
         (_about(a), _about(b)),
     )
@@ -393,7 +396,19 @@ def _same_shape(tap, x, y, notes):
     raise ValueError(f"{tap} has {what}: {list(x.shape)} in a and {list(y.shape)} in b")
 
 
-def _row(tap, x, y, threshold):
+def _dtype_of(x, taps):
+    """The float type that a run was computed in: as its metadata say, else that of most of its arrays."""
+    said = str(x.meta.get("dtype", "")).removeprefix("torch.")
+    try:
+        if said and metrics.is_float(said):
+            return said
+    except TypeError:
+        pass
+    dtypes = [x[tap].dtype for tap in taps]
+    return max((d for d in dtypes if metrics.is_float(d)), key=dtypes.count, default=np.dtype(np.float64))
+
+
+def _row(tap, x, y, threshold, of_runs):
     dtypes = (x.dtype.name, y.dtype.name)
     if x.dtype.kind in "iu" and y.dtype.kind in "iu":
         x, y = (np.sort(z, axis=-1) if z.ndim > 1 else z for z in (x, y))  # of more axes they are sets
@@ -414,7 +429,7 @@ def _row(tap, x, y, threshold):
             of_token=over.astype(np.float64),
         )
     e = metrics.measure(x, y)
-    limit = threshold_for(x.dtype, y.dtype) if threshold is None else threshold
+    limit = threshold_for(x.dtype, y.dtype, *of_runs) if threshold is None else threshold
     of_row = _rms_of_rows(x, y)
     over = of_row > limit * e.size
     first = int(over.argmax()) if over.any() else None
@@ -499,10 +514,12 @@ def _open(r, a, b):
     return open_ids(r.tap, x, y) if r.kind == "ids" else open_array(r.tap, x, y)
 
 
-def _first(rows, a, b):
+def _first(rows, a, b, columns):
     row = next((r for r in rows if not r.ok), None)
     if row is None:
         return None
+    of_tokens = len(row.shape) > 0 and row.shape[0] == len(columns) and not row.tap.endswith(_STATES)
+    where = columns[row.first] if of_tokens else f"token {row.first}"
     parts = row.tap.split(".")
     layer = int(parts[1]) if parts[0] == "layers" and len(parts) > 1 and parts[1].isdigit() else None
     x, y = (t[row.tap].reshape(row.shape or (1,))[row.first] for t in (a, b))
@@ -519,5 +536,5 @@ def _first(rows, a, b):
         what = f"rms error {error:.2e} of the tap's rms, over {row.threshold:.2e}"
         if row.added is not None:
             what += f" ({row.added:.2e} added by this op, {row.inherited:.2e} inherited, over all tokens)"
-    sentence = f"DIVERGES at {row.tap}, token {row.first}: {what}{clean}"
+    sentence = f"DIVERGES at {row.tap}, {where}: {what}{clean}"
     return Divergence(row.tap, layer, row.first, error, row.threshold, sentence)

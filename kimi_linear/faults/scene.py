@@ -131,7 +131,7 @@ class Scene:
         return [np.concatenate([x[p.rows] for p in pieces]) for pieces in of_call]
 
     def place(self, row: int) -> str:
-        """``token 5``; with several calls or sequences, also which."""
+        """``token 5``; with several calls or sequences, also which, of whose tokens in this call it is."""
         p = next(p for p in self.pieces if len(p.rows) and p.rows[0] <= row <= p.rows[-1])
         return self._name(p, row - p.rows[0])
 
@@ -142,7 +142,7 @@ class Scene:
     def _name(self, p, i):
         call = f"call {p.call}, " if self.n_calls > 1 else ""
         sequence = f"sequence {p.sequence}, " if self.has_several else ""
-        return f"{call}{sequence}token {i + p.source.start}"
+        return f"{call}{sequence}token {i}"
 
     def positions(self) -> np.ndarray:
         """The position of each row in its sequence, [T]."""

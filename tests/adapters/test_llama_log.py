@@ -126,6 +126,7 @@ def test_what_corners_do_not_show_a_sum_does(model, ours):
     report = llama_log.compare(log_of(model, ours, {"l_out-2": spoil}), ours, model=model)
     assert report.first.tap == "layers.2.out" and "the sum is off" in report.verdict
     assert any("layers.2.out: the corners agree and the sum does not" in n for n in report.notes)
+    assert "the sum is off" in str(report) and "the sum is off" in report.html()  # an error without a place
 
 
 @pytest.mark.parametrize("case", ["qwen-a", "qwen35-a"])

@@ -187,3 +187,9 @@ def test_fla(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="functions has 'chunk_gla'; it must be of fla.ops.kda.chunk_kda"), \
             fla.record(tmp_path, ["chunk_gla"]):
         pass
+    monkeypatch.setitem(sys.modules, "fla.ops.gated_delta_rule", None)  # as a release without it
+    with fla.record(tmp_path) as places:
+        assert sorted(places) == ["fla.ops.kda.chunk_kda", "fla_layer.chunk_kda"]
+    with pytest.raises(ModuleNotFoundError, match="fla.ops.gated_delta_rule is not there"), \
+            fla.record(tmp_path, ["fla.ops.gated_delta_rule.chunk_gated_delta_rule"]):
+        pass

@@ -8,7 +8,8 @@ import numpy as np
 import kimi_linear as kl
 from kimi_linear import faults
 from kimi_linear.dataflow import nodes
-from kimi_linear.diff._blame_run import TIED_ROWS, Run, _ratios, _score
+from kimi_linear.diff._blame_run import TIED_ROWS, Run
+from kimi_linear.diff._ratios import ratios, score
 from kimi_linear.faults import Scene, Site
 
 DTYPES = {"float64": np.float64, "float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
@@ -88,7 +89,7 @@ def effect(model, traces, tap, fault, choice):
         y, y_f = run.run(group), run.run(group, faulty=(tap, fault, choice))
         if y.dtype.kind in "iu":
             return _effect_on_ids(run, tap, group, y, y_f)
-        return _score(*_ratios(y_f, y, run.noise(tap, group, y)))
+        return score(*ratios(y_f, y, run.noise(tap, group, y)))
 
 
 def _effect_on_ids(run, tap, group, y, y_f):

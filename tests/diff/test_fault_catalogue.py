@@ -167,7 +167,7 @@ def test_rules_of_a_scene():
     assert rows(two.branches(scene.leaked)) == [([], [0, 1, 2]), ([0, 1], [3, 4])]
     assert two.is_split and two.has_several and not two.is_restored
     assert [x.tolist() for x in two.split(two.lay([np.array([1, 2, 3]), np.array([4, 5])]))] == [[1, 2, 3], [4, 5]]
-    assert two.place(4) == "call 1, sequence 1, token 1"
+    assert two.place(4) == "call 1, sequence 1, token 0"
     back = Scene([[0, 4], [0, 2]], [None, 1])
     assert rows(back.branches()) == [([], [0, 1, 2, 3]), ([0], [4, 5])]
     assert rows(back.branches(scene.stale_row)) == [([], [0, 1, 2, 3]), ([0, 1], [4, 5])]

@@ -180,7 +180,7 @@ def test_sequences_and_calls_are_told(model):
     calls = kl.faults.run(model, [[[1, 2, 3], [4, 5]], [[6], [7, 8]]], plant={"layers.1.kda.g": "dt_bias_twice"})
     found = kl.diff.blame(model, calls)
     assert found.columns[2:5] == ["call 0, sequence 0, token 2", "call 1, sequence 0, token 0",
-                                  "call 0, sequence 1, token 3"]
+                                  "call 0, sequence 1, token 0"]
     assert found.cuts == (3, 4, 6) and "call 1, sequence 0, token 0: " in found.html()
     report = kl.diff.traces(calls[0], calls[0])
     assert report.columns[2:4] == ["sequence 0, token 2", "sequence 1, token 0"] and report.cuts == (3,)

@@ -69,6 +69,31 @@ def test_threshold(ours):
         traces(ours, ours, threshold=-1)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "torch.bfloat16"])
+def test_the_type_of_a_run_counts_where_its_arrays_are_wider(ours, dtype):
+    """As of transformers in bfloat16, whose arrays are kept as float32."""
+    wide = {n: x.astype(ml_dtypes.bfloat16).astype(np.float32) if x.dtype == np.float32 else x for n, x in ours.items()}
+    assert not traces(wide, ours) and not traces(kl.Trace(wide, {"dtype": "q4"}), ours)
+    for a, b in ((kl.Trace(wide, {"dtype": dtype}), ours), (ours, kl.Trace(wide, {"dtype": dtype}))):
+        report = traces(a, b)
+        assert report and {r.threshold for r in report.rows if r.kind == "float"} == {16 * 2.0**-8}, str(report)
+    narrow = [n for n, x in wide.items() if x.dtype == np.float32 and not n.endswith("kda.g")]
+    half = wide | {n: wide[n].astype(ml_dtypes.bfloat16) for n in narrow}
+    assert traces(half, ours), "gates stay float32, and are made of what is not"
+    wide["layers.2.kda.o"][3] *= 1.2
+    assert traces(kl.Trace(wide, {"dtype": dtype}), ours).first.tap == "layers.2.kda.o"
+
+
+def test_the_token_is_told_in_its_sequence(model):
+    ours = model.trace(np.arange(1, 20), "*", offsets=[0, 7, 19])
+    theirs = copy(ours)
+    theirs["layers.1.mid"][8] *= 2
+    report = traces(theirs, ours)
+    assert report.first.token == 8 and "DIVERGES at layers.1.mid, sequence 1, token 1: rms" in report.verdict
+    found = kl.diff.blame(model, theirs)
+    assert {r.at for r in found.wrong} == {"sequence 1, token 1"} and report.columns[8] == "sequence 1, token 1"
+
+
 def test_expert_ids_are_sets(ours):
     theirs = copy(ours)
     ids = theirs["layers.3.moe.ids"]

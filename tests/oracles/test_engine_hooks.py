@@ -19,6 +19,7 @@ from torch import nn
 
 import kimi_linear as kl
 from kimi_linear.adapters import engine_hooks, sglang, vllm
+from kimi_linear.cli import main
 from kimi_linear.diff import blame, replay, step, traces
 from kimi_linear.load.safetensors import SafetensorsFile
 
@@ -107,6 +108,8 @@ class KDA(nn.Module):
         self.o_norm = Says(f"{tap}o_norm", form="plain", shape=lambda T: (1, T, self.heads, -1))
         K = config.kda_head_dim
         self.kv_cache = torch.zeros(6, 3, 4), torch.full((6, self.heads, K, K), 7.0)
+        layer = int(tap.split(".")[1])
+        self.prefix, self.group = f"model.layers.{layer}.self_attn", layer % 2  # a KV cache group has its own blocks
 
     def projections(self, x):
         for name in ("q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj", "f_b_proj", "g_a_proj"):
@@ -117,7 +120,7 @@ class KDA(nn.Module):
         z, T = self.projections(hidden_states), len(hidden_states)
         core = t(SAID[self.tap + "o"]).view(1, T, self.heads, -1)
         if "slots" in SAID:
-            self.kv_cache[1][SAID["slots"]] = t(SAID[self.tap + "state"]).transpose(-1, -2)
+            self.kv_cache[1][SAID["slots"] + self.group] = t(SAID[self.tap + "state"]).transpose(-1, -2)
         x = self.o_norm(core, z)
         core.fill_(float("nan"))
         output[:] = self.o_proj(x.view(T, -1))[0]
@@ -205,6 +208,11 @@ class Inner(nn.Module):
         super().__init__()
         self.embed_tokens, self.norm = Says("embed", form="plain"), Norm("norm")
         self.layers = nn.ModuleList(layer(i, s, config, engine) for i, s in enumerate(config.layers))
+        self.engine = engine
+
+    def __call__(self, *args, **kwargs):
+        """vLLM's is decorated with @support_torch_compile, which in eager mode goes past the module's own hooks."""
+        return self.forward(*args, **kwargs) if self.engine == "vllm" else super().__call__(*args, **kwargs)
 
     def forward(self, input_ids, positions, forward_batch=None):
         x, residual = self.embed_tokens(input_ids), None
@@ -253,10 +261,11 @@ def run(engine, attach, padded=0, change=None, case="tiny", layer=DecoderLayer):
         ids, positions = (torch.cat([t(x), torch.zeros(padded, dtype=torch.int64)]) for x in (ids, positions))
         batch = None
         if engine == "vllm":
-            metadata = types.SimpleNamespace(non_spec_query_start_loc=t(offsets), non_spec_state_indices_tensor=slots,
-                                             num_actual_tokens=int(offsets[-1]))
+            metadata = {f"model.layers.{i}.self_attn": types.SimpleNamespace(
+                non_spec_query_start_loc=t(offsets), non_spec_state_indices_tensor=slots + i % 2,
+                num_actual_tokens=int(offsets[-1])) for i, spec in enumerate(config.layers) if spec.mixer != "mla"}
             sys.modules["vllm.forward_context"].get_forward_context = lambda m=metadata: types.SimpleNamespace(
-                attn_metadata={"model.layers.0.self_attn": m})
+                attn_metadata=m)
         else:
             decode = all(len(s) == 1 for s in sequences)
             batch = types.SimpleNamespace(forward_mode=types.SimpleNamespace(is_decode=lambda d=decode: d),
@@ -301,6 +310,7 @@ def test_vllm_states_are_kept_before_and_after(tmp_path, context):
     ours("tiny").forward(CALLS[0][0], state=state, logits="none")
     np.testing.assert_array_equal(first["layers.0.kda.state"], state["layers.0.kda.state"])
     np.testing.assert_array_equal(second["before.layers.0.kda.state"], state["layers.0.kda.state"])
+    np.testing.assert_array_equal(second["before.layers.1.kda.state"], state["layers.1.kda.state"])  # of another group
     assert [c.tokens.tolist() for c in calls] == [CALLS[0][0].tolist(), [71], [81], [91]]
     assert blame(ours("tiny"), calls).ok, str(blame(ours("tiny"), calls))
     assert len(vllm.of_slot(vllm.read(tmp_path, model=ours("tiny")))) == 4
@@ -315,6 +325,24 @@ def test_an_op_that_is_wrong_there_is_named(tmp_path, context, engine, reader):
     run(engine, lambda m: engine_hooks.attach(m, tmp_path), change=change)
     report = blame(ours("tiny"), reader.of_slot(reader.read(tmp_path, model=ours("tiny")), 2))
     assert {r.tap for r in report.wrong} == {"layers.2.kda.o_norm", "layers.2.kda.out"}, str(report)
+
+
+def test_requests_that_come_and_go_are_taken_one_by_one(tmp_path, context, capsys):
+    """In a batch that is in another order, or of other requests, rows of one are not those of the next."""
+    run("vllm", lambda m: engine_hooks.attach(m, tmp_path))
+    calls = vllm.read(tmp_path, model=ours("tiny"))
+    with pytest.raises(ValueError, match="call 3 has the requests of slots 4, and call 0 those of 4, 2; take those of "
+                                         r"one request: adapters.vllm.of_slot\(calls, slot\), or --slot"):
+        blame(ours("tiny"), calls)
+    calls[1].meta["slots"].reverse()
+    with pytest.raises(ValueError, match="call 1 has the requests of slots 2, 4, and call 0 those of 4, 2"):
+        blame(ours("tiny"), calls[:3])
+    command = ["blame", "tiny", str(tmp_path), "--names", "vllm"]
+    assert main(command) == 2 and "call 3 has the requests of slots 4" in capsys.readouterr().err
+    assert main([*command, "--slot", "2"]) == 0 and "ok: none of" in capsys.readouterr().out
+    assert main([*command, "--slot", "5"]) == 2 and "slot is 5; the calls have 4, 2" in capsys.readouterr().err
+    assert main(["blame", "tiny", str(tmp_path), "--slot", "5"]) == 2
+    assert "--slot is for --names vllm and --names sglang" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("padded", [0, 3])
@@ -382,6 +410,30 @@ def test_bad_recordings(tmp_path, context):
         engine_hooks.attach(nn.Linear(2, 2), tmp_path)
 
 
+def test_a_closed_recorder_leaves_the_model_as_it_was(tmp_path):
+    """With a forward of the class, or of the object; and where another has been put on since."""
+    for own in (None, lambda *args: 3):
+        fake = KimiLinearForCausalLM(ours("tiny").config, "vllm")
+        if own is not None:
+            fake.model.forward = own
+        recorder = engine_hooks.attach(fake, tmp_path)
+        assert vars(fake.model)["forward"] is not own
+        recorder.close()
+        assert vars(fake.model).get("forward") is own
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in fake.modules())
+    recorder, later = engine_hooks.attach(fake, tmp_path), lambda *args: 4
+    fake.model.forward = later
+    recorder.close()
+    assert fake.model.forward is later
+
+
+def test_a_folder_is_of_one_run(tmp_path, context):
+    """What an earlier run left would be read with it."""
+    run("vllm", lambda m: engine_hooks.attach(m, tmp_path))
+    with pytest.raises(ValueError, match="has the calls of another run; give a folder of its own, or remove them"):
+        engine_hooks.attach(KimiLinearForCausalLM(ours("tiny").config, "vllm"), tmp_path)
+
+
 def test_positions_tell_the_sequences_where_nobody_does(tmp_path):
     """No engine around: a sequence ends where positions do not rise by one."""
     fake = KimiLinearForCausalLM(ours("tiny").config, "sglang")
@@ -414,6 +466,9 @@ def test_functions_that_are_no_modules(tmp_path, monkeypatch):
         x = [t(rng.standard_normal((1, 3, 2, 8)).astype(np.float32)) for _ in range(4)]
         beta = torch.rand(1, 3, 2)
         engine.fused_recurrent_kda(x[0], x[1], x[2], -x[3].abs(), beta, pool, torch.arange(4), torch.tensor([4, 0, 2]))
+    engine.plain = lambda q, initial_state=None, ssm_state_indices=None: q
+    engine_hooks.record_function("fake_vllm_kda.plain", tmp_path / "plain")
+    assert engine.plain(pool, None, torch.tensor([0])) is pool and len(list((tmp_path / "plain").iterdir())) == 1
     undo()
     assert engine.fused_recurrent_kda is step_kernel
     report = replay(tmp_path)

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from oracle import ours, theirs, tokens
+from safetensors.torch import save_file
 from transformers.model_debugging_utils import model_addition_debugger_context
 from transformers.models.kimi_linear import modeling_kimi_linear as modeling
 
 import kimi_linear as kl
+from kimi_linear import golden
 from kimi_linear.adapters import debugger, pt, record_calls
 from kimi_linear.adapters import transformers as adapter
 from kimi_linear.diff import blame, replay, traces
@@ -71,9 +73,10 @@ def test_hostile_pt(tmp_path):
 # ---- transformers' debugger ----------------------------------------------------------------------------
 
 
-def debugged(folder, **options):
-    with model_addition_debugger_context(copy.deepcopy(theirs("tiny")), debug_path=str(folder), **options) as model:
-        model(torch.from_numpy(IDS[None]), use_cache=False)
+def debugged(folder, ids=IDS[None], dtype=torch.float32, **options):
+    model = copy.deepcopy(theirs("tiny")).to(dtype)
+    with model_addition_debugger_context(model, debug_path=str(folder), **options) as model:
+        model(torch.from_numpy(ids), use_cache=False)
 
 
 def test_model_addition_debugger(tmp_path):
@@ -83,6 +86,36 @@ def test_model_addition_debugger(tmp_path):
     for name, x in found.items():
         np.testing.assert_array_equal(x, want[name], err_msg=name)
     assert traces(found, ours("tiny").trace(IDS)).ok
+
+
+def test_a_batch_is_so_many_sequences(tmp_path):
+    """Of the debugger, and of modules' results by their paths in a file."""
+    batch = IDS[:40].reshape(4, 10)
+    debugged(tmp_path, batch, do_prune_layers=False, use_repr=False)
+    found = debugger.read(tmp_path, model=ours("tiny"))
+    assert found.meta["offsets"] == [0, 10, 20, 30, 40] and found.tokens.tolist() == batch.ravel().tolist()
+    results, known = {"tokens": torch.from_numpy(batch)}, golden.names(ours("tiny").config)
+    model = copy.deepcopy(theirs("tiny"))
+    for path, module in model.named_modules():
+        if path in known:
+            module.register_forward_hook(lambda _, given, made, path=path: results.update(
+                {path: (made[0] if isinstance(made, tuple) else made).detach().clone().contiguous()}))
+    model(torch.from_numpy(batch), use_cache=False)
+    save_file(results, tmp_path / "batch.safetensors")
+    by_path = kl.Trace.load(tmp_path / "batch.safetensors", names="hf", config=ours("tiny").config)
+    assert by_path.meta["offsets"] == found.meta["offsets"]
+    for trace in (found, by_path):
+        assert blame(ours("tiny"), trace).ok and traces(trace, ours("tiny").trace(list(batch))).ok
+
+
+def test_the_debugger_of_a_bfloat16_run(tmp_path):
+    """Its files are widened; the tree says what they were."""
+    debugged(tmp_path, dtype=torch.bfloat16, do_prune_layers=False, use_repr=False)
+    found = debugger.read(tmp_path, model=ours("tiny"))
+    assert found.meta["dtype"] == "bfloat16" and found["layers.2.mid"].dtype == np.float32
+    with rounded_weights() as model:
+        assert blame(model, found).ok
+    assert traces(found, ours("tiny").trace(IDS), threshold=None).rows[3].threshold == 16 * 2.0**-8
 
 
 def test_debugger_s_defaults(tmp_path):

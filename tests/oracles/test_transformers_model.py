@@ -98,6 +98,8 @@ def test_adapter():
         adapter.trace(model, ids, "layers.9")
     with pytest.raises(ValueError, match="model is a Linear; it must be a KimiLinearForCausalLM"):
         adapter.trace(torch.nn.Linear(2, 2), ids)
+    with pytest.raises(ValueError, match=r"tokens has shape \[1, 7\]; it must be \[T\], one sequence"):
+        adapter.trace(model, ids[None])
     half = adapter.trace(type(model).from_pretrained(folder("kimi-a"), dtype=torch.bfloat16).eval(), ids, "logits")
     assert half["logits"].dtype == np.float32 and half.meta["dtype"] == "bfloat16"
     near(half["logits"], whole["logits"], "bfloat16", rms=0.5, largest=5)
