@@ -33,7 +33,7 @@ def as_array(x, name):
     if hasattr(x, "__dlpack__") and not hasattr(x, "__array__"):
         try:
             return np.from_dlpack(x)
-        except (BufferError, TypeError, RuntimeError) as error:
+        except (BufferError, TypeError, RuntimeError, ValueError) as error:
             raise TypeError(f"{name}: a {type(x).__name__} that NumPy cannot read ({error})") from None
     try:
         a = np.asarray(x)
@@ -265,12 +265,12 @@ def checkpoint_counts(checkpoints, lengths):
     """Token counts after which a state is kept: a list for each sequence of these lengths."""
     if checkpoints is None:
         return [[] for _ in lengths]
-    if isinstance(checkpoints, int | np.integer):
+    if isinstance(checkpoints, int | np.integer) and not isinstance(checkpoints, bool):
         if checkpoints < 1:
             raise ValueError(f"checkpoints is {checkpoints}; it must be >= 1, or a list of token counts")
         step = int(checkpoints)
         return [list(range(step, n + 1, step)) for n in lengths]
-    if not np.iterable(checkpoints):
+    if not np.iterable(checkpoints) or isinstance(checkpoints, str | bytes | dict):
         raise TypeError(f"checkpoints is {checkpoints!r:.40}; it must be an int >= 1, or a list of token counts")
     lists = list(checkpoints)
     if not any(np.ndim(c) for c in lists):
@@ -327,5 +327,7 @@ def pack(arrays):
 
 def unpack(x, offsets):
     """The sequences of a packed array, as a list of views."""
+    if np.ndim(x) == 0:
+        raise ValueError("x has shape []; it must be [T, ...]")
     offsets = as_offsets(offsets, len(x))
     return [x[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ._arrays import as_array
+from ._arrays import as_array, check_shape
 from .quantized import Quantized
 from .reference_quant import dequantize
 
@@ -11,7 +11,22 @@ def f64(x) -> np.ndarray:
     """`x` as a float64 array, from all that `kl.ops` takes; float32, float16, bfloat16 and blocks widen exactly."""
     if isinstance(x, Quantized):
         return dequantize(x)
-    return as_array(x, "an input").astype(np.float64, copy=False)
+    a = as_array(x, "an input")
+    if a.dtype.kind in "cSU":  # the imaginary part would be lost, or text be read
+        raise TypeError(f"an input is {a.dtype}; it must be real numbers")
+    return a.astype(np.float64, copy=False)
+
+
+def of_sequences(x, name: str, shape: tuple) -> np.ndarray:
+    """`x` as float64 of `shape`, [N, ...], where it may lack the first axis of one sequence; None is zeros.
+
+    ValueError where it has another: as many values in other places would be read as if they lay in these.
+    """
+    if x is None:
+        return np.zeros(shape)
+    a = f64(x)
+    check_shape(a, name, shape, *([shape[1:]] if shape[0] == 1 else []))
+    return a.reshape(shape)
 
 
 def sequences(T: int, offsets) -> list[slice]:

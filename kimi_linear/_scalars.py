@@ -5,7 +5,7 @@ import operator
 
 import numpy as np
 
-__all__ = ["LARGEST_INT", "as_finite", "as_real", "as_whole", "at_least", "of_json", "to_json"]
+__all__ = ["LARGEST_INT", "as_finite", "as_flag", "as_real", "as_whole", "at_least", "of_json", "to_json"]
 
 LARGEST_INT = (1 << 63) - 1  # of the integers that C takes
 
@@ -29,6 +29,14 @@ def as_finite(x, name, wanted="a number"):
     if not abs(value) <= _LARGEST:
         raise ValueError(f"{name} is {value}; it must be finite in float32")
     return value
+
+
+def as_flag(x, name):
+    """`x` as a bool; TypeError where it is neither that nor 0 or 1: text and arrays are not asked whether they are
+    true."""
+    if isinstance(x, bool | np.bool_) or type(x) is int and x in (0, 1):
+        return bool(x)
+    raise TypeError(f"{name} is {x!r:.40}; it must be True or False")
 
 
 def as_whole(x, name, wanted="an int", largest=LARGEST_INT):

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._arrays import as_array
+from ._arrays import as_array, check_shape
 from ._batches import any_batch
-from ._float64 import f64, sequences
+from ._float64 import f64, of_sequences, sequences
 from .quantized import Quantized
 from .reference_delta import decay_cumsum, delta_rule, delta_rule_inter, delta_rule_intra  # noqa: F401
 from .reference_quant import dequantize, quantize  # noqa: F401
@@ -120,9 +120,10 @@ def short_conv(x, w, *, history=None, offsets=None, activation="silu"):
         raise ValueError(f'activation is {activation!r}; it must be "silu" or None')
     x, w = f64(x), f64(w)
     (T, C), W = x.shape, w.shape[1]
+    check_shape(w, "w", (C, "W"))
     ranges = sequences(T, offsets)
     shape = (len(ranges), W - 1, C)
-    history = np.zeros(shape) if history is None else f64(history).reshape(shape)
+    history = of_sequences(history, "history", shape)
     y, after = np.zeros((T, C)), np.zeros(shape)
     for n, r in enumerate(ranges):
         seen = np.concatenate([history[n], x[r]])

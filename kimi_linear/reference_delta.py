@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._arrays import checkpoint_counts
+from ._arrays import check_shape, checkpoint_counts
 from ._batches import any_batch
-from ._float64 import f64, sequences
+from ._float64 import f64, of_sequences, sequences
 
 __all__ = ["decay_cumsum", "delta_rule", "delta_rule_inter", "delta_rule_intra"]
 
@@ -69,6 +69,8 @@ def delta_rule(q, k, v, g, beta, *, scale=None, initial_state=None, offsets=None
         q, k = (f64(x) / np.sqrt((f64(x) ** 2).sum(-1, keepdims=True) + l2_eps) for x in (q, k))
     v, beta = f64(v), f64(beta)
     T, Hv, V = v.shape
+    check_shape(beta, "beta", (T, Hv))
+    check_shape(f64(q), "q", (T, "Hk", "K"))
     q, k, g = of_value_heads(q, k, g, Hv, scale, head_map)
     K = q.shape[-1]
 
@@ -118,6 +120,8 @@ def delta_rule_intra(q, k, v, g, beta, *, scale=None, offsets=None, chunk=64, he
     """
     v, beta = f64(v), f64(beta)
     rows, Hv, V = v.shape
+    check_shape(beta, "beta", (rows, Hv))
+    check_shape(f64(q), "q", (rows, "Hk", "K"))
     q, k, g = of_value_heads(q, k, g, Hv, scale, head_map)
     squares = np.zeros((3, rows, Hv, chunk))
     W, U = np.zeros(k.shape), np.zeros(v.shape)
@@ -153,7 +157,10 @@ def delta_rule_inter(q, k, g, P, W, U, *, scale=None, initial_state=None, offset
     """
     P, W, U = f64(P), f64(W), f64(U)
     T, Hv, V = U.shape
+    check_shape(f64(q), "q", (T, "Hk", "K"))
     q, k, g = of_value_heads(q, k, g, Hv, scale, head_map)
+    check_shape(W, "W", q.shape)
+    check_shape(P, "P", (T, Hv, chunk))
     ranges = sequences(T, offsets)
     states = states_from(initial_state, (len(ranges), Hv, k.shape[-1], V))
     o, d = np.zeros((2, T, Hv, V))
@@ -190,8 +197,10 @@ def of_value_heads(q, k, g, Hv, scale, head_map):
     """q, scaled, and k and g as [T, Hv, K]: one key head and one gate a channel for each value head."""
     q, k = f64(q), f64(k)
     T, Hk, K = q.shape
+    check_shape(k, "k", q.shape)
     heads = key_heads(Hk, Hv, head_map)
     g = np.zeros((T, Hv)) if g is None else f64(g)
+    check_shape(g, "g", (T, Hv), (T, Hv, K))
     if (g > 0).any():
         raise ValueError(f"g has a value {g.max():g} > 0; it must be a log-decay <= 0: was exp(g) passed?")
     g = np.broadcast_to(g[..., None] if g.ndim == 2 else g, (T, Hv, K))
@@ -199,7 +208,7 @@ def of_value_heads(q, k, g, Hv, scale, head_map):
 
 
 def states_from(initial_state, shape):
-    return np.zeros(shape) if initial_state is None else f64(initial_state).reshape(shape).copy()
+    return of_sequences(initial_state, "initial_state", shape).copy()
 
 
 # ---- the forms: tokens q, k, g [n, H, K], v [n, H, V], beta [n, H], state S [H, K, V] -> o, S ----

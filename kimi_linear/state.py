@@ -45,6 +45,15 @@ class Snapshot:
         """Bytes held."""
         return self._core.bytes
 
+    def __copy__(self):
+        return self  # it never changes
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce__(self):
+        raise TypeError("a Snapshot is of its model and is not pickled; restore it, and state.save(path) writes it")
+
     def __repr__(self):
         return f"Snapshot(position={self.position}, {self.nbytes / 2**20:.1f} MiB)"
 

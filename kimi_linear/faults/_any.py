@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 
@@ -58,6 +59,14 @@ def norm_of_all_heads(call):
         return None
     flat, w = x.reshape(len(x), -1), np.tile(call["w"], shape[1])
     return reference.rms_norm(flat, w, eps=call["eps"]).reshape(shape) * _gate_of(call)(call["z"])
+
+
+def norm_of_row(call):
+    """One norm for a token, over all that its row of x has."""
+    x = call["x"]
+    if x.ndim < 3:
+        return None
+    return call["w"] * x / np.sqrt((x * x).mean((-2, -1), keepdims=True) + call["eps"])
 
 
 def other_gate(call):
@@ -126,6 +135,10 @@ def gelu(x):
     return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
+def exact_gelu(x):
+    return x / 2 * (1 + np.vectorize(math.erf, otypes=[float])(x / np.sqrt(2)))
+
+
 def clamped_inputs(call, most: float):
     gate, up = call["gate"], call["up"]
     return call.run(gate=np.minimum(gate, most), up=np.clip(up, -most, most)) if (np.abs(gate) > most).any() else None
@@ -137,6 +150,14 @@ def without_largest(call):
     e = np.where(x > 88.72, np.inf, np.where(x < -103.97, 0.0, np.exp(np.minimum(x, 88.72))))
     total = e.sum(-1, keepdims=True)
     return e / np.where(total > FLOAT32_MAX, np.inf, total)
+
+
+def largest_from_zero(call):
+    """exp(x - max(0, largest)) over its sum in float32: 0 over 0 where all of a row is below -104."""
+    x = call["x"]
+    e = np.exp(x - np.maximum(x.max(-1, keepdims=True), 0))
+    e[e < 2.0**-150] = 0
+    return e / e.sum(-1, keepdims=True) if (x.max(-1) < 0).any() else None
 
 
 def along_tokens(call):
@@ -263,6 +284,8 @@ FAULTS = (
           source="flash-linear-attention: norm_before_gate"),
     Fault("gate_missing", "the output gate is left out", GATED,
           lambda s: reference.rms_norm(s["x"], s["w"], eps=s["eps"]), source="arXiv:2510.26692, section 4"),
+    Fault("gate_without_activation", "the output gate is not put through its activation", GATED,
+          lambda s: reference.rms_norm(s["x"], s["w"], eps=s["eps"]) * s["z"], use=CALL),
     Fault("norm_over_all_heads", "one norm for a token, over all heads", GATED, norm_of_all_heads,
           source="arXiv:2510.26692, section 4"),
     Fault("norm_eps_other", "another eps under the root", NORMS, other_eps, choices=((1e-6,), (1e-5,), (1e-12,)),
@@ -284,6 +307,8 @@ FAULTS = (
     Fault("norm_of_sum", "the sum of squares in place of their mean: an L2 norm", NORMS,
           over(lambda mean, eps, D: np.sqrt(mean * D + eps)), use=CALL),
     Fault("norm_overflow", "the sum of squares overflows float32", NORMS, over(overflowing), use=CALL),
+    Fault("norm_over_token", "one norm for a token, over all heads", ("rms_norm",), norm_of_row, use=CALL,
+          source="norms of q and k, put before the split into heads"),
     Fault("norm_of_weighted", "the weight is on x before the norm", NORMS, norm_of_weighted, use=CALL),
     Fault("residual_missing", "the stream before the block is not added", ("add",), lambda s: s["b"]),
     Fault("block_missing", "the block's output is not added", ("add",), lambda s: s["a"]),
@@ -312,11 +337,17 @@ FAULTS = (
           use=CALL, source="arXiv:2002.05202"),
     Fault("swiglu_gelu", "GELU in place of SiLU (its form with tanh)", SWIGLU, activated(gelu), use=CALL,
           source="arXiv:2002.05202: GEGLU"),
+    Fault("swiglu_exact_gelu", "GELU in place of SiLU (its form with erf)", SWIGLU, activated(exact_gelu), use=CALL,
+          source="arXiv:2002.05202: GEGLU"),
+    Fault("swiglu_quick_gelu", "x sigmoid(1.702 x) in place of SiLU", SWIGLU,
+          activated(lambda x: x * reference.sigmoid(1.702 * x)), use=CALL, source="ggml_gelu_quick"),
     Fault("swiglu_relu", "ReLU in place of SiLU", SWIGLU, activated(lambda x: np.maximum(x, 0)), use=CALL),
     Fault("swiglu_of_product", "silu(gate up)", SWIGLU, lambda s: reference.silu(s["gate"] * s["up"]), use=CALL),
     Fault("swiglu_bilinear", "no activation: gate up", SWIGLU, activated(lambda x: x), use=CALL),
     Fault("swiglu_clamped", "inputs are clamped", SWIGLU, clamped_inputs, use=CALL, choices=((7.0,), (10.0,)),
           each="inputs are clamped at {:g}", source="gpt-oss clamps at 7"),
+    Fault("softmax_from_zero", "the largest is sought from 0 on, not from -inf: far below it all is 0 / 0", SOFTMAX,
+          largest_from_zero, use=CALL),
     Fault("softmax_overflow", "exp(x) without taking off the largest: it overflows float32", SOFTMAX, without_largest,
           use=CALL),
     Fault("softmax_of_two", "2 ** x in place of exp(x)", SOFTMAX, lambda s: s.run(x=s["x"] * np.log(2)), use=CALL,

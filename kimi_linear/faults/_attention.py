@@ -74,6 +74,18 @@ def first_head(call):
 # ---- rope ----------------------------------------------------------------------------------------------
 
 
+def pairs_of_head(call, speeds: str):
+    """Value j of a head is turned with value j + K / 2, j below rotary / 2; speeds are of rotary, or of K."""
+    x, n, K = call["x"], call["rotary"] // 2, call["x"].shape[-1]
+    if n == 0 or 2 * n == K or n > K // 2:
+        return None
+    y, a, b = x.copy(), x[..., :n], x[..., K // 2:K // 2 + n]
+    angle = _angles(call, 2 * n, K if speeds == "of the head" else None)
+    c, s = np.cos(angle), np.sin(angle)
+    y[..., :n], y[..., K // 2:K // 2 + n] = a * c - b * s, b * c + a * s
+    return y
+
+
 def _turned(call, angle=None, pairs="halves", first=0, rotary=None):
     """rope with other angles [.., rotary / 2], pairs, or the values from `first` on turned."""
     x, n = call["x"], call["rotary"] if rotary is None else rotary
@@ -147,6 +159,8 @@ FAULTS = (
           changed(scale=lambda s: s["v"].shape[-1] ** -0.5), use=CALL),
     Fault("attention_scale_divides", "scores are divided by the scale", ATTENTION,
           changed(scale=lambda s: 1 / s["scale"])),
+    Fault("attention_scale_twice", "scores are scaled twice", ATTENTION, changed(scale=lambda s: s["scale"] ** 2),
+          use=CALL, source="the caller scales the queries; so does the kernel"),
     Fault("attention_heads_tiled", "query head h uses key head h % Hkv, not h // (H / Hkv)", ATTENTION, tiled_heads,
           source="arXiv:2305.13245: heads of a group are neighbours"),
     Fault("attention_first_head", "all query heads use the first key head", ATTENTION, first_head),
@@ -166,6 +180,10 @@ FAULTS = (
           one_sequence, use=CALL),
     Fault("rope_neighbours", "neighbours are turned, not values half of `rotary` apart", ROPE,
           lambda s: _turned(s, pairs="neighbours"), source=NEOX),
+    Fault("rope_pairs_of_head", "values half a head apart are turned, not half of `rotary`", ROPE, pairs_of_head,
+          use=CALL, choices=(("of rotary",), ("of the head",)),
+          each="values half a head apart are turned, not half of `rotary`, with speeds {}",
+          source="pie, pull request 603; coreai-models, issue 66"),
     Fault("rope_backwards", "pairs are turned by the negative angle", ROPE,
           lambda s: _turned(s, -_angles(s, s["rotary"]))),
     Fault("rope_missing", "nothing is turned", ROPE, lambda s: s["x"]),

@@ -10,7 +10,7 @@ from . import _l2
 from ._fault import BOTH, CALL, STRONG, Fault
 from .site import Call
 
-__all__ = ["FAULTS", "Switched", "acts", "wrong"]
+__all__ = ["FAULTS", "Switched", "acts", "that_act", "wrong"]
 
 LOSSY = 20.0  # nats: a float32 sum of gates beyond is rounded by more than a budget allows
 
@@ -56,6 +56,10 @@ def wrong(x, *, l2=None, heads=None, scale=None, gate=None, axis=None, beta=None
                                                             padding, turned)
     if final == "swapped":
         states = states.swapaxes(-1, -2)
+    if final == "zero":
+        states[np.diff(offsets) == 0] = 0
+    if final in ("next", "one before"):
+        states = np.roll(states, -1 if final == "next" else 1, axis=0)
     o, states = _rounded(o, results), _rounded(states, results)
     return o, states if x.get("offsets") is not None else states[0]
 
@@ -77,8 +81,12 @@ ACTS_ON = {"l2": "l2_norm", "gate": "g", "axis": "g", "sums": "g", "initial": "i
 
 def acts(x, **switches):
     """True where one of the switches that are on has something to act on, or none is on."""
-    on = {name: value for name, value in switches.items() if value}
-    return not on or any(_acts(x, name, value) for name, value in on.items())
+    return not any(switches.values()) or bool(that_act(x, **switches))
+
+
+def that_act(x, **switches):
+    """The switches that are on and have something to act on."""
+    return {name: value for name, value in switches.items() if value and _acts(x, name, value)}
 
 
 def _acts(x, name, value):
@@ -92,7 +100,10 @@ def _acts(x, name, value):
         return given.size > 0 and -np.nansum(given, axis=0).min() > LOSSY
     if (name, value) in (("scale", "of V"), ("heads", "other")):
         return K != V if name == "scale" else Hk not in (1, Hv)
-    if value in ("next", "one before") and name == "initial":
+    if (name, value) == ("final", "zero"):
+        return x.get("initial_state") is not None and \
+            not np.diff([0, len(x["q"])] if x.get("offsets") is None else x["offsets"]).all()
+    if value in ("next", "one before") and name in ("initial", "final"):
         return x.get("offsets") is not None and len(x["offsets"]) > 2
     if name == "rolled":
         return Hv > 1 and (value[0] != "gates" or x.get("g") is not None) and (value[0] != "key head" or Hk > 1)
@@ -189,8 +200,7 @@ def _sequence(q, k, v, g, b, b_read, S, gate, axis, order, read, stored, final, 
     end = S
     if padding and len(q):
         end = _padded(k[-1], v[-1], a[-1], b[-1], S, padding[0], -len(q) % padding[1])
-    returned = {None: end, "swapped": end, "before the last": before}[final]
-    return o, end, returned
+    return o, end, before if final == "before the last" else end
 
 
 def _padded(k, v, a, b, S, kind, rows):
@@ -274,10 +284,15 @@ def _states():
                  initial="swapped", final="swapped")
     yield _fault("initial_state_transposed", "the initial state is read with K and V swapped", LAYOUT,
                  initial="swapped")
+    yield _fault("state_of_no_tokens", "a sequence without tokens gets a state of zero, not its initial one",
+                 "empty slots of a batch", final="zero")
     yield _fault("initial_state_ignored", "the initial state is ignored: nothing is carried", initial="ignored")
     yield _fault("initial_states_rolled", "a sequence begins with the state of another",
                  "slots of a batch, taken one for another", choices=(("next",), ("one before",)),
                  each="each sequence begins with the state of the {}", initial=lambda whose: whose)
+    yield _fault("final_states_rolled", "a sequence's final state is that of another",
+                 "slots of a batch, taken one for another", choices=(("next",), ("one before",)),
+                 each="each sequence gives the final state of the {}", final=lambda whose: whose)
     yield _fault("final_state_too_early", "the final state is that before the last token", final="before the last")
     yield _fault("state_read_transposed", "the output reads the state by the wrong axis: S q for S^T q", LAYOUT,
                  use=BOTH, square=True, read="rows")

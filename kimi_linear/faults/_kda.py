@@ -122,6 +122,12 @@ def history_kept(call):
     return y, np.zeros_like(after) if before is None else reference.f64(before).reshape(after.shape)
 
 
+def turned_after(call):
+    """The history is handed on with the newest row first."""
+    y, after = call.results()
+    return y, after[..., ::-1, :]
+
+
 def history_without_the_past(call):
     """Of fewer than W - 1 tokens: zeros for what came before them."""
     return call.run(), call.results(history=None)[1]
@@ -196,6 +202,16 @@ def a_log(site):
 def _unbounded(function):
     """Where the gate has no lower bound alone."""
     return lambda call: function(call) if call.args.get("lower_bound") is None else None
+
+
+def _bounded(function):
+    """Where the gate has a lower bound alone."""
+    return lambda call: function(call) if call.args.get("lower_bound") is not None else None
+
+
+def cut_off(call):
+    """-rate softplus(f + dt_bias), and no less than the lower bound."""
+    return np.maximum(call.run(lower_bound=None), call["lower_bound"])
 
 
 def _rate(call):
@@ -326,6 +342,8 @@ FAULTS = (
           use=CALL),
     Fault("conv_history_not_renewed", "the history that is handed on is the one that came", CONV, history_kept,
           use=CALL),
+    Fault("conv_hands_on_turned", "the history that is handed on has the newest row first", CONV, turned_after,
+          use=CALL),
     Fault("conv_history_cut", "the history that is handed on lacks what came before a short call", CONV,
           history_without_the_past, use=CALL),
     Fault("conv_hands_on_outputs", "the history that is handed on holds outputs, not inputs", CONV, history_of_outputs,
@@ -335,6 +353,9 @@ FAULTS = (
           choices=(("next",), ("one before",)), each="each sequence has the history of the {}", use=CALL,
           source="slots of a batch, taken one for another"),
     Fault("conv_silu_before", "SiLU is before the convolution, not behind it", CONV, activated_inputs, use=CALL),
+    Fault("conv_taps_transposed", "w is read as [W, C]", CONV,
+          changed(w=lambda s: s["w"].reshape(s["w"].shape[::-1]).T), use=CALL,
+          source="vLLM and Ascend's kernels keep the taps as [W, C]"),
     Fault("conv_taps_of_next_channel", "each channel has the taps of the next", CONV,
           changed(w=lambda s: np.roll(s["w"], -1, axis=0)), use=CALL),
     *_l2.FAULTS,
@@ -352,6 +373,11 @@ FAULTS = (
     Fault("gate_bounded", "the bounded gate, -5 sigmoid(rate (f + dt_bias)), for the unbounded one", GATE,
           _unbounded(lambda s: s.run(lower_bound=-5.0)),
           source=f"{FLA}: lower_bound, which Kimi K3 uses"),
+    Fault("gate_cut_off", "-rate softplus(f + dt_bias) cut off at lower_bound, for lower_bound sigmoid(..)", GATE,
+          _bounded(cut_off), use=CALL, source="tokenspeed, pull request 847"),
+    Fault("gate_bounded_without_rate", "the bounded gate lacks its rate: lower_bound sigmoid(f + dt_bias)", GATE,
+          _bounded(changed(rate=lambda s: np.ones_like(s["rate"]))), use=CALL,
+          source=f"{FLA}, pull request 1107: A_log is optional there"),
     Fault("gate_exponentiated", "exp(g) is handed on where g belongs", GATE, lambda s: np.exp(s.run()),
           source="kernels differ in which of the two they take"),
     Fault("gate_bias_outside", "dt_bias is added behind the softplus", GATE, _unbounded(bias_outside), use=CALL),

@@ -24,6 +24,14 @@ def overflowing(n, eps):
     return np.where(n * n > FLOAT32_MAX, np.inf, np.sqrt(n * n + eps))
 
 
+def of_token(call):
+    """One norm for a token, over all heads."""
+    x = call["x"]
+    if x.ndim < 3:
+        return None
+    return x / np.sqrt((x * x).sum((-2, -1), keepdims=True) + call.args.get("eps", 1e-6))
+
+
 def eps_on_mean(call):
     return call.run(eps=call.args.get("eps", 1e-6) * call["x"].shape[-1])
 
@@ -53,6 +61,8 @@ FAULTS = (
     _fault("l2_overflow", "the sum of squares overflows float32", over(overflowing), use=CALL),
     _fault("l2_of_mean", "the mean of squares in place of their sum: sqrt(D) too large",
            lambda s: s.run() * s["x"].shape[-1] ** 0.5, use=CALL),
+    _fault("l2_of_token", "one norm for a token, over all heads", of_token, use=CALL,
+           source="the norm before the split into heads"),
     _fault("l2_squared", "x over the sum of squares, without the root",
            over(lambda n, eps: n * n + eps), use=CALL),
 )

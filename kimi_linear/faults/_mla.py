@@ -163,6 +163,8 @@ FAULTS = (
           changed(scale=of_width(lambda s: s["w_uv"].shape[1])), use=CALL),
     Fault("mla_scale_divides", "scores are divided by the scale", MLA, changed(scale=lambda s: 1 / s["scale"]),
           use=CALL),
+    Fault("mla_scale_twice", "scores are scaled twice", MLA, changed(scale=lambda s: s["scale"] ** 2), use=CALL,
+          source="the caller scales the queries; so does the kernel"),
     Fault("v_b_transposed", "the value half of kv_b is read as [R, V]", MLA, turned("w_uv"), use=CALL,
           source="llama.cpp: attn_v_b"),
     Fault("mask_from_the_left", "query t sees rows 0 to t, whatever was cached before it", MLA, mask_from_the_left,

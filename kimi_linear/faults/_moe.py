@@ -116,6 +116,14 @@ def lowest(call):
     return np.sort(np.argsort(s, axis=-1, kind="stable")[:, :call["k"]], axis=-1)
 
 
+def less_bias(call):
+    """(s + bias) - bias in float32, where s of the chosen belongs."""
+    if call.args.get("bias") is None:
+        return None
+    s, bias = (a.astype(np.float32) for a in (getattr(reference, call["function"])(call["scores"]), call["bias"]))
+    return call.run(scores=((s + bias) - bias).astype(np.float64), function="none")
+
+
 def softmax_of_chosen(call):
     """The softmax of the chosen logits alone."""
     x = np.take_along_axis(call["scores"], np.asarray(call.args["ids"]).astype(np.int64), axis=-1)
@@ -188,10 +196,16 @@ FAULTS = (
     Fault("router_bias_on_logits", "the bias is added to the logits, not to their sigmoid or softmax", ROUTE,
           bias_on_logits, use=CALL, source=V3),
     Fault("router_lowest", "the lowest scores are chosen", ROUTE, lowest, use=CALL),
+    Fault("router_weights_less_bias", "weights are (s + bias) - bias: what float32 rounds off beside the bias is lost",
+          WEIGHTS, less_bias, use=CALL, source="flashinfer, pull request 3875"),
     Fault("router_softmax_of_chosen", "weights are the softmax of the chosen logits", WEIGHTS, softmax_of_chosen,
           use=CALL, source="Mixtral"),
     Fault("expert_weights_rolled", "each slot has the weight of the next", MOE, rolled_weights, use=CALL),
     Fault("w_down_transposed", "w_down is read as [F, D]", MOE, turned_experts("w_down"), use=CALL),
+    Fault("expert_weights_renormalised", "each token's weights are divided by their sum (again)", MOE,
+          changed(weights=lambda s: s["weights"] / s["weights"].sum(-1, keepdims=True)), use=CALL,
+          source="vLLM's and SGLang's kernels take them as they are"),
+    Fault("w_up_transposed", "w_up is read as [D, F]", MOE, turned_experts("w_up"), use=CALL),
     Fault("w_gate_transposed", "w_gate is read as [D, F]", MOE, turned_experts("w_gate"), use=CALL),
     Fault("shared_gate_missing", "the shared expert's gate is left out", MOE,
           lambda s: s.run(shared_gate=None) if s.args.get("shared_gate") is not None else None, use=CALL),

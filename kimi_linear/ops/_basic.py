@@ -1,5 +1,7 @@
 """Elementwise ops and norms."""
 
+import math
+
 import numpy as np
 
 from .. import _core
@@ -17,10 +19,10 @@ def activation_id(name, allowed):
 
 
 def check_eps(eps, name="eps"):
-    """eps as float; TypeError or ValueError unless it is a number >= 0."""
+    """eps as float; TypeError or ValueError unless it is a finite number >= 0."""
     eps = as_real(eps, name, "a number >= 0")
-    if not eps >= 0.0:
-        raise ValueError(f"{name} is {eps}; it must be >= 0")
+    if not 0.0 <= eps < math.inf:
+        raise ValueError(f"{name} is {eps}; it must be >= 0 and finite")
     return eps
 
 

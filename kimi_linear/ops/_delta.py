@@ -17,7 +17,7 @@ from .._arrays import (
     sequences_of,
 )
 from .._names import choice
-from .._scalars import as_finite, as_whole
+from .._scalars import as_finite, as_flag, as_whole
 from ..context import current
 from ._basic import check_eps
 
@@ -101,7 +101,7 @@ def delta_rule(q, k, v, g, beta, *, scale=None, initial_state=None, offsets=None
 
     o, state = outputs(out, 2)
     state = _one_state(state, final_state, shape, like=v)
-    o = output(o, v.shape, like=v)
+    o = output(o, v.shape, "out[0]", like=v)
     refuse_shared_outputs(o, state)
     q, k, g, beta = (apart(a, o, state) for a in (q, k, g, beta))
     v = apart(v, o, state, same=o)
@@ -113,7 +113,7 @@ def delta_rule(q, k, v, g, beta, *, scale=None, initial_state=None, offsets=None
         ends = np.cumsum([0, *map(len, cuts)], dtype=np.int64)
         kept = output(None, (len(marks), *sizes[1:]), like=v)
     _core.delta_rule(current(ctx)._core, o, state, q, k, v, g, beta, initial_state, offsets, len(offsets) - 1,
-                     int(offsets[-1]), *sizes, scale, gate, form, head_map, chunk, bool(l2_norm),
+                     int(offsets[-1]), *sizes, scale, gate, form, head_map, chunk, as_flag(l2_norm, "l2_norm"),
                      check_eps(l2_eps, "l2_eps"), marks, ends, kept, 0 if cuts is None else len(marks))
     return (o, state) if cuts is None else (o, state, kept)
 
@@ -327,7 +327,9 @@ def _one_state(state, final_state, shape, like):
     """The array for the final state: of `out`, of `final_state`, or a new one."""
     if state is not None and final_state is not None and state is not final_state:
         raise ValueError("final_state and out[1] are two arrays; give one of them")
-    return output(state if final_state is None else final_state, shape, "final_state", like=like)
+    if final_state is None:
+        return output(state, shape, "out[1]", like=like)
+    return output(final_state, shape, "final_state", like=like)
 
 
 def _check_gate(g, heads, K):

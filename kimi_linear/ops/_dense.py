@@ -15,7 +15,7 @@ from .._arrays import (
     refuse_shared_outputs,
 )
 from .._names import choice
-from .._scalars import as_real, as_whole
+from .._scalars import as_flag, as_real, as_whole
 from ..context import current
 from ..quantized import Quantized
 from ._basic import activation_id, sigmoid_gate, swiglu
@@ -187,7 +187,7 @@ def route(scores, *, k, bias=None, groups=1, top_groups=1, function="sigmoid", r
     refuse_shared_outputs(ids, weights)
     scores, bias = apart(scores, ids, weights), apart(bias, ids, weights)
     _core.route(current(ctx)._core, ids, weights, scores, bias, T, E, k, groups, top_groups,
-                router, bool(renormalise), as_real(scale, "scale"))
+                router, as_flag(renormalise, "renormalise"), as_real(scale, "scale"))
     return ids, weights
 
 

@@ -60,7 +60,7 @@ def short_conv(x, w, *, history=None, offsets=None, activation="silu", out=None,
     if history is not None:
         history = as_float32(history, "history", shape)
     y, after = outputs(out, 2)
-    y, after = output(y, x.shape, like=x), output(after, shape, "out[1]", like=x)
+    y, after = output(y, x.shape, "out[0]", like=x), output(after, shape, "out[1]", like=x)
     refuse_shared_outputs(y, after)
     x, w, history = apart(x, y, after), apart(w, y, after), apart(history, y, after, same=after)
     N, T = len(offsets) - 1, x.size // C

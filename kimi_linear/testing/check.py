@@ -11,6 +11,7 @@ import numpy as np
 
 from .. import reference
 from .._arrays import BFLOAT16, as_array
+from .._scalars import as_finite
 from ..conventions import convention
 from ..diff.budgets import budget
 from ..diff.compare import bounded, judge
@@ -69,12 +70,14 @@ def check_op(op, fn, *, conventions="ours", dtype="float32", cases="all", withou
     Raises
     ------
     ValueError
-        If there is no such op, convention, type, case, lack or form, or the op has nothing narrow.
+        If there is no such op, convention, type, case, lack or form, the op has nothing narrow, or `factor` is not > 0.
     TypeError
-        If `fn` is not callable.
+        If `fn` is not callable, or an argument is of another type.
     """
     if not callable(fn):
         raise TypeError(f"fn is a {type(fn).__name__}; it must be callable, with the arguments of {op}")
+    if not as_finite(factor, "factor") > 0:
+        raise ValueError(f"factor is {factor}; it must be > 0")
     the = spec(op)
     how = convention(conventions, op)
     chosen = select((*the.cases, *the.laws), cases)
@@ -99,6 +102,8 @@ def narrow_type(the, dtype):
 
 def lacks_of(the, without):
     """`without` as a set; ValueError where no case or law of the op needs one of its words."""
+    if not np.iterable(without):
+        raise TypeError(f"without is {without!r:.40}; it must be text, or a list of it")
     lacks = frozenset([without] if isinstance(without, str) else without)
     known = frozenset().union(*(c.needs for c in the.cases), *(law.needs for law in the.laws))
     for name in sorted(lacks - known):
@@ -370,7 +375,7 @@ def _maker(arrays):
     """The function that makes what the callable takes from a NumPy array."""
     if callable(arrays):
         return arrays
-    package, _, device = arrays.partition(":")
+    package, _, device = arrays.partition(":") if isinstance(arrays, str) else (None, "", "")
     if package == "numpy":
         return lambda a: a
     if package == "torch":
@@ -397,6 +402,10 @@ def _numpy(x):
     if type(x).__module__.split(".")[0] == "torch":
         x = x.detach().cpu()
     a = as_array(x, "a result")
+    if a.dtype.kind in "cSU":
+        raise WrongResult(f"a result is {a.dtype}; it must be real numbers")
+    if a.dtype == np.longdouble:  # of whose bytes some are padding
+        return a.astype(np.float64)
     return a.copy() if a.dtype.kind in "fiu" or a.dtype == BFLOAT16 else a.astype(np.float32)  # may be written again
 
 

@@ -1,8 +1,8 @@
 """Why a result is wrong: the mistake that, made in the float64 reference, gives the same wrong result.
 
 Every explanation of the op is tried on a few failing cases, those that fit on all; the one that explains most is named,
-then the one that explains most of the rest. Where none fits alone, pairs are tried; then the op's `diagnose` looks at
-what is not finite.
+then the one that explains most of the rest. Where none fits alone, pairs are tried; what fits by chance is taken back;
+then the op's `diagnose` looks at what is not finite.
 """
 
 import itertools
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..diff.metrics import distance
+from .._arrays import BFLOAT16
+from ..diff.metrics import U, distance, unit_of
 
 __all__ = ["Failure", "explain"]
 
@@ -19,6 +20,8 @@ NEAR = 2e-5     # rms distance to the mistaken reference, over its rms: float32 
 TIMES = 4       # and so many times nearer than to the right one
 LOOSE = 1e-2    # for cases in which a mistake that is already named lets rounding grow
 HUGE = 1e30     # where it leads out of float32, nothing is compared
+TINY = 1e-45    # below every float32
+DISTINCT = 8    # values tell of what type they are
 SOME = 0.05     # of a result's elements must be finite for it to tell anything
 PROBES = 6      # failing cases, of different groups, on which everything is tried
 PAIR_ROWS = 40  # tokens of a case on which pairs are tried
@@ -79,13 +82,14 @@ def explain(spec, failures, wrote=False):
         rest = explain(spec, [f for f in failures if f not in empty]) if len(empty) < len(failures) else {}
         return {f.name: (EMPTY, "") for f in empty} | rest
     why = {}
-    pairs = _pairs([(e.says, dict(e.switches)) for e in spec.explanations if not e.alone])
+    pairs = list(_pairs([(e.says, dict(e.switches)) for e in spec.explanations if not e.alone]))
     named = _cover(fits, singles, failures, why)
     left = _loosely(fits, named, failures, why)
     if any(f.finite for f in left):
-        named = _cover(fits, list(pairs), left, why, pairs=True)
-        left = _loosely(fits, named, left, why)
-    found = {f.name: spec.diagnose(f.inputs, f.actual, f.ref) for f in left}
+        named += (more := _cover(fits, pairs, left, why, pairs=True))
+        left = _loosely(fits, more, left, why)
+    left = _without_chance(spec, named, failures, left, why)
+    found = {f.name: spec.diagnose(f.inputs, f.actual, f.ref) or _narrow(f) for f in left}
     often = Counter(says for each in found.values() for says, _ in each)
     return why | {name: max(each, key=lambda e: often[e[0]]) for name, each in found.items() if each}
 
@@ -111,12 +115,36 @@ class _Fits:
 
 
 def _loosely(fits, named, failures, why):
-    """Of cases left, those whose rounding grows under a mistake that is already named; what is still left."""
+    """Of cases left, those whose rounding grows under a mistake that is already named, as many as it explains without
+    that at most; what is still left."""
     left = [f for f in failures if f.name not in why]
-    for f in left:
-        says = next((says for says, switches in named if fits(switches, f, loose=True)), None)
-        why |= {f.name: (says, "")} if says else {}
-    return [f for f in left if f.name not in why]
+    for says, switches in named:
+        grown = [f for f in left if fits(switches, f, loose=True)]
+        if len(grown) <= _explained(says, why):
+            why |= {f.name: (says, "") for f in grown}
+            left = [f for f in left if f not in grown]
+    return left
+
+
+def _without_chance(spec, named, failures, left, why):
+    """Takes back what is named where more of the cases left should show it, and do not, than it explains: there it is
+    chance, where different mistakes give the same. What is left then."""
+    for says, switches in named:
+        if sum(f.finite and _shows(spec, switches, f) for f in left) > _explained(says, why):
+            for name in [name for name, (s, _) in why.items() if s == says]:
+                del why[name]
+    return [f for f in failures if f.name not in why]
+
+
+def _explained(says, why):
+    return sum(s == says for s, _ in why.values())
+
+
+def _shows(spec, switches, f):
+    """Whether the mistake, and nothing else, would fail this case."""
+    with np.errstate(all="ignore"):
+        wrong = _wrong(spec, switches, f, f.inputs)
+        return _alike(f.ref, wrong) and not _within(wrong, f.ref, f.allowed, 0)
 
 
 def _cover(fits, candidates, failures, why, pairs=False):
@@ -185,7 +213,20 @@ def _fits(spec, switches, f):
         near = _distance(f.actual, wrong)
         if near <= f.near and near * TIMES < _distance(f.actual, f.ref):
             return True
-        return _within(f.actual, wrong, f.allowed, f.near) and not _within(f.actual, f.ref, f.allowed, 0)
+        return _within(f.actual, wrong, f.allowed, f.near) and _tells(f, wrong)
+
+
+def _tells(f, wrong):
+    """The mistaken result is much nearer where this one is further from the right one than it may be: an error that is
+    the same with the mistake and without it is of another."""
+    to_wrong = to_right = 0.0
+    for a, d, r, e in zip(f.actual, wrong, f.ref, f.allowed, strict=True):
+        a = np.asarray(a, np.float64)
+        right, unit = distance(a, r)[0], np.maximum(e + U * np.abs(r), TINY)
+        far = right > e
+        to_right += np.sum((right / unit)[far] ** 2)
+        to_wrong += np.sum((distance(a, d)[0] / unit)[far] ** 2)
+    return TIMES**2 * to_wrong < to_right
 
 
 def _fits_loosely(spec, switches, f):
@@ -258,6 +299,25 @@ def _apart(a, d, most):
         return 0.0
     size = np.sqrt(np.mean(d[np.isfinite(d)] ** 2))
     return float(np.sqrt(np.mean(error**2)) / size) if size else np.inf
+
+
+def _narrow(f):
+    """What is said of a float32 kernel whose results are all numbers of a narrow type, and as near as rounding to it
+    leaves them, though no mistake gives them."""
+    floats = [(a, r) for a, r in zip(f.actual, f.ref, strict=True) if a.dtype.kind not in "iu"]
+    if f.near > NEAR or not f.finite:
+        return []
+    for dtype in (BFLOAT16, np.dtype(np.float16)):
+        held = [(_held(a, dtype), _held(r, dtype)) for a, r in floats if len(np.unique(a)) >= DISTINCT]
+        if held and all(got and not right for got, right in held) and _distance(f.actual, f.ref) < 8 * unit_of(dtype):
+            says = f"all results are numbers of {dtype}: they are rounded to it, and maybe what they are made of"
+            return [(says, "")]
+    return []
+
+
+def _held(a, dtype):
+    with np.errstate(all="ignore"):
+        return np.array_equal(a, np.asarray(a).astype(np.float32).astype(dtype).astype(np.float64))
 
 
 def _few(d):

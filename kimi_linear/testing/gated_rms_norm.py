@@ -22,7 +22,6 @@ case = maker("gated_rms_norm", inputs)
 
 def rest():
     """What a gate adds."""
-    yield case("heads", "heads", 6, 16, 1.0, 1e-5, 1.0, 4, usual=True, says="[T, H, D], a norm for each head")
     yield case("heads-of-a-model", "heads", 2, 128, 1.0, 1e-5, 1.0, 32)
     for activation in ("sigmoid", "silu"):
         yield case(activation, "activation", 6, activation=activation, usual=True, needs={activation})

@@ -19,9 +19,11 @@ from .check import FACTOR
 from .spec import Case, Explanation, Law, NotOffered, Plan, Spec, WrongResult, given
 from .spec import defaults as defaults_of
 
-__all__ = ["DROPPED", "Form", "alone", "causal", "drawn", "f32", "filled", "gates", "lone_rows", "maker", "nan_spread",
-           "nans", "plain", "rows_apart"]
+__all__ = ["DROPPED", "LOST", "Form", "alone", "causal", "drawn", "f32", "filled", "gates", "lone_rows", "maker",
+           "nan_spread", "nans", "plain", "rows_apart"]
 
+#: What is said of NaN that a result should have.
+LOST = "NaN is lost: there are numbers where it belongs"
 #: What a `Form` gives for an argument that is not passed.
 DROPPED = object()
 
@@ -344,6 +346,12 @@ def nan_spread(x, actual, ref):
     """What NaN may mean that is in a result where it should not be, or is not where it should, with one in an input."""
     if all((np.isfinite(a) == np.isfinite(r)).all() for a, r in zip(actual, ref, strict=True)):
         return []
-    if any(isinstance(a, np.ndarray) and a.dtype.kind not in "iu" and np.isnan(a).any() for a in x.values()):
-        return [("NaN of one row reaches others, or is lost", "")]
-    return []
+    if not any(isinstance(a, np.ndarray) and a.dtype.kind not in "iu" and np.isnan(a).any() for a in x.values()):
+        return []
+    gained = [~np.isfinite(a) & np.isfinite(r) for a, r in zip(actual, ref, strict=True)]
+    if not any(map(np.any, gained)):
+        return [(LOST, "")]
+    rows = [np.isfinite(r).all(axis=tuple(range(1, r.ndim))) for r in ref]  # that have no NaN
+    if any(a[of].any() for a, of in zip(gained, rows, strict=True)):
+        return [("NaN of one row reaches others", "")]
+    return [("NaN of one value reaches others of its row", "")]

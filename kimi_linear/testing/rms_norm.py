@@ -7,9 +7,10 @@ from .plain import Form, lone_rows, maker, nans, plain
 __all__ = ["SPEC", "norm_cases"]
 
 
-def inputs(rng, T, D=48, scale=1.0, eps=1e-5, spread=1.0):
-    """x [T, D] of a size, w [D] around 1."""
-    return dict(x=scale * rng.standard_normal((T, D)) * np.exp(spread * rng.standard_normal((T, 1))),
+def inputs(rng, T, D=48, scale=1.0, eps=1e-5, spread=1.0, H=None):
+    """x [T, D] or [T, H, D] of a size, w [D] around 1."""
+    lead = (T,) if H is None else (T, H)
+    return dict(x=scale * rng.standard_normal((*lead, D)) * np.exp(spread * rng.standard_normal((*lead, 1))),
                 w=1 + 0.3 * rng.standard_normal(D), eps=eps)
 
 
@@ -51,6 +52,8 @@ def norm_cases(case, eps=(1e-6, 1e-5), size=1.0, rest=()):
     yield case("subnormal", "rim", 4, 48, 1e-39, needs={"subnormals"})
     yield case("huge", "rim", 4, 48, 1e15)
     yield case("overflow", "rim", 4, 48, 1e25, says="squares overflow float32")
+    yield case("heads", "heads", 6, 16, 1.0, 1e-5, 1.0, 4, usual=True, needs={"heads axis"},
+               says="[T, H, D], a norm for each head")
     yield from rest
     yield from nans(case, 5, x=(2, 3))
 

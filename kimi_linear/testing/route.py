@@ -40,6 +40,12 @@ def _low_bias(x, rng):
     x["bias"] -= np.float32(2)
 
 
+def _hidden_by_bias(x, rng):
+    """Sigmoids of 1e-6 beside a bias of 12: of their sum in float32 little is theirs."""
+    x["scores"] -= np.float32(12)
+    x["bias"] += np.float32(12)
+
+
 def cases():
     """All."""
     yield case("plain", "lengths", 12, usual=True, says="4 of 16 experts, a bias for the choice")
@@ -50,6 +56,7 @@ def cases():
         yield case(f"experts-{E}-{k}", "sizes", 5, E, k, says="experts, and how many are chosen")
     yield case("no-bias", "bias", 9, bias=False, usual=True, needs={"no bias"})
     yield case("strong-bias", "bias", 9, change=_strong_bias, usual=True, says="the bias decides")
+    yield case("hidden-by-bias", "bias", 9, change=_hidden_by_bias, says="sigmoids of 1e-6, a bias of 12")
     for groups, top in ((4, 2), (8, 3)):
         yield case(f"groups-{groups}-{top}", "groups", 20, 32, 4, groups=groups, top_groups=top, needs={"groups"},
                    usual=True, says="groups, and how many of them stay")

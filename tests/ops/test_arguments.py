@@ -146,6 +146,16 @@ def test_a_wrong_weight_of_nine_leaves_all_results_as_they_were():
 # ---- numbers and names -------------------------------------------------------------------------------------------
 
 
+class NoCapsule:
+    """What says that it has DLPack, and has none."""
+
+    def __dlpack_device__(self):
+        return 1, 0
+
+    def __dlpack__(self, **_):
+        return 5
+
+
 def wrong_scalars():
     x = normal(2, 4)
     q, beta = normal(4, 2, 8), np.ones((4, 2), np.float32)
@@ -171,6 +181,15 @@ def wrong_scalars():
         (lambda: delta(l2_eps=[]), TypeError, r"l2_eps is \[\]; it must be a number >= 0"),
         (lambda: delta(form=["auto"]), ValueError, r"form is \['auto'\]; it must be one of 'auto', 'recurrent'"),
         (lambda: delta(head_map={}), ValueError, "head_map is {}; it must be one of 'grouped', 'tiled'"),
+        (lambda: delta(l2_eps=np.inf), ValueError, "l2_eps is inf; it must be >= 0 and finite"),
+        (lambda: delta(l2_norm="no"), TypeError, "l2_norm is 'no'; it must be True or False"),
+        (lambda: delta(l2_norm=x), TypeError, "l2_norm is array"),
+        (lambda: delta(l2_norm=float("nan")), TypeError, "l2_norm is nan; it must be True or False"),
+        (lambda: delta(out=(None, x)), ValueError, r"out\[1\] has shape \[2, 4\]; it must be \[2, 8, 8\]"),
+        (lambda: delta(out=(x, None)), ValueError, r"out\[0\] has shape"),
+        (lambda: delta(final_state=x), ValueError, "final_state has shape"),
+        (lambda: delta(checkpoints=True), TypeError, "checkpoints is True; it must be an int >= 1, or a list"),
+        (lambda: delta(checkpoints=""), TypeError, "checkpoints is ''; it must be an int >= 1, or a list"),
         (lambda: delta(checkpoints=2.5), TypeError, "checkpoints is 2.5; it must be an int >= 1, or a list"),
         (lambda: kl.ops.decay_cumsum(-np.abs(q), chunk=2.5), TypeError, "chunk is 2.5; it must be an int, or None"),
         (lambda: gate(lower_bound="x"), TypeError, "lower_bound is 'x'; it must be a number, or None"),
@@ -181,6 +200,8 @@ def wrong_scalars():
         (lambda: kl.ops.rope(q, np.arange(4), base=1e4, rotary="x"), TypeError, "rotary is 'x'; it must be an int"),
         (lambda: kl.ops.route(x, k=1, scale="x"), TypeError, "scale is 'x'; it must be a number"),
         (lambda: kl.ops.route(x, k=1, groups=x), TypeError, "groups is array"),
+        (lambda: kl.ops.route(x, k=1, renormalise="False"), TypeError, "renormalise is 'False'; it must be True or"),
+        (lambda: kl.ops.short_conv(x, x.T, out=(x[:1], None)), ValueError, r"out\[0\] has shape \[1, 4\]"),
         (lambda: kl.ops.route(x, k=1, function=[]), ValueError, r"function is \[\]; it must be one of 'sigmoid'"),
         (lambda: kl.ops.gated_rms_norm(x, x, x[0], eps=1, activation=x), ValueError, "activation is array"),
         (lambda: experts(shared_gate=np.zeros((1, 4))), TypeError, "shared_gate is float64"),
@@ -188,6 +209,8 @@ def wrong_scalars():
         (lambda: kl.pack([x, normal(2, 3)]), ValueError, r"arrays\[1\] has shape \[2, 3\]"),
         (lambda: kl.pack([1.0]), ValueError, r"arrays\[0\] has shape \[\]"),
         (lambda: kl.pack(3), TypeError, "arrays is a int; it must be a list"),
+        (lambda: kl.unpack(3, [0, 1]), ValueError, r"x has shape \[\]; it must be \[T, ...\]"),
+        (lambda: kl.ops.sigmoid(NoCapsule()), TypeError, "x: a NoCapsule that NumPy cannot read"),
         (lambda: kl.Context(isa=3), TypeError, "isa is int; it must be a str, as 'avx2', or None"),
         (lambda: kl.set_num_threads("x"), TypeError, "n is 'x'; it must be an int from 0"),
     ]
@@ -197,6 +220,12 @@ def wrong_scalars():
 def test_numbers_and_names_are_told_by_argument(call, error, message):
     with pytest.raises(error, match=f"^{message}"):
         call()
+
+
+def test_a_flag_may_be_numpys_or_0_or_1():
+    q, beta = normal(4, 2, 8), np.ones((4, 2), np.float32)
+    results = [kl.ops.delta_rule(q, q, q, None, beta, l2_norm=on)[0] for on in (True, np.True_, 1, False, 0)]
+    assert len({o.tobytes() for o in results[:3]}) == len({o.tobytes() for o in results[3:]}) == 1
 
 
 def test_a_number_of_threads_may_be_numpys():

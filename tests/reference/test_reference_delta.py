@@ -427,3 +427,26 @@ def test_errors_are_sentences(rng):
         ref.delta_rule(np.ones((4, 3, 5)), np.ones((4, 3, 5)), v, g, beta)
     with pytest.raises(ValueError, match="chunk is 0; it must be >= 1"):
         ref.delta_rule_intra(q, k, v, g, beta, chunk=0)
+
+
+@pytest.mark.parametrize("name, changed, words", [
+    ("initial_state", lambda x: x.swapaxes(-1, -2).copy(), r"initial_state has shape \[2, 7, 5\]; it must be"),
+    ("initial_state", lambda x: np.stack([x, x]), r"initial_state has shape \[2, 2, 5, 7\]"),
+    ("q", lambda x: x[:3], "q has shape"), ("k", lambda x: np.concatenate([x, x]), "k has shape"),
+    ("g", lambda x: x[:, :1], "g has shape"), ("beta", lambda x: x[:, :1], "beta has shape"),
+    ("v", lambda x: x[:0], "beta has shape"),
+])
+def test_arrays_of_another_shape_are_refused(rng, name, changed, words):
+    """Not read as if as many values lay in other places, nor repeated."""
+    x = dict(q=rng.random((4, 2, 5)), k=rng.random((4, 2, 5)), v=rng.random((4, 2, 7)), g=-rng.random((4, 2, 5)),
+             beta=rng.random((4, 2)), initial_state=rng.random((2, 5, 7)))
+    with pytest.raises(ValueError, match=words):
+        ref.delta_rule(**x | {name: changed(x[name])})
+
+
+def test_a_state_of_one_sequence_may_lack_its_axis(rng):
+    q, k, v, g, beta = case(rng, 4)
+    S = rng.random((4, 5, 7))
+    given = dict(q=q, k=k, v=v, g=g, beta=beta, offsets=[0, 4])
+    one, other = (ref.delta_rule(**given, initial_state=state)[1] for state in (S, S[None]))
+    assert np.array_equal(one, other)

@@ -245,3 +245,16 @@ class TestSample:
     def test_options(self, option):
         with pytest.raises(ValueError, match=next(iter(option))):
             ref.sample(self.LOGITS, **option)
+
+
+def test_a_history_of_another_shape_is_refused(rng):
+    """As causal_conv1d has it, [C, W - 1]: not read as if it lay as ours."""
+    x, w, history = rng.random((6, 5)), rng.random((5, 4)), rng.random((5, 3))
+    with pytest.raises(ValueError, match=r"history has shape \[5, 3\]; it must be \[1, 3, 5\] or \[3, 5\]"):
+        ref.short_conv(x, w, history=history)
+
+
+@pytest.mark.parametrize("x", [np.ones(3, complex), np.array(["1.5"]), "abc"])
+def test_what_is_no_real_number_is_refused(x):
+    with pytest.raises(TypeError, match="an input is .*; it must be real numbers"):
+        ref.sigmoid(x)

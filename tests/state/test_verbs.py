@@ -82,6 +82,15 @@ def test_a_copy_is_a_fork(tiny):
         pickle.dumps(state)
 
 
+def test_a_snapshot_is_copied_as_it_is(tiny):
+    """It never changes; in a list of states and snapshots it does not hinder a copy of all."""
+    state = read(tiny, ids(tiny, 20))
+    kept = state.snapshot()
+    assert copy.copy(kept) is kept and copy.deepcopy([state, kept])[1] is kept
+    with pytest.raises(TypeError, match=r"a Snapshot .* is not pickled; restore it, and state.save\(path\) writes it"):
+        pickle.dumps(kept)
+
+
 def test_fork_across_a_page(tiny):
     """The cache of 512 positions a page is copied whole, the last page as far as it goes."""
     tokens = ids(tiny, 1030)

@@ -96,11 +96,15 @@ def _shapes():
         if Hk > 1:
             yield _case(f"tiled-{Hk}-{H}", "heads", 12, **shape, needs={"tiled heads"}, extra={"head_map": "tiled"},
                         says="value head h reads key head h % Hk")
+    yield _case("grouped-one-token", "heads", 1, Hk=2, H=6, K=8, carried=True, needs={"grouped heads"},
+                says="decoding is a kernel of its own in many ports")
     offsets = np.array([0, 0, 1, 2, 2, 70, 83], np.int64)
     for carried in (False, True):
         yield _case("ragged-carried" if carried else "ragged", "ragged", 83, carried=carried, N=6, usual=True,
                     needs={"offsets"}, extra={"offsets": offsets},
                     says="sequences of 0, 1, 1, 0, 68 and 13 tokens, one after another")
+    yield _case("one-token-each", "ragged", 5, carried=True, N=5, needs={"offsets"},
+                extra={"offsets": np.arange(6)}, says="a batch that decodes")
     for scale in (1.0, 0.37):
         yield _case(f"scale-{scale:g}", "scale", 9, needs={"scale"}, usual=True, extra={"scale": scale})
 
@@ -223,6 +227,8 @@ def _keys():
             ("norm-overflow", 1e25, "qk", "squares overflow float32")):
         yield _case(name, "l2_norm", 9, change=_times(of, factor), carried=True, needs={"l2_norm"},
                     extra={"l2_norm": True}, says=says)
+    yield _case("norm-one-token", "l2_norm", 1, change=_times("qk", 3.0), carried=True, needs={"l2_norm"},
+                extra={"l2_norm": True}, says="decoding is a kernel of its own in many ports")
 
 
 def _nan_at(name, t):

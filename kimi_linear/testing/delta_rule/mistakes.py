@@ -7,8 +7,9 @@ from collections import deque
 import numpy as np
 
 from ...faults import mistakes
-from ...faults._delta import acts, wrong
+from ...faults._delta import acts, that_act, wrong
 from ...faults._delta_chunk import TERMS, Chunks, longest
+from ..plain import LOST
 from ..spec import Explanation
 
 __all__ = ["EXPLANATIONS", "SWAPPED", "acting", "diagnose", "mistaken", "start"]
@@ -22,7 +23,7 @@ def mistaken(x, chunk=None, **switches):
     """`reference.delta_rule` with faults, by the switches of `wrong`, or with one of the chunked form: `chunk` is its
     name and a length. None where none acts on these inputs."""
     if chunk is None:
-        return wrong(x, **switches) if acts(x, **switches) else None
+        return wrong(x, **that_act(x, **switches)) if acts(x, **switches) else None
     name, length = chunk
     return _shared(x).chunks.wrong(TERMS[name], length)
 
@@ -98,7 +99,9 @@ def diagnose(x, actual, ref):
     if all((np.isfinite(a) == np.isfinite(r)).all() for a, r in zip(actual, ref, strict=True)):
         return []
     if any(np.isnan(a).any() for a in x.values() if isinstance(a, np.ndarray) and a.dtype.kind not in "iu"):
-        return [("NaN of one token reaches others: those before it, or those that do not read it", "")]
+        if any((~np.isfinite(a) & np.isfinite(r)).any() for a, r in zip(actual, ref, strict=True)):
+            return [("NaN of one token reaches others: those before it, or those that do not read it", "")]
+        return [(LOST, "")]
     bad = np.argwhere(~np.isfinite(actual[0]) & np.isfinite(ref[0]))
     if x.get("g") is None or not len(bad):
         return []
