@@ -200,7 +200,7 @@ def test_interrupted_trace_leaves_nothing(tmp_path):
     target = tmp_path / "trace.safetensors"
     kl.Model.tiny().trace([7, 8], "embed").save(target)
     before = target.read_bytes()
-    ids = ",".join(["7"] * 4000)
+    ids = ",".join(["7"] * 12000)
     run = subprocess.Popen(
         [sys.executable, "-m", "kimi_linear", "trace", KIMI_A, "--ids", ids, "--reference", "-o", target],
         stderr=subprocess.PIPE,
