@@ -67,10 +67,10 @@ def delta_rule(q, k, v, g, beta, *, scale=None, initial_state=None, offsets=None
         raise ValueError(f"form is {form!r}; it must be one of {', '.join(forms)}")
     if l2_norm:
         q, k = (f64(x) / np.sqrt((f64(x) ** 2).sum(-1, keepdims=True) + l2_eps) for x in (q, k))
-    v, beta = f64(v), f64(beta)
+    q, v, beta = f64(q), f64(v), f64(beta)
     T, Hv, V = v.shape
     check_shape(beta, "beta", (T, Hv))
-    check_shape(f64(q), "q", (T, "Hk", "K"))
+    check_shape(q, "q", (T, "Hk", "K"))
     q, k, g = of_value_heads(q, k, g, Hv, scale, head_map)
     K = q.shape[-1]
 
@@ -118,10 +118,10 @@ def delta_rule_intra(q, k, v, g, beta, *, scale=None, offsets=None, chunk=64, he
 
     Source: arXiv:2510.26692, equations 2 to 9; arXiv:2406.06484.
     """
-    v, beta = f64(v), f64(beta)
+    q, v, beta = f64(q), f64(v), f64(beta)
     rows, Hv, V = v.shape
     check_shape(beta, "beta", (rows, Hv))
-    check_shape(f64(q), "q", (rows, "Hk", "K"))
+    check_shape(q, "q", (rows, "Hk", "K"))
     q, k, g = of_value_heads(q, k, g, Hv, scale, head_map)
     squares = np.zeros((3, rows, Hv, chunk))
     W, U = np.zeros(k.shape), np.zeros(v.shape)
@@ -155,9 +155,9 @@ def delta_rule_inter(q, k, g, P, W, U, *, scale=None, initial_state=None, offset
 
     Source: arXiv:2510.26692, equations 2 to 9.
     """
-    P, W, U = f64(P), f64(W), f64(U)
+    q, P, W, U = f64(q), f64(P), f64(W), f64(U)
     T, Hv, V = U.shape
-    check_shape(f64(q), "q", (T, "Hk", "K"))
+    check_shape(q, "q", (T, "Hk", "K"))
     q, k, g = of_value_heads(q, k, g, Hv, scale, head_map)
     check_shape(W, "W", q.shape)
     check_shape(P, "P", (T, Hv, chunk))

@@ -83,8 +83,12 @@ static inline v16i v16i_keep(v16i a) { return a; }
 static inline __attribute__((always_inline)) void v16_sums(float *y, const v16 *a, const int n)
 {
     int i = 0;
+#if defined(KL_AVX512)
+#pragma GCC unroll 16
     for (; i + 4 <= n; i += 4)
         v16_sum4(y + i, a + i);
+#endif
+#pragma GCC unroll 16
     for (; i < n; i++)
         y[i] = v16_sum(a[i]);
 }

@@ -92,11 +92,6 @@ static inline float v16_sum(v16 a)
     const __m128 d = _mm_add_ps(c, _mm_movehl_ps(c, c));
     return _mm_cvtss_f32(_mm_add_ss(d, _mm_shuffle_ps(d, d, 1)));
 }
-static inline void v16_sum4(float *y, const v16 *a)
-{
-    for (int i = 0; i < 4; i++)
-        y[i] = v16_sum(a[i]);
-}
 typedef struct {
     __m256d part[4];
 } v16d;

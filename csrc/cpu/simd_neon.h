@@ -129,11 +129,6 @@ static inline float v16_sum(v16 a)
     const float32x4_t b = vaddq_f32(vaddq_f32(a.q[0], a.q[2]), vaddq_f32(a.q[1], a.q[3]));
     return vpadds_f32(vadd_f32(vget_low_f32(b), vget_high_f32(b)));
 }
-static inline void v16_sum4(float *y, const v16 *a)
-{
-    for (int i = 0; i < 4; i++)
-        y[i] = v16_sum(a[i]);
-}
 typedef struct {
     float64x2_t part[8];
 } v16d;

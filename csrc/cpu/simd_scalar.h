@@ -73,11 +73,6 @@ static inline float v16_sum(v16 a)
             a.lane[l] = a.lane[l] + a.lane[l + half];
     return a.lane[0];
 }
-static inline void v16_sum4(float *y, const v16 *a)
-{
-    for (int i = 0; i < 4; i++)
-        y[i] = v16_sum(a[i]);
-}
 typedef struct {
     double part[16];
 } v16d;

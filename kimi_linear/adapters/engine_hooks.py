@@ -247,12 +247,9 @@ def _batch(given):
     for value in given.values():
         if hasattr(value, "forward_mode"):
             return _batch_of_sglang(value)
-    try:
-        metadata = _metadata_of_vllm()
-    except (AssertionError, AttributeError, KeyError):
-        return {}
-    if metadata is None:
-        return None
+    metadata = _metadata_of_vllm()
+    if not metadata:
+        return metadata
     of_layers = metadata.values() if isinstance(metadata, dict) else [metadata]
     found = {"offsets": _first(of_layers, ("non_spec_query_start_loc", "query_start_loc")),
              "slots": _first(of_layers, SLOTS), "rows": _first(of_layers, ("num_actual_tokens",))}
@@ -262,16 +259,16 @@ def _batch(given):
 
 
 def _metadata_of_vllm():
-    """Of every layer of the run, by its prefix, or of all; None of a profile run."""
-    return sys.modules["vllm.forward_context"].get_forward_context().attn_metadata
+    """Of every layer of the run, by its prefix, or of all; None of a profile run, and {} of no run of vLLM."""
+    try:
+        return sys.modules["vllm.forward_context"].get_forward_context().attn_metadata
+    except (AssertionError, AttributeError, KeyError):
+        return {}
 
 
 def _slots_of(module, path, slots):
     """Those of the batch in a layer's own pool: each KV cache group of vLLM has its own; else `slots`."""
-    try:
-        metadata = _metadata_of_vllm()
-    except (AssertionError, AttributeError, KeyError):
-        return slots
+    metadata = _metadata_of_vllm()
     own = metadata.get(getattr(module, "prefix", path)) if isinstance(metadata, dict) else None
     own = _first([own], SLOTS)
     return own[:len(slots)] if own and slots else slots

@@ -1,6 +1,5 @@
 """``kimi-linear diff``: two traces beside each other, down to the first divergence."""
 
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ._common import add_json_argument, add_names_arguments, check_names, foreign_call, print_report
@@ -38,13 +37,13 @@ def add_arguments(parser):
 
 def run(args):
     from ..diff import traces
-    from ..trace import Trace
+    from ..trace import Trace, matches
 
     config = _config(args)
     a, b = Trace.load(args.a), foreign_call(args, args.b, config)
     if args.taps:
         a = a.filter(args.taps)
-        asked = [name for name in b if any(fnmatchcase(name, glob) for glob in args.taps)]
+        asked = [name for name in matches([*a, *b], args.taps) if name in b]
         b = b.filter(asked) if asked else b
     return print_report(args, traces(a, b, threshold=args.threshold))
 

@@ -54,11 +54,8 @@ def _gate_of(call):
 
 def norm_of_all_heads(call):
     """One norm for a token, over all heads, not one for a head."""
-    x, shape = call["x"], call["x"].shape
-    if len(shape) < 3 or not x.size:
-        return None
-    flat, w = x.reshape(len(x), -1), np.tile(call["w"], shape[1])
-    return reference.rms_norm(flat, w, eps=call["eps"]).reshape(shape) * _gate_of(call)(call["z"])
+    y = norm_of_row(call)
+    return None if y is None else y * _gate_of(call)(call["z"])
 
 
 def norm_of_row(call):

@@ -158,8 +158,9 @@ def test_diff_finds_the_first_divergence(cli, tmp_path):
     assert code == 1 and "DIVERGES at layers.2.kda.beta, token 3" in out
     code, out, _ = cli("diff", a, b, "--json")
     assert code == 1 and json.loads(out)["first"]["token"] == 3
-    code, out, _ = cli("diff", a, b, "--taps", "layers.2.mid")
-    assert code == 0 and "only in" not in out
+    for asked, differs in (("layers.2.mid", 0), ("layers.2", 1)):
+        code, out, _ = cli("diff", a, b, "--taps", asked)
+        assert code == differs and "only in" not in out
     assert cli("diff", a, b, "--threshold", "1")[0] == 0
 
 

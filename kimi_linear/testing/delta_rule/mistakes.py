@@ -7,7 +7,7 @@ from collections import deque
 import numpy as np
 
 from ...faults import mistakes
-from ...faults._delta import acts, that_act, wrong
+from ...faults._delta import that_act, wrong
 from ...faults._delta_chunk import TERMS, Chunks, longest
 from ..plain import LOST
 from ..spec import Explanation
@@ -23,7 +23,8 @@ def mistaken(x, chunk=None, **switches):
     """`reference.delta_rule` with faults, by the switches of `wrong`, or with one of the chunked form: `chunk` is its
     name and a length. None where none acts on these inputs."""
     if chunk is None:
-        return wrong(x, **that_act(x, **switches)) if acts(x, **switches) else None
+        on = that_act(x, **switches)
+        return wrong(x, **on) if on or not any(switches.values()) else None
     name, length = chunk
     return _shared(x).chunks.wrong(TERMS[name], length)
 
