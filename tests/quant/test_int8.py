@@ -64,6 +64,22 @@ def test_rows_that_end_inside_a_group(name, K):
             assert np.array_equal(product(x[rows], data, type_id, K, isa=isa), y[rows])
 
 
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q5_0", "IQ4_NL"])
+@pytest.mark.parametrize("K", [32, 128, 288])
+@pytest.mark.parametrize("T", [1, 3, 8])
+def test_a_row_that_ends_inside_a_group_is_alone(name, K, T):
+    """What stands where the group would go on is the next row: its scales, infinite or NaN, are not this one's."""
+    rng = np.random.default_rng(K)
+    data, type_id = blocks(name, 4, K, rng)
+    x = rng.standard_normal((T, K)).astype(np.float32)
+    wrong = data.copy()
+    wrong[1::2].reshape(2, K // 32, -1)[..., :2] = np.array([0x7C00, 0x7E00], "<u2").view(np.uint8).reshape(2, 1, 2)
+    for isa in kl.isa_list():
+        y = product(x, wrong, type_id, K, isa=isa)
+        assert np.array_equal(y[:, ::2], product(x, data, type_id, K, isa=isa)[:, ::2])
+        assert not np.isfinite(y[:, 1::2]).any()
+
+
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "MXFP4", "Q4_K", "Q3_K", "Q6_K"])
 @pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 15, 16, 17, 24, 31, 33])
 def test_panels_that_are_not_full(name, rows):
