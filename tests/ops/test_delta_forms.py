@@ -118,6 +118,28 @@ def test_keys_that_reflect_again_and_again(K, T, decay, period, form):
     assert same(kl.ops.delta_rule(**{n: a[:cut] for n, a in x.items()}, **form)[0][: T - 64], got[0][: T - 64])
 
 
+@functools.cache
+def orthogonal_case(T=65_536, K=32):
+    rng = np.random.default_rng(0)
+    keys = np.linalg.qr(rng.standard_normal((K, K)))[0][np.arange(T) % K, None]
+    q, v = (rng.standard_normal((T, 1, K), dtype=np.float32) for _ in range(2))
+    x = dict(q=kl.ops.l2_norm(q), k=keys.astype(np.float32), v=v, g=None, beta=np.full((T, 1), 2, np.float32))
+    return x | dict(initial_state=state_for(x)), kl.reference.delta_rule(**x, initial_state=state_for(x))
+
+
+@EACH_FORM
+@pytest.mark.parametrize("gate", [None, "channel", "head"])
+def test_orthogonal_keys_that_come_again(gate, form):
+    """No key meets itself in a chunk, and none is forgotten: what is rounded of <k, k'>, 0 but for the rounding of k,
+    adds up in step from period to period."""
+    x, ref = orthogonal_case()
+    if gate is not None:
+        x = x | dict(g=np.full(x["k"].shape if gate == "channel" else x["beta"].shape, -0.0, np.float32))
+    for value, exact in zip(kl.ops.delta_rule(**x, **form), ref, strict=True):
+        rms, _ = relative(value, exact)
+        assert rms <= 4 * np.sqrt(len(x["q"])) * U, rms / (4 * np.sqrt(len(x["q"])) * U)
+
+
 @EACH_FORM
 def test_one_decay_everywhere(form):
     for gate in RIM_GATES:
