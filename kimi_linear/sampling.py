@@ -97,7 +97,7 @@ class Sampler:
         self.words = [np.array([word], np.uint64).view(np.int64) for word in (chosen["top_k"], seed, sequence)]
         self.position, self.id = np.empty(1, np.int64), np.empty(1, np.int32)
         self.processor = processor
-        self.ctx = ctx
+        self.ctx = None if ctx is not None and ctx.device != "cpu" else ctx  # logits lie on the host: they stay there
         self.ids = ids.tolist() if processor is not None else None
         self.seen = None
         if self.penalty != 1.0:

@@ -21,12 +21,13 @@ struct pinned {
 
 const size_t PIECE = 8 << 20; /* bytes of a staging buffer; an upload of more goes through them */
 const int PUTS = 4;
-const size_t PUT_PIECE = 256 << 10; /* bytes of each; what is larger waits */
+const size_t PUT_PIECE = KL_PUT_MOST; /* bytes of each; what is larger waits */
 
 struct handle {
     int device;
     hipStream_t stream;
     pinned staging[2];          /* of large uploads, taken in turns; NULL until there is one */
+    int turn;                   /* the one that is taken next */
     pinned puts[PUTS];          /* of tables and control data, taken in turns */
     int put;                    /* the one that is being filled, */
     size_t put_bytes;           /* and how far */
@@ -83,7 +84,8 @@ class on_device
     on_device &operator=(const on_device &) = delete;
 };
 
-/* An entry of the table, run on the context's device. */
+/* An entry of the table, run on the context's device. An error that another library of the process has left unread is
+ * read away: kl_launched would take it for a launch's. */
 template <class ENTRY, ENTRY CALL> struct present;
 template <class... A, kl_status (*CALL)(kl_ctx *, A...)>
 struct present<kl_status (*)(kl_ctx *, A...), CALL> {
@@ -91,7 +93,10 @@ struct present<kl_status (*)(kl_ctx *, A...), CALL> {
     {
         const on_device here(handle_of(ctx)->device);
         KL_TRY(check(ctx, "device", here.error));
-        return CALL(ctx, a...);
+        (void)hipGetLastError();
+        const kl_status status = CALL(ctx, a...);
+        kl_call_ends();
+        return status;
     }
 };
 
@@ -119,12 +124,38 @@ void release_pinned(pinned &p)
     p = pinned{};
 }
 
+/* A library has code for the architectures that it was compiled for. Without it each launch would fail, and name an op. */
+kl_status check_code(kl_ctx *ctx, int device)
+{
+    char arch[64];
+    hipDeviceProp_t p;
+    const hipError_t error = kl_look_for_code();
+    if (error != hipErrorNoBinaryForGpu && error != hipErrorInvalidDeviceFunction) {
+        (void)hipGetLastError(); /* what else is wrong the next call tells */
+        return KL_OK;
+    }
+    const char *why = hipGetErrorString(error);
+    KL_TRY(check(ctx, "device", hipGetDeviceProperties(&p, device)));
+    (void)hipGetLastError();
+#if defined(__CUDACC__)
+    snprintf(arch, sizeof arch, "%d%d", p.major, p.minor);
+#else
+    snprintf(arch, sizeof arch, "%.*s", static_cast<int>(strcspn(p.gcnArchName, ":")),
+             p.gcnArchName);
+#endif
+    return kl_core_of->fail(ctx, KL_ERR_DEVICE,
+                            "device: the library has no kernels for %s, which is a %s (%s); "
+                            "" KL_GPU_BUILD "%s builds them",
+                            p.name, arch, why, arch);
+}
+
 kl_status open_device(kl_ctx *ctx, int device, void **to)
 {
     hipStream_t stream;
     *to = nullptr;
     const on_device here(device);
     KL_TRY(check(ctx, "device", here.error));
+    KL_TRY(check_code(ctx, device));
     KL_TRY(check(ctx, "device: stream", hipStreamCreate(&stream)));
     handle *h = static_cast<handle *>(malloc(sizeof *h));
     if (h == nullptr) {
@@ -228,8 +259,8 @@ kl_status upload_whole(kl_ctx *ctx, void *to, const void *from, size_t n_bytes)
 kl_status upload_pieces(kl_ctx *ctx, void *to, const void *from, size_t n_bytes)
 {
     handle *h = handle_of(ctx);
-    for (size_t at = 0, turn = 0; at < n_bytes; at += PIECE, turn = 1 - turn) {
-        const pinned &p = h->staging[turn];
+    for (size_t at = 0; at < n_bytes; at += PIECE, h->turn = 1 - h->turn) {
+        const pinned &p = h->staging[h->turn];
         const size_t n = n_bytes - at < PIECE ? n_bytes - at : PIECE;
         KL_TRY(check(ctx, "upload", hipEventSynchronize(p.copied)));
         memcpy(p.data, static_cast<const char *>(from) + at, n);
@@ -239,17 +270,16 @@ kl_status upload_pieces(kl_ctx *ctx, void *to, const void *from, size_t n_bytes)
     return KL_OK;
 }
 
-bool goes_in_pieces(kl_ctx *ctx, size_t n_bytes) { return n_bytes > PIECE && have_staging(ctx); }
-
+/* Many tensors one after another: of smaller ones, too, one is read while the other is copied. */
 kl_status stage(kl_ctx *ctx, void *to, const void *from, size_t n_bytes)
 {
-    return goes_in_pieces(ctx, n_bytes) ? upload_pieces(ctx, to, from, n_bytes)
-                                        : upload_whole(ctx, to, from, n_bytes);
+    return n_bytes > PUT_PIECE && have_staging(ctx) ? upload_pieces(ctx, to, from, n_bytes)
+                                                    : upload_whole(ctx, to, from, n_bytes);
 }
 
 kl_status upload(kl_ctx *ctx, void *to, const void *from, size_t n_bytes)
 {
-    if (!goes_in_pieces(ctx, n_bytes))
+    if (n_bytes <= PIECE || !have_staging(ctx))
         return upload_whole(ctx, to, from, n_bytes);
     KL_TRY(upload_pieces(ctx, to, from, n_bytes));
     return wait(ctx, "upload");
@@ -540,19 +570,31 @@ kl_status kl_cache_fault_of(kl_ctx *ctx, unsigned long long **fault, int64_t D, 
  * pinned memory when it has already been changed. */
 kl_status kl_put(kl_ctx *ctx, void *to, const void *from, size_t n_bytes)
 {
-    handle *h = handle_of(ctx);
+    void *room;
     if (n_bytes > PUT_PIECE)
         return upload_whole(ctx, to, from, n_bytes);
+    KL_TRY(kl_put_room(ctx, &room, n_bytes));
+    memcpy(room, from, n_bytes);
+    return kl_put_from(ctx, to, room, n_bytes);
+}
+
+kl_status kl_put_room(kl_ctx *ctx, void **room, size_t n_bytes)
+{
+    handle *h = handle_of(ctx);
     if (h->put_bytes + n_bytes > PUT_PIECE) {
         KL_TRY(check(ctx, "upload", hipEventRecord(h->puts[h->put].copied, h->stream)));
         h->put = (h->put + 1) % PUTS;
         h->put_bytes = 0;
         KL_TRY(check(ctx, "upload", hipEventSynchronize(h->puts[h->put].copied)));
     }
-    char *data = static_cast<char *>(h->puts[h->put].data) + h->put_bytes;
+    *room = static_cast<char *>(h->puts[h->put].data) + h->put_bytes;
     h->put_bytes += (n_bytes + 15) / 16 * 16;
-    memcpy(data, from, n_bytes);
-    return move(ctx, "upload", to, data, n_bytes, hipMemcpyHostToDevice);
+    return KL_OK;
+}
+
+kl_status kl_put_from(kl_ctx *ctx, void *to, const void *room, size_t n_bytes)
+{
+    return move(ctx, "upload", to, room, n_bytes, hipMemcpyHostToDevice);
 }
 
 kl_status kl_get(kl_ctx *ctx, void *to, const void *from, size_t n_bytes)

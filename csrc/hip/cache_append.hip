@@ -36,9 +36,9 @@ __device__ __forceinline__ void put(kl_type type, char *row, int64_t d, float x)
 {
     if (type == KL_F16) {
         const uint16_t bits = kl_to_f16(x);
-        memcpy(row + 2 * d, &bits, sizeof bits);
+        memcpy(__builtin_assume_aligned(row + 2 * d, 2), &bits, sizeof bits);
     } else {
-        memcpy(row + 4 * d, &x, sizeof x);
+        memcpy(__builtin_assume_aligned(row + 4 * d, 4), &x, sizeof x);
     }
 }
 

@@ -20,17 +20,21 @@
 
 #include <hip/hip_runtime.h>
 #define KL_GPU_PLATFORM "amd"
+#define KL_GPU_BUILD "make hip AMD_ARCHS="
 #define KL_DLPACK_DEVICE 10 /* DLPack: kDLROCM */
 
 #elif defined(__CUDACC__)
 
 #include <cuda_runtime.h>
 #define KL_GPU_PLATFORM "nvidia"
+#define KL_GPU_BUILD "make hip-nvidia NVIDIA_ARCHS="
 #define KL_DLPACK_DEVICE 2 /* kDLCUDA */
 
 #define hipError_t cudaError_t
 #define hipSuccess cudaSuccess
 #define hipErrorOutOfMemory cudaErrorMemoryAllocation
+#define hipErrorInvalidDeviceFunction cudaErrorInvalidDeviceFunction
+#define hipErrorNoBinaryForGpu cudaErrorNoKernelImageForDevice
 #define hipGetLastError cudaGetLastError
 #define hipGetErrorString cudaGetErrorString
 #define hipGetDeviceCount cudaGetDeviceCount
@@ -38,6 +42,8 @@
 #define hipSetDevice cudaSetDevice
 #define hipDeviceProp_t cudaDeviceProp
 #define hipGetDeviceProperties cudaGetDeviceProperties
+#define hipFuncAttributes cudaFuncAttributes
+#define hipFuncGetAttributes cudaFuncGetAttributes
 #define hipMemGetInfo cudaMemGetInfo
 #define hipMalloc cudaMalloc
 #define hipFree cudaFree
@@ -69,7 +75,8 @@
 
 #include "host/gpu.h"
 #define KL_GPU_PLATFORM "host"
-#define KL_DLPACK_DEVICE 12 /* kDLExtDev */
+#define KL_GPU_BUILD "make hip-host HOST_ARCHS=" /* there is no such: a test alone sees it */
+#define KL_DLPACK_DEVICE 12                      /* kDLExtDev */
 
 #endif
 

@@ -1,7 +1,8 @@
 /* product.h: three versions, one order of sums, the CPU's: sixteen lanes, lane l adds the terms k = l mod 16 by fma from
  * +0, then the halving tree.
  *   v1  one output a thread, its sixteen lanes in registers.
- *   v2  sixteen threads an output row, a lane each, up to KL_FEW rows of x: the row of w is read once.
+ *   v2  sixteen threads an output row, a lane each, up to KL_FEW rows of x: the row of w is read once, several values of
+ *       it on their way at a time.
  *   v3  32 x 32 outputs a block over shared memory. Sixteen threads share 8 x 8 outputs, a lane each: 64 running sums a
  *       thread, 4 fma a value that it reads. The tree is shuffles, at the end.
  * Launched: v2 for few rows of x and w's rows that lie together, v1 for few rows and a transposed matrix (of a rare
@@ -15,6 +16,7 @@ namespace
 {
 
 const int BLOCK = KL_TILE_BLOCK, LANES = KL_LANES, SETS = BLOCK / LANES, TILE = KL_TILE;
+const int AHEAD = 4; /* values of w that a thread of v2 reads before it multiplies */
 
 __device__ __forceinline__ kl_matrix matrix_of(const kl_matrices &w, int64_t which)
 {
@@ -95,11 +97,20 @@ __global__ void __launch_bounds__(256) product_v2(kl_product p, int64_t first)
         float acc[KL_FEW] = {};
         for (int t = 0; t < KL_FEW; t++)
             x[t] = row_of(p, g.begin + (t < g.count ? t : 0), g.which);
-        for (int64_t k = lane; k < D; k += LANES) {
-            const float v = kl_matrix_at<TYPE, false>(w, r, k);
-            for (int t = 0; t < KL_FEW; t++)
-                if (t < g.count)
-                    acc[t] = fmaf(x[t][k], v, acc[t]);
+        const int steps = TYPE == KL_RARE ? 1 : AHEAD;
+        for (int64_t k0 = lane; k0 < D; k0 += steps * LANES) {
+            float v[steps];
+            KL_UNROLL
+            for (int j = 0; j < steps; j++)
+                v[j] = k0 + j * LANES < D ? kl_matrix_at<TYPE, false>(w, r, k0 + j * LANES) : 0.0f;
+            for (int t = 0; t < KL_FEW; t++) {
+                if (t >= g.count)
+                    continue;
+                KL_UNROLL
+                for (int j = 0; j < steps; j++)
+                    if (k0 + j * LANES < D)
+                        acc[t] = fmaf(x[t][k0 + j * LANES], v[j], acc[t]);
+            }
         }
         for (int t = 0; t < KL_FEW; t++) {
             const float sum = kl_sum_of_lanes(acc[t]);

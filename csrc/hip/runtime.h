@@ -17,11 +17,24 @@ KL_OPS(KL_OP)
 
 extern const kl_core *kl_core_of; /* the core's functions */
 
+/* The host build fills each array of scratch with NaN and has a guard behind it; kl_call_ends: of the op's. */
+#if defined(__HIPCC__) || defined(__CUDACC__)
+enum { KL_SCRATCH_GUARD = 0 };
+static inline void kl_scratch_taken(void *, size_t) {}
+static inline void kl_call_ends() {}
+#else
+enum { KL_SCRATCH_GUARD = kl_host::GUARD_OF_SCRATCH };
+static inline void kl_scratch_taken(void *p, size_t n_bytes) { kl_host::guard_scratch(p, n_bytes); }
+static inline void kl_call_ends() { kl_host::forget_scratch(); }
+#endif
+
 /* n values of *pointer's type in device memory */
 #define KL_SCRATCH_OF(pointer, ctx, n)                                                             \
     do {                                                                                           \
         void *kl_p = nullptr;                                                                      \
-        KL_TRY(kl_core_of->scratch((ctx), &kl_p, static_cast<size_t>(n) * sizeof *(pointer)));     \
+        const size_t kl_bytes = static_cast<size_t>(n) * sizeof *(pointer);                        \
+        KL_TRY(kl_core_of->scratch((ctx), &kl_p, kl_bytes + KL_SCRATCH_GUARD));                    \
+        kl_scratch_taken(kl_p, kl_bytes);                                                          \
         (pointer) = static_cast<decltype(pointer)>(kl_p);                                          \
     } while (0)
 
@@ -37,6 +50,10 @@ kl_status kl_no_type(kl_ctx *ctx, const char *op, const char *name, kl_type type
  * is done. */
 kl_status kl_put(kl_ctx *ctx, void *to, const void *from, size_t n_bytes) KL_CHECKED;
 kl_status kl_get(kl_ctx *ctx, void *to, const void *from, size_t n_bytes) KL_CHECKED;
+/* kl_put in two steps, for what is gathered: room for up to KL_PUT_MOST bytes, and its copy when it is filled. */
+enum { KL_PUT_MOST = 256 << 10 };
+kl_status kl_put_room(kl_ctx *ctx, void **room, size_t n_bytes) KL_CHECKED;
+kl_status kl_put_from(kl_ctx *ctx, void *to, const void *room, size_t n_bytes) KL_CHECKED;
 
 /* Wrong values that only the device sees. A kernel notes the first of them (kl_note), goes on with something that stays
  * inside its arrays, and the next copy to the host fails with the sentence: no op waits for its own check. */
@@ -57,6 +74,9 @@ kl_status kl_cache_fault_of(kl_ctx *ctx, unsigned long long **fault, int64_t D,
 
 /* The highest version of a ladder that may be launched: KL_GPU_VERSION, by which a test runs the oracles. */
 int kl_version();
+
+/* Whether the library has code for the calling thread's device (roof.hip). */
+hipError_t kl_look_for_code();
 
 /* What the device gives at most (roof.hip); they wait. */
 kl_status hip_roof_read(kl_ctx *ctx, const void *data, int64_t n_bytes, double *rate) KL_CHECKED;

@@ -334,10 +334,12 @@ kl_status hip_sample(kl_ctx *ctx, int32_t *ids, const float *logits, const kl_sa
     else
         KL_LAUNCH(sample_v2, kl_grid(T), BLOCK, 0, kl_stream(ctx), answers, logits, orders, T, D);
     KL_TRY(kl_launched(ctx, "sample"));
-    for (int pass = 0; pass < 2; pass++) /* all are looked at before an id is written */
+    /* all are looked at before an id is written; few stay in `got` for that */
+    for (int pass = 0; pass < 2; pass++)
         for (int64_t t0 = 0; t0 < T; t0 += STEP) {
             const int64_t n = T - t0 < STEP ? T - t0 : STEP;
-            KL_TRY(kl_get(ctx, got, answers + t0, static_cast<size_t>(n) * sizeof *got));
+            if (pass == 0 || T > STEP)
+                KL_TRY(kl_get(ctx, got, answers + t0, static_cast<size_t>(n) * sizeof *got));
             for (int64_t t = 0; t < n && pass == 0; t++)
                 if (got[t].bad >= 0)
                     return kl_core_of->fail(

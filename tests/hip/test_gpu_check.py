@@ -250,8 +250,9 @@ def test_device_tests_run_on_a_gpu_that_is_named(tmp_path):
     what only it can do is one line."""
     os.symlink(hip_build.built()[0], tmp_path / "_hip_amd.so")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "in_place or sound_kernel",
-         "tests/hip/test_hip_ops.py", "tests/hip/test_hip_arrays.py", "tests/hip/test_hip_faults.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+         "-k", "in_place or sound_kernel or activations_other",
+         *(f"tests/hip/test_hip_{family}.py" for family in ("ops", "arrays", "dense", "faults"))],
         cwd=hip_build.ROOT, capture_output=True, text=True, timeout=500,
         env={**os.environ, "KL_TEST_DEVICE": "hip:0", "KL_DEVICE_PATH": str(tmp_path),
              "PYTHONPATH": str(hip_build.ROOT)})

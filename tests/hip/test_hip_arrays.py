@@ -260,6 +260,38 @@ def test_hip_an_upload_waits_once(n):
 
 
 @host_build_only
+def test_hip_tables_of_a_batch_are_one_copy():
+    library = host_library()
+    library.kl_host_copies.restype = ctypes.c_int64
+    counts = []
+    for n in (1, 5):
+        before, at = library.kl_host_copies(), np.arange(n + 1)
+        _core.cache_append(context()._core, np.zeros((n, 1), np.float32), 0, np.ones((n, 1), np.float32), at,
+                           np.zeros(n, np.int64), at, n, n, 1, n)
+        counts.append(library.kl_host_copies() - before)
+    assert counts == [3, 3]  # offsets, positions, pages
+
+
+@host_build_only
+def test_hip_sample_of_few_rows_waits_once():
+    logits, args = put(normal(3, 50)), dict(temperature=[0.5, 1.0, 2.0], seed=4)
+    count = host_library().kl_host_waits
+    count.restype = ctypes.c_int64
+    before = count()
+    ids = kl.ops.sample(logits, **args, ctx=context())
+    assert count() == before + 1 and ids.tolist() == kl.ops.sample(logits.numpy(), **args).tolist()
+
+
+@host_build_only
+def test_hip_error_that_another_library_has_left_is_not_an_ops():
+    """The runtime keeps a thread's first error until somebody reads it, whoever made it."""
+    x, out = put(normal(3, 4)), put(normal(3, 4))
+    host_library().kl_host_leave_error()
+    kl.ops.sigmoid(x, out=out, ctx=context())
+    assert same(out, kl.ops.sigmoid(x.numpy(), ctx=context()))
+
+
+@host_build_only
 def test_hip_control_data_wait_for_nothing():
     """Offsets and tables are copied from pinned memory: a device's copies from other memory wait."""
     x, w, library = put(normal(9, 5)), put(normal(5, 4)), host_library()
@@ -275,7 +307,7 @@ def test_hip_control_data_wait_for_nothing():
 
 
 def test_hip_more_control_data_than_the_pinned_memory_keep_every_byte(monkeypatch):
-    """The pages of 100,000 sequences, a copy each: the pinned memory is used anew before there is a launch."""
+    """The pages of 100,000 sequences: the pinned memory is used anew before there is a launch."""
     monkeypatch.setenv("KL_GPU_VERSION", "1")
     n, caches = 100_000, []
     at = [np.arange(n + 1), np.zeros(n, np.int64), np.arange(n + 1)]
@@ -309,6 +341,17 @@ def test_hip_upload_of_a_model_tells_how_far_it_is():
     assert kl.Model.from_pretrained(folder, progress=pytest.fail).config.n_layers == model.config.n_layers
 
 
+@host_build_only
+def test_hip_tensors_of_a_model_go_through_pinned_memory():
+    """Also those that are smaller than a buffer: a device's copies from other memory are waited for one by one."""
+    large = [w for w in kl.Model.tiny().weights.values() if w.nbytes > 256 << 10]
+    count = host_library().kl_host_copies
+    count.restype = ctypes.c_int64
+    before = count()
+    kl.Model.tiny(device=DEVICE)
+    assert count() - before >= len(large) > 1
+
+
 def test_hip_upload_of_a_model_can_be_stopped():
     def stop(done, total):
         raise KeyError("enough")
@@ -327,6 +370,19 @@ def test_hip_roofs_and_clock():
         core.roof_read(np.ones(4, np.uint8))
     with pytest.raises(ValueError, match="tick is of a device"):
         kl.Context()._core.tick()
+
+
+@host_build_only
+def test_hip_library_without_code_for_the_device_is_named():
+    library = host_library()
+    library.kl_host_codeless(1)
+    try:
+        with pytest.raises(kl.DeviceError, match=r"no kernels for host build, wave of \d+, which is a host \(invalid "
+                                                 r"device function\); make hip-host HOST_ARCHS=host builds them"):
+            kl.Context(device=DEVICE)
+    finally:
+        library.kl_host_codeless(0)
+    kl.ops.sigmoid(put(normal(3)), ctx=kl.Context(device=DEVICE))
 
 
 @host_build_only

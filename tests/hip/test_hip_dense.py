@@ -4,7 +4,7 @@ a ladder, for waves of 32 and 64 and any order of threads, so that they are with
 import numpy as np
 import pytest
 from block_data import READ_ONLY, WRITABLE, raw_blocks, same_floats
-from hip_build import context, everywhere, host_library, set_up, versions
+from hip_build import DEVICE, context, everywhere, host_library, set_up, versions
 from hip_weights import CPU, random_blocks, stored
 from judge import normal
 
@@ -99,7 +99,7 @@ def test_hip_ids_that_are_no_type_are_refused(id):
 
 @pytest.mark.parametrize("activations, type", [("int8", "Q4_K"), ("int8", "MXFP4"), ("bfloat16", "BF16")])
 def test_hip_activations_other_than_float32_are_refused(activations, type):
-    ctx = kl.Context(device="hip-host", activations=activations)
+    ctx = kl.Context(device=DEVICE, activations=activations)
     x, w = normal(2, 256), normal(3, 256, 256)
     with pytest.raises(NotImplementedError, match=f"linear: activations are {activations}, for which w has no kernel "
                                                   "on hip; activations='float32' has"):

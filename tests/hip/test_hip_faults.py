@@ -21,6 +21,7 @@ FOUND = {  # by a sentence
     "never_written": r"reads shared memory s \+ \d+ bytes, which nobody wrote",
     "two_writers": r"writes shared memory s \+ \d+ bytes",
     "past_the_output": r"wrote past the end of an allocation of 512 bytes",
+    "past_the_scratch": r"wrote past the end of scratch of 512 bytes",
     "host_pointer": r"argument 1 is 0x\w+, which is no device memory",
     "host_pointer_in_a_struct": r"argument 0 has 0x\w+ at byte 8, which is the host's memory",
 }
@@ -52,7 +53,8 @@ def test_hip_sound_kernel_passes(faults, name, wave, seed):
     assert run(faults, name, wave, seed) == (0, "no error")
 
 
-@pytest.mark.parametrize("name, wave", [("wave_of_32", 64), ("half_a_tree", 32), ("half_a_tree", 64)])
+@pytest.mark.parametrize("name, wave", [("wave_of_32", 64), ("half_a_tree", 32), ("half_a_tree", 64),
+                                        ("stale_scratch", 32)])
 def test_hip_wrong_sum_shows(faults, name, wave):
     assert run(faults, name, wave, 0)[0] == 2
 

@@ -96,7 +96,14 @@ def test_greedy_text_is_the_cpus():
     cpu, device = kl.Model.tiny(), kl.Model.tiny(device=DEVICE)
     options = dict(max_new_tokens=12, temperature=0)
     wanted = cpu.generate("In the beginning", **options).run()
-    assert device.generate("In the beginning", **options).run().text == wanted.text
+    core = device.ctx._core
+    core.profile(True)
+    try:
+        assert device.generate("In the beginning", **options).run().text == wanted.text
+    finally:
+        core.profile(False)
+    calls = {op: n for op, n, *_ in core.profile_result()}
+    assert calls["embedding"] and not calls.get("sample")  # logits lie on the host, and are drawn from there
 
 
 def test_a_context_of_another_device_is_refused():

@@ -448,9 +448,30 @@ hipError_t hipGetLastError()
     return error;
 }
 
+/* what a test asks for, in the place of another library: an error of the calling thread that nobody has read */
+extern "C" __attribute__((visibility("default"))) void kl_host_leave_error()
+{
+    kl_host::set_error(hipErrorInvalidValue, "another library's error");
+}
+
 const char *hipGetErrorString(hipError_t error)
 {
     return error == hipSuccess ? "no error" : kl_host::sentence;
+}
+
+/* what a test asks for: a device that the library has no code for */
+static bool codeless;
+extern "C" __attribute__((visibility("default"))) void kl_host_codeless(int yes)
+{
+    codeless = yes != 0;
+}
+
+hipError_t hipFuncGetAttributes(hipFuncAttributes *attributes, const void *)
+{
+    if (codeless)
+        return kl_host::set_error(hipErrorInvalidDeviceFunction, "invalid device function");
+    attributes->maxThreadsPerBlock = kl_host::MAX_THREADS;
+    return hipSuccess;
 }
 
 hipError_t hipGetDeviceProperties(hipDeviceProp_t *properties, int device)
@@ -460,7 +481,8 @@ hipError_t hipGetDeviceProperties(hipDeviceProp_t *properties, int device)
     *properties = {};
     snprintf(properties->name, sizeof properties->name, "host build, wave of %d",
              kl_host::chosen.wave);
-    snprintf(properties->gcnArchName, sizeof properties->gcnArchName, "host");
+    snprintf(properties->gcnArchName, sizeof properties->gcnArchName, "host:wave%d",
+             kl_host::chosen.wave);
     properties->sharedMemPerBlock = kl_host::chosen.shared_bytes;
     properties->warpSize = kl_host::chosen.wave;
     properties->multiProcessorCount = 1;

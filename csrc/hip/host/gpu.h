@@ -7,7 +7,7 @@
  *     - two threads at one place of shared memory, one of them writing, with no barrier between;
  *     - a shuffle from a lane that the wave does not have;
  *     - a pointer argument that is no device memory, a member of a struct that is the host's, a write next to an
- *       allocation. */
+ *       allocation or past an array of scratch. */
 #ifndef KL_HOST_GPU_H
 #define KL_HOST_GPU_H
 
@@ -41,7 +41,9 @@ enum hipError_t {
     hipSuccess = 0,
     hipErrorInvalidValue = 1,
     hipErrorOutOfMemory = 2,
+    hipErrorInvalidDeviceFunction = 98,
     hipErrorInvalidDevice = 101,
+    hipErrorNoBinaryForGpu = 209,
     hipErrorInvalidHandle = 400,
     hipErrorLaunchFailure = 719
 };
@@ -53,6 +55,9 @@ struct hipDeviceProp_t {
     size_t totalGlobalMem, sharedMemPerBlock;
     int warpSize, multiProcessorCount, major, minor;
 };
+struct hipFuncAttributes {
+    int maxThreadsPerBlock;
+};
 
 hipError_t hipGetLastError();
 const char *hipGetErrorString(hipError_t error);
@@ -60,6 +65,7 @@ hipError_t hipGetDeviceCount(int *count);
 hipError_t hipGetDevice(int *device);
 hipError_t hipSetDevice(int device);
 hipError_t hipGetDeviceProperties(hipDeviceProp_t *properties, int device);
+hipError_t hipFuncGetAttributes(hipFuncAttributes *attributes, const void *kernel);
 hipError_t hipMemGetInfo(size_t *free_bytes, size_t *total);
 hipError_t hipMalloc(void **p, size_t n_bytes);
 hipError_t hipFree(void *p);
@@ -78,6 +84,15 @@ hipError_t hipEventDestroy(hipEvent_t event);
 hipError_t hipEventRecord(hipEvent_t event, hipStream_t stream);
 hipError_t hipEventSynchronize(hipEvent_t event);
 hipError_t hipEventElapsedTime(float *milliseconds, hipEvent_t from, hipEvent_t to);
+
+namespace kl_host
+{
+/* An array of scratch, behind which GUARD_OF_SCRATCH bytes are its own: filled with NaN, the guard looked at after each
+ * launch until forget_scratch. NULL: none. */
+enum { GUARD_OF_SCRATCH = 64 };
+void guard_scratch(void *p, size_t n_bytes);
+void forget_scratch();
+} // namespace kl_host
 
 /* ---- inside a kernel ------------------------------------------------------------------------ */
 

@@ -28,6 +28,8 @@ struct allocation {
 std::map<uintptr_t, allocation> allocations; /* by address */
 size_t all_bytes;
 std::map<uintptr_t, size_t> pinned; /* bytes by address */
+/* guards of the call's arrays of scratch: bytes of the array before each, by address */
+std::map<uintptr_t, size_t> scratch;
 std::atomic<bool> broken;
 char damage[160];
 
@@ -60,8 +62,34 @@ bool is_pinned(const void *p)
     return next != pinned.begin() && at - std::prev(next)->first < std::prev(next)->second;
 }
 
+void guard_scratch(void *p, size_t n_bytes)
+{
+    if (p == nullptr)
+        return;
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(p), guard = begin + n_bytes;
+    const std::lock_guard<std::mutex> hold(memory_lock());
+    scratch.erase(scratch.lower_bound(begin), scratch.lower_bound(guard + GUARD_OF_SCRATCH));
+    scratch[guard] = n_bytes;
+    memset(p, 0xff, n_bytes < POISON_BYTES ? n_bytes : 0);
+    memset(static_cast<unsigned char *>(p) + n_bytes, 0xff, GUARD_OF_SCRATCH);
+}
+
+void forget_scratch()
+{
+    const std::lock_guard<std::mutex> hold(memory_lock());
+    scratch.clear();
+}
+
 const char *damaged_guard()
 {
+    for (auto &s : scratch) {
+        unsigned char *guard = reinterpret_cast<unsigned char *>(s.first);
+        if (is_whole(guard, GUARD_OF_SCRATCH))
+            continue;
+        memset(guard, 0xff, GUARD_OF_SCRATCH);
+        snprintf(damage, sizeof damage, "it wrote past the end of scratch of %zu bytes", s.second);
+        return damage;
+    }
     for (auto &a : allocations) {
         unsigned char *begin = reinterpret_cast<unsigned char *>(a.first),
                       *end = begin + a.second.n_bytes;
@@ -114,6 +142,7 @@ hipError_t hipFree(void *p)
         return set_error(hipErrorInvalidValue, "what is freed is no device memory");
     finish_all();
     const size_t n_bytes = found->second.n_bytes;
+    scratch.erase(scratch.lower_bound(found->first), scratch.lower_bound(found->first + n_bytes));
     allocations.erase(found);
     all_bytes -= n_bytes;
     munmap(static_cast<unsigned char *>(p) - GUARD_BYTES, mapped_bytes(n_bytes));

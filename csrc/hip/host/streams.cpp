@@ -31,7 +31,7 @@ const int DEVICE = 0, OTHER = 1; /* a thread's device may be the other: nothing 
 thread_local int current;
 std::set<hipStream_t> streams;
 kl_host_stream default_stream;
-std::atomic<int64_t> waits, pageable;
+std::atomic<int64_t> waits, pageable, copies;
 std::atomic<int> wait_ms;
 
 /* The handles NULL, 1 and 2 are the default stream; NULL: none that is there. */
@@ -135,6 +135,7 @@ hipError_t hipMemcpyAsync(void *to, const void *from, size_t n_bytes, hipMemcpyK
         return set_error(hipErrorInvalidValue, "a copy comes from what is no device memory");
     if (kind == hipMemcpyHostToDevice && is_pinned(from) && stream_of(stream) != nullptr) {
         stream_of(stream)->late.push_back({ to, from, n_bytes });
+        copies++;
         return hipSuccess;
     }
     if (const hipError_t error = come_behind(stream))
@@ -145,6 +146,8 @@ hipError_t hipMemcpyAsync(void *to, const void *from, size_t n_bytes, hipMemcpyK
 }
 /* how many came from memory that is not pinned: a device makes them while the caller waits */
 extern "C" __attribute__((visibility("default"))) int64_t kl_host_pageable() { return pageable; }
+/* and how many from memory that is */
+extern "C" __attribute__((visibility("default"))) int64_t kl_host_copies() { return copies; }
 
 hipError_t hipMemsetAsync(void *to, int value, size_t n_bytes, hipStream_t stream)
 {

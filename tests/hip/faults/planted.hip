@@ -193,6 +193,23 @@ __global__ void past_the_output(float *y, const float *x)
         y[BLOCK] = x[0];
 }
 
+/* y lies in scratch, as its guard says: a value past it stays in the allocation */
+__global__ void past_the_scratch(float *y, const float *x)
+{
+    y[threadIdx.x] = x[threadIdx.x];
+    if (threadIdx.x == 0)
+        y[BLOCK] = x[0];
+}
+
+/* what scratch held before was zero */
+__global__ void stale_scratch(float *y, const float *x)
+{
+    float sum = 0.0f;
+    for (int j = 0; j < BLOCK; j++)
+        sum += x[j];
+    y[threadIdx.x] += sum;
+}
+
 /* a wave is taken to have 32 lanes: right by chance on those that have */
 __global__ void wave_of_32(float *y, const float *x)
 {
@@ -264,6 +281,8 @@ const struct {
     PLANTED(never_written),
     PLANTED(two_writers),
     PLANTED(past_the_output),
+    PLANTED(past_the_scratch),
+    PLANTED(stale_scratch),
     PLANTED(wave_of_32),
     PLANTED(half_a_tree),
     PLANTED(host_pointer),
@@ -281,12 +300,17 @@ extern "C" __attribute__((visibility("default"))) int kl_fault_run(const char *n
 {
     float x[BLOCK], y[BLOCK], sum = 0.0f, *device_x, *device_y;
     void *p, *q;
+    const bool in_scratch = strstr(name, "scratch") != nullptr;
     const auto *k = planted;
     while (k < planted + sizeof planted / sizeof *planted && strcmp(k->name, name) != 0)
         k++;
     if (k == planted + sizeof planted / sizeof *planted || hipMalloc(&p, sizeof x) != hipSuccess
-        || hipMalloc(&q, sizeof y) != hipSuccess)
+        || hipMalloc(&q, sizeof y + (in_scratch ? size_t(kl_host::GUARD_OF_SCRATCH) : 0))
+               != hipSuccess)
         return -1;
+    (void)hipMemsetAsync(q, 0, sizeof y, nullptr);
+    if (in_scratch)
+        kl_host::guard_scratch(q, sizeof y);
     device_x = static_cast<float *>(p);
     device_y = static_cast<float *>(q);
     for (int i = 0; i < BLOCK; i++) {
@@ -311,6 +335,7 @@ extern "C" __attribute__((visibility("default"))) int kl_fault_run(const char *n
     for (int i = 0; i < BLOCK && result != 1; i++)
         if (!(y[i] == sum))
             result = 2;
+    kl_host::forget_scratch();
     (void)hipFree(p);
     (void)hipFree(q);
     return result;
