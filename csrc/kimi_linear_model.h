@@ -126,7 +126,7 @@ typedef enum kl_state_part {
 KL_API kl_status kl_state_shape(kl_ctx *ctx, const kl_state *state, int64_t layer,
                                 kl_state_part part, int64_t shape[3], int *n_dims,
                                 kl_type *type) KL_CHECKED;
-/* Copies it to the host, or from the host. Not while a call uses the state. */
+/* Copies it to the host, or from the host. Not while a call uses the state; of a lost one it fails. */
 KL_API kl_status kl_state_read(kl_ctx *ctx, const kl_state *state, int64_t layer,
                                kl_state_part part, void *to) KL_CHECKED;
 /* The same of checkpoint i, 0 the oldest: of a part that a checkpoint holds, not the cache. */

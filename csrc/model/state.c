@@ -208,6 +208,10 @@ static kl_status move_part(kl_ctx *ctx, const kl_state *state, char *fixed, int6
 kl_status kl_state_read(kl_ctx *ctx, const kl_state *state, int64_t layer, kl_state_part part,
                         void *to)
 {
+    if (state->lost)
+        return kl_fail(ctx, KL_ERR_STATE,
+                       "read: the state was lost when a step failed after token %lld; reset it",
+                       (long long)state->position);
     return move_part(ctx, state, state->fixed, layer, part, to, true);
 }
 

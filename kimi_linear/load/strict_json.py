@@ -87,7 +87,8 @@ def read_limited(path: str | os.PathLike) -> bytes:
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         data = file.read(MAX_FILE + 1) if size <= MAX_FILE else b""
-    if max(size, len(data)) > MAX_FILE:
+    size = max(size, len(data))
+    if size > MAX_FILE:
         raise FormatError(f"it has {size} bytes; at most {MAX_FILE} are read", str(path))
     return data
 

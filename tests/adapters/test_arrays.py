@@ -66,6 +66,14 @@ def test_mapping(dump, ours, model):
     assert load(folder, "arrays", model=model)[0].tokens.tolist() == IDS.tolist()
 
 
+def test_parts_that_align_takes_out_are_no_steps(ours):
+    names = [f"layers.0.kda.{part}" for part in "qk"]
+    found = align(np.concatenate([ours[name] for name in names], 1), {name: ours[name] for name in names})
+    assert [step.kind for step in found.steps] == ["parts"]
+    with pytest.raises(ValueError, match="takes an array apart; name its taps in one entry, joined by '|', instead"):
+        arrays.steps_of(found)
+
+
 def test_what_align_finds_is_a_mapping(tmp_path, ours, model):
     theirs = np.ascontiguousarray(ours["layers.0.kda.q"][:, [2, 0, 3, 1]].transpose(2, 0, 1) * np.float32(-4))
     np.save(tmp_path / "x.npy", theirs)

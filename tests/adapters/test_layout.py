@@ -87,6 +87,25 @@ def test_padded_batch(known, rng, padding, axes):
         taken(known, x, "layers.0.kda.q", axes or "BTHK", Batch((6, 2), padding))
 
 
+@pytest.mark.parametrize("lengths", [(4, 2), (3, 2), (6, 0)])
+def test_rows_that_are_packed_already(known, q, lengths):
+    """One axis of all tokens, and the lengths of its sequences; padding is behind them all."""
+    found, n = taken(known, q[None], "layers.0.kda.q", "BTHK", Batch(lengths))
+    assert n == lengths and np.array_equal(found["layers.0.kda.q"], q[:sum(lengths)])
+
+
+@pytest.mark.parametrize("lengths", [(7, 1), (-1, 6), (6,), (6, 6, 6)])
+def test_lengths_that_are_not_those_of_the_batch(known, q, lengths):
+    with pytest.raises(ValueError, match=r"q.npy has 2 sequences of 6 tokens; lengths is .*: it must be 2 numbers of"):
+        taken(known, np.stack([q, q]), "layers.0.kda.q", "BTHK", Batch(lengths))
+
+
+def test_states_of_several_sequences_stay_apart(known, rng):
+    tap = "layers.0.kda.state"
+    x = rng.standard_normal((3, *known[tap].sizes)).astype(np.float32)
+    assert np.array_equal(taken(known, x, tap, "NHKV")[0][tap], x)
+
+
 def test_decode_of_a_batch_has_one_token_each(known, rng):
     x = rng.standard_normal((3, 1, H, K)).astype(np.float32)
     found, n = taken(known, x, "layers.0.kda.q", "", Batch((1, 1, 1)))

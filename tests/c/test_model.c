@@ -1,6 +1,8 @@
 /* A model made, run, planned and failed from C: two layers of random weights, no file. */
 #include "small_model.h"
 
+#include <fenv.h>
+
 /* Makes the model and a state, reads T tokens; the last logits go to out. */
 static kl_status whole(kl_ctx *ctx, float *out)
 {
@@ -96,6 +98,32 @@ static void test_wrong_checkpoints(kl_ctx *ctx)
     c.delta.taps = 9;
     CHECK(kl_model_create(ctx, &model, &c, tensors, n_tensors, 0) == KL_ERR_ARG);
     CHECK(strstr(kl_ctx_error(ctx), "conv_width is 9") != NULL);
+}
+
+/* A caller that rounds upwards gets the same bytes, of threads that it has made, too, and goes on rounding so. */
+static void test_rounding_of_the_caller(kl_ctx *ctx, const float *want)
+{
+    enum { MANY = 1 << 20 };
+    static float x[MANY], y[MANY], z[MANY];
+    const kl_ctx_options options = { .threads = 3 };
+    float logits[VOCAB];
+    volatile float one = 1.0f, little = 0x1p-30f;
+    kl_ctx *threads;
+    for (int i = 0; i < MANY; i++)
+        x[i] = (float)i / 1000.0f;
+    CHECK(kl_sigmoid(ctx, y, x, MANY) == KL_OK);
+    CHECK(fesetround(FE_UPWARD) == 0);
+    CHECK(whole(ctx, logits) == KL_OK);
+    CHECK(one + little > 1.0f);
+    CHECK(kl_ctx_create(&threads, &options) == KL_OK);
+    for (int i = 0; i < 4; i++) {
+        CHECK(kl_sigmoid(threads, z, x, MANY) == KL_OK);
+        CHECK(one + little > 1.0f);
+        CHECK(memcmp(y, z, sizeof y) == 0);
+    }
+    CHECK(fesetround(FE_TONEAREST) == 0);
+    CHECK(memcmp(logits, want, sizeof logits) == 0);
+    kl_ctx_destroy(threads);
 }
 
 static void test_layers_that_are_none(kl_ctx *ctx)
@@ -222,6 +250,7 @@ int main(void)
     CHECK(whole(ctx, logits) == KL_OK);
     for (int i = 0; i < VOCAB; i++)
         CHECK(isfinite(logits[i]));
+    test_rounding_of_the_caller(ctx, logits);
     test_out_of_memory(logits);
     test_plan(ctx);
     test_wrong_checkpoints(ctx);

@@ -13,7 +13,7 @@ from conftest import DATA, read_safetensors
 
 import kimi_linear as kl
 from kimi_linear.adapters import KINDS
-from kimi_linear.cli import main
+from kimi_linear.cli import _common, main
 
 KIMI_A = str(DATA / "golden" / "kimi-a")
 
@@ -418,3 +418,14 @@ def test_llama_cpp_that_is_not_installed_is_one_sentence(cli, tmp_path, monkeypa
     cli("convert", "tiny", gguf, "--type", "F32")
     code, _, err = cli("trace", gguf, "--ids", "1,2", "-o", tmp_path / "t", "--engine", "llama.cpp")
     assert code == 2 and "trace: --engine llama.cpp: llama-cpp-python must be installed" in err
+
+
+def test_an_empty_file_is_no_loss(tmp_path):
+    path = tmp_path / "page.html"
+    _common.check_output(path, lambda path: False, "a page")
+    path.write_bytes(b"")  # as mktemp leaves one
+    _common.check_output(path, lambda path: False, "a page")
+    path.write_bytes(b"x")
+    _common.check_output(path, lambda path: True, "a page")
+    with pytest.raises(ValueError, match="is there and is not a page; it would be lost"):
+        _common.check_output(path, lambda path: False, "a page")

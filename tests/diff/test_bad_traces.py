@@ -108,6 +108,7 @@ def test_damaged_files(ours, tmp_path):
     ("position", "[1e400]", r"position is \[inf\]; it must be a list of integers"),
     ("position", f"[{2**70}]", "position is .*; it must be a list of integers"),
     ("offsets", "null", "offsets is None; it must be"), ("offsets", "[]", "offsets is .*; it must begin with 0"),
+    ("offsets", "[1, 3]", "offsets is .*; it must begin with 0 and not fall"),
     ("offsets", "[0, 9, 3]", "offsets is .*; it must begin with 0 and not fall"),
 ])
 def test_metadata_that_are_none(model, ours, tmp_path, key, text, words):

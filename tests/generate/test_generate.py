@@ -15,7 +15,7 @@ import pytest
 
 import kimi_linear as kl
 from kimi_linear import Generation
-from kimi_linear.sampling import StopStrings, logprobs_of
+from kimi_linear.sampling import StopStrings, _Ids, logprobs_of
 
 PROMPTS = ["In the beginning", "And God said, Let there be", "The", "O LORD, how long", "Blessed are the meek"]
 WARM = dict(temperature=0.9, top_p=0.95)
@@ -226,6 +226,13 @@ def test_logprobs_of_equal_logits_and_masks():
     assert likeliest[2] == (2, -np.inf)
 
 
+def test_ids_seen_are_a_set_that_grows():
+    seen = _Ids(np.array([5, 3, 5]), 1000)
+    for id in [*range(700), *range(10)]:
+        seen.add(id)
+    assert sorted(seen.ids.tolist()) == list(range(700))
+
+
 # ---- where it ends ----
 
 def streamed(stop, pieces):
@@ -237,7 +244,7 @@ def streamed(stop, pieces):
     return "".join(shown) + stops.finish(), False
 
 
-@pytest.mark.parametrize("stop", [("abc",), ("bcd", "abcx"), ("aab",), ("c", "zz"), ("ababac",), ("q",)])
+@pytest.mark.parametrize("stop", [("abc",), ("bcd", "abcx"), ("aab",), ("c", "zz"), ("ababac",), ("q",), ("cd", "ab")])
 @pytest.mark.parametrize("text", ["aabcd", "ababababac!", "xaaab", "zabcz", "ab", "aababcx"])
 def test_stop_strings_split_in_every_place(stop, text):
     found = [text.find(s) for s in stop if s in text]

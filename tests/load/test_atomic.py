@@ -129,6 +129,21 @@ def fails_half_way(monkeypatch):
     monkeypatch.setattr(os, "fdopen", opened)
 
 
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch, overwrite):
+    """And its name is before the call ends: bytes first, then the folder."""
+    path, told, real = tmp_path / "file", [], os.fsync
+
+    def synced(descriptor):
+        told.append((stat.S_ISDIR(os.fstat(descriptor).st_mode), path.exists()))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    with atomic_file(path, overwrite=overwrite) as file:
+        file.write(b"x")
+    assert told == [(False, False), (True, True)]
+
+
 def test_pages_and_tokenizers_are_whole_or_not_at_all(tmp_path, monkeypatch, tiny_dir):
     from kimi_linear.tokenizer_json import JsonTokenizer
 
@@ -153,7 +168,7 @@ def test_pages_and_tokenizers_are_whole_or_not_at_all(tmp_path, monkeypatch, tin
 # ---- files together --------------------------------------------------------------------------------
 
 OLD = {"a": "old a", "b": "old b", "config": "old config"}
-NEW = {"a": "new a", "c": "new c", "config": "new config"}
+NEW = {"a": "new a", "z": "new z", "config": "new config"}
 
 
 @pytest.fixture
@@ -179,7 +194,7 @@ def test_new_files_take_the_place_of_old_ones(folder, monkeypatch):
     order, real = [], Path.rename
     monkeypatch.setattr(Path, "rename", lambda self, to: order.append(self.name) or real(self, to))
     exchange(folder)
-    assert order == ["a", "b", "config", "a", "c", "config"]
+    assert order == ["a", "b", "config", "a", "z", "config"]
     assert content(folder) == NEW | {"foreign": "foreign"} and listing(folder) == sorted([*NEW, "foreign"])
     assert stat.S_IMODE((folder / "a").stat().st_mode) == 0o600
 
@@ -222,7 +237,7 @@ def test_a_new_file_that_stays_does_not_keep_the_old_away(folder, monkeypatch):
     real = Path.rename
 
     def rename(self, to):
-        if self.name == "config" and self.parent.name == "new" or self.name == "c" and self.parent == folder:
+        if self.name == "config" and self.parent.name == "new" or self.name == "z" and self.parent == folder:
             raise OSError(errno.EIO, "broken", str(self))
         return real(self, to)
 
@@ -230,14 +245,14 @@ def test_a_new_file_that_stays_does_not_keep_the_old_away(folder, monkeypatch):
     with pytest.raises(OSError, match="broken") as caught:
         exchange(folder)
     assert caught.value.filename == str(folder / "config") and not list(folder.glob(".*"))
-    assert content(folder) == OLD | {"foreign": "foreign", "c": "new c"}
+    assert content(folder) == OLD | {"foreign": "foreign", "z": "new z"}
 
 
 def test_nothing_is_removed_where_the_old_cannot_be_put_back(folder, monkeypatch):
     real = Path.rename
 
     def rename(self, to):
-        if self.parent.name == "old" or self.name == "c":
+        if self.parent.name == "old" or self.name == "z":
             raise OSError(errno.EIO, "broken", str(self))
         return real(self, to)
 

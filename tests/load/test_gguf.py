@@ -185,6 +185,8 @@ HOSTILE = {
     "far past the end": (raw_file(infos=[info("a", offset=2**63)], data=ONE), "it has 80 bytes and should have"),
     "same name": (raw_file(infos=[info("a"), info("a", offset=32)], data=ONE * 4), "'a' is there twice, the second"),
     "overlap": (raw_file(infos=[info("a", (16,)), info("b", offset=32)], data=ONE * 4), "'a' and 'b' overlap by 16 b"),
+    "inside": (raw_file(infos=[info("a", (32,)), info("b", offset=32), info("c", offset=64)], data=ONE * 8),
+               "'a' and 'c' overlap by 16 b"),
     "same place": (raw_file(infos=[info("a"), info("b")], data=ONE), "'a' and 'b' overlap by 16 bytes from byte"),
 }
 

@@ -11,6 +11,7 @@ import kimi_linear as kl
 from kimi_linear.errors import FormatError
 from kimi_linear.load import open_checkpoint
 from kimi_linear.load.gguf_config import INERT, NAMES
+from kimi_linear.load.gguf_write import Outgoing, write_gguf
 from kimi_linear.verify import verify
 
 
@@ -210,6 +211,18 @@ def test_parts_that_are_wrong(tmp_path, kimi_b, whole):
     os.remove(parts[2])
     write(tmp_path, kimi_b, name=parts[2].name, split=(2, 3), drop=("blk.4.ssm_a",))
     assert any("'split.tensors.count' is" in p for p in problems_of(parts[0]))
+    parts[2].unlink()
+    write_gguf(parts[2], {"split.no": 2, "split.count": 3}, [
+        Outgoing("output_norm.weight", "F32", (2,), lambda: [np.zeros(2, np.float32)])])
+    assert "'output_norm.weight' is in m-00001-of-00003.gguf and in m-00003-of-00003.gguf" in problems_of(parts[0])
+
+
+@pytest.mark.parametrize("number, count", [(3, 3), (-1, 3), (0, 0), (0, 100000), (0, 2.5), ("0", 3)])
+def test_numbers_of_a_part_that_are_none(tmp_path, number, count):
+    path = tmp_path / "m-00001-of-00003.gguf"
+    write_gguf(path, {"split.no": number, "split.count": count}, [])
+    (problem,) = problems_of(path)
+    assert problem.startswith(f"'split.no' is {number!r} and 'split.count' {count!r}; they must be a part's number")
 
 
 @pytest.mark.parametrize("change", ["touch", "grow", "replace", "remove"])

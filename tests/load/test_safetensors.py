@@ -92,6 +92,8 @@ def test_constants_that_are_no_json(path, constant):
         ({**entry(0, 8), "shape": [2**62]}, "would have 18446744073709551616 bytes, which overflows 64 bits"),
         ({**entry(0, 8), "shape": [1] * 8 + [2]}, "'a' has 9 axes; at most 8 are allowed"),
         ({**entry(0, 8), "shape": [3]}, "'a' of F32 [3] has 12 bytes, but its range [0, 8] has 8"),
+        ({**entry(0, 8), "shape": [1]}, "'a' of F32 [1] has 4 bytes, but its range [0, 8] has 8"),
+        ({"dtype": "U8", "shape": [9], "data_offsets": [0, 9]}, "'a' ends beyond the file: it has"),
         ({**entry(0, 12, [3])}, "'a' ends beyond the file: it has"),
         ({**entry(0, 8), "data_offsets": [8, 0]}, "'a' has the range [8, 0], which ends before it begins"),
         ({**entry(0, 8), "data_offsets": [-4, 4]}, "'a' has the data_offsets [-4, 4]; they must be two"),
@@ -122,6 +124,8 @@ def test_repeated_names_and_keys(path):
 def test_overlaps_and_holes(path):
     raw_file(path, {"a": entry(0, 8), "b": entry(4, 12), "c": entry(0, 4)}, bytes(12))
     assert problems_of(path) == ["'c' and 'a' overlap by 4 bytes", "'a' and 'b' overlap by 4 bytes"]
+    raw_file(path, {"a": entry(0, 16, [4]), "b": entry(4, 8), "c": entry(8, 12)}, bytes(16))  # two inside a third
+    assert problems_of(path) == ["'a' and 'b' overlap by 4 bytes", "'a' and 'c' overlap by 4 bytes"]
     raw_file(path, {"a": entry(4, 8), "b": entry(12, 16)}, bytes(20))
     assert problems_of(path) == [
         "4 bytes before 'a' belong to no tensor",

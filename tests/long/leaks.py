@@ -82,7 +82,7 @@ def op_calls(rng):
 
 def model_calls(model, folder):
     """Name -> a call of the model or of a state, as a person makes it."""
-    vocab = model.config.vocab_size
+    vocab, k = model.config.vocab_size, model.config.experts_per_token
     tokens = (np.arange(70) * 7 % vocab).astype(np.int32)
     state, held = model.new_state(), model.new_state()
     model.forward(tokens, state=held, logits="none")
@@ -96,6 +96,15 @@ def model_calls(model, folder):
 
     def batch():
         model.forward([tokens[:3], tokens[:1]])
+
+    def edited():
+        model.forward(tokens[:2], logits="none", edit={"layers.0.mid": lambda x: x})
+
+    def chosen():
+        model.forward(tokens[:2], logits="none", expert_ids={1: np.tile(np.arange(k, dtype=np.int32), (2, 1))})
+
+    def made():
+        kl.Model(model.config, model._tensors, ctx=model.ctx).new_state()
 
     def step():
         if state.position >= 500:
@@ -125,7 +134,8 @@ def model_calls(model, folder):
         own.truncate(64)
 
     return {
-        "forward": forward, "forward, taps": taps, "forward, batch": batch, "generate": generation(model), "step": step,
+        "forward": forward, "forward, taps": taps, "forward, batch": batch, "forward, edited": edited,
+        "forward, chosen experts": chosen, "a model and a state": made, "generate": generation(model), "step": step,
         "a refused call": refused, "a cancelled call": cancelled, "fork": lambda: held.fork(),
         "snapshot": lambda: held.snapshot(), "restore": lambda: held.restore(snapshot),
         "save and load": save_and_load, "checkpoints": checkpoints,

@@ -211,6 +211,13 @@ def test_a_function_may_run_the_model_itself(tiny):
     assert patched.tobytes() == tiny.forward(tokens, edit={"layers.2.mid": given}).tobytes()
 
 
+@pytest.mark.parametrize("rows", ["last", [1, 3]])
+def test_an_array_of_logits_has_the_rows_that_are_asked_for(tiny, rows):
+    wanted = np.random.default_rng(0).standard_normal((1 if rows == "last" else 2, tiny.config.vocab_size))
+    got = tiny.forward([1, 2, 3, 4, 5], logits=rows, edit={"logits": wanted.astype(np.float32)})
+    assert np.array_equal(got.reshape(wanted.shape), wanted.astype(np.float32))
+
+
 def test_logits_are_edited_last(tiny):
     tokens = ids(tiny, 20)
     whole = tiny.forward(tokens)

@@ -311,6 +311,26 @@ def test_errors_are_sentences(call, error, message):
         call(open_model("tiny"))
 
 
+def test_a_step_that_is_not_interrupted_leaves_other_calls_interruptible():
+    """A step of one token runs to its end; what its context computes afterwards does not."""
+    ctx, x = kl.Context(threads=1), np.ones((2, 3), np.float32)
+    model = kl.Model.tiny(ctx=ctx)
+    model.forward([1], state=model.new_state())
+    ctx.cancel()
+    with pytest.raises(KeyboardInterrupt):
+        kl.ops.add(x, x, ctx=ctx)
+    kl.ops.add(x, x, ctx=ctx)
+
+
+def test_a_call_that_is_refused_lets_go_of_its_states():
+    model = open_model("tiny")
+    one, other = model.new_state(2)
+    with pytest.raises(ValueError, match="state 2 is in use, or given twice"):
+        model.forward([[1], [2], [3]], state=[one, other, one])
+    model.forward([[1], [2]], state=[one, other])
+    assert (one.position, other.position) == (1, 1)
+
+
 def test_a_batch_of_no_sequence_has_its_form():
     model = open_model("tiny")
     tokens = np.zeros((0, 3), np.int64)

@@ -104,6 +104,17 @@ def test_embeds_move_a_state_on(tiny):
     assert arrays(a) == arrays(b)
 
 
+def test_what_is_given_is_cut_into_passes_as_the_tokens_are(tiny):
+    """Rows of embeds and expert ids of a ragged call of several passes: the second sequence is cut in the middle."""
+    x = [ids(tiny, n, seed=n) for n in (300, 400)]
+    trace = tiny.trace(np.concatenate(x), ["embed", "*.moe.ids"], offsets=[0, 300, 700])
+    given = {int(tap.split(".")[1]): chosen for tap, chosen in trace.items() if tap != "embed"}
+    rows = [trace["embed"][:300], trace["embed"][300:]]
+    wanted = b"".join(a.tobytes() for a in tiny.forward(x, logits="last"))
+    for options in ({"embeds": rows}, {"tokens": x, "expert_ids": given}):
+        assert b"".join(a.tobytes() for a in tiny.forward(**options, logits="last")) == wanted
+
+
 def test_states_are_told_what_they_have_read(tiny, monkeypatch):
     told = []
     monkeypatch.setattr(kl.State, "_append", lambda self, ids: told.append((self, ids)))
@@ -259,6 +270,21 @@ def test_a_trace_in_a_file_is_the_trace_in_memory(tiny, rows, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+def test_a_streamed_trace_takes_experts_and_gives_states_of_any_token(tiny):
+    """Behind the first 512 tokens, which are a call of their own, and at rows where no call would end by itself."""
+    tokens, rows = ids(tiny, 600), slice(530, 570)
+    chosen = {int(tap.split(".")[1]): x for tap, x in tiny.trace(tokens, "*.moe.ids").items()}
+    trace = tiny.trace(tokens, "norm", tokens_slice=rows, states="*.kda.state", expert_ids=chosen)
+    wanted = tiny.trace(tokens, "norm")["norm"][rows]
+    assert np.allclose(trace["norm"], wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+    for at, before in ((530, "before."), (570, "")):
+        state = tiny.new_state()
+        for first, last in ((0, 512), (512, 530), (530, 570)):
+            if first < at:
+                tiny.forward(tokens[first:last], state=state, logits="none")
+        assert all(np.array_equal(trace[before + name], state[name]) for name in state if name.endswith(".state"))
+
+
 def test_texts_of_a_trace_stay_texts_in_its_file(tmp_path):
     meta = {"model": "2024", "source": "true", "note": "null", "list": "[1]", "quoted": '"x"', "plain": "as it is",
             "dtype": "NaN", "deep": "[" * 99999, "number": 2024, "none": None, "truth": True, "tokens": [1, 2]}
@@ -286,6 +312,7 @@ def test_what_a_streamed_trace_refuses_writes_nothing(tiny, tmp_path, monkeypatc
         (dict(taps="*.mla.probs"), ValueError, "mla.probs needs all positions"),
         (dict(offsets=[0, 20]), ValueError, "one sequence"),
         (dict(tokens_slice=slice(0, 9, 2)), ValueError, "must rise by 1"),
+        (dict(tokens_slice=slice(5, 2)), ValueError, "must rise by 1"),
         (dict(tokens_slice=3), TypeError, "must be a slice"),
         (dict(edit={"embed": np.zeros((3, 2), np.float32)}), ValueError, "has shape"),
         (dict(taps="layers.9.*"), ValueError, "matches no tap"),

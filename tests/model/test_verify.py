@@ -1,5 +1,6 @@
 """The whole engine beside float64 on three models, in one piece and in many; and `verify` finds faults."""
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -10,7 +11,7 @@ from one_ulp import noise, relative
 import kimi_linear as kl
 from kimi_linear import golden
 from kimi_linear._call import Call
-from kimi_linear.verify import gap_of_choice, verify
+from kimi_linear.verify import Tap, gap_of_choice, verify
 
 FORMS = ["auto", "recurrent", "chunked"]  # of the delta rule
 CUTS = {"whole": [], "one at a time": None, "at 1": [1], "at 17": [17], "at 64": [64]}
@@ -195,6 +196,15 @@ def test_the_op_that_is_wrong_is_named_and_no_other(kimi_a, weight, change, op, 
     assert after[-1].name == "logits" and after[-1].total_rms > 1e-7  # inherited, and not blamed
 
 
+@pytest.mark.parametrize("eps", ["rms_norm_eps", "latent_eps", "l2_eps"])
+def test_each_eps_is_in_its_own_norms(golden_dir, eps):
+    """As large as no model has it, in one kind of norm at a time: a norm that took the other's would be far off."""
+    plain = model(golden_dir / "kimi-b")
+    assert plain.config.q_rank and plain.config.rms_norm_eps == plain.config.latent_eps
+    changed = kl.Model(dataclasses.replace(plain.config, **{eps: 1e-2}), plain._tensors)
+    assert verify(changed, np.arange(8), free_run=False)
+
+
 def test_a_wide_flip_fails(kimi_a):
     def swapped(bias):
         return bias[::-1] + np.linspace(0, 1, len(bias))
@@ -217,6 +227,12 @@ def test_a_wide_flip_fails(kimi_a):
 ])
 def test_gap(value, mine, theirs, groups, top, gap):
     assert gap_of_choice(np.array(value), mine, theirs, groups, top) == pytest.approx(gap)
+
+
+def test_a_tap_of_which_one_is_finite_is_not_ok():
+    """Also where the op has no budget."""
+    assert Tap("x", "route", 0, 0).ok and not Tap("x", "route", 0, 0, apart=1).ok
+    assert Tap("x", "add", 0, 0, share=1).ok and not Tap("x", "add", 0, 0, share=1.1).ok
 
 
 def test_own_expert_ids(kimi_a):

@@ -302,3 +302,20 @@ def test_too_many_threads_of_the_environment_are_named(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "5000")
     with pytest.raises(ValueError, match="the environment's OMP_NUM_THREADS is 5000; it must be at most 1024"):
         kl.Context()
+
+
+@pytest.mark.parametrize("changes, error, message", [
+    (dict(n=3), ValueError, "out has 4 values; the sizes of the call say 3"),
+    (dict(n=5), ValueError, "out has 4 values; the sizes of the call say 5"),
+    (dict(n=-1), ValueError, "out has 4 values; the sizes of the call say -1"),
+    (dict(a=np.ones(4, np.int32)), TypeError, "a has items of format 'i'; it must be float32"),
+    (dict(b=np.ones(4)), TypeError, "b has items of format 'd'; it must be float32"),
+    (dict(b=np.ones(8, np.float32)[::2]), TypeError, "b must be a C-contiguous buffer of float32"),
+    (dict(out=bytes(16)), TypeError, "out must be a C-contiguous writable buffer of float32"),
+])
+def test_buffers_below_the_checks_of_python(changes, error, message):
+    x = np.ones(4, np.float32)
+    given = dict(out=np.full(4, 7, np.float32), a=x, b=x, n=4) | changes
+    with pytest.raises(error, match=message):
+        kl._core.add(kl.Context()._core, *given.values())
+    assert "out" in changes or (given["out"] == 7).all()

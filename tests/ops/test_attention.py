@@ -227,11 +227,12 @@ def test_nan_of_a_query_stays_in_its_head():
     assert got.tobytes() == clean.tobytes()
 
 
-def test_positions_masked_by_minus_infinity():
-    """Pages of scores of -infinity leave the others as they were; nothing but them gives NaN."""
-    given = inputs(1, 700, **SMALL)
+@pytest.mark.parametrize("S, masked", [(700, 600), (1300, 1100)])
+def test_positions_masked_by_minus_infinity(S, masked):
+    """A page, or two, of scores of -infinity leave the others as they were; nothing but them gives NaN."""
+    given = inputs(1, S, **SMALL)
     given["q"][:] = 1
-    given["k"][:600] = -np.inf
+    given["k"][:masked] = -np.inf
     with np.errstate(invalid="ignore"):
         ref = kl.reference.attention(**given)
     assert np.isfinite(ref).all()

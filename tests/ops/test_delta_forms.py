@@ -267,7 +267,19 @@ def test_a_context_says_what_auto_is():
         for called in ("recurrent", "chunked"):
             assert same(kl.ops.delta_rule(**x, form=called, ctx=ctx), own[called])
     chunked = kl.ops.delta_rule(**x, form="chunked", chunk=7)
+    assert not same(chunked, own["chunked"])
     assert same(kl.ops.delta_rule(**x, chunk=7, ctx=kl.Context(delta_rule="chunked")), chunked)
+
+
+@pytest.mark.parametrize("T", [15, 16, 17, 32, 53])
+def test_auto_is_chunks_of_16_and_the_recurrence_behind_them(T):
+    x = inputs(T, 2, 16, 20)
+    wanted, state, whole = [], None, T // 16 * 16
+    for first, last, form in ((0, whole, dict(form="chunked", chunk=16)), (whole, T, dict(form="recurrent"))):
+        part = {n: a[first:last] for n, a in x.items()}
+        o, state = kl.ops.delta_rule(**part, initial_state=state, **form)
+        wanted.append(o)
+    assert same(kl.ops.delta_rule(**x), (np.concatenate(wanted), state))
 
 
 @pytest.mark.parametrize("make, message", [

@@ -84,6 +84,18 @@ def test_subnormals_are_flushed_here_and_nowhere_else():
         assert (kl.ops.add(tiny, tiny, ctx=ctx) == 2 * tiny).all()
 
 
+def test_threads_that_flushed_subnormals_keep_them_afterwards():
+    """The threads of a context go on to other ops: what a thread does there must not hang on what it did before."""
+    ctx, x = kl.Context(threads=3), inputs(64, 12, 16, 16)
+    channels, taps = np.ones((64, 4096), np.float32), np.ones((4096, 4), np.float32)
+    tiny = np.full((512, 4096), 1e-39, np.float32)
+    for _ in range(4):
+        kl.ops.delta_rule(**x, ctx=ctx)
+        assert (kl.ops.add(tiny, tiny, ctx=ctx) == 2 * tiny).all()
+        kl.ops.short_conv(channels, taps, ctx=ctx)
+        assert (kl.ops.add(tiny, tiny, ctx=ctx) == 2 * tiny).all()
+
+
 def test_beta_0_is_pure_decay():
     x = inputs(10, 2, 16, 24)
     x["beta"][:] = 0

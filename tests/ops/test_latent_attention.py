@@ -233,11 +233,12 @@ def test_nan_of_a_query_stays_in_its_head(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_masked_positions_by_minus_infinity(form):
-    """A whole block of scores of -infinity leaves the others as they were; nothing but them gives NaN."""
-    given = inputs(1, 200, **SMALL)
+@pytest.mark.parametrize("S, masked", [(200, 130), (1300, 1100)])
+def test_masked_positions_by_minus_infinity(S, masked, form):
+    """Whole blocks, and pages, of scores of -infinity leave the others as they were; nothing but them gives NaN."""
+    given = inputs(1, S, **SMALL)
     given["q"][..., 12:] = 1
-    given["k_shared"][:130] = -np.inf
+    given["k_shared"][:masked] = -np.inf
     with np.errstate(invalid="ignore"):
         ref = kl.reference.latent_attention(**given)
     assert np.isfinite(ref).all()

@@ -59,6 +59,17 @@ def test_the_definition_to_the_last_bit(T, D):
     assert np.array_equal(kl.ops.linear(x, w, ctx=bfloat16()), by_definition(x, w))
 
 
+@pytest.mark.parametrize("bits", [0x7f800001, 0x7fffffff, 0xff800001, 0xffffffff])
+@pytest.mark.parametrize("T", [1, 9])
+def test_any_nan_stays_one(T, bits):
+    """Also one whose upper half alone is an infinity, and one that rounding up would turn into a zero."""
+    x, w = random(T, 9, 64, 3)
+    x.view(np.uint32)[0, 5] = bits
+    for isa in kl.isa_list():
+        y = kl.ops.linear(x, w, ctx=bfloat16(isa=isa))
+        assert np.isnan(y[0]).all() and np.isfinite(y[1:]).all()
+
+
 @pytest.mark.parametrize("D", [1, 15, 16, 17, 31, 32, 33, 96, 1535, 1536, 1537, 2304])
 @pytest.mark.parametrize("T", [0, 1, 3, 6, 7, 13])
 def test_one_result_everywhere_within_the_budget(T, D):

@@ -129,6 +129,26 @@ def test_fork_and_snapshot_take_their_checkpoints_along(tiny):
     assert_same(state, fork, tiny)
 
 
+def test_a_state_that_keeps_fewer_takes_the_newest(tiny):
+    """What it has no room for is given up, as if newer ones had taken its place."""
+    tokens = ids(tiny, 300)
+    snapshot = read(tiny, tokens, checkpoints_every=64, keep=4).snapshot()
+    state = tiny.new_state(checkpoints_every=64, keep=2)
+    state.restore(snapshot)
+    assert state.checkpoints == [192, 256]
+    with pytest.raises(ValueError, match="n is 100; the oldest position that the state can go back to is 192"):
+        state.truncate(100)
+    state.truncate(192)
+    assert_same(state, read(tiny, tokens[:192]), tiny)
+
+
+def test_a_snapshot_without_checkpoints_does_not_go_back(tiny):
+    state = tiny.new_state(checkpoints_every=64, keep=2)
+    state.restore(read(tiny, ids(tiny, 100)).snapshot())
+    with pytest.raises(ValueError, match="n is 50; the oldest position that the state can go back to is 100"):
+        state.truncate(50)
+
+
 def test_reset_forgets(tiny):
     state = read(tiny, ids(tiny, 100), checkpoints_every=50, keep=1)
     state.reset()
@@ -328,6 +348,54 @@ def test_a_state_used_by_two_calls_at_once_is_refused(tiny):
     go_on.set()
     call.join()
     assert_same(state, read(tiny, tokens), tiny)
+
+
+@pytest.fixture(scope="module")
+def breaks_at_7():
+    """A model whose router gets NaN at token 7: a step that fails on its way, after it has moved some states on."""
+    model, name = kl.Model.tiny(), "model.embed_tokens.weight"
+    table = np.array(model.weights[name], np.float32)
+    table[7] = np.nan
+    model.weights[name] = table
+    return model
+
+
+def test_a_lost_state_says_so(breaks_at_7, tmp_path):
+    model, tokens = breaks_at_7, np.arange(8, 28)
+    state = read(model, tokens, checkpoints_every=64, keep=2)
+    with pytest.raises(ValueError, match="is NaN; scores must be numbers"):
+        model.forward([7], state=state, logits="none")
+    verbs = {"forward": lambda: model.forward([8], state=state), "copy": state.snapshot, "checkpoint": state.checkpoint,
+             "read": lambda: state["layers.0.kda.state"]}
+    for verb, call in verbs.items():
+        with pytest.raises(ValueError, match=f"{verb}: .*was lost when a step failed after token 20"):
+            call()
+    with pytest.raises(ValueError, match="was lost when a step failed after token 20"):
+        state.save(tmp_path / "state")
+    assert state.position == 20 and not any(tmp_path.iterdir())
+    state.reset()
+    assert_same(state, model.new_state(), model)
+
+
+def test_a_lost_state_goes_back_to_a_checkpoint(breaks_at_7):
+    """Where it is, too: the tokens behind the checkpoint are read again."""
+    model, tokens = breaks_at_7, np.arange(8, 108)
+    for n in (100, 80, 64):
+        state = read(model, tokens, cuts=[64], checkpoints_every=64, keep=1)
+        assert state.checkpoints == [64]
+        with pytest.raises(ValueError, match="is NaN"):
+            model.forward([7], state=state, logits="none")
+        state.truncate(n)
+        assert_same(state, read(model, tokens[:n], cuts=[64][:n > 64]), model)
+
+
+def test_a_lost_state_is_restored(breaks_at_7):
+    state = read(breaks_at_7, np.arange(8, 28))
+    kept = state.snapshot()
+    with pytest.raises(ValueError, match="is NaN"):
+        breaks_at_7.forward([7], state=state, logits="none")
+    state.restore(kept)
+    assert_same(state, read(breaks_at_7, np.arange(8, 28)), breaks_at_7)
 
 
 # ---- errors ----------------------------------------------------------------------------------------

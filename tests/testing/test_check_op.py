@@ -22,6 +22,39 @@ def check(fn, conventions="ours", **named):
     return check_op("delta_rule", fn, conventions=conventions, arrays="numpy", **named)
 
 
+# ---- bars ------------------------------------------------------------------------------------------
+
+
+def off_by(scale, at=None):
+    """rms_norm, off by a relative error everywhere, or in one element by so many times the rms."""
+    def fn(x, **options):
+        y = kl.ops.rms_norm(x, **options)
+        if at is None or not y.size:
+            return y * np.float32(1 + scale)
+        y[at] += np.float32(scale) * np.sqrt(np.mean(y**2))
+        return y
+
+    return fn
+
+
+def test_the_factor_is_how_many_bounds_an_error_may_reach():
+    fn = off_by(2.0**-20)
+    (row,) = check_op("rms_norm", fn, cases="width-1", factor=1e9).rows
+    assert row.status == "holds" and 1 < row.share < 4
+    assert check_op("rms_norm", fn, cases="width-1", factor=1.01 * row.share)
+    (wrong,) = check_op("rms_norm", fn, cases="width-1", factor=0.99 * row.share).rows
+    assert wrong.status == "fails" and f"{row.share:.3g} times the bound" in wrong.detail
+
+
+@pytest.mark.parametrize("fn, holds", [
+    (off_by(0.9e-6), True), (off_by(1.2e-6), False), (off_by(18e-6, (0, 0)), True), (off_by(22e-6, (0, 0)), False),
+])
+def test_on_usual_inputs_the_error_is_held_against_the_rms(fn, holds):
+    """1e-6 of it over all, 20 times that in one element, whatever the bound of the op is."""
+    (row,) = check_op("rms_norm", fn, cases="length-65", factor=1e9).rows
+    assert row.status == ("holds" if holds else "fails") and ("of its rms" in row.detail) == (not holds)
+
+
 # ---- right kernels ---------------------------------------------------------------------------------
 
 

@@ -105,6 +105,7 @@ def test_template_errors_name_the_line(tokenizer, template, kind, message):
         ([{"role": ["user"], "content": "x"}], ValueError, r"\['role'\] is \['user'\]"),
         ([{"role": "user"}], ValueError, r"messages\[0\]\['content'\] is missing; only a message"),
         ([{"role": "user", "content": 3}], TypeError, r"\['content'\] is 3; it must be text or a list"),
+        ([{"role": "user", "content": [{"type": "image", "text": "x"}]}], TypeError, "text only"),
         ([{"role": "user", "content": [{"type": "image"}]}], TypeError, r"\['content'\]\[0\] is .*text only"),
         ([{"role": "user", "content": [{"type": "text", "text": 1}]}], TypeError, r"\['content'\]\[0\] is"),
     ],

@@ -89,7 +89,7 @@ def test_a_config_alone_and_a_model_by_name(tmp_path, capsys, instead):
 def test_a_size_that_is_not_told(monkeypatch):
     """Files of /proc say 0 bytes."""
     monkeypatch.setattr(strict_json, "MAX_FILE", 10)
-    with pytest.raises(kl.FormatError, match="at most 10 are read"):
+    with pytest.raises(kl.FormatError, match="it has 11 bytes; at most 10 are read"):
         strict_json.read_limited("/proc/self/maps")
 
 
