@@ -205,13 +205,18 @@ static kl_status move_part(kl_ctx *ctx, const kl_state *state, char *fixed, int6
     return KL_OK;
 }
 
+static kl_status fail_lost(kl_ctx *ctx, const kl_state *state, const char *who)
+{
+    return kl_fail(ctx, KL_ERR_STATE,
+                   "%s: the state was lost when a step failed after token %lld; reset it", who,
+                   (long long)state->position);
+}
+
 kl_status kl_state_read(kl_ctx *ctx, const kl_state *state, int64_t layer, kl_state_part part,
                         void *to)
 {
     if (state->lost)
-        return kl_fail(ctx, KL_ERR_STATE,
-                       "read: the state was lost when a step failed after token %lld; reset it",
-                       (long long)state->position);
+        return fail_lost(ctx, state, "read");
     return move_part(ctx, state, state->fixed, layer, part, to, true);
 }
 
@@ -322,9 +327,7 @@ kl_status kl_state_checkpoint_at(kl_ctx *ctx, kl_state *state, int64_t n)
     const int64_t newest = last >= 0 ? state->checkpoint_at[slot(state, last)] : 0;
     kl_status status;
     if (state->lost)
-        status = kl_fail(ctx, KL_ERR_STATE,
-                         "checkpoint: the state was lost when a step failed after token %lld",
-                         (long long)state->position);
+        status = fail_lost(ctx, state, "checkpoint");
     else if (n < newest || n > state->position)
         status = kl_fail(ctx, KL_ERR_ARG, "checkpoint: n is %lld; it must be %lld to %lld",
                          (long long)n, (long long)newest, (long long)state->position);
@@ -393,9 +396,7 @@ static kl_status check_copy(kl_ctx *ctx, const kl_state *to, const kl_state *fro
         return kl_fail(ctx, KL_ERR_STATE, "copy: one state has a cache of %s, the other of %s",
                        kl_type_name(to->cache_type), kl_type_name(from->cache_type));
     if (from->lost)
-        return kl_fail(ctx, KL_ERR_STATE,
-                       "copy: the state was lost when a step failed after token %lld; reset it",
-                       (long long)from->position);
+        return fail_lost(ctx, from, "copy");
     if (to->context > 0 && from->position > to->context)
         return kl_fail(ctx, KL_ERR_STATE,
                        "copy: %lld tokens were read; the state was made for a context of %lld",

@@ -58,7 +58,10 @@ def host_library():
     """The host build where that is the device, else None."""
     if not ON_HOST:
         return None
-    return ctypes.CDLL(str(built()[0]))
+    library = ctypes.CDLL(str(built()[0]))
+    for count in (library.kl_host_waits, library.kl_host_pageable, library.kl_host_copies):
+        count.restype = ctypes.c_int64
+    return library
 
 
 @functools.cache

@@ -1,7 +1,6 @@
 """Arrays that lie on a device: ops take and give them without a copy, and memory lives as long as what was made of it.
 Large uploads go through pinned memory, and a model's say how far they are."""
 
-import ctypes
 import gc
 import subprocess
 import threading
@@ -253,7 +252,6 @@ def test_hip_an_array_of_another_context():
 @pytest.mark.parametrize("n", [4, PIECE, PIECE + 1, 3 * PIECE])
 def test_hip_an_upload_waits_once(n):
     x, count = np.zeros(n, np.uint8), host_library().kl_host_waits
-    count.restype = ctypes.c_int64
     before = count()
     held = put(x)
     assert count() == before + 1 and same(held, x)
@@ -261,14 +259,12 @@ def test_hip_an_upload_waits_once(n):
 
 @host_build_only
 def test_hip_tables_of_a_batch_are_one_copy():
-    library = host_library()
-    library.kl_host_copies.restype = ctypes.c_int64
-    counts = []
+    count, counts = host_library().kl_host_copies, []
     for n in (1, 5):
-        before, at = library.kl_host_copies(), np.arange(n + 1)
+        before, at = count(), np.arange(n + 1)
         _core.cache_append(context()._core, np.zeros((n, 1), np.float32), 0, np.ones((n, 1), np.float32), at,
                            np.zeros(n, np.int64), at, n, n, 1, n)
-        counts.append(library.kl_host_copies() - before)
+        counts.append(count() - before)
     assert counts == [3, 3]  # offsets, positions, pages
 
 
@@ -276,7 +272,6 @@ def test_hip_tables_of_a_batch_are_one_copy():
 def test_hip_sample_of_few_rows_waits_once():
     logits, args = put(normal(3, 50)), dict(temperature=[0.5, 1.0, 2.0], seed=4)
     count = host_library().kl_host_waits
-    count.restype = ctypes.c_int64
     before = count()
     ids = kl.ops.sample(logits, **args, ctx=context())
     assert count() == before + 1 and ids.tolist() == kl.ops.sample(logits.numpy(), **args).tolist()
@@ -298,8 +293,6 @@ def test_hip_control_data_wait_for_nothing():
     given = dict(offsets=[0, 4, 9], history=put(np.zeros((2, 3, 5), np.float32)), ctx=context())
     out = tuple(put(np.zeros(shape, np.float32)) for shape in ((9, 5), (2, 3, 5)))
     counts = (library.kl_host_waits, library.kl_host_pageable)
-    for count in counts:
-        count.restype = ctypes.c_int64
     before = [count() for count in counts]
     kl.ops.short_conv(x, w, out=out, **given)
     assert [count() for count in counts] == before
@@ -346,7 +339,6 @@ def test_hip_tensors_of_a_model_go_through_pinned_memory():
     """Also those that are smaller than a buffer: a device's copies from other memory are waited for one by one."""
     large = [w for w in kl.Model.tiny().weights.values() if w.nbytes > 256 << 10]
     count = host_library().kl_host_copies
-    count.restype = ctypes.c_int64
     before = count()
     kl.Model.tiny(device=DEVICE)
     assert count() - before >= len(large) > 1

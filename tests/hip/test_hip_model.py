@@ -1,6 +1,5 @@
 """The whole model on a device: every kernel of a forward pass."""
 
-import ctypes
 
 import numpy as np
 import pytest
@@ -186,7 +185,6 @@ def test_a_step_waits_as_often_with_any_cache():
     for cache in ("float32", "float16", "q8_0"):
         model = kl.Model.tiny(device=DEVICE, cache=cache)
         state, count = model.new_state(context=64), host_library().kl_host_waits
-        count.restype = ctypes.c_int64
         model.forward(ids(model, 9), state=state)
         model.forward([5], state=state)
         before = count()
