@@ -14,41 +14,21 @@ struct kl_cached {
     kl_type type;
 };
 
-/* positions(n): how many of sequence n may be touched; 0: its pages are not looked at. The tables of as many sequences
- * as there is room for go in one copy: each alone would take as long. */
+/* positions(n): how many of sequence n may be touched; 0: its pages are not looked at. Pages of all sequences go
+ * together: each alone would take as long. */
 template <class COUNT>
 static inline kl_status kl_put_cache(kl_ctx *ctx, kl_cached *to, const kl_cache &from, int64_t N,
                                      COUNT positions)
 {
     int64_t most = 0;
-    void **table;
     for (int64_t n = 0; n < N; n++)
         most = positions(n) > most ? positions(n) : most;
     const int64_t pages = kl_ceil_div(most, KL_PAGE);
-    KL_SCRATCH_OF(table, ctx, N * pages > 0 ? N * pages : 1);
-    *to = kl_cached{ table, pages, from.offset, from.row_bytes, from.type };
-    if (kl_core_of->measuring(ctx) || pages == 0)
-        return KL_OK;
-    const int64_t room_for = KL_PUT_MOST / static_cast<int64_t>(sizeof *table) / pages;
-    const int64_t at_once = room_for > 0 ? room_for : 1;
-    for (int64_t first = 0; first < N; first += at_once) {
-        const int64_t n = at_once < N - first ? at_once : N - first;
-        const size_t n_bytes = static_cast<size_t>(n * pages) * sizeof *table;
-        void *room = nullptr;
-        if (room_for > 0)
-            KL_TRY(kl_put_room(ctx, &room, n_bytes));
-        for (int64_t i = 0; i < n; i++) {
-            void *const *page = from.page[first + i];
-            const size_t used = static_cast<size_t>(kl_ceil_div(positions(first + i), KL_PAGE));
-            if (used > 0 && room != nullptr)
-                memcpy(static_cast<void **>(room) + i * pages, page, used * sizeof *page);
-            else if (used > 0)
-                KL_TRY(kl_put(ctx, table + first * pages, page, used * sizeof *page));
-        }
-        if (room != nullptr)
-            KL_TRY(kl_put_from(ctx, table + first * pages, room, n_bytes));
-    }
-    return KL_OK;
+    *to = kl_cached{ nullptr, pages, from.offset, from.row_bytes, from.type };
+    return kl_put_made(ctx, &to->page, N * pages, [&](int64_t i) {
+        const int64_t n = i / pages, page = i % pages;
+        return page * KL_PAGE < positions(n) ? from.page[n][page] : nullptr;
+    });
 }
 
 /* row `position` of sequence n */

@@ -1,7 +1,7 @@
 /* embedding (ops/embedding.c): exact, so that both versions give the same bytes.
  *   v1  one value a thread, its row by a division.
  *   v2  one block a row: no division, the id is read once (launched). */
-#include "runtime.h"
+#include "ragged.h"
 #include "stored.h"
 
 namespace
@@ -45,15 +45,12 @@ kl_status hip_embedding(kl_ctx *ctx, float *y, const int32_t *ids, const kl_weig
                         int64_t T)
 {
     const size_t mark = kl_core_of->scratch_mark(ctx);
-    int32_t *device_ids;
-    if (T == 0)
-        return KL_OK;
-    KL_SCRATCH_OF(device_ids, ctx, T);
-    if (kl_core_of->measuring(ctx)) {
+    const int32_t *device_ids;
+    KL_TRY(kl_put_table(ctx, &device_ids, ids, T));
+    if (kl_core_of->measuring(ctx) || T == 0) {
         kl_core_of->scratch_reset(ctx, mark);
         return KL_OK;
     }
-    KL_TRY(kl_put(ctx, device_ids, ids, static_cast<size_t>(T) * sizeof *ids));
     const kl_matrix w = kl_matrix_of(table, 0);
     switch (kl_kernel_type(table->type)) {
 #define CASE(TYPE)                                                                                 \

@@ -10,6 +10,7 @@
 #include "product.h"
 
 #include "../cpu/int8.h"
+#include "ragged.h"
 #include "tile.h"
 
 namespace
@@ -203,11 +204,7 @@ kl_status kl_matrices_of(kl_ctx *ctx, kl_matrices *to, const kl_weight *w)
     }
     if (even && !measuring)
         return KL_OK;
-    const char **table;
-    KL_SCRATCH_OF(table, ctx, w->n);
-    to->table = table;
-    return measuring ? KL_OK
-                     : kl_put(ctx, table, matrix, static_cast<size_t>(w->n) * sizeof *table);
+    return kl_put_table(ctx, &to->table, matrix, w->n);
 }
 
 kl_status kl_check_activations(kl_ctx *ctx, const kl_weight *w, const char *op, const char *name)

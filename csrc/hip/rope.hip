@@ -2,7 +2,7 @@
  * double, rounded once.
  *   v1  one pair a thread, its cosine and sine by itself.
  *   v2  cosines and sines once a token, in a table; then the pairs (launched). */
-#include "runtime.h"
+#include "ragged.h"
 
 #include <math.h>
 
@@ -73,20 +73,6 @@ __global__ void __launch_bounds__(256) rope_v2(turning p)
     }
 }
 
-/* by the host's pow, as the CPU has them */
-kl_status put_speeds(kl_ctx *ctx, double *to, int64_t rotary, double base)
-{
-    const int64_t STEP = 128;
-    double speed[STEP];
-    for (int64_t j0 = 0; j0 < rotary / 2; j0 += STEP) {
-        const int64_t n = rotary / 2 - j0 < STEP ? rotary / 2 - j0 : STEP;
-        for (int64_t j = 0; j < n; j++)
-            speed[j] = pow(base, -2.0 * static_cast<double>(j0 + j) / static_cast<double>(rotary));
-        KL_TRY(kl_put(ctx, to + j0, speed, static_cast<size_t>(n) * sizeof *speed));
-    }
-    return KL_OK;
-}
-
 } // namespace
 
 kl_status hip_rope(kl_ctx *ctx, float *y, const float *x, const int64_t *positions, int64_t T,
@@ -94,17 +80,14 @@ kl_status hip_rope(kl_ctx *ctx, float *y, const float *x, const int64_t *positio
 {
     const int64_t half = rotary / 2;
     turning p = { y, x, nullptr, nullptr, nullptr, T, H, K, rotary };
-    int64_t *device_positions;
-    double *speed;
-    KL_SCRATCH_OF(device_positions, ctx, T);
-    KL_SCRATCH_OF(speed, ctx, half);
     KL_SCRATCH_OF(p.table, ctx, T * rotary);
+    KL_TRY(kl_put_table(ctx, &p.positions, positions, T));
+    /* by the host's pow, as the CPU has them */
+    KL_TRY(kl_put_made(ctx, &p.speed, half, [=](int64_t j) {
+        return pow(base, -2.0 * static_cast<double>(j) / static_cast<double>(rotary));
+    }));
     if (kl_core_of->measuring(ctx) || T == 0)
         return KL_OK;
-    KL_TRY(put_speeds(ctx, speed, rotary, base));
-    KL_TRY(kl_put(ctx, device_positions, positions, static_cast<size_t>(T) * sizeof *positions));
-    p.positions = device_positions;
-    p.speed = speed;
     const unsigned grid = kl_grid(kl_ceil_div(T * H * (K - half), BLOCK));
     if (kl_version() == 1) {
         KL_LAUNCH(rope_v1, grid, BLOCK, 0, kl_stream(ctx), p);

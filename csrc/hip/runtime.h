@@ -50,10 +50,11 @@ kl_status kl_no_type(kl_ctx *ctx, const char *op, const char *name, kl_type type
  * is done. */
 kl_status kl_put(kl_ctx *ctx, void *to, const void *from, size_t n_bytes) KL_CHECKED;
 kl_status kl_get(kl_ctx *ctx, void *to, const void *from, size_t n_bytes) KL_CHECKED;
-/* kl_put in two steps, for what is gathered: room for up to KL_PUT_MOST bytes, and its copy when it is filled. */
-enum { KL_PUT_MOST = 256 << 10 };
-kl_status kl_put_room(kl_ctx *ctx, void **room, size_t n_bytes) KL_CHECKED;
-kl_status kl_put_from(kl_ctx *ctx, void *to, const void *room, size_t n_bytes) KL_CHECKED;
+/* The same values on the device, up to KL_TABLE_MOST bytes, to be read by what this call of an op launches. Bytes that are
+ * there from an earlier call are not copied again: offsets, addresses and positions are the same in each layer, and most
+ * of them in each decoded token. */
+enum { KL_TABLE_MOST = 16 << 10 };
+kl_status kl_table(kl_ctx *ctx, const void **to, const void *from, size_t n_bytes) KL_CHECKED;
 
 /* Wrong values that only the device sees. A kernel notes the first of them (kl_note), goes on with something that stays
  * inside its arrays, and the next copy to the host fails with the sentence: no op waits for its own check. */

@@ -6,7 +6,7 @@
  *       their next four bits; the sums say which of the sixteen it is (launched). */
 #include "scalar.h"
 #include "reduce.h"
-#include "runtime.h"
+#include "ragged.h"
 
 #include <float.h>
 #include <math.h>
@@ -316,18 +316,12 @@ kl_status hip_sample(kl_ctx *ctx, int32_t *ids, const float *logits, const kl_sa
                      int64_t T, int64_t D)
 {
     const int64_t STEP = 64; /* rows that the stack has room for */
-    order *orders, put[STEP];
+    const order *orders;
     drawn *answers, got[STEP];
-    KL_SCRATCH_OF(orders, ctx, T);
+    KL_TRY(kl_put_made(ctx, &orders, T, [=](int64_t t) { return order_of(args[t]); }));
     KL_SCRATCH_OF(answers, ctx, T);
     if (kl_core_of->measuring(ctx) || T == 0)
         return KL_OK;
-    for (int64_t t0 = 0; t0 < T; t0 += STEP) {
-        const int64_t n = T - t0 < STEP ? T - t0 : STEP;
-        for (int64_t t = 0; t < n; t++)
-            put[t] = order_of(args[t0 + t]);
-        KL_TRY(kl_put(ctx, orders + t0, put, static_cast<size_t>(n) * sizeof *put));
-    }
     if (kl_version() == 1)
         KL_LAUNCH(sample_v1, kl_grid(kl_ceil_div(T, BLOCK)), BLOCK, 0, kl_stream(ctx), answers,
                   logits, orders, T, D);

@@ -6,7 +6,7 @@ from judge import normal
 
 import kimi_linear as kl
 
-PIECE = 8 << 20  # csrc/hip/backend.hip
+PIECE = 8 << 20  # csrc/hip/upload.hip
 
 
 def put(x):

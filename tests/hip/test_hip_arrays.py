@@ -257,15 +257,45 @@ def test_hip_an_upload_waits_once(n):
     assert count() == before + 1 and same(held, x)
 
 
+def append(ctx, cache, x, offsets, start, kv_offsets):
+    """`cache_append` of sequences whose rows of the cache, one value each, lie behind each other."""
+    _core.cache_append(ctx._core, cache, 0, x, offsets, start, kv_offsets, len(start), len(x), 1, len(cache))
+
+
 @host_build_only
-def test_hip_tables_of_a_batch_are_one_copy():
-    count, counts = host_library().kl_host_copies, []
-    for n in (1, 5):
-        before, at = count(), np.arange(n + 1)
-        _core.cache_append(context()._core, np.zeros((n, 1), np.float32), 0, np.ones((n, 1), np.float32), at,
-                           np.zeros(n, np.int64), at, n, n, 1, n)
-        counts.append(count() - before)
-    assert counts == [3, 3]  # offsets, positions, pages
+@pytest.mark.parametrize("n, first, again", [(1, 3, 0), (2047, 3, 0), (2048, 3, 1), (2049, 4, 4)])
+def test_hip_tables_of_a_batch_are_put_once(n, first, again):
+    """Offsets, positions and pages, a copy each up to 16 KiB; what is larger again at each call."""
+    ctx, counts, copies = kl.Context(device=DEVICE), [], host_library().kl_host_copies
+    held = np.zeros((n, 1), np.float32), np.ones((n, 1), np.float32)
+    for _ in range(3):
+        before = copies()
+        append(ctx, *held, np.arange(n + 1), np.zeros(n, np.int64), np.arange(n + 1))
+        counts.append(copies() - before)
+    assert counts == [first, again, again]
+
+
+@host_build_only
+def test_hip_decoded_token_copies_two_numbers():
+    """Its id and its position: the other tables are the same for each layer, and were there for the token before."""
+    model = kl.Model.tiny(device=DEVICE)
+    state, copies, counts = kl.State(model), host_library().kl_host_copies, []
+    for id in (3, 4, 5, 6):
+        before = copies()
+        model.forward([id], state=state)
+        counts.append(copies() - before)
+    assert counts[0] > counts[1] and counts[1:] == [2, 2, 2]
+
+
+def test_hip_tables_that_are_replaced_are_read_before():
+    """More tables than are kept, a new one a call: the oldest, which all calls read, stays while the new one is put."""
+    n, width, caches = 1500, 600, []
+    starts = np.random.default_rng(3).integers(0, width - 40, (n, 2))
+    for ctx in (kl.Context(device=DEVICE), kl.Context()):
+        caches.append(np.zeros((2 * width, 1), np.float32))
+        for i, start in enumerate(starts):
+            append(ctx, caches[-1], normal(40, 1, seed=i), np.array([0, 13, 40]), start, width * np.arange(3))
+    assert caches[0].tobytes() == caches[1].tobytes()
 
 
 @host_build_only
