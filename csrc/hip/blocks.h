@@ -97,13 +97,15 @@ struct kl_block_q3_k { /* high[32], low[2][32], scales[12], d[2] */
     }
 };
 
-/* scale (WHICH 0) or minimum (WHICH 1) of sub-block s of Q4_K and Q5_K: quant/k_quants.h */
+/* scale (WHICH 0) or minimum (WHICH 1) of sub-block s of Q4_K and Q5_K: quant/k_quants.h. The second four have their low
+ * bits behind the first four, their high bits above these. Without a branch, also where s is known late. */
 template <int WHICH>
 static __device__ __forceinline__ int kl_packed_scale(const uint8_t *packed, unsigned s)
 {
-    if (s < 4)
-        return packed[s + 4 * WHICH] & 63;
-    return (packed[s + 4] >> 4 * WHICH & 15) | packed[s - 4 + 4 * WHICH] >> 6 << 4;
+    const unsigned second = s / 4; /* 0 or 1 */
+    const int low = packed[s + 4 * (second != 0 ? 1 : WHICH)], above = packed[s % 4 + 4 * WHICH];
+    return (low >> (second != 0 ? 4 * WHICH : 0) & (second != 0 ? 15 : 63))
+           | (above >> 6) * static_cast<int>(second * 16);
 }
 
 struct kl_block_q4_k { /* d[2], dmin[2], scales[12], q[4][32] */

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(256)
 }
 
 template <kl_type TYPE>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 1)
     embedding_v2(float *y, const int32_t *ids, kl_matrix table, int64_t T)
 {
     for (int64_t t = blockIdx.x; t < T; t += gridDim.x) {

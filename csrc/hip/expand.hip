@@ -140,10 +140,10 @@ __global__ void __launch_bounds__(256) expand_values_v2(piece a, int64_t first)
     const float *z = a.z + h * a.z_head + t0 * a.z_row, *v = a.values + h * a.V + d0;
     kl_tile_sums acc = {};
     for (int p0 = 0; p0 < end; p0 += KL_TILE_K) {
-        kl_tile_load<false, true>(xs, [&](int i, int k) {
+        kl_tile_load<false, true>(xs, [&](int, int i, int k) {
             return i < rows && p0 + k < end ? z[i * a.z_row + p0 + k] : 0.0f;
         });
-        kl_tile_load<true, true>(ws, [&](int i, int k) {
+        kl_tile_load<true, true>(ws, [&](int, int i, int k) {
             return i < columns && p0 + k < end ? v[(p0 + k) * (a.H * a.V) + i] : 0.0f;
         });
         __syncthreads();

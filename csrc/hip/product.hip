@@ -1,8 +1,8 @@
 /* product.h: three versions, one order of sums, the CPU's: sixteen lanes, lane l adds the terms k = l mod 16 by fma from
  * +0, then the halving tree.
  *   v1  one output a thread, its sixteen lanes in registers.
- *   v2  sixteen threads an output row, a lane each, up to KL_FEW rows of x: the row of w is read once, several values of
- *       it on their way at a time.
+ *   v2  sixteen threads an output row, a lane each, up to KL_FEW rows of x: the row of w is read once, sixteen values of
+ *       it by a thread at a time.
  *   v3  32 x 32 outputs a block over shared memory. Sixteen threads share 8 x 8 outputs, a lane each: 64 running sums a
  *       thread, 4 fma a value that it reads. The tree is shuffles, at the end.
  * Launched: v2 for few rows of x and w's rows that lie together, v1 for few rows and a transposed matrix (of a rare
@@ -17,7 +17,6 @@ namespace
 {
 
 const int BLOCK = KL_TILE_BLOCK, LANES = KL_LANES, SETS = BLOCK / LANES, TILE = KL_TILE;
-const int AHEAD = 4; /* values of w that a thread of v2 reads before it multiplies */
 
 __device__ __forceinline__ kl_matrix matrix_of(const kl_matrices &w, int64_t which)
 {
@@ -98,24 +97,32 @@ __global__ void __launch_bounds__(256) product_v2(kl_product p, int64_t first)
         float acc[KL_FEW] = {};
         for (int t = 0; t < KL_FEW; t++)
             x[t] = row_of(p, g.begin + (t < g.count ? t : 0), g.which);
-        const int steps = TYPE == KL_RARE ? 1 : AHEAD;
-        for (int64_t k0 = lane; k0 < D; k0 += steps * LANES) {
-            float v[steps];
-            KL_UNROLL
-            for (int j = 0; j < steps; j++)
-                v[j] = k0 + j * LANES < D ? kl_matrix_at<TYPE, false>(w, r, k0 + j * LANES) : 0.0f;
-            for (int t = 0; t < KL_FEW; t++) {
-                if (t >= g.count)
-                    continue;
-                KL_UNROLL
-                for (int j = 0; j < steps; j++)
-                    if (k0 + j * LANES < D)
+        int64_t k0 = lane;
+        if constexpr (TYPE != KL_RARE) {
+            const char *row = w.data + static_cast<size_t>(r) * w.row_bytes;
+            for (; k0 + KL_SPAN - LANES < D; k0 += KL_SPAN, row += KL_SPAN_BYTES<TYPE>) {
+                float v[KL_SPAN_EACH];
+                kl_span_at<TYPE>(v, row, static_cast<unsigned>(lane));
+                for (int t = 0; t < KL_FEW; t++) {
+                    if (t >= g.count)
+                        continue;
+                    KL_UNROLL
+                    for (int j = 0; j < KL_SPAN_EACH; j++)
                         acc[t] = fmaf(x[t][k0 + j * LANES], v[j], acc[t]);
+                }
             }
         }
+        for (; k0 < D; k0 += LANES) {
+            const float v = kl_matrix_at<TYPE, false>(w, r, k0);
+            for (int t = 0; t < KL_FEW; t++)
+                if (t < g.count)
+                    acc[t] = fmaf(x[t][k0], v, acc[t]);
+        }
         for (int t = 0; t < KL_FEW; t++) {
+            if (t >= g.count) /* the same in every thread */
+                continue;
             const float sum = kl_sum_of_lanes(acc[t]);
-            if (t < g.count && lane == t && r < p.w.rows)
+            if (lane == t && r < p.w.rows)
                 put(p, g.begin + t, g.which, r, sum);
         }
     }
@@ -134,14 +141,28 @@ __global__ void __launch_bounds__(256) product_v3(kl_product p, int64_t first)
         const kl_matrix w = matrix_of(p.w, g.which);
         const int64_t r0 = task % across * TILE;
         kl_tile_sums acc = {};
+        /* What this thread brings. Behind the last row it is the first again, whose sums nobody takes then. */
+        const float *x[KL_TILE_EACH];
+        const char *row[KL_TILE_EACH];
+        KL_UNROLL
+        for (int j = 0; j < KL_TILE_EACH; j++) {
+            const int i = static_cast<int>(threadIdx.x) / KL_TILE + j * KL_TILE_APART;
+            x[j] = row_of(p, g.begin + (i < g.count ? i : 0), g.which);
+            row[j] = w.data + static_cast<size_t>(r0 + i < p.w.rows ? r0 + i : r0) * w.row_bytes;
+        }
+        /* rows of blocks are whole steps */
+        const bool whole = !TRANSPOSED && TYPE != KL_F32 && TYPE != KL_F16 && TYPE != KL_BF16;
         for (int64_t k0 = 0; k0 < p.D; k0 += KL_TILE_K) {
-            kl_tile_load<false, true>(xs, [&](int i, int k) {
-                return i < g.count && k0 + k < p.D ? row_of(p, g.begin + i, g.which)[k0 + k] : 0.0f;
-            });
-            kl_tile_load<TRANSPOSED, TYPE != KL_RARE>(ws, [&](int i, int k) {
-                return r0 + i < p.w.rows && k0 + k < p.D
-                           ? kl_matrix_at<TYPE, TRANSPOSED>(w, r0 + i, k0 + k)
-                           : 0.0f;
+            kl_tile_load<false, true>(
+                xs, [&](int j, int, int k) { return whole || k0 + k < p.D ? x[j][k0 + k] : 0.0f; });
+            kl_tile_load<TRANSPOSED, TYPE != KL_RARE>(ws, [&](int j, int i, int k) {
+                if (!whole && k0 + k >= p.D)
+                    return 0.0f;
+                if constexpr (TRANSPOSED || TYPE == KL_RARE)
+                    return kl_matrix_at<TYPE, TRANSPOSED>(w, r0 + i < p.w.rows ? r0 + i : r0,
+                                                          k0 + k);
+                else
+                    return kl_run_at<TYPE>(row[j], k0, static_cast<unsigned>(k));
             });
             __syncthreads();
             kl_tile_multiply(acc, xs, ws, at, [](int, int) { return true; });

@@ -81,11 +81,21 @@ static __device__ __forceinline__ float kl_from_bf16(uint16_t bits)
 
 static __device__ __forceinline__ float kl_from_f16(uint16_t bits)
 {
+#if defined(__HIP_DEVICE_COMPILE__)
+    _Float16 half;
+    memcpy(&half, &bits, sizeof half);
+    return static_cast<float>(half);
+#elif defined(__CUDA_ARCH__)
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+    return x;
+#else
     const uint32_t magnitude = bits & 0x7fffu, sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
     if (magnitude >= 0x7c00u) /* infinity, NaN */
         return kl_float_of(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
     const float scaled = kl_float_of(magnitude << 13) * 0x1p112f; /* the exponent's bias; exact */
     return sign != 0 ? -scaled : scaled;
+#endif
 }
 
 /* Notes a wrong value by its place, the first place of all: runtime.h. */

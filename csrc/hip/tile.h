@@ -31,23 +31,28 @@ struct kl_tile_sums {
     float at[KL_TILE_OWN][KL_TILE_OWN];
 };
 
-/* tile[k][i] = at(i, k): neighbouring threads take neighbouring k, or neighbouring i where those lie together. UNROLLED:
- * several values are on their way at once; not where making one takes many registers. */
+/* tile[k][i] = at(j, i, k): neighbouring threads take neighbouring k, or neighbouring i where those lie together. A thread
+ * takes KL_TILE_EACH of them, j = 0, 1, ...: one k and each KL_TILE_APART-th i, or one i and so many k. UNROLLED: several
+ * values are on their way at once; not where making one takes many registers. */
+enum { KL_TILE_EACH = KL_TILE * KL_TILE_K / KL_TILE_BLOCK, KL_TILE_APART = KL_TILE / KL_TILE_EACH };
 template <bool ALONG_ROWS, bool UNROLLED, class TILE_OF, class AT>
 static __device__ __forceinline__ void kl_tile_load(TILE_OF &tile, AT at)
 {
+    const int near = static_cast<int>(threadIdx.x) % KL_TILE,
+              far = static_cast<int>(threadIdx.x) / KL_TILE;
+    static_assert(KL_TILE == KL_TILE_K, "near and far are of either");
     const auto one = [&](int j) {
-        const int i = ALONG_ROWS ? j % KL_TILE : j / KL_TILE_K;
-        const int k = ALONG_ROWS ? j / KL_TILE : j % KL_TILE_K;
-        tile[k][i] = at(i, k);
+        const int i = ALONG_ROWS ? near : far + j * KL_TILE_APART;
+        const int k = ALONG_ROWS ? far + j * KL_TILE_APART : near;
+        tile[k][i] = at(j, i, k);
     };
-    const int first = static_cast<int>(threadIdx.x), all = KL_TILE * KL_TILE_K;
     if constexpr (UNROLLED) {
-        for (int j = first; j < all; j += KL_TILE_BLOCK)
+        KL_UNROLL
+        for (int j = 0; j < KL_TILE_EACH; j++)
             one(j);
     } else {
         KL_NO_UNROLL
-        for (int j = first; j < all; j += KL_TILE_BLOCK)
+        for (int j = 0; j < KL_TILE_EACH; j++)
             one(j);
     }
 }
@@ -76,18 +81,36 @@ static __device__ __forceinline__ void kl_tile_multiply(kl_tile_sums &acc, const
     }
 }
 
-/* put(row of x, row of w, sum) for each of the tile, by one thread */
+/* The halving tree of 2 * HALF sums at once, the first of them to stay: a lane hands half of its sums to its partner, M
+ * lanes apart, and adds the partner's other half to what it keeps. */
+template <int HALF, int M, int ALL>
+static __device__ __forceinline__ void kl_tile_tree(float (&v)[ALL], int lane)
+{
+    const bool upper = (lane & M) != 0;
+    KL_UNROLL
+    for (int i = 0; i < HALF; i++) {
+        const float first = v[i],
+                    second = v[HALF + i]; /* v[one or the other] would lie in memory */
+        v[i] = (upper ? second : first) + kl_team_swap(upper ? first : second, M);
+    }
+    if constexpr (M > 1)
+        kl_tile_tree<HALF / 2, M / 2>(v, lane);
+}
+
+/* put(row of x, row of w, sum) for each of the tile: a lane has four of them at the end, in a row of x */
 template <class PUT>
 static __device__ __forceinline__ void kl_tile_finish(const kl_tile_sums &acc,
                                                       const kl_tile_place &p, PUT put)
 {
+    enum { ALL = KL_TILE_OWN * KL_TILE_OWN, KEPT = ALL / KL_LANES };
+    float v[ALL];
     KL_UNROLL
-    for (int i = 0; i < KL_TILE_OWN * KL_TILE_OWN; i++) {
-        const int a = i / KL_TILE_OWN, b = i % KL_TILE_OWN;
-        const float sum = kl_sum_of_lanes(acc.at[a][b]);
-        if (p.lane == i % KL_LANES)
-            put(p.x0 + a, p.w0 + b, sum);
-    }
+    for (int i = 0; i < ALL; i++)
+        v[i] = acc.at[i / KL_TILE_OWN][i % KL_TILE_OWN];
+    kl_tile_tree<ALL / 2, KL_LANES / 2>(v, p.lane);
+    KL_UNROLL
+    for (int i = 0; i < KEPT; i++)
+        put(p.x0 + p.lane * KEPT / KL_TILE_OWN, p.w0 + p.lane * KEPT % KL_TILE_OWN + i, v[i]);
 }
 
 #endif
