@@ -61,7 +61,7 @@ def _judge(item, op, fn, named):
     try:
         with np.errstate(all="ignore"):  # cases on the rim overflow, and are meant to
             card = check_op(op, fn, **named | {"cases": _cases(item.config, named)})
-    except (TypeError, ValueError) as error:  # of the arguments: whatever the callable raises is in the card
+    except (ImportError, TypeError, ValueError) as error:  # of the arguments: what the callable raises is in the card
         wrong = f"check_op: {error}"
     else:
         wrong = ""

@@ -8,14 +8,22 @@ __all__ = ["Named", "choice", "meant", "near"]
 def near(name, names, n=3):
     """Up to `n` of `names` that are like `name`, the nearest first; the first `n` where none is."""
     names = [str(known) for known in names]
-    return difflib.get_close_matches(str(name), names, n=n, cutoff=0.3) or names[:n]
+    return _like(str(name), names, n, 0.3) or names[:n]
 
 
 def meant(name, names):
     """``; did you mean 'Q4_K'?``, or nothing where no name is near."""
     names = [known for known in names if isinstance(known, str)]
-    found = difflib.get_close_matches(name, names, n=1) if isinstance(name, str) else ()
+    found = _like(name, names, 1, 0.6) if isinstance(name, str) else ()
     return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def _like(name, names, n, cutoff):
+    """Those of `names` that differ little from `name`, capitals aside."""
+    folded = {}
+    for known in names:
+        folded.setdefault(known.casefold(), known)
+    return [folded[found] for found in difflib.get_close_matches(name.casefold(), folded, n, cutoff)]
 
 
 def choice(x, name, choices):

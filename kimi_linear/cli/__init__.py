@@ -9,6 +9,7 @@ import argparse
 import difflib
 import importlib
 import os
+import shlex
 import sys
 import warnings
 
@@ -27,11 +28,16 @@ class _Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one sentence, without the usage before it; an unknown option is the first."""
 
     def parse_known_args(self, args=None, namespace=None):
+        before = None
         for arg in sys.argv[1:] if args is None else args:
             if arg == "--":
                 break  # what follows are positional arguments
             if _looks_like_an_option(arg) and not self._knows(arg):
-                self.error(self._unknown(arg.partition("=")[0]))
+                action = self._option_string_actions.get(before)
+                takes = action is not None and action.nargs != 0
+                value = f"; if it is a value, {before}={shlex.quote(arg)}" if takes else ""
+                self.error(self._unknown(arg.partition("=")[0]) + value)
+            before = arg
         return super().parse_known_args(args, namespace)
 
     def error(self, message):
@@ -105,15 +111,16 @@ def _guarded(prog, run, args):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
         return 141
     except _BAD_INPUT as error:
-        print(f"{prog}: {_sentence(error)}", file=sys.stderr)
+        said = _sentence(error).removeprefix(f"{prog.split()[-1]}: ")  # the core's plan begins so, too
+        print(f"{prog}: {said}", file=sys.stderr)
         return 2
 
 
 def _sentence(error):
     if isinstance(error, KeyError) and error.args:
         return error.args[0]
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     return str(error) or type(error).__name__
 
 

@@ -181,8 +181,9 @@ def _at_least(text, low, largest=LARGEST_INT):
 
 
 def integers(text):
-    """Integers >= 0 separated by commas or blanks, for ``type=``."""
-    return [non_negative(part) for part in text.replace(",", " ").split()]
+    """Integers >= 0 separated by commas or blanks, for ``type=``; between two commas there must be one."""
+    fields = text.split(",") if text else []
+    return [non_negative(part) for field in fields for part in field.split() or [field]]
 
 
 def model_path(args):
@@ -236,13 +237,14 @@ def types_of(model):
 
 
 def read_text(path):
-    """A UTF-8 file's text; ``-`` is stdin."""
+    """A UTF-8 file's text, without the mark of its encoding that Windows puts first; ``-`` is stdin."""
     if path == "-":
         raw, name = sys.stdin.buffer.read(), "stdin"
     else:
         raw, name = Path(path).read_bytes(), path
     try:
-        return io.StringIO(raw.decode("utf-8"), newline=None).read()  # every end of a line as \n
+        text = raw.decode("utf-8").removeprefix("\ufeff")
+        return io.StringIO(text, newline=None).read()  # every end of a line as \n
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8: byte {error.start} is {raw[error.start]:#04x}; it must be UTF-8 "
                          "text") from None

@@ -43,7 +43,7 @@ def run(args):
     if args.faults:
         return _list_faults(args)
     if args.model is None or not args.theirs:
-        raise ValueError("it needs MODEL and at least one THEIRS.safetensors")
+        raise ValueError("it needs MODEL ('tiny' is the packaged one) and at least one THEIRS.safetensors")
     check_names(args, args.model, "MODEL")
     from ..diff import blame
     from ..model import Model

@@ -163,9 +163,10 @@ class Chat:
             turn.logits = None
 
     def summary(self):
-        """In a few words."""
-        turns = len(self.turns)
-        return f"{turns} turn{'' if turns == 1 else 's'}"
+        """In a few words; with the type of a cache that was loaded, where it is another than the model's."""
+        turns, cache = len(self.turns), self.state.cache
+        other = "" if cache == self.model.cache else f", cache {cache}"
+        return f"{turns} turn{'' if turns == 1 else 's'}{other}"
 
     def _needs_answer(self, verb):
         if not self.messages or self.messages[-1]["role"] != "assistant":
@@ -315,6 +316,8 @@ def _obey(chat, line):
             _cost(chat)
         else:
             say(_command(chat, verb, rest.strip()))
+    except BrokenPipeError:  # nobody reads any more
+        raise
     except (ValueError, TypeError, OSError, MemoryError) as error:
         say(f"{error}")
     except Exception as error:  # what nobody foresaw is no reason to lose the conversation

@@ -114,6 +114,9 @@ def run(args):
     except KeyboardInterrupt:
         _finish(model, generation)
         raise
+    except Exception:
+        print(flush=True)  # what is said of it begins a line
+        raise
     _finish(model, generation)
     return 0
 

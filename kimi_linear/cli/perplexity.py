@@ -44,6 +44,8 @@ def run(args):
     if model.tokenizer is None:
         raise ValueError(f"{model._has_no_tokenizer}, so it cannot read {args.text}")
     tokens = model.tokenizer.encode(text, specials=False)[: args.whole]
+    if len(tokens) < 2:
+        raise ValueError(f"{args.text} has {len(tokens)} tokens; it must have 2 or more")
     begin = time.perf_counter()
     with progress(len(tokens), "perplexity") as bar:
         result = perplexity(model, tokens, None if args.whole else args.window, bar.update)

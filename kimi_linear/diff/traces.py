@@ -393,7 +393,8 @@ def _same_shape(tap, x, y, notes):
         notes.append(f"{tap}: {list(x.shape)} in a and {list(y.shape)} in b, compared as rows of one length")
         return _by_row(x), _by_row(y)
     what = "other tokens" if x.shape[1:] == y.shape[1:] else "another shape"
-    raise ValueError(f"{tap} has {what}: {list(x.shape)} in a and {list(y.shape)} in b")
+    hint = "; kimi_linear.diff.align tells how one lies in the other" if x.size == y.size else ""
+    raise ValueError(f"{tap} has {what}: {list(x.shape)} in a and {list(y.shape)} in b{hint}")
 
 
 def _dtype_of(x, taps):

@@ -11,8 +11,10 @@ from .safetensors import SafetensorsFile, TensorView, write_safetensors
 def open_checkpoint(path):
     """A Checkpoint of a Hugging Face folder, a hub id or a GGUF, which is known by its first bytes.
 
-    Raises as `open_folder`, and FormatError with all that is wrong with a GGUF.
+    Raises as `open_folder`, FormatError with all that is wrong with a GGUF, and TypeError where it is no path.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path is a {type(path).__name__}; it must be text or a path")
     if is_gguf(os.path.expanduser(path)):
         from .gguf_kimi import open_gguf
 

@@ -13,6 +13,7 @@ __all__ = ["Card", "Row"]
 
 WIDTH = 110  # columns of the text
 REASONS = 5  # that the text gives
+SIZES = 5  # errors of one size tell what made them
 
 
 @dataclass(frozen=True)
@@ -174,9 +175,12 @@ class Card:
             lines += _wrapped(f"why: {sentence} (explains {len(names)} of {len(self.failing)})", "  ")
         if len(self.reasons) > REASONS:
             lines.append(f"  and {len(self.reasons) - REASONS} reasons more, in card.reasons")
-        unexplained = [r.name for r in self._of("fails") if not r.why]
+        unexplained = [r for r in self._of("fails") if not r.why]
         if unexplained:
-            lines += _wrapped(f"not explained: {_listed(unexplained)}", "  ")
+            rounded = self.dtype == "float32" and _are_of_narrow_size(unexplained)
+            hint = "; their errors are as large as those of rounding to bfloat16 or float16: if it computes in one, " \
+                   "dtype= must say so"
+            lines += _wrapped(f"not explained: {_listed([r.name for r in unexplained])}{hint if rounded else ''}", "  ")
         if self.lacks:
             lines += _wrapped(f"what raises has {', '.join(self.lacks)}: if yours is not to, "
                               f"without={list(self.lacks)} or NotImplementedError leaves these cases out", "  ")
@@ -190,7 +194,8 @@ class Card:
             "<tr>" + "".join(f"<td style='text-align:left'>{html.escape(x)}</td>" for x in row) + "</tr>"
             for row in self._groups())
         reasons = "".join(f"<li>{html.escape(sentence)} ({len(names)})</li>" for sentence, names in self.reasons)
-        return f"<table>{cells}</table><ul>{reasons}</ul><p style='color:{colour}'>{html.escape(self.verdict)}</p>"
+        verdict = html.escape(f"{self._called()}: {self.verdict}")
+        return f"<table>{cells}</table><ul>{reasons}</ul><p style='color:{colour}'>{verdict}</p>"
 
     def to_dict(self):
         """Plain values, for JSON."""
@@ -199,6 +204,13 @@ class Card:
                 "reasons": [{"says": s, "cases": list(names)} for s, names in self.reasons],
                 "lacks": list(self.lacks),
                 "rows": [{n: _finite(x) for n, x in vars(r).items()} for r in self.rows]}
+
+
+def _are_of_narrow_size(rows):
+    """Whether most of these errors, and some, are near what a rounding to a narrow type makes."""
+    sizes = [r.rms * unit_of("float32") for r in rows if math.isfinite(r.rms)]
+    near = sum(unit_of("float16") / 4 < size < 4 * unit_of("bfloat16") for size in sizes)
+    return near >= max(SIZES, 0.8 * len(sizes))
 
 
 def _finite(x):

@@ -1,6 +1,7 @@
 """`check_op`: a callable through an op's cases and laws, each beside the float64 reference."""
 
 import hashlib
+import importlib
 import inspect
 import re
 import time
@@ -73,6 +74,8 @@ def check_op(op, fn, *, conventions="ours", dtype="float32", cases="all", withou
         If there is no such op, convention, type, case, lack or form, the op has nothing narrow, or `factor` is not > 0.
     TypeError
         If `fn` is not callable, or an argument is of another type.
+    ImportError
+        If the package of `arrays` is not there.
     """
     if not callable(fn):
         raise TypeError(f"fn is a {type(fn).__name__}; it must be callable, with the arguments of {op}")
@@ -141,10 +144,10 @@ class Run:
         Of the type that the callable computes in; `stored` is the same, and 0 for float32.
     failures : list of Failure
         Of results that can be compared, for `explain`.
+    holding : list of Failure
+        The same of cases that hold.
     known : dict of str to (str, str)
         Case -> what explains its failure already, and a place or "".
-    wrote : bool
-        Whether a case that holds has results other than zero.
     """
 
     def __init__(self, the, how, fn, make, lacks, form, factor, dtype=TYPES["float32"]):
@@ -154,7 +157,7 @@ class Run:
         self.stored = self.u if dtype.itemsize < 4 else 0.0
         self.usual = the.narrow_rms * self.u if self.stored else USUAL_RMS
         self.kinds = the.kinds(how)
-        self.failures, self.known, self.wrote = [], {}, False
+        self.failures, self.holding, self.known = [], [], {}
 
     def card(self, chosen):
         """The Card of some of the op's cases and laws."""
@@ -163,7 +166,7 @@ class Run:
         if all(r.status == "not offered" for r in rows):
             return Card(self.the.op, self.how.project, (), self.factor, refused=self.refused() or rows[0].detail,
                         dtype=self.dtype.name)
-        why = explain(self.the, self.failures, self.wrote) | self.known
+        why = explain(self.the, self.failures, self.holding) | self.known
         rows = tuple(replace(r, why=", ".join(filter(None, why.get(r.name, ())))) for r in rows)
         return Card(self.the.op, self.how.project, rows, self.factor, _gathered(why), lacks=_lacks(rows, chosen),
                     seconds=time.perf_counter() - start, dtype=self.dtype.name)
@@ -251,11 +254,13 @@ class Run:
         row = Row(case.name, case.group, "fails" if detail else "holds",
                   max(p.errors.rms_relative for p in parts) / self.u,
                   max(p.errors.largest_relative for p in parts) / self.u, max(p.share for p in parts), detail)
-        self.wrote |= not detail and any(map(np.any, actual))
+        allowed = tuple(self.factor * p.arrays[-1] for p in parts)
+        near = NEAR if not self.stored else max(NEAR, 2 * self.usual)
+        found = Failure(case, exact, actual, ref, allowed, near)
         if detail:
-            allowed = tuple(self.factor * p.arrays[-1] for p in parts)
-            near = NEAR if not self.stored else max(NEAR, 2 * self.usual)
-            self._failed(case, inputs, Failure(case, exact, actual, ref, allowed, near))
+            self._failed(case, inputs, found)
+        else:
+            self.holding.append(found)
         return row
 
     def with_storage(self, name, ref, bound):
@@ -379,18 +384,22 @@ def _maker(arrays):
     if package == "numpy":
         return lambda a: a
     if package == "torch":
-        return lambda a: _torch(a, device or "cpu")
+        torch = _imported("torch")
+        return lambda a: _tensor(torch, a, device or "cpu")
     if package == "mlx":
-        import mlx.core as mx
-
-        return mx.array
+        return _imported("mlx.core").array
     raise ValueError(f'arrays is {arrays!r}; it must be "numpy", "torch", "torch:DEVICE", "mlx" or a function')
 
 
-def _torch(a, device):
-    """A tensor, on the CPU over the same memory."""
-    import torch
+def _imported(name):
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f'no arrays of {name}: {error}; arrays="numpy" hands over NumPy\'s') from None
 
+
+def _tensor(torch, a, device):
+    """On the CPU over the same memory."""
     t = torch.from_numpy(a.view(np.uint16)).view(torch.bfloat16) if a.dtype == BFLOAT16 else torch.from_numpy(a)
     return t.to(device)
 

@@ -59,15 +59,19 @@ def _is_empty(f):
     return not any(np.any(a) for a in f.actual) and any(np.any(r) for r in f.ref)
 
 
-def explain(spec, failures, wrote=False):
+def _wrote(held):
+    return any(np.any(a) for f in held for a in f.actual)
+
+
+def explain(spec, failures, held=()):
     """What explains the failures.
 
     Parameters
     ----------
     spec : Spec
     failures : list of Failure
-    wrote : bool
-        Whether a case that holds has results other than zero: then mistakes that give zeros here are the reason.
+    held : sequence of Failure
+        The cases that hold. Where one has results other than zero, mistakes that give zeros are the reason for zeros.
 
     Returns
     -------
@@ -78,8 +82,8 @@ def explain(spec, failures, wrote=False):
     fits = _Fits(spec)
     empty = [f for f in failures if _is_empty(f)]
     if 2 * len(empty) > len(failures) and not (
-            wrote and all(any(fits(switches, f) for _, switches in singles) for f in empty)):
-        rest = explain(spec, [f for f in failures if f not in empty]) if len(empty) < len(failures) else {}
+            _wrote(held) and all(any(fits(switches, f) for _, switches in singles) for f in empty)):
+        rest = explain(spec, [f for f in failures if f not in empty], held) if len(empty) < len(failures) else {}
         return {f.name: (EMPTY, "") for f in empty} | rest
     why = {}
     pairs = list(_pairs([(e.says, dict(e.switches)) for e in spec.explanations if not e.alone]))
@@ -88,7 +92,7 @@ def explain(spec, failures, wrote=False):
     if any(f.finite for f in left):
         named += (more := _cover(fits, pairs, left, why, pairs=True))
         left = _loosely(fits, more, left, why)
-    left = _without_chance(spec, named, failures, left, why)
+    left = _without_chance(spec, named, failures, left, held, why)
     found = {f.name: spec.diagnose(f.inputs, f.actual, f.ref) or _narrow(f) for f in left}
     often = Counter(says for each in found.values() for says, _ in each)
     return why | {name: max(each, key=lambda e: often[e[0]]) for name, each in found.items() if each}
@@ -126,11 +130,14 @@ def _loosely(fits, named, failures, why):
     return left
 
 
-def _without_chance(spec, named, failures, left, why):
+def _without_chance(spec, named, failures, left, held, why):
     """Takes back what is named where more of the cases left should show it, and do not, than it explains: there it is
-    chance, where different mistakes give the same. What is left then."""
+    chance, where different mistakes give the same. What is named for its NaN alone should show in cases that hold, too:
+    any chunk with masks of zeros spreads NaN. What is left then."""
     for says, switches in named:
-        if sum(f.finite and _shows(spec, switches, f) for f in left) > _explained(says, why):
+        finite = any(f.finite for f in failures if why.get(f.name) == (says, ""))
+        against = left if finite else [*left, *held]
+        if sum(f.finite and _shows(spec, switches, f) for f in against) > _explained(says, why):
             for name in [name for name, (s, _) in why.items() if s == says]:
                 del why[name]
     return [f for f in failures if f.name not in why]

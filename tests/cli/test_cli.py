@@ -66,7 +66,8 @@ def test_version(capfd):
     (["generate", "--prompt", "a", "--nonsense"], ["--nonsense is not an option (see "]),
     (["generate", "--modle", "x"], ["--modle is not an option; did you mean --model? (see "]),
     (["generate", "--temp=0.5"], ["--temp is not an option; did you mean --temperature? (see "]),
-    (["generate", "--prompt", "--nonsense"], ["--nonsense is not an option"]),
+    (["generate", "--prompt", "--nonsense"], ["--nonsense is not an option; if it is a value, --prompt=--nonsense"]),
+    (["generate", "--json", "--nonsense"], ["--nonsense is not an option (see "]),
     (["golden", "-q", "--output"], ["-q is not an option (see "]),
     (["generate", "--prompt", "", "--max-new-tokens", "1"], ["prompt is empty"]),
     (["generate", "--prompt", "a", "--temperature", "-1"], [": temperature is -1; it must be finite and >= 0"]),
@@ -75,6 +76,7 @@ def test_version(capfd):
     (["trace", "--prompt-file", os.devnull, "-o", "never"], [f"{os.devnull} has no token"]),
     (["generate", "--ids", "1,2048"], ["2048"]),
     (["generate", "--ids", "1,x"], ["--ids", "'x'"]),
+    (["generate", "--ids", "1,,2"], ["--ids: it is ''; it must be an integer"]),
     (["generate", "--ids", "1", "--chat"], ["--chat", "--ids"]),
     (["generate", "--prompt-file", "no such file"], ["no such file"]),
     (["generate", "no/such/model", "--prompt", "a"], ["no/such/model"]),
@@ -83,9 +85,10 @@ def test_version(capfd):
     (["plan", "--context", "many"], ["--context", "'many'"]),
     (["plan", "--dtype", "F32"], ["--dtype", "config.json"]),
     (["plan", "no-such-config.json"], ["no-such-config.json"]),
+    (["plan", "--no-measure", "--context", str(2**42)], ["kimi-linear plan: context is 4398046511104"]),
     (["perplexity"], ["--text"]),
     (["perplexity", "--text", str(DATA / "golden64.safetensors")], ["is not UTF-8: byte ", "; it must be UTF-8 text"]),
-    (["perplexity", "--text", os.devnull], ["0 tokens"]),
+    (["perplexity", "--text", os.devnull], [f"{os.devnull} has 0 tokens; it must have 2 or more"]),
     (["perplexity", "--text", str(DATA / "heldout.txt"), "--window", "1"], ["window is 1"]),
     (["bench", "--depths", "0,-1"], ["--depths", "'-1'"]),
     (["bench", "--device", "gpu"], ["device is 'gpu'"]),
@@ -201,6 +204,11 @@ def test_stdin_that_is_not_utf_8_is_told_what_it_must_be(capfd, monkeypatch, tmp
 def test_ends_of_lines_are_one_in_every_input(tmp_path):
     (tmp_path / "t").write_bytes(b"a\r\nb\rc\n")
     assert read_text(str(tmp_path / "t")) == "a\nb\nc\n"
+
+
+def test_the_mark_of_an_encoding_is_no_text(tmp_path):
+    (tmp_path / "t").write_text("a\ufeffb", encoding="utf-8-sig")
+    assert read_text(str(tmp_path / "t")) == "a\ufeffb"
 
 
 def test_a_package_that_is_not_there_is_bad_input(capfd, tmp_path, monkeypatch):

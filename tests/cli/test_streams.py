@@ -36,6 +36,12 @@ def test_streams_that_are_closed(command, code, words):
     assert found == code and "Traceback" not in err and words in err
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_stdout_that_is_full():
+    code, _, err = shell("KL plan --no-measure >/dev/full")
+    assert code == 2 and err == "kimi-linear plan: No space left on device\n"
+
+
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
 def test_a_stdout_that_lacks_the_character(encoding, tmp_path):
     """It is in the model's name."""
@@ -56,6 +62,14 @@ def test_generated_text_goes_on():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60,
                           env=os.environ | {"PYTHONIOENCODING": "latin-1:strict"})
     assert done.returncode == 0 and done.stdout == rb"\u03b1\U0001f600 and on" + b"\n"
+
+
+def test_an_error_behind_some_text_begins_a_line():
+    script = ("import sys; from kimi_linear.cli import main; from kimi_linear import Generation\n"
+              "Generation.__next__ = lambda self, it=iter(['a ', 'b', 0]): next(it) or int('x')\n"
+              "sys.exit(main(['generate', '--prompt', 'a']))")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60, check=False)
+    assert done.returncode == 2 and done.stdout == b"a b\n" and b"kimi-linear generate: " in done.stderr
 
 
 # ---- JSON ----

@@ -266,7 +266,8 @@ def test_blame_lists_faults_and_asks_for_files(cli):
     assert code == 0 and "decay_after_update" in out and len(out.splitlines()) == len(kl.faults.CATALOGUE)
     assert len(json.loads(cli("blame", "--faults", "--json")[1])) == len(kl.faults.CATALOGUE)
     code, _, err = cli("blame", KIMI_A)
-    assert code == 2 and err == "kimi-linear blame: it needs MODEL and at least one THEIRS.safetensors\n"
+    assert code == 2 and err == (
+        "kimi-linear blame: it needs MODEL ('tiny' is the packaged one) and at least one THEIRS.safetensors\n")
 
 
 # ---- report ----

@@ -146,6 +146,8 @@ def test_what_cannot_be_compared(model, ours):
         traces(dict(ours), {"embed": ours["embed"][:4]})
     with pytest.raises(ValueError, match=r"embed has another shape: \[19, 64\] in a and \[19, 63\] in b"):
         traces(dict(ours), {"embed": ours["embed"][:, 1:]})
+    with pytest.raises(ValueError, match=r"\[19, 64\] in a and \[1, 19, 64\] in b; kimi_linear.diff.align tells how"):
+        traces(dict(ours), {"embed": ours["embed"][None]})
     with pytest.raises(ValueError, match="no tap is in both traces: a has embed, .*; b has theirs"):
         traces(ours, {"theirs": np.zeros(3)})
     with pytest.raises(TypeError, match="a is a list"):

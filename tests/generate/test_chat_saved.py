@@ -199,3 +199,22 @@ def test_template_options_of_the_command(tmp_path, monkeypatch, capfd):
         with pytest.raises(SystemExit):
             main(["chat", "--template-option", wrong])
         assert "it must be NAME=VALUE with a value in JSON" in capfd.readouterr().err
+
+
+def test_a_pipe_that_closes_ends_and_saves(tmp_path):
+    """Nobody reads the first answer."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([*PROGRAM, "--state", str(tmp_path / "c")], input=b"Who?\nAnd who?\n", stdout=write,
+                          stderr=subprocess.PIPE, timeout=60, check=False)
+    os.close(write)
+    assert done.returncode == 141 and done.stderr.count(b"\n") == 1 and b"Broken" not in done.stderr
+    assert messages_in(tmp_path / "c.json") == []
+
+
+def test_another_type_of_cache_is_told(chat, tmp_path):
+    chat.save(tmp_path / "c")
+    other = Chat(kl.Model.tiny(cache="float16"))
+    assert other.summary() == "0 turns"
+    other.load(tmp_path / "c")
+    assert other.summary() == "1 turn, cache float32"

@@ -10,7 +10,7 @@ import pytest
 
 from kimi_linear.config import Config
 from kimi_linear.errors import FormatError
-from kimi_linear.load import SafetensorsFile, open_folder, resolve, strict_json, write_safetensors
+from kimi_linear.load import SafetensorsFile, open_checkpoint, open_folder, resolve, strict_json, write_safetensors
 from kimi_linear.load.names import canonical_name, canonical_shape, is_inert
 
 ROOT = Path(__file__).parents[2]
@@ -253,6 +253,12 @@ def test_the_packaged_model_has_a_name(tmp_path, monkeypatch):
     assert resolve("tiny").name == "tiny" and (resolve("tiny") / "model.safetensors").is_file()
     (tmp_path / "tiny").mkdir()
     assert resolve("tiny") == Path("tiny")  # a folder goes before it
+
+
+@pytest.mark.parametrize("path, kind", [(None, "NoneType"), (3, "int"), (b"tiny", "bytes")])
+def test_what_is_no_path(path, kind):
+    with pytest.raises(TypeError, match=f"path is a {kind}; it must be text or a path"):
+        open_checkpoint(path)
 
 
 def test_folders_that_are_none(tmp_path):

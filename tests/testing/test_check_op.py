@@ -314,7 +314,7 @@ def test_laws():
     def swallows(out=None, **x):
         return planted.kernel()(**x)
 
-    assert check(swallows, cases="laws")["out"].detail == "out= has other values of o than a new array gets"
+    assert check(swallows, cases="laws")["out"].detail == "out= is taken, and its o is left as it was"
 
     def overruns(out=None, **x):
         o, state = planted.kernel()(**x)
@@ -358,6 +358,7 @@ def test_the_card():
     assert "first: plain: o is" in text and "times the bound" in text
     assert f"why: the scale is missing (explains {len(card.failing)} of {len(card.failing)})" in text
     html = card._repr_html_()
+    assert "delta_rule, ours conventions: FAILS" in html
     assert html.startswith("<table>") and "#cf222e" in html and "the scale is missing" in html
     assert json.loads(json.dumps(card.to_dict(), allow_nan=False))["ok"] is False
     with pytest.raises(KeyError, match="no case 'x'"):

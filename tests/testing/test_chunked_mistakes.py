@@ -36,6 +36,14 @@ def test_a_right_chunked_kernel_passes(C, padded):
 
 
 @pytest.mark.parametrize("C", [16, 64])
+def test_of_a_right_chunk_nothing_is_named_but_that_it_spreads_nan(C):
+    card = check_op("delta_rule", planted_chunks.kernel(C=C), without="out")
+    (says, names), = card.reasons
+    assert says.startswith("NaN of one token reaches others") and list(names) == card.failing, card
+    assert {card[name].group for name in names} == {"nan"}
+
+
+@pytest.mark.parametrize("C", [16, 64])
 @pytest.mark.parametrize("slip", planted_chunks.SLIPS)
 def test_a_slip_is_named_with_its_chunk(slip, C):
     card = card_of(planted_chunks.kernel(slip, C))

@@ -83,3 +83,16 @@ def test_zeros_of_a_kernel_that_writes_have_their_own_reasons():
 
     card = kl.testing.check_op("gated_rms_norm", kernel, without=["out"])
     assert card.failing and "as if nothing were written" not in str(card), str(card)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("noise, told", [(2**-8, True), (2**-12, True), (0.2, False), (1e-5, False)])
+def test_errors_of_the_size_of_a_narrow_type_are_told_as_such(noise, told):
+    rng = np.random.default_rng(0)
+
+    def noisy(**x):
+        return tuple((a * (1 + noise * rng.standard_normal(a.shape))).astype(np.float32)
+                     for a in kl.ops.delta_rule(**x))
+
+    card = kl.testing.check_op("delta_rule", noisy, cases=["lengths", "carried"])
+    assert not card and ("dtype= must say so" in str(card)) == told and not card.reasons, card

@@ -37,6 +37,8 @@ def test_a_name_that_is_not_there_is_a_sentence(table, key, words):
     (lambda: kl.testing.check_op("moe", len, conventions=["hf"]), "conventions is ['hf']; it must be one of ours, fla"),
     (lambda: kl.testing.check_op("delta_rule", len, cases="plan"), ", laws; did you mean 'plain'?"),
     (lambda: kl.ops.quantize(np.ones((1, 32), np.float32), "Q8_00"), "; did you mean 'Q8_0'?"),
+    (lambda: kl.Model.tiny().trace([1], "layers.1.kda.G"), "matches no tap; near it are layers.1.kda.g, "),
+    (lambda: kl.Context(gemm="BLAS"), "did you mean 'blas'?"),
     (lambda: laws.laws(kl.Model.tiny(), "split_at_65"), "names is 'split_at_65'; it must be one of 'batch_is_alone', "),
 ])
 def test_a_choice_that_is_not_there_is_a_sentence(call, words):

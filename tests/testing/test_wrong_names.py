@@ -1,5 +1,7 @@
 """Sentences of a card that name a mistake must not name one that is not there."""
 
+import sys
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -162,3 +164,26 @@ def test_what_a_right_kernel_returns():
 def test_arguments_of_check_op_are_named(named, error, words):
     with pytest.raises(error, match=words):
         check_op("softmax", kl.ops.softmax, **named)
+
+
+@pytest.mark.parametrize("conventions, arrays, package", [("fla-gdn", None, "torch"), ("mlx", None, "mlx"),
+                                                          ("ours", "torch:cuda", "torch")])
+def test_arrays_of_a_package_that_is_not_there(monkeypatch, conventions, arrays, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "mlx.core", raising=False)
+    with pytest.raises(ImportError, match=f"no arrays of {package}.*arrays=\"numpy\" hands over NumPy's"):
+        check_op("delta_rule", kl.ops.delta_rule, conventions=conventions, arrays=arrays)
+
+
+def test_an_output_that_is_not_written_is_told_as_such():
+    card = check_op("softmax", lambda x, out=None: kl.ops.softmax(x), cases="laws")
+    assert card["out"].detail == "out= is taken, and its y is left as it was"
+
+    def doubled(x, out=None):
+        y = kl.ops.softmax(x)
+        if out is not None:
+            out[...] = 2 * y
+        return y
+
+    card = check_op("softmax", doubled, cases="laws")
+    assert card["out"].detail == "out= has other values of y than a new array gets"
