@@ -21,6 +21,8 @@ from .quantized import storage_types
 
 __all__ = ["Conversion", "Fallback", "convert"]
 
+_EXPONENTS = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}  # all set: infinity or NaN
+_PIECE = 1 << 22  # values that are looked at at once
 _NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -52,6 +54,8 @@ class Conversion:
     fallbacks : list of Fallback
     requantised : int
         Tensors that went from one block type to another: their errors add up.
+    not_finite : dict of str to int
+        Tensors of a float type that were written with values that are NaN or infinite, and how many.
     """
 
     target: Path
@@ -60,6 +64,23 @@ class Conversion:
     types: dict[str, tuple[int, int]] = field(default_factory=dict)
     fallbacks: list[Fallback] = field(default_factory=list)
     requantised: int = 0
+    not_finite: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def warning(self) -> str:
+        """A line on `not_finite`; empty where there is none."""
+        some = [f"{name} has {n:,}" for name, n in [*self.not_finite.items()][:3]]
+        more = f" and {len(self.not_finite) - 3:,} more tensors have some" if len(self.not_finite) > 3 else ""
+        return f"values that are NaN or infinite are copied as they are: {', '.join(some)}{more}" if some else ""
+
+    def look_at(self, name: str, dtype: str, values) -> None:
+        """Count what is not finite of a tensor, or of a part of it, as it is written."""
+        if dtype not in _EXPONENTS:
+            return
+        bits = np.frombuffer(values, f"<u{DTYPES[dtype].itemsize}")
+        pieces = (bits[i : i + _PIECE] & _EXPONENTS[dtype] for i in range(0, len(bits), _PIECE))
+        if n := sum(int(np.count_nonzero(piece == _EXPONENTS[dtype])) for piece in pieces):
+            self.not_finite[name] = self.not_finite.get(name, 0) + n
 
     def add(self, dtype: str, nbytes: int) -> None:
         """Count a tensor."""
@@ -236,7 +257,7 @@ def _typed(tensors: list[Incoming], choice, result: Conversion) -> list[Outgoing
             used = gguf_types.fitting(wanted, tensor.shape[-1])
         fallbacks[wanted, used] += used != wanted
         result.requantised += used != tensor.dtype and _in_blocks(used) and _in_blocks(tensor.dtype)
-        outgoing.append(Outgoing(tensor.name, used, tensor.shape, _parts(tensor, used)))
+        outgoing.append(Outgoing(tensor.name, used, tensor.shape, _parts(tensor, used, result)))
         result.add(used, outgoing[-1].nbytes)
     choice.check_met()
     result.fallbacks = [Fallback(*key, n) for key, n in fallbacks.items() if n]
@@ -256,13 +277,15 @@ def _in_blocks(dtype: str) -> bool:
     return storage_types[dtype].values > 1
 
 
-def _parts(tensor: Incoming, dtype: str) -> Callable:
+def _parts(tensor: Incoming, dtype: str, result: Conversion) -> Callable:
     def parts():
         for part in tensor.parts():
             try:
-                yield encoded(part, dtype, tensor.shape[-1])
+                raw = encoded(part, dtype, tensor.shape[-1])
             except ValueError as error:
                 raise ValueError(f"{tensor.name} as {dtype}: {error}") from None
+            result.look_at(tensor.name, dtype, raw)
+            yield raw
 
     return parts
 
@@ -289,7 +312,7 @@ class _Published:
             values = cast(self._tensor.array(), self.dtype) if whole else self._rows()
         except ValueError as error:
             raise ValueError(f"{self.name} as {self.dtype}: {error}") from None
-        self._done(self)
+        self._done(self, values)
         return values.reshape(self.shape)
 
     def _rows(self) -> np.ndarray:
@@ -311,8 +334,9 @@ def _write_folder(source: Path, target: Path, dtype: str, tokenizer: bool, overw
     result = Conversion(target)
     total = done = 0
 
-    def moved(tensor):
+    def moved(tensor, values):
         nonlocal done
+        result.look_at(tensor.name, tensor.dtype, np.ascontiguousarray(values).reshape(-1).view(np.uint8))
         done += tensor.nbytes
         progress(done, total, tensor.name)
 

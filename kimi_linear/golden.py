@@ -10,6 +10,7 @@ into them.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -190,8 +191,14 @@ def to_taps(arrays: Mapping[str, np.ndarray], config: Config, prefix: str = "") 
     ------
     ValueError
         If an array's size does not fit the tap's shape; the message gives both.
+
+    Warns
+    -----
+    UserWarning
+        As `add`.
     """
     out: dict[str, np.ndarray] = {}
+    modules: dict[str, str] = {}
     for name in arrays:
         if not name.startswith(prefix):
             continue
@@ -200,10 +207,30 @@ def to_taps(arrays: Mapping[str, np.ndarray], config: Config, prefix: str = "") 
             continue
         held = _cut(np.asarray(arrays[name]), name, entry, config) if isinstance(entry, Several) else {
             entry: np.asarray(arrays[name])}
-        out |= {tap: _shaped(x, tap, name, config) for tap, x in held.items()}
+        add(out, {tap: _shaped(x, tap, name, config) for tap, x in held.items()}, name, modules)
     for tap in [t for t in out if t.endswith("moe.ids")]:
         _sort_experts(out, tap)
     return out
+
+
+def add(taps: dict[str, np.ndarray], found: Mapping[str, np.ndarray], module: str, modules: dict[str, str]) -> None:
+    """Adds to `taps` those of one module, in place of what another gave; `modules` has that of each.
+
+    Warns
+    -----
+    UserWarning
+        If two modules give one tap other values: which they are, and which is taken.
+    """
+    for tap, x in found.items():
+        if tap in taps and not same(taps[tap], x):
+            warnings.warn(f"{tap} is given by {modules[tap]} and by {module}, and their values differ; "
+                          f"that of {module} is taken", stacklevel=3)
+        taps[tap], modules[tap] = x, module
+
+
+def same(x: np.ndarray, y: np.ndarray) -> bool:
+    """Whether two arrays have the same shape and values, NaN where the other has it."""
+    return x.shape == y.shape and bool(((x == y) | ((x != x) & (y != y))).all())
 
 
 def offsets_of(arrays: Mapping[str, np.ndarray], config: Config, prefix: str = "") -> list[int] | None:

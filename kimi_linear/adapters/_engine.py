@@ -11,7 +11,7 @@ import numpy as np
 from ..config import Config
 from ..dataflow import in_order
 from ..errors import FormatError
-from ..golden import Several
+from ..golden import Several, add
 from ..load.safetensors import SafetensorsFile
 from ..trace import Trace
 from ..weight_shapes import attn_query_rows, gdn_channels, gdn_inputs
@@ -147,7 +147,7 @@ def _call(path, spread, axes, known, source):
                          "record with one rank")
     about = {k: json.loads(v) for k, v in file.metadata.items()
              if k in ("tokens", "positions", "offsets", "slots", "rows", "layout")}
-    arrays, left_out, rows = {}, [], about.get("rows")
+    arrays, modules, left_out, rows = {}, {}, [], about.get("rows")
     for name, (taps, order) in spread.items():
         path_of, _, part = name.partition("[")
         stored = next((n for n in (path_of, f"{path_of}/out", f"{path_of}/out.0") if n in file), None)
@@ -164,7 +164,7 @@ def _call(path, spread, axes, known, source):
         if lengths and T is not None and lengths[0] != T:
             left_out.append(f"{' | '.join(taps)}: {lengths[0]} rows of {T} tokens")
             continue
-        arrays |= {t: (x[:rows] if rows and lengths else x) for t, x in found.items()}
+        add(arrays, {t: (x[:rows] if rows and lengths else x) for t, x in found.items()}, stored, modules)
     if not arrays:
         raise ValueError(f"{path} has no module of the table: it has {', '.join(list(file)[:3]) or 'nothing'}; "
                          f"the table has {', '.join(list(spread)[:3])}, ...")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from .._names import near
 from ..config import Config
 from ..dataflow import in_order
 from ..diff._matching import Step
+from ..golden import same
 from ..load import strict_json
 from ..trace import Trace
 from ._layout import Batch, Layout, bring, places
@@ -74,6 +76,11 @@ def read(get: Callable[[str | None, str | None], np.ndarray], there: list[str], 
         Names of the arrays that can be taken without a mapping: those that are our taps are.
     mapping : mapping or None
     model : Model or Config
+
+    Warns
+    -----
+    UserWarning
+        If an array [n, 1, ..] is read as n tokens of one sequence, and nothing says that it is.
     """
     known = places(config_of(model))
     if mapping is None:
@@ -86,21 +93,37 @@ def read(get: Callable[[str | None, str | None], np.ndarray], there: list[str], 
         if "tokens" in there:
             mapping["tokens"] = {"key": "tokens"}
     batch = _batch(mapping)
-    arrays, lengths, left_out = {}, {}, []
+    arrays, wheres, lengths, left_out, lone = {}, {}, {}, [], []
     for name, entry in mapping.get("taps", {}).items():
         for taps, where, x, layout in _entries(name, entry, mapping, known, get, left_out):
             found, n = bring(x, {t: known[t] for t in taps}, layout, where, batch)
+            for tap in arrays.keys() & found.keys():
+                if not same(arrays[tap], found[tap]):
+                    raise ValueError(f"{tap} is given by {wheres[tap]} and by {where}, and their values differ; one "
+                                     "entry must be left in taps")
             arrays |= found
+            wheres |= dict.fromkeys(found, where)
+            if not layout.axes and not batch.lengths and _is_of_lone_tokens(x, [known[t].sizes for t in taps], n):
+                lone.append(f"{where} has shape {list(x.shape)}")
             lengths |= {t: n for t in taps if n}
     if not arrays:
         raise ValueError("the mapping names no tap; it must have one or more in taps")
     n = _one(lengths)
+    if lone:
+        warnings.warn(f"{lone[0]} and is read as {n[0]} tokens of one sequence; of {n[0]} sequences of one token, the "
+                      f"mapping must have lengths, so many times 1, or axes that begin with BT", stacklevel=3)
     meta = {k: mapping[k] for k in ("source", "model", "dtype") if k in mapping}
     meta |= {"offsets": np.cumsum([0, *n]).tolist()} if n else {}
     meta |= _tokens(mapping, get, batch, n)
     if left_out:
         meta["left_out"] = left_out
     return Trace({t: arrays[t] for t in in_order(arrays)}, meta)
+
+
+def _is_of_lone_tokens(x, sizes, lengths):
+    """Whether an array [n, 1, ..], read as one sequence, may be of n sequences."""
+    own = len(sizes) == 1 and x.shape[1:] == sizes[0]
+    return lengths == x.shape[:1] and x.ndim > 2 and x.shape[0] > 1 and x.shape[1] == 1 and not own
 
 
 def _batch(mapping):

@@ -74,17 +74,22 @@ def trace(model, tokens, taps="*", *, state=False):
     ------
     ValueError
         If `model` is none of `CLASSES`, `tokens` are not of one sequence, or a glob matches nothing.
+
+    Warns
+    -----
+    UserWarning
+        If two modules give one tap other values: which they are, and which is taken.
     """
     import torch
 
     config = config_of(model)
     patterns = [taps] if isinstance(taps, str) else list(taps)
-    kept = {}
+    kept, modules = {}, {}
 
-    def keep(arrays):
-        for name, x in arrays.items():
-            if any(fnmatch.fnmatchcase(name, p) or name.startswith(p + ".") for p in patterns):
-                kept[name] = np.array(x)
+    def keep(arrays, module):
+        wanted = {name: np.array(x) for name, x in arrays.items()
+                  if any(fnmatch.fnmatchcase(name, p) or name.startswith(p + ".") for p in patterns)}
+        golden.add(kept, wanted, module, modules)
 
     known, mixers = golden.names(config), {layer.mixer for layer in config.layers}
     ids = torch.as_tensor(np.asarray(tokens), device=model.device)
@@ -104,7 +109,7 @@ def trace(model, tokens, taps="*", *, state=False):
         for hook in hooks:
             hook.remove()
     for i, layer in enumerate(result.past_key_values.layers if state else []):
-        keep(golden.to_taps(_caches(layer, i), config))
+        keep(golden.to_taps(_caches(layer, i), config), "the cache")
     meta = {"model": model.config._name_or_path, "tokens": np.asarray(tokens).tolist(), "source": "transformers",
             "dtype": str(model.dtype).removeprefix("torch."), "layout": layout}
     return Trace(kept, meta).filter(patterns)
@@ -116,13 +121,13 @@ def _hook(path, config, keep, layout):
 
     def hook(module, args, result):
         layout[path] = memory_of(result[0] if isinstance(result, tuple) else result)
-        keep(input_taps(path, lambda: _numpy(args[0]), config))
+        keep(input_taps(path, lambda: _numpy(args[0]), config), f"the input of {path}")
         if rest == "mlp.gate":
             logits, weights, ids = (_numpy(t) for t in result)
-            keep({f"layers.{layer}.moe.logits": logits})
-            keep(golden.to_taps({f"{path}/ids": ids, f"{path}/weights": weights}, config))
+            keep({f"layers.{layer}.moe.logits": logits}, path)
+            keep(golden.to_taps({f"{path}/ids": ids, f"{path}/weights": weights}, config), path)
         else:
-            keep(golden.to_taps({path: _numpy(result[0] if isinstance(result, tuple) else result)}, config))
+            keep(golden.to_taps({path: _numpy(result[0] if isinstance(result, tuple) else result)}, config), path)
 
     return hook
 
@@ -154,7 +159,7 @@ def _replace(stack, module, name, value):
 def _delta_rule(function, layers, taps, keep):
     def recording(query, key, value, **options):
         given, layer = dict(query=query, key=key, value=value, **options), next(layers)
-        keep({f"layers.{layer}.{tap}": _numpy(given[name])[0] for name, tap in taps.items()})
+        keep({f"layers.{layer}.{tap}": _numpy(given[name])[0] for name, tap in taps.items()}, "the delta rule")
         return function(query, key, value, **options)
 
     return recording
@@ -164,7 +169,7 @@ def _attention(function, keep):
     def recording(module, query, key, value, *args, **options):
         result = function(module, query, key, value, *args, **options)
         by_token = {"q": query.transpose(1, 2), "k": key.transpose(1, 2), "o": result[0]}
-        keep({f"layers.{module.layer_idx}.attn.{name}": _numpy(x)[0] for name, x in by_token.items()})
+        keep({f"layers.{module.layer_idx}.attn.{name}": _numpy(x)[0] for name, x in by_token.items()}, "attention")
         return result
 
     return recording

@@ -1,6 +1,6 @@
 """``kimi-linear convert``: a Hugging Face folder to a GGUF, and back."""
 
-from ._common import MODEL_IS, add_json_argument, print_json, progress
+from ._common import MODEL_IS, add_json_argument, print_json, progress, say
 
 HELP = "a Hugging Face folder to a GGUF that llama.cpp runs too, or a GGUF to a folder"
 EPILOG = """
@@ -56,6 +56,8 @@ def convert_as(args, dtype="auto", label="convert"):
 
         result = convert(args.source, args.target, type=args.type, types=args.map, dtype=dtype,
                          tokenizer=args.tokenizer, overwrite=args.force, progress=moved)
+    if result.warning:
+        say(f"warning: {result.warning}")
     if args.json:
         print_json(result.to_dict())
     else:

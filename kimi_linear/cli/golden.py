@@ -24,7 +24,8 @@ def add_arguments(parser):
     way = parser.add_mutually_exclusive_group(required=True)
     add_output_argument(way, "file of cases to write")
     way.add_argument("--judge", metavar="RESULTS", help="file of a kernel's results to judge, as check_op does")
-    parser.add_argument("--format", choices=("npz", "safetensors"), help="(default: as the file's name ends, else npz)")
+    parser.add_argument("--format", choices=("npz", "safetensors"),
+                        help="(default: as the file's name ends; without a suffix npz)")
     parser.add_argument("--cases", action="append", metavar="GLOB",
                         help="names or groups; may be given again (default: all, and the packaged model's own)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",

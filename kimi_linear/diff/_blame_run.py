@@ -23,7 +23,7 @@ from .blame import NO_TOKENS, USUAL, WRONG, Blame, Judged, as_calls, level_of, r
 EXPLAINED = 30  # a fault leaves this part of the error at most,
 CLOSE = 2.5  # or this many times the noise
 RIVAL = 2  # faults that leave no more than this many times as much explain as well
-LONG, START = 512, 256  # in a run of more tokens, faults are tried on so many of them first,
+STARTS = (33, 256)  # in a run of more than twice as many tokens, faults are tried on so many of them first,
 HOPELESS = 4  # and only there where they leave this many times what explains
 TYPES = ("float64", "float32", "float16", "bfloat16")
 BLIND = 1.0  # of an op's rms: noise that hides whatever it is
@@ -41,7 +41,7 @@ class Run:
         self.differences, self.compared = ([], set()) if weights is None else compare_weights(self.weights, weights)
         calls = as_calls(theirs)
         self.nodes = {n.tap: n for n in dataflow.nodes(self.config) if n.op not in WITHOUT}
-        self.skipped, self.notes = [], []
+        self.skipped, self.notes, self.told_lone = [], [], False
         self.structure = _wrong_kinds(self.config, calls)
         self.scene, self.last = _scene(calls, self.nodes), calls[-1]
         self.types, self.values = self._values(calls, tokens)
@@ -61,6 +61,7 @@ class Run:
             for x, call in zip(arrays, calls):
                 if len(x) != _length(call, self.nodes):
                     raise ValueError(f"{tap} has {len(x)} rows; the call has {_length(call, self.nodes)} tokens")
+            self._tell_lone_tokens(tap, arrays, calls)
             x = self.scene.lay(arrays)
             if x.dtype.kind == "b" or (x.dtype.kind in "iu") != (self.nodes[tap].op == "route"):
                 must = "integers" if self.nodes[tap].op == "route" else "floats"
@@ -86,6 +87,16 @@ class Run:
                     raise ValueError(f"tokens has {len(x)} ids; the call has {_length(call, self.nodes)} tokens")
             values[dataflow.TOKENS] = self.scene.lay(ids)
         return types, values
+
+    def _tell_lone_tokens(self, tap, arrays, calls):
+        """A note on the first array [n, 1, ..] that is read as n tokens of one sequence without being said to be."""
+        for c, (x, call) in enumerate(zip(arrays, calls)):
+            of_lone = x.ndim > 2 and x.shape[1] == 1 < len(x) and x.shape[1:] != self.nodes[tap].shape
+            if of_lone and not self.told_lone and "offsets" not in getattr(call, "meta", {}):
+                self.told_lone = True
+                self.notes.append(f"{tap} of call {c} has shape {list(x.shape)} and is read as {len(x)} tokens of one "
+                                  f"sequence; of {len(x)} sequences of one token, the trace's metadata must have "
+                                  f"offsets, 0 to {len(x)}")
 
     def _check_experts(self, tap, ids):
         """ValueError where an id is of no expert."""
@@ -169,7 +180,7 @@ class Run:
                     continue
                 rows.append(self._judge(tap, group, details))
             rows = self._as_narrow(rows, details)
-            level, self.start = self._level(rows), self.of_first(START) if self.scene.T > LONG else None
+            level, self.starts = self._level(rows), [self.of_first(n) for n in STARTS if self.scene.T > 2 * n]
             rows = [self._explained(r, details, level) for r in self._visible(rows, level)]
             rows += self._judge_states(level, {tap for r in rows if not r.ok for tap in r.group})
         rows = [self._with_weights(r) for r in rows]
@@ -344,16 +355,29 @@ class Run:
         def ruled_out(*candidate):
             return self._fails_early(candidate, row.tap, detail, level, most)
 
-        for fault, choice, where, y_f in self._candidates(group, ruled_out):
-            left = score(*ratios(x, y_f, noise_of_fault(noise, y, y_f, self.unit_of(row.tap)), sums)) / level
-            found.append((left, fault, choice, where, y_f))
-        return _named(row, found, lambda a, b: score(*ratios(a, b, noise, sums)) / level < 1)
+        for rare in (False, True):
+            for fault, choice, where, y_f in self._candidates(group, ruled_out, rare, self._begins(row)):
+                left = score(*ratios(x, y_f, noise_of_fault(noise, y, y_f, self.unit_of(row.tap)), sums)) / level
+                found.append((left, fault, choice, where, y_f))
+            named = _named(row, found, lambda a, b: score(*ratios(a, b, noise, sums)) / level < 1)
+            if named.fault:
+                break
+        return named
 
-    def _candidates(self, group, ruled_out=lambda *candidate: False):
+    def _begins(self, row):
+        """Places of the calls in which the first and the worst of the tokens are that are too far off."""
+        far = [int(np.argmax(row.of_token)), *np.flatnonzero(~(row.of_token < 2 * WRONG))]
+        pieces = [p for p in self.scene.pieces if np.isin(p.rows, far).any()]
+        calls = {min(p.call for p in pieces), *(p.call for p in pieces if far[0] in p.rows)}
+        apart = (p.places for p in pieces if p.call in calls)
+        return tuple((place,) for place in dict.fromkeys(
+            place for places in apart for place in places[:1 + self.scene.has_several]))
+
+    def _candidates(self, group, ruled_out=lambda *candidate: False, rare=False, begins=()):
         """(fault, choice, tap that has it, result) of every fault that can be in a group, and is not ruled out."""
         for node in group:
-            for fault in faults.at(node, self.scene):
-                for choice in fault.choices:
+            for fault in (f for f in faults.at(node, self.scene) if f.rare == rare):
+                for choice in begins if fault.of_call else fault.choices + fault.in_runs:
                     if ruled_out(group, node, fault, choice):
                         continue
                     y = self._try(group, node, fault, choice)
@@ -363,12 +387,15 @@ class Run:
     def _fails_early(self, candidate, tap, detail, level, most):
         """Whether a fault leaves far too much in the first rows of a long run already."""
         group, node, fault, choice = candidate
-        if self.start is None or fault.looks_ahead:
-            return False
-        y_f = self.start._try(group, node, fault, choice)
+        return not fault.looks_ahead and any(self._far(start, candidate, tap, detail, level, most)
+                                             for start in self.starts[0 if fault.rare else 1:] if start is not None)
+
+    def _far(self, start, candidate, tap, detail, level, most):
+        group, node, fault, choice = candidate
+        y_f = start._try(group, node, fault, choice)
         if y_f is None:
             return False
-        x, (_, y, noise) = self.start.values[tap], detail
+        x, (_, y, noise) = start.values[tap], detail
         rows = len(x)
         floor = 0.1 * np.sqrt((np.where(np.isfinite(noise), noise, 0) ** 2).mean())
         noise = noise_of_fault(np.maximum(noise[:rows], floor), y[:rows], y_f, self.unit_of(tap))

@@ -39,8 +39,8 @@ def with_their_experts(run, row, detail, level):
                 ids[near], of_rows, changed = other[near], np.where(near, error, of_rows), changed or near.any()
         if changed:
             found, run.chosen[key] = True, ids
-            if run.start is not None:
-                run.start.chosen[key] = ids[:run.start.scene.T]
+            for start in filter(None, run.starts):
+                start.chosen[key] = ids[:start.scene.T]
     if not found:
         return row, detail
     y = run.run(group)

@@ -19,17 +19,33 @@ import numpy as np
 from .. import dataflow
 from .._names import Named, near
 from ..trace import Trace
-from . import _any, _attention, _kda, _mla, _moe
-from ._fault import BOTH, CALL, FAINT, LARGE, LONG, RESTORED, RUN, SEVERAL, SPLIT, STRONG, TIES, WHOLE, Fault
+from . import _any, _attention, _kda, _mla, _moe, _pieces
+from ._fault import (
+    BOTH,
+    CALL,
+    CHUNKS,
+    CHUNKS_SPLIT,
+    FAINT,
+    LARGE,
+    LONG,
+    RESTORED,
+    RUN,
+    SEVERAL,
+    SPLIT,
+    STRONG,
+    TIES,
+    WHOLE,
+    Fault,
+)
 from .scene import Scene
 from .site import Call, Site
 
 __all__ = [
-    "BOTH", "CALL", "CATALOGUE", "FAINT", "LARGE", "LONG", "RESTORED", "RUN", "SEVERAL", "SPLIT", "STRONG", "TIES",
-    "WHOLE", "Call", "Fault", "Scene", "Site", "at", "by_name", "for_op", "mistakes", "run",
+    "BOTH", "CALL", "CATALOGUE", "CHUNKS", "CHUNKS_SPLIT", "FAINT", "LARGE", "LONG", "RESTORED", "RUN", "SEVERAL",
+    "SPLIT", "STRONG", "TIES", "WHOLE", "Call", "Fault", "Scene", "Site", "at", "by_name", "for_op", "mistakes", "run",
 ]
 
-_ALL = (*_kda.FAULTS, *_mla.FAULTS, *_attention.FAULTS, *_moe.FAULTS, *_any.FAULTS)
+_ALL = tuple(f for part in (_kda, _mla, _attention, _pieces, _moe, _any) for f in part.FAULTS)
 
 #: Every fault that is planted in a model, by name.
 CATALOGUE: dict[str, Fault] = Named("a fault of the catalogue", {f.name: f for f in _ALL if f.use != CALL})

@@ -7,8 +7,8 @@ import numpy as np
 
 from ..reference_delta import decays, key_heads
 from . import _l2
-from ._fault import BOTH, CALL, STRONG, Fault
-from .site import Call
+from ._fault import BOTH, CALL, CHUNKS, CHUNKS_SPLIT, STRONG, WHOLE, Fault
+from .site import Call, Site
 
 __all__ = ["FAULTS", "Switched", "acts", "that_act", "wrong"]
 
@@ -257,20 +257,24 @@ class Switched:
         switches = self.switches(*choice)
         if not acts(call.args, **{n: switches[n] for n in ("heads", "scale", "axis", "gate") if n in switches}):
             return None
+        if isinstance(call, Site) and {"border", "padding"} & switches.keys():
+            kind = switches.get("border") or switches["padding"]
+            if not any(_of_chunks({"q": p.rows}, *kind) for p in call.scene.pieces):
+                return None
+            return call.by_calls(lambda args: wrong(args, **switches))
         return call.run(by=lambda **args: wrong(args, **switches))
 
 
 DELTA, GATED = ("delta_rule",), ("delta_rule", "decay_gate")
 KDA, FLA = "arXiv:2510.26692, equation 1", "flash-linear-attention"
 LAYOUT = f"ggml and MLX keep [V, K], {FLA} [K, V]"
-CHUNKS, LONGER = ((64,), (32,), (16,)), ((128,),)
+LENGTHS, LONGER = ((64,), (32,), (16,)), ((128,),)
 
 
-def _fault(name, text, source="", *, use=CALL, scenario=None, choices=((),), more=(), each="", square=False,
-           **switches):
-    scenario = {} if scenario is None else {"scenario": scenario}
-    return Fault(name, text, DELTA, Switched(square=square, **switches), choices=choices, source=source, use=use,
-                 more=more, each=each, **scenario)
+def _fault(name, text, source="", *, use=CALL, scenario=WHOLE, choices=((),), more=(), each="", square=False,
+           rare=False, **switches):
+    return Fault(name, text, DELTA, Switched(square=square, **switches), scenario, choices=choices, source=source,
+                 use=use, more=more, each=each, rare=rare)
 
 
 def _clamped(call, bound):
@@ -384,18 +388,20 @@ def _chunks():
              dict(padding=lambda C: ("repeats the last token", C))),
             ("padding_decays", "padding goes on decaying the state by the last gate, chunks of {}",
              dict(padding=lambda C: ("decays", C)))):
-        yield _fault(f"chunk_{name}", says.rpartition(" of {}")[0], choices=CHUNKS, more=LONGER, each=says, **switch)
+        use = CALL if name == "state_lost" else BOTH  # a run has `state_lost_between_blocks`
+        yield _fault(f"chunk_{name}", says.rpartition(" of {}")[0], choices=LENGTHS + LONGER, each=says, use=use,
+                     scenario=CHUNKS_SPLIT if "padding" in name else CHUNKS, rare=True, **switch)
     says = "decays are formed by subtracting float32 sums of g over chunks of {}: digits are lost after a strong gate"
     yield _fault("chunk_sums_in_float32", "decays are formed by subtracting sums that were added up in float32",
-                 choices=CHUNKS, more=LONGER, each=says, sums=lambda C: ("each", C))
+                 choices=LENGTHS, more=LONGER, each=says, sums=lambda C: ("each", C))
     yield _fault("chunk_sums_in_L_and_P", "decays in L and P are formed by subtracting float32 sums",
-                 choices=CHUNKS, more=LONGER, each=says.replace("decays", "in L and P, decays"),
+                 choices=LENGTHS, more=LONGER, each=says.replace("decays", "in L and P, decays"),
                  sums=lambda C: ("each", C, "in L and P"))
     yield _fault("chunk_decays_subtracted",
                  "decays in a chunk are differences of float32 running sums: a strong decay makes the sums large, and "
                  "small differences between them lose their last bits",
                  "transformers and flash-linear-attention; arXiv:2510.26692, equations 2 to 9", use=BOTH,
-                 scenario=STRONG, choices=CHUNKS, more=LONGER, each=says, sums=lambda C: ("once", C))
+                 scenario=STRONG, choices=LENGTHS, more=LONGER, each=says, sums=lambda C: ("once", C))
 
 
 def _rest():

@@ -5,13 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from ..reference_delta import of_value_heads, states_from
-from ._fault import CALL, LONG, STRONG, Fault
+from ._fault import CHUNKS, CHUNKS_SPLIT, STRONG, Fault
+from .site import Site
 
 __all__ = ["FAULTS", "TERMS", "Chunked", "Chunks", "longest"]
 
 FORGETS = -1000.0  # nats: exp of it is 0 in float64, and unlike -infinity it can be subtracted from itself
 FACTORS = 600.0    # nats: up to here exp(c_i) exp(-c_j) has all its digits
 BLOCK = 8          # rows in which each pair has its own exponential
+LONGEST = 128      # tokens of a chunk, in any port
 VISIBLE = 1e-6     # of a result's rms: a term that changes less is told from no rounding
 
 # ---- the chunked form with its faults ------------------------------------------------------------------
@@ -166,7 +168,7 @@ class _Parts:
     def total(self, c, how, padded):
         """start of the chunk's last row."""
         last = self._last(c, how == "row before", padded)
-        return np.ones_like(last) if how == "missing" else np.exp(last)
+        return np.ones_like(last) if how == "missing" else np.exp(2 * last if how == "twice" else last)
 
     def _last(self, c, before, padded):
         """c of the chunk's last row, or of the row before it; `padded`: rows of zeros are counted."""
@@ -205,10 +207,13 @@ def _differ(a, b):
 
 
 class Chunked:
-    """A fault's function: the chunked form with some of its terms wrong, in chunks of the choice."""
+    """A fault's function: the chunked form with some of its terms wrong, in chunks of the choice.
 
-    def __init__(self, name):
-        self.name = name
+    `any_length`: the length of chunks changes nothing.
+    """
+
+    def __init__(self, name, any_length):
+        self.name, self.any_length = name, any_length
 
     def switches(self, chunk=None):
         """Of `kimi_linear.testing.delta_rule.mistaken`, for a choice."""
@@ -217,7 +222,13 @@ class Chunked:
     def __call__(self, call, chunk=None):
         if call.args.get("g") is not None and (call["g"] > 0).any():
             return None
-        return call.run(by=lambda **args: Chunks(args).results(chunk, **TERMS[self.name]))
+        if not isinstance(call, Site):
+            return call.run(by=lambda **args: Chunks(args).results(chunk, **TERMS[self.name]))
+        if chunk is None and max(len(p.rows) for p in call.scene.pieces) > LONGEST:
+            if not self.any_length:
+                return None
+            chunk = LONGEST
+        return call.by_calls(lambda args: Chunks(args).results(chunk, **TERMS[self.name]))
 
 
 AHEAD = ("P_above_diagonal", "inverse_transposed", "inter_of_next_state")
@@ -263,6 +274,7 @@ def _gates():
             ("end", "keys are not decayed to the chunk's end where they are written to the state", dict(end="missing")),
             ("total", "between chunks, the state is not decayed", dict(total="missing"))):
         yield f"{name}_undecayed", says, terms
+    yield "total_twice", "between chunks, the state is decayed twice", dict(total="twice")
     for most in (20.0, 50.0, 80.0):
         yield (f"sums_clamped_{most:g}", f"in a chunk, the cumulative sum of gates is clamped at -{most:g}",
                dict(sums=most))
@@ -325,13 +337,19 @@ def _lengths(name):
     return lengths if name.endswith("too_early_padded") else ((), *lengths)
 
 
+def _scenario(name, terms):
+    """What the last chunk of a call does to the state is seen by the next call alone."""
+    of_state = terms.get("padded") or terms.get("tail") in ("left out", "not in the state")
+    return CHUNKS_SPLIT if of_state else STRONG if "clamped" in name else CHUNKS
+
+
 _ALL = tuple(row for part in (_gates, _betas, _inverses, _sums, _tails) for row in part())
 
 #: What is wrong in the chunked form, by the name of the fault: switches of `Chunks.wrong`.
-TERMS = {f"chunk_{name}": terms for name, _, terms in _ALL}
+TERMS = {f"chunk_{name.lower()}": terms for name, _, terms in _ALL}
 
 FAULTS = tuple(
-    Fault(f"chunk_{name}", says, ("delta_rule",), Chunked(f"chunk_{name}"), STRONG if "clamped" in name else LONG,
-          choices=_lengths(name), source=KDA, use=CALL, each=f"{says}, chunks of {{}}",
-          looks_ahead=name in AHEAD or "tail" in terms)
-    for name, says, terms in _ALL)
+    Fault(fault, says, ("delta_rule",), Chunked(fault, _lengths(name) == ((),)), _scenario(name, terms),
+          choices=_lengths(name), source=KDA, each=f"{says}, chunks of {{}}",
+          looks_ahead=name in AHEAD or "tail" in terms, rare=True)
+    for fault, (name, says, terms) in zip(TERMS, _ALL, strict=True))

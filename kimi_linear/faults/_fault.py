@@ -17,6 +17,8 @@ SPLIT = "a prompt split in calls"
 SEVERAL = "several sequences in a call"
 RESTORED = "a sequence put back to an earlier position"
 LONG = "more tokens than a block has"
+CHUNKS = "several chunks, under a mild decay"
+CHUNKS_SPLIT = "a prompt split in calls of several chunks, under a mild decay"
 STRONG = "strong decay"
 FAINT = "activations near zero"
 LARGE = "activations past 65504"
@@ -27,6 +29,7 @@ BOTH, RUN, CALL = "both", "run", "call"
 
 _SHOWS: dict[str, Callable[[Scene], bool]] = {
     SPLIT: lambda scene: scene.is_split,
+    CHUNKS_SPLIT: lambda scene: scene.is_split,
     SEVERAL: lambda scene: scene.has_several,
     RESTORED: lambda scene: scene.is_restored,
 }
@@ -62,10 +65,16 @@ class Fault:
         state), and not in the catalogue of those that are planted in a model.
     more : tuple of tuples
         Choices that `check_op` tries besides.
+    in_runs : tuple of tuples
+        Choices that `blame` tries besides, where one call alone does not show them.
     each : str
         The text of one choice, a format of its values; without a value it is `text`.
     looks_ahead : bool
         Whether a row of its result depends on rows behind it.
+    of_call : bool
+        Whether its choice is a place, "call 2" or "call 2, sequence 1": of a run `blame` tries where its error begins.
+    rare : bool
+        Tried by `blame` where none of the others explains a result, and by `check_op` with no other at once.
     """
 
     name: str
@@ -78,8 +87,11 @@ class Fault:
     source: str = ""
     use: str = BOTH
     more: tuple[tuple, ...] = ()
+    in_runs: tuple[tuple, ...] = ()
     each: str = ""
     looks_ahead: bool = False
+    of_call: bool = False
+    rare: bool = False
 
     def says(self, choice: tuple = ()) -> str:
         """The text of one choice."""

@@ -51,6 +51,12 @@ def turned_between_calls(site: Site):
     return _over_branches(site, run)
 
 
+def lost_at_one(site: Site, place: str):
+    """One call, of all sequences or of one, begins with nothing."""
+    lost = [p for p in site.scene.pieces if place in p.places and not p.first and len(p.rows)]
+    return site.run(branches=site.scene.branches(rules.lost_at(place))) if lost else None
+
+
 def factored_chunks(site: Site, chunk: int):
     """Chunks with exp(c_i) exp(-c_j) in place of exp(c_i - c_j), in float32: the second factor overflows."""
     q, k, g, v, beta = (site[a] for a in ("q", "k", "g", "v", "beta"))
@@ -180,16 +186,8 @@ def activated_history(site: Site):
 
 
 def _between_calls(site, x):
-    branches = [rules.Branch(np.concatenate([b.past, b.own])[:i], p.rows) for p, b, i in _starts(site.scene)]
+    branches = [rules.Branch(past, p.rows) for p, past in site.scene.pasts()]
     return site.run(branches=branches, past={"x": x})
-
-
-def _starts(scene):
-    """(piece, its branch, rows of the branch before it)."""
-    for p in scene.pieces:
-        for b in scene.branches():
-            if len(p.rows) and p.rows[0] in b.own:
-                yield p, b, len(b.past) + int(np.flatnonzero(b.own == p.rows[0])[0])
 
 
 # ---- norms of q and k, gate --------------------------------------------------------------------------
@@ -312,9 +310,12 @@ FAULTS = (
     Fault("state_transposed_between_calls", "the state is left as [V, K] and taken up as [K, V]", DELTA,
           turned_between_calls, SPLIT, source="ggml and MLX keep [V, K], flash-linear-attention [K, V]", use=RUN),
     Fault("chunk_overflow", "a chunk multiplies by exp(-c_j) alone, which overflows", DELTA, factored_chunks, STRONG,
-          choices=((64,), (32,), (16,)), source="float32 exp overflows above 88.7", use=RUN, looks_ahead=True),
+          choices=((64,), (32,), (16,), (128,)), source="float32 exp overflows above 88.7", use=RUN, looks_ahead=True),
     Fault("state_lost_between_calls", "every call begins with an empty state", CARRYING,
           carried(rules.lost), SPLIT, source="a port's prefill in batches", use=RUN),
+    Fault("state_lost_at_one_call", "one call begins with an empty state", CARRYING, lost_at_one, SPLIT,
+          choices=(("call 1",), ("call 2",), ("call 2, sequence 0",)), each="{} begins with an empty state",
+          source="a slot that was taken for a new request", of_call=True, rare=True, use=RUN),
     Fault("state_lost_between_blocks", "every block of a call begins with an empty state",
           CARRYING, in_blocks, LONG, choices=BLOCKS, source=f"{GGML}: ubatch boundaries", use=RUN),
     Fault("state_leaks_between_sequences", "a sequence begins with the state of the one before it",

@@ -8,13 +8,14 @@ that a sequence has seen, and the piece that is to come, to the rows that this p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Branch", "Piece", "Scene", "empty_after_restore", "kept", "leaked", "lost", "not_rolled_back", "stale_row"]
+__all__ = ["Branch", "Piece", "Scene", "empty_after_restore", "kept", "leaked", "lost", "lost_at", "not_rolled_back",
+           "stale_row"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ class Piece:
     dropped: int
     before: np.ndarray
     first: bool
+
+    @property
+    def places(self) -> tuple[str, str]:
+        """Its call, and itself: ``("call 2", "call 2, sequence 1")``."""
+        return f"call {self.call}", f"call {self.call}, sequence {self.sequence}"
 
 
 class Branch(NamedTuple):
@@ -164,6 +170,14 @@ class Scene:
             seen = np.concatenate([seen, p.rows])
         return out
 
+    def pasts(self) -> Iterator[tuple[Piece, np.ndarray]]:
+        """Each piece that has rows, and the rows of its past."""
+        branches = self.branches()
+        for p in self.pieces:
+            for b in branches:
+                if len(p.rows) and p.rows[0] in b.own:
+                    yield p, np.concatenate([b.past, b.own[b.own < p.rows[0]]])
+
     def seen(self) -> np.ndarray:
         """[T]: tokens of its sequence that each token sees, itself among them."""
         n = np.zeros(self.T, int)
@@ -189,6 +203,11 @@ def kept(seen, piece):
 def lost(seen, piece):
     """Every call begins with nothing."""
     return NONE
+
+
+def lost_at(place):
+    """The call at a place, ``Piece.places``, begins with nothing; the others rightly."""
+    return lambda seen, piece: NONE if place in piece.places else kept(seen, piece)
 
 
 def empty_after_restore(seen, piece):

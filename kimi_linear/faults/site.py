@@ -145,6 +145,22 @@ class Site:
             return _tuple(by(**args))[0]
         return through(by, args, CARRIED[self.node.op], branches or self.scene.branches(), past or {})
 
+    def by_calls(self, rule: Callable[[dict], tuple]) -> np.ndarray | None:
+        """The outputs of a delta rule whose every call begins with the state that `rule` left.
+
+        ``rule(arguments)`` gives (o, state) of the rows of one sequence in one call; one row alone is right. None where
+        a sequence was put back: its state there is not known.
+        """
+        if self.scene.is_restored:
+            return None
+        o, state = np.empty(self.args["v"].shape), None
+        for p in self.scene.pieces:
+            if len(p.rows):
+                args = {**self.args, **{a: self.args[a][p.rows] for a in CARRIED[self.op]}}
+                args["initial_state"] = None if p.first else state
+                o[p.rows], state = rule(args) if len(p.rows) > 1 else dataflow.evaluate(self.node, args)
+        return o
+
     def last_states(self) -> np.ndarray:
         """The states, [N, ...], that the op leaves behind the last token of each sequence."""
         branches = self.scene.branches()

@@ -32,6 +32,8 @@ def lengths(case, names, says):
     for T, S in ((1, 2), (1, 64), (1, 130), (3, 20), (17, 65)):
         yield case(f"cached-{T}-{S}", "cache", T, S, needs={"cache"}, usual=True,
                    says="the last T of S positions are the queries' own")
+    yield case("cached-2-1100", "cache", 2, 1100, needs={"cache"}, usual=True,
+               says="many positions, which kernels take in pieces and merge")
     for cuts in ((1,), (15,), (1, 2, 17)):
         yield case("split-" + "-".join(map(str, cuts)), "cache", 24, steps=split(names, *cuts), needs={"cache"},
                    usual=True, says="in calls that end at these tokens")

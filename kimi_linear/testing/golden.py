@@ -7,6 +7,7 @@ import json
 import textwrap
 import zipfile
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 
@@ -23,6 +24,9 @@ from .check import FACTOR, Run, lacks_of, narrow_type, widened
 from .spec import Case, NotOffered, WrongResult, defaults, given, select, spec
 
 __all__ = ["judge_golden", "write_golden"]
+
+#: What a file's name ends with, and its format.
+FORMATS = {".npz": "npz", ".safetensors": "safetensors"}
 
 README = """Cases of {op}, written by kimi_linear {version}: `kimi-linear golden {op}`.
 
@@ -56,8 +60,8 @@ def write_golden(op, path, *, format=None, cases="all", dtype="float32"):
     path : str or path
         What is there is replaced when the new file is whole.
     format : {"npz", "safetensors"}, optional
-        By default as the path ends; else "npz". README and index are the members README.txt and index.json of an npz,
-        the metadata "readme" and "index" of a safetensors file.
+        By default as the path ends; "npz" where it has no suffix. README and index are the members README.txt and
+        index.json of an npz, the metadata "readme" and "index" of a safetensors file.
     cases : str or list of str
         As for `check_op`, of the cases that are one call; "all" has those of the packaged model, too.
     dtype : {"float32", "bfloat16", "float16"}
@@ -71,12 +75,16 @@ def write_golden(op, path, *, format=None, cases="all", dtype="float32"):
     Raises
     ------
     ValueError
-        If there is no such op, case, format or type.
+        If there is no such op, case, format or type, or the path has another suffix and no format is given.
     """
     the = spec(op)
     run = _Stored(the, convention("ours", op), {}, frozenset(), narrow_type(the, dtype))
-    format = format or ("safetensors" if str(path).endswith(".safetensors") else "npz")
-    if format not in ("npz", "safetensors"):
+    suffix = Path(path).suffix
+    if format is None and suffix not in ("", *FORMATS):
+        raise ValueError(f"{path} ends with {suffix!r}; it must end with {' or '.join(FORMATS)}, or format (--format) "
+                         "must say which of them it is")
+    format = format or FORMATS.get(suffix, "npz")
+    if format not in FORMATS.values():
         raise ValueError(f'format is {format!r}; it must be "npz" or "safetensors"')
     entries, arrays = [], {}
     for case in _cases(the, cases):

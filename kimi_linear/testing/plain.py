@@ -286,7 +286,7 @@ def _all_results(fault, choice, within, call):
 
 
 def _explanations(op):
-    return tuple(Explanation(f.says(choice), ((f.name, choice),))
+    return tuple(Explanation(f.says(choice), ((f.name, choice),), f.rare)
                  for f in mistakes(op) for choice in f.choices + f.more)
 
 

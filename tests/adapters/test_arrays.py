@@ -1,6 +1,7 @@
 """Traces from folders of .npy and .npz, by a mapping; what is refused, and in which words."""
 
 import json
+import warnings
 
 import ml_dtypes
 import numpy as np
@@ -235,3 +236,22 @@ def test_pt_without_torch_is_said(tmp_path, model, monkeypatch):
     with pytest.raises(ModuleNotFoundError, match=r"x\.pt is a file of torch, "
                                                    r"which is not installed here: pip install torch"):
         pt.read(tmp_path / "x.pt", model=model)
+
+
+def test_one_token_of_each_sequence_is_told_from_tokens_of_one(tmp_path, model, ours):
+    """[B, 1, H, K]: what is stated is taken; where nothing is, how it was read is said."""
+    x = ours["layers.0.kda.k"][:5, None]
+    np.save(tmp_path / "k.npy", x)
+    says = (r"k\.npy has shape \[5, 1, 4, 32\] and is read as 5 tokens of one sequence; of 5 sequences of one token, "
+            "the mapping must have lengths")
+    with pytest.warns(UserWarning, match=says):
+        found = arrays.read(*one(tmp_path, "k.npy"), model=model)
+    assert found.meta["offsets"] == [0, 5]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for mapping in (one(tmp_path, "k.npy", lengths=[1] * 5)[1],
+                        one(tmp_path, {"file": "k.npy", "axes": "BTHK"})[1]):
+            assert arrays.read(tmp_path, mapping, model=model).meta["offsets"] == [0, 1, 2, 3, 4, 5]
+        assert arrays.read(*one(tmp_path, {"file": "k.npy", "axes": "T1HK"}), model=model).meta["offsets"] == [0, 5]
+        np.save(tmp_path / "k.npy", x[:, 0])
+        arrays.read(*one(tmp_path, "k.npy"), model=model)

@@ -20,8 +20,12 @@ CALLS = {
     faults.SEVERAL: ([[12, 9, 11]], None),
     faults.RESTORED: ([[18], [10], [6]], [None, [11], None]),
     faults.LONG: ([[40]], None),
+    faults.CHUNKS: ([[56]], None),
+    faults.CHUNKS_SPLIT: ([[41], [29], [1], [1]], None),
 }
 ONE_CALL = ([[32]], None)
+#: Faults that only another scenario tells from a second name: here chunk_p_exclusive, where no state is behind a call.
+TOLD_APART = {"chunk_q_exclusive": faults.CHUNKS_SPLIT}
 
 
 class Bench:
@@ -106,6 +110,10 @@ def _faint(name, w):
     return w * 1e-5 if name.endswith(("q_conv1d.weight", "k_conv1d.weight", "attn.conv1d.weight")) else w
 
 
+def _mild(name, w):
+    return w - 3 if name.endswith("A_log") else w
+
+
 def _large(name, w):
     return w * 3e5 if name.endswith(("up_proj.weight", "w3.weight", "v_proj.weight")) else w
 
@@ -117,7 +125,8 @@ def _tied(name, w):
     return w[np.arange(len(w)) // 3 * 3]
 
 
-_CHANGES = {faults.FAINT: _faint, faults.LARGE: _large, faults.TIES: _tied}
+_CHANGES = {faults.FAINT: _faint, faults.CHUNKS: _mild, faults.CHUNKS_SPLIT: _mild, faults.LARGE: _large,
+            faults.TIES: _tied}
 
 
 def site_of(model, traces, tap):
@@ -133,11 +142,14 @@ def case(bench, fault, dtype, seed):
     """A run with a fault at a random place that can have it, and what `blame` says; None where there is no place."""
     rng = np.random.default_rng([seed, *map(ord, fault.name)])
     dtype = "float64" if fault.scenario == faults.TIES else dtype  # noise parts what is equal
-    places = [(tap, choice) for tap in bench.places(fault) for choice in fault.choices]
+    in_chunks = fault.scenario in (faults.CHUNKS, faults.CHUNKS_SPLIT) and len(fault.choices) > 1
+    choices = [(16,)] if in_chunks else fault.choices  # more than three chunks: of fewer, several faults are the same
+    places = [(tap, choice) for tap in bench.places(fault) for choice in choices]
+    scenario = TOLD_APART.get(fault.name, fault.scenario)
     for i in rng.permutation(len(places)):
         tap, choice = places[i]
         try:
-            model, traces = bench.run(fault.scenario, dtype, seed, {tap: (fault, choice)})
+            model, traces = bench.run(scenario, dtype, seed, {tap: (fault, choice)})
         except ValueError as error:
             if "cannot be at" not in str(error):
                 raise

@@ -154,3 +154,14 @@ def test_names_that_are_none_of_ours_are_told():
     trace = model.trace([5, 6, 7])
     found = blame(model, kl.Trace({k.replace("layers.", "model.layer"): x for k, x in trace.items()}, trace.meta))
     assert "152 names of the trace are none of ours, as 'model.layer0.attn_norm'" in str(found)
+
+
+def test_one_token_of_each_sequence_is_told_from_tokens_of_one(model, ours):
+    """[B, 1, H, K] without offsets is read as B tokens, and `blame` says so; with offsets as they say."""
+    theirs = {n: np.array(x)[:, None] for n, x in ours.items()}
+    found = blame(model, theirs, tokens=IDS)
+    says = [note for note in found.notes if "tokens of one sequence" in note]
+    assert says == ["embed of call 0 has shape [9, 1, 256] and is read as 9 tokens of one sequence; of 9 sequences of "
+                    "one token, the trace's metadata must have offsets, 0 to 9"], found.notes
+    for meta in (ours.meta, ours.meta | {"offsets": list(range(10)), "position": [0] * 9}):
+        assert not any("of one sequence" in note for note in blame(model, kl.Trace(theirs, meta)).notes)

@@ -69,6 +69,77 @@ def test_what_ports_of_qwen_got_wrong_is_named(benches, name, tap):
         assert [(r.tap, r.kind, r.also) for r in found.wrong] == [(tap, name, ())], str(found)
 
 
+@pytest.mark.parametrize("cut, when", [("4 pieces", " in calls of one token"), ("pieces of 16", ""),
+                                       ("pieces of 16", " in calls of one token")])
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("pieces_")])
+def test_pieces_of_keys_that_are_merged_wrongly_are_named(benches, name, cut, when):
+    """Also where a prompt was read rightly, and the steps behind it take the keys in pieces."""
+    choice = cut + when
+    for bench, tap in zip(benches, ("layers.3.mla.o", "layers.3.attn.o", "layers.3.attn.o")):
+        ids = np.random.default_rng(3).integers(0, bench.config.vocab_size, 34).tolist()
+        model, calls = bench.model(faults.WHOLE), [[ids[:20]], *([[i]] for i in ids[20:])]
+        traces = faulty_runs.noisy_forward(model, calls, "bfloat16", np.random.default_rng(4),
+                                           plant={tap: (name, (choice,))})
+        found = kl.diff.blame(model, traces)
+        assert [(r.tap, r.kind, r.choice, r.also) for r in found.wrong] == [(tap, name, (choice,), ())], str(found)
+
+
+@pytest.mark.parametrize("ending", ["kda.o", "kda.k_conv", "mla.o", "gdn.o", "gdn.v_conv", "attn.o"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_state_lost_at_one_of_several_calls_is_named_with_the_call(benches, ending, dtype):
+    """Of all sequences, or of one of two."""
+    bench = benches[0] if ending.startswith(("kda", "mla")) else benches[1]
+    tap = f"layers.{3 if ending in ('mla.o', 'attn.o') else 1}.{ending}"
+    model, ids = bench.model(faults.CHUNKS), np.random.default_rng(8).integers(0, bench.config.vocab_size, (4, 2, 9))
+    for place, n in (("call 2", 1), ("call 1", 2), ("call 2, sequence 1", 2)):
+        calls = [[s.tolist() for s in call[:n]] for call in ids]
+        traces = faulty_runs.noisy_forward(model, calls, dtype, np.random.default_rng(9),
+                                           plant={tap: ("state_lost_at_one_call", (place,))})
+        found = kl.diff.blame(model, traces)
+        assert [(r.tap, r.kind, r.choice, r.also) for r in found.wrong] == \
+            [(tap, "state_lost_at_one_call", (place,), ())], str(found)
+        assert found.wrong[0].text == f"state_lost_at_one_call ({place}): one call begins with an empty state"
+
+
+CHUNKED = ["chunk_total_undecayed", "chunk_total_twice", "chunk_no_first_gate", "chunk_inter_missing",
+           "chunk_sums_clamped_20", "chunk_end_too_early", "chunk_inverse_cut_1", "chunk_columns_clamped_20"]
+
+
+@pytest.mark.parametrize("length", [64, 128])
+@pytest.mark.parametrize("name", CHUNKED)
+def test_a_fault_of_chunks_is_named_with_their_length(bench, name, length):
+    """A prompt in chunks, and steps of one token behind it, which are right on the state that it left."""
+    dtype, tap = ("float32", "bfloat16")[CHUNKED.index(name) % 2], "layers.1.kda.o"
+    ids = np.random.default_rng(5).integers(0, bench.config.vocab_size, 152).tolist()
+    model = bench.model(faults.CHUNKS)
+    traces = faulty_runs.noisy_forward(model, [[ids[:150]], [ids[150:151]], [ids[151:]]], dtype,
+                                       np.random.default_rng(6), plant={tap: (name, (length,))})
+    found = kl.diff.blame(model, traces)
+    assert [(r.tap, r.kind, r.choice, r.also) for r in found.wrong] == [(tap, name, (length,), ())], str(found)
+
+
+def test_a_chunk_that_a_prompt_does_not_fill_has_no_length(bench):
+    """And the fault of one that no ordinary fault explains has a name all the same."""
+    model, traces = bench.run(faults.WHOLE, "float32", 3, {"layers.1.kda.o": ("chunk_inverse_sign", (64,))})
+    [row] = kl.diff.blame(model, traces).wrong
+    assert (row.kind, row.choice, row.also) == ("chunk_inverse_sign", (), ())
+
+
+def test_a_fault_that_is_the_same_in_chunks_of_any_length_has_none(bench):
+    ids = np.random.default_rng(5).integers(0, bench.config.vocab_size, 150).tolist()
+    traces = faulty_runs.noisy_forward(bench.model(faults.CHUNKS), [[ids]], "float32", np.random.default_rng(6),
+                                       plant={"layers.1.kda.o": ("chunk_l_with_diagonal", (32,))})
+    [row] = kl.diff.blame(bench.model(faults.CHUNKS), traces).wrong
+    assert (row.kind, row.choice, row.also) == ("chunk_l_with_diagonal", (), ())
+
+
+def test_pieces_of_one_call_are_blocks_without_a_past(bench):
+    """Two names would be one."""
+    model, traces = bench.run(faults.LONG, "float32", 3, {"layers.3.mla.o": ("pieces_last_alone", ("pieces of 16",))})
+    [row] = kl.diff.blame(model, traces).wrong
+    assert (row.kind, row.choice, row.also) == ("state_lost_between_blocks", (16,), ())
+
+
 @pytest.mark.parametrize("name", faulty_runs.UNTOLD)
 def test_untold_fault_is_unknown_at_its_op(bench, name):
     dtype = ("float64", "float32", "bfloat16")[list(faulty_runs.UNTOLD).index(name) % 3]
@@ -327,8 +398,7 @@ def test_long_runs_are_judged_as_short_ones(bench, monkeypatch, tap, fault):
     model = bench.model(faults.WHOLE)
     traces = faulty_runs.noisy_forward(model, tokens, "float32", np.random.default_rng(1), plant=plant)
     short = kl.diff.blame(model, traces)
-    monkeypatch.setattr(_blame_run, "LONG", 64)
-    monkeypatch.setattr(_blame_run, "START", 24)
+    monkeypatch.setattr(_blame_run, "STARTS", (16, 24))
     long = kl.diff.blame(model, traces)
     assert [(r.tap, r.kind) for r in long.wrong] == [(tap, fault or "unknown")]
     assert long.to_dict() == short.to_dict()

@@ -17,7 +17,8 @@ import pytest
 from conftest import canonical_weights
 
 import kimi_linear as kl
-from kimi_linear.convert import Fallback
+from kimi_linear.cli import main
+from kimi_linear.convert import Conversion, Fallback
 from kimi_linear.errors import FormatError
 from kimi_linear.load import GGUFFile, MetaArray, gguf_kept, gguf_metadata, gguf_types, open_checkpoint
 from kimi_linear.verify import verify
@@ -434,6 +435,43 @@ def test_values_that_a_type_cannot_hold(tmp_path, golden_dir, value, type, words
         with pytest.raises(ValueError, match="layers.0.self_attn.q_proj.weight as F16: it holds 1000000.0, which F16"):
             kl.convert(tmp_path / "x.gguf", tmp_path / "half", dtype="float16")
         assert not (tmp_path / "half").exists()
+
+
+def test_values_that_are_not_finite_are_copied_and_told(tmp_path, golden_dir, capfd):
+    """There and back; blocks refuse them. Of an infinite gain of a norm, and of a matrix with NaN."""
+    names = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.input_layernorm.weight"
+
+    def change(model):
+        for name, at, value in ((names[0], np.s_[0, 3:5], np.nan), (names[1], np.s_[2], -np.inf)):
+            w = np.array(model.weights[name])
+            w[at] = value
+            model.weights[name] = w
+
+    folder = random_folder(tmp_path, golden_dir, change=change)
+    capfd.readouterr()
+    assert main(["convert", str(folder), str(tmp_path / "x.gguf")]) == 0
+    says = "warning: values that are NaN or infinite are copied as they are: "
+    assert capfd.readouterr().err == f"{says}blk.0.attn_q.weight has 2, blk.1.attn_norm.weight has 1\n"
+    found = kl.convert(tmp_path / "x.gguf", tmp_path / "back")
+    assert found.not_finite == {names[0]: 2, names[1]: 1} and found.to_dict()["not_finite"] == found.not_finite
+    found = kl.convert(tmp_path / "x.gguf", tmp_path / "half.gguf", types={"blk.0.attn_q.weight": "BF16"})
+    assert found.not_finite == {"blk.0.attn_q.weight": 2, "blk.1.attn_norm.weight": 1}
+    with pytest.raises(ValueError, match=r"blk.0.attn_q.weight as Q8_0: x\[0, 3\] is nan; it must be finite"):
+        kl.convert(tmp_path / "x.gguf", tmp_path / "q.gguf", type="Q8_0")
+
+
+@pytest.mark.parametrize("dtype, held", [("F32", np.float32), ("F16", np.float16), ("BF16", ml_dtypes.bfloat16)])
+def test_what_is_finite_is_not_counted(dtype, held):
+    largest = ml_dtypes.finfo(held).max
+    values = np.array([0, -0.0, 1, largest, -largest, ml_dtypes.finfo(held).smallest_subnormal], held)
+    found = Conversion("x")
+    found.look_at("a", dtype, values.view(np.uint8))
+    assert found.not_finite == {} and found.warning == ""
+    for _ in range(2):
+        found.look_at("a", dtype, np.array([np.nan, 1, np.inf, -np.inf, -np.nan], held).view(np.uint8))
+    assert found.not_finite == {"a": 8}
+    found.look_at("a", "Q8_0", np.full(34, 255, np.uint8))
+    assert found.not_finite == {"a": 8} and not found.warning.endswith("more tensors have some")
 
 
 def test_a_tokenizer_larger_or_smaller_than_the_model(tmp_path, tiny_dir):

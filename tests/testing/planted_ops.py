@@ -230,9 +230,33 @@ def latent_attention(q, latent, k_shared, w_uk, w_uv, scale, offsets=None, kv_of
                 query = query.copy()
                 query[:, -P:] = turn(query[:, None, -P:], np.array([d - c - (b - a) + t]))[:, 0]
             s = F(scale) * np.einsum("hsn,hn->hs", k[:, :last], query)
-            p = np.exp(s - s.max(-1, keepdims=True))
-            o[a + t] = np.einsum("hs,hsv->hv", p / p.sum(-1, keepdims=True), v[:, :last])
+            o[a + t] = softly(s, v[:, :last], d - c, what)
     return o
+
+
+def softly(s, v, S, what):
+    """Values weighted by the softmax of scores [H, n] over pieces: 4 of S positions, or of 16 ("16, ...")."""
+    n = 16 if (what or "").startswith("16, ") else -(-S // 4)
+    m = sums = values = F(0)
+    for i, first in enumerate(range(0, s.shape[1], n)):
+        part = s[:, first:first + n]
+        own = part.max(-1, keepdims=True)
+        p = np.exp(part - own)
+        l, o, w = p.sum(-1, keepdims=True), np.einsum("hs,hsv->hv", p, v[:, first:first + n]), F(1) / F(i + 1)
+        if what == "16, last" or i == 0:
+            m, sums, values = own, l, o
+        elif what == "16, averaged":
+            values, sums = (values / sums * F(i) + o / l) * w, F(1)
+        elif what == "4, added":
+            values, sums = values / sums + o / l, F(1)
+        elif what == "4, own":
+            values, sums = values + o, sums + l
+        else:
+            high = np.maximum(m, own)
+            before, now = np.exp(m - high), np.exp(own - high)
+            before = F(1) if what == "16, onward" else before
+            m, sums, values = high, sums * before + l * now, values * before + o * now
+    return values / sums
 
 
 def turn(x, positions):
@@ -268,14 +292,19 @@ def attention(q, k, v, scale, offsets=None, kv_offsets=None, what=None):
             last = d - c - (b - a) + t + 1
             last = {"no mask": d - c, "off by one": max(last - 1, 1), "left": t + 1}.get(what, last)
             s = F(scale) * np.einsum("hsn,hn->hs", keys[:, :last], q[a + t])
-            p = np.exp(s - s.max(-1, keepdims=True))
-            o[a + t] = np.einsum("hs,hsv->hv", p / p.sum(-1, keepdims=True), values[:, :last])
+            o[a + t] = softly(s, values[:, :last], d - c, what)
     return o
 
 
 BUGS |= {("attention", "no scale"): "scores of grouped heads are not scaled", ("attention", "V"): "scaled by V^-1/2",
          ("attention", "tiled"): "key head h % Hkv", ("attention", "no mask"): "see the positions behind",
          ("attention", "off by one"): "their own position", ("attention", "left"): "query t sees positions 0 to t"}
+BUGS |= {(op, bug): words for op in ("attention", "latent_attention") for bug, words in {
+    "16, averaged": "are averaged, not weighted by their sums of exp: pieces of 16",
+    "4, added": "are added, each divided by its own sum of exp: 4 pieces",
+    "4, own": "each from its own largest score, are added as they are: 4 pieces",
+    "16, onward": "are not rescaled where a later one has a larger score: pieces of 16",
+    "16, last": "the last alone is kept: pieces of 16"}.items()}
 
 
 def rope(x, positions, base, rotary, what=None):

@@ -13,7 +13,7 @@ from conftest import read_safetensors
 import kimi_linear as kl
 from kimi_linear.cli import main
 from kimi_linear.load.safetensors import write_safetensors
-from kimi_linear.testing import check_op, judge_golden, spec, specs, write_golden
+from kimi_linear.testing import check_op, golden, judge_golden, spec, specs, write_golden
 from kimi_linear.testing.check import FACTOR
 
 
@@ -112,6 +112,19 @@ def test_command(capsys, tmp_path):
         assert message in capsys.readouterr().err and not (tmp_path / "never").exists()
     with pytest.raises(ValueError, match='format is \'zip\'; it must be "npz" or "safetensors"'):
         write_golden("delta_rule", path, format="zip")
+
+
+@pytest.mark.parametrize("name", ["cases.csv", "cases.npy", "cases.NPZ", "cases.npz.gz"])
+def test_another_suffix_is_refused_before_anything_is_made(tmp_path, capsys, monkeypatch, name):
+    path = tmp_path / name
+    monkeypatch.setattr(golden, "_cases", None)  # nothing is computed
+    assert main(["golden", "delta_rule", "-o", str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and f"{path} ends with {path.suffix!r}; it must end with .npz or .safetensors, or format" in err
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    assert main(["golden", "softmax", "-o", str(path), "--format", "npz", "--cases", "plain"]) == 0
+    assert main(["golden", "softmax", "-o", str(tmp_path / "cases"), "--cases", "plain"]) == 0
 
 
 # ---- the way back ----

@@ -134,6 +134,14 @@ def _strong_then_weak(x, rng):
         x["g"][20, :] = -100.0
 
 
+def _strong_and_unwritten(x, rng):
+    """One token of -30, the others of 0, and nothing written that could hide what is left of the state."""
+    x["beta"][...] = 0
+    if x["g"] is not None:
+        x["g"][...] = 0
+        x["g"][3] = -30.0
+
+
 def _one(value, t=20):
     def change(x, rng):
         if x["g"] is not None:
@@ -154,6 +162,8 @@ def _gates():
     yield _case("gate-5-long", "rim gates", 130, change=_fill(-5.0), carried=True)
     yield _case("strong-then-weak", "rim gates", 130, change=_strong_then_weak, carried=True,
                 says="-1e4, then -1e-3, and once -100: later decays are lost where sums are subtracted")
+    yield _case("gate-30-unwritten", "rim gates", 12, change=_strong_and_unwritten, carried=True,
+                says="-30 at token 3, and beta 0: what is left of the state is all there is")
     yield _case("some-100", "rim gates", 130, change=_mixed(-1e-3, -0.1, -0.5, -100.0), carried=True)
     yield _case("some-1e4", "rim gates", 130, change=_mixed(-1e-3, -0.1, -0.5, -1e4), carried=True)
     yield _case("one-inf", "rim gates", 70, change=_one(-np.inf), carried=True, needs={"-inf"},
