@@ -12,7 +12,10 @@ namespace
 {
 
 const int BLOCK = 256, ROWS = 16, POSITIONS = 64, SEGMENT = KL_PAGE, STEP = KL_CHAIN;
-const int PAD = 4; /* to a row of weights: they begin on 16 bytes, in different banks */
+const int PAD = 4; /* to a row of weights or queries: they begin on 16 bytes, in different banks */
+static_assert(STEP == ROWS && BLOCK == STEP * ROWS && SEGMENT % POSITIONS == 0
+                  && KL_PAGE % POSITIONS == 0,
+              "score");
 
 /* ---- v1 ---- */
 
@@ -127,7 +130,7 @@ __device__ __forceinline__ int64_t seen_by(const tile &b, int64_t r)
 /* What a block has in shared memory. */
 struct room {
     kl_shared<float> keys;   /* [STEP][POSITIONS + 1] */
-    kl_shared<float> q;      /* [STEP][ROWS + 1] */
+    kl_shared<float> q;      /* [STEP][ROWS + PAD] */
     kl_shared<float> weight; /* [POSITIONS][ROWS + PAD]: scores, then weights */
     kl_shared<float> keep;   /* [ROWS]: what acc so far is multiplied by */
     kl_shared<float> add; /* [ROWS]: by what a segment is, when it is merged; below 0: it is not */
@@ -150,38 +153,43 @@ template <int WIDE> __device__ __forceinline__ void clear(running<WIDE> &x)
         x.acc[j][r] = 0.0f;
 }
 
-/* weight[p][r] = scale q_r . k_p for the n positions from p0 on: thread has one position and four rows */
+/* weight[p][r] = scale q_r . k_p for the n positions from p0 on, which lie in one page: a thread has one position and four
+ * rows. It brings value e of row `own` of the queries, and of each sixteenth position; behind the last row that there is
+ * another again, whose scores nobody reads. */
 template <kl_type TYPE>
 __device__ __forceinline__ void score(const room &s, const kl_attend &a, const tile &b, int64_t p0,
                                       int n)
 {
     const int p = static_cast<int>(threadIdx.x) % POSITIONS,
               r0 = static_cast<int>(threadIdx.x) / POSITIONS * 4;
+    const int e = static_cast<int>(threadIdx.x) % STEP, own = static_cast<int>(threadIdx.x) / STEP;
+    const int64_t asks = own < b.rows ? own : 0, token = token_of(b, asks), head = head_of(b, asks);
     float sum[4] = {};
     for (int part = 0; part < 2; part++) {
         const kl_attend_part &k = a.key[part];
-        for (int64_t d = 0; d < k.width; d += STEP) {
-            for (int j = static_cast<int>(threadIdx.x); j < POSITIONS * STEP; j += BLOCK) {
-                const int at = j / STEP, e = j % STEP;
-                float x = 0.0f;
-                if (at < n && d + e < k.width)
-                    x = kl_cached_at<TYPE>(kl_cached_row(k.cache, b.n, p0 + at),
-                                           b.c * k.width + d + e);
-                s.keys[e * (POSITIONS + 1) + at] = x;
+        if (k.width == 0)
+            continue;
+        const char *keys = kl_cached_row(k.cache, b.n, p0);
+        const float *q = k.q + (token - k.first) * k.token + head * k.head;
+        for (int64_t d = e; d - e < k.width; d += STEP) {
+            const bool inside = d < k.width;
+            const int64_t column = inside ? d : 0;
+            KL_UNROLL
+            for (int j = 0; j < POSITIONS / ROWS; j++) {
+                const int at = own + j * ROWS;
+                const char *row =
+                    keys + static_cast<size_t>(at < n ? at : n - 1) * k.cache.row_bytes;
+                const float x = kl_cached_at<TYPE>(row, b.c * k.width + column);
+                s.keys[e * (POSITIONS + 1) + at] = inside ? x : 0.0f;
             }
-            const int r = static_cast<int>(threadIdx.x) / STEP,
-                      e = static_cast<int>(threadIdx.x) % STEP;
-            float x = 0.0f;
-            if (r < b.rows && d + e < k.width)
-                x = k.q[(token_of(b, r) - k.first) * k.token + head_of(b, r) * k.head + d + e];
-            s.q[e * (ROWS + 1) + r] = x;
+            s.q[e * (ROWS + PAD) + own] = inside ? q[column] : 0.0f;
             __syncthreads();
             float chain[4] = {};
             for (int i = 0; i < STEP; i++) {
                 const float key = s.keys[i * (POSITIONS + 1) + p];
                 KL_UNROLL
                 for (int j = 0; j < 4; j++)
-                    chain[j] = fmaf(s.q[i * (ROWS + 1) + r0 + j], key, chain[j]);
+                    chain[j] = fmaf(s.q[i * (ROWS + PAD) + r0 + j], key, chain[j]);
             }
             KL_UNROLL
             for (int j = 0; j < 4; j++)
@@ -229,18 +237,13 @@ __device__ __forceinline__ void weigh(const room &s, const tile &b, running<WIDE
     __syncthreads();
 }
 
-template <kl_type TYPE, int WIDE>
-__device__ __forceinline__ void add_values(const room &s, const kl_attend &a, const tile &b,
-                                           running<WIDE> &x, int64_t p0, int n)
+/* acc += weight x value for the n positions from p0 on; ALL: every row sees them */
+template <bool ALL, kl_type TYPE, int WIDE>
+__device__ __forceinline__ void add_positions(const room &s, const kl_attend &a, const tile &b,
+                                              running<WIDE> &x, int64_t p0, int n)
 {
-    const bool all = s.seen[0] == n && b.rows == ROWS; /* rows see more and more */
-    KL_UNROLL
-    for (int j = 0; j < WIDE; j++)
-        KL_UNROLL
-    for (int r = 0; r < ROWS; r++)
-        x.acc[j][r] *= s.keep[r];
-    for (int p = 0; p < n; p++) {
-        const char *row = kl_cached_row(a.values, b.n, p0 + p);
+    const char *row = kl_cached_row(a.values, b.n, p0);
+    for (int p = 0; p < n; p++, row += a.values.row_bytes) {
         float value[WIDE], weight[ROWS];
         KL_UNROLL
         for (int j = 0; j < WIDE; j++) {
@@ -252,11 +255,26 @@ __device__ __forceinline__ void add_values(const room &s, const kl_attend &a, co
             weight[r] = s.weight[p * (ROWS + PAD) + r];
         KL_UNROLL
         for (int r = 0; r < ROWS; r++)
-            if (all || p < s.seen[r])
+            if (ALL || p < s.seen[r])
                 KL_UNROLL
         for (int j = 0; j < WIDE; j++)
             x.acc[j][r] = fmaf(weight[r], value[j], x.acc[j][r]);
     }
+}
+
+template <kl_type TYPE, int WIDE>
+__device__ __forceinline__ void add_values(const room &s, const kl_attend &a, const tile &b,
+                                           running<WIDE> &x, int64_t p0, int n)
+{
+    KL_UNROLL
+    for (int j = 0; j < WIDE; j++)
+        KL_UNROLL
+    for (int r = 0; r < ROWS; r++)
+        x.acc[j][r] *= s.keep[r];
+    if (s.seen[0] == n) /* rows see more and more; nobody reads those behind the last */
+        add_positions<true, TYPE>(s, a, b, x, p0, n);
+    else
+        add_positions<false, TYPE>(s, a, b, x, p0, n);
     __syncthreads();
 }
 
@@ -318,7 +336,7 @@ template <kl_type TYPE, int WIDE>
 __global__ void __launch_bounds__(256, 1) attend_v2(kl_attend a, int64_t first)
 {
     KL_SHARED(float, keys, [STEP * (POSITIONS + 1)]);
-    KL_SHARED(float, q, [STEP * (ROWS + 1)]);
+    KL_SHARED(float, q, [STEP * (ROWS + PAD)]);
     KL_SHARED(float, weight, [POSITIONS * (ROWS + PAD)]);
     KL_SHARED(float, keep, [ROWS]);
     KL_SHARED(float, add, [ROWS]);

@@ -84,7 +84,7 @@
 
 #define KL_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                  \
     kernel<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__)
-#define KL_SHARED(type, name, extents) __shared__ type name extents
+#define KL_SHARED(type, name, extents) __shared__ __align__(16) type name extents
 #define KL_DYNAMIC_SHARED(type, name)                                                              \
     extern __shared__ __align__(16) unsigned char kl_dynamic_shared[];                             \
     type *name = reinterpret_cast<type *>(kl_dynamic_shared)
