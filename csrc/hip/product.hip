@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(256) product_v1(kl_product p)
 }
 
 template <kl_type TYPE>
-__global__ void __launch_bounds__(256) product_v2(kl_product p, int64_t first)
+__global__ void __launch_bounds__(256, 2) product_v2(kl_product p, int64_t first)
 {
     const int lane = static_cast<int>(threadIdx.x) % LANES,
               set = static_cast<int>(threadIdx.x) / LANES;
@@ -98,18 +98,17 @@ __global__ void __launch_bounds__(256) product_v2(kl_product p, int64_t first)
         for (int t = 0; t < KL_FEW; t++)
             x[t] = row_of(p, g.begin + (t < g.count ? t : 0), g.which);
         int64_t k0 = lane;
-        if constexpr (TYPE != KL_RARE) {
-            const char *row = w.data + static_cast<size_t>(r) * w.row_bytes;
-            for (; k0 + KL_SPAN - LANES < D; k0 += KL_SPAN, row += KL_SPAN_BYTES<TYPE>) {
-                float v[KL_SPAN_EACH];
-                kl_span_at<TYPE>(v, row, static_cast<unsigned>(lane));
-                for (int t = 0; t < KL_FEW; t++) {
-                    if (t >= g.count)
-                        continue;
-                    KL_UNROLL
-                    for (int j = 0; j < KL_SPAN_EACH; j++)
-                        acc[t] = fmaf(x[t][k0 + j * LANES], v[j], acc[t]);
-                }
+        const size_t span_bytes = kl_row_bytes(TYPE == KL_RARE ? w.type : TYPE, KL_SPAN);
+        const char *row = w.data + static_cast<size_t>(r) * w.row_bytes;
+        for (; k0 + KL_SPAN - LANES < D; k0 += KL_SPAN, row += span_bytes) {
+            float v[KL_SPAN_EACH];
+            kl_span_at<TYPE>(v, w.type, row, static_cast<unsigned>(lane));
+            for (int t = 0; t < KL_FEW; t++) {
+                if (t >= g.count)
+                    continue;
+                KL_UNROLL
+                for (int j = 0; j < KL_SPAN_EACH; j++)
+                    acc[t] = fmaf(x[t][k0 + j * LANES], v[j], acc[t]);
             }
         }
         for (; k0 < D; k0 += LANES) {

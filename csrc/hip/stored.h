@@ -2,9 +2,8 @@
  *
  * A storage type is one struct with `at`, value k of a stored row; of a type in blocks it is made from the block
  * (blocks.h). Every kernel over weights is made for each of KL_OWN_TYPES, and once more for all KL_RARE_TYPES, as KL_RARE:
- * there the type is looked at where a value is read, one branch for all threads. A tile is read once for all its
- * products, so that the branch costs little where tokens are many; where they are few these types lose speed, and the
- * library gains that it has half the kernels. */
+ * there the type is looked at where values are read, one branch for all threads: for 256 of them where tokens are few, for
+ * each where a tile is read once for all its products. So the library has half the kernels. */
 #ifndef KL_HIP_STORED_H
 #define KL_HIP_STORED_H
 
@@ -105,7 +104,7 @@ template <class BLOCK> struct kl_in_blocks {
 #undef KL_BLOCK_TYPE
 
 /* bytes of a row of whole blocks */
-static constexpr size_t kl_row_bytes(kl_type type, int64_t cols)
+static __host__ __device__ constexpr size_t kl_row_bytes(kl_type type, int64_t cols)
 {
     switch (static_cast<int>(type)) {
 #define KL_BLOCK_TYPE(name, body, id, n_values, n_bytes, access)                                   \
@@ -162,14 +161,24 @@ static __device__ __forceinline__ float kl_value_at(kl_type type, const char *ro
 
 /* values lane, lane + 16, ... of 256 that begin at `from`, the first of a block: what one of sixteen threads reads */
 const int KL_SPAN = 256, KL_SPAN_LANES = 16, KL_SPAN_EACH = KL_SPAN / KL_SPAN_LANES;
-template <kl_type TYPE> constexpr size_t KL_SPAN_BYTES = kl_row_bytes(TYPE, KL_SPAN);
 template <kl_type TYPE>
-static __device__ __forceinline__ void kl_span_at(float (&v)[KL_SPAN_EACH], const char *from,
-                                                  unsigned lane)
+static __device__ __forceinline__ void kl_span_at(float (&v)[KL_SPAN_EACH], kl_type type,
+                                                  const char *from, unsigned lane)
 {
-    KL_UNROLL
-    for (unsigned j = 0; j < KL_SPAN_EACH; j++)
-        v[j] = kl_stored<TYPE>::at(from, j * KL_SPAN_LANES + lane % KL_SPAN_LANES);
+    if constexpr (TYPE == KL_RARE) {
+        switch (static_cast<int>(type)) {
+#define CASE(RARE)                                                                                 \
+    case RARE: kl_span_at<RARE>(v, type, from, lane); break;
+            KL_RARE_TYPES(CASE)
+#undef CASE
+        default: break; /* no other comes here: kl_kernel_type */
+        }
+    } else {
+        (void)type;
+        KL_UNROLL
+        for (unsigned j = 0; j < KL_SPAN_EACH; j++)
+            v[j] = kl_stored<TYPE>::at(from, j * KL_SPAN_LANES + lane % KL_SPAN_LANES);
+    }
 }
 
 /* value k0 + lane, where k0 is a multiple of 32 that is the same in all threads, and lane is below 32 */
@@ -177,7 +186,8 @@ template <kl_type TYPE>
 static __device__ __forceinline__ float kl_run_at(const char *row, int64_t k0, unsigned lane)
 {
     const unsigned in_span = static_cast<unsigned>(k0 / 32) % (KL_SPAN / 32) * 32;
-    return kl_stored<TYPE>::at(row + k0 / KL_SPAN * KL_SPAN_BYTES<TYPE>, in_span + lane % 32);
+    return kl_stored<TYPE>::at(row + k0 / KL_SPAN * kl_row_bytes(TYPE, KL_SPAN),
+                               in_span + lane % 32);
 }
 
 /* ---- matrices ---- */
