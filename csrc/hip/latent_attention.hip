@@ -60,7 +60,8 @@ __global__ void __launch_bounds__(256, 1) latent_product_v1(product p, int64_t f
     put(p, t, h, out, sum);
 }
 
-/* v2 of absorb: neighbours have neighbouring outputs, which lie together in a row of w_uk; v1's order */
+/* v2 of absorb: neighbours have neighbouring outputs, which lie together in a row of w_uk; v1's order. The weights of a
+ * whole chain are read before they are used. */
 template <kl_type TYPE>
 __global__ void __launch_bounds__(256, 1) latent_product_across_v2(product p, int64_t first)
 {
@@ -68,8 +69,27 @@ __global__ void __launch_bounds__(256, 1) latent_product_across_v2(product p, in
     if (i >= (p.tokens + TOGETHER - 1) / TOGETHER * p.H * p.out)
         return;
     const int64_t out = i % p.out, h = i / p.out % p.H, t = i / p.out / p.H * TOGETHER;
+    const char *row = static_cast<const char *>(p.matrix[h]);
     float sum[TOGETHER] = {};
-    for (int64_t d = 0; d < p.in; d += KL_CHAIN) {
+    int64_t d = 0;
+    for (; TYPE != KL_RARE && d + KL_CHAIN <= p.in; d += KL_CHAIN) {
+        float w[KL_CHAIN];
+        KL_UNROLL
+        for (int e = 0; e < KL_CHAIN; e++, row += p.row_bytes)
+            w[e] = kl_value_at<TYPE>(p.type, row, out);
+        KL_UNROLL
+        for (int j = 0; j < TOGETHER; j++) {
+            if (t + j >= p.tokens)
+                continue;
+            const float *x = p.x + ((t + j) * p.H + h) * p.x_step + d;
+            float chain = 0.0f;
+            KL_UNROLL
+            for (int e = 0; e < KL_CHAIN; e++)
+                chain = fmaf(x[e], w[e], chain);
+            sum[j] += chain;
+        }
+    }
+    for (; d < p.in; d += KL_CHAIN) {
         float chain[TOGETHER] = {};
         for (int64_t e = d; e < d + KL_CHAIN && e < p.in; e++) {
             const float w = weight<TYPE>(p, h, out, e);
