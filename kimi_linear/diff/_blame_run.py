@@ -11,7 +11,9 @@ import numpy as np
 from .. import dataflow, faults
 from .._arrays import as_array
 from ..faults import Scene, Site
+from ..faults.site import CARRIED
 from . import metrics
+from ._calls import length_of, names_no_layer, ours, rows_of_last, scene_of, without_batch, wrong_kinds
 from ._narrow import Jittered, Narrow
 from ._noise import ATTENDS, draws_of, long_sums
 from ._opened import open_array, open_ids
@@ -39,11 +41,11 @@ class Run:
     def __init__(self, model, theirs, dtype, tokens, weights=None, activations=None):
         self.config, self.weights = model.config, model.weights
         self.differences, self.compared = ([], set()) if weights is None else compare_weights(self.weights, weights)
-        calls = as_calls(theirs)
         self.nodes = {n.tap: n for n in dataflow.nodes(self.config) if n.op not in WITHOUT}
-        self.skipped, self.notes, self.told_lone = [], [], False
-        self.structure = _wrong_kinds(self.config, calls)
-        self.scene, self.last = _scene(calls, self.nodes), calls[-1]
+        calls, batch = without_batch(as_calls(theirs), self.nodes)
+        self.skipped, self.notes, self.told_lone = [], [batch] if batch else [], False
+        self.structure = wrong_kinds(self.config, calls)
+        self.scene, self.last = scene_of(calls, self.nodes), calls[-1]
         self.types, self.values = self._values(calls, tokens)
         self.chosen = {}  # (tap, tap of a router in its group) -> the ids that the tap shows
         self.unit = self._unit(calls, dtype)
@@ -53,14 +55,20 @@ class Run:
     def _values(self, calls, tokens):
         """(dtype by tap, values by tap) of what all calls have."""
         types, values = {}, {}
+        self.logits_at, self.logits = np.arange(0), None
         for tap in self.nodes:
             have = [x for x in calls if tap in x]
             if len(have) < len(calls):
                 continue
             arrays = [as_array(x[tap], tap) for x in have]
+            if tap == "logits" and len(at := rows_of_last(self.scene, arrays, self.nodes[tap])):
+                types[tap], self.logits_at = arrays[0].dtype, at
+                width = int(np.prod(self.nodes[tap].shape))
+                self.logits = np.concatenate([x.reshape(-1, width) for x in arrays]).astype(np.float64)
+                continue
             for x, call in zip(arrays, calls):
-                if len(x) != _length(call, self.nodes):
-                    raise ValueError(f"{tap} has {len(x)} rows; the call has {_length(call, self.nodes)} tokens")
+                if len(x) != length_of(call, self.nodes):
+                    raise ValueError(f"{tap} has {len(x)} rows; the call has {length_of(call, self.nodes)} tokens")
             self._tell_lone_tokens(tap, arrays, calls)
             x = self.scene.lay(arrays)
             if x.dtype.kind == "b" or (x.dtype.kind in "iu") != (self.nodes[tap].op == "route"):
@@ -69,7 +77,8 @@ class Run:
                 continue
             node, size = self.nodes[tap], int(np.prod(self.nodes[tap].shape))
             if x.size != self.scene.T * size:
-                raise ValueError(f"{tap} has shape {list(x.shape)}; it must be {[self.scene.T, *node.shape]}")
+                batch = ", the tokens first, without an axis for the batch" * (x.ndim > 1 + len(node.shape))
+                raise ValueError(f"{tap} has shape {list(x.shape)}; it must be {[self.scene.T, *node.shape]}{batch}")
             types[tap] = x.dtype
             x = x.reshape(self.scene.T, *node.shape)
             if node.op == "route":
@@ -78,13 +87,15 @@ class Run:
         if not values:
             raise ValueError(f"theirs has no tap of this model: it has {', '.join(list(calls[0])[:3]) or 'none'}; the "
                              f"model has {', '.join(list(self.nodes)[:3])}, ...")
+        if said := names_no_layer(calls, self.nodes):
+            raise ValueError(said)
         values[dataflow.POSITIONS] = self.scene.positions()
         ids = [tokens] if tokens is not None else [getattr(x, "tokens", None) for x in calls]
         if all(x is not None for x in ids) and len(ids) == len(calls):
             ids = [np.ravel(x).astype(np.int64) for x in ids]
             for x, call in zip(ids, calls):
-                if len(x) != _length(call, self.nodes):
-                    raise ValueError(f"tokens has {len(x)} ids; the call has {_length(call, self.nodes)} tokens")
+                if len(x) != length_of(call, self.nodes):
+                    raise ValueError(f"tokens has {len(x)} ids; the call has {length_of(call, self.nodes)} tokens")
             values[dataflow.TOKENS] = self.scene.lay(ids)
         return types, values
 
@@ -182,13 +193,14 @@ class Run:
             rows = self._as_narrow(rows, details)
             level, self.starts = self._level(rows), [self.of_first(n) for n in STARTS if self.scene.T > 2 * n]
             rows = [self._explained(r, details, level) for r in self._visible(rows, level)]
+            rows += self._judge_last_logits(level)
             rows += self._judge_states(level, {tap for r in rows if not r.ok for tap in r.group})
         rows = [self._with_weights(r) for r in rows]
-        lacking = [tap for tap in self.nodes if tap not in self.values]
+        lacking = [tap for tap in self.nodes if tap not in self.values and tap not in self.types]
         if lacking:
             self.notes.append(f"{len(lacking)} taps are not in the trace: their ops are judged together with those "
                               f"behind them (+n)")
-            strange = [name for name in self.last if not _ours(name)]
+            strange = [name for name in self.last if not ours(name)]
             if strange:
                 self.notes.append(f"{len(strange)} names of the trace are none of ours, as {strange[0]!r}: "
                                   "model.taps lists ours")
@@ -299,6 +311,24 @@ class Run:
             error = metrics.rms_relative(x, y)
             yield Judged(node.state, node.op, (node.state,), far, error, kind=kind, where=node.state)
 
+    def _judge_last_logits(self, level):
+        """Logits of last tokens alone, where they are made of no other token's values."""
+        if self.logits is None:
+            return
+        group, missing = self.group("logits")
+        attending = [n.tap for n in group or () if n.op in CARRIED]
+        if group is None or attending:
+            self.skipped.append(("logits", f"it has rows of the last tokens alone, and the trace lacks "
+                                           f"{missing or group[-1].inputs['x']}, which they are made from"))
+            return
+        run, details = self.of_rows(self.logits_at), {}
+        run.values["logits"], run.starts = self.logits, []
+        row = run._leveled(run._judge("logits", group, details), level)
+        self.notes.append(f"logits has {len(self.logits)} row{'s' * (len(self.logits) > 1)}: those of last tokens, "
+                          "which are compared alone")
+        at = self.scene.place(int(self.logits_at[int(np.argmax(row.of_token))]))
+        yield replace(run._explained(row, details, level), at=at, of_token=None)
+
     def _unit_of_group(self, group):
         """The coarsest rounding of what the trace has of a group's inputs and its result."""
         taps = {name for n in group for name in (*n.inputs.values(), n.tap) if name in self.types}
@@ -406,6 +436,10 @@ class Run:
         rows = self.scene.pieces[0].rows[:n]
         if not len(rows):
             return None
+        return self.of_rows(rows)
+
+    def of_rows(self, rows):
+        """This run with some rows alone, as if they were one call."""
         run = copy(self)
         run.scene, run.values = Scene([[0, len(rows)]]), {tap: x[rows] for tap, x in self.values.items()}
         run.chosen = {}
@@ -501,55 +535,8 @@ def _named(row, found, alike):
     left, fault, choice, where, y = found[0]
     as_well = [f for f in found[1:] if f[0] <= RIVAL * max(left, 1e-3) or alike(f[4], y)]
     also = tuple(dict.fromkeys(f[1].name for f in as_well if f[1].name != fault.name))
-    return replace(row, kind=fault.name, fault=fault, choice=choice, left=left, also=also, where=where)
-
-
-# ---- what the calls are ------------------------------------------------------------------------------
-
-
-def _ours(name):
-    """Whether a name is of the form of a tap or a state."""
-    return name.startswith(("layers.", "before.layers.")) or name in ("embed", "norm", "logits", "tokens", "hidden")
-
-
-def _scene(calls, nodes):
-    _check_slots([getattr(x, "meta", {}).get("slots") for x in calls])
-    offsets = [np.ravel(getattr(x, "meta", {}).get("offsets", [0, _length(x, nodes)])) for x in calls]
-    for c, (x, o) in enumerate(zip(calls, offsets)):
-        if int(o[-1]) != _length(x, nodes):
-            raise ValueError(f"call {c} has offsets up to {o[-1]} and taps of {_length(x, nodes)} rows; a tap's first "
-                             "axis must be the tokens, without one for the batch")
-    return Scene(offsets, [getattr(x, "meta", {}).get("position") for x in calls])
-
-
-def _check_slots(slots):
-    """ValueError where the calls of an engine are of other requests, or have them in another order."""
-    for c, found in enumerate(slots):
-        if found and slots[0] and found != slots[0]:
-            first, here = (", ".join(map(str, x)) for x in (slots[0], found))
-            raise ValueError(f"call {c} has the requests of slots {here}, and call 0 those of {first}; take those of "
-                             "one request: adapters.vllm.of_slot(calls, slot), or --slot")
-
-
-def _length(call, nodes):
-    """Tokens of a call: rows of its first tap."""
-    return next((len(call[tap]) for tap in call if tap in nodes), 0)
-
-
-def _wrong_kinds(config, calls):
-    """A sentence where layers have the taps of another kind than they should."""
-    apart, mixers = [], {spec.mixer for spec in config.layers}
-    for i, spec in enumerate(config.layers):
-        names = {tap.split(".")[2] for tap in calls[0] if tap.startswith(f"layers.{i}.") and tap.count(".") > 2}
-        others = (mixers - {spec.mixer}) & names
-        if others and spec.mixer not in names:
-            apart.append((i, min(others), spec.mixer))
-    if not apart:
-        return ""
-    words = ", ".join(f"{i} is {other} and must be {right}" for i, other, right in apart[:6])
-    return f"WRONG: layer_pattern_off_by_one: layer {words}; {_PATTERNS[apart[0][2]]}"
-
-
-_LISTS = "kda_layers and full_attn_layers of config.json count from 1"
-_INTERVAL = "layer l, from 0, is full attention where (l + 1) mod full_attention_interval is 0"
-_PATTERNS = {"kda": _LISTS, "mla": _LISTS, "gdn": _INTERVAL, "attn": _INTERVAL}
+    values = sorted({choice} | {f[2] for f in as_well if f[1] is fault and f[3] == where})
+    if len(values) == 1 or not all(isinstance(x, float) for value in values for x in value):
+        values = []
+    return replace(row, kind=fault.name, fault=fault, choice=() if values else choice, left=left, also=also,
+                   where=where, alike=tuple(values))

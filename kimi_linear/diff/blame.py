@@ -57,7 +57,9 @@ class Judged:
         "unknown" where nothing explains the result.
     fault : Fault or None
     choice : tuple
-        Of the fault's further arguments.
+        Of the fault's further arguments; empty where several values of them explain it.
+    alike : tuple of tuples
+        These values.
     left : float
         Error that remains beside the fault's result, over noise.
     also : tuple of str
@@ -83,6 +85,7 @@ class Judged:
     also: tuple[str, ...] = ()
     where: str = ""
     weight: str = ""
+    alike: tuple = ()
     of_token: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -113,7 +116,9 @@ class Judged:
             return self.weight
         if self.kind == "stored_transposed":
             return "stored_transposed: the array is [H, V, K], and must be [H, K, V]"
-        return f"{self.label}: {self.fault.text}" if self.fault else ""
+        values = ", ".join(f"{x:g}" for value in self.alike for x in value)
+        alike = f" ({values} are the same here)" if values else ""
+        return f"{self.label}: {self.fault.text}{alike}" if self.fault else ""
 
 
 @dataclass
@@ -247,7 +252,8 @@ class Blame(Plotted):
             return float(x) if np.isfinite(x) else None
 
         rows = [{"tap": r.tap, "layer": r.layer, "op": r.op, "ok": r.ok, "kind": r.kind, "noise": finite(r.noise),
-                 "error": finite(r.error), "at": r.at, "text": r.text, "choice": list(r.choice), "also": list(r.also),
+                 "error": finite(r.error), "at": r.at, "text": r.text, "choice": list(r.choice),
+                 "alike": [list(value) for value in r.alike], "also": list(r.also),
                  "where": r.where, "weight": r.weight, "left": finite(r.left), "group": list(r.group)}
                 for r in self.rows]
         weights = [{"name": d.name, "largest": finite(d.largest), "relative": finite(d.relative), "text": d.text}

@@ -19,7 +19,7 @@ LOSSY = 20.0  # nats: a float32 sum of gates beyond is rounded by more than a bu
 
 def wrong(x, *, l2=None, heads=None, scale=None, gate=None, axis=None, beta=None, order=None, read=None, stored=None,
           initial=None, final=None, border=None, padding=None, ragged=None, sums=None, turned=(), exchanged=None,
-          rolled=None, inputs=None, results=None):
+          rolled=None, backwards=None, inputs=None, results=None):
     """`reference.delta_rule` of the arguments `x` with faults, all None: none. Takes gates above 0, too."""
     q, k, v, b = (np.asarray(x[n], np.float64) for n in ("q", "k", "v", "beta"))
     q, k, v = (_rounded(a, inputs) for a in ((k, q, v) if exchanged else (q, k, v)))
@@ -32,7 +32,7 @@ def wrong(x, *, l2=None, heads=None, scale=None, gate=None, axis=None, beta=None
     q, k = _scales(q[:, index], k[:, index], K**-0.5 if x.get("scale") is None else x["scale"], V, scale)
     g = np.zeros((T, Hv)) if x.get("g") is None else np.asarray(x["g"], np.float64)
     g = np.broadcast_to(g[..., None] if g.ndim == 2 else g, (T, Hv, K))
-    q, k, v, g, b = _rolled(q, k, v, g, b, *rolled or ())
+    q, k, v, g, b = _rolled(q, k, v, g, b, index, *rolled or ())
     b, b_read = _betas(b, beta)
 
     offsets = [0, T] if x.get("offsets") is None else [int(n) for n in x["offsets"]]
@@ -42,6 +42,8 @@ def wrong(x, *, l2=None, heads=None, scale=None, gate=None, axis=None, beta=None
         S0 = np.asarray(x["initial_state"], np.float64).reshape(shape)
     if initial in ("next", "one before"):
         S0 = np.roll(S0, -1 if initial == "next" else 1, axis=0)
+    if initial == "first head":
+        S0 = np.broadcast_to(S0[:, :1], shape)
     if initial == "swapped" and K == V:
         S0 = S0.swapaxes(-1, -2)
     o, states, S = np.zeros((T, Hv, V)), np.zeros(shape), None
@@ -60,15 +62,18 @@ def wrong(x, *, l2=None, heads=None, scale=None, gate=None, axis=None, beta=None
         states[np.diff(offsets) == 0] = 0
     if final in ("next", "one before"):
         states = np.roll(states, -1 if final == "next" else 1, axis=0)
+    if backwards:
+        o, states = o[:, ::-1], states if backwards == "o" else states[:, ::-1]
     o, states = _rounded(o, results), _rounded(states, results)
     return o, states if x.get("offsets") is not None else states[0]
 
 
-def _rolled(q, k, v, g, b, what=None, whose="next"):
-    """The arguments, each head's gates or another of them taken from its neighbour."""
+def _rolled(q, k, v, g, b, key_head, what=None, whose=""):
+    """The arguments, each head's gates or another of them taken from another head."""
+    H = np.arange(len(key_head))
+    index = {"next": np.roll(H, -1), "one before": np.roll(H, 1), "first": 0 * H}.get(whose, key_head)
     names = "key head", "key head", "values", "gates", "beta"
-    return [np.roll(a, -1 if whose == "next" else 1, axis=1) if name == what else a
-            for a, name in zip((q, k, v, g, b), names)]
+    return [a[:, index] if name == what else a for a, name in zip((q, k, v, g, b), names)]
 
 
 def _rounded(x, kind):
@@ -103,11 +108,14 @@ def _acts(x, name, value):
     if (name, value) == ("final", "zero"):
         return x.get("initial_state") is not None and \
             not np.diff([0, len(x["q"])] if x.get("offsets") is None else x["offsets"]).all()
+    if name == "backwards" or value == "first head":
+        return Hv > 1
     if value in ("next", "one before") and name in ("initial", "final"):
         return x.get("offsets") is not None and len(x["offsets"]) > 2
     if name == "rolled":
-        return Hv > 1 and (value[0] != "gates" or x.get("g") is not None) and (value[0] != "key head" or Hk > 1)
-    if value in ("one channel", "mean", "reversed"):
+        least = Hk if value[1] not in NEIGHBOURS else 1
+        return Hv > least and (value[0] != "gates" or x.get("g") is not None) and (value[0] != "key head" or Hk > 1)
+    if value in ("one channel", "mean", "reversed", "without last channel"):
         return given.ndim == 3
     if name == "axis":
         return K == V and given.ndim == 3
@@ -166,6 +174,7 @@ def _decays(g, gate):
         "exp twice": lambda g: np.exp(np.exp(g)), "as it is": lambda g: g, "sign": lambda g: np.exp(-g),
         "one channel": lambda g: np.exp(g[..., :1]), "mean": lambda g: np.exp(g.mean(-1, keepdims=True)),
         "reversed": lambda g: np.exp(g[..., ::-1]),
+        "without last channel": lambda g: np.exp(np.where(np.arange(g.shape[2]) == g.shape[2] - 1, 0.0, g)),
         "twice": lambda g: np.exp(2 * g)}
     return np.broadcast_to(forms[gate](g), g.shape)
 
@@ -265,6 +274,7 @@ class Switched:
         return call.run(by=lambda **args: wrong(args, **switches))
 
 
+NEIGHBOURS = "next", "one before", "first"
 DELTA, GATED = ("delta_rule",), ("delta_rule", "decay_gate")
 KDA, FLA = "arXiv:2510.26692, equation 1", "flash-linear-attention"
 LAYOUT = f"ggml and MLX keep [V, K], {FLA} [K, V]"
@@ -294,6 +304,8 @@ def _states():
     yield _fault("initial_states_rolled", "a sequence begins with the state of another",
                  "slots of a batch, taken one for another", choices=(("next",), ("one before",)),
                  each="each sequence begins with the state of the {}", initial=lambda whose: whose)
+    yield _fault("initial_state_of_first_head", "every head begins with the initial state of the first",
+                 initial="first head")
     yield _fault("final_states_rolled", "a sequence's final state is that of another",
                  "slots of a batch, taken one for another", choices=(("next",), ("one before",)),
                  each="each sequence gives the final state of the {}", final=lambda whose: whose)
@@ -348,6 +360,8 @@ def _gates():
                  gate="one channel")
     yield _fault("decay_averaged", "all channels have the mean gate of their head", sources, use=BOTH, gate="mean")
     yield _fault("decay_of_reversed_channels", "the channels have the gates in reverse order", gate="reversed")
+    yield _fault("decay_without_last_channel", "the last channel of each head is not decayed",
+                 "loops that end one early", gate="without last channel")
     yield _fault("decay_on_value_axis", "the decay is along the values instead of the keys", KDA, use=BOTH, square=True,
                  axis="value")
 
@@ -411,8 +425,13 @@ def _rest():
                  heads="other")
     for what in ("key head", "values", "gates", "beta"):
         yield _fault(f"{what.replace(' ', '_')}_rolled", f"each value head has the {what} of another",
-                     "heads counted from another one", choices=(("next",), ("one before",)),
+                     "heads counted from another one", choices=tuple((whose,) for whose in NEIGHBOURS),
                      each=f"each value head has the {what} of the {{}}", rolled=lambda whose, what=what: (what, whose))
+    for what, words in (("gates", "the gate"), ("beta", "beta")):
+        yield _fault(f"{what}_of_key_head", f"{words} is looked up by the number of the key head, h // (Hv / Hk) for h",
+                     "gates have value heads", rolled=(what, "head with that of its key head"))
+    yield _fault("heads_backwards", "heads are in reverse order", choices=(("o",), ("o and the state",)),
+                 each="the heads of {} are in reverse order", backwards=lambda what: what)
     yield _fault("offsets_ignored", "sequences run into each other: the state is not begun anew at an offset",
                  ragged="one")
     yield _fault("state_in_bfloat16", "the state is rounded to bfloat16 after every token",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..reference_delta import of_value_heads, states_from
-from ._fault import CHUNKS, CHUNKS_SPLIT, STRONG, Fault
+from ._fault import BOTH, CALL, CHUNKS, CHUNKS_SPLIT, STRONG, Fault
 from .site import Site
 
 __all__ = ["FAULTS", "TERMS", "Chunked", "Chunks", "longest"]
@@ -13,6 +13,7 @@ __all__ = ["FAULTS", "TERMS", "Chunked", "Chunks", "longest"]
 FORGETS = -1000.0  # nats: exp of it is 0 in float64, and unlike -infinity it can be subtracted from itself
 FACTORS = 600.0    # nats: up to here exp(c_i) exp(-c_j) has all its digits
 BLOCK = 8          # rows in which each pair has its own exponential
+BLOCKS = 16        # rows of a block of L or P, in any port
 LONGEST = 128      # tokens of a chunk, in any port
 VISIBLE = 1e-6     # of a result's rms: a term that changes less is told from no rounding
 
@@ -58,17 +59,18 @@ class Chunks:
         """(o, state) with some terms wrong in chunks of C, by default a chunk that no sequence fills."""
         return self._results(self.longest + 1 if C is None else min(C, self.longest + 1), **terms)
 
-    def _results(self, C, *, sums=None, q_start=None, k_start=None, L_rows=None, P_rows=None, columns=None, end=None,
-                 total=None, padded=False, L_beta="row", W_beta=1, U_beta=1, inverse=None, above=False, d=None,
-                 inter=None, intra=None, write=None, scale=None, tail=None):
+    def _results(self, C, *, early="", sums=None, q_start=None, k_start=None, L_rows=None, P_rows=None, L_blocks=None,
+                 P_blocks=None, columns=None, end=None, total=None, padded=False, L_beta="row", W_beta=1, U_beta=1,
+                 inverse=None, above=False, d=None, inter=None, intra=None, write=None, scale=None, tail=None):
         """(o, state) of chunks of C; the switches are named after the terms, and by default all is right."""
-        p = self._keep(_Parts, C)
+        p = self._keep(_Parts, C, early)
         q, k, v, beta, c = p.q, p.k, p.v, p.beta, p.sums(sums)
-        T = self._keep(Chunks._inverse, C, sums, L_rows, columns, L_beta, inverse)
-        W = (T * beta[..., None, :]**W_beta) @ (p.start(c, k_start) * k)
-        U = (T * beta[..., None, :]**U_beta) @ v
-        P = self._keep(Chunks._pairs, C, "q", sums, P_rows, columns, above)
-        P = P / self.scale if scale == "inter alone" else P
+        T = self._keep(Chunks._inverse, C, early, sums, L_rows, L_blocks, columns, L_beta, inverse)
+        start, behind = p.start(c, k_start), k_start == "behind T"
+        W = (start if behind else 1) * _of_inverse(T, beta, W_beta, k if behind else start * k)
+        U = _of_inverse(T, beta, U_beta, v)
+        P = self._keep(Chunks._pairs, C, early, "q", sums, P_rows, P_blocks, columns, above)
+        P = P * {"inter alone": 1 / self.scale if self.scale else 1.0, "twice on P": self.scale}.get(scale, 1.0)
         q_start = p.start(c, q_start) * (q / self.scale if scale == "intra alone" else q)
         k_end = p.end(c, end, padded) * k
         decay = p.total(c, total, padded)
@@ -82,20 +84,24 @@ class Chunks:
                 WS = W[m] @ S
                 d_m = {None: U[m] - WS, "not corrected": U[m], "added": U[m] + WS}[d]
                 y = P[m] @ (U[m] if intra == "U for d" else d_m) if intra != "missing" else 0
-                after = decay[m][..., None] * S + k_end[m].swapaxes(1, 2) @ (U[m] if write == "U for d" else d_m)
+                written = {None: d_m, "U for d": U[m], "with beta": beta[m][..., None] * d_m}[write]
+                after = decay[m][..., None] * S + k_end[m].swapaxes(1, 2) @ written
                 if inter != "missing":
                     y = y + q_start[m] @ (after if inter == "state behind" else S)
                 if short not in ("left out", "not in o"):
-                    o[rows] = y.swapaxes(0, 1)[:len(rows)]
+                    n_rows = len(rows) - (short == "last row not in o")
+                    o[rows[:n_rows]] = y.swapaxes(0, 1)[:n_rows]
                 S = S if short in ("left out", "not in the state") else after
             states[n] = S
         return o, states if self.ragged else states[0]
 
-    def _pairs(self, C, of, sums, rows, columns, above):
+    def _pairs(self, C, early, of, sums, rows, blocks, columns, above):
         """<x_i, E_ij k_j> for j <= i, of x = q or k; where `above`, for all i and j."""
-        p = self._keep(_Parts, C)
+        if blocks is not None:
+            return self._in_blocks(C, of, blocks)
+        p = self._keep(_Parts, C, early)
         x, c = p.q if of == "q" else p.k, p.sums(sums)
-        r, s = (0 * c, 0 * c) if rows == "missing" else (p.exclusive(c) if rows == "exclusive" else c, c)
+        r, s = {"missing": (0 * c, 0 * c), "start": (c, 0 * c), "exclusive": (p.exclusive(c), c)}.get(rows, (c, c))
         if columns is not None:
             s = p.exclusive(c) if columns == "exclusive" else np.maximum(c, -columns)
         if max(-r.min(initial=0), -s.min(initial=0)) < FACTORS:
@@ -108,12 +114,27 @@ class Chunks:
             _cut(y, x, p.k, r, s)
         return y
 
-    def _inverse(self, C, sums, rows, columns, of_beta, inverse):
+    def _in_blocks(self, C, of, blocks):
+        """The same, made in blocks of 16 rows: what is between two blocks is zero, or that between two that are no
+        neighbours is not decayed, or not by the gates of the blocks between them."""
+        p, y = self._keep(_Parts, C, ""), self._keep(Chunks._pairs, C, "", of, None, None, None, None, False)
+        i = np.arange(C) // BLOCKS
+        if blocks == "forgotten":
+            return np.where(i[:, None] == i, y, 0)
+        r = s = 0 * p.c
+        if blocks == "not by those between":
+            before = np.concatenate([0 * p.c[..., :1, :], p.c], axis=2)
+            r, s = p.c - before[..., i * BLOCKS, :], p.c - before[..., np.minimum((i + 1) * BLOCKS, C), :]
+        far = (p.q if of == "q" else p.k) * np.exp(r) @ (p.k * np.exp(-s)).swapaxes(-1, -2)
+        return np.where(i[:, None] > i + 1, far, y)
+
+    def _inverse(self, C, early, sums, rows, blocks, columns, of_beta, inverse):
         """T = (I + L)^-1, or what is taken for it; the whole number n for the first n powers of its series."""
-        beta, I = self._keep(_Parts, C).beta, np.eye(C)
-        L = self._keep(Chunks._pairs, C, "k", sums, rows, columns, False)
-        L = L * {"row": beta[..., :, None], "column": beta[..., None, :], "missing": 1}[of_beta]
-        L = L if inverse == "diagonal" else np.tril(L, -1)
+        beta, I = self._keep(_Parts, C, early).beta, np.eye(C)
+        L = self._keep(Chunks._pairs, C, early, "k", sums, rows, blocks, columns, False)
+        row, column = beta[..., :, None], beta[..., None, :]
+        L = L * {"row": row, "column": column, "both": row * column, "missing": 1}[of_beta]
+        L = L if inverse == "diagonal" else np.tril(L, -2 if inverse == "no neighbours" else -1)
         if not np.isfinite(L).all():
             return np.full(L.shape, np.nan)
         if isinstance(inverse, int):
@@ -130,7 +151,8 @@ class Chunks:
 class _Parts:
     """Rows of all chunks, [N, H, C, ..], zeros behind the end of a chunk that is not full."""
 
-    def __init__(self, chunks, C):
+    def __init__(self, chunks, C, early):
+        """`early`: which argument's rows begin one row early, behind a sequence's first chunk."""
         self.rows, self.of_sequence = [], []
         for a, b in zip(chunks.offsets, chunks.offsets[1:]):
             first = len(self.rows)
@@ -140,13 +162,20 @@ class _Parts:
         for i, rows in zip(index, self.rows):
             i[:len(rows)] = rows
         self.filling = (index == len(chunks.q))[:, None, :, None]
+        moved = index - (~self.filling[:, 0, :, 0] & ~np.isin(index[:, :1], chunks.offsets))
         self.q, self.k, self.v, self.g, self.beta = (
-            np.concatenate([a, np.zeros((1, *a.shape[1:]))])[index].swapaxes(1, 2)
-            for a in (chunks.q, chunks.k, chunks.v, chunks.g, chunks.beta))
+            np.concatenate([a, np.zeros((1, *a.shape[1:]))])[moved if name == early else index].swapaxes(1, 2)
+            for name, a in (("q", chunks.q), ("k", chunks.k), ("v", chunks.v), ("g", chunks.g), ("beta", chunks.beta)))
         self.c = np.cumsum(self.g, axis=2)
 
     def sums(self, how):
         """c, the sums of gates from the chunk's start; a number is the one below which they are held."""
+        if how == "of the sequence":
+            c = self.c.copy()
+            for sequence in self.of_sequence:
+                for m in sequence[1:]:
+                    c[m] += c[m - 1][:, -1:]
+            return c
         return self.c if how is None else self.exclusive(self.c) if how == "exclusive" else np.maximum(self.c, -how)
 
     def exclusive(self, c):
@@ -161,19 +190,30 @@ class _Parts:
         """end_j."""
         if how == "missing":
             return 1.0
+        if how == "start":
+            return np.exp(c)
         last = self._last(c, how == "row before", padded)
+        if how == "total":
+            return np.exp(last)[..., None, :]
         to = last[..., None, :] - (self.exclusive(c) if how == "own gate" else c)
         return np.exp(np.where(self.filling, 0.0, to))
 
     def total(self, c, how, padded):
         """start of the chunk's last row."""
         last = self._last(c, how == "row before", padded)
-        return np.ones_like(last) if how == "missing" else np.exp(2 * last if how == "twice" else last)
+        if how in ("missing", "lost"):
+            return np.full(last.shape, float(how == "missing"))
+        return np.exp({"twice": 2 * last, "first row": c[:, :, 0]}.get(how, last))
 
     def _last(self, c, before, padded):
         """c of the chunk's last row, or of the row before it; `padded`: rows of zeros are counted."""
         at = np.array([c.shape[2] if padded else len(rows) for rows in self.rows], int) - 1 - before
         return np.where(at[:, None, None] < 0, 0.0, c[np.arange(len(at)), :, at])
+
+
+def _of_inverse(T, beta, power, x):
+    """T Diag(beta) x, of a power of beta, or Diag(beta) T x where it is "behind T"."""
+    return beta[..., None] * (T @ x) if power == "behind T" else (T * beta[..., None, :]**power) @ x
 
 
 def _cut(y, x, k, r, s):
@@ -232,8 +272,16 @@ class Chunked:
 
 
 AHEAD = ("P_above_diagonal", "inverse_transposed", "inter_of_next_state")
+BLOCKWISE = f"blocks of {BLOCKS} in a chunk"
 KDA = "arXiv:2510.26692, equations 2 to 9"
 PADDED = "; short chunks are filled up with zeros"
+
+
+#: Of borders between chunks: a chunk that no sequence fills has none.
+OF_BORDERS = ("sums_not_begun_anew", "g_too_early", "k_too_early")
+SHORT = (7, 15, 31)  # highest powers of L in products of 3, 4 and 5 factors; the last two show under equal keys alone
+#: Name -> rows of the shortest chunk in which it is wrong.
+SHOWS_FROM = {f"inverse_cut_{n}": n + 2 for n in SHORT}
 
 
 def _gates():
@@ -271,10 +319,27 @@ def _gates():
             ("L", "in a chunk, L has no decay between its rows", dict(L_rows="missing")),
             ("L_and_P", "in a chunk, L and P have no decay between their rows",
              dict(P_rows="missing", L_rows="missing")),
+            ("P_columns", "in a chunk, P is decayed by start_i in place of E_ij: its columns k_j are not",
+             dict(P_rows="start")),
+            ("L_columns", "in a chunk, L is decayed by start_i in place of E_ij: its columns k_j are not",
+             dict(L_rows="start")),
             ("end", "keys are not decayed to the chunk's end where they are written to the state", dict(end="missing")),
             ("total", "between chunks, the state is not decayed", dict(total="missing"))):
         yield f"{name}_undecayed", says, terms
     yield "total_twice", "between chunks, the state is decayed twice", dict(total="twice")
+    yield ("total_lost", "S is left out of its update: the state is what its last chunk wrote, though o reads S",
+           dict(total="lost"))
+    yield ("total_of_first_row", "between chunks, the state is decayed by the gate of the chunk's first row alone",
+           dict(total="first row"))
+    yield ("end_of_start", "keys are decayed by start_j in place of end_j where they are written to the state",
+           dict(end="start"))
+    yield ("end_of_total", "the state is decayed after the write, exp(c_last) (S + k^T d): keys by all of the chunk, "
+           "not from their row on", dict(end="total"))
+    yield ("sums_not_begun_anew", "the cumulative sum of gates goes on over the borders of chunks, where it must begin "
+           "anew", dict(sums="of the sequence"))
+    for name, what in (("g", "gates"), ("k", "keys")):
+        yield (f"{name}_too_early", f"behind the first chunk, {what} are read one row early, that of the chunk before "
+               "first", dict(early=name))
     for most in (20.0, 50.0, 80.0):
         yield (f"sums_clamped_{most:g}", f"in a chunk, the cumulative sum of gates is clamped at -{most:g}",
                dict(sums=most))
@@ -290,6 +355,17 @@ def _betas():
            dict(W_beta=0, U_beta=0))
     yield "beta_twice_in_W", "in a chunk, beta is applied twice in W = T Diag(beta) (start k)", dict(W_beta=2)
     yield "beta_twice_in_U", "in a chunk, beta is applied twice in U = T Diag(beta) v", dict(U_beta=2)
+    yield "beta_twice_in_L", "in a chunk, L has beta of the row and of the column, beta_i beta_j", dict(L_beta="both")
+    for name, terms, is_, must in (
+            ("W", dict(W_beta="behind T"), "W = Diag(beta) T (start k)", "T Diag(beta)"),
+            ("U", dict(U_beta="behind T"), "U = Diag(beta) T v", "T Diag(beta)"),
+            ("W_and_U", dict(W_beta="behind T", U_beta="behind T"), "W and U have Diag(beta) T", "T Diag(beta)")):
+        yield (f"beta_behind_T_in_{name}", f"in a chunk, beta is on the other side of the inverse: {is_} for {must}",
+               terms)
+    yield ("start_behind_T", "in a chunk, start is on the other side of the inverse: W = start (T Diag(beta) k) for "
+           "T Diag(beta) (start k)", dict(k_start="behind T"))
+    yield ("write_with_beta", "the state is written with beta once more, k^T (beta d) for k^T d",
+           dict(write="with beta"))
 
 
 def _inverses():
@@ -303,6 +379,23 @@ def _inverses():
     for n, series in enumerate(("I", "I - L", "I - L + L^2", "I - L + L^2 - L^3")):
         says = "L is left out of the inverse" if n == 0 else "the inverse is a series cut short"
         yield f"inverse_cut_{n}", f"in a chunk, {says}: {series} for (I + L)^-1", dict(inverse=n)
+    for n in SHORT:
+        yield (f"inverse_cut_{n}", f"in a chunk, the inverse is a series cut short (by products, (I - L)(I + L^2)..., "
+               f"one is missing): up to L^{n} for (I + L)^-1", dict(inverse=n))
+    yield ("L_without_neighbours", "in a chunk, L is cut below its first subdiagonal: the row before is left out",
+           dict(inverse="no neighbours"))
+
+
+def _blocks():
+    for name, terms, says in (
+            ("forgotten", "forgotten", "what is between two blocks is zero"),
+            ("undecayed", "not decayed", "blocks that are no neighbours have no decay"),
+            ("decayed_by_own", "not by those between",
+             "blocks that are no neighbours lack the decay of the blocks between them")):
+        for what, of in (("L", "L (or its inverse)" if name == "forgotten" else "L"), ("P", "P"),
+                         ("L_and_P", "L and P")):
+            yield (f"blocks_{name}_in_{what}", f"in {of}, {says}, {BLOCKWISE}",
+                   {f"{x}_blocks": terms for x in what.split("_and_")})
 
 
 def _sums():
@@ -318,12 +411,15 @@ def _sums():
            dict(inter="state behind"))
     yield ("scale_in_inter_alone", "the scale is on what o reads of the state alone, S^T (start q), not on P",
            dict(scale="inter alone"))
+    yield "scale_twice_in_intra", "the scale is on P twice, once on S^T (start q)", dict(scale="twice on P")
     yield "scale_in_intra_alone", "the scale is on P alone, not on S^T (start q)", dict(scale="intra alone")
 
 
 def _tails():
     yield "tail_left_out", "the last chunk, which is not full, is left out", dict(tail="left out")
     yield "tail_not_in_o", "rows of o in the last chunk, which is not full, are zero", dict(tail="not in o")
+    yield ("tail_without_last_row", "the last row of o in the last chunk, which is not full, is zero",
+           dict(tail="last row not in o"))
     yield ("tail_not_in_state", "the last chunk, which is not full, is not written to the state",
            dict(tail="not in the state"))
     yield "tail_from_zero", "the last chunk, which is not full, begins with a state of zero", dict(tail="from zero")
@@ -331,10 +427,12 @@ def _tails():
 
 def _lengths(name):
     """Of chunks, as choices: none is a chunk that no sequence fills, and all there is where length changes nothing."""
-    if name in ("q_exclusive", "beta_twice_in_U", "L_with_diagonal"):
+    if name in ("q_exclusive", "beta_twice_in_U", "L_with_diagonal", "tail_without_last_row"):
         return ((),)
     lengths = ((64,), (32,), (16,), (128,))[:3 if name == "total_too_early_padded" else 4]  # no case has it at 128
-    return lengths if name.endswith("too_early_padded") else ((), *lengths)
+    rows = SHOWS_FROM.get(name, 2 * BLOCKS if "forgotten" in name else 3 * BLOCKS if "blocks" in name else 0)
+    lengths = tuple(n for n in lengths if n[0] >= rows)
+    return lengths if name.endswith("too_early_padded") or name in OF_BORDERS else ((), *lengths)
 
 
 def _scenario(name, terms):
@@ -343,7 +441,7 @@ def _scenario(name, terms):
     return CHUNKS_SPLIT if of_state else STRONG if "clamped" in name else CHUNKS
 
 
-_ALL = tuple(row for part in (_gates, _betas, _inverses, _sums, _tails) for row in part())
+_ALL = tuple(row for part in (_gates, _betas, _inverses, _blocks, _sums, _tails) for row in part())
 
 #: What is wrong in the chunked form, by the name of the fault: switches of `Chunks.wrong`.
 TERMS = {f"chunk_{name.lower()}": terms for name, _, terms in _ALL}
@@ -351,5 +449,6 @@ TERMS = {f"chunk_{name.lower()}": terms for name, _, terms in _ALL}
 FAULTS = tuple(
     Fault(fault, says, ("delta_rule",), Chunked(fault, _lengths(name) == ((),)), _scenario(name, terms),
           choices=_lengths(name), source=KDA, each=f"{says}, chunks of {{}}",
-          looks_ahead=name in AHEAD or "tail" in terms, rare=True)
+          use=CALL if terms.get("inverse") in SHORT[1:] else BOTH, looks_ahead=name in AHEAD or "tail" in terms,
+          rare=True)
     for fault, (name, says, terms) in zip(TERMS, _ALL, strict=True))

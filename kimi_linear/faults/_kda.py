@@ -121,6 +121,26 @@ def history_turned(call):
     return None if history is None else call.results(history=np.asarray(history)[..., ::-1, :])
 
 
+def history_moved(call, rows: int):
+    """The history is read one row later, 1, or earlier, -1, with zeros where it has no row."""
+    history = call.args.get("history")
+    if history is None or np.shape(history)[-2] == 0:
+        return None
+    moved, (to, of) = np.zeros(np.shape(history)), (np.s_[:-1], np.s_[1:])[::rows]
+    moved[..., to, :] = np.asarray(history)[..., of, :]
+    return call.results(history=moved)
+
+
+def history_too_early(call):
+    """The history that is handed on ends before the last token."""
+    offsets = call.args.get("offsets")
+    rows = reference.sequences(len(call["x"]), offsets)
+    keep = np.concatenate([np.arange(r.start, max(r.stop - 1, r.start)) for r in rows])
+    lengths = [max(r.stop - 1 - r.start, 0) for r in rows]
+    before = None if offsets is None else np.cumsum([0, *lengths])
+    return call.run(), call.results(x=call["x"][keep], offsets=before)[1]
+
+
 def history_kept(call):
     """The history that is handed on is the one that came."""
     y, after = call.results()
@@ -139,10 +159,13 @@ def history_without_the_past(call):
     return call.run(), call.results(history=None)[1]
 
 
-def history_of_outputs(call):
-    """The history that is handed on holds outputs."""
+def history_of_outputs(call, activated: str):
+    """The history that is handed on holds outputs, with their activation or without."""
     y, after = call.results()
-    return y, call.results(x=y)[1].reshape(after.shape)
+    if activated != "with" and call.args.get("activation") is None:
+        return None
+    outputs = y if activated == "with" else call.run(activation=None)
+    return y, call.results(x=outputs)[1].reshape(after.shape)
 
 
 def packed_as_one(call):
@@ -348,7 +371,12 @@ FAULTS = (
     Fault("conv_history_cut", "the history that is handed on lacks what came before a short call", CONV,
           history_without_the_past, use=CALL),
     Fault("conv_hands_on_outputs", "the history that is handed on holds outputs, not inputs", CONV, history_of_outputs,
+          choices=(("with",), ("before",)), each="the history that is handed on holds outputs, not inputs: {} their "
+          "activation", use=CALL),
+    Fault("conv_hands_on_too_early", "the history that is handed on ends one row early", CONV, history_too_early,
           use=CALL),
+    Fault("conv_history_off_by_one", "the history is read one row off", CONV, history_moved, choices=((1,), (-1,)),
+          each="the history is read one row off ({:+d})", use=CALL),
     Fault("conv_offsets_ignored", "offsets are ignored: sequences run into each other", CONV, packed_as_one, use=CALL),
     Fault("conv_histories_rolled", "a sequence has the history of another", CONV, histories_rolled,
           choices=(("next",), ("one before",)), each="each sequence has the history of the {}", use=CALL,

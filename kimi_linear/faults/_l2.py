@@ -55,7 +55,7 @@ FAULTS = (
     _fault("l2_eps_on_mean", "eps on the mean of squares instead of their sum: an RMS norm rescaled", eps_on_mean,
            "MLX"),
     _fault("l2_eps_other", "another eps under the root of the sum", lambda s, eps: s.run(eps=eps),
-           f"{GGML}: rms_norm_eps is passed for it", ((1e-5,), (1e-8,)), more=((1e-6,), (1e-12,)),
+           f"{GGML}: rms_norm_eps is passed for it", ((1e-5,), (1e-8,), (1e-12,)), more=((1e-6,),),
            each="eps {:g} under the root of the sum"),
     _fault("l2_eps_missing", "no eps", over(lambda n, eps: n), use=CALL),
     _fault("l2_overflow", "the sum of squares overflows float32", over(overflowing), use=CALL),

@@ -132,12 +132,15 @@ def _loosely(fits, named, failures, why):
 
 def _without_chance(spec, named, failures, left, held, why):
     """Takes back what is named where more of the cases left should show it, and do not, than it explains: there it is
-    chance, where different mistakes give the same. What is named for its NaN alone should show in cases that hold, too:
-    any chunk with masks of zeros spreads NaN. What is left then."""
+    chance, where different mistakes give the same; of one that acts everywhere a single case that lacks it is enough.
+    What is named for its NaN alone should show in cases that hold, too: any chunk with masks of zeros spreads NaN.
+    What is left then."""
+    everywhere = {e.says for e in spec.explanations if e.everywhere}
     for says, switches in named:
         finite = any(f.finite for f in failures if why.get(f.name) == (says, ""))
-        against = left if finite else [*left, *held]
-        if sum(f.finite and _shows(spec, switches, f) for f in against) > _explained(says, why):
+        against = [f for f in (left if finite else [*left, *held]) if f.finite and _shows(spec, switches, f)]
+        lacking = says in everywhere and any(_lacks(spec, switches, f) for f in against)
+        if lacking or len(against) > _explained(says, why):
             for name in [name for name, (s, _) in why.items() if s == says]:
                 del why[name]
     return [f for f in failures if f.name not in why]
@@ -152,6 +155,12 @@ def _shows(spec, switches, f):
     with np.errstate(all="ignore"):
         wrong = _wrong(spec, switches, f, f.inputs)
         return _alike(f.ref, wrong) and not _within(wrong, f.ref, f.allowed, 0)
+
+
+def _lacks(spec, switches, f):
+    """Whether a case that should show the mistake is not much nearer to it than to the right result."""
+    with np.errstate(all="ignore"):
+        return _distance(f.actual, f.ref) < TIMES * _distance(f.actual, _wrong(spec, switches, f, f.inputs))
 
 
 def _cover(fits, candidates, failures, why, pairs=False):

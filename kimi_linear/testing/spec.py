@@ -82,12 +82,13 @@ class Law:
 class Explanation:
     """One mistake: the words of the card, and the switches of the op's `mistaken` that reproduce it.
 
-    `alone` is not tried together with another.
+    `alone` is not tried together with another; `everywhere` is in all cases that can show it, or in none.
     """
 
     says: str
     switches: tuple  # of (name, value)
     alone: bool = False
+    everywhere: bool = False
 
 
 @dataclass

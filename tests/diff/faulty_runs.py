@@ -24,8 +24,12 @@ CALLS = {
     faults.CHUNKS_SPLIT: ([[41], [29], [1], [1]], None),
 }
 ONE_CALL = ([[32]], None)
-#: Faults that only another scenario tells from a second name: here chunk_p_exclusive, where no state is behind a call.
-TOLD_APART = {"chunk_q_exclusive": faults.CHUNKS_SPLIT}
+#: Faults that only another scenario tells from a second name, where no state is behind a call: chunk_p_exclusive, or in
+#: one chunk its blocks of 16, for which chunks of 16 may be taken.
+TOLD_APART = dict.fromkeys(("chunk_q_exclusive", "chunk_inter_missing", "chunk_d_without_state",
+                            "chunk_total_undecayed", "chunk_blocks_forgotten_in_l", "chunk_blocks_forgotten_in_p",
+                            "chunk_blocks_forgotten_in_l_and_p", "chunk_blocks_decayed_by_own_in_l_and_p"),
+                           faults.CHUNKS_SPLIT)
 
 
 class Bench:
@@ -143,7 +147,9 @@ def case(bench, fault, dtype, seed):
     rng = np.random.default_rng([seed, *map(ord, fault.name)])
     dtype = "float64" if fault.scenario == faults.TIES else dtype  # noise parts what is equal
     in_chunks = fault.scenario in (faults.CHUNKS, faults.CHUNKS_SPLIT) and len(fault.choices) > 1
-    choices = [(16,)] if in_chunks else fault.choices  # more than three chunks: of fewer, several faults are the same
+    choices = fault.choices
+    if in_chunks:  # more than three chunks: of fewer, several faults are the same; or one of more than a block has
+        choices = [(16,) if (16,) in choices else ()]
     places = [(tap, choice) for tap in bench.places(fault) for choice in choices]
     scenario = TOLD_APART.get(fault.name, fault.scenario)
     for i in rng.permutation(len(places)):

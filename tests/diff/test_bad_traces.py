@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import kimi_linear as kl
+from kimi_linear.cli import main
 from kimi_linear.diff import blame, traces
 from kimi_linear.load import write_safetensors
 
@@ -43,6 +44,53 @@ def test_what_cannot_be_compared(model, ours, golden_dir):
         if of_blame:
             with pytest.raises(ValueError, match=of_blame):
                 blame(model, theirs)
+
+
+def test_a_batch_of_one_is_told_by_its_sizes(model):
+    """A prompt and a step, each array with an axis in front; logits of the last token alone among them."""
+    steps = model.new_state()
+    calls = [model.trace(IDS[:8], state=steps), model.trace(IDS[8:], state=steps)]
+    plain = [{tap: x for tap, x in call.items()} for call in calls]
+    for logits in (slice(None), slice(-1, None)):
+        theirs = [{tap: (x[logits] if tap == "logits" else x)[None] for tap, x in call.items()} for call in plain]
+        found = blame(model, [kl.Trace(x, call.meta) for x, call in zip(theirs, calls)])
+        assert found.ok and len(found.rows) == len(blame(model, calls).rows), str(found)
+        assert "arrays are [1, T, ..]: the first axis is read as a batch of one sequence" in found.notes
+    two = {tap: np.stack([x, x]) for tap, x in plain[0].items()}
+    with pytest.raises(ValueError, match=r"\[2, 8, 256\]; it must be .*, the tokens first, without an axis for the"):
+        blame(model, two)
+
+
+def test_logits_of_the_last_token_alone_are_compared_alone(model, ours):
+    theirs = changed(ours, "logits", lambda x: x[-1:])
+    found = blame(model, theirs)
+    assert found.ok and "logits has 1 row: those of last tokens, which are compared alone" in found.notes
+    assert "logits" in [r.tap for r in found.rows] and len(found.rows) == len(blame(model, ours).rows)
+    [row] = blame(model, changed(theirs, "logits", lambda x: 1.01 * x)).wrong
+    assert (row.tap, row.kind, row.at) == ("logits", "unknown", blame(model, ours).columns[-1])
+    flat = blame(model, changed(theirs, "logits", np.ravel))
+    assert flat.ok and "logits" in [r.tap for r in flat.rows]
+    assert '<svg' in found.html() and found.to_dict()["ok"]
+
+
+def test_logits_of_the_last_token_without_what_they_are_made_of(model, ours):
+    few = {tap: x for tap, x in ours.items() if tap.startswith("layers.0.")} | {"logits": ours["logits"][-1:]}
+    found = blame(model, kl.Trace(few, ours.meta))
+    [(tap, reason)] = [s for s in found.skipped if s[0] == "logits"]
+    assert "rows of the last tokens alone, and the trace lacks" in reason
+
+
+@pytest.mark.parametrize("some", [{}, {"embed", "norm", "logits"}])
+def test_a_trace_of_unknown_names_is_refused(model, ours, some, tmp_path, capsys):
+    theirs = {tap if tap in some else tap.replace("layers.", "layer_"): x for tap, x in ours.items()
+              if tap in some or tap.startswith("layers.")}
+    says = ("no tap of a layer of this model, and nothing can be judged: 152 of its 155 names are none of ours, as "
+            "'layer_0.attn_norm'; ours are as 'layers.0.attn_norm'") if some else "theirs has no tap of this model"
+    with pytest.raises(ValueError, match=says):
+        blame(model, theirs)
+    kl.Trace(theirs).save(tmp_path / "x.safetensors")
+    assert main(["blame", "tiny", str(tmp_path / "x.safetensors")]) == 2
+    assert says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tap, dtype, must", [("layers.2.kda.g", np.int64, "floats"), ("layers.2.out", bool, "floats"),
@@ -152,8 +200,8 @@ def test_our_names_are_not_read_as_those_of_transformers(tmp_path):
 def test_names_that_are_none_of_ours_are_told():
     model = kl.Model.tiny()
     trace = model.trace([5, 6, 7])
-    found = blame(model, kl.Trace({k.replace("layers.", "model.layer"): x for k, x in trace.items()}, trace.meta))
-    assert "152 names of the trace are none of ours, as 'model.layer0.attn_norm'" in str(found)
+    found = blame(model, kl.Trace({k.replace("layers.1.", "model.layer1."): x for k, x in trace.items()}, trace.meta))
+    assert "names of the trace are none of ours, as 'model.layer1.attn_norm'" in str(found)
 
 
 def test_one_token_of_each_sequence_is_told_from_tokens_of_one(model, ours):

@@ -338,6 +338,17 @@ def test_layers_of_another_kind(bench):
     assert not found and found.verdict.startswith("WRONG: layer_pattern_off_by_one: layer 2 is mla and must be kda, 3")
 
 
+def test_values_that_come_to_the_same_are_not_told_apart():
+    """An eps of 1e-12 for 1e-6: 1e-8 is as good, and a floor of any length; 1e-5 is another."""
+    model, rows = kl.Model.tiny(), []
+    for eps in (1e-12, 1e-5):
+        [trace] = faults.run(model, np.arange(3, 30), plant={"layers.2.kda.q": ("l2_eps_other", (eps,))})
+        rows += kl.diff.blame(model, kl.Trace(dict(trace), {**trace.meta, "dtype": "float32"})).wrong
+    assert [(r.kind, r.choice) for r in rows] == [("l2_eps_other", ()), ("l2_eps_other", (1e-5,))]
+    assert (1e-12,) in rows[0].alike and "are the same here)" in rows[0].text and "1e-05" not in rows[0].text
+    assert rows[1].alike == () and rows[1].text.startswith("l2_eps_other (1e-05): ")
+
+
 def test_another_checkpoint(bench):
     model, [trace] = bench.run(faults.WHOLE, "float32", 3)
     rng = np.random.default_rng(0)

@@ -37,6 +37,7 @@ def sequence(q, k, v, g, beta, S, scale, C, padded):
     return o, S
 
 
+FOR = "    for t in range(0, T, C):"
 CALL = "one_chunk(*(x[t:t + C].swapaxes(0, 1) for x in (q, k, v, g, beta)), S, scale)"
 
 #: Name -> (what the text has, what it should not have there, what the card must say).
@@ -139,6 +140,61 @@ SLIPS = {
                           "the last chunk, which is not full, is not written to the state"),
     "tail from zero": (CALL, CALL.replace(" S,", " S * (t + C <= T),"),
                        "the last chunk, which is not full, begins with a state of zero"),
+    "sums that go on": (FOR, "    g = np.where(np.arange(len(g))[:, None, None] % C, g, np.cumsum(g, 0))\n" + FOR,
+                        "the cumulative sum of gates goes on over the borders of chunks"),
+    "gates too early": (FOR, "    g = np.concatenate([g[:C], g[C - 1:-1]])\n" + FOR, "gates are read one row early"),
+    "keys too early": (FOR, "    k = np.concatenate([k[:C], k[C - 1:-1]])\n" + FOR, "keys are read one row early"),
+    "no S": ("np.exp(last)[..., None] * S +", "0 * S +", "S is left out of its update"),
+    "total of the first row": ("np.exp(last)[..., None] * S", "np.exp(c[:, 0])[..., None] * S",
+                               "the state is decayed by the gate of the chunk's first row alone"),
+    "end of start": ("end = np.exp(last[:, None] - c)", "end = np.exp(c)",
+                     "keys are decayed by start_j in place of end_j"),
+    "end of total": ("S = np.exp(last)[..., None] * S + (end * k).swapaxes(1, 2) @ d",
+                     "S = np.exp(last)[..., None] * (S + k.swapaxes(1, 2) @ d)",
+                     "the state is decayed after the write"),
+    "columns of P undecayed": ('np.einsum("hik,hijk,hjk->hij", q, E, k)',
+                               "np.tril((np.exp(c) * q) @ k.swapaxes(1, 2))",
+                               "P is decayed by start_i in place of E_ij"),
+    "columns of L undecayed": ('np.einsum("hik,hijk,hjk->hij", k, E, k)', "((np.exp(c) * k) @ k.swapaxes(1, 2))",
+                               "L is decayed by start_i in place of E_ij"),
+    "beta of both in L": ("np.tril(beta * np.einsum", "np.tril(beta * beta.swapaxes(1, 2) * np.einsum",
+                          "L has beta of the row and of the column"),
+    "beta behind T in W": ("T @ (beta * np.exp(c) * k)", "beta * (T @ (np.exp(c) * k))", "W = Diag(beta) T (start k)"),
+    "beta behind T in U": ("T @ (beta * v)", "beta * (T @ v)", "U = Diag(beta) T v"),
+    "beta behind T": ("    W = T @ (beta * np.exp(c) * k)\n    U = T @ (beta * v)",
+                      "    W, U = beta * (T @ (np.exp(c) * k)), beta * (T @ v)",
+                      "W and U have Diag(beta) T for T Diag(beta)"),
+    "start behind T": ("T @ (beta * np.exp(c) * k)", "np.exp(c) * (T @ (beta * k))",
+                       "start is on the other side of the inverse"),
+    "beta in the write": (".swapaxes(1, 2) @ d", ".swapaxes(1, 2) @ (beta * d)",
+                          "the state is written with beta once more"),
+    "L without neighbours": ("k), -1)", "k), -2)", "L is cut below its first subdiagonal"),
+    "scale twice": ("P = scale * ", "P = scale * scale * ", "the scale is on P twice"),
+}
+
+HERE = "    T = np.linalg.inv(np.eye(len(lower)) + L)\n"
+FAR = "i, b = np.arange(len(lower)), np.arange(len(lower)) // 16\n    far = b[:, None] > b + 1\n    "
+BETWEEN = ("before = np.pad(c, ((0, 0), (1, 0), (0, 0)))\n    r = np.exp(c - before[:, b * 16])\n    "
+           "s = np.exp(before[:, np.minimum(b * 16 + 16, len(i))] - c)\n    ")
+
+#: The same of blocks of 16 rows, which a chunk of 16 has not.
+OF_BLOCKS = {
+    "L of one block": (HERE, f"    {FAR}L = np.where(b[:, None] == b, L, 0)\n{HERE}",
+                       "in L (or its inverse), what is between two blocks is zero"),
+    "P of one block": (HERE, f"    {FAR}P = np.where(b[:, None] == b, P, 0)\n{HERE}",
+                       "in P, what is between two blocks is zero"),
+    "L and P of one block": (HERE, f"    {FAR}L, P = np.where(b[:, None] == b, L, 0), np.where(b[:, None] == b, P, 0)\n"
+                             f"{HERE}", "in L and P, what is between two blocks is zero"),
+    "L of far blocks": (HERE, f"    {FAR}L = np.where(far, beta * (k @ k.swapaxes(1, 2)), L)\n{HERE}",
+                        "in L, blocks that are no neighbours have no decay"),
+    "P of far blocks": (HERE, f"    {FAR}P = np.where(far, scale * (q @ k.swapaxes(1, 2)), P)\n{HERE}",
+                        "in P, blocks that are no neighbours have no decay"),
+    "L between blocks": (HERE, f"    {FAR}{BETWEEN}L = np.where(far, beta * ((r * k) @ (s * k).swapaxes(1, 2)), L)\n"
+                         f"{HERE}", "in L, blocks that are no neighbours lack the decay of the blocks between them"),
+    "L and P between blocks": (
+        HERE, f"    {FAR}{BETWEEN}L = np.where(far, beta * ((r * k) @ (s * k).swapaxes(1, 2)), L)\n    "
+        f"P = np.where(far, scale * ((r * q) @ (s * k).swapaxes(1, 2)), P)\n{HERE}",
+        "in L and P, blocks that are no neighbours lack the decay of the blocks between them"),
 }
 
 
@@ -146,7 +202,7 @@ def kernel(slip=None, C=64, padded=False, dtype=np.float64):
     """The delta rule in our conventions, in chunks of C, with a slip or none; a slip is a name, or (right, wrong)."""
     text = inspect.getsource(one_chunk) + "\n\n" + inspect.getsource(sequence)
     if slip is not None:
-        right, wrong, *_ = SLIPS[slip] if isinstance(slip, str) else slip
+        right, wrong, *_ = (SLIPS | OF_BLOCKS)[slip] if isinstance(slip, str) else slip
         assert right in text, slip
         text = text.replace(right, wrong)
     names = {"np": np}

@@ -142,6 +142,9 @@ def short_conv(x, w, history=None, offsets=None, activation="silu", what=None):
     before = np.zeros(shape, F) if history is None or what == "no history" else history.reshape(shape)
     if what == "newest first":
         before = before[:, ::-1]
+    if what in ("read late", "read early"):
+        before = np.pad(before, ((0, 0), (1, 1), (0, 0)))[:, 2:] if what == "read late" else \
+            np.pad(before, ((0, 0), (1, 0), (0, 0)))[:, :W - 1]
     y, after = np.zeros((T, C), F), np.zeros(shape, F)
     for n, (a, b) in enumerate(zip(bounds, bounds[1:])):
         seen = np.concatenate([before[n], x[a:b]])
@@ -150,6 +153,10 @@ def short_conv(x, w, history=None, offsets=None, activation="silu", what=None):
         after[n] = seen[len(seen) - W + 1:]
         if what == "not renewed":
             after[n] = before[n]
+        if what == "handed on early":
+            after[n] = seen[len(seen) - W:-1] if b > a else before[n]
+        if what == "outputs":
+            after[n] = np.concatenate([before[n], y[a:b]])[len(seen) - W + 1:]
     if what == "late":
         y = np.concatenate([np.zeros((1, C), F), y[:-1]])
     if activation and what != "no silu":
@@ -162,6 +169,9 @@ def short_conv(x, w, history=None, offsets=None, activation="silu", what=None):
 BUGS |= {("short_conv", "reversed"): "last tap is put on the oldest", ("short_conv",
                                                                        "no history"): "history is ignored",
          ("short_conv", "newest first"): "newest row first", ("short_conv", "not renewed"): "the one that came",
+         ("short_conv", "read late"): "read one row off (+1)", ("short_conv", "read early"): "read one row off (-1)",
+         ("short_conv", "handed on early"): "handed on ends one row early",
+         ("short_conv", "outputs"): "holds outputs, not inputs: before their activation",
          ("short_conv", "no silu"): "no SiLU", ("short_conv", "silu twice"): "once more"}
 
 

@@ -53,6 +53,25 @@ def test_a_slip_is_named_with_its_chunk(slip, C):
     assert says.endswith(f", chunks of {C}") != (slip in OF_NO_LENGTH)
 
 
+@pytest.mark.parametrize("C", [64, 128])
+@pytest.mark.parametrize("slip", planted_chunks.OF_BLOCKS)
+def test_a_slip_between_blocks_of_16_rows_is_named(slip, C):
+    card = card_of(planted_chunks.kernel(slip, C))
+    [(says, names)] = card.reasons
+    assert planted_chunks.OF_BLOCKS[slip][2] in says and len(names) == len(card.failing), card
+    assert says.endswith(f"blocks of 16 in a chunk, chunks of {C}")
+
+
+@pytest.mark.parametrize("C, n", [(16, 7), (64, 7), (32, 15), (64, 31)])
+def test_a_product_that_is_short_of_factors_shows_where_keys_are_equal(C, n):
+    """(I - L)(I + L^2)(I + L^4)... is the inverse to the power before that of the next factor."""
+    factors = "".join(f" @ (np.eye(len(L[0])) + np.linalg.matrix_power(L, {2**i}))" for i in range(1, 5) if 2**i < n)
+    slip = "np.linalg.inv(np.eye(len(lower)) + L)", f"(np.eye(len(lower)) - L){factors}"
+    card = card_of(planted_chunks.kernel(slip, C), ["keys-equal", "carried-65", "length-65"])
+    says, names = card.reasons[0]
+    assert f"up to L^{n} for (I + L)^-1" in says and "keys-equal" in names and len(names) == len(card.failing), card
+
+
 @pytest.mark.parametrize("C", [32, 128])
 @pytest.mark.parametrize("slip", ["exclusive start", "beta of columns", "series of 2", "no total", "tail"])
 def test_other_lengths_of_chunk(slip, C):
@@ -121,6 +140,27 @@ def test_heads_that_are_one_off(name, by, says):
     assert card.reasons[0][0] == says and len(card.reasons[0][1]) == len(card.failing), card
 
 
+@pytest.mark.parametrize("what", ["o", "o and the state"])
+def test_heads_in_reverse(what):
+    def fn(**x):
+        o, state = planted.kernel()(**x)
+        return o[:, ::-1], state[..., ::-1, :, :] if "state" in what else state
+
+    [(says, names)] = card_of(fn, ["lengths", "carried", "heads", "ragged"]).reasons
+    assert says == f"the heads of {what} are in reverse order"
+
+
+@pytest.mark.parametrize("C", [16, 64])
+def test_the_last_row_of_a_short_chunk_is_left_out(C):
+    """No length is told: a call that chunks fill, which is right, tells it alone."""
+    rows = "y.swapaxes(0, 1)[:T - t]"
+    slip = rows, f"np.where((t + C <= T) | (np.arange(min(C, T - t)) < T - t - 1)[:, None, None], {rows}, 0)"
+    card = card_of(planted_chunks.kernel(slip, C))
+    says, names = card.reasons[0]
+    assert says == "the last row of o in the last chunk, which is not full, is zero", card
+    assert set(card.failing) - set(names) <= {"split-64"}, card
+
+
 def test_channels_of_the_gate_in_reverse():
     def fn(g, **x):
         return planted.kernel()(g=g if g is None or g.ndim == 2 else g[..., ::-1], **x)
@@ -162,6 +202,24 @@ def test_a_mistake_of_the_recurrence_keeps_its_name(name):
     assert planted.BUGS[name] in card.reasons[0][0] and len(card.reasons[0][1]) == len(card.failing), card
 
 
+def test_a_border_is_not_named_where_a_case_that_has_it_lacks_it(monkeypatch):
+    """Sums of gates that go on leave nothing of the state under strong gates, and most of it under mild ones."""
+    the = spec("delta_rule")
+    others = tuple(e for e in the.explanations if "over the borders of chunks" not in e.says)
+    monkeypatch.setattr(check, "explain", lambda spec, *a: explain.explain(replace(spec, explanations=others), *a))
+    cases = ["length-200", "split-*", "gate-wide", "gate-5-long", "some-1*", "gate-mild", "gate-0.001"]
+    card = card_of(planted_chunks.kernel("sums that go on"), cases)
+    assert "gate-mild" in card.failing and not any("border" in says for says, _ in card.reasons), card
+
+
+def test_a_border_is_named_beside_digits_lost_by_sums():
+    slip = planted_chunks.CALL, planted_chunks.CALL.replace(" S,", " S * (t == 0),")
+    card = card_of(planted_chunks.kernel(slip, dtype=np.float32), ["lengths", "carried", "gate-mild", "some-1*",
+                                                                        "gate-wide"])
+    says, names = card.reasons[0]
+    assert says == "the state is lost at the border of chunks of 64" and len(names) > 4, card
+
+
 # ---- how they are found ----------------------------------------------------------------------------
 
 
@@ -181,8 +239,8 @@ def test_without_a_fault_the_chunked_form_is_the_reference(C):
 def test_every_mistake_shows_in_a_case_and_has_its_own_words():
     chunked = [e for e in spec("delta_rule").explanations if "chunk" in dict(e.switches)]
     assert len({e.says for e in chunked}) == len(chunked) > 250
-    long = [x for name, x in cases() if name in ("ragged-carried", "split-37", "gate-5-long",
-                                                  "gate-wide", "length-200", "scale-1")]
+    long = [x for name, x in cases() if name in ("ragged-carried", "split-37", "gate-5-long", "gate-wide",
+                                                  "length-200", "scale-1", "keys-equal")]
     with np.errstate(all="ignore"):
         for e in chunked:
             assert any(spec("delta_rule").mistaken(x, **dict(e.switches)) is not None for x in long), e.says

@@ -57,6 +57,33 @@ def empty_slots_are_zero(offsets=None, **x):
     return o, state
 
 
+@port("delta_rule", "every head begins with the initial state of the first")
+def state_of_the_first_head(initial_state=None, **x):
+    if initial_state is not None:
+        initial_state = np.broadcast_to(initial_state[..., :1, :, :], initial_state.shape).copy()
+    return kl.ops.delta_rule(initial_state=initial_state, **x)
+
+
+@port("delta_rule", "each value head has the beta of the first")
+def beta_of_the_first_head(beta, **x):
+    return kl.ops.delta_rule(beta=np.broadcast_to(beta[:, :1], beta.shape).copy(), **x)
+
+
+@port("delta_rule", "the gate is looked up by the number of the key head")
+def gates_by_key_head(q, v, g, head_map="grouped", **x):
+    Hk, H = q.shape[1], v.shape[1]
+    key_head = np.arange(H) % Hk if head_map == "tiled" else np.arange(H) // (H // Hk)
+    return kl.ops.delta_rule(q, v=v, g=None if g is None else g[:, key_head].copy(), head_map=head_map, **x)
+
+
+@port("delta_rule", "the last channel of each head is not decayed")
+def gates_but_the_last(g, **x):
+    if g is not None and g.ndim == 3:
+        g = g.copy()
+        g[..., -1] = 0
+    return kl.ops.delta_rule(g=g, **x)
+
+
 # ---- what is before it ---------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from ..spec import Explanation
 __all__ = ["EXPLANATIONS", "SWAPPED", "acting", "diagnose", "mistaken", "start"]
 
 LARGEST_EXPONENT = 88.72  # of exp in float32
-ALONE = {"border", "padding", "sums", "chunk", "rolled"}  # switches that are not tried together with another
+ALONE = {"border", "padding", "sums", "chunk", "rolled", "backwards"}  # switches that are tried with no other
 START = 15  # tokens, fewer than a chunk has, that rule out most mistakes
 
 
@@ -32,7 +32,7 @@ def mistaken(x, chunk=None, **switches):
 def acting(x, switches):
     """Switches of which those that do the same are equal: all chunks that no sequence fills are one, and of two heads
     the next is the one before."""
-    if "rolled" in switches and x["v"].shape[1] == 2:
+    if switches.get("rolled", "")[1:] == ("one before",) and x["v"].shape[1] == 2:
         return {"rolled": (switches["rolled"][0], "next")}
     if "chunk" not in switches:
         return switches
@@ -80,7 +80,8 @@ def _all():
     for fault in mistakes("delta_rule"):
         for choice in fault.choices + fault.more if hasattr(fault.function, "switches") else ():
             switches = fault.function.switches(*choice)
-            yield Explanation(fault.says(choice), tuple(switches.items()), bool(ALONE & switches.keys()))
+            yield Explanation(fault.says(choice), tuple(switches.items()), bool(ALONE & switches.keys()),
+                              "border" in switches)
 
 
 EXPLANATIONS = tuple(_all())
