@@ -98,7 +98,7 @@ __device__ __forceinline__ int32_t draw(row a, const order &o, SEARCH search)
 {
     if (o.top_k > 0 && o.top_k < a.D)
         a.last = search(a, aim{ static_cast<double>(o.top_k), false, true }).key;
-    double total = search(a, aim{ INFINITY, false, false }).sum;
+    double total = search(a, aim{ static_cast<double>(INFINITY), false, false }).sum;
     if (o.top_p < 1.0) {
         const found end = search(a, aim{ o.top_p * total, false, false });
         a.last = end.key;
