@@ -222,15 +222,10 @@ def add(taps: dict[str, np.ndarray], found: Mapping[str, np.ndarray], module: st
         If two modules give one tap other values: which they are, and which is taken.
     """
     for tap, x in found.items():
-        if tap in taps and not same(taps[tap], x):
+        if tap in taps and not np.array_equal(taps[tap], x, equal_nan=True):
             warnings.warn(f"{tap} is given by {modules[tap]} and by {module}, and their values differ; "
                           f"that of {module} is taken", stacklevel=3)
         taps[tap], modules[tap] = x, module
-
-
-def same(x: np.ndarray, y: np.ndarray) -> bool:
-    """Whether two arrays have the same shape and values, NaN where the other has it."""
-    return x.shape == y.shape and bool(((x == y) | ((x != x) & (y != y))).all())
 
 
 def offsets_of(arrays: Mapping[str, np.ndarray], config: Config, prefix: str = "") -> list[int] | None:

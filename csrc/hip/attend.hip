@@ -13,9 +13,7 @@ namespace
 
 const int BLOCK = 256, ROWS = 16, POSITIONS = 64, SEGMENT = KL_PAGE, STEP = KL_CHAIN;
 const int PAD = 4; /* to a row of weights or queries: they begin on 16 bytes, in different banks */
-static_assert(STEP == ROWS && BLOCK == STEP * ROWS && SEGMENT % POSITIONS == 0
-                  && KL_PAGE % POSITIONS == 0,
-              "score");
+static_assert(STEP == ROWS && BLOCK == STEP * ROWS && KL_PAGE % POSITIONS == 0, "score");
 
 /* ---- v1 ---- */
 

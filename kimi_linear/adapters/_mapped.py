@@ -14,8 +14,8 @@ from .._arrays import as_array
 from .._names import near
 from ..config import Config
 from ..dataflow import in_order
+from ..diff._calls import of_lone_tokens
 from ..diff._matching import Step
-from ..golden import same
 from ..load import strict_json
 from ..trace import Trace
 from ._layout import Batch, Layout, bring, places
@@ -98,12 +98,13 @@ def read(get: Callable[[str | None, str | None], np.ndarray], there: list[str], 
         for taps, where, x, layout in _entries(name, entry, mapping, known, get, left_out):
             found, n = bring(x, {t: known[t] for t in taps}, layout, where, batch)
             for tap in arrays.keys() & found.keys():
-                if not same(arrays[tap], found[tap]):
+                if not np.array_equal(arrays[tap], found[tap], equal_nan=True):
                     raise ValueError(f"{tap} is given by {wheres[tap]} and by {where}, and their values differ; one "
                                      "entry must be left in taps")
             arrays |= found
             wheres |= dict.fromkeys(found, where)
-            if not layout.axes and not batch.lengths and _is_of_lone_tokens(x, [known[t].sizes for t in taps], n):
+            own = known[taps[0]].sizes if len(taps) == 1 else None
+            if not layout.axes and not batch.lengths and n == x.shape[:1] and of_lone_tokens(x, own):
                 lone.append(f"{where} has shape {list(x.shape)}")
             lengths |= {t: n for t in taps if n}
     if not arrays:
@@ -118,12 +119,6 @@ def read(get: Callable[[str | None, str | None], np.ndarray], there: list[str], 
     if left_out:
         meta["left_out"] = left_out
     return Trace({t: arrays[t] for t in in_order(arrays)}, meta)
-
-
-def _is_of_lone_tokens(x, sizes, lengths):
-    """Whether an array [n, 1, ..], read as one sequence, may be of n sequences."""
-    own = len(sizes) == 1 and x.shape[1:] == sizes[0]
-    return lengths == x.shape[:1] and x.ndim > 2 and x.shape[0] > 1 and x.shape[1] == 1 and not own
 
 
 def _batch(mapping):

@@ -12,8 +12,7 @@ from .. import dataflow, faults
 from .._arrays import as_array
 from ..faults import Scene, Site
 from ..faults.site import CARRIED
-from . import metrics
-from ._calls import length_of, names_no_layer, ours, rows_of_last, scene_of, without_batch, wrong_kinds
+from . import _calls, metrics
 from ._narrow import Jittered, Narrow
 from ._noise import ATTENDS, draws_of, long_sums
 from ._opened import open_array, open_ids
@@ -42,10 +41,10 @@ class Run:
         self.config, self.weights = model.config, model.weights
         self.differences, self.compared = ([], set()) if weights is None else compare_weights(self.weights, weights)
         self.nodes = {n.tap: n for n in dataflow.nodes(self.config) if n.op not in WITHOUT}
-        calls, batch = without_batch(as_calls(theirs), self.nodes)
+        calls, batch = _calls.without_batch(as_calls(theirs), self.nodes)
         self.skipped, self.notes, self.told_lone = [], [batch] if batch else [], False
-        self.structure = wrong_kinds(self.config, calls)
-        self.scene, self.last = scene_of(calls, self.nodes), calls[-1]
+        self.structure = _calls.wrong_kinds(self.config, calls)
+        self.scene, self.last = _calls.scene_of(calls, self.nodes), calls[-1]
         self.types, self.values = self._values(calls, tokens)
         self.chosen = {}  # (tap, tap of a router in its group) -> the ids that the tap shows
         self.unit = self._unit(calls, dtype)
@@ -61,14 +60,14 @@ class Run:
             if len(have) < len(calls):
                 continue
             arrays = [as_array(x[tap], tap) for x in have]
-            if tap == "logits" and len(at := rows_of_last(self.scene, arrays, self.nodes[tap])):
+            if tap == "logits" and len(at := _calls.rows_of_last(self.scene, arrays, self.nodes[tap])):
                 types[tap], self.logits_at = arrays[0].dtype, at
                 width = int(np.prod(self.nodes[tap].shape))
                 self.logits = np.concatenate([x.reshape(-1, width) for x in arrays]).astype(np.float64)
                 continue
             for x, call in zip(arrays, calls):
-                if len(x) != length_of(call, self.nodes):
-                    raise ValueError(f"{tap} has {len(x)} rows; the call has {length_of(call, self.nodes)} tokens")
+                if len(x) != (n := _calls.length_of(call, self.nodes)):
+                    raise ValueError(f"{tap} has {len(x)} rows; the call has {n} tokens")
             self._tell_lone_tokens(tap, arrays, calls)
             x = self.scene.lay(arrays)
             if x.dtype.kind == "b" or (x.dtype.kind in "iu") != (self.nodes[tap].op == "route"):
@@ -87,22 +86,22 @@ class Run:
         if not values:
             raise ValueError(f"theirs has no tap of this model: it has {', '.join(list(calls[0])[:3]) or 'none'}; the "
                              f"model has {', '.join(list(self.nodes)[:3])}, ...")
-        if said := names_no_layer(calls, self.nodes):
+        if said := _calls.names_no_layer(calls, self.nodes):
             raise ValueError(said)
         values[dataflow.POSITIONS] = self.scene.positions()
         ids = [tokens] if tokens is not None else [getattr(x, "tokens", None) for x in calls]
         if all(x is not None for x in ids) and len(ids) == len(calls):
             ids = [np.ravel(x).astype(np.int64) for x in ids]
             for x, call in zip(ids, calls):
-                if len(x) != length_of(call, self.nodes):
-                    raise ValueError(f"tokens has {len(x)} ids; the call has {length_of(call, self.nodes)} tokens")
+                if len(x) != (n := _calls.length_of(call, self.nodes)):
+                    raise ValueError(f"tokens has {len(x)} ids; the call has {n} tokens")
             values[dataflow.TOKENS] = self.scene.lay(ids)
         return types, values
 
     def _tell_lone_tokens(self, tap, arrays, calls):
         """A note on the first array [n, 1, ..] that is read as n tokens of one sequence without being said to be."""
         for c, (x, call) in enumerate(zip(arrays, calls)):
-            of_lone = x.ndim > 2 and x.shape[1] == 1 < len(x) and x.shape[1:] != self.nodes[tap].shape
+            of_lone = _calls.of_lone_tokens(x, self.nodes[tap].shape)
             if of_lone and not self.told_lone and "offsets" not in getattr(call, "meta", {}):
                 self.told_lone = True
                 self.notes.append(f"{tap} of call {c} has shape {list(x.shape)} and is read as {len(x)} tokens of one "
@@ -200,9 +199,8 @@ class Run:
         if lacking:
             self.notes.append(f"{len(lacking)} taps are not in the trace: their ops are judged together with those "
                               f"behind them (+n)")
-            strange = [name for name in self.last if not ours(name)]
-            if strange:
-                self.notes.append(f"{len(strange)} names of the trace are none of ours, as {strange[0]!r}: "
+            if foreign := _calls.strange(self.last):
+                self.notes.append(f"{len(foreign)} names of the trace are none of ours, as {foreign[0]!r}: "
                                   "model.taps lists ours")
         rows = ranked(rows)
         places = self.scene.places()
@@ -385,8 +383,9 @@ class Run:
         def ruled_out(*candidate):
             return self._fails_early(candidate, row.tap, detail, level, most)
 
+        begins = self._begins(row)
         for rare in (False, True):
-            for fault, choice, where, y_f in self._candidates(group, ruled_out, rare, self._begins(row)):
+            for fault, choice, where, y_f in self._candidates(group, ruled_out, rare, begins):
                 left = score(*ratios(x, y_f, noise_of_fault(noise, y, y_f, self.unit_of(row.tap)), sums)) / level
                 found.append((left, fault, choice, where, y_f))
             named = _named(row, found, lambda a, b: score(*ratios(a, b, noise, sums)) / level < 1)

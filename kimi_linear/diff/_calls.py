@@ -9,9 +9,15 @@ from ..faults import Scene
 from ..trace import Trace
 
 
-def ours(name):
-    """Whether a name is of the form of a tap or a state."""
-    return name.startswith(("layers.", "before.layers.")) or name in ("embed", "norm", "logits", "tokens", "hidden")
+def strange(call):
+    """The names that are not of the form of a tap or a state."""
+    of_model = "embed", "norm", "logits", "tokens", "hidden"
+    return [name for name in call if not name.startswith(("layers.", "before.layers.")) and name not in of_model]
+
+
+def of_lone_tokens(x, shape):
+    """Whether an array [n, 1, ..], read as n tokens of one sequence, may be of n sequences; `shape` is a tap's."""
+    return x.ndim > 2 and x.shape[1] == 1 < len(x) and x.shape[1:] != shape
 
 
 def scene_of(calls, nodes):
@@ -43,8 +49,8 @@ def _check_slots(slots):
 
 def length_of(call, nodes):
     """Tokens of a call: rows of its first tap, but for logits, which may be those of last tokens alone."""
-    taps = [tap for tap in call if tap in nodes]
-    return len(call[min(taps, key=lambda tap: tap == "logits")]) if taps else 0
+    tap = next((tap for tap in call if tap in nodes and tap != "logits"), "logits")
+    return len(call[tap]) if tap in call else 0
 
 
 def without_batch(calls, nodes):
@@ -91,12 +97,12 @@ def rows_of_last(scene, arrays, node):
 def names_no_layer(calls, nodes):
     """A sentence where no tap of a layer is there, and most names are none of ours; else "" ."""
     names = list(calls[0])
-    strange = [name for name in names if not ours(name)]
-    if any(name.startswith("layers.") for name in names if name in nodes) or 2 * len(strange) <= len(names):
+    foreign = strange(names)
+    if any(name.startswith("layers.") for name in names if name in nodes) or 2 * len(foreign) <= len(names):
         return ""
     known = next(tap for tap in nodes if tap.startswith("layers."))
-    return (f"theirs has no tap of a layer of this model, and nothing can be judged: {len(strange)} of its "
-            f"{len(names)} names are none of ours, as {strange[0]!r}; ours are as {known!r} (model.taps lists them)")
+    return (f"theirs has no tap of a layer of this model, and nothing can be judged: {len(foreign)} of its "
+            f"{len(names)} names are none of ours, as {foreign[0]!r}; ours are as {known!r} (model.taps lists them)")
 
 
 def wrong_kinds(config, calls):

@@ -356,12 +356,12 @@ def _betas():
     yield "beta_twice_in_W", "in a chunk, beta is applied twice in W = T Diag(beta) (start k)", dict(W_beta=2)
     yield "beta_twice_in_U", "in a chunk, beta is applied twice in U = T Diag(beta) v", dict(U_beta=2)
     yield "beta_twice_in_L", "in a chunk, L has beta of the row and of the column, beta_i beta_j", dict(L_beta="both")
-    for name, terms, is_, must in (
-            ("W", dict(W_beta="behind T"), "W = Diag(beta) T (start k)", "T Diag(beta)"),
-            ("U", dict(U_beta="behind T"), "U = Diag(beta) T v", "T Diag(beta)"),
-            ("W_and_U", dict(W_beta="behind T", U_beta="behind T"), "W and U have Diag(beta) T", "T Diag(beta)")):
-        yield (f"beta_behind_T_in_{name}", f"in a chunk, beta is on the other side of the inverse: {is_} for {must}",
-               terms)
+    for name, terms, is_ in (
+            ("W", dict(W_beta="behind T"), "W = Diag(beta) T (start k)"),
+            ("U", dict(U_beta="behind T"), "U = Diag(beta) T v"),
+            ("W_and_U", dict(W_beta="behind T", U_beta="behind T"), "W and U have Diag(beta) T")):
+        yield (f"beta_behind_T_in_{name}",
+               f"in a chunk, beta is on the other side of the inverse: {is_} for T Diag(beta)", terms)
     yield ("start_behind_T", "in a chunk, start is on the other side of the inverse: W = start (T Diag(beta) k) for "
            "T Diag(beta) (start k)", dict(k_start="behind T"))
     yield ("write_with_beta", "the state is written with beta once more, k^T (beta d) for k^T d",

@@ -80,10 +80,10 @@ def _last(l):
 
 
 def _fault(name, text, merged, scenario=LONG, onward=False):
-    lengths, counts = ([(cut,) for cut in cuts] for cuts in (LENGTHS, COUNTS))
-    decoding = [(cut + DECODING,) for cut in LENGTHS | COUNTS]
+    lengths, counts = (tuple((cut,) for cut in cuts) for cuts in (LENGTHS, COUNTS))
+    decoding = tuple((cut + DECODING,) for (cut,) in lengths + counts)
     return Fault(name, text, ("attention", "latent_attention"), in_pieces(merged, onward), scenario,
-                 choices=tuple(lengths), more=tuple(counts), in_runs=tuple(decoding), each=f"{text}: {{}}", rare=True,
+                 choices=lengths, more=counts, in_runs=decoding, each=f"{text}: {{}}", rare=True,
                  source="flash-decoding; arXiv:2205.14135, algorithm 1")
 
 

@@ -336,7 +336,7 @@ def test_hip_more_control_data_than_the_pinned_memory_keep_every_byte(monkeypatc
     at = [np.arange(n + 1), np.zeros(n, np.int64), np.arange(n + 1)]
     for ctx in (context(), kl.Context()):
         caches.append(np.zeros((n, 1), np.float32))
-        _core.cache_append(ctx._core, caches[-1], 0, np.arange(n, dtype=np.float32)[:, None], *at, n, n, 1, n)
+        append(ctx, caches[-1], np.arange(n, dtype=np.float32)[:, None], *at)
     assert caches[0].tobytes() == caches[1].tobytes() and caches[0][-1] == n - 1
 
 

@@ -172,29 +172,33 @@ SLIPS = {
     "scale twice": ("P = scale * ", "P = scale * scale * ", "the scale is on P twice"),
 }
 
-HERE = "    T = np.linalg.inv(np.eye(len(lower)) + L)\n"
-FAR = "i, b = np.arange(len(lower)), np.arange(len(lower)) // 16\n    far = b[:, None] > b + 1\n    "
-BETWEEN = ("before = np.pad(c, ((0, 0), (1, 0), (0, 0)))\n    r = np.exp(c - before[:, b * 16])\n    "
-           "s = np.exp(before[:, np.minimum(b * 16 + 16, len(i))] - c)\n    ")
+
+
+def between(code, says):
+    """A slip before the inverse: `i`, `b` and `far` are rows, their blocks of 16, and pairs in no neighbouring ones."""
+    here = "    T = np.linalg.inv(np.eye(len(lower)) + L)\n"
+    blocks = "i, b = np.arange(len(lower)), np.arange(len(lower)) // 16\n    far = b[:, None] > b + 1\n    "
+    return here, f"    {blocks}{code}\n{here}", says
+
+
+L_ALONE, P_ALONE = (f"{x} = np.where(b[:, None] == b, {x}, 0)\n    " for x in "LP")
+L_FAR = "L = np.where(far, beta * (k @ k.swapaxes(1, 2)), L)"
+P_FAR = "P = np.where(far, scale * (q @ k.swapaxes(1, 2)), P)"
+OWN = ("before = np.pad(c, ((0, 0), (1, 0), (0, 0)))\n    r = np.exp(c - before[:, b * 16])\n    "
+       "s = np.exp(before[:, np.minimum(b * 16 + 16, len(i))] - c)\n    "
+       "L = np.where(far, beta * ((r * k) @ (s * k).swapaxes(1, 2)), L)\n    ")
+OWN_P = "P = np.where(far, scale * ((r * q) @ (s * k).swapaxes(1, 2)), P)"
 
 #: The same of blocks of 16 rows, which a chunk of 16 has not.
 OF_BLOCKS = {
-    "L of one block": (HERE, f"    {FAR}L = np.where(b[:, None] == b, L, 0)\n{HERE}",
-                       "in L (or its inverse), what is between two blocks is zero"),
-    "P of one block": (HERE, f"    {FAR}P = np.where(b[:, None] == b, P, 0)\n{HERE}",
-                       "in P, what is between two blocks is zero"),
-    "L and P of one block": (HERE, f"    {FAR}L, P = np.where(b[:, None] == b, L, 0), np.where(b[:, None] == b, P, 0)\n"
-                             f"{HERE}", "in L and P, what is between two blocks is zero"),
-    "L of far blocks": (HERE, f"    {FAR}L = np.where(far, beta * (k @ k.swapaxes(1, 2)), L)\n{HERE}",
-                        "in L, blocks that are no neighbours have no decay"),
-    "P of far blocks": (HERE, f"    {FAR}P = np.where(far, scale * (q @ k.swapaxes(1, 2)), P)\n{HERE}",
-                        "in P, blocks that are no neighbours have no decay"),
-    "L between blocks": (HERE, f"    {FAR}{BETWEEN}L = np.where(far, beta * ((r * k) @ (s * k).swapaxes(1, 2)), L)\n"
-                         f"{HERE}", "in L, blocks that are no neighbours lack the decay of the blocks between them"),
-    "L and P between blocks": (
-        HERE, f"    {FAR}{BETWEEN}L = np.where(far, beta * ((r * k) @ (s * k).swapaxes(1, 2)), L)\n    "
-        f"P = np.where(far, scale * ((r * q) @ (s * k).swapaxes(1, 2)), P)\n{HERE}",
-        "in L and P, blocks that are no neighbours lack the decay of the blocks between them"),
+    "L of one block": between(L_ALONE, "in L (or its inverse), what is between two blocks is zero"),
+    "P of one block": between(P_ALONE, "in P, what is between two blocks is zero"),
+    "L and P of one block": between(L_ALONE + P_ALONE, "in L and P, what is between two blocks is zero"),
+    "L of far blocks": between(L_FAR, "in L, blocks that are no neighbours have no decay"),
+    "P of far blocks": between(P_FAR, "in P, blocks that are no neighbours have no decay"),
+    "L between blocks": between(OWN, "in L, blocks that are no neighbours lack the decay of the blocks between them"),
+    "L and P between blocks": between(
+        OWN + OWN_P, "in L and P, blocks that are no neighbours lack the decay of the blocks between them"),
 }
 
 
