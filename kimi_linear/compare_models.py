@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from .load.safetensors import TensorView
 __all__ = ["ModelComparison", "TensorDistance", "compare_models"]
 
 PASS = 128  # tokens of a forward call: no more logits than these are held, of both
+CACHED = 1 << 15  # values at a time in float64: these and their differences stay in the cache
 SHOWN = 24  # lines of the table
 _EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 _TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
@@ -219,12 +221,15 @@ def _distance(name: str, pairs: list) -> TensorDistance:
     squares = own = largest = 0.0
     values = 0
     types = [dict.fromkeys(_type(pair[i]) for pair in pairs) for i in (0, 1)]
-    for pair in pairs:
-        for x, y in zip(*map(_values, pair), strict=True):
-            x, d = x.astype(np.float64), y.astype(np.float64) - x
-            squares, own = squares + float((d * d).sum()), own + float((x * x).sum())
-            largest = max(largest, float(np.abs(d).max())) if math.isfinite(largest) else largest
-            values += x.size
+    for x, y in chain.from_iterable(zip(*map(_values, pair), strict=True) for pair in pairs):
+        x, y = x.reshape(-1), y.reshape(-1)
+        values += x.size
+        for at in range(0, x.size, CACHED):
+            a = x[at : at + CACHED].astype(np.float64)
+            d = y[at : at + CACHED] - a
+            squares += float(np.einsum("i,i", d, d))  # no BLAS: its threads spin beside those that dequantise
+            own += float(np.einsum("i,i", a, a))
+            largest = float(np.max((largest, d.max(), -d.min())))
     rms = math.sqrt(own / values) if own >= 0 else math.nan
     errors = (math.sqrt(squares / values), largest)
     relative = (e / rms if rms else math.inf if e else 0.0 for e in errors)

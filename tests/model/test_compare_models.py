@@ -86,7 +86,21 @@ def test_not_a_number_is_first():
 
     module = importlib.import_module("kimi_linear.compare_models")
     x, y = np.ones((2, 4), np.float32), np.float32([[1, 2, 3, np.nan], [1, 1, 1, 1]])
-    assert np.isnan(module._distance("x", [(x, y)]).rms)
+    found = module._distance("x", [(x, y)])
+    assert np.isnan([found.rms, found.largest]).all()
+
+
+def test_distances_of_more_values_than_are_taken_at_a_time():
+    import importlib
+
+    module = importlib.import_module("kimi_linear.compare_models")
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((2, 3, module.CACHED - 1), np.float32)
+    y[2, -1] = x[2, -1] - 20
+    found, d = module._distance("x", [(x, y)]), y.astype(np.float64) - x
+    rms = np.sqrt(np.mean(x.astype(np.float64) ** 2))
+    np.testing.assert_allclose([found.rms, found.largest], [np.sqrt(np.mean(d**2)) / rms, np.abs(d).max() / rms], 1e-12)
+    assert found.values == x.size
 
 
 def test_a_tensor_of_zeros(ids):
