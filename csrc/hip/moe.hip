@@ -3,7 +3,8 @@
  * from +0 in ascending id: the CPU's bytes. A pass is PASS tokens at most.
  *   v1  pairs by token, each output by itself.
  *   v2  pairs by expert, then token, and products over all rows of an expert (product.hip): a team an expert counts
- *       its pairs and puts them in their places; no atomics, no copy to the host (launched).
+ *       its pairs and puts them in their places; no atomics, no copy to the host (launched). The pairs of a few tokens
+ *       are put there by one block, a thread a pair.
  * An id that is no expert, or does not rise, is noted (runtime.h), and its pair left out. */
 #include "product.h"
 
@@ -27,17 +28,56 @@ struct pairs {
     unsigned long long *fault;
 };
 
+/* the expert of pair i; -1: none */
+__device__ __forceinline__ int32_t checked(const pairs &p, int64_t i)
+{
+    const int32_t e = p.ids[i];
+    const bool is_expert = e >= 0 && e < p.E;
+    if (!is_expert || (i % p.k > 0 && e <= p.ids[i - 1]))
+        kl_note(p.fault, p.before + i, e);
+    return is_expert ? e : -1;
+}
+
 /* every pair at its own place: what v1 goes by, and what v2 writes over */
 __global__ void __launch_bounds__(256) moe_check(pairs p)
 {
     const int64_t step = static_cast<int64_t>(gridDim.x) * BLOCK;
-    for (int64_t i = static_cast<int64_t>(blockIdx.x) * BLOCK + threadIdx.x; i < p.n; i += step) {
-        const int32_t e = p.ids[i];
-        const bool is_expert = e >= 0 && e < p.E;
-        if (!is_expert || (i % p.k > 0 && e <= p.ids[i - 1]))
-            kl_note(p.fault, p.before + i, e);
-        p.place[i] = is_expert ? static_cast<int32_t>(i) : -1;
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * BLOCK + threadIdx.x; i < p.n; i += step)
+        p.place[i] = checked(p, i) >= 0 ? static_cast<int32_t>(i) : -1;
+}
+
+/* All of v2's grouping, of up to BLOCK pairs: a pair counts those before it, by expert, then token. */
+__global__ void __launch_bounds__(256) moe_group_few(pairs p)
+{
+    KL_SHARED(int32_t, expert, [BLOCK]);
+    KL_SHARED(bool, leads, [BLOCK]); /* is the first of its group */
+    const int n = static_cast<int>(p.n), i = static_cast<int>(threadIdx.x),
+              rows = static_cast<int>(p.rows);
+    const int32_t e = i < n ? checked(p, i) : -1;
+    expert[i] = e;
+    __syncthreads();
+    int32_t begin = 0, own = 0,
+            all = 0; /* pairs of lesser experts; of this one: before i, in all */
+    for (int j = 0; j < n; j++) {
+        begin += expert[j] >= 0 && expert[j] < e;
+        own += expert[j] == e && j < i;
+        all += expert[j] == e;
     }
+    leads[i] = e >= 0 && own % rows == 0;
+    __syncthreads();
+    int32_t group = 0, groups = 0;
+    for (int j = 0; j < n; j++) {
+        group += leads[j] && (expert[j] < e || (expert[j] == e && j < i));
+        groups += leads[j];
+    }
+    if (i < n)
+        p.place[i] = e >= 0 ? begin + own : -1;
+    if (e >= 0)
+        p.token[begin + own] = static_cast<int32_t>(i / p.k);
+    if (leads[i])
+        p.groups[group] = kl_row_group{ e, begin + own, all - own < rows ? all - own : rows };
+    if (i == 0)
+        *p.n_groups = groups;
 }
 
 __global__ void __launch_bounds__(256) moe_count(pairs p)
@@ -117,6 +157,10 @@ struct pass {
 
 void group_pairs(kl_ctx *ctx, const pairs &p)
 {
+    if (kl_version() != 1 && p.n <= BLOCK) {
+        KL_LAUNCH(moe_group_few, 1, BLOCK, 0, kl_stream(ctx), p);
+        return;
+    }
     KL_LAUNCH(moe_check, kl_grid(kl_ceil_div(p.n, BLOCK)), BLOCK, 0, kl_stream(ctx), p);
     if (kl_version() == 1)
         return;
@@ -152,11 +196,9 @@ kl_status run(kl_ctx *ctx, const pass &a, const kl_weight *w_gate, const kl_weig
               const kl_weight *w_down)
 {
     group_pairs(ctx, a.p);
-    const kl_product gate = product_of(a, a.gate, true), down = product_of(a, a.down, false);
-    kl_product up = product_of(a, a.up, true);
-    up.gate = a.h; /* in place */
-    KL_TRY(kl_launch_product(ctx, &gate, w_gate, "moe", "w_gate"));
-    KL_TRY(kl_launch_product(ctx, &up, w_up, "moe", "w_up"));
+    const kl_product gate = product_of(a, a.gate, true), up = product_of(a, a.up, true),
+                     down = product_of(a, a.down, false);
+    KL_TRY(kl_launch_swiglu(ctx, &gate, &up, w_gate, w_up, "moe"));
     return kl_launch_product(ctx, &down, w_down, "moe", "w_down");
 }
 

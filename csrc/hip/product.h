@@ -45,6 +45,13 @@ struct kl_product {
     int64_t most_groups; /* for the grid */
 };
 
+/* In one launch: products of the same rows of x (x, x_row, x_step, T, D and groups), of one kernel type and one layout. */
+enum { KL_TOGETHER = 6 };
+struct kl_products {
+    kl_product of[KL_TOGETHER];
+    int64_t end[KL_TOGETHER]; /* blocks up to the last one of each */
+};
+
 /* Rows that one block takes: a few where T, the tokens of a call, is small. */
 enum { KL_FEW = 8, KL_MANY = 32 };
 static inline int64_t kl_rows_of_a_group(int64_t T) { return T <= KL_FEW ? KL_FEW : KL_MANY; }
@@ -59,5 +66,13 @@ kl_status kl_check_activations(kl_ctx *ctx, const kl_weight *w, const char *op,
 /* Launches; `op` and `name` are for the sentence about a storage type without kernels. */
 kl_status kl_launch_product(kl_ctx *ctx, const kl_product *p, const kl_weight *w, const char *op,
                             const char *name) KL_CHECKED;
+/* The same of n products, up to KL_TOGETHER, that may go together: bytes as one after the other. */
+kl_status kl_launch_products(kl_ctx *ctx, const kl_product *p, int n, const kl_weight *w,
+                             const char *op, const char *name) KL_CHECKED;
+bool kl_go_together(const kl_weight *a, const kl_weight *b);
+/* y = silu(x gate) * (x up); both have y. */
+kl_status kl_launch_swiglu(kl_ctx *ctx, const kl_product *gate, const kl_product *up,
+                           const kl_weight *w_gate, const kl_weight *w_up,
+                           const char *op) KL_CHECKED;
 
 #endif

@@ -80,23 +80,40 @@ __global__ void __launch_bounds__(256) product_v1(kl_product p)
     }
 }
 
+/* the product that a block's task is of; `task` is then one of its own */
 template <kl_type TYPE>
-__global__ void __launch_bounds__(256, 2) product_v2(kl_product p, int64_t first)
+__device__ __forceinline__ int product_of(const kl_products &a, int64_t &task)
+{
+    int i = 0;
+    while (TYPE != KL_RARE && i + 1 < KL_TOGETHER && task >= a.end[i]) /* rare types go alone */
+        i++;
+    task -= i > 0 ? a.end[i - 1] : 0;
+    return i;
+}
+
+/* GATED: y = silu(x of[0].w) * (x of[1].w) */
+template <kl_type TYPE, bool GATED>
+__global__ void __launch_bounds__(256, 2) product_v2(kl_products a, int64_t first)
 {
     const int lane = static_cast<int>(threadIdx.x) % LANES,
               set = static_cast<int>(threadIdx.x) / LANES;
-    const int64_t across = (p.w.rows + SETS - 1) / SETS, tasks = groups_of(p) * across;
-    const int64_t task = first + blockIdx.x;
-    if (task < tasks) { /* the same in every thread */
-        const kl_row_group g = group_of(p, task / across, KL_FEW);
+    int64_t task = first + blockIdx.x;
+    int i = product_of<TYPE>(a, task);
+    const int64_t across = (a.of[i].w.rows + SETS - 1) / SETS;
+    if (task >= groups_of(a.of[i]) * across) /* the same in every thread */
+        return;
+    const kl_row_group g = group_of(a.of[i], task / across, KL_FEW);
+    const int64_t r = task % across * SETS + set;
+    /* behind the last row: nothing, and all the shuffles */
+    const int64_t D = r < a.of[i].w.rows ? a.of[i].D : 0;
+    const float *x[KL_FEW];
+    for (int t = 0; t < KL_FEW; t++)
+        x[t] = row_of(a.of[i], g.begin + (t < g.count ? t : 0), g.which);
+    float gate = 0.0f;
+    for (const int last = GATED ? 1 : i; i <= last; i++) {
+        const kl_product &p = a.of[i];
         const kl_matrix w = matrix_of(p.w, g.which);
-        const int64_t r = task % across * SETS + set;
-        const int64_t D =
-            r < p.w.rows ? p.D : 0; /* behind the last row: nothing, and all the shuffles */
-        const float *x[KL_FEW];
         float acc[KL_FEW] = {};
-        for (int t = 0; t < KL_FEW; t++)
-            x[t] = row_of(p, g.begin + (t < g.count ? t : 0), g.which);
         int64_t k0 = lane;
         const size_t span_bytes = kl_row_bytes(TYPE == KL_RARE ? w.type : TYPE, KL_SPAN);
         const char *row = w.data + static_cast<size_t>(r) * w.row_bytes;
@@ -117,24 +134,29 @@ __global__ void __launch_bounds__(256, 2) product_v2(kl_product p, int64_t first
                 if (t < g.count)
                     acc[t] = fmaf(x[t][k0], v, acc[t]);
         }
+        float own = 0.0f; /* lane t has row t's */
         for (int t = 0; t < KL_FEW; t++) {
             if (t >= g.count) /* the same in every thread */
                 continue;
             const float sum = kl_sum_of_lanes(acc[t]);
-            if (lane == t && r < p.w.rows)
-                put(p, g.begin + t, g.which, r, sum);
+            own = lane == t ? sum : own;
         }
+        if (i < last)
+            gate = own;
+        else if (lane < g.count && r < p.w.rows)
+            put(p, g.begin + lane, g.which, r, GATED ? kl_silu_of(gate) * own : own);
     }
 }
 
 template <kl_type TYPE, bool TRANSPOSED>
-__global__ void __launch_bounds__(256) product_v3(kl_product p, int64_t first)
+__global__ void __launch_bounds__(256) product_v3(kl_products a, int64_t first)
 {
     KL_SHARED(float, xs, [KL_TILE_K][TILE + 1]);
     KL_SHARED(float, ws, [KL_TILE_K][TILE + 1]);
     const kl_tile_place at = kl_tile_place_of();
+    int64_t task = first + blockIdx.x;
+    const kl_product &p = a.of[product_of<TYPE>(a, task)];
     const int64_t across = (p.w.rows + TILE - 1) / TILE, tasks = groups_of(p) * across;
-    const int64_t task = first + blockIdx.x;
     if (task < tasks) { /* the same in every thread */
         const kl_row_group g = group_of(p, task / across, TILE);
         const kl_matrix w = matrix_of(p.w, g.which);
@@ -174,25 +196,78 @@ __global__ void __launch_bounds__(256) product_v3(kl_product p, int64_t first)
     }
 }
 
-template <kl_type TYPE, bool TRANSPOSED> void launch(kl_ctx *ctx, const kl_product &p, int64_t few)
+template <kl_type TYPE, bool TRANSPOSED> void launch_v1(kl_ctx *ctx, const kl_product &p)
 {
-    const int version = kl_version();
-    if (p.ids != nullptr
-        || (p.groups == nullptr && (version == 1 || (TRANSPOSED && few && TYPE != KL_RARE)))) {
-        const int64_t n = p.T * p.w.rows * (p.ids != nullptr ? 1 : p.w.n);
-        KL_LAUNCH((product_v1<TYPE, TRANSPOSED>), kl_grid(kl_ceil_div(n, BLOCK)), BLOCK, 0,
-                  kl_stream(ctx), p);
+    const int64_t n = p.T * p.w.rows * (p.ids != nullptr ? 1 : p.w.n);
+    KL_LAUNCH((product_v1<TYPE, TRANSPOSED>), kl_grid(kl_ceil_div(n, BLOCK)), BLOCK, 0,
+              kl_stream(ctx), p);
+}
+
+/* how products are launched */
+enum way { BY_ITSELF, TILES, FEW_ROWS, FEW_ROWS_GATED };
+
+/* blocks from `first` on: as many as a grid takes */
+template <kl_type TYPE, bool TRANSPOSED>
+void launch_some(kl_ctx *ctx, const kl_products &a, way how, int64_t first, unsigned grid)
+{
+    if constexpr (!TRANSPOSED) {
+        if (how == FEW_ROWS) {
+            KL_LAUNCH((product_v2<TYPE, false>), grid, BLOCK, 0, kl_stream(ctx), a, first);
+            return;
+        }
+        if constexpr (TYPE != KL_RARE)
+            if (how == FEW_ROWS_GATED) {
+                KL_LAUNCH((product_v2<TYPE, true>), grid, BLOCK, 0, kl_stream(ctx), a, first);
+                return;
+            }
+    }
+    KL_LAUNCH((product_v3<TYPE, TRANSPOSED>), grid, BLOCK, 0, kl_stream(ctx), a, first);
+}
+
+template <kl_type TYPE, bool TRANSPOSED>
+void launch(kl_ctx *ctx, const kl_product *p, int n, way how)
+{
+    if (how == BY_ITSELF) {
+        for (int i = 0; i < n; i++)
+            launch_v1<TYPE, TRANSPOSED>(ctx, p[i]);
         return;
     }
-    const bool rows_alone = !TRANSPOSED && few;
-    const int64_t tasks = p.most_groups * kl_ceil_div(p.w.rows, rows_alone ? SETS : TILE);
+    kl_products a = {};
+    int64_t tasks = 0;
+    for (int i = 0; i < KL_TOGETHER; i++) {
+        if (i < n)
+            a.of[i] = p[i];
+        if (i < (how == FEW_ROWS_GATED ? 1 : n)) /* a gate's blocks take the other product, too */
+            tasks += p[i].most_groups * kl_ceil_div(p[i].w.rows, how == TILES ? TILE : SETS);
+        a.end[i] = tasks;
+    }
     for (int64_t first = 0; first < tasks; first += kl_grid(tasks - first))
-        if (rows_alone)
-            KL_LAUNCH((product_v2<TYPE>), kl_grid(tasks - first), BLOCK, 0, kl_stream(ctx), p,
-                      first);
-        else
-            KL_LAUNCH((product_v3<TYPE, TRANSPOSED>), kl_grid(tasks - first), BLOCK, 0,
-                      kl_stream(ctx), p, first);
+        launch_some<TYPE, TRANSPOSED>(ctx, a, how, first, kl_grid(tasks - first));
+}
+
+/* Few rows of x: by groups, their rows; else by T. */
+way way_of(const kl_product &p, const kl_weight *w)
+{
+    const int version = kl_version();
+    const bool few = p.T <= KL_FEW && version != 3, rare = kl_kernel_type(w->type) == KL_RARE;
+    if (p.ids != nullptr
+        || (p.groups == nullptr && (version == 1 || (w->transposed && few && !rare))))
+        return BY_ITSELF;
+    return few && !w->transposed ? FEW_ROWS : TILES;
+}
+
+kl_status launch_any(kl_ctx *ctx, const kl_product *p, int n, way how, const kl_weight *w,
+                     const char *op, const char *name)
+{
+    switch (kl_kernel_type(w->type)) {
+#define CASE(TYPE)                                                                                 \
+    case TYPE:                                                                                     \
+        w->transposed ? launch<TYPE, true>(ctx, p, n, how) : launch<TYPE, false>(ctx, p, n, how);  \
+        return KL_OK;
+        KL_KERNEL_TYPES(CASE)
+#undef CASE
+    default: return kl_no_type(ctx, op, name, w->type);
+    }
 }
 
 bool takes_int8(kl_type type)
@@ -240,18 +315,31 @@ kl_status kl_check_activations(kl_ctx *ctx, const kl_weight *w, const char *op, 
                             op, int8 ? "int8" : "bfloat16", name);
 }
 
+bool kl_go_together(const kl_weight *a, const kl_weight *b)
+{
+    const int type = kl_kernel_type(a->type);
+    return type != KL_RARE && type == kl_kernel_type(b->type) && a->transposed == b->transposed;
+}
+
+kl_status kl_launch_products(kl_ctx *ctx, const kl_product *p, int n, const kl_weight *w,
+                             const char *op, const char *name)
+{
+    return launch_any(ctx, p, n, way_of(*p, w), w, op, name);
+}
+
 kl_status kl_launch_product(kl_ctx *ctx, const kl_product *p, const kl_weight *w, const char *op,
                             const char *name)
 {
-    /* which version: by groups, their rows; else by T */
-    const bool few = p->T <= KL_FEW && kl_version() != 3;
-    switch (kl_kernel_type(w->type)) {
-#define CASE(TYPE)                                                                                 \
-    case TYPE:                                                                                     \
-        w->transposed ? launch<TYPE, true>(ctx, *p, few) : launch<TYPE, false>(ctx, *p, few);      \
-        return KL_OK;
-        KL_KERNEL_TYPES(CASE)
-#undef CASE
-    default: return kl_no_type(ctx, op, name, w->type);
-    }
+    return kl_launch_products(ctx, p, 1, w, op, name);
+}
+
+kl_status kl_launch_swiglu(kl_ctx *ctx, const kl_product *gate, const kl_product *up,
+                           const kl_weight *w_gate, const kl_weight *w_up, const char *op)
+{
+    kl_product both[] = { *gate, *up };
+    if (way_of(*gate, w_gate) == FEW_ROWS && kl_go_together(w_gate, w_up))
+        return launch_any(ctx, both, 2, FEW_ROWS_GATED, w_gate, op, "w_gate");
+    KL_TRY(kl_launch_product(ctx, gate, w_gate, op, "w_gate"));
+    both[1].gate = gate->y;
+    return kl_launch_product(ctx, &both[1], w_up, op, "w_up");
 }

@@ -1,7 +1,8 @@
 /* short_conv (ops/short_conv.c). One chain of fma by rising tap, as on the CPU: its bytes, where nothing is subnormal.
  *   v1  one thread a channel of a sequence: all its tokens, each by W loads.
  *   v2  one thread RUN tokens of a channel: the last W inputs stay in registers, a token is one load (launched).
- * The history is written by a launch of its own, when all outputs are there: it may be the history that they read. */
+ * The history is written when all outputs are there, because it may be the history that they read: by v2 where one run is
+ * the whole batch, as in decoding, else by a launch of its own. */
 #include "ragged.h"
 #include "scalar.h"
 
@@ -17,6 +18,7 @@ struct convolution {
     const int64_t *offsets;
     int64_t N, T, C, W;
     kl_activation activation;
+    bool keeps; /* a history is asked for */
 };
 
 /* The input at token t of a sequence that begins at row `begin`; t counts from -(W - 1). */
@@ -31,6 +33,16 @@ __device__ __forceinline__ float input(const convolution &a, const float *histor
 __device__ __forceinline__ float activated(const convolution &a, float sum)
 {
     return a.activation == KL_SILU ? kl_silu_of(sum) : sum;
+}
+
+/* The last W - 1 inputs of a channel, read before they are written over: row i is read from rows i and later. */
+__device__ __forceinline__ void keep(const convolution &a, int64_t n, int64_t c)
+{
+    const int64_t begin = a.offsets[n];
+    const float *history = kl_state_of(a.in, n);
+    float *to = kl_state_of(a.out, n);
+    for (int64_t j = 0; j < a.W - 1; j++)
+        to[j * a.C + c] = input(a, history, begin, a.offsets[n + 1] - begin - (a.W - 1) + j, c);
 }
 
 __global__ void __launch_bounds__(256) short_conv_v1(convolution a)
@@ -49,7 +61,7 @@ __global__ void __launch_bounds__(256) short_conv_v1(convolution a)
     }
 }
 
-template <int W> __global__ void __launch_bounds__(256) short_conv_v2(convolution a)
+template <int W> __global__ void __launch_bounds__(256, 1) short_conv_v2(convolution a)
 {
     const int64_t runs = (a.T + RUN - 1) / RUN, step = static_cast<int64_t>(gridDim.x) * BLOCK;
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * BLOCK + threadIdx.x; i < runs * a.C;
@@ -78,21 +90,17 @@ template <int W> __global__ void __launch_bounds__(256) short_conv_v2(convolutio
                 sum = fmaf(tap[j], seen[j], sum);
             a.y[t * a.C + c] = activated(a, sum);
         }
+        for (n = 0; runs == 1 && a.keeps && n < a.N; n++)
+            keep(a, n, c);
     }
 }
 
-/* The last W - 1 inputs, read before they are written over: row i is read from rows i and later. */
 __global__ void __launch_bounds__(256) short_conv_keep(convolution a)
 {
     const int64_t step = static_cast<int64_t>(gridDim.x) * BLOCK;
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * BLOCK + threadIdx.x; i < a.N * a.C;
-         i += step) {
-        const int64_t n = i / a.C, c = i % a.C, begin = a.offsets[n];
-        const float *history = kl_state_of(a.in, n);
-        float *to = kl_state_of(a.out, n);
-        for (int64_t j = 0; j < a.W - 1; j++)
-            to[j * a.C + c] = input(a, history, begin, a.offsets[n + 1] - begin - (a.W - 1) + j, c);
-    }
+         i += step)
+        keep(a, i / a.C, i % a.C);
 }
 
 void convolve(kl_ctx *ctx, const convolution &a)
@@ -125,7 +133,8 @@ kl_status hip_short_conv(kl_ctx *ctx, float *y, kl_slots history_out, const floa
                          int64_t T, int64_t C, int64_t W, kl_activation activation)
 {
     const size_t mark = kl_core_of->scratch_mark(ctx);
-    convolution a = { y, x, w, {}, {}, nullptr, N, T, C, W, activation };
+    const bool keeps = N > 0 && W > 1 && history_out.base != nullptr;
+    convolution a = { y, x, w, {}, {}, nullptr, N, T, C, W, activation, keeps };
     KL_TRY(kl_put_table(ctx, &a.offsets, offsets, N + 1));
     KL_TRY(kl_put_states(ctx, &a.out, history_out, N));
     KL_TRY(kl_put_states(ctx, &a.in, history_in, N));
@@ -135,7 +144,7 @@ kl_status hip_short_conv(kl_ctx *ctx, float *y, kl_slots history_out, const floa
     }
     if (T > 0)
         convolve(ctx, a);
-    if (N > 0 && W > 1 && a.out.base != nullptr)
+    if (keeps && (kl_version() == 1 || T == 0 || T > RUN))
         KL_LAUNCH(short_conv_keep, kl_grid(kl_ceil_div(N * C, BLOCK)), BLOCK, 0, kl_stream(ctx), a);
     kl_core_of->scratch_reset(ctx, mark);
     return kl_launched(ctx, "short_conv");

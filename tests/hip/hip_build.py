@@ -59,7 +59,7 @@ def host_library():
     if not ON_HOST:
         return None
     library = ctypes.CDLL(str(built()[0]))
-    for count in (library.kl_host_waits, library.kl_host_pageable, library.kl_host_copies):
+    for count in (library.kl_host_waits, library.kl_host_pageable, library.kl_host_copies, library.kl_host_launches):
         count.restype = ctypes.c_int64
     return library
 

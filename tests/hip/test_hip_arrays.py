@@ -287,6 +287,17 @@ def test_hip_decoded_token_copies_two_numbers():
     assert counts[0] > counts[1] and counts[1:] == [2, 2, 2]
 
 
+@host_build_only
+def test_hip_decoded_token_launches():
+    """Four mixers of KDA, two of MLA, a dense feed-forward, five of experts; embedding, norm, last rows and head."""
+    model = kl.Model.tiny(device=DEVICE)
+    state, launches = kl.State(model), host_library().kl_host_launches
+    for id in (3, 4):
+        before = launches()
+        model.forward([id], state=state)
+        assert launches() - before == 4 * 15 + 2 * 11 + 5 + 5 * 11 + 4
+
+
 def test_hip_tables_that_are_replaced_are_read_before():
     """More tables than are kept, a new one a call: the oldest, which all calls read, stays while the new one is put."""
     n, width, caches = 1500, 600, []

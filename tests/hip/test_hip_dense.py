@@ -4,7 +4,7 @@ a ladder, for waves of 32 and 64 and any order of threads, so that they are with
 import numpy as np
 import pytest
 from block_data import READ_ONLY, WRITABLE, raw_blocks, same_floats
-from hip_build import DEVICE, context, everywhere, host_library, set_up, versions
+from hip_build import DEVICE, context, everywhere, host_build_only, host_library, set_up, versions
 from hip_weights import CPU, random_blocks, stored
 from judge import normal
 
@@ -180,6 +180,39 @@ def test_hip_linear_of_transposed_blocks(type, T, version):
     same_as_the_cpu(run, False)
 
 
+#: Neighbours of one kernel type go together, up to six; rare types and a transposed matrix go alone.
+SEVERAL = [(19, "F32"), (1, "F32"), (33, "Q8_0"), (40, "Q4_K"), (16, "Q4_K"), (70, "Q4_K"), (5, "Q4_K"), (17, "Q4_K"),
+           (32, "Q4_K"), (9, "Q4_K"), (3, "IQ3_S"), (20, "IQ3_S"), (7, "IQ2_XS"), (18, "F16"), (34, "turned"),
+           (2, "turned")]
+
+
+def several():
+    for i, (rows, type) in enumerate(SEVERAL):
+        w = normal(rows, 512, seed=i + 1)
+        yield np.asfortranarray(w) if type == "turned" else stored(w, type)
+
+
+@pytest.mark.parametrize("T", [1, 8, 9, 40])
+def test_hip_linear_of_several_weights_has_the_bytes_of_each_alone(T, version):
+    x, w = normal(T, 512), list(several())
+    biases = [normal(len(m), seed=90) if i % 2 else None for i, m in enumerate(w)]
+    together = kl.ops.linear(x, w, bias=biases, ctx=context())
+    for y, m, bias in zip(together, w, biases, strict=True):
+        assert y.tobytes() == kl.ops.linear(x, m, bias=bias, ctx=context()).tobytes()
+    same_as_the_cpu(lambda ctx: tuple(kl.ops.linear(x, w, bias=biases, ctx=ctx)), T == 8)
+
+
+@host_build_only
+@pytest.mark.parametrize("T, launches", [(1, 10), (9, 9)])
+def test_hip_linear_of_several_weights_launches(T, launches):
+    """F32; Q8_0; six and one of Q4_K; three of rare types; F16; transposed ones, for one token each alone."""
+    x, w, ctx = normal(T, 512), list(several()), context()
+    count = host_library().kl_host_launches
+    before = count()
+    kl.ops.linear(x, w, ctx=ctx)
+    assert count() - before == launches
+
+
 def test_hip_a_token_has_the_same_bytes_in_any_batch():
     x, w = normal(70, 100), normal(70, 100, seed=1)
     whole = kl.ops.linear(x, w, ctx=context())
@@ -202,11 +235,12 @@ def experts(T, E=6, D=33, F=20, k=3, type="F32", seed=0):
 
 @pytest.mark.parametrize("shape", [dict(E=1, D=1, F=1, k=1), dict(E=2, D=16, F=15, k=2), dict(), dict(E=40, k=8)],
                          ids=str)
-@pytest.mark.parametrize("T", [0, 1, 8, 9])
+@pytest.mark.parametrize("T", [0, 1, 8, 9, 90])
 def test_hip_moe_has_the_bytes_of_the_cpu(T, shape, version):
+    """Up to 256 pairs are grouped by one block."""
     inputs = experts(T, **shape)
     inputs["shared"] = normal(*inputs["x"].shape, seed=9) if T % 2 else None
-    y = same_as_the_cpu(lambda ctx: kl.ops.moe(**inputs, ctx=ctx), T in (1, 9) and "E" not in shape)
+    y = same_as_the_cpu(lambda ctx: kl.ops.moe(**inputs, ctx=ctx), T in (1, 9, 90) and "E" not in shape)
     ref = kl.reference.moe(**inputs)
     assert (np.abs(y - ref) <= budget("moe", ref, **inputs)).all()
 
@@ -219,9 +253,10 @@ def test_hip_moe_of_any_type(type, version):
 
 
 def test_hip_moe_of_three_types_in_one_call(version):
-    inputs = experts(12, D=256, F=256) | {"w_up": stored(normal(6, 256, 256, seed=2), "Q4_K"),
-                                          "w_down": stored(normal(6, 256, 256, seed=3), "Q6_K")}
-    same_as_the_cpu(lambda ctx: kl.ops.moe(**inputs, ctx=ctx), False)
+    for T in (3, 12):
+        inputs = experts(T, D=256, F=256) | {"w_up": stored(normal(6, 256, 256, seed=2), "Q4_K"),
+                                             "w_down": stored(normal(6, 256, 256, seed=3), "Q6_K")}
+        same_as_the_cpu(lambda ctx, inputs=inputs: kl.ops.moe(**inputs, ctx=ctx), False)
 
 
 def test_hip_moe_of_more_tokens_than_a_pass():
@@ -243,9 +278,10 @@ def core_moe(ctx, inputs, y):
     kl._core.moe(ctx._core, y, inputs["x"], inputs["ids"], inputs["weights"], *weight, None, T, 33, 20, k)
 
 
+@pytest.mark.parametrize("T", [20, 90])
 @pytest.mark.parametrize("wrong, sentence", [(77, "is 77"), (-1, "is -1"), (0, "is 0")])
-def test_hip_moe_says_which_id_is_wrong_and_goes_on(wrong, sentence, version):
-    good, y = experts(20), np.full((20, 33), 7, np.float32)
+def test_hip_moe_says_which_id_is_wrong_and_goes_on(wrong, sentence, T, version):
+    good, y = experts(T), np.full((T, 33), 7, np.float32)
     bad = good | dict(ids=good["ids"].copy())
     bad["ids"][5, 2] = bad["ids"][9, 1] = wrong
     with pytest.raises(ValueError, match=rf"moe: ids\[5, 2\] \(token, slot\) {sentence}; ids of a token must rise "
@@ -254,6 +290,15 @@ def test_hip_moe_says_which_id_is_wrong_and_goes_on(wrong, sentence, version):
     assert (y == 7).all()
     core_moe(context(), good, y)
     assert y.tobytes() == kl.ops.moe(**good).tobytes()
+
+
+@pytest.mark.parametrize("T", [8, 90])
+def test_hip_moe_of_one_id_everywhere_fails_and_stays_inside_its_arrays(T, version):
+    """Each expert of a token the same: more pairs of it than there are tokens, in more groups."""
+    bad, y = experts(T) | dict(ids=np.full((T, 3), 2, np.int32)), np.full((T, 33), 7, np.float32)
+    with pytest.raises(ValueError, match=r"moe: ids\[0, 1\] \(token, slot\) is 2"):
+        core_moe(context(), bad, y)
+    assert (y == 7).all()
 
 
 # ---- route ----

@@ -69,8 +69,9 @@ CASES = {
     "embedding": dict(ids=np.arange(70) % 9, table=stored(normal(9, 512), "Q5_0")),
     "linear few": dict(x=normal(5, 256), w=stored(normal(90, 256, seed=1), "IQ3_S")),
     "linear": dict(x=normal(70, 256), w=stored(normal(90, 256, seed=1), "Q4_K")),
+    "linear several": dict(x=normal(5, 256), w=[stored(normal(n, 256, seed=n), "Q4_K") for n in (90, 3, 40)]),
     "moe few": experts(6),
-    "moe": experts(80),
+    "moe": experts(90),
     "route": dict(scores=normal(70, 33), k=4),
     "quantize": dict(x=normal(50, 64), type="Q8_0"),
     "dequantize": dict(q=stored(normal(9, 512), "TQ1_0")),
@@ -84,7 +85,7 @@ CASES = {
 
 
 def bytes_of(got):
-    parts = got if isinstance(got, tuple) else (got,)
+    parts = got if isinstance(got, tuple | list) else (got,)
     return b"".join(np.asarray(getattr(part, "data", part)).tobytes() for part in parts)
 
 

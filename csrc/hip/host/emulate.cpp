@@ -54,6 +54,7 @@ struct engine {
     bool failed;
     uint64_t random;
     size_t dynamic_bytes;
+    int64_t launches;
 };
 
 engine e;
@@ -365,6 +366,7 @@ void begin_launch(const char *name)
     e.lock.lock();
     e.kernel = name;
     e.failed = false;
+    e.launches++;
     here.thread = 0;
 }
 
@@ -439,6 +441,13 @@ extern "C" __attribute__((visibility("default"))) void kl_host_last(int64_t bloc
 {
     const std::lock_guard<std::mutex> hold(kl_host::e.lock);
     kl_host::chosen.last = blocks;
+}
+
+/* how many kernels were launched */
+extern "C" __attribute__((visibility("default"))) int64_t kl_host_launches()
+{
+    const std::lock_guard<std::mutex> hold(kl_host::e.lock);
+    return kl_host::e.launches;
 }
 
 hipError_t hipGetLastError()
