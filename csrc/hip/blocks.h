@@ -10,9 +10,8 @@
 
 static __device__ __forceinline__ uint16_t kl_u16_at(const void *p)
 {
-    uint16_t bits;
-    memcpy(&bits, __builtin_assume_aligned(p, 2), sizeof bits);
-    return bits;
+    typedef uint16_t __attribute__((may_alias)) word;
+    return *static_cast<const word *>(p);
 }
 static __device__ __forceinline__ uint32_t kl_u32_at(const uint8_t *p) /* on an even address */
 {
@@ -23,17 +22,29 @@ static __device__ __forceinline__ float kl_f16_at(const void *p)
     return kl_from_f16(kl_u16_at(p));
 }
 
+/* The bytes of a block, read two at a time: of values that lie side by side each second one comes with its neighbour. */
+struct kl_pairs {
+    const uint8_t *p; /* on an even address */
+    __device__ __forceinline__ uint8_t operator[](unsigned i) const
+    {
+        return static_cast<uint8_t>(kl_u16_at(p + (i & ~1u)) >> (i & 1u) * 8);
+    }
+    __device__ __forceinline__ kl_pairs operator+(unsigned n) const { return kl_pairs{ p + n }; }
+};
+static __device__ __forceinline__ uint16_t kl_u16_at(kl_pairs b) { return kl_u16_at(b.p); }
+static __device__ __forceinline__ float kl_f16_at(kl_pairs b) { return kl_f16_at(b.p); }
+
 static __device__ __forceinline__ float kl_times(float a, int q)
 {
     return a * static_cast<float>(q);
 }
 static __device__ __forceinline__ int kl_signed_byte(uint8_t b) { return static_cast<int8_t>(b); }
 
-/* ---- types with kernels of their own ---- */
+/* ---- types with kernels of their own: of bytes, or of kl_pairs of them ---- */
 
 struct kl_block_q8_0 { /* d[2], q[32] */
     static const int values = 32, bytes = 34;
-    static __device__ __forceinline__ float value(const uint8_t *b, unsigned i)
+    template <class BYTES> static __device__ __forceinline__ float value(BYTES b, unsigned i)
     {
         return kl_times(kl_f16_at(b), kl_signed_byte(b[2 + i]));
     }
@@ -41,7 +52,7 @@ struct kl_block_q8_0 { /* d[2], q[32] */
 
 struct kl_block_q4_0 { /* d[2], q[16] */
     static const int values = 32, bytes = 18;
-    static __device__ __forceinline__ float value(const uint8_t *b, unsigned i)
+    template <class BYTES> static __device__ __forceinline__ float value(BYTES b, unsigned i)
     {
         return kl_times(kl_f16_at(b), (b[2 + i % 16] >> i / 16 * 4 & 15) - 8);
     }
@@ -56,7 +67,7 @@ static __device__ __forceinline__ int kl_iq4_level(unsigned q)
 
 struct kl_block_iq4_nl { /* d[2], q[16] */
     static const int values = 32, bytes = 18;
-    static __device__ __forceinline__ float value(const uint8_t *b, unsigned i)
+    template <class BYTES> static __device__ __forceinline__ float value(BYTES b, unsigned i)
     {
         return kl_times(kl_f16_at(b), kl_iq4_level(b[2 + i % 16] >> i / 16 * 4 & 15u));
     }
@@ -64,7 +75,7 @@ struct kl_block_iq4_nl { /* d[2], q[16] */
 
 struct kl_block_iq4_xs { /* d[2], high[2], low[4], q[8][16] */
     static const int values = 256, bytes = 136;
-    static __device__ __forceinline__ float value(const uint8_t *b, unsigned i)
+    template <class BYTES> static __device__ __forceinline__ float value(BYTES b, unsigned i)
     {
         const unsigned s = i / 32, j = i % 32;
         const int scale = (b[4 + s / 2] >> s % 2 * 4 & 15) | (kl_u16_at(b + 2) >> 2 * s & 3) << 4;
@@ -75,7 +86,7 @@ struct kl_block_iq4_xs { /* d[2], high[2], low[4], q[8][16] */
 
 struct kl_block_q2_k { /* scales[16], q[2][32], d[2], dmin[2] */
     static const int values = 256, bytes = 84;
-    static __device__ __forceinline__ float value(const uint8_t *b, unsigned i)
+    template <class BYTES> static __device__ __forceinline__ float value(BYTES b, unsigned i)
     {
         const int scales = b[i / 16], q = b[16 + i / 128 * 32 + i % 32] >> i / 32 % 4 * 2 & 3;
         const float a = kl_times(kl_f16_at(b + 80), scales & 15),
@@ -86,10 +97,10 @@ struct kl_block_q2_k { /* scales[16], q[2][32], d[2], dmin[2] */
 
 struct kl_block_q3_k { /* high[32], low[2][32], scales[12], d[2] */
     static const int values = 256, bytes = 110;
-    static __device__ __forceinline__ float value(const uint8_t *b, unsigned i)
+    template <class BYTES> static __device__ __forceinline__ float value(BYTES b, unsigned i)
     {
         const unsigned s = i / 16, r = i / 32;
-        const uint8_t *scales = b + 96;
+        const BYTES scales = b + 96;
         const int scale =
             (scales[s % 8] >> s / 8 * 4 & 15) | (scales[8 + s % 4] >> s / 4 * 2 & 3) << 4;
         const int q = (b[32 + r / 4 * 32 + i % 32] >> r % 4 * 2 & 3) | (b[i % 32] >> r & 1) << 2;
@@ -99,8 +110,8 @@ struct kl_block_q3_k { /* high[32], low[2][32], scales[12], d[2] */
 
 /* scale (WHICH 0) or minimum (WHICH 1) of sub-block s of Q4_K and Q5_K: quant/k_quants.h. The second four have their low
  * bits behind the first four, their high bits above these. Without a branch, also where s is known late. */
-template <int WHICH>
-static __device__ __forceinline__ int kl_packed_scale(const uint8_t *packed, unsigned s)
+template <int WHICH, class BYTES>
+static __device__ __forceinline__ int kl_packed_scale(BYTES packed, unsigned s)
 {
     const unsigned second = s / 4; /* 0 or 1 */
     const int low = packed[s + 4 * (second != 0 ? 1 : WHICH)], above = packed[s % 4 + 4 * WHICH];
@@ -110,7 +121,7 @@ static __device__ __forceinline__ int kl_packed_scale(const uint8_t *packed, uns
 
 struct kl_block_q4_k { /* d[2], dmin[2], scales[12], q[4][32] */
     static const int values = 256, bytes = 144;
-    static __device__ __forceinline__ float value(const uint8_t *b, unsigned i)
+    template <class BYTES> static __device__ __forceinline__ float value(BYTES b, unsigned i)
     {
         const unsigned s = i / 32;
         const int q = b[16 + s / 2 * 32 + i % 32] >> s % 2 * 4 & 15;
@@ -122,7 +133,7 @@ struct kl_block_q4_k { /* d[2], dmin[2], scales[12], q[4][32] */
 
 struct kl_block_q5_k { /* d[2], dmin[2], scales[12], high[32], low[4][32] */
     static const int values = 256, bytes = 176;
-    static __device__ __forceinline__ float value(const uint8_t *b, unsigned i)
+    template <class BYTES> static __device__ __forceinline__ float value(BYTES b, unsigned i)
     {
         const unsigned s = i / 32, j = i % 32;
         const int q = (b[48 + s / 2 * 32 + j] >> s % 2 * 4 & 15) | (b[16 + j] >> s & 1) << 4;
@@ -134,7 +145,7 @@ struct kl_block_q5_k { /* d[2], dmin[2], scales[12], high[32], low[4][32] */
 
 struct kl_block_q6_k { /* low[2][64], high[2][32], scales[16], d[2] */
     static const int values = 256, bytes = 210;
-    static __device__ __forceinline__ float value(const uint8_t *b, unsigned i)
+    template <class BYTES> static __device__ __forceinline__ float value(BYTES b, unsigned i)
     {
         const unsigned half = i / 128, r = i / 32 % 4, j = i % 32;
         const int q = (b[64 * half + r % 2 * 32 + j] >> r / 2 * 4 & 15)

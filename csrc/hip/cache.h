@@ -35,7 +35,7 @@ static inline kl_status kl_put_cache(kl_ctx *ctx, kl_cached *to, const kl_cache 
 static __device__ __forceinline__ char *kl_cached_row(const kl_cached &c, int64_t n,
                                                       int64_t position)
 {
-    return static_cast<char *>(c.page[n * c.pages + position / KL_PAGE]) + c.offset
+    return kl_global(static_cast<char *>(c.page[n * c.pages + position / KL_PAGE])) + c.offset
            + static_cast<size_t>(position % KL_PAGE) * c.row_bytes;
 }
 

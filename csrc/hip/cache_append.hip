@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(256) cache_append_v1(rows a)
     }
 }
 
-__global__ void __launch_bounds__(256) cache_append_v2(rows a)
+__global__ void __launch_bounds__(256, 1) cache_append_v2(rows a)
 {
     for (int64_t t = blockIdx.x; t < a.T; t += gridDim.x) {
         char *row = row_of(a, t);

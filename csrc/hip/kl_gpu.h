@@ -119,4 +119,16 @@ template <class T> static __device__ __forceinline__ const T *kl_forget(const T 
     return p;
 }
 
+/* p, of which the compiler learns that it is no shared memory: an address that was itself read could be any. */
+template <class T> static __device__ __forceinline__ T *kl_global(T *p)
+{
+#if defined(__HIP_DEVICE_COMPILE__)
+    typedef __attribute__((address_space(1))) T *in_global;
+    return (T *)(in_global) reinterpret_cast<uintptr_t>(p);
+#elif defined(__CUDA_ARCH__)
+    __builtin_assume(__isGlobal(p));
+#endif
+    return p;
+}
+
 #endif

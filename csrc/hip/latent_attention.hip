@@ -31,7 +31,7 @@ struct product {
 template <kl_type TYPE>
 __device__ __forceinline__ float weight(const product &p, int64_t h, int64_t out, int64_t in)
 {
-    const char *data = static_cast<const char *>(p.matrix[h]);
+    const char *data = kl_global(static_cast<const char *>(p.matrix[h]));
     return p.across ? kl_value_at<TYPE>(p.type, data + static_cast<size_t>(in) * p.row_bytes, out)
                     : kl_value_at<TYPE>(p.type, data + static_cast<size_t>(out) * p.row_bytes, in);
 }
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(256, 1) latent_product_across_v2(product p, in
     if (i >= (p.tokens + TOGETHER - 1) / TOGETHER * p.H * p.out)
         return;
     const int64_t out = i % p.out, h = i / p.out % p.H, t = i / p.out / p.H * TOGETHER;
-    const char *row = static_cast<const char *>(p.matrix[h]);
+    const char *row = kl_global(static_cast<const char *>(p.matrix[h]));
     float sum[TOGETHER] = {};
     int64_t d = 0;
     for (; TYPE != KL_RARE && d + KL_CHAIN <= p.in; d += KL_CHAIN) {

@@ -242,7 +242,7 @@ kl_status hip_moe(kl_ctx *ctx, float *y, const float *x, const int32_t *ids, con
         a.p.n = a.T * k;
         a.p.before = t * k;
         a.p.rows = kl_rows_of_a_group(a.T);
-        a.most_groups = least(E, a.p.n) + a.p.n / a.p.rows;
+        a.most_groups = least(a.p.n, least(E, a.p.n) + a.p.n / a.p.rows);
         KL_TRY(run(ctx, a, w_gate, w_up, w_down));
         KL_LAUNCH(moe_add, kl_grid(a.T), BLOCK, 0, kl_stream(ctx), y + t * D, a.out, a.p.place,
                   weights + t * k, shared != nullptr ? shared + t * D : nullptr, a.T, D, k);

@@ -54,7 +54,10 @@ struct kl_products {
 
 /* Rows that one block takes: a few where T, the tokens of a call, is small. */
 enum { KL_FEW = 8, KL_MANY = 32 };
-static inline int64_t kl_rows_of_a_group(int64_t T) { return T <= KL_FEW ? KL_FEW : KL_MANY; }
+static inline int64_t kl_rows_of_a_group(int64_t T)
+{
+    return T <= 1 ? 1 : T <= KL_FEW ? KL_FEW : KL_MANY;
+}
 
 /* Puts the addresses of w's matrices on the device where they are at no equal distances. */
 kl_status kl_matrices_of(kl_ctx *ctx, kl_matrices *to, const kl_weight *w) KL_CHECKED;

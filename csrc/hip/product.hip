@@ -1,12 +1,13 @@
-/* product.h: three versions, one order of sums, the CPU's: sixteen lanes, lane l adds the terms k = l mod 16 by fma from
+/* product.h: four versions, one order of sums, the CPU's: sixteen lanes, lane l adds the terms k = l mod 16 by fma from
  * +0, then the halving tree.
  *   v1  one output a thread, its sixteen lanes in registers.
  *   v2  sixteen threads an output row, a lane each, up to KL_FEW rows of x: the row of w is read once, sixteen values of
  *       it by a thread at a time.
  *   v3  32 x 32 outputs a block over shared memory. Sixteen threads share 8 x 8 outputs, a lane each: 64 running sums a
  *       thread, 4 fma a value that it reads. The tree is shuffles, at the end.
- * Launched: v2 for few rows of x and w's rows that lie together, v1 for few rows and a transposed matrix (of a rare
- * type v3), else v3. */
+ *   v4  four threads an output row of one row of x, four lanes each: neighbours, that are read together.
+ * Launched: of w's rows that lie together v4 for one row of x (of a rare type v2), v2 for few; of a transposed matrix v1
+ * for few (of a rare type v3); else v3. Neighbours in a call go together, but for v1 and rare types. */
 #include "product.h"
 
 #include "../cpu/int8.h"
@@ -16,12 +17,13 @@
 namespace
 {
 
-const int BLOCK = KL_TILE_BLOCK, LANES = KL_LANES, SETS = BLOCK / LANES, TILE = KL_TILE;
+const int BLOCK = KL_TILE_BLOCK, LANES = KL_LANES, SETS = BLOCK / LANES,
+          QUAD_SETS = BLOCK / KL_QUADS, TILE = KL_TILE;
 
 __device__ __forceinline__ kl_matrix matrix_of(const kl_matrices &w, int64_t which)
 {
     const char *data = w.table != nullptr ? w.table[which] : w.first + which * w.step;
-    return kl_matrix{ data, w.row_bytes, w.rows, 0, w.type };
+    return kl_matrix{ kl_global(data), w.row_bytes, w.rows, 0, w.type };
 }
 
 /* by sizes: group j is matrix j % n, so that blocks that run together read the same rows of x */
@@ -91,29 +93,24 @@ __device__ __forceinline__ int product_of(const kl_products &a, int64_t &task)
     return i;
 }
 
-/* GATED: y = silu(x of[0].w) * (x of[1].w) */
-template <kl_type TYPE, bool GATED>
+template <kl_type TYPE>
 __global__ void __launch_bounds__(256, 2) product_v2(kl_products a, int64_t first)
 {
     const int lane = static_cast<int>(threadIdx.x) % LANES,
               set = static_cast<int>(threadIdx.x) / LANES;
     int64_t task = first + blockIdx.x;
-    int i = product_of<TYPE>(a, task);
-    const int64_t across = (a.of[i].w.rows + SETS - 1) / SETS;
-    if (task >= groups_of(a.of[i]) * across) /* the same in every thread */
-        return;
-    const kl_row_group g = group_of(a.of[i], task / across, KL_FEW);
-    const int64_t r = task % across * SETS + set;
-    /* behind the last row: nothing, and all the shuffles */
-    const int64_t D = r < a.of[i].w.rows ? a.of[i].D : 0;
-    const float *x[KL_FEW];
-    for (int t = 0; t < KL_FEW; t++)
-        x[t] = row_of(a.of[i], g.begin + (t < g.count ? t : 0), g.which);
-    float gate = 0.0f;
-    for (const int last = GATED ? 1 : i; i <= last; i++) {
-        const kl_product &p = a.of[i];
+    const kl_product &p = a.of[product_of<TYPE>(a, task)];
+    const int64_t across = (p.w.rows + SETS - 1) / SETS;
+    if (task < groups_of(p) * across) { /* the same in every thread */
+        const kl_row_group g = group_of(p, task / across, KL_FEW);
         const kl_matrix w = matrix_of(p.w, g.which);
+        const int64_t r = task % across * SETS + set;
+        const int64_t D =
+            r < p.w.rows ? p.D : 0; /* behind the last row: nothing, and all the shuffles */
+        const float *x[KL_FEW];
         float acc[KL_FEW] = {};
+        for (int t = 0; t < KL_FEW; t++)
+            x[t] = row_of(p, g.begin + (t < g.count ? t : 0), g.which);
         int64_t k0 = lane;
         const size_t span_bytes = kl_row_bytes(TYPE == KL_RARE ? w.type : TYPE, KL_SPAN);
         const char *row = w.data + static_cast<size_t>(r) * w.row_bytes;
@@ -134,17 +131,61 @@ __global__ void __launch_bounds__(256, 2) product_v2(kl_products a, int64_t firs
                 if (t < g.count)
                     acc[t] = fmaf(x[t][k0], v, acc[t]);
         }
-        float own = 0.0f; /* lane t has row t's */
         for (int t = 0; t < KL_FEW; t++) {
             if (t >= g.count) /* the same in every thread */
                 continue;
             const float sum = kl_sum_of_lanes(acc[t]);
-            own = lane == t ? sum : own;
+            if (lane == t && r < p.w.rows)
+                put(p, g.begin + t, g.which, r, sum);
         }
+    }
+}
+
+/* GATED: y = silu(x of[0].w) * (x of[1].w) */
+template <kl_type TYPE, bool GATED>
+__global__ void __launch_bounds__(256, 2) product_v4(kl_products a, int64_t first)
+{
+    const int quad = static_cast<int>(threadIdx.x) % KL_QUADS,
+              set = static_cast<int>(threadIdx.x) / KL_QUADS;
+    int64_t task = first + blockIdx.x;
+    int i = product_of<TYPE>(a, task);
+    const int64_t across = (a.of[i].w.rows + QUAD_SETS - 1) / QUAD_SETS;
+    if (task >= groups_of(a.of[i]) * across) /* the same in every thread */
+        return;
+    const kl_row_group g = group_of(a.of[i], task / across, 1);
+    const int64_t r = task % across * QUAD_SETS + set;
+    /* behind the last row: nothing, and all the shuffles */
+    const int64_t D = r < a.of[i].w.rows ? a.of[i].D : 0;
+    const float *x = row_of(a.of[i], g.begin, g.which) + 4 * quad;
+    float gate = 0.0f;
+    for (const int last = GATED ? 1 : i; i <= last; i++) {
+        const kl_matrix w = matrix_of(a.of[i].w, g.which);
+        const char *row = w.data + static_cast<size_t>(r) * w.row_bytes;
+        float lane[4] = {};
+        int64_t k0 = 0;
+        for (; k0 + KL_SPAN <= D; k0 += KL_SPAN, row += kl_row_bytes(TYPE, KL_SPAN)) {
+            KL_UNROLL
+            for (int h = 0; h < KL_SPAN; h += 4 * LANES) {
+                float v[4][4];
+                kl_quads_at<TYPE>(v, row, static_cast<unsigned>(h), static_cast<unsigned>(quad));
+                KL_UNROLL
+                for (int j = 0; j < 4; j++) {
+                    KL_UNROLL
+                    for (int e = 0; e < 4; e++)
+                        lane[e] = fmaf(x[k0 + h + j * LANES + e], v[j][e], lane[e]);
+                }
+            }
+        }
+        for (; k0 < D; k0 += LANES)
+            for (int e = 0; e < 4; e++)
+                if (k0 + 4 * quad + e < D)
+                    lane[e] = fmaf(x[k0 + e], (kl_matrix_at<TYPE, false>(w, r, k0 + 4 * quad + e)),
+                                   lane[e]);
+        const float sum = kl_sum_of_quads(lane);
         if (i < last)
-            gate = own;
-        else if (lane < g.count && r < p.w.rows)
-            put(p, g.begin + lane, g.which, r, GATED ? kl_silu_of(gate) * own : own);
+            gate = sum;
+        else if (quad == 0 && r < a.of[i].w.rows)
+            put(a.of[i], g.begin, g.which, r, GATED ? kl_silu_of(gate) * sum : sum);
     }
 }
 
@@ -204,22 +245,27 @@ template <kl_type TYPE, bool TRANSPOSED> void launch_v1(kl_ctx *ctx, const kl_pr
 }
 
 /* how products are launched */
-enum way { BY_ITSELF, TILES, FEW_ROWS, FEW_ROWS_GATED };
+enum way { BY_ITSELF, TILES, LANE_A_THREAD, QUADS, QUADS_GATED };
 
 /* blocks from `first` on: as many as a grid takes */
 template <kl_type TYPE, bool TRANSPOSED>
 void launch_some(kl_ctx *ctx, const kl_products &a, way how, int64_t first, unsigned grid)
 {
     if constexpr (!TRANSPOSED) {
-        if (how == FEW_ROWS) {
-            KL_LAUNCH((product_v2<TYPE, false>), grid, BLOCK, 0, kl_stream(ctx), a, first);
+        if (how == LANE_A_THREAD) {
+            KL_LAUNCH((product_v2<TYPE>), grid, BLOCK, 0, kl_stream(ctx), a, first);
             return;
         }
-        if constexpr (TYPE != KL_RARE)
-            if (how == FEW_ROWS_GATED) {
-                KL_LAUNCH((product_v2<TYPE, true>), grid, BLOCK, 0, kl_stream(ctx), a, first);
+        if constexpr (TYPE != KL_RARE) {
+            if (how == QUADS) {
+                KL_LAUNCH((product_v4<TYPE, false>), grid, BLOCK, 0, kl_stream(ctx), a, first);
                 return;
             }
+            if (how == QUADS_GATED) {
+                KL_LAUNCH((product_v4<TYPE, true>), grid, BLOCK, 0, kl_stream(ctx), a, first);
+                return;
+            }
+        }
     }
     KL_LAUNCH((product_v3<TYPE, TRANSPOSED>), grid, BLOCK, 0, kl_stream(ctx), a, first);
 }
@@ -232,20 +278,21 @@ void launch(kl_ctx *ctx, const kl_product *p, int n, way how)
             launch_v1<TYPE, TRANSPOSED>(ctx, p[i]);
         return;
     }
+    const int rows_of_a_block = how == TILES ? TILE : how == LANE_A_THREAD ? SETS : QUAD_SETS;
     kl_products a = {};
     int64_t tasks = 0;
     for (int i = 0; i < KL_TOGETHER; i++) {
         if (i < n)
             a.of[i] = p[i];
-        if (i < (how == FEW_ROWS_GATED ? 1 : n)) /* a gate's blocks take the other product, too */
-            tasks += p[i].most_groups * kl_ceil_div(p[i].w.rows, how == TILES ? TILE : SETS);
+        if (i < (how == QUADS_GATED ? 1 : n)) /* a gate's blocks take the other product, too */
+            tasks += p[i].most_groups * kl_ceil_div(p[i].w.rows, rows_of_a_block);
         a.end[i] = tasks;
     }
     for (int64_t first = 0; first < tasks; first += kl_grid(tasks - first))
         launch_some<TYPE, TRANSPOSED>(ctx, a, how, first, kl_grid(tasks - first));
 }
 
-/* Few rows of x: by groups, their rows; else by T. */
+/* By rows of x: of groups, theirs; else T. */
 way way_of(const kl_product &p, const kl_weight *w)
 {
     const int version = kl_version();
@@ -253,7 +300,9 @@ way way_of(const kl_product &p, const kl_weight *w)
     if (p.ids != nullptr
         || (p.groups == nullptr && (version == 1 || (w->transposed && few && !rare))))
         return BY_ITSELF;
-    return few && !w->transposed ? FEW_ROWS : TILES;
+    if (!few || w->transposed)
+        return TILES;
+    return rare || version == 2 || p.T > 1 ? LANE_A_THREAD : QUADS;
 }
 
 kl_status launch_any(kl_ctx *ctx, const kl_product *p, int n, way how, const kl_weight *w,
@@ -337,8 +386,8 @@ kl_status kl_launch_swiglu(kl_ctx *ctx, const kl_product *gate, const kl_product
                            const kl_weight *w_gate, const kl_weight *w_up, const char *op)
 {
     kl_product both[] = { *gate, *up };
-    if (way_of(*gate, w_gate) == FEW_ROWS && kl_go_together(w_gate, w_up))
-        return launch_any(ctx, both, 2, FEW_ROWS_GATED, w_gate, op, "w_gate");
+    if (way_of(*gate, w_gate) == QUADS && kl_go_together(w_gate, w_up))
+        return launch_any(ctx, both, 2, QUADS_GATED, w_gate, op, "w_gate");
     KL_TRY(kl_launch_product(ctx, gate, w_gate, op, "w_gate"));
     both[1].gate = gate->y;
     return kl_launch_product(ctx, &both[1], w_up, op, "w_up");

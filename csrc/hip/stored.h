@@ -94,6 +94,12 @@ template <class BLOCK> struct kl_in_blocks {
         return BLOCK::value(
             reinterpret_cast<const uint8_t *>(row) + k / BLOCK::values * BLOCK::bytes, i);
     }
+    /* the same, beside its neighbours */
+    static __device__ __forceinline__ float among(const char *row, unsigned k)
+    {
+        const auto *b = reinterpret_cast<const uint8_t *>(row) + k / BLOCK::values * BLOCK::bytes;
+        return BLOCK::value(kl_pairs{ b }, k % BLOCK::values);
+    }
 };
 
 #define KL_BLOCK_TYPE(name, body, id, n_values, n_bytes, access)                                   \
@@ -178,6 +184,22 @@ static __device__ __forceinline__ void kl_span_at(float (&v)[KL_SPAN_EACH], kl_t
         KL_UNROLL
         for (unsigned j = 0; j < KL_SPAN_EACH; j++)
             v[j] = kl_stored<TYPE>::at(from, j * KL_SPAN_LANES + lane % KL_SPAN_LANES);
+    }
+}
+
+/* The same 256, for one of four threads: values 16 j + 4 c + e of 64 that begin at value `first`, which the compiler knows. */
+const int KL_QUADS = 4;
+template <kl_type TYPE>
+static __device__ __forceinline__ void kl_quads_at(float (&v)[4][4], const char *from,
+                                                   unsigned first, unsigned c)
+{
+    KL_UNROLL
+    for (unsigned i = 0; i < 16; i++) {
+        const unsigned k = first + i / 4 * 16 + c % KL_QUADS * 4 + i % 4;
+        if constexpr (TYPE == KL_F32 || TYPE == KL_F16 || TYPE == KL_BF16)
+            v[i / 4][i % 4] = kl_stored<TYPE>::at(from, k);
+        else
+            v[i / 4][i % 4] = kl_stored<TYPE>::among(from, k);
     }
 }
 

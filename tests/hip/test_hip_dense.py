@@ -14,7 +14,7 @@ from kimi_linear.diff.budgets import budget
 BLOCK_TYPES = WRITABLE + READ_ONLY
 TYPES = ["F32", "F16", "BF16", *BLOCK_TYPES]
 
-version = versions("1", "2", "3")
+version = versions("1", "2", "3", "")
 
 
 def parts(got):
