@@ -445,7 +445,6 @@ class BuildLibrary(Command):
         if tools.blas.folder:
             blas_libs.append(f"-Wl,-rpath,{tools.blas.folder}")
         values = {
-            "libdir": tools.lib,
             "version": VERSION,
             "blas": tools.blas.name,
             "requires": tools.blas.pc_requires,

@@ -43,6 +43,23 @@ kl_status kl_check_weight(kl_ctx *ctx, const char *op, const char *name, const k
     return KL_OK;
 }
 
+kl_status kl_check_positions(kl_ctx *ctx, const char *op, const int64_t *positions,
+                             const int64_t *offsets, int64_t N)
+{
+    for (int64_t n = 0; n < N; n++) {
+        const int64_t queries = offsets[n + 1] - offsets[n];
+        if (positions[n] < queries)
+            return kl_fail(ctx, KL_ERR_ARG,
+                           "%s: positions[%lld] is %lld for %lld queries; the queries' own must be "
+                           "among them",
+                           op, (long long)n, (long long)positions[n], (long long)queries);
+        if (positions[n] > KL_MAX_TOKENS)
+            return kl_fail(ctx, KL_ERR_ARG, "%s: positions[%lld] is %lld; there may be 2^%d", op,
+                           (long long)n, (long long)positions[n], KL_MAX_TOKENS_LOG2);
+    }
+    return KL_OK;
+}
+
 kl_status kl_check_cache(kl_ctx *ctx, const char *op, const char *name, const kl_cache *cache,
                          int64_t width)
 {

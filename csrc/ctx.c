@@ -44,6 +44,8 @@ bool kl_mul(int64_t *product, int64_t a, int64_t b)
            && *product < (INT64_C(1) << 62);
 }
 
+const char *kl_library_version(void) { return KL_VERSION; }
+
 /* ---- allocation ------------------------------------------------------------------------------ */
 
 static void *default_allocate(void *user, size_t n_bytes)

@@ -126,10 +126,18 @@ void kl_pool_destroy(kl_ctx *ctx);
 
 /* ---- checks that ops share (checks.c) ---- */
 
+/* Tokens that a sequence has at most: positions, and the pages they take, are then far from overflow. */
+enum { KL_MAX_TOKENS_LOG2 = 40 };
+#define KL_MAX_TOKENS (INT64_C(1) << KL_MAX_TOKENS_LOG2)
+
 kl_status kl_check_offsets(kl_ctx *ctx, const char *op, const int64_t *offsets, int64_t N,
                            int64_t T);
 kl_status kl_check_weight(kl_ctx *ctx, const char *op, const char *name, const kl_weight *w,
                           int64_t n, int64_t rows, int64_t cols);
+
+/* positions [N] of a cache are enough for the queries that offsets [N+1] give, and no more than there may be */
+kl_status kl_check_positions(kl_ctx *ctx, const char *op, const int64_t *positions,
+                             const int64_t *offsets, int64_t N);
 
 /* a type that caches have, rows of whole blocks, room for `width` values a row */
 kl_status kl_check_cache(kl_ctx *ctx, const char *op, const char *name, const kl_cache *cache,

@@ -35,6 +35,9 @@ extern "C" {
 #endif
 
 #define KL_VERSION "0.1.0"
+/* KL_VERSION of the library that runs. While it begins with 0 the structs of two versions may differ: a program that
+ * finds its shared library at run time compares the two first. */
+KL_API const char *kl_library_version(void);
 
 typedef enum kl_status {
     KL_OK = 0,
@@ -156,7 +159,7 @@ KL_API const char *kl_ctx_device(const kl_ctx *ctx);
 KL_API void kl_ctx_cancel(kl_ctx *ctx);
 
 /* poll is called by the calling thread some twenty times a second during long calls; a value other
- * than 0 cancels the call. */
+ * than 0 cancels the call. NULL: none. */
 KL_API void kl_ctx_set_poll(kl_ctx *ctx, int (*poll)(void *user), void *user);
 
 /* While a model's weights go to a device (kl_model_create), report is called by the calling thread after those outside
@@ -166,7 +169,8 @@ KL_API void kl_ctx_set_progress(kl_ctx *ctx, int (*report)(void *user, int64_t d
 
 /* What the context allocates for values goes through these: scratch, pages and states, vectors of weights (not tables,
  * nor what a call writes down of itself); allocate returns NULL when it fails. Set before models and states are made:
- * these are given back to the allocator of the moment. NULL: the C library's. */
+ * these are given back to the allocator of the context at hand, so contexts that share them have one allocator. It is
+ * called on the thread of the call. NULL: the C library's. */
 typedef struct kl_allocator {
     void *(*allocate)(void *user, size_t n_bytes); /* 64-byte aligned */
     void (*release)(void *user, void *p, size_t n_bytes);
@@ -222,8 +226,8 @@ typedef struct kl_slots {
     size_t offset;
 } kl_slots;
 
-/* A cache of rows, one a position, in pages of KL_PAGE positions: row i of sequence n begins at
- * page[n][i / KL_PAGE] + offset + (i % KL_PAGE) * row_bytes. */
+/* A cache of rows, one a position, in pages of KL_PAGE positions, of at most 2^40: row i of sequence n begins at
+ * page[n][i / KL_PAGE] + offset + (i % KL_PAGE) * row_bytes. row_bytes is that of whole values or blocks. */
 #define KL_PAGE 512
 typedef struct kl_cache {
     void *const *const *page;
@@ -388,7 +392,7 @@ typedef struct kl_attention_args {
     float scale;
 } kl_attention_args;
 
-/* o [T, H, V]; q [T, H, K]; caches of rows Hkv * K and Hkv * V wide (Q8_0: K, V of whole blocks). */
+/* o [T, H, V]; q [T, H, K]; caches of rows Hkv * K and Hkv * V wide (Q8_0: K, V of whole blocks), of any two types. */
 KL_API kl_status kl_attention(kl_ctx *ctx, float *o, const float *q, kl_cache keys, kl_cache values,
                               const kl_attention_args *args) KL_CHECKED;
 

@@ -21,29 +21,36 @@ typedef struct kl_layer {
     kl_ffn ffn;
 } kl_layer;
 
+/* The names after "in sentences" are those that a failure gives a member, and that Python's Config has. */
 typedef struct kl_config {
-    int64_t vocab, D, n_layers;
-    const kl_layer *layers; /* [n_layers] */
-    float rms_eps;          /* of every norm but the latent's */
-    float latent_eps;       /* of the norms inside MLA (latent, low-rank q) */
+    int64_t vocab, D, n_layers; /* in sentences vocab_size, hidden_size, n_layers */
+    const kl_layer *layers;     /* [n_layers] */
+    float rms_eps;              /* of every norm but the latent's; in sentences rms_norm_eps */
+    float latent_eps;           /* of the norms inside MLA (latent, low-rank q) */
     float l2_eps;      /* of the L2 norms of q and k in a delta net, under the root of the sum */
     int norm_plus_one; /* 1: norms are stored as w and multiply by 1 + w (but the delta net's own) */
     int tied;          /* 1: the head is the embedding */
     kl_activations activations;
     struct {
-        int64_t Hk, Hv, K, V, taps; /* KDA: Hk = Hv and K = V; convolution of taps */
-        float lower_bound;          /* 0: softplus gate; below 0: bounded gate */
-        kl_head_map head_map;       /* which key head a value head uses */
+        /* KDA: Hk = Hv and K = V; convolution of taps. In sentences kda_heads, kda_head_dim; gdn_k_heads, gdn_v_heads,
+         * gdn_k_dim, gdn_v_dim; conv_width, gate_lower_bound */
+        int64_t Hk, Hv, K, V, taps;
+        float lower_bound;    /* 0: softplus gate; below 0: bounded gate */
+        kl_head_map head_map; /* which key head a value head uses */
     } delta;
     struct {
-        int64_t heads, nope, rope, v, rank, q_rank; /* q_rank 0: plain q */
+        /* q_rank 0: plain q. In sentences mla_heads, nope_dim, rope_dim, v_head_dim, kv_rank, q_rank */
+        int64_t heads, nope, rope, v, rank, q_rank;
     } mla;
     struct {
-        int64_t heads, kv_heads, width; /* of query, key and value alike */
-        int64_t rotary;                 /* leading values of a head that are rotated; 0: none */
+        /* width of query, key and value alike. In sentences attn_heads, attn_kv_heads, attn_head_dim, rotary_dim */
+        int64_t heads, kv_heads, width;
+        int64_t rotary; /* leading values of a head that are rotated; 0: none */
         double rope_base;
     } attn;
     struct {
+        /* In sentences ffn_size; n_experts, experts_per_token, moe_size, shared_size, n_groups, top_groups, router,
+         * routed_scale */
         int64_t dense;             /* inner width of a dense layer */
         int64_t experts, k, width; /* routed experts, used a token, inner width of each */
         int64_t shared;            /* inner width of the shared experts, side by side; 0: none */
@@ -94,7 +101,7 @@ KL_API void kl_state_reset(kl_ctx *ctx, kl_state *state);
  * behind each multiple of every; the newest keep stay. No other byte changes. */
 KL_API kl_status kl_state_keep(kl_ctx *ctx, kl_state *state, int64_t every,
                                int64_t keep) KL_CHECKED;
-/* Makes a checkpoint here and now. */
+/* Makes a checkpoint here and now, of a state that keeps some (kl_state_keep). */
 KL_API kl_status kl_state_checkpoint(kl_ctx *ctx, kl_state *state) KL_CHECKED;
 /* The same as one after n tokens, for a state that was filled in: its arrays are written as they were then, and
  * once more behind the last checkpoint. n is at the newest checkpoint or behind it, and at most the position. */
@@ -237,7 +244,7 @@ typedef kl_status (*kl_edit)(void *user, kl_ctx *ctx, kl_tap tap, int64_t layer,
                              int64_t rows, int64_t width, void *values);
 
 typedef struct kl_forward_args {
-    const int32_t *ids;     /* [T] token ids, all sequences one after another */
+    const int32_t *ids;     /* [T] token ids, sequence after sequence; may be NULL beside embeds */
     const int64_t *offsets; /* [N+1] */
     int64_t N;
     kl_state *const *states;   /* [N], all different */

@@ -96,10 +96,6 @@ struct kl_state {
     int lost; /* a step failed half-way: its arrays belong to no position */
 };
 
-/* Tokens that a sequence has at most: positions, and the pages they take, are then far from overflow. */
-enum { KL_MAX_TOKENS_LOG2 = 40 };
-#define KL_MAX_TOKENS (INT64_C(1) << KL_MAX_TOKENS_LOG2)
-
 /* Whether a call of who may use the model, and states of it, with this context: they are of one backend. */
 kl_status kl_model_check_ctx(kl_ctx *ctx, const kl_model *model, const char *who);
 

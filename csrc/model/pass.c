@@ -84,8 +84,9 @@ static void bind(pass *p)
         p->fixed[n] = state->fixed;
         p->page[n] = state->page;
         p->cache_type = state->cache_type;
-        memcpy(p->ids + p->offsets[n], a->ids + kl_call_row(p, n),
-               (size_t)p->segment[n].n * sizeof *p->ids);
+        if (a->ids != NULL)
+            memcpy(p->ids + p->offsets[n], a->ids + kl_call_row(p, n),
+                   (size_t)p->segment[n].n * sizeof *p->ids);
         for (int64_t t = 0; t < p->segment[n].n; t++)
             p->positions[p->offsets[n] + t] = p->start[n] + t;
     }
@@ -159,7 +160,7 @@ static kl_status check_args(kl_ctx *ctx, const kl_model *m, const kl_forward_arg
     if (a->pass_tokens < 0 || (a->pass_tokens > 0 && a->pass_tokens < KL_PIECE))
         return kl_fail(ctx, KL_ERR_ARG, "forward: pass_tokens is %lld; it must be 0 or at least %d",
                        (long long)a->pass_tokens, KL_PIECE);
-    const int64_t layers = m->config.n_layers, stop = a->stop > 0 ? a->stop : layers;
+    const int64_t layers = m->config.n_layers, stop = a->stop != 0 ? a->stop : layers;
     if (a->start < 0 || a->start > stop || stop > layers || (a->start == stop && stop < layers))
         return kl_fail(ctx, KL_ERR_ARG,
                        "forward: start is %lld and stop %lld; 0 <= start < stop <= %lld must hold, "
@@ -179,7 +180,9 @@ static kl_status check_args(kl_ctx *ctx, const kl_model *m, const kl_forward_arg
         return kl_fail(ctx, KL_ERR_ARG,
                        "forward: n_logits is %lld; it must be 0 to %lld, the tokens",
                        (long long)a->n_logits, (long long)T);
-    for (int64_t t = 0; t < T; t++)
+    if (a->ids == NULL && a->embeds == NULL && T > 0)
+        return kl_fail(ctx, KL_ERR_ARG, "forward: ids is NULL, so embeds must be given");
+    for (int64_t t = 0; a->ids != NULL && t < T; t++)
         if (a->ids[t] < 0 || a->ids[t] >= m->config.vocab)
             return kl_fail(ctx, KL_ERR_ARG, "forward: token %lld has id %d; it must be 0 to %lld",
                            (long long)t, (int)a->ids[t], (long long)m->config.vocab - 1);

@@ -24,8 +24,8 @@
 
 enum { ROWS = 256, SEGMENT = KL_PAGE };
 
-/* Up to this many rows, those of one token's heads, float16 is widened as it is read: a buffer between costs more
- * than the products do. */
+/* Up to this many rows, those of one token's heads, float16 is widened as it is read, where keys and values both are
+ * of it: a buffer between costs more than the products do. */
 enum { DIRECT = 8 };
 
 /* queries first .. first + count - 1 of sequence n, all heads */
@@ -141,7 +141,7 @@ static const float *first_query(const job *a, const chunk *c, int64_t head)
 static kl_rows block_of(const job *a, const kl_cache *cache, const chunk *c, int64_t position,
                         int64_t count, int64_t head, int64_t width, int64_t rows, float *buffer)
 {
-    if (rows <= DIRECT)
+    if (rows <= DIRECT && a->keys.type == a->values.type)
         return kl_cache_stored(a->ctx->k, cache, c->n, position, count, head * width, width,
                                buffer);
     return kl_cache_rows(a->ctx->k, cache, c->n, position, count, head * width, width, buffer);
@@ -424,13 +424,13 @@ static kl_status check_sizes(kl_ctx *ctx, const kl_attention_args *a)
 {
     int64_t n;
     const int64_t widest = kl_max(a->K, a->V);
-    if (a->T < 0 || a->H < 1 || a->Hkv < 1 || a->K < 1 || a->V < 1 || widest > INT32_MAX
-        || !kl_mul(&n, a->T, a->H) || !kl_mul(&n, n, 2 * widest) || !kl_mul(&n, a->Hkv, 2 * widest))
+    const bool low = a->T < 0 || a->H < 1 || a->Hkv < 1 || a->K < 1 || a->V < 1;
+    if (low || widest > INT32_MAX || !kl_mul(&n, a->T, a->H) || !kl_mul(&n, n, 2 * widest)
+        || !kl_mul(&n, a->Hkv, 2 * widest))
         return kl_fail(
-            ctx, KL_ERR_SHAPE,
-            "attention: T, H, Hkv, K, V are %lld, %lld, %lld, %lld, %lld; T must be >= 0, "
-            "the others >= 1",
-            (long long)a->T, (long long)a->H, (long long)a->Hkv, (long long)a->K, (long long)a->V);
+            ctx, KL_ERR_SHAPE, "attention: T, H, Hkv, K, V are %lld, %lld, %lld, %lld, %lld%s",
+            (long long)a->T, (long long)a->H, (long long)a->Hkv, (long long)a->K, (long long)a->V,
+            low ? "; T must be >= 0, the others >= 1" : ", which is too large");
     if (a->H % a->Hkv != 0)
         return kl_fail(
             ctx, KL_ERR_SHAPE,
@@ -474,13 +474,7 @@ kl_status kl_attention(kl_ctx *ctx, float *o, const float *q, kl_cache keys, kl_
 {
     KL_TRY(check_sizes(ctx, args));
     KL_TRY(kl_check_offsets(ctx, "attention", args->offsets, args->N, args->T));
-    for (int64_t n = 0; n < args->N; n++)
-        if (args->positions[n] < args->offsets[n + 1] - args->offsets[n])
-            return kl_fail(ctx, KL_ERR_ARG,
-                           "attention: positions[%lld] is %lld for %lld queries; the queries' own "
-                           "must be among them",
-                           (long long)n, (long long)args->positions[n],
-                           (long long)(args->offsets[n + 1] - args->offsets[n]));
+    KL_TRY(kl_check_positions(ctx, "attention", args->positions, args->offsets, args->N));
     KL_TRY(check_head(ctx, "keys", &keys, args->Hkv, args->K));
     KL_TRY(check_head(ctx, "values", &values, args->Hkv, args->V));
     const size_t mark = kl_scratch_mark(ctx);

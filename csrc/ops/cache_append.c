@@ -105,9 +105,10 @@ kl_status kl_cache_append(kl_ctx *ctx, kl_cache cache, const float *x, const int
     KL_TRY(kl_check_offsets(ctx, "cache_append", offsets, N, T));
     KL_TRY(kl_check_cache(ctx, "cache_append", "cache", &cache, D));
     for (int64_t n = 0; n < N; n++)
-        if (start[n] < 0)
-            return kl_fail(ctx, KL_ERR_ARG, "cache_append: start[%lld] is %lld; it must be >= 0",
-                           (long long)n, (long long)start[n]);
+        if (start[n] < 0 || start[n] > KL_MAX_TOKENS)
+            return kl_fail(ctx, KL_ERR_ARG, "cache_append: start[%lld] is %lld; it must be %s",
+                           (long long)n, (long long)start[n],
+                           start[n] < 0 ? ">= 0" : "at most 2^40");
     if (kl_is_measured(ctx))
         return KL_OK;
     return KL_RUN(cache_append, 0, T * (4 * D + (int64_t)cache.row_bytes), ctx, cache, x, offsets,

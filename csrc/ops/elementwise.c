@@ -49,8 +49,11 @@ kl_status cpu_sigmoid(kl_ctx *ctx, float *y, const float *x, int64_t n)
 
 static kl_status check_count(kl_ctx *ctx, const char *op, int64_t n)
 {
+    int64_t all;
     if (n < 0)
         return kl_fail(ctx, KL_ERR_SHAPE, "%s: n is %lld; it must be >= 0", op, (long long)n);
+    if (!kl_mul(&all, n, 1))
+        return kl_fail(ctx, KL_ERR_SHAPE, "%s: n is %lld, which is too large", op, (long long)n);
     return KL_OK;
 }
 

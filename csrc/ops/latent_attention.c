@@ -30,14 +30,14 @@ kl_status cpu_latent_attention(kl_ctx *ctx, float *o, const float *q, kl_cache l
 static kl_status check_sizes(kl_ctx *ctx, const kl_latent_attention_args *a)
 {
     int64_t n, widest = kl_max(kl_max(a->K, a->P), kl_max(a->V, a->R));
-    if (a->T < 0 || a->H < 1 || a->K < 1 || a->P < 0 || a->V < 1 || a->R < 1 || widest > INT32_MAX
-        || !kl_mul(&n, a->T, a->H) || !kl_mul(&n, n, 2 * widest))
-        return kl_fail(ctx, KL_ERR_SHAPE,
-                       "latent_attention: T, H, K, P, V, R are %lld, %lld, %lld, %lld, %lld, %lld; "
-                       "T and P must be "
-                       ">= 0, the others >= 1",
-                       (long long)a->T, (long long)a->H, (long long)a->K, (long long)a->P,
-                       (long long)a->V, (long long)a->R);
+    const bool low = a->T < 0 || a->H < 1 || a->K < 1 || a->P < 0 || a->V < 1 || a->R < 1;
+    if (low || widest > INT32_MAX || !kl_mul(&n, a->T, a->H) || !kl_mul(&n, n, 2 * widest))
+        return kl_fail(
+            ctx, KL_ERR_SHAPE,
+            "latent_attention: T, H, K, P, V, R are %lld, %lld, %lld, %lld, %lld, %lld%s",
+            (long long)a->T, (long long)a->H, (long long)a->K, (long long)a->P, (long long)a->V,
+            (long long)a->R,
+            low ? "; T and P must be >= 0, the others >= 1" : ", which is too large");
     if (!(a->scale - a->scale == 0.0f))
         return kl_fail(ctx, KL_ERR_ARG, "latent_attention: scale is %g; it must be finite",
                        (double)a->scale);
@@ -69,14 +69,7 @@ kl_status kl_latent_attention(kl_ctx *ctx, float *o, const float *q, kl_cache la
 {
     KL_TRY(check_sizes(ctx, args));
     KL_TRY(kl_check_offsets(ctx, "latent_attention", args->offsets, args->N, args->T));
-    for (int64_t n = 0; n < args->N; n++)
-        if (args->positions[n] < args->offsets[n + 1] - args->offsets[n])
-            return kl_fail(ctx, KL_ERR_ARG,
-                           "latent_attention: positions[%lld] is %lld for %lld queries; the "
-                           "queries' own must be "
-                           "among them",
-                           (long long)n, (long long)args->positions[n],
-                           (long long)(args->offsets[n + 1] - args->offsets[n]));
+    KL_TRY(kl_check_positions(ctx, "latent_attention", args->positions, args->offsets, args->N));
     KL_TRY(kl_check_cache(ctx, "latent_attention", "latent", &latent, args->R));
     KL_TRY(kl_check_cache(ctx, "latent_attention", "k_shared", &k_shared, args->P));
     KL_TRY(kl_check_weight(ctx, "latent_attention", "w_uk", w_uk, args->H, args->K, args->R));

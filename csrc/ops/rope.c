@@ -66,10 +66,11 @@ static kl_status check(kl_ctx *ctx, const int64_t *positions, int64_t T, int64_t
                        int64_t rotary, double base)
 {
     int64_t n;
-    if (T < 0 || H < 1 || K < 1 || !kl_mul(&n, T, H) || !kl_mul(&n, n, K))
-        return kl_fail(ctx, KL_ERR_SHAPE,
-                       "rope: x is [T, H, K] = [%lld, %lld, %lld]; H and K must be >= 1",
-                       (long long)T, (long long)H, (long long)K);
+    const bool low = T < 0 || H < 1 || K < 1;
+    if (low || !kl_mul(&n, T, H) || !kl_mul(&n, n, K))
+        return kl_fail(ctx, KL_ERR_SHAPE, "rope: x is [T, H, K] = [%lld, %lld, %lld]%s",
+                       (long long)T, (long long)H, (long long)K,
+                       low ? "; T must be >= 0, H and K must be >= 1" : ", which is too large");
     if (rotary < 0 || rotary > K || rotary % 2 != 0)
         return kl_fail(ctx, KL_ERR_ARG, "rope: rotary is %lld; it must be even, from 0 to K = %lld",
                        (long long)rotary, (long long)K);

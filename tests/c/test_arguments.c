@@ -79,6 +79,8 @@ static void test_caches_and_offsets(kl_ctx *ctx)
     REFUSED(KL_ERR_SHAPE, "cache has 18 bytes a row", append(ctx, KL_F32, 18, right, 0, 4));
     REFUSED(KL_ERR_SHAPE, "Q8_0 needs a multiple of 32", append(ctx, KL_Q8_0, 64, right, 0, 4));
     REFUSED(KL_ERR_ARG, "start[0] is -1; it must be >= 0", append(ctx, KL_F32, 16, right, -1, 4));
+    REFUSED(KL_ERR_ARG, "start[0] is 9223372036854775807; it must be at most 2^40",
+            append(ctx, KL_F32, 16, right, INT64_MAX, 4));
     REFUSED(KL_ERR_ARG, "offsets[0] is 1; it must be 0", append(ctx, KL_F32, 16, late, 0, 4));
     REFUSED(KL_ERR_ARG, "offsets[1] is -1 after 0", append(ctx, KL_F32, 16, falls, 0, 4));
     REFUSED(KL_ERR_SHAPE, "offsets end at 3; they must end at T = 2",
@@ -88,6 +90,41 @@ static void test_caches_and_offsets(kl_ctx *ctx)
 }
 
 /* ---- ops ---- */
+
+static void test_sizes_that_are_too_large(kl_ctx *ctx)
+{
+    static const int64_t offsets[] = { 0, 1 };
+    const kl_cache none = { 0 };
+    const kl_weight empty = { 0 };
+    const kl_attention_args wide = { .offsets = offsets,
+                                     .positions = offsets + 1,
+                                     .N = 1,
+                                     .T = 1,
+                                     .H = 1,
+                                     .Hkv = 1,
+                                     .K = 1,
+                                     .V = INT64_MAX };
+    const kl_latent_attention_args deep = { .offsets = offsets,
+                                            .positions = offsets + 1,
+                                            .N = 1,
+                                            .T = 1,
+                                            .H = 1,
+                                            .K = 1,
+                                            .V = 1,
+                                            .R = INT64_MAX };
+    REFUSED(KL_ERR_SHAPE, "add: n is 9223372036854775807, which is too large",
+            kl_add(ctx, out, zeros, zeros, INT64_MAX));
+    REFUSED(KL_ERR_SHAPE, "sigmoid: n is 9223372036854775807, which is too large",
+            kl_sigmoid(ctx, out, zeros, INT64_MAX));
+    REFUSED(KL_ERR_SHAPE, "[1, 9223372036854775807, 4], which is too large",
+            kl_rope(ctx, out, zeros, offsets, 1, INT64_MAX, 4, 4, 1e4));
+    REFUSED(KL_ERR_SHAPE, "1, 1, 1, 1, 9223372036854775807, which is too large",
+            kl_attention(ctx, out, zeros, none, none, &wide));
+    REFUSED(KL_ERR_SHAPE, "1, 1, 1, 0, 1, 9223372036854775807, which is too large",
+            kl_latent_attention(ctx, out, zeros, none, none, &empty, &empty, &deep));
+    REFUSED(KL_ERR_SHAPE, "[-1, 1, 4]; T must be >= 0, H and K must be >= 1",
+            kl_rope(ctx, out, zeros, offsets, -1, 1, 4, 4, 1e4));
+}
 
 static kl_status conv(kl_ctx *ctx, int64_t taps, kl_activation activation)
 {
@@ -170,7 +207,8 @@ static kl_status attend(kl_ctx *ctx, kl_type type, size_t row_bytes, const kl_at
 
 static void test_attention(kl_ctx *ctx)
 {
-    const int64_t offsets[] = { 0, STEPS }, positions[] = { STEPS }, fewer[] = { STEPS - 1 };
+    const int64_t offsets[] = { 0, STEPS }, positions[] = { STEPS }, fewer[] = { STEPS - 1 },
+                  many[] = { (INT64_C(1) << 40) + 1 };
     const kl_attention_args right = { .offsets = offsets,
                                       .positions = positions,
                                       .N = 1,
@@ -190,6 +228,9 @@ static void test_attention(kl_ctx *ctx)
     REFUSED(KL_ERR_ARG, "scale is inf; it must be finite", attend(ctx, KL_F32, 128, &a));
     a = right, a.positions = fewer;
     REFUSED(KL_ERR_ARG, "positions[0] is 2 for 3 queries", attend(ctx, KL_F32, 128, &a));
+    a.positions = many;
+    REFUSED(KL_ERR_ARG, "positions[0] is 1099511627777; there may be 2^40",
+            attend(ctx, KL_F32, 128, &a));
 }
 
 static kl_status route(kl_ctx *ctx, kl_route_args args)
@@ -304,6 +345,10 @@ static void test_forward(kl_ctx *ctx, const kl_model *model, kl_state *state)
     REFUSED(KL_ERR_ARG, "start is 1 and stop 1", kl_forward(ctx, model, &a));
     a.stop = 3;
     REFUSED(KL_ERR_ARG, "start is 1 and stop 3", kl_forward(ctx, model, &a));
+    a.start = 0, a.stop = -1;
+    REFUSED(KL_ERR_ARG, "start is 0 and stop -1", kl_forward(ctx, model, &a));
+    a = right, a.ids = NULL;
+    REFUSED(KL_ERR_ARG, "ids is NULL, so embeds must be given", kl_forward(ctx, model, &a));
     a = right, a.start = 1;
     REFUSED(KL_ERR_ARG, "start is 1, so embeds must be given", kl_forward(ctx, model, &a));
     a = right, a.stop = 1, a.n_logits = 1, a.logits = logits, a.logit_rows = rows;
@@ -320,6 +365,31 @@ static void test_forward(kl_ctx *ctx, const kl_model *model, kl_state *state)
     a.expert_ids = missing;
     REFUSED(KL_ERR_ARG, "expert_ids of layer 1 [0, 1] is 4", kl_forward(ctx, model, &a));
     CHECK(kl_state_position(state) == 0);
+}
+
+/* Embeddings stand for ids, which then need not be there. */
+static void test_embeds_without_ids(kl_ctx *ctx, const kl_model *model)
+{
+    static float embeds[2 * D], logits[2][VOCAB];
+    const int64_t offsets[] = { 0, 2 }, rows[] = { 1 };
+    const int32_t token[] = { 1, 2 };
+    for (int i = 0; i < 2 * D; i++)
+        embeds[i] = (float)(i % 5) - 2.0f;
+    for (int with = 0; with < 2; with++) {
+        kl_state *state;
+        CHECK(kl_state_create(ctx, &state, model, KL_F32, 0) == KL_OK);
+        const kl_forward_args a = { .ids = with ? token : NULL,
+                                    .embeds = embeds,
+                                    .offsets = offsets,
+                                    .N = 1,
+                                    .states = &state,
+                                    .logits = logits[with],
+                                    .logit_rows = rows,
+                                    .n_logits = 1 };
+        CHECK(kl_forward(ctx, model, &a) == KL_OK);
+        kl_state_destroy(ctx, state);
+    }
+    CHECK(memcmp(logits[0], logits[1], sizeof logits[0]) == 0);
 }
 
 static void test_states(kl_ctx *ctx, const kl_model *model, const kl_model *twin)
@@ -395,7 +465,9 @@ int main(void)
     const kl_config c = config();
     make_checkpoint();
     CHECK(kl_ctx_create(&ctx, NULL) == KL_OK);
+    CHECK(strcmp(kl_library_version(), KL_VERSION) == 0);
     test_weights(ctx);
+    test_sizes_that_are_too_large(ctx);
     test_rows_between_which_bytes_lie(ctx);
     test_caches_and_offsets(ctx);
     test_kda(ctx);
@@ -406,6 +478,7 @@ int main(void)
     test_configs(ctx);
     CHECK(kl_model_create(ctx, &model, &c, tensors, n_tensors, 0) == KL_OK);
     CHECK(kl_model_create(ctx, &twin, &c, tensors, n_tensors, 0) == KL_OK);
+    test_embeds_without_ids(ctx, model);
     test_states(ctx, model, twin);
     kl_model_destroy(ctx, model);
     kl_model_destroy(ctx, twin);

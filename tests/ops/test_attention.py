@@ -96,6 +96,15 @@ def test_half_cache_is_its_widening():
     assert run(given).tobytes() == run(wide).tobytes()
 
 
+@pytest.mark.parametrize("T", [1, 4, 30])
+@pytest.mark.parametrize("narrow", ["k", "v"])
+def test_keys_and_values_of_two_types(narrow, T):
+    """Few rows read float16 as it lies, but not beside float32."""
+    given = inputs(T, 600, **SMALL)
+    given[narrow] = given[narrow].astype(np.float16)
+    assert check(given).tobytes() == run(given | {narrow: given[narrow].astype(np.float32)}).tobytes()
+
+
 def test_q8_0_cache_is_its_widening():
     """Blocks that cache_append stores, against the values that they hold."""
     T, S, H, Hkv, K, V = 5, 600, 4, 2, 64, 32
