@@ -48,6 +48,10 @@ class Named(dict):
         super().__init__(entries)
         self._what = what
 
+    def __repr__(self):
+        names = ", ".join(map(str, self)) if len(self) <= 24 else ", ".join([*map(str, self)][:6]) + ", ..."
+        return f"{type(self).__name__}({len(self)}, each {self._what}: {names})"
+
     def __missing__(self, key):
         names = [*self] if len(self) <= 24 else [*near(key, self), "..."]
         raise KeyError(f"{key!r:.60} is not {self._what}; there are {', '.join(names)}{meant(key, self)}")

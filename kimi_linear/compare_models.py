@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
 from ._arrays import as_integers
 from ._scalars import to_json
 from .diff import _html as parts
+from .load.gguf_heads import have_one_form, in_common_form
 from .load.gguf_tensors import VALUES, rows_of
 from .load.safetensors import TensorView
 
@@ -150,6 +152,7 @@ def _cells(t: TensorDistance) -> tuple[str, ...]:
 def compare_models(a, b, tokens, progress: Callable[[int, int, str], None] | None = None) -> ModelComparison:
     """Compare the weights of two models of one shape, and their answers to a text.
 
+    A Qwen folder and a GGUF of it are compared as what they mean: norms as 1 + w, value heads in the folder's order.
     Values are dequantised some rows of one tensor at a time; both models read the text in the same pieces. Logarithms
     of probabilities are in float64, of float32 logits.
 
@@ -177,10 +180,11 @@ def compare_models(a, b, tokens, progress: Callable[[int, int, str], None] | Non
         raise ValueError("tokens is empty; there must be at least one")
     begin = time.perf_counter()
     groups = _groups(a)
+    of_a, of_b = _tensors_of(a, b), _tensors_of(b, a)
     total, progress = len(groups) + len(ids), progress or (lambda *_: None)
     distances = []
     for i, (name, names) in enumerate(groups.items()):
-        distances.append(_distance(name, [(a._tensors[n], b._tensors[n]) for n in names]))
+        distances.append(_distance(name, [(of_a(n), of_b(n)) for n in names]))
         progress(i + 1, total, name)
     distances.sort(key=lambda t: -math.inf if math.isnan(t.rms) else -t.rms)
     rows = _Rows()
@@ -206,7 +210,15 @@ def _check_same(a, b) -> None:
                              f"{getattr(b.config, field)} in the other")
 
 
-_NOT_THE_MODEL = ("bos_token_id", "eos_token_ids", "pad_token_id", "max_length")
+_NOT_THE_MODEL = ("bos_token_id", "eos_token_ids", "pad_token_id", "max_length",
+                  "norm_plus_one", "gdn_tiled")  # the last two are how a file stores it
+
+
+def _tensors_of(model, other) -> Callable[[str], Any]:
+    """Name -> tensor, in a form that the other model's have, too."""
+    if have_one_form(model.config, other.config):
+        return model._tensors.__getitem__
+    return lambda name: in_common_form(model.config, name, model._tensors[name])
 
 
 def _groups(model) -> dict[str, list[str]]:

@@ -39,7 +39,7 @@ class Run:
 
     def __init__(self, model, theirs, dtype, tokens, weights=None, activations=None):
         self.config, self.weights = model.config, model.weights
-        self.differences, self.compared = ([], set()) if weights is None else compare_weights(self.weights, weights)
+        self.differences, self.compared = ([], set()) if weights is None else compare_weights(model, weights)
         self.nodes = {n.tap: n for n in dataflow.nodes(self.config) if n.op not in WITHOUT}
         calls, batch = _calls.without_batch(as_calls(theirs), self.nodes)
         self.skipped, self.notes, self.told_lone = [], [batch] if batch else [], False

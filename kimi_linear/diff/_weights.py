@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from .._arrays import as_array
+from ..config import Config
 from ..dataflow import Node
+from ..load.gguf_heads import have_one_form, in_common_form
 from . import metrics
 
 __all__ = ["WeightDifference", "compare_weights", "names_of"]
@@ -35,14 +37,14 @@ class WeightDifference:
     text: str
 
 
-def compare_weights(ours: Mapping, theirs) -> tuple[list[WeightDifference], set[str]]:
+def compare_weights(ours, theirs) -> tuple[list[WeightDifference], set[str]]:
     """(what differs, furthest apart first; the names that both have).
 
     Parameters
     ----------
-    ours : mapping from name to array
-    theirs : the same, or a Model
+    ours, theirs : Model, ReferenceModel or mapping from name to array
         What differs by rounding to the type of one of the two is the same; so are shapes of one size but for axes of 1.
+        Of two models, norms that one side stores as 1 + w and value heads in a GGUF's order are the same, too.
 
     Raises
     ------
@@ -51,14 +53,18 @@ def compare_weights(ours: Mapping, theirs) -> tuple[list[WeightDifference], set[
     ValueError
         If no name is in both.
     """
-    theirs = getattr(theirs, "weights", theirs)
+    configs = [getattr(side, "config", None) for side in (ours, theirs)]
+    if not all(isinstance(c, Config) for c in configs) or have_one_form(*configs):
+        configs = [None, None]
+    ours, theirs = (getattr(side, "weights", side) for side in (ours, theirs))
     if not isinstance(theirs, Mapping):
         raise TypeError(f"weights is a {type(theirs).__name__}; it must be a Model, or a mapping from name to array")
     names = [name for name in ours if name in theirs]
     if not names:
         raise ValueError(f"weights has no name of this model: it has {', '.join(list(theirs)[:3]) or 'none'}; "
                          f"the model has {', '.join(list(ours)[:3])}, ...")
-    found = [_difference(name, _values(ours[name], name), _values(theirs[name], name)) for name in names]
+    found = [_difference(name, *(_values(side[name], name, config) for side, config in zip((ours, theirs), configs)))
+             for name in names]
     return sorted(filter(None, found), key=lambda d: -d.relative), set(names)
 
 
@@ -68,8 +74,11 @@ def names_of(node: Node) -> Iterator[str]:
         yield from (weight.name.format(e) for e in range(weight.count)) if weight.count else (weight.name,)
 
 
-def _values(x, name):
-    return as_array(x.array() if hasattr(x, "file") else x, f"weights[{name!r}]")
+def _values(x, name, config):
+    """The values; with a Config, in a form that files of both kinds can have."""
+    x = x.array() if hasattr(x, "file") else x
+    y = x if config is None else in_common_form(config, name, x)
+    return as_array(x if y is x else y.array(), f"weights[{name!r}]")
 
 
 def _difference(name, x, y):

@@ -136,6 +136,9 @@ def exact_gelu(x):
     return x / 2 * (1 + np.vectorize(math.erf, otypes=[float])(x / np.sqrt(2)))
 
 
+GELU = {"tanh": gelu, "erf": exact_gelu}
+
+
 def clamped_inputs(call, most: float):
     gate, up = call["gate"], call["up"]
     return call.run(gate=np.minimum(gate, most), up=np.clip(up, -most, most)) if (np.abs(gate) > most).any() else None
@@ -184,7 +187,7 @@ def heads_interleaved(site: Site):
     return y.swapaxes(1, 2)
 
 
-def _of_whole(site: Site, rows):
+def of_whole(site: Site, rows):
     """The op with these rows of the joint matrix that its own are taken from."""
     whole = np.asarray(site.weights[site.node.weights["w"].name])
     return site.run(w=rows(whole))
@@ -202,20 +205,20 @@ def ungrouped(site: Site):
         first = n if part == "k" else 0 if part == "q" else len(whole) + last
         return whole[first:first + n]
 
-    return _of_whole(site, rows)
+    return of_whole(site, rows)
 
 
 def other_half_of_head(site: Site):
     """Of each head the other half of q_proj's rows."""
     H, K = site.node.shape
     half = 0 if site.node.tap.endswith("gate") else 1
-    return _of_whole(site, lambda whole: whole.reshape(H, 2, K, -1)[:, half].reshape(H * K, -1))
+    return of_whole(site, lambda whole: whole.reshape(H, 2, K, -1)[:, half].reshape(H * K, -1))
 
 
 def half_of_all(site: Site):
     """The first half of q_proj's rows for the query, the second for the gate."""
     n = int(np.prod(site.node.shape))
-    return _of_whole(site, lambda whole: whole[n:] if site.node.tap.endswith("gate") else whole[:n])
+    return of_whole(site, lambda whole: whole[n:] if site.node.tap.endswith("gate") else whole[:n])
 
 
 def of_layer(site: Site, by: int):
@@ -282,7 +285,7 @@ FAULTS = (
     Fault("gate_missing", "the output gate is left out", GATED,
           lambda s: reference.rms_norm(s["x"], s["w"], eps=s["eps"]), source="arXiv:2510.26692, section 4"),
     Fault("gate_without_activation", "the output gate is not put through its activation", GATED,
-          lambda s: reference.rms_norm(s["x"], s["w"], eps=s["eps"]) * s["z"], use=CALL),
+          lambda s: reference.rms_norm(s["x"], s["w"], eps=s["eps"]) * s["z"]),
     Fault("norm_over_all_heads", "one norm for a token, over all heads", GATED, norm_of_all_heads,
           source="arXiv:2510.26692, section 4"),
     Fault("norm_eps_other", "another eps under the root", NORMS, other_eps, choices=((1e-6,), (1e-5,), (1e-12,)),
@@ -332,9 +335,8 @@ FAULTS = (
           source="torch.backends.cuda.matmul.allow_tf32"),
     Fault("swiglu_sigmoid", "sigmoid(gate) up: GLU, without the factor gate", SWIGLU, activated(reference.sigmoid),
           use=CALL, source="arXiv:2002.05202"),
-    Fault("swiglu_gelu", "GELU in place of SiLU (its form with tanh)", SWIGLU, activated(gelu), use=CALL,
-          source="arXiv:2002.05202: GEGLU"),
-    Fault("swiglu_exact_gelu", "GELU in place of SiLU (its form with erf)", SWIGLU, activated(exact_gelu), use=CALL,
+    Fault("swiglu_gelu", "GELU in place of SiLU", SWIGLU, lambda s, form: activated(GELU[form])(s),
+          choices=(("tanh",), ("erf",)), each="GELU in place of SiLU (its form with {})",
           source="arXiv:2002.05202: GEGLU"),
     Fault("swiglu_quick_gelu", "x sigmoid(1.702 x) in place of SiLU", SWIGLU,
           activated(lambda x: x * reference.sigmoid(1.702 * x)), use=CALL, source="ggml_gelu_quick"),

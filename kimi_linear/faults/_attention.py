@@ -2,46 +2,37 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from .. import _reference_fast, reference
-from ._fault import CALL, SPLIT, Fault, changed
-from ._mla import one_sequence
+from ._fault import CALL, RUN, SEVERAL, SPLIT, Fault, changed
+from ._mla import cached_alone, from_the_left, last_alone, limits, not_itself, one_sequence, to_the_end
+from .scene import Branch
 from .site import Site
 
 # ---- attention -----------------------------------------------------------------------------------------
 
 
 def masked(seen):
-    """A query at position t of S sees positions seen(t, S) = (first, end)."""
-    def attend(q, k, v, scale, offsets=None, kv_offsets=None):
-        q, k, v = (reference.f64(a) for a in (q, k, v))
-        group, o = q.shape[1] // k.shape[1], np.zeros((*q.shape[:2], v.shape[-1]))
-        cached = reference.sequences(len(k), offsets if kv_offsets is None else kv_offsets)
-        for r, c in zip(reference.sequences(len(q), offsets), cached):
-            keys, values = (np.repeat(a[c].swapaxes(0, 1), group, axis=0) for a in (k, v))
-            S = c.stop - c.start
-            first, end = np.array([seen(t, S) for t in range(S - (r.stop - r.start), S)], int).reshape(-1, 2).T
-            o[r] = _reference_fast.attend(q[r], keys, values, scale, first, end)
-        return o
+    """A query at position t of its call, from `begin` to `end`, sees the positions that seen(t, begin, end) says."""
+    def function(call):
+        return call.run(by=partial(_attend, limits(call, seen)))
 
-    return lambda call: call.run(by=attend)
+    return function
 
 
-def mask_from_the_left(call):
-    """Query t sees positions 0 to t, whatever was cached before it."""
-    if len(call["q"]) == len(call["k"]):
-        return None
-
-    def attend(q, k, v, scale, offsets=None, kv_offsets=None):
-        o = np.zeros((*np.shape(q)[:2], np.shape(v)[-1]))
-        cached = reference.sequences(len(k), offsets if kv_offsets is None else kv_offsets)
-        for r, c in zip(reference.sequences(len(q), offsets), cached):
-            rows = slice(c.start, c.start + r.stop - r.start)
-            o[r] = reference.attention(q[r], k[rows], v[rows], scale=scale)
-        return o
-
-    return call.run(by=attend)
+def _attend(of_sequence, q, k, v, scale, offsets=None, kv_offsets=None):
+    q, k, v = (reference.f64(a) for a in (q, k, v))
+    group, o = q.shape[1] // k.shape[1], np.zeros((*q.shape[:2], v.shape[-1]))
+    cached = reference.sequences(len(k), offsets if kv_offsets is None else kv_offsets)
+    for i, (r, c) in enumerate(zip(reference.sequences(len(q), offsets), cached)):
+        keys, values = (np.repeat(a[c].swapaxes(0, 1), group, axis=0) for a in (k, v))
+        first, end, parts = of_sequence(i, r.stop - r.start, c.stop - c.start)
+        for p in parts:
+            o[r][p] = _reference_fast.attend(q[r][p], keys, values, scale, first[p], end[p])
+    return o
 
 
 def tiled_heads(call):
@@ -69,6 +60,20 @@ def first_head(call):
     """All query heads use the first head of keys and values."""
     k, v = call["k"], call["v"]
     return call.run(k=np.repeat(k[:, :1], k.shape[1], 1), v=np.repeat(v[:, :1], v.shape[1], 1))
+
+
+def unturned_past(site: Site):
+    """Keys of earlier calls as they were before rope."""
+    k = site.sibling("attn.k_norm")
+    if k is None or k.shape != site["k"].shape:
+        return None
+    return site.run(branches=[Branch(past, p.rows) for p, past in site.scene.pasts()], past={"k": k})
+
+
+def scaled_by_hidden(site: Site):
+    x, (H, K) = site.sibling("attn_norm"), site.node.shape
+    width = K if x is None else x.shape[-1] // H
+    return site.run(scale=width ** -0.5) if width != K else None
 
 
 # ---- rope ----------------------------------------------------------------------------------------------
@@ -117,6 +122,23 @@ def counted_in_call(call):
         for piece in call.scene.pieces:
             positions[piece.rows] = np.arange(len(piece.rows))
     return call.run(positions=positions)
+
+
+def moved_behind_first(site: Site, by: int):
+    positions = np.array(site.args["positions"])
+    for piece in site.scene.pieces:
+        positions[piece.rows] += 0 if piece.first else by
+    return site.run(positions=positions)
+
+
+def counted_over_sequences(site: Site, calls: str):
+    """Positions of a sequence have those of the sequences before it in a call added."""
+    if calls == "the first call" and site.scene.n_calls == 1:
+        return None
+    positions = np.array(site.args["positions"])
+    for piece in site.scene.pieces:
+        positions[piece.rows] += len(piece.before) if piece.call == 0 or calls == "each call" else 0
+    return site.run(positions=positions)
 
 
 def moved(call, by: int):
@@ -168,20 +190,26 @@ FAULTS = (
           interleaved_values),
     Fault("attention_keys_for_values", "keys and values are exchanged", ATTENTION, exchanged),
     Fault("attention_mask_missing", "queries see the positions behind their own", ATTENTION,
-          masked(lambda t, S: (0, S)), looks_ahead=True),
+          masked(to_the_end), looks_ahead=True),
     Fault("attention_mask_off_by_one", "queries do not see their own position", ATTENTION,
-          masked(lambda t, S: (0, max(t, 1)))),
+          masked(not_itself)),
     Fault("attention_mask_from_the_left", "query t sees positions 0 to t, whatever was cached before it", ATTENTION,
-          mask_from_the_left, use=CALL, source="torch's is_causal aligns at the first row"),
+          from_the_left("q", "k", masked), SPLIT, source="torch's is_causal aligns at the first row"),
+    Fault("attention_own_call_missing", "queries do not see the positions of their own call", ATTENTION,
+          masked(cached_alone), SPLIT, source="attention before the new rows are appended", use=RUN, looks_ahead=True),
+    Fault("attention_cached_keys_unturned", "keys are cached before rope: those of earlier calls are not turned",
+          ATTENTION, unturned_past, SPLIT, source="caches that hold what k_proj or k_norm gave", use=RUN),
+    Fault("attention_scale_of_hidden", "scores are scaled by (hidden / heads)^-1/2; a head has another width",
+          ATTENTION, scaled_by_hidden, source="head_dim of config.json is left out", use=RUN),
     Fault("attention_window", "a query sees the last positions alone", ATTENTION,
-          lambda s, n: masked(lambda t, S: (max(t + 1 - n, 0), t + 1))(s),
+          lambda s, n: masked(last_alone(n))(s),
           use=CALL, choices=((16,), (32,), (64,), (128,)), each="a query sees the last {} positions alone"),
     Fault("attention_offsets_ignored", "offsets are ignored: queries see the sequences before their own", ATTENTION,
           one_sequence, use=CALL),
     Fault("rope_neighbours", "neighbours are turned, not values half of `rotary` apart", ROPE,
           lambda s: _turned(s, pairs="neighbours"), source=NEOX),
     Fault("rope_pairs_of_head", "values half a head apart are turned, not half of `rotary`", ROPE, pairs_of_head,
-          use=CALL, choices=(("of rotary",), ("of the head",)),
+          choices=(("of rotary",), ("of the head",)),
           each="values half a head apart are turned, not half of `rotary`, with speeds {}",
           source="pie, pull request 603; coreai-models, issue 66"),
     Fault("rope_backwards", "pairs are turned by the negative angle", ROPE,
@@ -200,6 +228,12 @@ FAULTS = (
           choices=((1,), (-1,)), each="positions are {:+d}"),
     Fault("rope_positions_from_zero", "positions are those in the call", ROPE, counted_in_call, SPLIT,
           source="a cache that is not counted"),
+    Fault("rope_positions_shifted_between_calls", "positions of later calls are one off; those of the first are right",
+          ROPE, moved_behind_first, SPLIT, choices=((-1,), (1,)), each="behind the first call positions are {:+d}",
+          source="a cache that is counted before, or behind, its new row", use=RUN),
+    Fault("rope_positions_over_sequences", "positions go on over the sequences of a call", ROPE, counted_over_sequences,
+          SEVERAL, choices=(("each call",), ("the first call",)), each="positions go on over the sequences of {}",
+          source="packed batches: one arange for all rows", use=RUN),
     Fault("rope_angle_of_float32", "angles are float32", ROPE, angles_of_float32,
           source="transformers computes angles in float32"),
     Fault("gate_raw", "the gate is not put through a sigmoid", GATE, with_factor(lambda g: g)),

@@ -18,7 +18,7 @@ LOSSY = 20.0  # nats: a float32 sum of gates beyond is rounded by more than a bu
 
 
 def wrong(x, *, l2=None, heads=None, scale=None, gate=None, axis=None, beta=None, order=None, read=None, stored=None,
-          initial=None, final=None, border=None, padding=None, ragged=None, sums=None, turned=(), exchanged=None,
+          initial=None, final=None, border=None, padding=None, ragged=None, sums=None, turned=None, exchanged=None,
           rolled=None, backwards=None, inputs=None, results=None):
     """`reference.delta_rule` of the arguments `x` with faults, all None: none. Takes gates above 0, too."""
     q, k, v, b = (np.asarray(x[n], np.float64) for n in ("q", "k", "v", "beta"))
@@ -185,7 +185,7 @@ def _sequence(q, k, v, g, b, b_read, S, gate, axis, order, read, stored, final, 
     kind, C = border or (None, len(q) + 1)
     before = S
     for t in range(len(q)):
-        S = S.swapaxes(1, 2) if t in turned else S
+        S = _reread(S, turned[t]) if turned and t in turned else S
         before, at = S, t % C
         decay = a[t][:, None, :] if axis == "value" and a.shape[2] == v.shape[2] else a[t][:, :, None]
         if kind == "no first gate" and at == 0 and t or kind == "no last gate" and at == C - 1:
@@ -210,6 +210,12 @@ def _sequence(q, k, v, g, b, b_read, S, gate, axis, order, read, stored, final, 
     if padding and len(q):
         end = _padded(k[-1], v[-1], a[-1], b[-1], S, padding[0], -len(q) % padding[1])
     return o, end, before if final == "before the last" else end
+
+
+def _reread(S, which):
+    """The memory of a state [K, V] taken for [V, K], or left as [V, K] and taken for [K, V]; of K = V the same."""
+    H, K, V = S.shape
+    return S.swapaxes(1, 2).reshape(S.shape) if which == "left" else S.reshape(H, V, K).swapaxes(1, 2)
 
 
 def _padded(k, v, a, b, S, kind, rows):

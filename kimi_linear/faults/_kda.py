@@ -11,7 +11,7 @@ from . import _delta, _delta_chunk, _l2
 from . import scene as rules
 from ._delta import wrong
 from ._fault import CALL, LONG, RESTORED, RUN, SEVERAL, SPLIT, STRONG, Fault, carried, changed, in_blocks
-from .site import Site
+from .site import Call, Site
 
 BLOCKS = ((8,), (16,), (32,), (64,), (128,), (256,), (512,), (1024,), (2048,))
 
@@ -36,15 +36,15 @@ def _over_branches(site, run):
     return out
 
 
-def turned_between_calls(site: Site):
-    """The state is [V, K] where a call leaves it and [K, V] where the next takes it up."""
+def turned_between_calls(site: Site, which: str):
+    """The state is [V, K] where a call leaves it and [K, V] where the next takes it up, or the reverse."""
     q, k, v, g, beta = (site[a] for a in ("q", "k", "v", "g", "beta"))
-    if k.shape[-1] != v.shape[-1]:
+    if which != "left" and k.shape[-1] == v.shape[-1]:
         return None
     begins = {int(p.rows[0]) for p in site.scene.pieces if not p.first and len(p.rows)}
 
     def run(rows, skip):
-        turned = [t for t, row in enumerate(rows) if t and int(row) in begins]
+        turned = {t: which for t, row in enumerate(rows) if t and int(row) in begins}
         return wrong({**site.args, **dict(zip("qkv", (q[rows], k[rows], v[rows]))), "g": g[rows], "beta": beta[rows],
                       "offsets": None}, turned=turned)[0]
 
@@ -97,17 +97,40 @@ def _factored(q, k, v, g, beta, S):
 # ---- convolution -----------------------------------------------------------------------------------
 
 
+def by_calls(function):
+    """A fault of one call, in a run: each call begins with the history that the call before it handed on."""
+    def of_run(call, *choice):
+        if not isinstance(call, Site):
+            return function(call, *choice)
+        if call.scene.is_restored:
+            return None
+        y, history = np.zeros(call["x"].shape), None
+        for p in call.scene.pieces:
+            if len(p.rows):
+                one = Call(call.op, {**call.args, "x": call["x"][p.rows], "history": None if p.first else history})
+                found = function(one, *choice)
+                y[p.rows], history = one.results() if found is None else found
+        return y
+
+    return of_run
+
+
 def delayed(call, n: int):
     """Reads n tokens earlier (later, where n < 0) than it should."""
-    def conv(x, offsets=None, **rest):
-        x, moved = reference.f64(x), np.zeros(np.shape(x))
-        for r in reference.sequences(len(x), offsets):
-            if r.stop - r.start > abs(n):
-                to, of = (slice(n, None), slice(-n)) if n > 0 else (slice(n), slice(-n, None))
-                moved[r][to] = x[r][of]
-        return reference.short_conv(moved, offsets=offsets, **rest)
+    def conv(x, history=None, offsets=None, **rest):
+        x, w = reference.f64(x), reference.f64(rest["w"])
+        ranges, y, before = reference.sequences(len(x), offsets), np.zeros(x.shape), w.shape[1] - 1
+        histories = np.zeros((len(ranges), before, x.shape[1]))
+        if history is not None:
+            histories[:] = history
+        for r, own in zip(ranges, histories):
+            zeros, rows = np.zeros((abs(n), x.shape[1])), [own, x[r]]
+            stream = np.concatenate([zeros, *rows] if n > 0 else [*rows, zeros])
+            first = before - min(n, 0)
+            y[r] = reference.short_conv(stream, **rest)[0][first:first + r.stop - r.start]
+        return y, reference.short_conv(x, history=history, offsets=offsets, **rest)[1]
 
-    return call.run(by=conv) if len(call["x"]) > abs(n) else None
+    return call.results(by=conv)
 
 
 def without_history(call):
@@ -331,7 +354,8 @@ FAULTS = (
     *_delta.FAULTS,
     *_delta_chunk.FAULTS,
     Fault("state_transposed_between_calls", "the state is left as [V, K] and taken up as [K, V]", DELTA,
-          turned_between_calls, SPLIT, source="ggml and MLX keep [V, K], flash-linear-attention [K, V]", use=RUN),
+          turned_between_calls, SPLIT, choices=(("left",), ("taken up",)), each="the state is {} as [V, K], on the "
+          "other side of a call as [K, V]", source="ggml and MLX keep [V, K], flash-linear-attention [K, V]", use=RUN),
     Fault("chunk_overflow", "a chunk multiplies by exp(-c_j) alone, which overflows", DELTA, factored_chunks, STRONG,
           choices=((64,), (32,), (16,), (128,)), source="float32 exp overflows above 88.7", use=RUN, looks_ahead=True),
     Fault("state_lost_between_calls", "every call begins with an empty state", CARRYING,
@@ -350,7 +374,7 @@ FAULTS = (
           (*DELTA, *CONV), carried(rules.empty_after_restore), RESTORED, source="prompt caches of servers", use=RUN),
     Fault("conv_taps_reversed", "the last tap is put on the oldest token", CONV, changed(w=lambda s: s["w"][:, ::-1]),
           source="torch's conv1d correlates; a convolution by the book turns the taps round"),
-    Fault("conv_off_by_one", "the convolution reads one token too early, or too late", CONV, delayed,
+    Fault("conv_off_by_one", "the convolution reads one token too early, or too late", CONV, by_calls(delayed),
           choices=((1,), (-1,)), source="a padding of W in place of W - 1", looks_ahead=True),
     Fault("conv_silu_missing", "no SiLU after the convolution", CONV, changed(activation=lambda s: None),
           source="arXiv:2510.26692, section 4"),
@@ -362,8 +386,8 @@ FAULTS = (
           source="arXiv:2510.26692, section 4", use=RUN),
     Fault("conv_history_ignored", "the history is ignored: every call begins with zeros", CONV, without_history,
           use=CALL),
-    Fault("conv_history_turned", "the history is read with the newest row first", CONV, history_turned,
-          use=CALL),
+    Fault("conv_history_turned", "the history is read with the newest row first", CONV,
+          by_calls(history_turned), SPLIT),
     Fault("conv_history_not_renewed", "the history that is handed on is the one that came", CONV, history_kept,
           use=CALL),
     Fault("conv_hands_on_turned", "the history that is handed on has the newest row first", CONV, turned_after,
@@ -373,10 +397,10 @@ FAULTS = (
     Fault("conv_hands_on_outputs", "the history that is handed on holds outputs, not inputs", CONV, history_of_outputs,
           choices=(("with",), ("before",)), each="the history that is handed on holds outputs, not inputs: {} their "
           "activation", use=CALL),
-    Fault("conv_hands_on_too_early", "the history that is handed on ends one row early", CONV, history_too_early,
-          use=CALL),
-    Fault("conv_history_off_by_one", "the history is read one row off", CONV, history_moved, choices=((1,), (-1,)),
-          each="the history is read one row off ({:+d})", use=CALL),
+    Fault("conv_hands_on_too_early", "the history that is handed on ends one row early", CONV,
+          by_calls(history_too_early), SPLIT),
+    Fault("conv_history_off_by_one", "the history is read one row off", CONV, by_calls(history_moved), SPLIT,
+          choices=((1,), (-1,)), each="the history is read one row off ({:+d})"),
     Fault("conv_offsets_ignored", "offsets are ignored: sequences run into each other", CONV, packed_as_one, use=CALL),
     Fault("conv_histories_rolled", "a sequence has the history of another", CONV, histories_rolled,
           choices=(("next",), ("one before",)), each="each sequence has the history of the {}", use=CALL,
@@ -393,6 +417,8 @@ FAULTS = (
     Fault("dt_bias_missing", "dt_bias is not added", GATE, changed(dt_bias=lambda s: 0 * s["dt_bias"]), source=FLA),
     Fault("a_log_raw", "A_log is used in place of exp(A_log)", GATE, changed(rate=a_log),
           source=f"{GGML}: the converter stores -exp(A_log)"),
+    Fault("a_log_negated", "exp(-A_log) is used in place of exp(A_log)", GATE, changed(rate=lambda s: 1 / s["rate"]),
+          source="the minus of -exp(A_log), put inside", use=RUN),
     Fault("rate_exponentiated", "exp is taken of rate, which is exp(A_log) already", GATE,
           changed(rate=lambda s: np.exp(s["rate"])), use=CALL, source="a checkpoint holds A_log"),
     Fault("a_log_without_minus", "exp(A_log) softplus(...) without the minus: the state grows", GATE, a_log_as_decay,

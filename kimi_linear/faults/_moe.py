@@ -151,6 +151,13 @@ def raw_shared_gate(call):
     return call.run(shared_gate=None, shared=reference.linear(call["x"], gate) * call["shared"])
 
 
+def gated_as_a_whole(site: Site):
+    gate, shared = site.sibling("moe.shared_g"), site.args.get("shared")
+    if gate is None or not isinstance(shared, np.ndarray):
+        return None
+    return site.run(shared=0 * shared) * reference.sigmoid(gate) + shared
+
+
 ROUTE, WEIGHTS, MOE, V3 = ("route",), ("route_weights",), ("moe",), "arXiv:2412.19437, section 2.1.2"
 GATE_UP = ("mlp.gate", "mlp.up", "moe.shared_gate", "moe.shared_up")
 
@@ -207,6 +214,8 @@ FAULTS = (
           source="vLLM's and SGLang's kernels take them as they are"),
     Fault("w_up_transposed", "w_up is read as [D, F]", MOE, turned_experts("w_up"), use=CALL),
     Fault("w_gate_transposed", "w_gate is read as [D, F]", MOE, turned_experts("w_gate"), use=CALL),
+    Fault("shared_gate_on_all", "the shared expert's gate multiplies the routed experts, too", MOE, gated_as_a_whole,
+          source="Qwen3-Next: sigmoid(w_s x) is of the shared expert alone", use=RUN),
     Fault("shared_gate_missing", "the shared expert's gate is left out", MOE,
           lambda s: s.run(shared_gate=None) if s.args.get("shared_gate") is not None else None, use=CALL),
     Fault("shared_gate_raw", "the shared expert's gate is not put through a sigmoid", MOE, raw_shared_gate, use=CALL),

@@ -170,6 +170,17 @@ class Scene:
             seen = np.concatenate([seen, p.rows])
         return out
 
+    def spans(self) -> list[np.ndarray]:
+        """Of each branch: where the call of each of its rows begins, and where it ends, counted in it: [rows, 2]."""
+        calls = np.empty((self.T, 2), int)
+        for p in self.pieces:
+            calls[p.rows] = (p.rows[0], p.rows[-1] + 1) if len(p.rows) else 0
+        found = []
+        for b in self.branches():
+            rows = np.concatenate(b)
+            found.append(np.clip(calls[rows] - (rows - np.arange(len(rows)))[:, None], 0, len(rows)))
+        return found
+
     def pasts(self) -> Iterator[tuple[Piece, np.ndarray]]:
         """Each piece that has rows, and the rows of its past."""
         branches = self.branches()

@@ -7,6 +7,7 @@ ggml-org/llama.cpp.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -115,3 +116,18 @@ def as_published(config: Config, published: Config, name: str, tensor, kept: np.
     rest = name.split(".", 3)[3] if name.startswith("model.layers.") else name
     change = undo(config, published, rest, kept)
     return tensor if change is None else _Undone(tensor, change)
+
+
+def in_common_form(config: Config, name: str, tensor):
+    """A tensor as folders and files can be compared: norms as 1 + w, value heads in a folder's order; else itself.
+
+    Of a model whose Config is `config`. Norms are not taken as w, which 1 + w in float32 has rounded.
+    """
+    if is_folded(name):
+        return _Undone(tensor, plus_one) if config.norm_plus_one else tensor
+    return as_published(config, replace(config, gdn_tiled=False), name, tensor)
+
+
+def have_one_form(a: Config, b: Config) -> bool:
+    """Whether the tensors of two models of one shape are stored alike."""
+    return (a.norm_plus_one, a.gdn_tiled) == (b.norm_plus_one, b.gdn_tiled)

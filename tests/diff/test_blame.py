@@ -495,6 +495,20 @@ def test_what_is_the_same_weight(theirs, ours, same):
     assert same or found[0].text.startswith("weight w differs: max abs ")
 
 
+@pytest.mark.parametrize("case", ["qwen-a", "qwen35-moe"])
+def test_weights_of_a_gguf_of_a_qwen_folder_are_the_same(case, golden_dir, tmp_path):
+    """Its norms are 1 + w, its value heads may lie in another order."""
+    kl.convert(golden_dir / case, tmp_path / "x.gguf")
+    folder, file = (kl.Model.from_pretrained(path) for path in (golden_dir / case, tmp_path / "x.gguf"))
+    assert folder.config.norm_plus_one != file.config.norm_plus_one
+    for ours, theirs in ((folder, file), (file, folder)):
+        assert kl.diff.blame(ours, ours.trace([1, 2, 3]), weights=theirs).ok
+    name = "model.layers.0.linear_attn.out_proj.weight"
+    file.weights[name] = np.roll(file.weights[name], folder.config.gdn_v_dim, 1)
+    found = kl.diff.blame(folder, folder.trace([1, 2, 3]), weights=file)
+    assert [d.name for d in found.weights] == [name]
+
+
 def test_weights_that_are_none(model):
     trace = model.trace([1, 2, 3])
     with pytest.raises(TypeError, match="weights is a list; it must be a Model, or a mapping"):

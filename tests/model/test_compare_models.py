@@ -126,3 +126,19 @@ def test_other_models_are_refused(golden_dir, ids):
     c = kl.Model.tiny(latent_eps=1e-5)
     with pytest.raises(ValueError, match="latent_eps is 1e-06 in the one and 1e-05 in the other"):
         kl.compare_models(a, c, ids)
+
+
+@pytest.mark.parametrize("case", ["qwen-a", "qwen35-a", "qwen35-moe"])
+def test_a_qwen_folder_and_a_gguf_of_it(case, golden_dir, tmp_path):
+    """The file's norms are 1 + w, its value heads may lie in another order: no difference."""
+    kl.convert(golden_dir / case, tmp_path / "x.gguf")
+    kl.convert(golden_dir / case, tmp_path / "q.gguf", types={"blk.1.ssm_out.weight": "Q8_0"})
+    folder, same, other = map(kl.Model.from_pretrained, (golden_dir / case, tmp_path / "x.gguf", tmp_path / "q.gguf"))
+    ids = np.arange(3, 12)
+    for pair in ((folder, same), (same, folder)):
+        report = kl.compare_models(*pair, ids)
+        assert report.equal == len(report.tensors) and report.kl < 1e-8 and report.top1 == 1
+    for pair in ((folder, other), (other, folder)):
+        report = kl.compare_models(*pair, ids)
+        assert [t.name for t in report.tensors if t.rms] == ["model.layers.1.linear_attn.out_proj.weight"]
+        assert 1e-3 < report.tensors[0].rms < 1e-2

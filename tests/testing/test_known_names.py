@@ -26,6 +26,16 @@ def test_a_name_that_is_not_there_is_a_sentence(table, key, words):
     assert key not in table() and table().get(key) is None
 
 
+@pytest.mark.parametrize("table, words", [
+    (kl.faults.CATALOGUE, r"^Named\(\d+, each a fault of the catalogue: state_read_transposed, .*, \.\.\.\)$"),
+    (kl.conventions, r"each a project of kimi_linear.conventions: ours, fla, .*, mlx\)"),
+    (kl.conventions["fla"], r"each an op of .*: delta_rule, "),
+])
+def test_a_table_is_shown_by_its_names(table, words):
+    """And not with all that is in it, which is 100 KB."""
+    assert re.search(words, repr(table)) and len(repr(table)) < 700
+
+
 @pytest.mark.parametrize("call, words", [
     (lambda: kl.Context(gemm="bals"), "gemm is 'bals'; it must be one of 'own', 'blas'; did you mean 'blas'?"),
     (lambda: kl.Context(gemm=["own"]), "gemm is ['own']; it must be one of 'own', 'blas'"),
