@@ -2,37 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 
-from .. import _reference_fast, reference
+from .. import reference
 from ._fault import CALL, RUN, SEVERAL, SPLIT, Fault, changed
-from ._mla import cached_alone, from_the_left, last_alone, limits, not_itself, one_sequence, to_the_end
+from ._masks import cached_alone, from_the_left, last_alone, masked, not_itself, one_sequence, to_the_end
 from .scene import Branch
 from .site import Site
 
 # ---- attention -----------------------------------------------------------------------------------------
-
-
-def masked(seen):
-    """A query at position t of its call, from `begin` to `end`, sees the positions that seen(t, begin, end) says."""
-    def function(call):
-        return call.run(by=partial(_attend, limits(call, seen)))
-
-    return function
-
-
-def _attend(of_sequence, q, k, v, scale, offsets=None, kv_offsets=None):
-    q, k, v = (reference.f64(a) for a in (q, k, v))
-    group, o = q.shape[1] // k.shape[1], np.zeros((*q.shape[:2], v.shape[-1]))
-    cached = reference.sequences(len(k), offsets if kv_offsets is None else kv_offsets)
-    for i, (r, c) in enumerate(zip(reference.sequences(len(q), offsets), cached)):
-        keys, values = (np.repeat(a[c].swapaxes(0, 1), group, axis=0) for a in (k, v))
-        first, end, parts = of_sequence(i, r.stop - r.start, c.stop - c.start)
-        for p in parts:
-            o[r][p] = _reference_fast.attend(q[r][p], keys, values, scale, first[p], end[p])
-    return o
 
 
 def tiled_heads(call):
@@ -194,7 +172,7 @@ FAULTS = (
     Fault("attention_mask_off_by_one", "queries do not see their own position", ATTENTION,
           masked(not_itself)),
     Fault("attention_mask_from_the_left", "query t sees positions 0 to t, whatever was cached before it", ATTENTION,
-          from_the_left("q", "k", masked), SPLIT, source="torch's is_causal aligns at the first row"),
+          from_the_left, SPLIT, source="torch's is_causal aligns at the first row"),
     Fault("attention_own_call_missing", "queries do not see the positions of their own call", ATTENTION,
           masked(cached_alone), SPLIT, source="attention before the new rows are appended", use=RUN, looks_ahead=True),
     Fault("attention_cached_keys_unturned", "keys are cached before rope: those of earlier calls are not turned",
@@ -202,8 +180,8 @@ FAULTS = (
     Fault("attention_scale_of_hidden", "scores are scaled by (hidden / heads)^-1/2; a head has another width",
           ATTENTION, scaled_by_hidden, source="head_dim of config.json is left out", use=RUN),
     Fault("attention_window", "a query sees the last positions alone", ATTENTION,
-          lambda s, n: masked(last_alone(n))(s),
-          use=CALL, choices=((16,), (32,), (64,), (128,)), each="a query sees the last {} positions alone"),
+          last_alone, use=CALL, choices=((16,), (32,), (64,), (128,)),
+          each="a query sees the last {} positions alone"),
     Fault("attention_offsets_ignored", "offsets are ignored: queries see the sequences before their own", ATTENTION,
           one_sequence, use=CALL),
     Fault("rope_neighbours", "neighbours are turned, not values half of `rotary` apart", ROPE,

@@ -12,6 +12,8 @@ from .site import Site
 
 #: Inputs that ports take one for another: of one size, and side by side in a matrix or a checkpoint.
 PAIRS = {"qk", "kv", "vq", "vz", "ba"}
+#: Of these a gated delta net's: in a joint matrix the rows of the second lie behind those of the first.
+JOINT = {"qk", "vz", "ba"}
 
 
 def query_and_gate_in_turn(site: Site):
@@ -35,16 +37,16 @@ def _of_other(site, own, other):
     if "linear_attn" not in name:
         name = name.replace(f"{own}_proj", f"{other}_proj")
         return np.asarray(site.weights[name]) if name in site.weights else None
-    if "in_proj_qkv." in name and other in "qk" and own != "v" or "in_proj_qkvz" in name or "in_proj_ba" in name:
+    ahead, behind = own + other in JOINT, other + own in JOINT
+    if not ahead and not behind:
+        return None
+    if "in_proj_qkvz" in name or "in_proj_ba" in name or "in_proj_qkv." in name and own in "qk":
         rows = _rows(site)
         breaks = np.flatnonzero(np.diff(rows) != 1)
         n = int(breaks[0]) + 1 if len(breaks) else len(rows)
-        rows = rows + (n if own + other in ("qk", "vz", "ba") else -n)
-        whole = np.asarray(site.weights[name])
-        return whole[rows] if own + other in _JOINT and rows.max() < len(whole) else None
+        rows, whole = rows + (n if ahead else -n), np.asarray(site.weights[name])
+        return whole[rows] if rows.max() < len(whole) else None
     apart = {"v": "in_proj_qkv.weight", "z": "in_proj_z.weight", "b": "in_proj_b.weight", "a": "in_proj_a.weight"}
-    if own + other not in ("vz", "zv", "ab", "ba"):
-        return None
     whole = np.asarray(site.weights[name.rsplit("in_proj", 1)[0] + apart[other]])
     return whole[-len(site["w"]):]
 
@@ -54,9 +56,6 @@ def _rows(site):
     weight = site.node.weights["w"]
     index = np.arange(len(site.weights[weight.name]))
     return index if weight.view is None else weight.view(index)
-
-
-_JOINT = ("qk", "kq", "vz", "zv", "ba", "ab")
 
 
 def norm_of_other(site: Site):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 
 from .. import _reference_fast, reference
 from . import scene as rules
 from ._fault import CALL, RESTORED, RUN, SPLIT, Fault, carried, changed
+from ._masks import cached_alone, from_the_left, last_alone, masked, not_itself, one_sequence, to_the_end
 from .site import Site
 
 
@@ -86,84 +85,6 @@ def shared_not_scored(site: Site):
     return site.run(k_shared=0 * site["k_shared"])
 
 
-def limits(call, seen):
-    """(sequence, n, S) -> (first, end) [n] of the rows that its last n of S see, and the slices in which neither falls.
-
-    A query at position t, whose call begins and ends at `begin` and `end`, sees the rows from the first to before the
-    second of seen(t, begin, end).
-    """
-    spans = call.scene.spans() if isinstance(call, Site) else None
-
-    def of_sequence(i, n, S):
-        of_rows = [(S - n, S)] * n if spans is None else spans[i]
-        seen_by = [seen(t, *span) for t, span in zip(range(S - n, S), of_rows, strict=True)]
-        first, end = np.array(seen_by, int).reshape(-1, 2).T
-        cuts = np.flatnonzero((np.diff(first) < 0) | (np.diff(end) < 0)) + 1
-        return first, end, [slice(a, b) for a, b in zip([0, *cuts], [*cuts, n])]
-
-    return of_sequence
-
-
-def masked(seen):
-    """A query at position t of its call, from `begin` to `end`, sees the rows that seen(t, begin, end) says."""
-    def function(call):
-        return call.run(by=partial(_attend, limits(call, seen)))
-
-    return function
-
-
-def _attend(of_sequence, q, latent, k_shared, w_uk, w_uv, scale, offsets=None, kv_offsets=None, **rest):
-    q, latent, k_shared, w_uk, w_uv = (reference.f64(a) for a in (q, latent, k_shared, w_uk, w_uv))
-    out = np.zeros((len(q), q.shape[1], w_uv.shape[1]))
-    cached = reference.sequences(len(latent), offsets if kv_offsets is None else kv_offsets)
-    for i, (r, c) in enumerate(zip(reference.sequences(len(q), offsets), cached)):
-        k, v = _keys_and_values(latent[c], k_shared[c], w_uk, w_uv)
-        first, end, parts = of_sequence(i, r.stop - r.start, c.stop - c.start)
-        for p in parts:
-            out[r][p] = _reference_fast.attend(q[r][p], k, v, scale, first[p], end[p])
-    return out
-
-
-def to_the_end(t, begin, end):
-    return 0, end
-
-
-def not_itself(t, begin, end):
-    return 0, max(t, 1)
-
-
-def cached_alone(t, begin, end):
-    """What was cached before the call; of a first call what is right."""
-    return 0, begin or t + 1
-
-
-def last_alone(n):
-    return lambda t, begin, end: (max(t + 1 - n, 0), t + 1)
-
-
-def from_the_left(queries, keys, masked):
-    """Query t of a call sees rows 0 to t, whatever was cached before it."""
-    wrong = masked(lambda t, begin, end: (0, t - begin + 1))
-
-    def function(call):
-        return None if not isinstance(call, Site) and len(call[queries]) == len(call[keys]) else wrong(call)
-
-    return function
-
-
-def one_sequence(call):
-    """offsets are ignored: queries see the rows of sequences before their own."""
-    if call.args.get("offsets") is None:
-        return None
-    return call.run(offsets=None, kv_offsets=None)
-
-
-def _keys_and_values(latent, k_shared, w_uk, w_uv):
-    k = np.einsum("hnr,sr->hsn", w_uk, latent)
-    shared = np.broadcast_to(k_shared, (len(w_uk), *k_shared.shape))
-    return np.concatenate([k, shared], axis=-1), np.einsum("hvr,sr->hsv", w_uv, latent)
-
-
 def of_width(width):
     return lambda site: width(site) ** -0.5
 
@@ -205,9 +126,8 @@ FAULTS = (
     Fault("v_b_transposed", "the value half of kv_b is read as [R, V]", MLA, turned("w_uv"), use=CALL,
           source="llama.cpp: attn_v_b"),
     Fault("mask_from_the_left", "query t sees rows 0 to t, whatever was cached before it", MLA,
-          from_the_left("q", "latent", masked), SPLIT,
-          source="torch's is_causal aligns at the first row, flash-attention at the last"),
-    Fault("window", "a query sees the last rows alone", MLA, lambda s, n: masked(last_alone(n))(s),
+          from_the_left, SPLIT, source="torch's is_causal aligns at the first row, flash-attention at the last"),
+    Fault("window", "a query sees the last rows alone", MLA, last_alone,
           use=CALL, choices=((16,), (32,), (64,), (128,)), each="a query sees the last {} rows alone"),
     Fault("mla_offsets_ignored", "offsets are ignored: queries see the sequences before their own", MLA, one_sequence,
           use=CALL),

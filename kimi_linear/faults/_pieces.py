@@ -6,6 +6,7 @@ import numpy as np
 
 from .. import reference
 from ._fault import LONG, SPLIT, Fault
+from ._masks import CACHED, keys_and_values
 from .site import Site
 
 #: How many positions a piece has, of S that a call has.
@@ -28,7 +29,7 @@ def in_pieces(merged, onward=False):
             return None
         if all(length(len(seen)) >= len(seen) for _, seen in wanted):
             return None
-        q, (k, v), scale = call["q"], _keys_and_values(call), call.args["scale"]
+        q, (k, v), scale = call["q"], keys_and_values(call.op, call), call.args["scale"]
         o = call.run() if len(wanted) < len(pairs) else np.zeros((*q.shape[:2], v.shape[-1]))
         for rows, seen in wanted:
             keys, values, before = k[:, seen], v[:, seen], len(seen) - len(rows)
@@ -52,7 +53,7 @@ def _attend(q, k, v, scale, length, merged, onward):
 def _of_call(call):
     """(rows, positions) of each sequence that has rows."""
     offsets, kv_offsets = call.args.get("offsets"), call.args.get("kv_offsets")
-    S = len(call.args["k" if call.op == "attention" else "latent"])
+    S = len(call.args[CACHED[call.op]])
     cached = reference.sequences(S, offsets if kv_offsets is None else kv_offsets)
     for r, c in zip(reference.sequences(len(call.args["q"]), offsets), cached, strict=True):
         if r.stop > r.start:
@@ -63,16 +64,6 @@ def _of_run(site):
     """The same of each call of a run: positions are the rows behind it, and its own."""
     for piece, past in site.scene.pasts():
         yield piece.rows, np.concatenate([past, piece.rows])
-
-
-def _keys_and_values(call):
-    """Of each query head, [H, S, n] and [H, S, V]."""
-    if call.op == "attention":
-        group = call["q"].shape[1] // call["k"].shape[1]
-        return tuple(np.repeat(call[a].swapaxes(0, 1), group, axis=0) for a in "kv")
-    shared = np.broadcast_to(call["k_shared"], (len(call["w_uk"]), *call["k_shared"].shape))
-    k, v = (call["latent"] @ call[w].swapaxes(1, 2) for w in ("w_uk", "w_uv"))
-    return np.concatenate([k, shared], axis=-1), v
 
 
 def _last(l):
