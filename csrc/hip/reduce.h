@@ -118,18 +118,6 @@ template <class T> static __device__ __forceinline__ T kl_team_swap(T v, int mas
     return __shfl_xor(v, mask, KL_TEAM);
 }
 
-/* The halving tree over sixteen lanes, four of them a thread's: all four threads get it. */
-static __device__ __forceinline__ float kl_sum_of_quads(const float (&lane)[4])
-{
-    float sum[4];
-    KL_UNROLL
-    for (int e = 0; e < 4; e++) {
-        const float half = lane[e] + __shfl_xor(lane[e], 2, KL_TEAM);
-        sum[e] = half + __shfl_xor(half, 1, KL_TEAM);
-    }
-    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
-}
-
 /* BLOCK threads, a power of two and a multiple of KL_TEAM; `shared` has BLOCK / KL_TEAM values, free for use again
  * after the call */
 template <class OF, int BLOCK>

@@ -16,6 +16,18 @@ static __device__ __forceinline__ float kl_sum_of_lanes(float v)
     return v;
 }
 
+/* the same where four threads have four neighbours each: all four get it */
+static __device__ __forceinline__ float kl_sum_of_quads(const float (&lane)[4])
+{
+    float sum[4];
+    KL_UNROLL
+    for (int e = 0; e < 4; e++) {
+        const float half = lane[e] + kl_team_swap(lane[e], 2);
+        sum[e] = half + kl_team_swap(half, 1);
+    }
+    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+}
+
 /* a thread's lane, and the first row of x and of w of its 8 x 8 */
 struct kl_tile_place {
     int lane, x0, w0;
