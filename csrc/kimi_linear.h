@@ -108,8 +108,8 @@ typedef enum kl_form {
 } kl_form;
 
 /* What a product makes of its float32 activations first. Weights of other types than named take float32, and so do
- * those that are stored transposed. Where this is not float32 attention multiplies in 16-bit fixed point: latent_attention
- * always, attention in pieces of more than 16 new tokens. */
+ * those that are stored transposed. Where this is not float32 attention on the CPU multiplies in 16-bit fixed point:
+ * latent_attention always, attention in pieces of more than 16 new tokens; on a device it is float32. */
 typedef enum kl_activations {
     KL_ACTIVATIONS_FLOAT32 = 0, /* nothing: the dequantised weight times float32 */
     KL_ACTIVATIONS_INT8 = 1,    /* weights in blocks: int8, a scale for each 32 values */

@@ -86,8 +86,8 @@ class Model:
             What products make of their activations: nothing, which is exact; with weights in blocks, int8 with a scale
             for each 32 values (docs/math.md#int8); with weights in bfloat16, that (docs/math.md#bfloat16). Both are
             fast, and other weights take float32; attention is in 16-bit fixed point with both (docs/math.md#fixed), and
-            in float32 on a device. "auto" is int8 where there are weights in blocks, bfloat16 where
-            there are matrices in that, else float32.
+            in float32 on a device. "auto" is int8 where there are weights in blocks, bfloat16 where there are
+            matrices in that, else float32.
         cache : {"float32", "float16", "q8_0"}
             Type of the latent cache of new states: docs/state.md#the-caches-type.
         latent_eps : float, optional
@@ -126,8 +126,7 @@ class Model:
             ctx = Context(device, threads=threads)
         checkpoint = open_checkpoint(path)
         if activations == "auto":
-            on_cpu = ctx is None or ctx.device == "cpu"
-            activations = checkpoint.fast_activations if on_cpu else "float32"  # what devices have kernels for
+            activations = checkpoint.fast_activations
         config = checkpoint.config
         given = {"latent_eps": latent_eps, "l2_eps": l2_eps}
         config = dataclasses.replace(config, **{k: float(v) for k, v in given.items() if v is not None})

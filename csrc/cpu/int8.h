@@ -32,6 +32,8 @@
 #include "../kimi_linear.h"
 
 enum { KL_INT8_VALUES = 256, KL_INT8_BLOCKS = 8 };
+/* Where the largest of a block is below this it counts as zero: 127 / largest would overflow. */
+#define KL_INT8_SMALLEST 0x1p-100f
 
 /* 256 activations. Values lie in the order that kernels read them in: block b begins at 64 * (b % 4) +
  * 32 * (b / 4). */

@@ -58,18 +58,29 @@ struct kl_block_q4_0 { /* d[2], q[16] */
     }
 };
 
-/* level q of IQ4_NL and IQ4_XS: quant/iq4.h */
-static __device__ __forceinline__ int kl_iq4_level(unsigned q)
+/* Sixteen levels, a byte each, the first eight in `low`: of IQ4_NL and IQ4_XS (quant/iq4.h), and the doubled E2M1 floats of
+ * MXFP4 and NVFP4 (quant/fp4.h) */
+struct kl_levels {
+    uint64_t low, high;
+    __device__ __forceinline__ int operator[](unsigned q) const
+    {
+        return kl_signed_byte(static_cast<uint8_t>((q < 8 ? low : high) >> q % 8 * 8));
+    }
+};
+static __device__ __forceinline__ kl_levels kl_iq4_levels()
 {
-    const uint64_t low = 0xf6eaddcfbfad9881u, high = 0x7159453526190d01u; /* a byte a level */
-    return kl_signed_byte(static_cast<uint8_t>((q < 8 ? low : high) >> q % 8 * 8));
+    return { 0xf6eaddcfbfad9881u, 0x7159453526190d01u };
+}
+static __device__ __forceinline__ kl_levels kl_fp4_levels()
+{
+    return { 0x0c08060403020100u, 0xf4f8fafcfdfeff00u };
 }
 
 struct kl_block_iq4_nl { /* d[2], q[16] */
     static const int values = 32, bytes = 18;
     template <class BYTES> static __device__ __forceinline__ float value(BYTES b, unsigned i)
     {
-        return kl_times(kl_f16_at(b), kl_iq4_level(b[2 + i % 16] >> i / 16 * 4 & 15u));
+        return kl_times(kl_f16_at(b), kl_iq4_levels()[b[2 + i % 16] >> i / 16 * 4 & 15u]);
     }
 };
 
@@ -80,7 +91,7 @@ struct kl_block_iq4_xs { /* d[2], high[2], low[4], q[8][16] */
         const unsigned s = i / 32, j = i % 32;
         const int scale = (b[4 + s / 2] >> s % 2 * 4 & 15) | (kl_u16_at(b + 2) >> 2 * s & 3) << 4;
         const float a = kl_times(kl_f16_at(b), scale - 32);
-        return kl_times(a, kl_iq4_level(b[8 + 16 * s + j % 16] >> j / 16 * 4 & 15u));
+        return kl_times(a, kl_iq4_levels()[b[8 + 16 * s + j % 16] >> j / 16 * 4 & 15u]);
     }
 };
 
@@ -217,21 +228,18 @@ struct kl_block_tq2_0 { /* q[2][32], d[2] */
     }
 };
 
-/* the doubled E2M1 float of MXFP4 and NVFP4: quant/fp4.h */
-static __device__ __forceinline__ int kl_fp4_value(int q)
+/* 2^(e - 128), for the doubled floats of MXFP4; subnormal for e < 2 */
+static __device__ __forceinline__ float kl_half_e8m0(uint32_t e)
 {
-    const uint64_t sizes = 0x0c08060403020100u; /* a byte a size */
-    const int size = static_cast<int>(sizes >> (q & 7) * 8 & 255);
-    return q < 8 ? size : -size;
+    return kl_float_of(e < 2 ? 0x200000u << e : (e - 1) << 23);
 }
 
 struct kl_block_mxfp4 { /* e, q[16] */
     static const int values = 32, bytes = 17;
     static __device__ __forceinline__ float value(const uint8_t *b, unsigned i)
     {
-        const uint32_t e = b[0]; /* 2^(e - 128), subnormal for e < 2 */
-        return kl_times(kl_float_of(e < 2 ? 0x200000u << e : (e - 1) << 23),
-                        kl_fp4_value(kl_nibble(b + 1, i)));
+        return kl_times(kl_half_e8m0(b[0]),
+                        kl_fp4_levels()[static_cast<unsigned>(kl_nibble(b + 1, i))]);
     }
 };
 
@@ -249,7 +257,7 @@ struct kl_block_nvfp4 { /* scales[4], q[4][8] */
     static __device__ __forceinline__ float value(const uint8_t *b, unsigned i)
     {
         const unsigned s = i / 16, j = i % 16;
-        return kl_times(half_e4m3(b[s]), kl_fp4_value(b[4 + 8 * s + j % 8] >> j / 8 * 4 & 15));
+        return kl_times(half_e4m3(b[s]), kl_fp4_levels()[b[4 + 8 * s + j % 8] >> j / 8 * 4 & 15u]);
     }
 };
 

@@ -131,4 +131,40 @@ template <class T> static __device__ __forceinline__ T *kl_global(T *p)
     return p;
 }
 
+/* sum + the products of four bytes of a with those of b, signed */
+static __device__ __forceinline__ int32_t kl_dot4(uint32_t a, uint32_t b, int32_t sum)
+{
+#if defined(__GFX11__) || defined(__GFX12__)
+    return __builtin_amdgcn_sudot4(true, static_cast<int>(a), true, static_cast<int>(b), sum,
+                                   false);
+#elif defined(__HIP_DEVICE_COMPILE__)
+    return __builtin_amdgcn_sdot4(static_cast<int>(a), static_cast<int>(b), sum, false);
+#elif defined(__CUDA_ARCH__)
+    return __dp4a(static_cast<int>(a), static_cast<int>(b), sum);
+#else
+    for (int i = 0; i < 32; i += 8)
+        sum += static_cast<int8_t>(a >> i) * static_cast<int8_t>(b >> i);
+    return sum;
+#endif
+}
+
+/* byte i of it: byte at[i] of `table`, at[i] below 8 */
+static __device__ __forceinline__ uint32_t kl_pick4(uint64_t table, uint32_t at)
+{
+    const auto low = static_cast<uint32_t>(table), high = static_cast<uint32_t>(table >> 32);
+#if defined(__HIP_DEVICE_COMPILE__)
+    return __builtin_amdgcn_perm(high, low, at);
+#elif defined(__CUDA_ARCH__)
+    at |= at >> 4; /* a nibble each, in the lower half */
+    return __byte_perm(low, high, (at & 0xffu) | (at >> 8 & 0xff00u));
+#else
+    uint32_t picked = 0;
+    for (int i = 0; i < 32; i += 8) {
+        const uint32_t k = at >> i & 7u;
+        picked |= ((k < 4 ? low : high) >> k % 4 * 8 & 255u) << i;
+    }
+    return picked;
+#endif
+}
+
 #endif

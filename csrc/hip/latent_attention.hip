@@ -204,10 +204,6 @@ kl_status run_batch(kl_ctx *ctx, const call &c, kl_attend a)
 kl_status run_absorbed(kl_ctx *ctx, const call &c, kl_attend a)
 {
     const kl_latent_attention_args *g = c.args;
-    kl_weight up = *c.w_uk; /* as the absorbed form reads it */
-    up.transposed = c.w_uk->transposed == 0;
-    KL_TRY(kl_check_activations(ctx, &up, "latent_attention", "w_uk"));
-    KL_TRY(kl_check_activations(ctx, c.w_uv, "latent_attention", "w_uv"));
     for (int64_t n = 0; n < g->N;) {
         const int64_t begin = g->offsets[n] + kl_mla_expanded_tokens(g, n);
         for (n++; n < g->N && kl_mla_expanded_tokens(g, n) == 0;)

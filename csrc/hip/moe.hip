@@ -149,20 +149,21 @@ __global__ void __launch_bounds__(256)
 /* what a pass works with */
 struct pass {
     pairs p;
-    const float *x;
-    float *h, *out; /* [pairs, F], [pairs, D] */
+    bool by_itself;        /* v1 */
+    kl_operand of_x, of_h; /* [T, D]; h: [pairs, F] */
+    float *h, *out;        /* [pairs, F], [pairs, D] */
     kl_matrices gate, up, down;
-    int64_t T, D, F, most_groups;
+    int64_t T, most_groups;
 };
 
-void group_pairs(kl_ctx *ctx, const pairs &p)
+void group_pairs(kl_ctx *ctx, const pairs &p, bool by_itself)
 {
-    if (kl_version() != 1 && p.n <= BLOCK) {
+    if (!by_itself && p.n <= BLOCK) {
         KL_LAUNCH(moe_group_few, 1, BLOCK, 0, kl_stream(ctx), p);
         return;
     }
     KL_LAUNCH(moe_check, kl_grid(kl_ceil_div(p.n, BLOCK)), BLOCK, 0, kl_stream(ctx), p);
-    if (kl_version() == 1)
+    if (by_itself)
         return;
     const unsigned teams = kl_grid(kl_ceil_div(p.E, TEAMS));
     KL_LAUNCH(moe_count, teams, BLOCK, 0, kl_stream(ctx), p);
@@ -170,16 +171,16 @@ void group_pairs(kl_ctx *ctx, const pairs &p)
 }
 
 /* a product for each pair: of rows of x, or of rows of h */
-kl_product product_of(const pass &a, const kl_matrices &w, bool of_x)
+kl_product product_of(kl_ctx *ctx, const pass &a, const kl_weight *weight, const kl_matrices &w,
+                      bool of_x)
 {
     kl_product p = {};
+    kl_operand_of(ctx, &p, of_x ? a.of_x : a.of_h, 0, weight);
     p.w = w;
-    p.x = of_x ? a.x : a.h;
-    p.D = p.x_row = of_x ? a.D : a.F;
     p.y_row = w.rows;
     p.T = a.T;
     p.y = of_x ? a.h : a.out;
-    if (kl_version() == 1) {
+    if (a.by_itself) {
         p.T = a.p.n;
         p.ids = a.p.ids;
         p.per_row = of_x ? a.p.k : 1;
@@ -192,13 +193,16 @@ kl_product product_of(const pass &a, const kl_matrices &w, bool of_x)
     return p;
 }
 
-kl_status run(kl_ctx *ctx, const pass &a, const kl_weight *w_gate, const kl_weight *w_up,
+kl_status run(kl_ctx *ctx, pass &a, const float *x, const kl_weight *w_gate, const kl_weight *w_up,
               const kl_weight *w_down)
 {
-    group_pairs(ctx, a.p);
-    const kl_product gate = product_of(a, a.gate, true), up = product_of(a, a.up, true),
-                     down = product_of(a, a.down, false);
+    group_pairs(ctx, a.p, a.by_itself);
+    kl_operand_make(ctx, &a.of_x, x, a.T);
+    const kl_product gate = product_of(ctx, a, w_gate, a.gate, true),
+                     up = product_of(ctx, a, w_up, a.up, true);
     KL_TRY(kl_launch_swiglu(ctx, &gate, &up, w_gate, w_up, "moe"));
+    kl_operand_make(ctx, &a.of_h, a.h, a.p.n);
+    const kl_product down = product_of(ctx, a, w_down, a.down, false);
     return kl_launch_product(ctx, &down, w_down, "moe", "w_down");
 }
 
@@ -213,14 +217,16 @@ kl_status hip_moe(kl_ctx *ctx, float *y, const float *x, const int32_t *ids, con
     const int64_t most_T = least(T, PASS), E = w_gate->n, n = most_T * k;
     unsigned long long *faults;
     pass a = {};
-    a.D = D;
-    a.F = F;
     a.p.k = k;
     a.p.E = E;
     a.most_groups = least(E, n) + n / KL_FEW;
-    KL_TRY(kl_check_activations(ctx, w_gate, "moe", "w_gate"));
-    KL_TRY(kl_check_activations(ctx, w_up, "moe", "w_up"));
-    KL_TRY(kl_check_activations(ctx, w_down, "moe", "w_down"));
+    a.by_itself = kl_version() == 1 && kl_core_of->activations(ctx) != KL_ACTIVATIONS_INT8;
+    KL_TRY(kl_check_blocks(ctx, w_gate, "moe", "w_gate"));
+    KL_TRY(kl_check_blocks(ctx, w_up, "moe", "w_up"));
+    KL_TRY(kl_check_blocks(ctx, w_down, "moe", "w_down"));
+    const kl_weight of_x[] = { *w_gate, *w_up };
+    KL_TRY(kl_operand_room(ctx, &a.of_x, of_x, 2, most_T, D));
+    KL_TRY(kl_operand_room(ctx, &a.of_h, w_down, 1, n, F));
     KL_SCRATCH_OF(a.p.place, ctx, n);
     KL_SCRATCH_OF(a.p.token, ctx, n);
     KL_SCRATCH_OF(a.p.count, ctx, E);
@@ -237,13 +243,12 @@ kl_status hip_moe(kl_ctx *ctx, float *y, const float *x, const int32_t *ids, con
     a.p.fault = faults + KL_FAULT_MOE_IDS;
     for (int64_t t = 0; t < T; t += PASS) {
         a.T = least(PASS, T - t);
-        a.x = x + t * D;
         a.p.ids = ids + t * k;
         a.p.n = a.T * k;
         a.p.before = t * k;
         a.p.rows = kl_rows_of_a_group(a.T);
         a.most_groups = least(a.p.n, least(E, a.p.n) + a.p.n / a.p.rows);
-        KL_TRY(run(ctx, a, w_gate, w_up, w_down));
+        KL_TRY(run(ctx, a, x + t * D, w_gate, w_up, w_down));
         KL_LAUNCH(moe_add, kl_grid(a.T), BLOCK, 0, kl_stream(ctx), y + t * D, a.out, a.p.place,
                   weights + t * k, shared != nullptr ? shared + t * D : nullptr, a.T, D, k);
     }

@@ -8,9 +8,8 @@
  *   v4  four threads an output row of one row of x, four lanes each: neighbours, that are read together.
  * Launched: of w's rows that lie together v4 for one row of x (of a rare type v2), v2 for few; of a transposed matrix v1
  * for few (of a rare type v3); else v3. Neighbours in a call go together, but for v1 and rare types. */
-#include "product.h"
+#include "product_rows.h"
 
-#include "../cpu/int8.h"
 #include "ragged.h"
 #include "tile.h"
 
@@ -19,42 +18,6 @@ namespace
 
 const int BLOCK = KL_TILE_BLOCK, LANES = KL_LANES, SETS = BLOCK / LANES,
           QUAD_SETS = BLOCK / KL_QUADS, TILE = KL_TILE;
-
-__device__ __forceinline__ kl_matrix matrix_of(const kl_matrices &w, int64_t which)
-{
-    const char *data = w.table != nullptr ? w.table[which] : w.first + which * w.step;
-    return kl_matrix{ kl_global(data), w.row_bytes, w.rows, 0, w.type };
-}
-
-/* by sizes: group j is matrix j % n, so that blocks that run together read the same rows of x */
-__device__ __forceinline__ kl_row_group group_of(const kl_product &p, int64_t j, int most)
-{
-    if (p.groups != nullptr)
-        return p.groups[j];
-    const int64_t begin = j / p.w.n * most, left = p.T - begin;
-    return kl_row_group{ static_cast<int32_t>(j % p.w.n), static_cast<int32_t>(begin),
-                         static_cast<int32_t>(left < most ? left : most) };
-}
-
-__device__ __forceinline__ int64_t groups_of(const kl_product &p)
-{
-    return p.groups != nullptr ? *p.n_groups : p.most_groups;
-}
-
-__device__ __forceinline__ const float *row_of(const kl_product &p, int64_t t, int64_t which)
-{
-    return p.x + (p.index != nullptr ? p.index[t] : t) * p.x_row + which * p.x_step;
-}
-
-/* output r of matrix `which` for row t */
-__device__ __forceinline__ void put(const kl_product &p, int64_t t, int64_t which, int64_t r,
-                                    float sum)
-{
-    const int64_t at = t * p.y_row + which * p.y_step + r;
-    if (p.bias != nullptr)
-        sum = sum + p.bias[which * p.w.rows + r];
-    p.y[at] = p.gate != nullptr ? kl_silu_of(p.gate[at]) * sum : sum;
-}
 
 template <kl_type TYPE, bool TRANSPOSED>
 __global__ void __launch_bounds__(256) product_v1(kl_product p)
@@ -66,8 +29,9 @@ __global__ void __launch_bounds__(256) product_v1(kl_product p)
         const int64_t which = p.ids != nullptr ? p.ids[t] : i % across / p.w.rows;
         if (which < 0 || which >= p.w.n)
             continue;
-        const kl_matrix w = matrix_of(p.w, which);
-        const float *x = p.ids != nullptr ? p.x + t / p.per_row * p.x_row : row_of(p, t, which);
+        const kl_matrix w = kl_product_matrix(p.w, which);
+        const float *x =
+            p.ids != nullptr ? p.x + t / p.per_row * p.x_row : kl_product_row(p, t, which);
         float lane[LANES] = {};
         for (int64_t k = 0; k < p.D; k += LANES)
             for (int l = 0; l < LANES; l++) {
@@ -78,19 +42,8 @@ __global__ void __launch_bounds__(256) product_v1(kl_product p)
         for (int half = LANES / 2; half >= 1; half /= 2)
             for (int l = 0; l < half; l++)
                 lane[l] += lane[l + half];
-        put(p, t, which, r, lane[0]);
+        kl_product_put(p, t, which, r, lane[0]);
     }
-}
-
-/* the product that a block's task is of; `task` is then one of its own */
-template <kl_type TYPE>
-__device__ __forceinline__ int product_of(const kl_products &a, int64_t &task)
-{
-    int i = 0;
-    while (TYPE != KL_RARE && i + 1 < KL_TOGETHER && task >= a.end[i]) /* rare types go alone */
-        i++;
-    task -= i > 0 ? a.end[i - 1] : 0;
-    return i;
 }
 
 template <kl_type TYPE>
@@ -99,18 +52,18 @@ __global__ void __launch_bounds__(256, 2) product_v2(kl_products a, int64_t firs
     const int lane = static_cast<int>(threadIdx.x) % LANES,
               set = static_cast<int>(threadIdx.x) / LANES;
     int64_t task = first + blockIdx.x;
-    const kl_product &p = a.of[product_of<TYPE>(a, task)];
+    const kl_product &p = a.of[kl_product_of<TYPE>(a, task)];
     const int64_t across = (p.w.rows + SETS - 1) / SETS;
-    if (task < groups_of(p) * across) { /* the same in every thread */
-        const kl_row_group g = group_of(p, task / across, KL_FEW);
-        const kl_matrix w = matrix_of(p.w, g.which);
+    if (task < kl_product_groups(p) * across) { /* the same in every thread */
+        const kl_row_group g = kl_product_group(p, task / across, KL_FEW);
+        const kl_matrix w = kl_product_matrix(p.w, g.which);
         const int64_t r = task % across * SETS + set;
         const int64_t D =
             r < p.w.rows ? p.D : 0; /* behind the last row: nothing, and all the shuffles */
         const float *x[KL_FEW];
         float acc[KL_FEW] = {};
         for (int t = 0; t < KL_FEW; t++)
-            x[t] = row_of(p, g.begin + (t < g.count ? t : 0), g.which);
+            x[t] = kl_product_row(p, g.begin + (t < g.count ? t : 0), g.which);
         int64_t k0 = lane;
         const size_t span_bytes = kl_row_bytes(TYPE == KL_RARE ? w.type : TYPE, KL_SPAN);
         const char *row = w.data + static_cast<size_t>(r) * w.row_bytes;
@@ -136,7 +89,7 @@ __global__ void __launch_bounds__(256, 2) product_v2(kl_products a, int64_t firs
                 continue;
             const float sum = kl_sum_of_lanes(acc[t]);
             if (lane == t && r < p.w.rows)
-                put(p, g.begin + t, g.which, r, sum);
+                kl_product_put(p, g.begin + t, g.which, r, sum);
         }
     }
 }
@@ -148,18 +101,18 @@ __global__ void __launch_bounds__(256, 2) product_v4(kl_products a, int64_t firs
     const int quad = static_cast<int>(threadIdx.x) % KL_QUADS,
               set = static_cast<int>(threadIdx.x) / KL_QUADS;
     int64_t task = first + blockIdx.x;
-    int i = product_of<TYPE>(a, task);
+    int i = kl_product_of<TYPE>(a, task);
     const int64_t across = (a.of[i].w.rows + QUAD_SETS - 1) / QUAD_SETS;
-    if (task >= groups_of(a.of[i]) * across) /* the same in every thread */
+    if (task >= kl_product_groups(a.of[i]) * across) /* the same in every thread */
         return;
-    const kl_row_group g = group_of(a.of[i], task / across, 1);
+    const kl_row_group g = kl_product_group(a.of[i], task / across, 1);
     const int64_t r = task % across * QUAD_SETS + set;
     /* behind the last row: nothing, and all the shuffles */
     const int64_t D = r < a.of[i].w.rows ? a.of[i].D : 0;
-    const float *x = row_of(a.of[i], g.begin, g.which) + 4 * quad;
+    const float *x = kl_product_row(a.of[i], g.begin, g.which) + 4 * quad;
     float gate = 0.0f;
     for (const int last = GATED ? 1 : i; i <= last; i++) {
-        const kl_matrix w = matrix_of(a.of[i].w, g.which);
+        const kl_matrix w = kl_product_matrix(a.of[i].w, g.which);
         const char *row = w.data + static_cast<size_t>(r) * w.row_bytes;
         float lane[4] = {};
         int64_t k0 = 0;
@@ -185,7 +138,7 @@ __global__ void __launch_bounds__(256, 2) product_v4(kl_products a, int64_t firs
         if (i < last)
             gate = sum;
         else if (quad == 0 && r < a.of[i].w.rows)
-            put(a.of[i], g.begin, g.which, r, GATED ? kl_silu_of(gate) * sum : sum);
+            kl_product_put(a.of[i], g.begin, g.which, r, GATED ? kl_silu_of(gate) * sum : sum);
     }
 }
 
@@ -196,11 +149,11 @@ __global__ void __launch_bounds__(256) product_v3(kl_products a, int64_t first)
     KL_SHARED(float, ws, [KL_TILE_K][TILE + 1]);
     const kl_tile_place at = kl_tile_place_of();
     int64_t task = first + blockIdx.x;
-    const kl_product &p = a.of[product_of<TYPE>(a, task)];
-    const int64_t across = (p.w.rows + TILE - 1) / TILE, tasks = groups_of(p) * across;
+    const kl_product &p = a.of[kl_product_of<TYPE>(a, task)];
+    const int64_t across = (p.w.rows + TILE - 1) / TILE, tasks = kl_product_groups(p) * across;
     if (task < tasks) { /* the same in every thread */
-        const kl_row_group g = group_of(p, task / across, TILE);
-        const kl_matrix w = matrix_of(p.w, g.which);
+        const kl_row_group g = kl_product_group(p, task / across, TILE);
+        const kl_matrix w = kl_product_matrix(p.w, g.which);
         const int64_t r0 = task % across * TILE;
         kl_tile_sums acc = {};
         /* What this thread brings. Behind the last row it is the first again, whose sums nobody takes then. */
@@ -209,7 +162,7 @@ __global__ void __launch_bounds__(256) product_v3(kl_products a, int64_t first)
         KL_UNROLL
         for (int j = 0; j < KL_TILE_EACH; j++) {
             const int i = static_cast<int>(threadIdx.x) / KL_TILE + j * KL_TILE_APART;
-            x[j] = row_of(p, g.begin + (i < g.count ? i : 0), g.which);
+            x[j] = kl_product_row(p, g.begin + (i < g.count ? i : 0), g.which);
             row[j] = w.data + static_cast<size_t>(r0 + i < p.w.rows ? r0 + i : r0) * w.row_bytes;
         }
         /* rows of blocks are whole steps */
@@ -232,7 +185,7 @@ __global__ void __launch_bounds__(256) product_v3(kl_products a, int64_t first)
         }
         kl_tile_finish(acc, at, [&](int t, int r, float sum) {
             if (t < g.count && r0 + r < p.w.rows)
-                put(p, g.begin + t, g.which, r0 + r, sum);
+                kl_product_put(p, g.begin + t, g.which, r0 + r, sum);
         });
     }
 }
@@ -279,15 +232,8 @@ void launch(kl_ctx *ctx, const kl_product *p, int n, way how)
         return;
     }
     const int rows_of_a_block = how == TILES ? TILE : how == LANE_A_THREAD ? SETS : QUAD_SETS;
-    kl_products a = {};
-    int64_t tasks = 0;
-    for (int i = 0; i < KL_TOGETHER; i++) {
-        if (i < n)
-            a.of[i] = p[i];
-        if (i < (how == QUADS_GATED ? 1 : n)) /* a gate's blocks take the other product, too */
-            tasks += p[i].most_groups * kl_ceil_div(p[i].w.rows, rows_of_a_block);
-        a.end[i] = tasks;
-    }
+    const kl_products a = kl_products_of(p, n, how == QUADS_GATED, rows_of_a_block);
+    const int64_t tasks = a.end[KL_TOGETHER - 1];
     for (int64_t first = 0; first < tasks; first += kl_grid(tasks - first))
         launch_some<TYPE, TRANSPOSED>(ctx, a, how, first, kl_grid(tasks - first));
 }
@@ -319,17 +265,6 @@ kl_status launch_any(kl_ctx *ctx, const kl_product *p, int n, way how, const kl_
     }
 }
 
-bool takes_int8(kl_type type)
-{
-    switch (static_cast<int>(type)) {
-#define CASE(TYPE) case TYPE:
-        KL_INT8_TYPES(CASE)
-#undef CASE
-        return true;
-    default: return false;
-    }
-}
-
 } // namespace
 
 kl_status kl_matrices_of(kl_ctx *ctx, kl_matrices *to, const kl_weight *w)
@@ -351,19 +286,6 @@ kl_status kl_matrices_of(kl_ctx *ctx, kl_matrices *to, const kl_weight *w)
     return kl_put_table(ctx, &to->table, matrix, w->n);
 }
 
-kl_status kl_check_activations(kl_ctx *ctx, const kl_weight *w, const char *op, const char *name)
-{
-    const kl_activations asked = kl_core_of->activations(ctx);
-    const bool int8 = asked == KL_ACTIVATIONS_INT8 && takes_int8(w->type),
-               bfloat16 = asked == KL_ACTIVATIONS_BFLOAT16 && w->type == KL_BF16;
-    if (w->transposed || (!int8 && !bfloat16))
-        return KL_OK;
-    return kl_core_of->fail(ctx, KL_ERR_UNSUPPORTED,
-                            "%s: activations are %s, for which %s has no kernel on hip; "
-                            "activations='float32' has",
-                            op, int8 ? "int8" : "bfloat16", name);
-}
-
 bool kl_go_together(const kl_weight *a, const kl_weight *b)
 {
     const int type = kl_kernel_type(a->type);
@@ -373,7 +295,10 @@ bool kl_go_together(const kl_weight *a, const kl_weight *b)
 kl_status kl_launch_products(kl_ctx *ctx, const kl_product *p, int n, const kl_weight *w,
                              const char *op, const char *name)
 {
-    return launch_any(ctx, p, n, way_of(*p, w), w, op, name);
+    if (p->int8.q == nullptr)
+        return launch_any(ctx, p, n, way_of(*p, w), w, op, name);
+    kl_int8_launch(ctx, p, n, false);
+    return KL_OK;
 }
 
 kl_status kl_launch_product(kl_ctx *ctx, const kl_product *p, const kl_weight *w, const char *op,
@@ -386,7 +311,12 @@ kl_status kl_launch_swiglu(kl_ctx *ctx, const kl_product *gate, const kl_product
                            const kl_weight *w_gate, const kl_weight *w_up, const char *op)
 {
     kl_product both[] = { *gate, *up };
-    if (way_of(*gate, w_gate) == QUADS && kl_go_together(w_gate, w_up))
+    const bool together = kl_go_together(w_gate, w_up);
+    if (together && gate->int8.q != nullptr && gate->T <= KL_FEW) {
+        kl_int8_launch(ctx, both, 2, true);
+        return KL_OK;
+    }
+    if (together && gate->int8.q == nullptr && way_of(*gate, w_gate) == QUADS)
         return launch_any(ctx, both, 2, QUADS_GATED, w_gate, op, "w_gate");
     KL_TRY(kl_launch_product(ctx, gate, w_gate, op, "w_gate"));
     both[1].gate = gate->y;

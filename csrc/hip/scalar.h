@@ -15,13 +15,17 @@ static __device__ __forceinline__ float kl_float_of(uint32_t bits)
     memcpy(&x, &bits, sizeof x);
     return x;
 }
+static __device__ __forceinline__ uint32_t kl_bits_of(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
 
 /* 2^(magic - 0x1.8p23), where the low bits of `magic` hold the exponent */
 static __device__ __forceinline__ float kl_exp2_of_magic(float magic)
 {
-    uint32_t bits;
-    memcpy(&bits, &magic, sizeof bits);
-    return kl_float_of((bits + 127u) << 23);
+    return kl_float_of((kl_bits_of(magic) + 127u) << 23);
 }
 
 /* exp(x) within 1.6 u; 0 below -104, infinity above 88.8, NaN for NaN (cpu/simd.h: v16_exp) */
@@ -108,9 +112,7 @@ static __device__ __forceinline__ void kl_note_bits(unsigned long long *fault, i
 }
 static __device__ __forceinline__ void kl_note(unsigned long long *fault, int64_t place, float x)
 {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    kl_note_bits(fault, place, bits);
+    kl_note_bits(fault, place, kl_bits_of(x));
 }
 static __device__ __forceinline__ void kl_note(unsigned long long *fault, int64_t place, int32_t id)
 {
@@ -120,17 +122,14 @@ static __device__ __forceinline__ void kl_note(unsigned long long *fault, int64_
 /* float32 to float16, to nearest even; NaN stays NaN */
 static __device__ __forceinline__ uint16_t kl_to_f16(float x)
 {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    const uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+    const uint32_t bits = kl_bits_of(x), sign = bits >> 16 & 0x8000u,
+                   magnitude = bits & 0x7fffffffu;
     if (magnitude > 0x7f800000u)
         return static_cast<uint16_t>(sign | 0x7e00u);
     if (magnitude >= 0x47800000u) /* 2^16 and more */
         return static_cast<uint16_t>(sign | 0x7c00u);
     if (magnitude < 0x38800000u) { /* below 2^-14: the sum's last bit is 2^-24 */
-        const float sum = kl_float_of(magnitude) + 0.5f;
-        uint32_t rounded;
-        memcpy(&rounded, &sum, sizeof rounded);
+        const uint32_t rounded = kl_bits_of(kl_float_of(magnitude) + 0.5f);
         return static_cast<uint16_t>(sign | (rounded - 0x3f000000u));
     }
     const uint32_t even = magnitude >> 13 & 1u;

@@ -44,7 +44,7 @@ def add_compute_arguments(parser, *, cache=None, activations=None, read_ahead=Fa
         parser.add_argument("--cache", choices=CACHES, default=cache,
                             help="type of the latent cache (default: %(default)s)")
     if activations is not None:
-        fast = "int8 where weights are in blocks, bfloat16 where they are in that, float32 on a device"
+        fast = "int8 where weights are in blocks, bfloat16 where they are in that"
         words = fast if activations == "auto" else "%(default)s"
         parser.add_argument("--activations", choices=("float32", "int8", "bfloat16"), default=activations,
                             help=f"what products compute with (default: {words})")

@@ -4,7 +4,7 @@ a ladder, for waves of 32 and 64 and any order of threads, so that they are with
 import numpy as np
 import pytest
 from block_data import READ_ONLY, WRITABLE, raw_blocks, same_floats
-from hip_build import DEVICE, context, everywhere, host_build_only, host_library, set_up, versions
+from hip_build import context, everywhere, host_build_only, host_library, set_up, versions
 from hip_weights import CPU, random_blocks, stored
 from judge import normal
 
@@ -95,20 +95,6 @@ def test_hip_ids_that_are_no_type_are_refused(id):
     with pytest.raises(TypeError, match=f"w has storage type {id} .* it must be a known type"):
         kl._core.linear(context()._core, [np.zeros((1, 4), np.float32)], normal(1, 256),
                         [(np.zeros(4096, np.uint8), id, 1, 4, 256)], [None], [False], 1, 256)
-
-
-@pytest.mark.parametrize("activations, type", [("int8", "Q4_K"), ("int8", "MXFP4"), ("bfloat16", "BF16")])
-def test_hip_activations_other_than_float32_are_refused(activations, type):
-    ctx = kl.Context(device=DEVICE, activations=activations)
-    x, w = normal(2, 256), normal(3, 256, 256)
-    with pytest.raises(NotImplementedError, match=f"linear: activations are {activations}, for which w has no kernel "
-                                                  "on hip; activations='float32' has"):
-        kl.ops.linear(x, stored(w[0], type), ctx=ctx)
-    with pytest.raises(NotImplementedError, match=f"moe: activations are {activations}, for which w_down has"):
-        kl.ops.moe(x, np.zeros((2, 1), np.int32), x[:, :1], w, w, stored(w, type), ctx=ctx)
-    for other in ("F32", "F16", "TQ1_0"):  # the CPU takes float32 activations for these, too
-        plain = stored(w[0], other)
-        assert kl.ops.linear(x, plain, ctx=ctx).tobytes() == kl.ops.linear(x, plain).tobytes()
 
 
 # ---- linear ----
