@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
+from random_blocks import random_blocks
 
 import kimi_linear as kl
 
@@ -73,7 +74,7 @@ def unit(rng, *shape):
 
 def size(*arrays):
     """Bytes of arrays."""
-    return sum(a.nbytes for a in arrays)
+    return sum(a.n_bytes if isinstance(a, kl.Quantized) else a.nbytes for a in arrays)
 
 
 # ---- element by element, norms ----
@@ -144,6 +145,19 @@ def linear(cols, rows, dtype):
         n = max(2, COLD // (rows * cols * np.dtype(dtype).itemsize)) if T <= 16 else 2
         x = normal(rng, T, cols)
         return [{"x": x, "w": normal(rng, rows, cols, dtype=dtype, scale=cols**-0.5)} for _ in range(n)]
+
+    return make
+
+
+def linear_blocks(cols, rows, type):
+    """The same, w in random blocks."""
+    def make(T, rng):
+        kind = kl.storage_types[type]
+        n = rows * cols // kind.values
+        sets = max(2, COLD // (n * kind.bytes)) if T <= 16 else 2
+        x = normal(rng, T, cols)
+        return [{"x": x, "w": kl.Quantized(random_blocks(type, cols**-0.5, n, rng), type, (rows, cols))}
+                for _ in range(sets)]
 
     return make
 

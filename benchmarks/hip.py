@@ -11,6 +11,7 @@ model is timed by the clock on the wall: each call waits for its logits. The roo
 at errors: the tests of tests/hip do.
 """
 
+import itertools
 import statistics
 import time
 from unittest import mock
@@ -72,9 +73,9 @@ class Settings:
         return (T, contender, f"{s['median'] * 1e6:,.1f}", f"{flops / s['median'] * 1e-9:,.1f}",
                 f"{n_bytes / s['median'] * 1e-9:,.1f}", *(f"{share:.1%}" for share in shares))
 
-    def seconds(self, call):
-        """Of a call, by the device's clock: several samples of as many calls as fill one."""
-        core = self.ctx._core
+    def seconds(self, call, ctx=None):
+        """Of a call, by the clock of its context on the device: several samples of as many calls as fill one."""
+        core = (ctx or self.ctx)._core
         call()
         core.tick()
         call()
@@ -195,21 +196,30 @@ def _fla_call(torch, chunk_kda, x):
 
 
 def part_linear(settings):
+    """Each kind of weight, with float32 activations and with the narrow ones that it takes."""
     rows, rng = [], np.random.default_rng(0)
     shapes = [(cases.D, cases.C), (cases.C, cases.D)] if settings.size["op_bytes"] is None else [(64, 96)]
+    narrow = {name: kl.Context(settings.ctx.device, activations=name) for name in ("int8", "bfloat16")}
+    kinds = {np.float32: None, cases.BFLOAT16: "bfloat16", "Q4_K": "int8", "Q8_0": "int8"}
     for cols, width in shapes:
-        for T in settings.size["linear"]:
-            for dtype in (np.float32, cases.BFLOAT16):
-                sets = _sets(settings, cases.linear(cols, width, dtype), T, rng)
-                flops, n_bytes = cases.linear_work(T, sets[0])
-                label = f"linear {cols}->{width} {np.dtype(dtype)}"
-                times = settings.seconds(in_turns([replay("linear", s, settings.ctx) for s in sets]))
-                rows.append((label, *settings.add("linear", label, T, "ours", times, flops, n_bytes)))
-                if settings.torch is not None:
-                    times = settings.torch_seconds(in_turns([_torch_linear(settings.torch, s) for s in sets]))
-                    rows.append((label, *settings.add("linear", label, T, "torch", times, flops, n_bytes)))
+        for T, (kind, activations) in itertools.product(settings.size["linear"], kinds.items()):
+            blocks = isinstance(kind, str)
+            if blocks and cols % kl.storage_types[kind].values:
+                continue
+            sets = _sets(settings, (cases.linear_blocks if blocks else cases.linear)(cols, width, kind), T, rng)
+            flops, n_bytes = cases.linear_work(T, sets[0])
+            label = f"linear {cols}->{width} {kind if blocks else np.dtype(kind)}"
+            ours = [("ours", settings.ctx)]
+            if activations:
+                ours.append((f"ours, {activations}", narrow[activations]))
+            for name, ctx in ours:
+                times = settings.seconds(in_turns([replay("linear", s, ctx) for s in sets]), ctx)
+                rows.append((label, *settings.add("linear", label, T, name, times, flops, n_bytes)))
+            if settings.torch is not None and not blocks:
+                times = settings.torch_seconds(in_turns([_torch_linear(settings.torch, s) for s in sets]))
+                rows.append((label, *settings.add("linear", label, T, "torch", times, flops, n_bytes)))
     print("\nlinear" + (f"; without torch: {settings.no_torch}" if settings.no_torch else
-                        "; torch multiplies bfloat16 by bfloat16, ours float32 by bfloat16"))
+                        "; torch multiplies bfloat16 by bfloat16, ours float32 by bfloat16 where no other is said"))
     print_table(rows, ("", *HEADER), "<" + ALIGN)
 
 
@@ -257,10 +267,16 @@ def part_ops(settings):
 
 def part_model(settings):
     """Decode beside reading the weights, prefill beside the matrix products of torch, or else fma."""
-    options = {"ctx": settings.ctx}
-    model = kl.Model.from_pretrained(settings.model, **options) if settings.model else kl.Model.tiny(**options)
+    for activations in ("float32", "auto"):
+        model = kl.Model.from_pretrained(settings.model or "tiny", ctx=settings.ctx, activations=activations)
+        if activations == "float32" or model.activations != "float32":
+            _time_model(settings, model)
+
+
+def _time_model(settings, model):
     rng, prefill, decode = np.random.default_rng(0), settings.size["prefill"], settings.size["decode"]
     matrix, whose = _matrix_roof(settings)
+    name = f"model {model.name}" + ("" if model.activations == "float32" else f", {model.activations}")
 
     def call(n, state):
         ids = rng.integers(0, model.config.vocab_size, n).astype(np.int32)
@@ -283,9 +299,9 @@ def part_model(settings):
              f"{flops / statistics.median(calls) / matrix:.1%} of {whose}"),
             ("decode", f"{1 / statistics.median(steps):,.1f}", human_rate(n_bytes / statistics.median(steps)),
              f"{n_bytes / statistics.median(steps) / settings.read:.1%} of read")]
-    settings.add("model", f"model {model.name}", prefill, "prefill", calls, flops, 0)
-    settings.add("model", f"model {model.name}", 1, "decode", steps, 0, n_bytes)
-    print(f"\nmodel {model.name}, {human_bytes(sum(t.nbytes for t in model._tensors.values()))} of weights")
+    settings.add("model", name, prefill, "prefill", calls, flops, 0)
+    settings.add("model", name, 1, "decode", steps, 0, n_bytes)
+    print(f"\n{name}, {human_bytes(sum(t.nbytes for t in model._tensors.values()))} of weights")
     print_table(rows, ("", "tokens/s", "rate", "of the roof"), "<>>>")
 
 
