@@ -96,7 +96,7 @@ class Call:
     # ---- tokens, states, rows ----
 
     def _pack(self, tokens, offsets):
-        if isinstance(tokens, str):
+        if isinstance(tokens, str) or (isinstance(tokens, (list, tuple)) and tokens and isinstance(tokens[0], str)):
             raise TypeError("tokens is text; give ids: model.tokenizer.encode(text)")
         nested = isinstance(tokens, (list, tuple)) and len(tokens) > 0 and np.ndim(tokens[0]) == 1
         if nested and offsets is None:

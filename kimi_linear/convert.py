@@ -156,6 +156,9 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, type: str |
         If the target would not fit on its disk, or cannot be written; nothing is left under its name then, nor when
         the process is killed.
     """
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"source is a {source.__class__.__name__}; it must be a path, such as a folder that "
+                        "model.save_pretrained wrote")
     source, target = Path(os.fspath(source)), at_home(target)
     from_gguf, to_gguf = is_gguf(at_home(source)), target.name.lower().endswith(".gguf")
     if to_gguf:

@@ -39,20 +39,20 @@ LAYER_ORDER = """
     kda.f_a kda.f kda.g kda.b kda.beta kda.o kda.state kda.g_a kda.z kda.o_norm kda.out
 
     mla.q_a mla.q_a_norm mla.q mla.latent_raw mla.latent mla.latent_cache mla.k_shared mla.k_shared_cache
-    mla.o mla.out
+    mla.probs mla.o mla.out
 
     gdn.q_proj gdn.k_proj gdn.v_proj gdn.q_conv gdn.k_conv gdn.v_conv
     gdn.q_history gdn.k_history gdn.v_history gdn.q gdn.k
     gdn.a gdn.g gdn.b gdn.beta gdn.o gdn.state gdn.z gdn.o_norm gdn.out
 
     attn.q_proj attn.gate attn.k_proj attn.v attn.q_norm attn.k_norm attn.q attn.k attn.k_cache attn.v_cache
-    attn.o attn.gated attn.out
+    attn.probs attn.o attn.gated attn.out
 
     mid ffn_norm
 
     mlp.gate mlp.up mlp.act mlp.out
 
-    moe.logits moe.ids moe.weights moe.shared_gate moe.shared_up moe.shared_act moe.shared
+    moe.logits moe.scores moe.ids moe.weights moe.shared_gate moe.shared_up moe.shared_act moe.shared
     moe.shared_g moe.shared_gated moe.out
 
     out

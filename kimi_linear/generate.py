@@ -9,6 +9,7 @@ import numpy as np
 from . import ops
 from ._arrays import as_integers
 from ._scalars import as_whole, at_least, of_json
+from .editing import takes_place
 from .errors import FormatError
 from .sampling import Sampler, StopStrings, logprobs_of, settings
 from .state import State
@@ -88,6 +89,10 @@ class Generation:
     logits_processor : callable, optional
         ``processor(ids, logits)``, called for each token with all ids so far and a float32 copy of the logits
         [vocab], after the penalty: returns logits, -inf masking a token, or None where it changed the copy.
+    edit : mapping from tap to function, optional
+        Intermediates to change while prompt and new tokens are read, as for `Model.forward`: ``{"layers.3.out": lambda
+        x: x + vector}`` steers. ``place.sequence`` is the index of the pieces; samples of one prompt share that of the
+        first while it is read. What `state` has read before stays as it was read.
     tools : list of dict, optional
         Descriptions of functions, for messages alone.
     template_options : mapping, optional
@@ -131,8 +136,9 @@ class Generation:
     """
 
     def __init__(self, model, prompt, *, max_new_tokens=256, temperature=None, top_k=None, top_p=None, min_p=None,
-                 repetition_penalty=None, seed=None, n=1, stop=(), logprobs=0, logits_processor=None, tools=None,
-                 template_options=None, state=None, prompt_logits=None, progress=None, stop_at_eos=True):
+                 repetition_penalty=None, seed=None, n=1, stop=(), logprobs=0, logits_processor=None, edit=None,
+                 tools=None, template_options=None, state=None, prompt_logits=None, progress=None,
+                 stop_at_eos=True):
         self.model = model
         self.max_new_tokens = at_least(max_new_tokens, 1, "max_new_tokens")
         self.n = at_least(n, 1, "n", largest=SAMPLES)
@@ -146,6 +152,7 @@ class Generation:
         self.stop = _stop_strings(stop, model, self._tokenizer)
         if logits_processor is not None and not callable(logits_processor):
             raise TypeError(f"logits_processor is a {type(logits_processor).__name__}; it must be callable")
+        self._edit = _functions(edit, model)
         self.stop_ids = _stop_ids(model, self._tokenizer) if stop_at_eos else frozenset()
         self.stop_ids |= {self._tokenizer.special_ids[s] for s in self.stop if s in self._tokenizer.special_ids}
         if not prompts:
@@ -164,7 +171,8 @@ class Generation:
             for sample in range(self.n):
                 sampler = Sampler(self.sampling, s, sample, logits_processor, ids, model.config.vocab_size, model.ctx)
                 state = own if sample == 0 else None
-                self._sequences.append(_Sequence(model, self._tokenizer, ids, state, sampler, self.stop))
+                self._sequences.append(_Sequence(len(self._sequences), model, self._tokenizer, ids, state, sampler,
+                                                 self.stop))
         self._pieces = self._run()
 
     def __iter__(self):
@@ -261,13 +269,13 @@ class Generation:
             begin = time.perf_counter()
             logits = self._prefill()
             self.stats.prefill_seconds = time.perf_counter() - begin
-            live = list(enumerate(self._sequences))
+            live = self._sequences
             while live:
-                for (i, sequence), row in zip(live, logits, strict=True):
-                    yield from self._shown(i, self._advance(sequence, row))
-                live = [(i, sequence) for i, sequence in live if sequence.finish_reason is None]
+                for sequence, row in zip(live, logits, strict=True):
+                    yield from self._shown(sequence.index, self._advance(sequence, row))
+                live = [sequence for sequence in live if sequence.finish_reason is None]
                 if live:
-                    logits = self._step([sequence for _, sequence in live])
+                    logits = self._step(live)
         except KeyboardInterrupt:
             self._interrupt()
             raise
@@ -309,7 +317,7 @@ class Generation:
         for at in range(0, longest, piece):
             live = [i for i, rest in enumerate(rests) if len(rest) > at]
             pieces = [rests[i][at:at + piece] for i in live]
-            found = self.model.forward(pieces, state=[sequences[i].state for i in live], logits="last")
+            found = self._forward(pieces, [sequences[i] for i in live])
             for i, row in zip(live, found, strict=True):
                 rows[i] = row
             done += sum(map(len, pieces))
@@ -320,9 +328,14 @@ class Generation:
         """Reads the newest token of each; the logits behind it."""
         begin = time.perf_counter()
         tokens = np.array([[sequence.tokens[-1]] for sequence in live], np.int32)
-        logits = self.model.forward(tokens, state=[sequence.state for sequence in live], logits="last")
+        logits = self._forward(tokens, live)
         self.stats.decode_seconds += time.perf_counter() - begin
         return logits
+
+    def _forward(self, tokens, sequences):
+        """The logits behind new tokens of these sequences."""
+        edit = {tap: _placed(f, sequences) for tap, f in self._edit.items()}
+        return self.model.forward(tokens, state=[sequence.state for sequence in sequences], logits="last", edit=edit)
 
     def _advance(self, sequence, logits):
         """Draws a token; the text that it lets show."""
@@ -340,7 +353,8 @@ class Generation:
 class _Sequence:
     """One sequence of a generation: its state, and what it has written."""
 
-    def __init__(self, model, tokenizer, ids, state, sampler, stop):
+    def __init__(self, index, model, tokenizer, ids, state, sampler, stop):
+        self.index = index
         self.prompt_ids, self.prompt_logits = ids, None
         self.state = model.new_state() if state is None else state
         self.sampler = sampler
@@ -394,6 +408,25 @@ class _Sequence:
     def _write(self, piece):
         self.text += piece
         return piece
+
+
+def _functions(edit, model):
+    """An ``edit=`` of functions alone, checked."""
+    if edit is None:
+        return {}
+    for tap, f in edit.items() if hasattr(edit, "items") else ():
+        if not callable(f):
+            raise TypeError(f"edit[{tap!r}] is a {type(f).__name__}; in a generation it must be a function of rows")
+    model._call([0]).edits(edit, 1)
+    return dict(edit)
+
+
+def _placed(function, sequences):
+    """The function with its place's sequences counted as in the generation, not as in the call."""
+    if not takes_place(function):
+        return function
+    indices = np.array([sequence.index for sequence in sequences])
+    return lambda x, place: function(x, place._replace(sequence=indices[place.sequence]))
 
 
 def _masked(logits, known):

@@ -186,8 +186,9 @@ class Model:
         """Mapping from name to tensor, read when asked for; ``model.weights[name] = array`` replaces one.
 
         The array is copied, and must have the tensor's shape; float32, float16 and bfloat16 will do, and all experts of
-        a matrix of a layer must be of one type. The next call uses it; ``del model.weights[name]`` puts back the first.
-        States made before belong to the old weights: a call that gets one raises ValueError.
+        a matrix of a layer must be of one type: ``array.astype(weights[name].dtype)`` for one alone. The next call
+        uses it; ``del model.weights[name]`` puts back the first. States made before belong to the old weights: a call
+        that gets one raises ValueError.
         """
         return Weights(self)
 
@@ -280,8 +281,8 @@ class Model:
         taps : str or list of str, optional
             Globs of intermediates to return as well; see `trace`.
         edit : mapping from tap to array or function, optional
-            Intermediates to replace, by glob: an array of exactly the tap's shape [T, ...], or a function from rows of
-            it to rows of the same shape. A function is called once a pass (up to 512 tokens) and sequence with a copy
+            Intermediates to replace, by glob (see `trace`): an array of exactly the tap's shape [T, ...], or a function
+            from rows of it to rows of that shape. It is called once a pass (up to 512 tokens) and sequence with a copy
             of its rows [n, ...], which it may change in place but must return: None is refused. A function of two
             arguments gets their place, too: ``place.position`` [n] in their sequences, what a state has read before
             included, and ``place.sequence`` [n]; row 0 of a later pass is not token 0. Several changes of one
@@ -333,7 +334,7 @@ class Model:
         """The intermediates of a forward pass, which ends with the last layer that makes one, unless it has a state to
         move on, or edits, expert ids or checks to be told about.
 
-        Two are made only on request, by their whole name or a glob that ends in it: ``layers.3.moe.scores`` [T, E],
+        Two are made only on request, by their whole name or a glob such as ``*.probs``: ``layers.3.moe.scores`` [T, E],
         the router's sigmoids or softmax before its bias (`ops.route` takes the logits), and ``layers.3.mla.probs`` or
         ``attn.probs`` [T, H, S], what each token of one sequence attends to (float64 from the taps, rounded once).
 
@@ -341,7 +342,7 @@ class Model:
         ----------
         tokens : as for `forward`, or text
         taps : str or list of str
-            Globs, such as ``"layers.3.kda.*"``.
+            Globs, such as ``"layers.3.kda.*"``. ``*`` crosses dots: ``layers.*.out`` is ``layers.3.kda.out``, too.
         to : str or path, optional
             Write the trace to this safetensors file as it is made: it may be larger than memory. The file's size is
             checked against the free disk before work starts, and it takes its name when it is whole. One sequence,

@@ -125,6 +125,8 @@ def plan(source, *, context=4096, sequences=1, cache="float32", dtype=None, pass
     cache : {"float32", "float16", "q8_0"}
     dtype : {"BF16", "F16", "F32"}
         Storage type of the weights of a config; BF16 where it is not given.
+    pass_tokens : int
+        Tokens of the longest pass; 0 is the 512 that a call of the engine takes.
     keep : int
         Checkpoints of each sequence, as for ``model.new_state(checkpoints_every=, keep=)``.
 

@@ -10,16 +10,17 @@ the memory.
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from . import reference as op
-from ._arrays import as_array
+from ._arrays import as_array, as_integers
 from .config import Config, layer_pattern
-from .trace import ON_REQUEST, on_request
+from .dataflow import nodes
+from .editing import Place, takes_place
+from .trace import matches, on_request
 from .weight_shapes import MOE_NAMES, ROUTER_BIAS, SHARED_GATE, attn_query_rows, gdn_channels, gdn_inputs
 
 Tap = Callable[[str, np.ndarray], np.ndarray]
@@ -33,34 +34,42 @@ class ReferenceResult:
     taps: dict[str, np.ndarray] = field(default_factory=dict)
     state: dict[str, np.ndarray] = field(default_factory=dict)
 
+    def __repr__(self):
+        return f"ReferenceResult({len(self.logits)} tokens, {len(self.taps)} taps, {len(self.state)} state arrays)"
+
 
 class Recorder:
-    """Receives each intermediate by name: replaces it where `edit` says so, keeps it where `taps` matches.
+    """Receives each intermediate by name: changes it where `edits` says so, keeps it where `taps` has it.
 
-    taps : None, a glob, or several
-    edit : mapping from tap (or glob) to an array of its shape, or a function from the array to one
+    taps : names; None keeps all but those on request
+    edits : mapping from name to its changes in order: arrays of its shape, or functions from the array to one
+    position : of the first token in its sequence, for functions of two arguments; None where it is not known
     """
 
-    def __init__(self, taps: str | Iterable[str] | None = None, edit: Mapping | None = None):
-        self.patterns = [taps] if isinstance(taps, str) else list(taps or ())
-        self.edit = dict(edit or {})
+    def __init__(self, taps: Collection[str] | None = None, edits: Mapping[str, list] | None = None,
+                 position: int | None = 0):
+        self.taps = taps
+        self.edits = edits or {}
+        self.position = position
         self.kept: dict[str, np.ndarray] = {}
 
     def __call__(self, name: str, x: np.ndarray) -> np.ndarray:
-        for pattern, change in self.edit.items():
-            if _asks_for(pattern, name):
-                new = as_array(change(x) if callable(change) else change, f"edit of {name}")
-                if new.shape != x.shape:
-                    raise ValueError(f"edit of {name} has shape {new.shape}; it must have {x.shape}")
-                x = new.astype(x.dtype)
-        if any(_asks_for(p, name) for p in self.patterns):
+        for change in self.edits.get(name, ()):
+            new = as_array(self._called(change, name, x) if callable(change) else change, f"edit of {name}")
+            if new.shape != x.shape:
+                raise ValueError(f"edit of {name} has shape {new.shape}; it must have {x.shape}")
+            x = new.astype(x.dtype)
+        if not on_request(name) if self.taps is None else name in self.taps:
             self.kept[name] = x
         return x
 
-
-def _asks_for(pattern: str, name: str) -> bool:
-    """Whether a glob matches a tap; those on request only if it ends in their name."""
-    return fnmatch.fnmatchcase(name, pattern) and (not on_request(name) or pattern.endswith(ON_REQUEST))
+    def _called(self, function, name, x):
+        if not takes_place(function):
+            return function(x)
+        if self.position is None:
+            raise ValueError(f"edit of {name} takes a place, and a state without attention does not tell how many "
+                             "tokens it has read")
+        return function(x, Place(np.zeros(len(x), np.int64), self.position + np.arange(len(x))))
 
 
 def _no_tap(name: str, x: np.ndarray) -> np.ndarray:
@@ -104,20 +113,40 @@ class ReferenceModel:
         taps : None, a glob or several: the intermediates to keep
         state : the `state` of an earlier result; it is not changed
         offsets : None or [0, T]
-        edit : mapping from tap (or glob) to an array or a function: intermediates to replace
+        edit : mapping from tap (or glob) to an array or a function: intermediates to replace, as for `Model.forward`.
+            A function is called once, with all rows.
         expert_ids : mapping from layer to ids [T, k]
             Experts to use instead of the router's choice; their weights are the router's for them.
+
+        Raises
+        ------
+        ValueError
+            A glob that matches no tap, an id outside the vocabulary, experts for a layer without, a wrong shape.
         """
-        tokens = as_array(tokens, "tokens")
+        tokens = as_integers(tokens, "tokens", ("T",), low=0, high=self.config.vocab_size)
         if offsets is not None and [int(x) for x in offsets] != [0, len(tokens)]:
             raise ValueError(f"offsets is {list(offsets)}; the reference runs one sequence a call, "
                              f"[0, {len(tokens)}]")
-        tap = Recorder(taps, edit)
-        state = dict(state or {})
+        state, experts = dict(state or {}), expert_ids or {}
+        for i in experts:
+            if i not in range(self.config.n_layers) or self.config.layers[i].ffn != "moe":
+                raise ValueError(f"expert_ids has the key {i!r}; it must be a layer with a mixture of experts")
+        tap = self._recorder(taps, edit, state)
         h = self.embed(tokens, tap)
         for i in range(self.config.n_layers):
-            h = self.layer(i, h, state, tap, None if expert_ids is None else expert_ids.get(i))
+            h = self.layer(i, h, state, tap, experts.get(i))
         return ReferenceResult(self.head(h, tap), tap.kept, state)
+
+    def _recorder(self, taps, edit, state) -> Recorder:
+        """What keeps and changes the taps that the globs match."""
+        names = [node.tap for node in nodes(self.config) if node.op != "cache_append"]
+        names += [name.replace("logits", "scores") for name in names if name.endswith("moe.logits")]
+        edits: dict[str, list] = {}
+        for pattern, change in (edit or {}).items():
+            for name in matches(names, pattern, "edit"):
+                edits.setdefault(name, []).append(change)
+        position = next((len(x) for name, x in state.items() if name.endswith("_cache")), None if state else 0)
+        return Recorder(() if taps is None else matches(names, taps), edits, position)
 
     def embed(self, tokens, tap: Tap = _no_tap) -> np.ndarray:
         """Rows of the embedding: [T] -> [T, D]."""

@@ -266,6 +266,8 @@ class State:
         """Names of the arrays, in the order of the layers."""
         return list(self._parts)
 
+    _ipython_key_completions_ = keys
+
     def fixed(self):
         """Names of the arrays whose size does not grow: those of delta nets, which checkpoints keep."""
         return [name for name, (_, number) in self._parts.items() if number not in _CACHES]

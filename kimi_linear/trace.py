@@ -35,15 +35,15 @@ def tap_table(core):
 
 
 def on_request(name):
-    """Whether a tap is made only when it is asked for by its name, or by a glob that ends in it."""
+    """Whether a tap is made only when it is asked for by its name, or by a glob that ends as it does."""
     return name.endswith(ON_REQUEST)
 
 
-def matches(names, patterns, what="taps"):
+def matches(names, patterns, what="taps", *, made=False):
     """Those of `names` that one of the globs matches; a plain prefix such as ``layers.3`` means all below it.
 
     Taps on request (``moe.scores``, ``mla.probs``, ``attn.probs``) are matched only by their whole name, or by a glob
-    that ends in it, such as ``*.mla.probs``.
+    that ends as they do, such as ``*.probs``.
 
     Parameters
     ----------
@@ -51,6 +51,8 @@ def matches(names, patterns, what="taps"):
     patterns : str or iterable of str
     what : str
         The argument, for the message.
+    made : bool
+        Whether all are there already: then those on request are as the others.
 
     Raises
     ------
@@ -62,12 +64,14 @@ def matches(names, patterns, what="taps"):
         if not isinstance(pattern, str):
             raise TypeError(f"{what}: {pattern!r:.40} is no glob; it must be text, or a list of it")
     names = list(names)
+    plain = set(names if made else (n for n in names if not on_request(n)))
     wanted = set()
     for pattern in patterns:
+        end = "." + pattern.rpartition(".")[2]
         hit = [
             n for n in names
-            if (fnmatch.fnmatchcase(n, pattern) and (not on_request(n) or pattern.endswith(ON_REQUEST)))
-            or (n.startswith(pattern + ".") and not on_request(n))
+            if (fnmatch.fnmatchcase(n, pattern) and (n in plain or n.endswith(end)))
+            or (n.startswith(pattern + ".") and n in plain)
         ]
         if not hit:
             raise ValueError(f"{what}: {pattern!r} matches no tap; near it are {', '.join(near(pattern, names, 4))}")
@@ -123,7 +127,7 @@ class Trace(Mapping):
 
     def filter(self, patterns):
         """The part of the trace that the globs match."""
-        return Trace({n: self._arrays[n] for n in matches(self, patterns)}, self.meta)
+        return Trace({n: self._arrays[n] for n in matches(self, patterns, made=True)}, self.meta)
 
     def save(self, path):
         """Write one safetensors file, whole or not at all; `load` reads it back."""
@@ -187,8 +191,12 @@ class Trace(Mapping):
                              f"it holds {', '.join(sorted(lazy)[:3])}, ...")
         return cls(taps, meta)
 
+    def _ipython_key_completions_(self):
+        return list(self)
+
     def __repr__(self):
-        T = next((len(self[n]) for n in self), 0)
+        ends = np.ravel(self.meta.get("offsets", ()))
+        T = ends[-1] if ends.size else next((len(self[n]) for n in self), 0)
         return f"Trace({len(self)} taps of {T} tokens, {self.nbytes / 2**20:.1f} MiB)"
 
 

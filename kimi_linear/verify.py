@@ -338,7 +338,7 @@ class _Run:
 
     def _reference(self, layers):
         """Taps and states of these layers in float64."""
-        tap, state, n = Recorder("*"), {}, self.config.n_layers
+        tap, state, n = Recorder(), {}, self.config.n_layers
         for i in layers:
             if i < 0:
                 self.h = self.reference.embed(self.tokens, tap)
@@ -358,7 +358,7 @@ class _Run:
             return
         which = f"the last {rows:,} of {len(self.tokens):,} tokens"
         self.notes.append(f"logits: {which}, as all would take more memory")
-        last = Recorder("logits")
+        last = Recorder(["logits"])
         self.reference.head(self.h[-rows:], last)
         w = self.weights["model.norm.weight"]
         tap.kept["norm"] = reference.rms_norm(self.h, w, eps=self.config.rms_norm_eps)

@@ -66,6 +66,9 @@ class Weights(Mapping):
     def __contains__(self, name):
         return name in self._model._tensors
 
+    def _ipython_key_completions_(self):
+        return list(self)
+
     def __repr__(self):
         return f"Weights({len(self)} tensors of {self._model.name!r}: {', '.join([*self][:2])}, ...)"
 

@@ -16,6 +16,7 @@ from kimi_linear import _core
 from kimi_linear.config import MIXER_LETTERS
 from kimi_linear.diff import budgets
 from kimi_linear.diff.budgets import _basic
+from kimi_linear.editing import Place
 
 ROOT = Path(__file__).parents[1]
 MATH = ROOT / "docs" / "math.md"
@@ -257,6 +258,35 @@ def test_the_edits_of_the_readme_run():
     assert run["rest"].tobytes() == run["whole"].tobytes() and run["lens"].shape == run["whole"].shape
     for name in ("slower", "replaced", "unread"):
         assert (run[name] != run["whole"]).any(), name
+
+
+def test_the_recipes_of_looking_inside_do_what_they_say(capsys):
+    run = {}
+    page = (ROOT / "docs/look-inside.md").read_text(encoding="utf-8")
+    for code in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S):
+        exec(code, run)
+    model, trace, ids = (run[name] for name in ("model", "trace", "ids"))
+    whole = trace["logits"]
+    np.testing.assert_allclose(sum(run["share"].values()), whole[:, 328], rtol=0, atol=1e-4)
+    routed = trace["layers.2.moe.out"] - trace["layers.2.moe.shared"]
+    np.testing.assert_allclose(sum(run["by_expert"]), routed, rtol=0, atol=1e-5)
+    assert run["lens"][-1].tobytes() == whole.tobytes()
+    assert run["effect"][-1, -1] == model.forward(run["other"], logits="last")[328] != whole[-1, 328]
+    for name in ("read", "answer"):
+        np.testing.assert_allclose(run[name], trace["layers.1.kda.o"], rtol=0, atol=1e-6)
+    for name in ("cut", "unattended"):
+        assert (np.flatnonzero((run[name] != whole).any(-1)) == range(9, len(ids))).all(), name
+    p = np.delete(trace["layers.3.mla.probs"][9, :, :10], 4, axis=-1)
+    values = np.einsum("hvr,sr->shv", run["kv_b"][:, model.config.nope_dim :].astype(float), run["latent"][run["seen"]])
+    o = run["unseen"](trace["layers.3.mla.o"].copy(), Place(None, np.arange(len(ids))))[9]
+    np.testing.assert_allclose(o, np.einsum("hs,shv->hv", p / p.sum(-1, keepdims=True), values), rtol=0, atol=1e-5)
+    plain, changed = run["state"].items(), dict(run["changed"].items())
+    assert [name for name, x in plain if x.tobytes() != changed[name].tobytes()] == ["layers.1.kda.state",
+                                                                                     "layers.4.kda.state"]
+    assert run["used"].sum() == 2 * len(ids)
+    for name in ("without_3", "silent_3", "forced"):
+        assert (run[name] != whole).any(), name
+    assert "q_proj.weight is furthest apart" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("function", [kl.reference.rms_norm, _basic.rms_norm], ids=["reference", "budget"])

@@ -43,7 +43,7 @@ def run(args):
     a, b = Trace.load(args.a), foreign_call(args, args.b, config)
     if args.taps:
         a = a.filter(args.taps)
-        asked = [name for name in matches([*a, *b], args.taps) if name in b]
+        asked = [name for name in matches([*a, *b], args.taps, made=True) if name in b]
         b = b.filter(asked) if asked else b
     return print_report(args, traces(a, b, threshold=args.threshold))
 

@@ -120,11 +120,11 @@ def _reference(model, tokens, taps):
     import numpy as np
 
     from .._arrays import as_integers
-    from ..trace import Trace, matches
+    from ..dataflow import in_order
+    from ..trace import Trace
 
-    wanted = matches(model.taps, taps)
     ids = as_integers(np.asarray(tokens), "ids", ("T",), low=0, high=model.config.vocab_size)
-    kept = model.reference().forward(ids, taps=wanted).taps
+    kept = model.reference().forward(ids, taps=taps).taps
     meta = {
         "model": model.name,
         "tokens": ids.tolist(),
@@ -132,4 +132,4 @@ def _reference(model, tokens, taps):
         "source": "kimi_linear.reference",
         "dtype": "float64",
     }
-    return Trace({name: kept[name] for name in wanted}, meta)
+    return Trace({name: kept[name] for name in in_order(kept)}, meta)

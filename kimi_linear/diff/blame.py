@@ -306,6 +306,8 @@ def blame(model, theirs, *, dtype=None, tokens=None, weights=None, activations=N
     weights : Model, ReferenceModel or mapping from name to array, optional
         What they had: compared with the model's by name, before anything else. What differs by rounding to the type of
         one of the two alone is the same.
+    activations : {"float32", "int8", "bfloat16"}, optional
+        What their products made of their inputs, where the metadata do not say (docs/find-the-bug.md).
 
     Returns
     -------

@@ -138,6 +138,10 @@ def test_trace_and_diff(cli, tmp_path):
     code, out, _ = cli("trace", "--prompt", "In the beginning", "-o", exact, "--reference", "--json")
     assert code == 0 and json.loads(out)["taps"]["logits"] == {"shape": [4, 2048], "dtype": "float64"}
     model = kl.Model.tiny()
+    assert list(kl.Trace.load(exact)) == list(kl.Trace.load(ours)) == model.taps
+    scores = tmp_path / "scores.safetensors"
+    assert cli("trace", "--ids", "5,6", "--reference", "--taps", "*", "--taps", "*.scores", "-o", scores)[0] == 0
+    assert list(kl.Trace.load(scores)) == list(model.trace([5, 6], ["*", "*.scores"]))
     assert (kl.Trace.load(ours)["logits"] == model.forward(model.tokenizer.encode("In the beginning"))).all()
     code, out, _ = cli("diff", ours, exact)
     assert code == 0 and out.rstrip().splitlines()[-1].startswith("ok: no divergence in 155 taps")
@@ -145,10 +149,8 @@ def test_trace_and_diff(cli, tmp_path):
 
 def test_diff_finds_the_first_divergence(cli, tmp_path):
     a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    assert (
-        cli("trace", KIMI_A, "--ids", "3,1,4,1,5", "--taps", "layers.2.*", "--taps", "logits", "-o", a)[0]
-        == 0
-    )
+    taps = [word for tap in ("layers.2.*", "layers.2.moe.scores", "logits") for word in ("--taps", tap)]
+    assert cli("trace", KIMI_A, "--ids", "3,1,4,1,5", *taps, "-o", a)[0] == 0
     trace = kl.Trace.load(a)
     assert list(trace)[-1] == "logits" and all(n.startswith("layers.2.") for n in list(trace)[:-1])
     arrays = {n: np.array(x) for n, x in trace.items()}
@@ -161,6 +163,7 @@ def test_diff_finds_the_first_divergence(cli, tmp_path):
     for asked, differs in (("layers.2.mid", 0), ("layers.2", 1)):
         code, out, _ = cli("diff", a, b, "--taps", asked)
         assert code == differs and "only in" not in out
+    assert "layers.2.moe.scores" in out
     assert cli("diff", a, b, "--threshold", "1")[0] == 0
 
 

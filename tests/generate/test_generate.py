@@ -168,6 +168,44 @@ def test_a_processor_sees_ids_and_copies_and_masks(model):
     assert identity.tokens == alone(model, ids, max_new_tokens=8, **WARM).tokens
 
 
+def test_an_edit_steers_prompt_and_new_tokens(model):
+    vector = np.random.default_rng(0).standard_normal(model.config.hidden_size).astype(np.float32)
+    edit = {"layers.2.out": lambda x: x + 2 * vector}
+    ids, state, tokens = model.tokenizer.encode(PROMPTS[0]), model.new_state(), []
+    logits = model.forward(ids, state=state, logits="last", edit=edit)
+    for _ in range(12):
+        tokens.append(int(logits.argmax()))
+        logits = model.forward(tokens[-1:], state=state, logits="last", edit=edit)
+    steered = alone(model, PROMPTS[0], max_new_tokens=12, temperature=0, edit=edit)
+    assert steered.tokens == tokens != alone(model, PROMPTS[0], max_new_tokens=12, temperature=0).tokens
+
+
+def test_an_edit_knows_its_sequence_and_position_whoever_has_ended(model):
+    places, prompts = [], [[5, 6, 7], [8]]
+
+    def watch(x, at):
+        places.extend(zip(at.sequence.tolist(), at.position.tolist(), strict=True))
+        return x
+
+    states = model.new_state(2, context=5)
+    got = alone(model, prompts, max_new_tokens=9, state=states, stop_at_eos=False, edit={"embed": watch})
+    assert got.finish_reason == ["length", "length"]
+    assert sorted(places) == [(i, t) for i in range(2) for t in range(5)]
+    places.clear()
+    alone(model, prompts, n=2, max_new_tokens=2, stop_at_eos=False, edit={"embed": watch}, **WARM)
+    assert sorted(places) == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 3), (2, 0), (2, 1), (3, 1)]
+
+
+@pytest.mark.parametrize("edit, error, words", [
+    ({"layer.2.out": np.negative}, ValueError, "edit: 'layer.2.out' matches no tap; near it are layers.2.out"),
+    ({"embed": np.zeros((2, 256), np.float32)}, TypeError, r"edit\['embed'\] is a ndarray; .* a function of rows"),
+    ([np.negative], TypeError, "edit is a list; it must be a dict"),
+])
+def test_a_wrong_edit_is_refused_before_anything_is_read(model, edit, error, words):
+    with pytest.raises(error, match=words):
+        model.generate([1, 2], edit=edit)
+
+
 @pytest.mark.parametrize("processor, words", [
     (lambda ids, x: np.full_like(x, -np.inf), "logits_processor masked all 2048 tokens at position 3"),
     (lambda ids, x: x[:-1], r"logits_processor gave float32 \[2047\]"),

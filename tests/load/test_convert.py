@@ -400,6 +400,18 @@ def test_refusals(tmp_path, golden_dir, file, source, target, options, error, wo
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_model_is_saved_before_it_is_converted(tmp_path):
+    model = kl.Model.tiny()
+    with pytest.raises(TypeError, match="source is a Model; it must be a path, such as a folder that model.save_pret"):
+        kl.convert(model, tmp_path / "x.gguf")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    model.weights[name] = model.weights[name].astype(np.float32) * np.float32(1.1)
+    model.save_pretrained(tmp_path / "folder")
+    kl.convert(tmp_path / "folder", tmp_path / "x.gguf")
+    logits = kl.Model.from_pretrained(tmp_path / "x.gguf").forward([5, 6, 7])
+    assert logits.tobytes() == model.forward([5, 6, 7]).tobytes()
+
+
 def test_overwrite(tmp_path, file):
     (tmp_path / "x.gguf").write_bytes(b"x")
     kl.convert(file, tmp_path / "x.gguf", overwrite=True)

@@ -278,6 +278,7 @@ TINY = dict(case="tiny")
     (lambda m: m.forward([1, 2, 5000]), ValueError, r"tokens\[2\] is 5000; it must be 0 <= tokens < 2048"),
     (lambda m: m.forward([1, -2]), ValueError, r"tokens\[1\] is -2"),
     (lambda m: m.forward("text"), TypeError, "tokens is text"),
+    (lambda m: m.forward(["some", "texts"]), TypeError, "tokens is text"),
     (lambda m: m.forward([1.5]), TypeError, "tokens is float64; it must be an array of integers"),
     (lambda m: m.forward([], logits="last"), ValueError, "sequence 0 is empty"),
     (lambda m: m.forward([1], logits="first"), ValueError, "logits is 'first'"),

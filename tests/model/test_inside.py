@@ -193,6 +193,24 @@ def test_taps_on_request_are_in_no_glob_but_their_own(model):
     assert probs not in model.trace(tokens, f"layers.{layer}")
     assert probs not in model.trace(tokens, f"layers.{layer}.{mixer}.*")
     assert list(model.trace(tokens, probs)) == [probs]
+    assert list(model.trace(tokens, "*.probs"))[0] == probs
+
+
+def test_a_part_of_a_trace_has_what_was_made_on_request(tiny, tmp_path):
+    trace = tiny.trace(ids(tiny, 5), ["*", "*.probs", "*.scores"])
+    trace.save(tmp_path / "trace")
+    for whole in (trace, kl.Trace.load(tmp_path / "trace")):
+        assert list(whole.filter("*")) == list(whole)
+        assert {"layers.3.mla.probs", "layers.3.moe.scores"} < {*whole.filter("layers.3")}
+        assert "layers.3.mla.probs" in whole.filter("*.mla.*")
+    states = tiny.trace(ids(tiny, 5), "layers.1", states="layers.1.kda.state").filter("*.state")
+    assert repr(states).startswith("Trace(2 taps of 5 tokens, ")
+
+
+def test_names_are_completed_in_a_notebook(tiny):
+    state, trace = tiny.new_state(), tiny.trace([1, 2], "layers.1")
+    for held in (state, trace, tiny.weights):
+        assert held._ipython_key_completions_() == list(held) and len(list(held)) > 1
 
 
 def test_scores_are_the_routers(mixture):

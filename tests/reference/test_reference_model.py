@@ -194,6 +194,53 @@ def test_edit(golden_case):
         m.forward(tokens, edit={"embed": np.zeros(2)})
 
 
+def test_an_edit_by_place_is_that_of_the_whole_in_parts(golden_case):
+    m, tokens = model(golden_case), tokens_of(golden_case, "short")
+    i = m.config.n_layers - 1
+
+    def fourth(x, at):
+        assert (at.sequence == 0).all() and len(at.position) == len(x)
+        x[at.position == 4] *= 0.5
+        return x
+
+    edit = {f"layers.{i}.mid": fourth}
+    whole, plain = m.forward(tokens, edit=edit).logits, result(golden_case, "short").logits
+    assert (np.flatnonzero((whole != plain).any(-1)) == [4]).all()
+    first = m.forward(tokens[:3], edit=edit)
+    rest = m.forward(tokens[3:], state=first.state, edit=edit)
+    np.testing.assert_allclose(rest.logits, whole[3:], rtol=0, atol=1e-11)
+    without = {name: x for name, x in first.state.items() if not name.endswith("_cache")}
+    with pytest.raises(ValueError, match=rf"edit of layers.{i}.mid takes a place, and a state without attention"):
+        m.forward(tokens[3:], state=without, edit=edit)
+
+
+def test_globs_are_those_of_the_engine(golden_case):
+    m = model(golden_case)
+    taps = m.forward([1, 2], taps="layers.1").taps
+    assert len(taps) > 10 and all(name.startswith("layers.1.") for name in taps)
+    assert not m.forward([1, 2]).taps and "layers.4.moe.scores" not in m.forward([1, 2], taps="*").taps
+    for options in ({"taps": "layer.1.out"}, {"edit": {"layer.1.out": np.negative}}, {"taps": "*.probs"}):
+        with pytest.raises(ValueError, match=f"{[*options][0]}: .* matches no tap; near it are "):
+            m.forward([1, 2], **options)
+
+
+def test_what_the_reference_refuses(golden_case):
+    m = model(golden_case)
+    wrong = [("In", TypeError, "tokens is <U2"), ([m.config.vocab_size], ValueError, r"tokens\[0\] is"),
+             ([[1], [2]], ValueError, r"tokens has shape \[2, 1\]")]
+    for tokens, error, words in wrong:
+        with pytest.raises(error, match=words):
+            m.forward(tokens)
+    with pytest.raises(ValueError, match="expert_ids has the key 99; it must be a layer with a mixture"):
+        m.forward([1], expert_ids={99: [[0, 1]]})
+    assert m.forward([]).logits.shape == (0, m.config.vocab_size)
+
+
+def test_a_result_is_shown_in_a_line(golden_case):
+    run = result(golden_case, "long")
+    assert repr(run) == f"ReferenceResult(70 tokens, {len(run.taps)} taps, {len(run.state)} state arrays)"
+
+
 @pytest.mark.parametrize("case", [case for case in GOLDEN_CASES if case != "qwen35-a"])  # which has no experts
 def test_forced_experts(case):
     folder = DATA / "golden" / case
