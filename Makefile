@@ -57,7 +57,7 @@ lib: $(VENV)/.runtime  ## the C library in build/lib: static, shared, header, pk
 
 ctest: lib  ## the C programs of tests/c against build/lib, and what the library exports
 	@sh tools/setup-system.sh pkg-config
-	$(CTEST) LIB=$(CURDIR)/build/lib
+	$(CTEST) LIB=../../build/lib
 
 test: venv build ctest hip-host  ## everything that needs no torch; opens pages in Chromium
 	@sh tools/setup-system.sh chromium
@@ -135,7 +135,7 @@ asan: venv  ## the test suite under AddressSanitizer and UndefinedBehaviorSaniti
 	rm -f $(ASAN_TREE)/kimi_linear/*.so
 	export KL_SANITIZE=address,undefined UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 	$(PY) setup.py -q lib
-	ASAN_OPTIONS=detect_leaks=1 $(CTEST) LIB=$(CURDIR)/build/lib-address-undefined-debug SANITIZE=$$KL_SANITIZE
+	ASAN_OPTIONS=detect_leaks=1 $(CTEST) LIB=../../build/lib-address-undefined-debug SANITIZE=$$KL_SANITIZE
 	python=$(CURDIR)/$(PY)
 	cd $(ASAN_TREE)
 	$$python setup.py -q build_ext --inplace
@@ -146,7 +146,7 @@ asan: venv  ## the test suite under AddressSanitizer and UndefinedBehaviorSaniti
 tsan: lib  ## the C programs of tests/c under ThreadSanitizer
 	@export KL_SANITIZE=thread
 	$(PY) setup.py -q lib
-	$(CTEST) LIB=$(CURDIR)/build/lib-thread-debug SANITIZE=thread
+	$(CTEST) LIB=../../build/lib-thread-debug SANITIZE=thread
 
 # CPU=cortex-a53 emulates a processor without sdot, which the default has.
 AARCH64 := aarch64-linux-gnu-
@@ -159,7 +159,7 @@ aarch64: $(VENV)/.runtime  ## the C library for aarch64 by a cross compiler, and
 	export CC=$(AARCH64)gcc KL_BLAS=none
 	$(PY) setup.py -q lib
 	root=$$(dirname $$(dirname $$(realpath $$($$CC -print-file-name=ld-linux-aarch64.so.1))))
-	$(CTEST) LIB=$(CURDIR)/build/lib-aarch64 CC=$$CC NM=$(AARCH64)nm \
+	$(CTEST) LIB=../../build/lib-aarch64 CC=$$CC NM=$(AARCH64)nm \
 	    RUN="qemu-aarch64 $(if $(CPU),-cpu $(CPU)) -L $$root"
 
 # Compiled and linked by another system's compiler, never run. zig, which brings the headers and the library stubs of
@@ -182,7 +182,7 @@ macos: $(VENV)/.runtime $(ZIG)/.ready  ## compile and link for macOS by zig: C l
 	    $(PY) setup.py -q lib build_ext --build-lib build/macos/$$mac
 	    what=programs
 	    if command -v llvm-nm >/dev/null; then what="programs exports"; fi
-	    $(CTEST) LIB=$(CURDIR)/build/lib-$$mac-werror CC="$$CC" NM=llvm-nm SYSTEM=Darwin $$what
+	    $(CTEST) LIB=../../build/lib-$$mac-werror CC="$$CC" NM=llvm-nm SYSTEM=Darwin $$what
 	    echo "macos: $$mac: compiled without a warning and linked; never run"
 	done
 

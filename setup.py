@@ -8,6 +8,7 @@ or a flag has changed.  Settings come from the environment:
 
     CC            C compiler; a cross compiler builds for its      KL_JOBS      compilations at once
                   machine: lib, not build_ext; AR goes with it
+    CPPFLAGS, CFLAGS, LDFLAGS   before the flags of this file, which prevail: -O, fast math and LTO are not the caller's
     KL_BLAS       auto | pkg-config | scipy | none                 KL_WERROR=1  warnings are errors
     KL_SANITIZE   address,undefined | thread                       KL_DEBUG=1   asserts, NaN-filled scratch
 """
@@ -39,8 +40,8 @@ PUBLIC = ["csrc/kimi_linear*.h"]
 HEADERS = ["csrc/**/*.h", "csrc/**/*.inc", "csrc/**/*.def"]
 
 COMMON = """
-    -std=c11 -g1 -fPIC -pthread -fvisibility=hidden
-    -ffp-contract=off -fno-math-errno
+    -std=c11 -g1 -fPIC -pthread -fvisibility=hidden -fno-lto
+    -fno-fast-math -ffp-contract=off -fno-math-errno
     -Wall -Wextra -Wshadow -Wdouble-promotion -Wconversion -Wvla
 """.split()
 STACK = "-Wframe-larger-than=65536"  # threads have 512 KiB on macOS
@@ -68,6 +69,25 @@ def env_flag(name):
     return os.environ.get(name, "") not in ("", "0")
 
 
+def env_words(*names):
+    """The words of variables as a shell would split them, those of each behind the last."""
+    words = []
+    for name in names:
+        try:
+            words += shlex.split(os.environ.get(name, ""))
+        except ValueError as error:
+            fail(f"{name} is {os.environ[name]!r}, which is not words of a shell: {error}.")
+    return words
+
+
+def env_jobs():
+    """Compilations at once: $KL_JOBS, else one a processor."""
+    said = os.environ.get("KL_JOBS", "") or "0"
+    if not said.isdecimal():
+        fail(f"KL_JOBS is {said!r}; it must be a number, 0 for one a processor.")
+    return int(said) or os.cpu_count()
+
+
 def fail(sentence):
     sys.exit(f"kimi_linear: {sentence}")
 
@@ -83,9 +103,9 @@ def check_platform(machine, system):
 
 def compiler():
     """The C compiler as a list of words: $CC, else the first of cc, gcc and clang."""
-    if "CC" in os.environ:
-        words = shlex.split(os.environ["CC"])
-        if words and shutil.which(words[0]):
+    words = env_words("CC")
+    if words:
+        if shutil.which(words[0]):
             return words
         fail(f"CC is {os.environ['CC']!r}, which is not a command; unset it or name a C compiler.")
     for name in ("cc", "gcc", "clang"):
@@ -220,7 +240,7 @@ class Toolchain:
     def flags(self, source):
         """Every compiler flag of one source file, in order."""
         level = "-O1" if self.sanitize else "-O3" if source in ISA else "-O2"
-        flags = [*COMMON, level, "-Icsrc", f'-DKL_BLAS_NAME="{self.blas.name}"']
+        flags = [*env_words("CPPFLAGS", "CFLAGS"), *COMMON, level, "-Icsrc", f'-DKL_BLAS_NAME="{self.blas.name}"']
         flags += self.blas.defines
         flags += [f"-mmacosx-version-min={MACOS}"] if self.macos else []
         flags += ["-DKL_DEBUG"] if self.debug else ["-DNDEBUG"]
@@ -249,7 +269,7 @@ class Toolchain:
         if stale:
             what = f"{len(stale)} of {len(jobs)} files ({self.variant}; BLAS: {self.blas.name})"
             print(f"compiling {what}", flush=True)
-        with ThreadPoolExecutor(int(os.environ.get("KL_JOBS", 0)) or os.cpu_count()) as pool:
+        with ThreadPoolExecutor(env_jobs()) as pool:
             failed = [source for source, ok in pool.map(self._compile_one, stale) if not ok]
         if failed:
             fail(f"the compiler rejected {', '.join(failed)}.")
@@ -285,13 +305,14 @@ class Toolchain:
         """Link to a new file, then rename it: a process that has the old one mapped keeps it."""
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh = target.with_name(f".{target.name}.new")
-        self.run([*self.cc, *self.link_flags(), *objects, *self.blas.libs, "-lm", "-ldl", *extra, "-o", str(fresh)])
+        flags = [*env_words("LDFLAGS"), *self.link_flags()]
+        self.run([*self.cc, *flags, *objects, *self.blas.libs, "-lm", "-ldl", *extra, "-o", str(fresh)])
         os.replace(fresh, target)
 
     def program(self, name):
         """$AR and the like, else the compiler's own `name`: a cross compiler's is another than this machine's."""
-        if name.upper() in os.environ:
-            return shlex.split(os.environ[name.upper()])
+        if words := env_words(name.upper()):
+            return words
         asked = subprocess.run([*self.cc, f"-print-prog-name={name}"], capture_output=True, text=True)
         return [asked.stdout.strip() or name]
 

@@ -1,14 +1,25 @@
 """What the reference's files share: arrays as float64, and the token ranges of packed sequences."""
 
+import warnings
+
 import numpy as np
 
 from ._arrays import as_array, check_shape
 from .quantized import Quantized
 from .reference_quant import dequantize
 
+_SMALLEST = np.uint32(1).view(np.float32)  # 2^-149, which a conversion would flush
+
 
 def f64(x) -> np.ndarray:
-    """`x` as a float64 array, from all that `kl.ops` takes; float32, float16, bfloat16 and blocks widen exactly."""
+    """`x` as a float64 array, from all that `kl.ops` takes; float32, float16, bfloat16 and blocks widen exactly.
+
+    A warning where they cannot: the thread takes subnormals as 0, and NumPy with it.
+    """
+    if _SMALLEST == 0:
+        warnings.warn("this thread takes float32 below 2^-126 as 0: a library compiled with -ffast-math sets it so "
+                      "when it is loaded, and so does torch.set_flush_denormal; references and comparisons are wrong "
+                      "down there", RuntimeWarning, stacklevel=1)  # of one place: said once
     if isinstance(x, Quantized):
         return dequantize(x)
     a = as_array(x, "an input")

@@ -87,7 +87,7 @@ def _device(ctx):
 
 
 def _cpu():
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
         for line in file:
             if line.startswith("model name"):
                 name = line.split(":", 1)[1].strip()
@@ -122,9 +122,9 @@ def blas_threads(n):
 @functools.cache
 def _numpy_blas(what, *argtypes):
     """A function of the OpenBLAS that NumPy has loaded, or None; looked for once, which takes half a millisecond."""
-    with contextlib.suppress(OSError), open("/proc/self/maps") as file:
-        for path in sorted({line.split()[-1] for line in file if "numpy" in line and "openblas" in line}):
-            library = ctypes.CDLL(path)
+    with contextlib.suppress(OSError), open("/proc/self/maps", "rb") as file:  # names of files need not be UTF-8
+        for path in sorted({line.split(maxsplit=5)[-1] for line in file if b"numpy" in line and b"openblas" in line}):
+            library = ctypes.CDLL(os.fsdecode(path.rstrip(b"\n")))
             for prefix, suffix in (("scipy_", "64_"), ("", "64_"), ("scipy_", ""), ("", "")):
                 name = f"{prefix}openblas_{what}{suffix}"
                 if function := getattr(library, name, None):
@@ -226,9 +226,9 @@ def anonymous_bytes():
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-    with contextlib.suppress(OSError), open("/proc/self/status") as file:
+    with contextlib.suppress(OSError), open("/proc/self/status", "rb") as file:  # its name may be cut in a character
         for line in file:
-            if line.startswith("RssAnon:"):
+            if line.startswith(b"RssAnon:"):
                 return int(line.split()[1]) * 1024
     return None
 

@@ -6,6 +6,7 @@ import threading
 from typing import NamedTuple
 
 from . import _core
+from ._control_groups import processors_allowed
 from ._names import choice
 from ._scalars import as_whole
 
@@ -28,8 +29,8 @@ class Context:
         slowly and with their faults found. NumPy's arrays are copied to the device and back, a `DeviceArray` or another
         library's array that lies there is used as it lies. `devices` lists them.
     threads : int, optional
-        Threads to use; by default `OMP_NUM_THREADS`, else one for each processor this process may use.
-        The number changes no byte of any result.
+        Threads to use; by default `OMP_NUM_THREADS`, else one for each processor this process may use, and no more
+        than a container has time of. The number changes no byte of any result.
     isa : str, optional
         ``"scalar"``, ``"avx2"``, ``"avxvnni"``, ``"avx512"`` or ``"avx512bf16"``; on aarch64 ``"scalar"``,
         ``"neon"`` or ``"neon_dotprod"``. By default the best that runs here. It changes no byte either.
@@ -117,7 +118,10 @@ def _default_threads():
     number = text.isascii() and text.isdigit()
     if number and int(text) > 1024:
         raise ValueError(f"the environment's OMP_NUM_THREADS is {text}; it must be at most 1024")
-    return int(text) if number else 0
+    if number:
+        return int(text)
+    allowed = processors_allowed()
+    return allowed if allowed is not None and allowed < len(os.sched_getaffinity(0)) else 0
 
 
 def current(ctx=None):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from . import _engine
+from ._control_groups import control_groups, text_of
 from ._scalars import as_whole, at_least
 from .config import Config
 from .context import current
@@ -231,56 +232,31 @@ def available_memory(root="/"):
     ``proc`` and ``sys`` are.
     """
     root = Path(root)
-    left = [_of_the_machine(root / "proc/meminfo"), *_of_control_groups(root)]
+    groups = [_left(folder, *_GROUPS[version]) for version, folder in control_groups(root, "memory")]
+    left = [_of_the_machine(root / "proc/meminfo"), *groups]
     return min((n for n in left if n is not None), default=None)
 
 
 def _of_the_machine(meminfo):
-    for line in _text(meminfo).splitlines():
+    for line in text_of(meminfo).splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return _free_by_vm_stat(asked_of_macos("vm_stat"))
 
 
-#: Of versions 2 and 1: the folder below sys/fs/cgroup; the files of the limit and the use; the line of memory.stat with
-#: the file cache that is given up first.
-_GROUPS = {"": ("", "memory.max", "memory.current", "inactive_file"),
-           "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")}
-
-
-def _of_control_groups(root):
-    """Bytes that are left below the limit of each control group that this process is in, in both versions' files."""
-    found = []
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        controllers, _, inside = line.partition(":")[2].partition(":")
-        key = "memory" if "memory" in controllers.split(",") else controllers
-        if key not in _GROUPS:
-            continue
-        below, limit, used, cache = _GROUPS[key]
-        top = root / "sys/fs/cgroup" / below
-        group = top / inside.lstrip("/")
-        for folder in [group, *group.parents]:
-            found.append(_left(folder, limit, used, cache))
-            if folder == top:
-                break
-    return found
+#: Of each version: the files of the limit and the use; the line of memory.stat with the file cache that is given up
+#: first.
+_GROUPS = {2: ("memory.max", "memory.current", "inactive_file"),
+           1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")}
 
 
 def _left(folder, limit, used, cache):
     """Bytes left in one group; None where it has no limit."""
-    numbers = [_text(folder / name).strip() for name in (limit, used)]
+    numbers = [text_of(folder / name).strip() for name in (limit, used)]
     if not all(number.isdigit() for number in numbers):  # there is no such file, or "max"
         return None
-    stat = dict(line.split() for line in _text(folder / "memory.stat").splitlines() if line.count(" ") == 1)
+    stat = dict(line.split() for line in text_of(folder / "memory.stat").splitlines() if line.count(" ") == 1)
     return max(0, int(numbers[0]) - int(numbers[1]) + int(stat.get(cache, 0)))
-
-
-def _text(path):
-    """The text of a file of the system; none where it cannot be read."""
-    try:
-        return path.read_text()
-    except (OSError, ValueError):
-        return ""
 
 
 def asked_of_macos(*command):

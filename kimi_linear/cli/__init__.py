@@ -121,6 +121,8 @@ def _sentence(error):
         return error.args[0]
     if isinstance(error, OSError) and error.strerror:
         return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    if isinstance(error, MemoryError) and not str(error):  # Python's own
+        return "there is not enough memory"
     return str(error) or type(error).__name__
 
 

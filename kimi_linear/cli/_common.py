@@ -36,7 +36,8 @@ def add_model_argument(parser):
 def add_compute_arguments(parser, *, cache=None, activations=None, read_ahead=False):
     """``--threads``, ``--isa``, ``--device``; where asked for ``--cache``, ``--activations``, ``--no-read-ahead``."""
     parser.add_argument("--threads", type=positive, metavar="N",
-                        help="threads to use (default: OMP_NUM_THREADS, else one for each processor)")
+                        help="threads to use (default: OMP_NUM_THREADS, else one for each processor, and no more than "
+                             "a container has time of)")
     parser.add_argument("--isa", choices=("scalar", "avx2", "avxvnni", "avx512", "avx512bf16", "neon", "neon_dotprod"),
                         help="the CPU's kernels (default: the best here)")
     add_device_argument(parser)

@@ -63,10 +63,14 @@ def is_there(path: str | os.PathLike) -> bool:
     ------
     FormatError
         If something else has the name: a folder, a pipe, a link that leads nowhere.
+    OSError
+        If the folder may not be looked into.
     """
     if os.path.isfile(path):
         return True
-    if not os.path.lexists(path):
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last of a name with a zero byte
         return False
     what = "a folder" if os.path.isdir(path) else "no regular file" if os.path.exists(path) else \
         f"a link to {os.readlink(path)}, where nothing is"

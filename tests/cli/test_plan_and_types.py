@@ -3,14 +3,17 @@
 import dataclasses
 import importlib
 import json
+import os
 import re
+import sys
 from pathlib import Path
 
 import gguf_files
 import pytest
 
 import kimi_linear as kl
-from kimi_linear import _engine, bench
+from kimi_linear import _engine, bench, context
+from kimi_linear._control_groups import processors_allowed
 from kimi_linear.cli import _common, main
 
 MiB = 1 << 20
@@ -124,6 +127,41 @@ GROUPS = {
 def test_free_memory_below_the_limits_of_a_container(tmp_path, name):
     files, wanted = GROUPS[name]
     assert planning.available_memory(a_system(tmp_path, files)) == wanted
+
+
+C2, C1 = "sys/fs/cgroup/cpu.max", "sys/fs/cgroup/cpu/docker/ab/cpu.cfs_"
+QUOTAS = {
+    "none": ({}, None),
+    "no limit": ({"proc/self/cgroup": "0::/\n", C2: "max 100000\n"}, None),
+    "version 2": ({"proc/self/cgroup": "0::/\n", C2: "250000 100000\n"}, 3),
+    "less than one": ({"proc/self/cgroup": "0::/\n", C2: "1000 100000\n"}, 1),
+    "a group around": ({"proc/self/cgroup": "0::/a/b\n", V2 + "a/cpu.max": "200000 100000\n",
+                        V2 + "a/b/cpu.max": "800000 100000\n"}, 2),
+    "version 1": ({"proc/self/cgroup": "5:cpu,cpuacct:/docker/ab\n", C1 + "quota_us": "400000\n",
+                   C1 + "period_us": "100000\n"}, 4),
+    "version 1, no limit": ({"proc/self/cgroup": "5:cpu:/docker/ab\n", C1 + "quota_us": "-1\n",
+                             C1 + "period_us": "100000\n"}, None),
+    "damaged": ({"proc/self/cgroup": "0::/\nx\n", C2: "7 0\n"}, None),
+}
+
+
+@pytest.mark.parametrize("name", QUOTAS)
+def test_processors_of_a_container(tmp_path, name):
+    files, wanted = QUOTAS[name]
+    assert processors_allowed(a_system(tmp_path, files)) == wanted
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
+def test_threads_are_no_more_than_a_container_has_time_of(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
+    for allowed, wanted in ((None, 0), (3, 3), (8, 0), (9, 0)):
+        monkeypatch.setattr(context, "processors_allowed", lambda n=allowed: n)
+        assert context._default_threads() == wanted
+    with kl.threads(5):
+        assert context._default_threads() == 5
+    monkeypatch.setenv("OMP_NUM_THREADS", "6")
+    assert context._default_threads() == 6
 
 
 def test_free_memory_that_nobody_tells(tmp_path, monkeypatch):

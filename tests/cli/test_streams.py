@@ -1,7 +1,9 @@
 """What the commands write where a stream is closed or not UTF-8, and that --json is JSON."""
 
+import ctypes
 import json
 import math
+import mmap
 import os
 import shutil
 import subprocess
@@ -12,6 +14,7 @@ import pytest
 from conftest import TINY
 
 import kimi_linear as kl
+from kimi_linear import bench
 from kimi_linear.cli import main
 from kimi_linear.cli._common import print_json
 
@@ -138,3 +141,47 @@ def test_outputs_in_the_home_folder(tmp_path, monkeypatch, capfd):
     file = str(tmp_path / "a.safetensors")
     assert main(["report", file, file, "--output=~/c.html"]) == 0
     assert {p.name for p in tmp_path.iterdir()} == {"a.safetensors", "b.npz", "c.html"}
+
+
+def test_memory_that_python_lacks(monkeypatch, capfd):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("kimi_linear.cli.inspect.run", fail)
+    assert main(["inspect"]) == 2
+    assert capfd.readouterr().err == "kimi-linear inspect: there is not enough memory\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_names_in_proc_need_not_be_utf8(tmp_path):
+    """A process is called as its script is, cut after 15 bytes; maps has the names of all files that are mapped."""
+    name = os.fsencode(tmp_path) + b"/b ad\xff"
+    libc = ctypes.CDLL(None, use_errno=True)
+    before = ctypes.create_string_buffer(16)
+    libc.prctl(16, before)
+    with open(name, "wb+") as file:
+        file.write(b"x")
+        file.flush()
+        with mmap.mmap(file.fileno(), 0):
+            libc.prctl(15, "\u03b1".encode() * 7 + b"\xce")
+            try:
+                assert bench.anonymous_bytes() > 0
+                bench._numpy_blas.__wrapped__("get_num_threads")
+            finally:
+                libc.prctl(15, before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_numpys_blas_in_a_folder_with_a_blank(tmp_path):
+    folder = tmp_path / "a b" / "numpy"
+    folder.mkdir(parents=True)
+    source = "int openblas_get_num_threads(void) { return 7; }"
+    library = folder / "libopenblas.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", library], input=source,
+                   text=True, check=True)
+    code = (f"import ctypes; library = ctypes.CDLL({str(library)!r})\n"
+            "import io, kimi_linear.bench as bench\n"
+            "maps = [line for line in open('/proc/self/maps', 'rb') if b'a b/numpy' in line]\n"
+            "bench.open = lambda *_, **__: io.BytesIO(b''.join(maps))\n"
+            "print(bench._numpy_blas('get_num_threads')())")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "7\n"

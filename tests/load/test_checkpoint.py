@@ -1,5 +1,6 @@
 """Folders in both spellings, whole and sharded, and every way in which one can be wrong."""
 
+import errno
 import json
 import os
 import shutil
@@ -278,6 +279,15 @@ def test_folders_that_are_none(tmp_path):
         open_folder(tmp_path / "config.json")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"hidden_act": "relu"}))
     with pytest.raises(ValueError, match="hidden_act"):
+        open_folder(tmp_path)
+
+
+def test_a_folder_that_may_not_be_looked_into(tmp_path, monkeypatch):
+    def refuse(path, **named):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "lstat", refuse)
+    with pytest.raises(PermissionError, match="Permission denied: .*config.json"):
         open_folder(tmp_path)
 
 

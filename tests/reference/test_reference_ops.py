@@ -1,5 +1,10 @@
 """The float64 ops: worked examples by hand, forms against each other, and identities of the mathematics."""
 
+import ctypes
+import platform
+import sys
+import warnings
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -258,3 +263,24 @@ def test_a_history_of_another_shape_is_refused(rng):
 def test_what_is_no_real_number_is_refused(x):
     with pytest.raises(TypeError, match="an input is .*; it must be real numbers"):
         ref.sigmoid(x)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="fenv_t is another on macOS")
+def test_a_thread_that_flushes_subnormals_is_said():
+    """Set as the start of a library does that was compiled with -ffast-math: bits of what fesetenv restores."""
+    libm = ctypes.CDLL(None)
+    word, bits = (7, 0x8040) if platform.machine() == "x86_64" else (0, 1 << 24)  # mxcsr; fpcr
+    before, flushing = ((ctypes.c_uint32 * 8)() for _ in range(2))
+    libm.fegetenv(before)
+    libm.fegetenv(flushing)
+    flushing[word] |= bits
+    x = np.full(3, 1e-40, np.float32)
+    libm.fesetenv(flushing)
+    try:
+        with pytest.warns(RuntimeWarning, match="takes float32 below 2\\^-126 as 0"):
+            ref.softmax(x)
+    finally:
+        libm.fesetenv(before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ref.add(x, x)[0] > 0
