@@ -12,8 +12,10 @@ namespace
 {
 
 const int BLOCK = 256, LANES = KL_INT8_BLOCKS, SETS = BLOCK / LANES;
-const int TILE = KL_TILE, MANY = 2 * TILE * LANES,
-          OWN = 4; /* threads of `many`; rows of a set's outputs */
+/* threads of `many`; rows of a set's outputs */
+const int TILE = KL_TILE, MANY = 2 * TILE * LANES, OWN = 4;
+/* words from row to row of shared memory: the four sets of 32 threads, OWN rows apart, have their own banks */
+const int APART = LANES + 2;
 static_assert(TILE / OWN * (TILE / OWN) == MANY / LANES, "a set has OWN x OWN outputs");
 
 __device__ __forceinline__ int dot(const kl_words4 &w, const kl_words4 &x)
@@ -50,9 +52,26 @@ __device__ __forceinline__ int half_of(const kl_words4 &w, const kl_words4 &x, i
     return TYPE::fine ? sub * (sum - TYPE::offset * sum_of_x) : sum;
 }
 
-__device__ __forceinline__ int64_t x_row(const kl_product &p, int64_t t)
+/* what lane b has of a row of x: a block of each group */
+struct blocks_of_x {
+    const kl_words4 *q; /* two */
+    const kl_int8_scale *scale;
+    __device__ __forceinline__ blocks_of_x operator+(int64_t groups) const
+    {
+        return { q + groups * LANES * 2, scale + groups * LANES };
+    }
+};
+__device__ __forceinline__ blocks_of_x x_row(const kl_product &p, int64_t t, int b)
 {
-    return (p.index != nullptr ? p.index[t] : t) * p.int8.groups;
+    const int64_t row = p.index != nullptr ? p.index[t] : t;
+    return blocks_of_x{ reinterpret_cast<const kl_words4 *>(p.int8.q) + b * 2, p.int8.scale + b }
+           + row * p.int8.groups;
+}
+
+/* groups of 256 inputs in which lane b has a block */
+__device__ __forceinline__ int groups_with(const kl_product &p, int b)
+{
+    return static_cast<int>((p.D - 32 * b + KL_INT8_VALUES - 1) / KL_INT8_VALUES);
 }
 
 /* The first product's blocks take the second, too, where `gated`: y = silu(x of[0].w) * (x of[1].w). MOST rows of x. */
@@ -74,32 +93,35 @@ __global__ void __launch_bounds__(256) int8_few(kl_products a, int64_t first, bo
         const kl_product &p = a.of[i];
         const kl_matrix w = kl_product_matrix(p.w, g.which);
         /* behind the last row: nothing, and all the shuffles */
-        const int64_t D = r < p.w.rows ? p.D : 0;
+        const int groups = r < p.w.rows ? groups_with(p, b) : 0;
+        blocks_of_x only = x_row(p, g.begin, b);
         const auto *row =
             reinterpret_cast<const uint8_t *>(w.data) + static_cast<size_t>(r) * w.row_bytes;
         float lane[MOST] = {};
-        for (int64_t k0 = 0; k0 + 32 * b < D;
-             k0 += KL_INT8_VALUES, row += kl_row_bytes(T, KL_INT8_VALUES)) {
+        KL_NO_UNROLL
+        for (int k = 0; k < groups; k++, row += kl_row_bytes(T, KL_INT8_VALUES), only = only + 1) {
             kl_int8_weights v = {};
             TYPE::read(v, row, static_cast<unsigned>(b));
             KL_UNROLL
             for (int t = 0; t < MOST; t++) {
-                if (t >= g.count)
+                if (MOST > 1 && t >= g.count)
                     continue;
-                const int64_t at = (x_row(p, g.begin + t) + k0 / KL_INT8_VALUES) * LANES + b;
-                const auto *q = reinterpret_cast<const kl_words4 *>(p.int8.q) + at * 2;
-                const kl_int8_scale x = p.int8.scale[at];
+                const blocks_of_x at = MOST == 1 ? only : x_row(p, g.begin + t, b) + k;
+                const kl_int8_scale x = *at.scale;
                 int sum = 0;
                 KL_UNROLL
                 for (int h = 0; h < 2; h++)
-                    sum += half_of<TYPE>(v.half[h], q[h], v.sub[h], x.sum[h]);
+                    sum += half_of<TYPE>(v.half[h], at.q[h], v.sub[h], x.sum[h]);
                 lane[t] = fmaf(inner_of<TYPE>(sum, v.d, v.m, v.sub_min, x), x.scale, lane[t]);
             }
         }
+        /* A zero block that fills up the last group adds +0, and makes a lane +0 that was -0; x + -0 is x. */
+        const float filling = groups < p.int8.groups ? 0.0f : -0.0f;
         KL_UNROLL
         for (int t = 0; t < MOST; t++) {
-            if (t >= g.count) /* the same in every thread */
+            if (MOST > 1 && t >= g.count) /* the same in every thread */
                 continue;
+            lane[t] += filling;
             for (int m = LANES / 2; m >= 1; m /= 2)
                 lane[t] += kl_team_swap(lane[t], m);
             if (i < last)
@@ -117,9 +139,9 @@ template <kl_type T> __global__ void __launch_bounds__(MANY) int8_many(kl_produc
     KL_SHARED(kl_words4, ws, [2][TILE][LANES]);
     KL_SHARED(kl_words4, xs, [2][TILE][LANES]);
     KL_SHARED(kl_int8_scale, x_scales, [TILE][LANES]);
-    KL_SHARED(float, ds, [TILE][LANES]);
-    KL_SHARED(float, ms, [TYPE::has_min ? TILE : 1][LANES]);
-    KL_SHARED(uint32_t, subs, [TYPE::fine ? TILE : 1][LANES]); /* a byte each: two, two of minima */
+    KL_SHARED(float, ds, [TILE][APART]);
+    KL_SHARED(float, ms, [TYPE::has_min ? TILE : 1][APART]);
+    KL_SHARED(uint32_t, subs, [TYPE::fine ? TILE : 1][APART]); /* a byte each: two, two of minima */
     const int b = static_cast<int>(threadIdx.x) % LANES,
               set = static_cast<int>(threadIdx.x) / LANES, w0 = set % (TILE / OWN) * OWN,
               x0 = set / (TILE / OWN) * OWN;
@@ -136,11 +158,9 @@ template <kl_type T> __global__ void __launch_bounds__(MANY) int8_many(kl_produc
     const int own = set % TILE;
     const auto *row = reinterpret_cast<const uint8_t *>(w.data)
                       + static_cast<size_t>(r0 + own < p.w.rows ? r0 + own : r0) * w.row_bytes;
-    const int64_t block = x_row(p, g.begin + (own < g.count ? own : 0)) * LANES + b;
-    const auto *q = reinterpret_cast<const kl_words4 *>(p.int8.q) + block * 2;
-    const kl_int8_scale *scale = p.int8.scale + block;
+    blocks_of_x x = x_row(p, g.begin + (own < g.count ? own : 0), b);
     const int groups = static_cast<int>(p.int8.groups), /* and those in which it has a block */
-        there = static_cast<int>((p.D - 32 * b + KL_INT8_VALUES - 1) / KL_INT8_VALUES);
+        there = groups_with(p, b);
     float lane[OWN][OWN] = {};
     for (int i = 0; i < groups; i++) {
         if (brings_w) {
@@ -158,10 +178,9 @@ template <kl_type T> __global__ void __launch_bounds__(MANY) int8_many(kl_produc
             row += kl_row_bytes(T, KL_INT8_VALUES);
         } else {
             for (int h = 0; h < 2; h++)
-                xs[h][own][b] = q[h];
-            x_scales[own][b] = *scale;
-            q += LANES * 2;
-            scale += LANES;
+                xs[h][own][b] = x.q[h];
+            x_scales[own][b] = *x.scale;
+            x = x + 1;
         }
         __syncthreads();
         kl_int8_scale x_scale[OWN];

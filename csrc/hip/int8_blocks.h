@@ -23,20 +23,46 @@ struct kl_int8_weights {
     int sub[2], sub_min[2];
 };
 
-/* N words from p, a multiple of ALIGN */
+/* N words from p, a multiple of ALIGN: no byte before them or behind them is read */
 template <int ALIGN, int N>
 static __device__ __forceinline__ void kl_words_at(uint32_t (&w)[N], const uint8_t *p)
 {
     typedef uint32_t __attribute__((may_alias)) word;
-    KL_UNROLL
-    for (int i = 0; i < N; i++)
-        if constexpr (ALIGN >= 4)
+#if defined(__HIP_DEVICE_COMPILE__)
+    const bool anywhere = true; /* AMD's read words at any address */
+    typedef uint32_t __attribute__((may_alias, aligned(1))) word_anywhere;
+#else
+    const bool anywhere = false;
+    typedef word word_anywhere;
+#endif
+    if constexpr (ALIGN >= 4) {
+        KL_UNROLL
+        for (int i = 0; i < N; i++)
             w[i] = reinterpret_cast<const word *>(__builtin_assume_aligned(p, ALIGN))[i];
-        else if constexpr (ALIGN == 2)
-            w[i] = kl_u32_at(p + 4 * i);
-        else
+    } else if constexpr (anywhere) {
+        KL_UNROLL
+        for (int i = 0; i < N; i++)
+            w[i] = reinterpret_cast<const word_anywhere *>(p)[i];
+    } else if constexpr (ALIGN == 2) {
+        /* N - 1 words on multiples of 4; of the last one half is before them, or both are behind */
+        const unsigned past = reinterpret_cast<uintptr_t>(p) & 2u;
+        const auto *from = reinterpret_cast<const word *>(p + past);
+        const uint32_t which = past != 0 ? 0x5432u : 0x7654u,
+                       half = kl_u16_at(past != 0 ? p : p + 4 * (N - 1));
+        uint32_t before = half << 16;
+        KL_UNROLL
+        for (int i = 0; i < N - 1; i++) {
+            const uint32_t next = from[i];
+            w[i] = kl_bytes_of(before, next, which);
+            before = next;
+        }
+        w[N - 1] = kl_bytes_of(past != 0 ? before : half << 16, kl_u16_at(p + 4 * N - 2), 0x5432u);
+    } else {
+        KL_UNROLL
+        for (int i = 0; i < N; i++)
             w[i] = p[4 * i] | p[4 * i + 1] << 8 | p[4 * i + 2] << 16
                    | static_cast<uint32_t>(p[4 * i + 3]) << 24;
+    }
 }
 
 /* sixteen bytes of nibbles: values 0 to 15 are the low ones */
@@ -83,8 +109,11 @@ template <> struct kl_int8_block<KL_Q8_0> : kl_int8_plain {
     {
         p += 34 * b;
         to.d = kl_f16_at(p);
-        kl_words_at<align>(to.half[0].at, p + 2);
-        kl_words_at<align>(to.half[1].at, p + 18);
+        uint32_t q[8];
+        kl_words_at<align>(q, p + 2);
+        KL_UNROLL
+        for (int i = 0; i < 8; i++)
+            to.half[i / 4].at[i % 4] = q[i];
     }
 };
 

@@ -131,20 +131,41 @@ template <class T> static __device__ __forceinline__ T *kl_global(T *p)
     return p;
 }
 
+/* GPUs without an instruction for it: Vega 10 and what is made of it, the first of RDNA, NVIDIA's before sm_61 */
+#if defined(__GFX8__) || defined(__gfx900__) || defined(__gfx902__) || defined(__gfx904__)         \
+    || defined(__gfx909__) || defined(__gfx90c__) || defined(__gfx1010__) || defined(__gfx1013__)  \
+    || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 610)
+#define KL_NO_DOT4
+#endif
+
 /* sum + the products of four bytes of a with those of b, signed */
 static __device__ __forceinline__ int32_t kl_dot4(uint32_t a, uint32_t b, int32_t sum)
 {
-#if defined(__GFX11__) || defined(__GFX12__)
+#if defined(__HIP_DEVICE_COMPILE__) && (defined(__GFX11__) || defined(__GFX12__))
     return __builtin_amdgcn_sudot4(true, static_cast<int>(a), true, static_cast<int>(b), sum,
                                    false);
-#elif defined(__HIP_DEVICE_COMPILE__)
+#elif defined(__HIP_DEVICE_COMPILE__) && !defined(KL_NO_DOT4)
     return __builtin_amdgcn_sdot4(static_cast<int>(a), static_cast<int>(b), sum, false);
-#elif defined(__CUDA_ARCH__)
+#elif defined(__CUDA_ARCH__) && !defined(KL_NO_DOT4)
     return __dp4a(static_cast<int>(a), static_cast<int>(b), sum);
 #else
     for (int i = 0; i < 32; i += 8)
         sum += static_cast<int8_t>(a >> i) * static_cast<int8_t>(b >> i);
     return sum;
+#endif
+}
+
+/* Byte i of it: byte `nibble i of which` of eight, those of low, then those of high. Nibbles are below 8. */
+static __device__ __forceinline__ uint32_t kl_bytes_of(uint32_t low, uint32_t high, uint32_t which)
+{
+#if defined(__CUDA_ARCH__)
+    return __byte_perm(low, high, which);
+#else
+    const uint64_t all = static_cast<uint64_t>(high) << 32 | low;
+    uint32_t picked = 0;
+    for (int i = 0; i < 4; i++)
+        picked |= static_cast<uint32_t>(all >> 8 * (which >> 4 * i & 7u) & 255u) << 8 * i;
+    return picked;
 #endif
 }
 
@@ -154,16 +175,9 @@ static __device__ __forceinline__ uint32_t kl_pick4(uint64_t table, uint32_t at)
     const auto low = static_cast<uint32_t>(table), high = static_cast<uint32_t>(table >> 32);
 #if defined(__HIP_DEVICE_COMPILE__)
     return __builtin_amdgcn_perm(high, low, at);
-#elif defined(__CUDA_ARCH__)
-    at |= at >> 4; /* a nibble each, in the lower half */
-    return __byte_perm(low, high, (at & 0xffu) | (at >> 8 & 0xff00u));
 #else
-    uint32_t picked = 0;
-    for (int i = 0; i < 32; i += 8) {
-        const uint32_t k = at >> i & 7u;
-        picked |= ((k < 4 ? low : high) >> k % 4 * 8 & 255u) << i;
-    }
-    return picked;
+    at |= at >> 4; /* a nibble each, in the lower half */
+    return kl_bytes_of(low, high, (at & 0xffu) | (at >> 8 & 0xff00u));
 #endif
 }
 

@@ -9,7 +9,6 @@ static kl_status product_with(kl_ctx *ctx, kl_product *p, float *y, const kl_wei
                               const float *bias)
 {
     *p = {};
-    KL_TRY(kl_check_blocks(ctx, w, "linear", "w"));
     KL_TRY(kl_matrices_of(ctx, &p->w, w));
     p->y = y;
     p->bias = bias;
@@ -39,6 +38,8 @@ kl_status hip_linear(kl_ctx *ctx, float *const *y, const float *x, const kl_weig
 {
     kl_product p[KL_TOGETHER];
     kl_operand operand;
+    for (int i = 0; i < n_weights; i++)
+        KL_TRY(kl_check_blocks(ctx, &w[i], "linear", "w"));
     KL_TRY(kl_operand_room(ctx, &operand, w, n_weights, T, D));
     if (!kl_core_of->measuring(ctx))
         kl_operand_make(ctx, &operand, x, T);

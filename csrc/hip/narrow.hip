@@ -58,16 +58,16 @@ __global__ void __launch_bounds__(256)
     }
 }
 
-/* to the nearest, of two the even one; subnormals become zero; NaN stays NaN */
+/* to the nearest, of two the even one; what is subnormal then becomes zero; NaN stays NaN */
 __global__ void __launch_bounds__(256) bfloat16_round(float *to, const float *x, int64_t n)
 {
     const int64_t step = static_cast<int64_t>(gridDim.x) * BLOCK;
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * BLOCK + threadIdx.x; i < n; i += step) {
-        const uint32_t bits = kl_bits_of(x[i]), magnitude = bits & 0x7fffffffu,
-                       even = bits >> 16 & 1u;
-        to[i] = magnitude > 0x7f800000u   ? NAN
-                : magnitude < 0x00800000u ? 0.0f
-                                          : kl_float_of((bits + 0x7fffu + even) & 0xffff0000u);
+        const uint32_t bits = kl_bits_of(x[i]), even = bits >> 16 & 1u,
+                       nearest = (bits + 0x7fffu + even) & 0xffff0000u;
+        to[i] = (bits & 0x7fffffffu) > 0x7f800000u      ? NAN
+                : (nearest & 0x7fffffffu) < 0x00800000u ? 0.0f
+                                                        : kl_float_of(nearest);
     }
 }
 

@@ -2,6 +2,9 @@
 and 64 and any order of threads; in bfloat16 those of float32 products of what was rounded."""
 
 import functools
+import os
+import shutil
+import subprocess
 
 import ml_dtypes
 import numpy as np
@@ -9,7 +12,7 @@ import pytest
 from block_data import raw_blocks, same_floats
 from conftest import DATA
 from device_arrays import Told, put
-from hip_build import DEVICE, ON_HOST, SETTINGS, host_build_only, host_library, set_up, versions
+from hip_build import DEVICE, ON_HOST, ROOT, SETTINGS, host_build_only, host_library, set_up, versions
 from hip_weights import stored
 from judge import normal
 
@@ -84,6 +87,32 @@ def test_hip_int8_linear_of_any_bytes(type):
         assert same_floats(got, wanted)
 
 
+@pytest.mark.parametrize("T", [1, 8, 9])
+@pytest.mark.parametrize("D", [256, 288, 480])
+def test_hip_int8_linear_of_products_that_underflow(D, T):
+    """Lanes of -0: the zero blocks that fill up the last group make them +0, with few rows as with many."""
+    w = kl.Quantized(np.tile(np.array([0] + [0x99] * 16, np.uint8), (3, D // 32)), "MXFP4", (3, D))
+    x = np.full((T, D), 2.0**-99, np.float32)
+    assert np.signbit(kl.ops.linear(x, w, ctx=cpu("int8"))).all() == (D == 256)
+    same_as_the_cpu(lambda ctx: kl.ops.linear(x, w, ctx=ctx), SETTINGS)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 40])
+@pytest.mark.parametrize("type", TYPES)
+@pytest.mark.parametrize("T", [1, 10])
+def test_hip_int8_linear_of_blocks_on_any_address_they_may_have(T, type, rows):
+    """An array that begins between two words, and rows that do: of MXFP4 on odd addresses."""
+    align = {"Q2_K": 4, "IQ4_XS": 8, "Q4_K": 16, "Q5_K": 16}.get(type, 2)
+    D = 256 if kl.storage_types[type].values == 256 else 32
+    x, w = normal(T, D), stored(normal(rows, D, seed=1), type)
+    for at in (align, 2 * align, 3 * align):
+        room = put(np.concatenate([np.zeros(at, np.uint8), np.asarray(w.data).reshape(-1)]))
+        told = Told(data=(room._memory.address + at, False), shape=w.data.shape, typestr="|u1")
+        there = kl.Quantized(from_device(told, "w"), type, w.shape)
+        y = kl.ops.linear(put(x), there, ctx=device("int8"))
+        assert y.numpy().tobytes() == kl.ops.linear(x, w, ctx=cpu("int8")).tobytes()
+
+
 @pytest.mark.parametrize("wrong", [np.nan, -np.inf])
 @pytest.mark.parametrize("T", [1, 20])
 def test_hip_int8_what_is_not_finite_makes_its_row_nan(T, wrong):
@@ -155,6 +184,20 @@ def test_hip_int8_of_blocks_that_lie_across_words():
                                              "device blocks of its type must be"):
             kl.ops.linear(put(x), there, out=y, ctx=device("int8"))
         assert (y.numpy() == 7).all()
+        with pytest.raises(ValueError, match="linear: w is at no multiple of 16 bytes"):
+            others = [put(np.empty((2, 3), np.float32)) for _ in range(2)]
+            kl.ops.linear(put(x), [w, normal(3, 256), there], out=[y, *others], ctx=device("int8"))
+        assert (y.numpy() == 7).all()
+
+
+@pytest.mark.skipif(shutil.which("hipcc") is None, reason="there is no hipcc (make hip-system installs one)")
+@pytest.mark.parametrize("arch", ["gfx900", "gfx1010"])
+def test_hip_int8_compiles_for_gpus_without_an_instruction_for_four_products(arch, tmp_path):
+    command = ["hipcc", "-std=c++17", "-O1", "-ffp-contract=off", f"--offload-arch={arch}", "--cuda-device-only", "-S",
+               ROOT / "csrc/hip/int8.hip", "-o", tmp_path / "int8.s"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HIP_PLATFORM": "amd"})
+    assert done.returncode == 0, done.stderr
+    assert "int8_many" in (tmp_path / "int8.s").read_text()
 
 
 # ---- bfloat16 ----
@@ -173,6 +216,14 @@ def test_hip_bfloat16_linear_is_the_float32_product_of_what_is_rounded(T, versio
     ref, on_cpu = kl.reference.linear(rounded, w), kl.ops.linear(x, w, ctx=cpu("bfloat16"))
     bound = budget("linear", ref, x=rounded, w=np.asarray(w, np.float32))
     assert (np.abs(y - ref) <= bound).all() and (np.abs(y - on_cpu) <= 2 * bound).all()
+
+
+def test_hip_bfloat16_rounds_first_and_what_is_subnormal_then_is_zero():
+    x = np.zeros((1, 32), np.float32)
+    x.view(np.uint32)[0, :5] = 0x007F7FFF, 0x007F8000, 0x807FFFFF, 0x00800000, 0x80000001
+    for of in (device, cpu):
+        y = kl.ops.linear(x, np.eye(32, dtype=BF16), ctx=of("bfloat16"))
+        assert (y[0, :5] == np.ldexp([0, 1, -1, 1, 0], -126)).all() and not y[0, 5:].any()
 
 
 def test_hip_bfloat16_what_is_not_finite_stays_that():
