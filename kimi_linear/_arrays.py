@@ -46,6 +46,11 @@ def as_array(x, name):
     return a
 
 
+def as_tuple(results):
+    """The results of an op, one alone too, as a tuple."""
+    return results if isinstance(results, tuple) else (results,)
+
+
 def as_either(x, name):
     """`x` as a NumPy array or, where it lies on a device, as a DeviceArray."""
     device = from_device(x, name)

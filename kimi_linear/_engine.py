@@ -6,10 +6,9 @@ from . import _core
 from ._arrays import TYPE_IDS, as_array
 from ._names import choice
 from .context import ACTIVATIONS
-from .load.gguf import TYPES
+from .load.gguf import FILE_TYPES
 
 CACHE_TYPES = {"float32": 0, "float16": 1, "q8_0": 8}
-_FILE_TYPES = {name: i for i, (name, _, _) in TYPES.items()}
 _PLAIN = {"F32": 4, "F16": 2, "BF16": 2}  # by the bytes that must divide their address
 _MIXERS = {"kda": 0, "mla": 1, "gdn": 2, "attn": 3}
 _FFNS = {"dense": 0, "moe": 1}
@@ -65,8 +64,8 @@ def core_model(context, config, tensors, activations="float32", progress=None):
         return index[id(buffer)]
 
     for name, tensor in _as_stored(tensors):
-        if hasattr(tensor, "file") and tensor.dtype in _FILE_TYPES and tensor.nbytes:
-            type_id = _FILE_TYPES[tensor.dtype]
+        if hasattr(tensor, "file") and tensor.dtype in FILE_TYPES and tensor.nbytes:
+            type_id = FILE_TYPES[tensor.dtype]
             if tensor.dtype not in _PLAIN or tensor.offset % _PLAIN[tensor.dtype] == 0:
                 entries.append((name, place(tensor.file.mapping), tensor.offset, type_id, tuple(tensor.shape)))
                 continue
@@ -85,7 +84,7 @@ def _as_stored(tensors):
 
 def planning_model(context, config, dtype):
     """A ``_core.Model`` without weights, of matrices all of one storage type: it can only be planned with."""
-    entries = [(name, -1, 0, _FILE_TYPES[dtype], tuple(shape)) for name, shape in config.weight_shapes().items()]
+    entries = [(name, -1, 0, FILE_TYPES[dtype], tuple(shape)) for name, shape in config.weight_shapes().items()]
     return _core.Model(context._core, config_numbers(config), [], entries, 1)
 
 

@@ -2,7 +2,7 @@
 
 import difflib
 
-__all__ = ["Named", "choice", "meant", "near"]
+__all__ = ["Named", "choice", "listed", "meant", "near"]
 
 
 def near(name, names, n=3):
@@ -24,6 +24,11 @@ def _like(name, names, n, cutoff):
     for known in names:
         folded.setdefault(known.casefold(), known)
     return [folded[found] for found in difflib.get_close_matches(name.casefold(), folded, n, cutoff)]
+
+
+def listed(names, most=4):
+    """``a, b, c, d and 3 more``."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def choice(x, name, choices):

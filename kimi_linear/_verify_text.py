@@ -52,16 +52,16 @@ def _head(report, paint):
     ]
 
 
-def bar(share, width=BAR, ascii_only=False):
+def bar(share, ascii_only=False):
     """A share of 1 as a bar; full where it is over."""
-    eighths = round(min(max(share, 0.0), 1.0) * width * 8)
+    eighths = round(min(max(share, 0.0), 1.0) * BAR * 8)
     if share > 0:
         eighths = max(eighths, 1)
     if ascii_only:
         full = -(-eighths // 8)
-        return "#" * full + "." * (width - full)
+        return "#" * full + "." * (BAR - full)
     full, rest = divmod(eighths, 8)
-    return ("█" * full + (EIGHTHS[rest] if rest else "")).ljust(width, "·")
+    return ("█" * full + (EIGHTHS[rest] if rest else "")).ljust(BAR, "·")
 
 
 def _share(share, paint, ascii_only):

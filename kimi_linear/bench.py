@@ -278,8 +278,8 @@ def bench(model, *, prefill=512, decode=64, depths=(0, 4096), repeat=3, cache=No
         ``memory``; plain numbers, ready for JSON. Seconds, bytes, operations. A rate's ``bound`` names its
         ``roof``. What the process grew by is not measured on a device.
     """
-    for name, value, low in (("prefill", prefill, 1), ("decode", decode, 1), ("repeat", repeat, 1)):
-        at_least(value, low, name)
+    for name, value in (("prefill", prefill), ("decode", decode), ("repeat", repeat)):
+        at_least(value, 1, name)
     run = _Run(model, prefill, decode, repeat, sorted(set(depths)), cache, progress or (lambda n: None))
     rates = [row for depth in run.depths for row in run.at(depth)]
     ops, memory = run.ops(), run.memory()

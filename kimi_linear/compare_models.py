@@ -15,7 +15,7 @@ from ._scalars import to_json
 from .diff import _html as parts
 from .load.gguf_heads import have_one_form, in_common_form
 from .load.gguf_tensors import VALUES, rows_of
-from .load.safetensors import TensorView
+from .load.safetensors import TensorView, stored_as
 
 __all__ = ["ModelComparison", "TensorDistance", "compare_models"]
 
@@ -23,7 +23,6 @@ PASS = 128  # tokens of a forward call: no more logits than these are held, of b
 CACHED = 1 << 15  # values at a time in float64: these and their differences stay in the cache
 SHOWN = 24  # lines of the table
 _EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
-_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 _HEAD = ("tensor", "A", "B", "rms error", "largest", "values")
 
 
@@ -232,7 +231,7 @@ def _groups(model) -> dict[str, list[str]]:
 def _distance(name: str, pairs: list) -> TensorDistance:
     squares = own = largest = 0.0
     values = 0
-    types = [dict.fromkeys(_type(pair[i]) for pair in pairs) for i in (0, 1)]
+    types = [dict.fromkeys(stored_as(pair[i]) for pair in pairs) for i in (0, 1)]
     for x, y in chain.from_iterable(zip(*map(_values, pair), strict=True) for pair in pairs):
         x, y = x.reshape(-1), y.reshape(-1)
         values += x.size
@@ -246,10 +245,6 @@ def _distance(name: str, pairs: list) -> TensorDistance:
     errors = (math.sqrt(squares / values), largest)
     relative = (e / rms if rms else math.inf if e else 0.0 for e in errors)
     return TensorDistance(name, ("/".join(types[0]), "/".join(types[1])), values, *relative)
-
-
-def _type(tensor) -> str:
-    return _TYPES.get(str(tensor.dtype), str(tensor.dtype))
 
 
 def _values(tensor) -> Iterator[np.ndarray]:

@@ -13,10 +13,10 @@ from .config import Config
 from .load import gguf_heads, gguf_kept, gguf_metadata, gguf_types
 from .load.checkpoint import at_home, missing_tokenizer_file, open_folder, readable, resolve
 from .load.gguf import is_gguf
-from .load.gguf_kimi import open_gguf
+from .load.gguf_checkpoint import open_gguf
 from .load.gguf_tensors import Incoming, cast, encoded, of_file, of_folder, rows_of
 from .load.gguf_write import Outgoing, write_gguf
-from .load.safetensors import DTYPES, TensorView
+from .load.safetensors import DTYPES, WEIGHT_DTYPES, TensorView
 from .quantized import storage_types
 
 __all__ = ["Conversion", "Fallback", "convert"]
@@ -362,7 +362,7 @@ def _folder_dtype(checkpoint, name: str, dtype: str) -> str:
         return _NAMES[dtype]
     kept = checkpoint.dtypes.get(name) or checkpoint.dtypes.get(gguf_kept.pattern(name))
     own = checkpoint.tensors[name].dtype
-    return kept or (own if own in gguf_types.PLAIN else "BF16")
+    return kept or (own if own in WEIGHT_DTYPES else "BF16")
 
 
 def _content(content: Mapping, tensors: Mapping, dtype: str) -> dict:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _reference_fast, reference
+from ._arrays import as_tuple
 from .config import Config
 from .weight_shapes import MOE_NAMES, ROUTER_BIAS, SHARED_GATE, attn_query_rows, gdn_channels, gdn_inputs
 
@@ -148,6 +149,12 @@ def table(config: Config) -> dict[str, Node]:
     return {node.tap: node for node in nodes(config)}
 
 
+def layer_of(name: str) -> int | None:
+    """The layer of a tap or a state array; None of what is outside of layers."""
+    parts = name.split(".", 2)
+    return int(parts[1]) if len(parts) == 3 and parts[0] == "layers" and parts[1].isdigit() else None
+
+
 def in_order(names: Iterable[str]) -> list[str]:
     """Names of taps and state arrays in the order of the pass; unknown ones last, as they came."""
     names = list(names)
@@ -158,9 +165,9 @@ def in_order(names: Iterable[str]) -> list[str]:
 def _place(name: str) -> tuple[int, int]:
     if name == "embed":
         return 0, 0
-    parts = name.split(".", 2)
-    if len(parts) == 3 and parts[0] == "layers" and parts[1].isdigit():
-        return 1 + int(parts[1]), _PLACE.get(parts[2], len(_PLACE))
+    layer = layer_of(name)
+    if layer is not None:
+        return 1 + layer, _PLACE.get(name.split(".", 2)[2], len(_PLACE))
     last = 1 << 40
     return last, {"norm": 0, "logits": 1}.get(name, 2)
 
@@ -463,8 +470,7 @@ def evaluate(node: Node, args: Mapping[str, Any]) -> tuple[np.ndarray, ...]:
         return (reference.f64(args["x"]),)
     if node.op == "route_weights":
         args = {a: args[a] for a in ("scores", "ids", "function", "renormalise", "scale")}
-    results = getattr(_FAST.get(node.op, reference), node.op)(**args)
-    return results if isinstance(results, tuple) else (results,)
+    return as_tuple(getattr(_FAST.get(node.op, reference), node.op)(**args))
 
 
 def run_node(

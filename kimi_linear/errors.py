@@ -37,5 +37,10 @@ class FormatError(ValueError):
         return "\n".join(lines)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, 160 characters of it at most."""
+    return (str(error).strip().splitlines() or [""])[0][:160]
+
+
 class DeviceError(RuntimeError):
     """A device refused or failed: a kernel launch, a copy, an allocation on it."""

@@ -3,18 +3,19 @@
 import importlib.resources
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from .errors import FormatError
 from .load.gguf import BlockView
 from .load.gguf_kept import TYPES as KEPT_TYPES
+from .load.gguf_tensors import rows_of
+from .load.safetensors import stored_as
 from .perplexity import perplexity
 
-__all__ = ["FileReport", "check_file", "converter_of"]
+__all__ = ["FileReport", "check_file", "converter_of", "packaged_text"]
 
-_PIECE = 1 << 22  # values widened at once
 _BLOCK = 32  # values whose scale may be zero
 _MATRIX_WORDS = ("proj", "embed_tokens", "lm_head", "experts", "gate.weight")
 TEXT_TOKENS = 512
@@ -100,7 +101,7 @@ def check_file(model, progress=None):
     for name, tensor in model._tensors.items():
         for view in getattr(tensor, "stored", {name: tensor}).values():
             _check_values(report, name, tensor, view)
-            types[str(view.dtype).upper().replace("FLOAT", "F")] += view.nbytes
+            types[stored_as(view)] += view.nbytes
         (progress or (lambda n: None))(tensor.nbytes)
     report.types = dict(types)
     report.converter = converter_of(model)
@@ -126,14 +127,10 @@ def _pieces(view):
     if not hasattr(view, "file"):
         yield 0, np.asarray(view)
         return
-    cols = view.shape[-1]
-    rows = math.prod(view.shape[:-1])
-    row_bytes = view.nbytes // rows
-    step = max(1, _PIECE // cols)
-    for begin in range(0, rows, step):
-        n = min(step, rows - begin)
-        part = replace(view, shape=(n, cols), offset=view.offset + begin * row_bytes, nbytes=n * row_bytes)
-        yield begin * cols, part.array()
+    begin = 0
+    for part in rows_of(view):
+        yield begin, part.array()
+        begin += math.prod(part.shape)
 
 
 def _check_values(report, name, tensor, view):
@@ -195,15 +192,13 @@ def converter_of(model):
 
 
 def _check_tokenizer(report, tokenizer):
-    known = set()
-    for i in range(tokenizer.n_base):
-        known.add(tokenizer.id_to_bytes(i))
+    known = {tokenizer.id_to_bytes(i) for i in range(tokenizer.n_base)}
     if len(known) != tokenizer.n_base:
         report.faults.append(f"tokenizer: {tokenizer.n_base - len(known)} base tokens have the bytes of another")
     for name, i in tokenizer.special_ids.items():
         if tokenizer.encode(name) != [i]:
             report.faults.append(f"tokenizer: {name!r} is token {i}, but its name encodes to {tokenizer.encode(name)}")
-    text = _text()
+    text = packaged_text()
     if tokenizer.decode(tokenizer.encode(text, specials=False)) != text:
         report.faults.append("tokenizer: a text does not come back from its ids")
 
@@ -236,12 +231,13 @@ def _check_stops(report, model, tokenizer):
                             f"stop here, too")
 
 
-def _text():
+def packaged_text():
+    """Some 9 KiB of text that the packaged model was not trained on (King James Bible, public domain)."""
     return (importlib.resources.files(__package__) / "data" / "tiny" / "sample.txt").read_text(encoding="utf-8")
 
 
 def _check_text(report, model, tokenizer):
-    ids = tokenizer.encode(_text(), specials=False)[:TEXT_TOKENS]
+    ids = tokenizer.encode(packaged_text(), specials=False)[:TEXT_TOKENS]
     try:
         found = perplexity(model, ids, None)
         report.perplexity, report.scored = found.perplexity, found.scored

@@ -208,8 +208,7 @@ def to_taps(arrays: Mapping[str, np.ndarray], config: Config, prefix: str = "") 
         held = _cut(np.asarray(arrays[name]), name, entry, config) if isinstance(entry, Several) else {
             entry: np.asarray(arrays[name])}
         add(out, {tap: _shaped(x, tap, name, config) for tap, x in held.items()}, name, modules)
-    for tap in [t for t in out if t.endswith("moe.ids")]:
-        _sort_experts(out, tap)
+    sort_experts(out)
     return out
 
 
@@ -281,13 +280,14 @@ def _shaped(x: np.ndarray, tap: str, name: str, config: Config) -> np.ndarray:
     return x.reshape(-1, *tail)
 
 
-def _sort_experts(out: dict[str, np.ndarray], tap: str) -> None:
-    """Ascending expert id in each row, the weights with them."""
-    order = np.argsort(out[tap], axis=-1, kind="stable")
-    out[tap] = np.take_along_axis(out[tap], order, axis=-1).astype(np.int32)
-    weights = tap.removesuffix("ids") + "weights"
-    if weights in out:
-        out[weights] = np.take_along_axis(out[weights], order, axis=-1)
+def sort_experts(taps: dict[str, np.ndarray]) -> None:
+    """Expert ids as int32, ascending in each row, and their weights with them."""
+    for tap in [t for t in taps if t.endswith("moe.ids")]:
+        order = np.argsort(taps[tap], axis=-1, kind="stable")
+        taps[tap] = np.take_along_axis(taps[tap], order, axis=-1).astype(np.int32)
+        weights = tap.removesuffix("ids") + "weights"
+        if weights in taps:
+            taps[weights] = np.take_along_axis(taps[weights], order, axis=-1)
 
 
 def kv_b(latent: np.ndarray, weight: np.ndarray) -> np.ndarray:

@@ -190,8 +190,11 @@ def _read(model, tokens, cuts=(), *, state=None, ctx=None, taps=None, experts=No
             out = model.forward(tokens[a:b], state=state, taps=taps, expert_ids=given)
             logits, trace = (out, {}) if taps is None else out
             parts.append({**trace, "logits": logits})
-    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return found | _arrays(state)
+    return _joined(parts) | _arrays(state)
+
+
+def _joined(parts):
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _arrays(state):
@@ -276,10 +279,6 @@ def batch_is_alone(model, seed=0):
             named = _first_difference(together("*")[n], alone("*")[n])
             raise Broken(tried, f"sequence {n}: {named or _first_difference(a[n], b[n])}")
     return tried
-
-
-def _joined(parts):
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def any_thread_count(model, seed=0):

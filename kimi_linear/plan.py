@@ -1,6 +1,5 @@
 """Memory before it is taken: weights, state and scratch in bytes; what a decoded token reads, and what that allows."""
 
-import math
 import os
 import re
 import sys
@@ -15,11 +14,11 @@ from ._control_groups import control_groups, text_of
 from ._scalars import as_whole, at_least
 from .config import Config
 from .context import current
-from .load.gguf import TYPES
+from .load.gguf import bytes_of
+from .quantized import storage_types
 
 PAGE = 512  # positions; a sequence's cache grows by this many
 FITTING = ("BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "IQ2_XXS", "IQ1_S")  # by falling size
-_SIZES = {name: (values, n_bytes) for name, values, n_bytes in TYPES.values()}
 _SAMPLE = 256 << 20  # bytes that are read for the read rate
 
 __all__ = ["Plan", "active", "available_memory", "plan", "read_rate"]
@@ -149,7 +148,7 @@ def plan(source, *, context=4096, sequences=1, cache="float32", dtype=None, pass
         if dtype not in (None, "BF16", "F16", "F32"):
             raise ValueError(f"dtype is {dtype!r}; it must be 'BF16', 'F16' or 'F32'")
         config, dtype = source, dtype or "BF16"
-        tensors = {name: _Planned(shape, _bytes(shape, dtype)) for name, shape in config.weight_shapes().items()}
+        tensors = {name: _Planned(shape, bytes_of(dtype, shape)) for name, shape in config.weight_shapes().items()}
         core = _engine.planning_model(ctx, config, dtype)
     return of_core(core, ctx, context, sequences, cache, pass_tokens, keep, config=config, tensors=tensors)
 
@@ -205,18 +204,13 @@ def _of_weights(config: Config, tensors):
     }
 
 
-def _bytes(shape, dtype):
-    values, n_bytes = _SIZES[dtype]
-    return math.prod(shape) // values * n_bytes
-
-
 def _bytes_as(name, t, dtype):
     """Bytes of a tensor of a type, or of the next one whose blocks make up its rows; vectors, convolutions and routers
     stay as they are."""
     if len(t.shape) != 2 or "conv1d" in name or name.endswith((".block_sparse_moe.gate.weight", ".mlp.gate.weight")):
         return t.nbytes
-    fits = next(d for d in (dtype, "Q8_0", "F16") if t.shape[-1] % _SIZES[d][0] == 0)
-    return _bytes(t.shape, fits)
+    fits = next(d for d in (dtype, "Q8_0", "F16") if t.shape[-1] % storage_types[d].values == 0)
+    return bytes_of(fits, t.shape)
 
 
 def read_rate(ctx=None):

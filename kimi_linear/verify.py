@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from . import reference
-from ._arrays import as_integers
+from ._arrays import as_integers, as_tuple
 from ._call import Call
 from .config import layer_pattern
 from .context import current
@@ -488,8 +488,7 @@ def _bounds(node: Node, results, args):
         return budget("route", (args["ids"], results[0]), **given)[1:]
     if node.op not in budget_names():
         return (None,) * len(results)
-    bounds = budget(node.op, results if len(results) > 1 else results[0], **args)
-    return bounds if isinstance(bounds, tuple) else (bounds,)
+    return as_tuple(budget(node.op, results if len(results) > 1 else results[0], **args))
 
 
 def _tap(node, name, actual, desired, own, bound):

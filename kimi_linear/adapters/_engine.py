@@ -11,7 +11,7 @@ import numpy as np
 from ..config import Config
 from ..dataflow import in_order
 from ..errors import FormatError
-from ..golden import Several, add
+from ..golden import Several, add, sort_experts
 from ..load.safetensors import SafetensorsFile
 from ..trace import Trace
 from ..weight_shapes import attn_query_rows, gdn_channels, gdn_inputs
@@ -168,14 +168,8 @@ def _call(path, spread, axes, known, source):
     if not arrays:
         raise ValueError(f"{path} has no module of the table: it has {', '.join(list(file)[:3]) or 'nothing'}; "
                          f"the table has {', '.join(list(spread)[:3])}, ...")
-    _sort_experts(arrays)
+    sort_experts(arrays)
     return Trace({t: arrays[t] for t in in_order(arrays)}, _meta(about, rows, left_out, file, source))
-
-
-def _sort_experts(arrays):
-    """Ascending expert ids in each row."""
-    for tap in [t for t in arrays if t.endswith("moe.ids")]:
-        arrays[tap] = np.sort(arrays[tap], axis=-1)
 
 
 def _meta(about, rows, left_out, file, source):

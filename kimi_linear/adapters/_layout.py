@@ -19,7 +19,7 @@ import numpy as np
 from .. import dataflow
 from .._arrays import BFLOAT16
 from ..config import Config
-from ..diff._matching import Step
+from ..diff._views import Step
 from ..trace import BEFORE
 
 __all__ = ["BEFORE", "STATE", "Batch", "Layout", "Place", "bring", "places"]
@@ -205,10 +205,8 @@ def _groups(axes, place, where):
     parts = re.findall(r"\(([A-Z1]+)\)|([A-Z1])", axes)
     if "".join(f"({a})" if a else b for a, b in parts) != axes:
         raise ValueError(f"{where}: axes is {axes!r}; it must be letters of B T H K V C W N 1, some in brackets")
-    groups, own = [], set(place.axes)
-    for a, b in parts:
-        group = [_letter(c, own) for c in a or b]
-        groups.append(group)
+    own = set(place.axes)
+    groups = [[_letter(c, own) for c in a or b] for a, b in parts]
     flat = [c for g in groups for c in g if c != "1"]
     allowed = own | ({"B"} if "T" in own else {"N"})
     missing = [c for c in place.axes if c not in flat]

@@ -15,7 +15,7 @@ from .._names import near
 from ..config import Config
 from ..dataflow import in_order
 from ..diff._calls import of_lone_tokens
-from ..diff._matching import Step
+from ..diff._views import Step
 from ..load import strict_json
 from ..trace import Trace
 from ._layout import Batch, Layout, bring, places

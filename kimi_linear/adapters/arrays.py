@@ -14,6 +14,7 @@ lies.
 
 from __future__ import annotations
 
+import math
 import zipfile
 from pathlib import Path
 
@@ -144,7 +145,4 @@ def _header(file, where):
         shape, _, dtype = of_version[version](file)
         if dtype.hasobject:
             raise FormatError("it holds Python objects (pickle), which are not read; save plain arrays", str(where))
-        count = 1
-        for n in shape:
-            count *= n
-        return count * dtype.itemsize, file.tell()
+        return math.prod(shape) * dtype.itemsize, file.tell()

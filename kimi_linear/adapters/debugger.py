@@ -20,6 +20,7 @@ import numpy as np
 
 from .. import golden
 from ..dataflow import in_order
+from ..diff.metrics import TYPES
 from ..errors import FormatError
 from ..load import strict_json
 from ..load.safetensors import SafetensorsFile
@@ -31,7 +32,6 @@ from .transformers import input_taps
 __all__ = ["figures", "read"]
 
 TREE = "_debug_tree_FULL_TENSORS.json"
-DTYPES = ("float64", "float32", "float16", "bfloat16")
 _PRINTED = ("its tensors are printed and not kept: record with use_repr=False; `figures` gives the shapes, means and "
             "extremes that are there")
 
@@ -80,7 +80,7 @@ def read(path, *, model):
             raise ValueError(f"{tap} has shape {list(x.shape)}; of this model it must be "
                              f"{['T', *place.sizes]}: is it another?")
     meta = {"source": "transformers' model-addition debugger", "model": str(tree.get("module_path", "?"))}
-    dtypes = [dtype for dtype in dtypes if dtype in DTYPES]
+    dtypes = [dtype for dtype in dtypes if dtype in TYPES]
     meta |= {"dtype": max(set(dtypes), key=dtypes.count)} if dtypes else {}
     offsets = golden.offsets_of(outputs, config)
     meta |= {"offsets": offsets} if offsets else {}

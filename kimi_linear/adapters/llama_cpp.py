@@ -28,6 +28,7 @@ import numpy as np
 
 from .._arrays import as_integers
 from ..dataflow import in_order
+from ..golden import sort_experts
 from ..load import open_checkpoint
 from ..trace import Trace, matches
 from ._layout import STATE as IS_STATE
@@ -168,7 +169,7 @@ class Engine:
         recorder = _Recorder(self._ggml, {n: found for n, found in self._names.items() if needed & {*found}}, known)
         self._run(ids, recorder)
         arrays = recorder.arrays(len(ids))
-        _sort_experts(arrays)
+        sort_experts(arrays)
         meta = {"source": _about(), "model": self.path.name, "dtype": "float32", "tokens": ids.tolist(),
                 "offsets": [0, len(ids)], "n_ubatch": self.n_ubatch, "activations": self._activations}
         return Trace({t: arrays[t] for t in in_order(arrays) if t in wanted}, meta)
@@ -324,15 +325,6 @@ def _own_name(x):
     if weight:
         return weight[2], int(weight[1])
     return base, int(node[2]) if node else None
-
-
-def _sort_experts(arrays):
-    """Ascending expert ids in each row, and their weights with them."""
-    for tap in [t for t in arrays if t.endswith("moe.ids")]:
-        order = np.argsort(arrays[tap], axis=-1, kind="stable")
-        for name in (tap, tap.replace("moe.ids", "moe.weights")):
-            if name in arrays:
-                arrays[name] = np.take_along_axis(arrays[name], order, -1)
 
 
 # ---- llama-cpp-python ----------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..conventions import conventions
+from ..dataflow import in_order, layer_of
 from ..diff import metrics
 from ..diff.traces import Divergence, Report, Row, threshold_for
 from ._layout import BEFORE, Place, places
@@ -346,16 +347,12 @@ def _sum_agrees(tensor, y, error):
 
 
 def _first(rows):
-    from ..dataflow import in_order
-
     order = {tap: i for i, tap in enumerate(in_order(r.tap.split(" | ")[0] for r in rows))}
     rows.sort(key=lambda r: order[r.tap.split(" | ")[0]])
     row = next((r for r in rows if not r.ok), None)
     if row is None:
         return None
-    parts = row.tap.removeprefix(BEFORE).split(".")
-    layer = int(parts[1]) if parts[0] == "layers" else None
     what = "a value is off by" if row.worst else "the sum is off, the corners by"
     sentence = (f"DIVERGES at {row.tap}, token {row.first}: {what} {row.largest:.2e} of the tap's rms, as far as the "
                 f"log goes; the {rows.index(row)} taps before it agree")
-    return Divergence(row.tap, layer, row.first, row.largest, row.threshold, sentence)
+    return Divergence(row.tap, layer_of(row.tap.removeprefix(BEFORE)), row.first, row.largest, row.threshold, sentence)

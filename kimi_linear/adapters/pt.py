@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .._arrays import as_array
-from ..errors import FormatError
+from ..errors import FormatError, first_line
 from . import _mapped
 
 __all__ = ["read"]
@@ -86,9 +86,9 @@ def _tensors(path):
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise FormatError("it holds more than tensors and plain values, and is not read: "
-                          f"{_line(error)}", str(path)) from None
+                          f"{first_line(error)}", str(path)) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise FormatError(f"it is no file of torch, or it is cut short: {_line(error)}", str(path)) from None
+        raise FormatError(f"it is no file of torch, or it is cut short: {first_line(error)}", str(path)) from None
     found = dict(_flat("", loaded))
     return {k.removeprefix("."): as_array(v, k) for k, v in found.items()}
 
@@ -102,7 +102,3 @@ def _flat(name, value):
     elif isinstance(value, list | tuple):
         for i, item in enumerate(value):
             yield from _flat(f"{name}.{i}", item)
-
-
-def _line(error):
-    return (str(error).strip().splitlines() or [""])[0][:160]

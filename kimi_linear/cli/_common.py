@@ -2,7 +2,6 @@
 
 import codecs
 import contextlib
-import functools
 import io
 import json
 import os
@@ -16,8 +15,8 @@ __all__ = [
     "CACHES", "MODEL_IS", "add_compute_arguments", "add_device_argument", "add_json_argument", "add_model_argument",
     "add_names_arguments", "add_output_argument", "begins", "check_names", "check_output", "foreign_call",
     "foreign_calls", "human_bytes", "human_count", "human_rate", "integers", "is_trace", "layer_pattern", "load_model",
-    "model_path", "non_negative", "positive", "print_json", "print_report", "print_table", "progress", "read_text",
-    "say", "seed", "types_of",
+    "model_path", "moving", "non_negative", "positive", "print_json", "print_report", "print_table", "progress",
+    "read_text", "say", "seed", "types_of",
 ]
 
 
@@ -208,17 +207,11 @@ def load_model(args):
         options["ctx"] = Context(device or "cpu", threads=threads, isa=isa)
     with progress(None, f"to {device}", unit="B") if on_device else contextlib.nullcontext() as bar:
         if on_device:
-            options["progress"] = functools.partial(_uploaded, bar)
+            options["progress"] = moving(bar)
         model = Model.tiny(**options) if path is None else Model.from_pretrained(path, **options)
     if getattr(args, "read_ahead", False) and not on_device:
         _read_ahead(model)
     return model
-
-
-def _uploaded(bar, done, total):
-    """Moves a bar to `done` of `total`."""
-    bar.total = total
-    bar.update(done - bar.n)
 
 
 def _read_ahead(model):
@@ -270,6 +263,17 @@ def progress(total, label, unit="token"):
                 **how)
 
 
+def moving(bar):
+    """A function for ``progress=``: moves a bar to `done` of `total`, and names what is done, where that is told."""
+    def moved(done, total, name=None):
+        bar.total = total
+        if name is not None:
+            bar.set_postfix_str(name, refresh=False)
+        bar.update(done - bar.n)
+
+    return moved
+
+
 def reading():
     """A function for ``progress=`` of a generation: a bar while a prompt of several pieces is read."""
     from ..generate import PIECE
@@ -308,7 +312,6 @@ def human_bytes(n):
         if abs(n) < 1024 or unit == "TiB":
             return f"{n:.0f} {unit}" if unit == "B" or abs(n) >= 100 else f"{n:.1f} {unit}"
         n /= 1024
-    return None
 
 
 def human_rate(bytes_per_second):
@@ -325,7 +328,7 @@ def human_count(n):
     return f"{n:.0f}"
 
 
-def print_table(rows, header=None, align="", file=None):
+def print_table(rows, header=None, align=""):
     """Rows of cells in aligned columns.
 
     Parameters
@@ -341,6 +344,6 @@ def print_table(rows, header=None, align="", file=None):
     align = align.ljust(len(widths), "<")
     for i, line in enumerate(lines):
         cells = (f"{cell:{a}{w}}" for cell, a, w in zip(line, align, widths, strict=True))
-        print("  ".join(cells).rstrip(), file=file)
+        print("  ".join(cells).rstrip())
         if header and i == 0:
-            print("  ".join("-" * w for w in widths).rstrip(), file=file)
+            print("  ".join("-" * w for w in widths).rstrip())

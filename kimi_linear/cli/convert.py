@@ -1,6 +1,6 @@
 """``kimi-linear convert``: a Hugging Face folder to a GGUF, and back."""
 
-from ._common import MODEL_IS, add_json_argument, print_json, progress, say
+from ._common import MODEL_IS, add_json_argument, moving, print_json, progress, say
 
 HELP = "a Hugging Face folder to a GGUF that llama.cpp runs too, or a GGUF to a folder"
 EPILOG = """
@@ -16,16 +16,17 @@ quantised, and an equal config.
 def add_arguments(parser):
     parser.add_argument("source", metavar="SRC", help=MODEL_IS)
     parser.add_argument("target", metavar="DST", help="FILE.gguf; or, of a GGUF, a folder")
-    add_type_arguments(parser, "each keeps its own")
+    add_type_arguments(parser)
     parser.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto",
                         help="of a folder's tensors (default: as the file's folder had them, else a float type as it "
                              "is and blocks as bfloat16)")
     add_output_arguments(parser)
 
 
-def add_type_arguments(parser, default):
+def add_type_arguments(parser):
     """``--type`` and ``--map``."""
-    parser.add_argument("--type", metavar="TYPE", help=f"of all matrices of a GGUF, as Q4_K (default: {default})")
+    parser.add_argument("--type", metavar="TYPE",
+                        help="of all matrices of a GGUF, as Q4_K (default: each keeps its own)")
     parser.add_argument("--map", metavar="PATTERN=TYPE", action="append", default=[],
                         help="of tensors whose GGUF name matches, before --type; may be given again, the first match "
                              "wins")
@@ -48,14 +49,8 @@ def convert_as(args, dtype="auto", label="convert"):
     from ..convert import convert
 
     with progress(0, label, unit="B") as bar:
-
-        def moved(done, total, name):
-            bar.total = total
-            bar.set_postfix_str(name, refresh=False)
-            bar.update(done - bar.n)
-
         result = convert(args.source, args.target, type=args.type, types=args.map, dtype=dtype,
-                         tokenizer=args.tokenizer, overwrite=args.force, progress=moved)
+                         tokenizer=args.tokenizer, overwrite=args.force, progress=moving(bar))
     if result.warning:
         say(f"warning: {result.warning}")
     if args.json:

@@ -2,7 +2,7 @@
 
 import sys
 
-from ._common import human_bytes, human_count, layer_pattern, non_negative, positive, print_table, progress
+from ._common import human_bytes, human_count, layer_pattern, moving, non_negative, positive, print_table, progress
 
 HELP = "the packaged model writes text, with its cost and its errors against float64"
 EPILOG = """
@@ -120,11 +120,7 @@ def _verify(model, tokens):
     from ..verify import verify
 
     with progress(1, "verify", unit="tap") as bar:
-        def moved(done, total, tap):
-            bar.total = total
-            bar.update(done - bar.n)
-
-        return verify(model, tokens, progress=moved)
+        return verify(model, tokens, progress=moving(bar))
 
 
 def _exactness(model, report):

@@ -10,6 +10,7 @@ from ..config import MIXER_LETTERS
 from ..errors import FormatError
 from ..file_check import FileReport, check_file, converter_of
 from ..load import GGUFFile
+from ..load.safetensors import stored_as
 from ._common import (
     add_json_argument,
     add_model_argument,
@@ -89,7 +90,7 @@ def _tensors(model, glob):
     files = model._checkpoint.files if model._checkpoint is not None else ()
     own = {name: t for file in files if isinstance(file, GGUFFile) for name, t in file.items()}
     for tensors in (model._tensors, own):
-        found = [{"name": name, "shape": list(t.shape), "dtype": _stored_as(t), "bytes": int(t.nbytes)}
+        found = [{"name": name, "shape": list(t.shape), "dtype": stored_as(t), "bytes": int(t.nbytes)}
                  for name, t in tensors.items() if fnmatch.fnmatchcase(name, glob)]
         if found:
             return found
@@ -97,16 +98,12 @@ def _tensors(model, glob):
     raise ValueError(f"--tensors {glob!r} matches none of {len(model._tensors)} tensors; try '*'{theirs}")
 
 
-def _stored_as(tensor):
-    return str(tensor.dtype).upper().replace("FLOAT", "F")
-
-
 def _facts(model, notes):
     c = model.config
     types = Counter()
     for t in model._tensors.values():
         for part in getattr(t, "stored", {"": t}).values():
-            types[_stored_as(part)] += int(part.nbytes)
+            types[stored_as(part)] += int(part.nbytes)
     total, active = parameters(c)
     plan = model.plan()
     return {

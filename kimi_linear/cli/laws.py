@@ -6,6 +6,7 @@ from ._common import (
     add_json_argument,
     add_model_argument,
     load_model,
+    moving,
     non_negative,
     print_report,
     progress,
@@ -41,11 +42,5 @@ def run(args):
             raise ValueError(f"--only is {name!r}; the laws are {', '.join(LAWS)}{meant(name, LAWS)}")
     model = load_model(args)
     with progress(1, "laws", unit="law") as bar:
-
-        def moved(done, total, name):
-            bar.total = total
-            bar.set_postfix_str(name, refresh=False)
-            bar.update(done - bar.n)
-
-        report = laws(model, args.only, seed=args.seed, progress=moved)
+        report = laws(model, args.only, seed=args.seed, progress=moving(bar))
     return print_report(args, report)

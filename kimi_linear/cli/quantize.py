@@ -16,7 +16,7 @@ What it costs: kimi-linear verify kimi-bf16.gguf kimi-q4_k.gguf
 def add_arguments(parser):
     parser.add_argument("source", metavar="SRC", help=MODEL_IS)
     parser.add_argument("target", metavar="DST.gguf", help="the file to write")
-    add_type_arguments(parser, "each keeps its own")
+    add_type_arguments(parser)
     add_output_arguments(parser)
 
 

@@ -1,6 +1,6 @@
 """``kimi-linear replay``: recorded calls of an op, each judged by float64 on its own inputs."""
 
-from ._common import add_json_argument, positive, print_report, progress
+from ._common import add_json_argument, moving, positive, print_report, progress
 
 HELP = "judge recorded calls of an op, each on its own inputs: which are wrong?"
 EPILOG = """
@@ -28,9 +28,5 @@ def run(args):
     from ..diff import replay
 
     with progress(None, "replay", unit="call") as bar:
-        def tell(done, total):
-            bar.total = total
-            bar.update(done - bar.n)
-
-        found = replay(args.path, op=args.op, conventions=args.conventions, dtype=args.dtype, progress=tell)
+        found = replay(args.path, op=args.op, conventions=args.conventions, dtype=args.dtype, progress=moving(bar))
     return print_report(args, found, text=lambda report: report.table(args.top))

@@ -50,11 +50,12 @@ def add_arguments(parser):
 
 def run(args):
     from ..diff import blame, traces
+    from ..model import Model
 
     check_output(args.output, lambda path: begins(path, b"<!doctype html", b"<!DOCTYPE html"), "a page")
     alone = args.calls or len(args.traces) == 1
     _check(args, alone)
-    model = _model(args.model)
+    model = None if args.model is None else Model.from_pretrained(args.model)
     config = None if model is None else model.config
     if alone:
         calls = [call for path in args.traces for call in foreign_calls(args, path, config)]
@@ -77,9 +78,3 @@ def _check(args, alone):
     if not alone and args.dtype is not None:
         raise ValueError("--dtype is for one trace; two are compared as they are")
     check_names(args, args.model, "--model MODEL")
-
-
-def _model(name):
-    from ..model import Model
-
-    return None if name is None else Model.from_pretrained(name)

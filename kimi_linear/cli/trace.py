@@ -13,6 +13,7 @@ from ._common import (
     is_trace,
     load_model,
     model_path,
+    moving,
     print_json,
     progress,
     read_text,
@@ -67,8 +68,7 @@ def run(args):
         trace.save(args.output)
     else:
         with progress(len(tokens), "trace") as bar:
-            trace = model.trace(tokens, taps, to=args.output, states=args.states,
-                                progress=lambda read, _: bar.update(read - bar.n))
+            trace = model.trace(tokens, taps, to=args.output, states=args.states, progress=moving(bar))
     if args.json:
         shapes = {name: {"shape": list(x.shape), "dtype": str(x.dtype)} for name, x in trace.items()}
         print_json({"file": args.output, "tokens": len(tokens), "bytes": trace.nbytes, "taps": shapes})

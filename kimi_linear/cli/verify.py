@@ -10,6 +10,7 @@ from ._common import (
     add_model_argument,
     integers,
     load_model,
+    moving,
     non_negative,
     positive,
     print_json,
@@ -79,14 +80,8 @@ def run(args):
     model = load_model(args)
     tokens = _tokens(model, args, text)
     with progress(1, "verify", unit="tap") as bar:
-
-        def moved(done, total, tap):
-            bar.total = total
-            bar.set_postfix_str(tap, refresh=False)
-            bar.update(done - bar.n)
-
         report = verify(
-            model, tokens, forced=not args.own_experts, free_run=not args.no_free_run, progress=moved
+            model, tokens, forced=not args.own_experts, free_run=not args.no_free_run, progress=moving(bar)
         )
 
     def text(report):
@@ -106,13 +101,7 @@ def _compare(args, text):
     second = load_model(argparse.Namespace(**{**vars(args), "model_positional": args.other}))
     tokens = _tokens(first, args, text)
     with progress(1, "verify", unit="step") as bar:
-
-        def moved(done, total, name):
-            bar.total = total
-            bar.set_postfix_str(name, refresh=False)
-            bar.update(done - bar.n)
-
-        report = compare_models(first, second, tokens, progress=moved)
+        report = compare_models(first, second, tokens, progress=moving(bar))
     if args.json:
         print_json(report.to_dict())
     else:
@@ -124,10 +113,12 @@ def _tokens(model, args, text):
     """Ids to run, at most ``--tokens`` of them."""
     import numpy as np
 
+    from ..file_check import packaged_text
+
     if args.ids is not None:
         tokens = np.asarray(args.ids, np.int64)
     elif model.tokenizer is not None:
-        tokens = model.tokenizer.encode(_sample() if text is None else text, specials=False)
+        tokens = model.tokenizer.encode(packaged_text() if text is None else text, specials=False)
     elif text is not None:
         raise ValueError(f"{model._has_no_tokenizer}, so it cannot read {args.text}; give --ids")
     else:
@@ -138,15 +129,6 @@ def _tokens(model, args, text):
     if not len(tokens):
         raise ValueError(f"{args.text or '--ids'} has no token; verify needs at least one")
     return tokens[: args.tokens]
-
-
-def _sample():
-    """Some 9 KiB of text that the packaged model was not trained on (King James Bible, public domain)."""
-    import importlib.resources
-
-    return (importlib.resources.files("kimi_linear") / "data" / "tiny" / "sample.txt").read_text(
-        encoding="utf-8"
-    )
 
 
 def _draws_blocks():

@@ -26,7 +26,6 @@ CLOSE = 2.5  # or this many times the noise
 RIVAL = 2  # faults that leave no more than this many times as much explain as well
 STARTS = (33, 256)  # in a run of more than twice as many tokens, faults are tried on so many of them first,
 HOPELESS = 4  # and only there where they leave this many times what explains
-TYPES = ("float64", "float32", "float16", "bfloat16")
 BLIND = 1.0  # of an op's rms: noise that hides whatever it is
 TIED_ROWS = 6  # so many rows with equal scores, all to the last expert, are a rule and not chance
 LARGEST = 3e38
@@ -122,7 +121,7 @@ class Run:
         try:
             return metrics.unit_of(said) if said is not None else 0.0
         except (TypeError, ValueError):
-            raise ValueError(f"dtype is {said!r}; it must be one of {', '.join(TYPES)}") from None
+            raise ValueError(f"dtype is {said!r}; it must be one of {', '.join(metrics.TYPES)}") from None
 
     # ---- groups ----
 
@@ -340,7 +339,7 @@ class Run:
         middle = float(np.median(found)) if found else 0.0
         factor = 1.0
         if middle > USUAL:
-            name = min(TYPES, key=lambda name: abs(np.log(middle * self.unit / metrics.unit_of(name))))
+            name = metrics.type_of_unit(middle * self.unit)
             factor = metrics.unit_of(name) / self.unit
             if middle / factor > USUAL:
                 self.notes.append("more than half of all ops are wrong in themselves: is it the same checkpoint?")

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .. import dataflow
 from . import metrics
 
 __all__ = ["ERRORS", "NOISE", "SHARES", "Grid", "Line", "Scale", "by_layer", "by_tap", "grid_of",
@@ -92,9 +93,9 @@ class Grid:
 
 def layer_of(tap: str) -> str:
     """``layer 3``, or what is outside layers: ``embed``, ``head``."""
-    parts = tap.split(".")
-    if parts[0] == "layers" and len(parts) > 2 and parts[1].isdigit():
-        return f"layer {parts[1]}"
+    layer = dataflow.layer_of(tap)
+    if layer is not None:
+        return f"layer {layer}"
     return "head" if tap in ("norm", "logits") else tap
 
 
@@ -137,10 +138,9 @@ def grid_of(actual, desired, axes: Sequence[str], bound=None) -> tuple[Grid, str
     if not error.size:
         return Grid([], [], np.zeros((0, 0)), np.zeros((0, 0))), ""
     if bound is not None:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            cells = np.where(error == 0, 0.0, error / bound)
+        cells = metrics.shares_of(error, bound)
     else:
-        cells = _ratio(error, metrics.measure(a, d).size)
+        cells = metrics.over(error, metrics.measure(a, d).size)
     names = list(axes)
     while cells.ndim < 2:
         cells, names = cells[None], ["", *names]
@@ -161,7 +161,3 @@ def grid_of(actual, desired, axes: Sequence[str], bound=None) -> tuple[Grid, str
         said = f"{allowed:.0e} of the rms"
     columns = [f"{names[column]} {t}" for t in range(values.shape[1])]
     return Grid([x.strip() for x in labels], columns, values, values / allowed, [], scale), said
-
-
-def _ratio(error, size):
-    return error / size if size else np.where(error > 0, np.inf, 0.0)

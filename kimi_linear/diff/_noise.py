@@ -10,7 +10,9 @@ import numpy as np
 from .._arrays import BFLOAT16
 from .._float64 import sequences
 from . import metrics
+from ._ratios import ratios, score
 from .blame import WRONG
+from .budgets._basic import finite
 
 __all__ = ["ATTENDS", "draws_of", "jittered", "judged", "long_sums", "seen_by", "tied", "unit_of_arrays"]
 
@@ -114,35 +116,22 @@ def judged(run: Callable[[dict], tuple], args, got, unit, units, seen=None):
             found.append((*_sets(x, y, width, tied(run, args, unit, i, width)), y))
             continue
         with np.errstate(invalid="ignore"):
-            change = sum(_finite(m[i] - y) ** 2 for m in moved) / draws
+            change = sum(finite(m[i] - y) ** 2 for m in moved) / draws
         if seen is not None:
             change = change * long_sums(seen, unit, y.ndim)
-        noise = np.sqrt((units[i] * _finite(y)) ** 2 / 3 + change)
+        noise = np.sqrt((units[i] * finite(y)) ** 2 / 3 + change)
         found.append((*_ratio(np.asarray(x, np.float64), y, noise), y))
     return found
 
 
-def _finite(x):
-    return np.where(np.isfinite(x), x, 0)
-
-
 def _ratio(x, y, noise):
-    """(times the noise, rms error over the rms, worst element): the worse of the whole, and half of the worst row."""
+    """(times the noise, rms error over the rms, worst element)."""
     if not x.size:
         return 0.0, 0.0, ()
-    error, _ = metrics.distance(x, y)
     rows = len(x) if x.ndim > 1 else 1
-    errors, noises = (np.sqrt((z.reshape(rows, -1) ** 2).mean(1)) for z in (error, noise))
-    whole = np.sqrt((noises ** 2).mean())
-    floor = np.maximum(noises, 0.1 * whole)
-    of_rows = np.array([_over(a, b) for a, b in zip(errors, floor)])
-    times = max(_over(np.sqrt((errors ** 2).mean()), whole), float(of_rows.max()) / 2)
-    worst = np.unravel_index(int(np.argmax(error)), error.shape)
-    return times, metrics.measure(x, y).rms_relative, tuple(int(i) for i in worst)
-
-
-def _over(a, b):
-    return float(a / b) if b else (0.0 if a == 0 else float("inf"))
+    times = score(*ratios(*(z.reshape(rows, -1) for z in (x, y, noise))))
+    worst = np.unravel_index(int(np.argmax(metrics.distance(x, y)[0])), x.shape)
+    return times, metrics.rms_relative(x, y), tuple(int(i) for i in worst)
 
 
 def tied(run, args, unit, i, width):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..dataflow import layer_of
 from . import metrics
 
 __all__ = ["Axis", "Opened", "axes_of", "open_array", "open_ids"]
@@ -59,8 +60,7 @@ class Opened:
 
 def axes_of(tap: str, shape) -> tuple[str, ...]:
     """Names of the axes of a tap or state array."""
-    parts = tap.split(".", 2)
-    names = _AXES.get(parts[2] if parts[0] == "layers" and len(parts) == 3 else tap, ())
+    names = _AXES.get(tap if layer_of(tap) is None else tap.split(".", 2)[2], ())
     return names if len(names) == len(shape) else metrics.axis_names(shape)
 
 
@@ -70,11 +70,7 @@ def open_array(name: str, actual, desired, axes=None, bound=None) -> Opened:
     a, d = metrics.as_float64(actual, "actual"), metrics.as_float64(desired, "desired")
     axes = axes_of(name, a.shape) if axes is None else metrics.axis_names(a.shape, axes)
     e, (error, _) = metrics.measure(a, d), metrics.distance(a, d)
-    by = error
-    if bound is not None:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            by = np.where(error == 0, 0.0, error / bound)
-        by[np.isnan(by)] = np.inf
+    by = error if bound is None else metrics.shares_of(error, bound)
     worst = []
     for at in _largest(by, WORST):
         if error[at] == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from . import metrics
+from .metrics import over
 
 __all__ = ["noise_of_fault", "ratios", "score", "sums_in"]
 
@@ -38,15 +39,10 @@ def ratios(x, y, noise, sums=False):
     noise = np.where(np.isfinite(noise), noise, 0)
     errors, noises = (np.sqrt((z.reshape(len(z), -1) ** 2).mean(1)) for z in (error, noise))
     whole = np.sqrt((noises ** 2).mean())
-    total = _over(np.sqrt((errors ** 2).mean()), whole)
-    return total, _over(errors, np.maximum(noises, 0.1 * whole))
-
-
-def _over(a, b):
-    """a / b; of nothing, 0 for no error and infinity for any."""
-    return np.where(b == 0, np.where(a == 0, 0.0, np.inf), a / b)
+    total = over(np.sqrt((errors ** 2).mean()), whole)
+    return total, over(errors, np.maximum(noises, 0.1 * whole))
 
 
 def score(total, of_rows):
     """The worse of the whole, and half of the worst row."""
-    return max(total, float(of_rows.max(initial=0)) / 2)
+    return float(max(total, of_rows.max(initial=0) / 2))

@@ -122,13 +122,14 @@ def _power(e):
     return f"{10.0 ** e:g}" if -3 <= e <= 3 else f"1e{e}"
 
 
-def concentration(axis: Axis, wide: int = 420) -> str:
+def concentration(axis: Axis) -> str:
     """The part of the squared error at each index of an axis."""
     shares = np.asarray(axis.shares)
     step = -(-len(shares) // 140)
     if step > 1:
         shares = np.add.reduceat(shares, np.arange(0, len(shares), step))
-    each, tall = min(wide / len(shares), 26), 40
+    wide, tall = 420, 40
+    each = min(wide / len(shares), 26)
     parts = [f"<path class='axis' d='M0 {tall + 4}H{each * len(shares):.1f}'/>"]
     for i, s in enumerate(shares):
         height = tall * s / shares.max()

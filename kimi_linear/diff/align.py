@@ -10,7 +10,8 @@ import numpy as np
 from .._arrays import BFLOAT16, as_array
 from . import metrics
 from ._html import fragment, table, verdict
-from ._matching import HOPELESS, Found, Step, ambiguities, choose, factor_words, joins, permutation_words, runs, search
+from ._matching import HOPELESS, Found, ambiguities, choose, factor_words, permutation_words, runs, search
+from ._views import Step, joins
 from .compare import aligned
 
 __all__ = ["Alignment", "align"]

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from .. import dataflow
+from .._names import listed
 from ..dataflow import in_order
 from ..faults import Fault
 from ._grid import NOISE, Grid, Line, by_layer, by_tap, layer_of
@@ -96,8 +98,7 @@ class Judged:
     @property
     def layer(self) -> int | None:
         """The layer, where it is in one."""
-        parts = self.tap.split(".")
-        return int(parts[1]) if parts[0] == "layers" else None
+        return dataflow.layer_of(self.tap)
 
     @property
     def label(self) -> str:
@@ -199,8 +200,8 @@ class Blame(Plotted):
         more = f", and {len(self.weights) - 1} more" if len(self.weights) > 1 else ""
         explained = [r for r in self.wrong if r.kind == "weight_differs"]
         others = [r for r in self.wrong if r.kind != "weight_differs"]
-        shows = f"it shows in {_some([r.tap for r in explained])}" if explained else "no op shows it"
-        rest = f"; wrong besides: {_some([r.tap for r in others])}" if others else ""
+        shows = f"it shows in {listed([r.tap for r in explained])}" if explained else "no op shows it"
+        rest = f"; wrong besides: {listed([r.tap for r in others])}" if others else ""
         return f"WRONG: {self.weights[0].text}{more}; {shows}{rest}"
 
     def __str__(self):
@@ -221,10 +222,10 @@ class Blame(Plotted):
         lines += [f"{name}: {f.text} ({f.source or f.scenario})" for name, f in known.items()]
         ties = [r.tap for r in self.rows if r.kind == "tie"]
         if ties:
-            lines.append(f"other experts, but between scores as near as rounding: {_some(ties)}")
+            lines.append(f"other experts, but between scores as near as rounding: {listed(ties)}")
         for reason, n in Counter(reason for _, reason in self.skipped).items():
             taps = [tap for tap, r in self.skipped if r == reason]
-            lines.append(f"not judged ({n}): {_some(taps)}: {reason}")
+            lines.append(f"not judged ({n}): {listed(taps)}: {reason}")
         return lines
 
     def grid(self, layer: str | None = None) -> Grid:
@@ -272,10 +273,6 @@ def _times(x):
 def _limit(r):
     """What a token may be at: half of it counts (`Judged.noise`), unless the op is wrong as a whole."""
     return WRONG if not r.ok or r.op == "route" else 2 * WRONG
-
-
-def _some(names):
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def cells(r: Judged) -> tuple[str, ...]:

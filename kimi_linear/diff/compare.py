@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from .._arrays import as_array
+from .._arrays import as_array, as_tuple
 from .._names import near
 from . import metrics
 from ._grid import Grid, grid_of
@@ -151,7 +151,7 @@ def _axes_of_result(op, result, x):
 
 
 def _compare_all(actual, desired, op, inputs, axes, dtype):
-    actual, desired = _tuple(actual), _tuple(desired)
+    actual, desired = as_tuple(actual), as_tuple(desired)
     if len(actual) != len(desired):
         raise ValueError(f"actual has {len(actual)} results and desired {len(desired)}; they must be as many")
     actual, desired = (tuple(as_array(x, name) for x in arrays)
@@ -178,14 +178,10 @@ def _compare_all(actual, desired, op, inputs, axes, dtype):
     )
 
 
-def _tuple(x):
-    return x if isinstance(x, tuple) else (x,)
-
-
 def _budget(op, desired, inputs):
     if op not in budget_names():
         raise ValueError(f"op is {op!r}; it must be one with a budget: {', '.join(budget_names())}")
-    return _tuple(budget(op, desired if len(desired) > 1 else desired[0], **inputs))
+    return as_tuple(budget(op, desired if len(desired) > 1 else desired[0], **inputs))
 
 
 def _bounds_of(op, inputs, desired):
@@ -204,7 +200,7 @@ def _bound_of(op, inputs, desired):
 
     if op not in budget_names():
         _budget(op, (desired,), inputs)
-    results = _tuple(getattr(reference, op)(**inputs))
+    results = as_tuple(getattr(reference, op)(**inputs))
     if len(results) == 1:
         return _budget(op, (desired,), inputs)[0], 0
     fits = [i for i, r in enumerate(results)
@@ -240,9 +236,10 @@ def judge(actual, desired, bound=None, *, op=None, axes=None, dtype=None) -> Com
                 "what storing the reference in it would cost",
             )
         )
-    rows += _tolerances(actual, desired, e)
+    passed = metrics.gates(actual, desired, e)
+    rows += _tolerances(actual, desired, passed)
     if bound is None:
-        return Comparison(*_verdict_of_gates(actual, desired, e, rows, op), errors=e, at=e.worst, op=op,
+        return Comparison(*_verdict_of_gates(passed, e, rows, op), errors=e, at=e.worst, op=op,
                           arrays=(actual, desired, axes, None))
     bound = np.broadcast_to(np.asarray(bound, np.float64), d.shape)
     if narrow:
@@ -296,8 +293,7 @@ def _units(x):
     return "exact" if x == 0 else f"{x:.3g} u"
 
 
-def _tolerances(actual, desired, e):
-    passed = metrics.gates(actual, desired, e)
+def _tolerances(actual, desired, passed):
     seen = ", ".join(
         f"{name} {'passes' if good else 'fails'}"
         for name, good in (
@@ -312,9 +308,8 @@ def _tolerances(actual, desired, e):
     ]
 
 
-def _verdict_of_gates(actual, desired, e, rows, op):
+def _verdict_of_gates(passed, e, rows, op):
     """(ok, rows, verdict) where there is no budget."""
-    passed = metrics.gates(actual, desired, e)
     why = f"; inputs= would judge it by the budget of {op}" if op else ""
     if e.exact:
         return True, rows, "ok: every element is the same"
@@ -322,11 +317,7 @@ def _verdict_of_gates(actual, desired, e, rows, op):
         return False, rows, f"NOT FINITE: {e.nonfinite_apart:,} elements are finite in one array only"
     if passed.all:
         return True, rows, f"ok by the usual gates; no budget was asked{why}"
-    which = [
-        n
-        for n, good in (("ggml", passed.ggml), ("fla", passed.fla), ("transformers", passed.transformers))
-        if not good
-    ]
+    which = [n for n in ("ggml", "fla", "transformers") if not getattr(passed, n)]
     return False, rows, f"DIFFERENT: the gates of {', '.join(which)} would fail{why}"
 
 

@@ -21,11 +21,14 @@ __all__ = [
     "coordinates",
     "gates",
     "measure",
+    "over",
     "share_of",
+    "shares_of",
     "unit_of",
 ]
 
 U = 2.0**-24
+TYPES = ("float64", "float32", "float16", "bfloat16")  # that engines compute in
 
 #: Names of the axes where none are given, by their number.
 AXES = {
@@ -79,12 +82,12 @@ class Errors:
     @property
     def largest_relative(self) -> float:
         """Largest error over the rms of the desired array."""
-        return _over(self.largest, self.size)
+        return float(over(self.largest, self.size))
 
     @property
     def rms_relative(self) -> float:
         """rms error over the rms of the desired array."""
-        return _over(self.rms, self.size)
+        return float(over(self.rms, self.size))
 
     @property
     def largest_u(self) -> float:
@@ -102,8 +105,10 @@ class Errors:
         return self.largest == 0
 
 
-def _over(a: float, b: float) -> float:
-    return a / b if b else (0.0 if a == 0 else float("inf"))
+def over(a, b):
+    """a / b; of nothing, 0 for no error and infinity for any."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        return np.where(b == 0, np.where(a == 0, 0.0, np.inf), np.divide(a, b))
 
 
 def measure(actual, desired) -> Errors:
@@ -127,12 +132,13 @@ def measure(actual, desired) -> Errors:
     size = _rms(d[finite])
     with np.errstate(invalid="ignore"):
         rms = _rms(error.ravel())
+    relative = float(over(rms, size))
     return Errors(
         count=a.size,
         size=size,
         largest=float(error.max(initial=0.0)),
         rms=rms,
-        nmse=_over(rms, size) ** 2,
+        nmse=relative * relative,  # infinite where ** would raise
         cosine=_cosine(a[both], d[both]),
         worst=tuple(int(i) for i in np.unravel_index(error.argmax(), error.shape)) if error.size else (),
         actual_nonfinite=int(a.size - np.isfinite(a).sum()),
@@ -144,7 +150,7 @@ def measure(actual, desired) -> Errors:
 def rms_relative(actual: np.ndarray, desired: np.ndarray) -> float:
     """That of `measure`, alone, of two float64 arrays of one shape."""
     error, _ = distance(actual, desired)
-    return _over(_rms(error), _rms(desired[np.isfinite(desired)]))
+    return float(over(_rms(error), _rms(desired[np.isfinite(desired)])))
 
 
 def as_float64(x, name: str) -> np.ndarray:
@@ -194,16 +200,19 @@ def _cosine(a: np.ndarray, d: np.ndarray) -> float:
     return float((a * d).sum() / np.sqrt((a * a).sum() * (d * d).sum()))
 
 
+def shares_of(error: np.ndarray, bound: np.ndarray) -> np.ndarray:
+    """Of each element: 0 where there is no error, infinite where there is one and the budget is 0, or NaN."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = np.where(error == 0, 0.0, error / bound)
+    return np.where(np.isnan(ratio), np.inf, ratio)
+
+
 def share_of(actual, desired, bound) -> tuple[float, tuple[int, ...]]:
     """Largest ratio of error to budget, and where; 0 where there is no error, infinite where the budget is 0
     and there is one."""
     a, d = as_float64(actual, "actual"), as_float64(desired, "desired")
     check_same_shape(a, d)
-    error, _ = distance(a, d)
-    bound = np.broadcast_to(np.asarray(bound, np.float64), d.shape)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = np.where(error == 0, 0.0, error / bound)
-    ratio = np.where(np.isnan(ratio), np.inf, ratio)
+    ratio = shares_of(distance(a, d)[0], np.broadcast_to(np.asarray(bound, np.float64), d.shape))
     if not ratio.size:
         return 0.0, ()
     return float(ratio.max()), tuple(int(i) for i in np.unravel_index(ratio.argmax(), ratio.shape))
@@ -255,12 +264,10 @@ class Gates:
 def gates(actual, desired, errors: Errors | None = None) -> Gates:
     """The gates of ggml, flash-linear-attention and transformers on one result."""
     e = errors or measure(actual, desired)
-    t = TRANSFORMERS_TOLERANCE
-    close = smallest_tolerance(actual, desired) <= t
     return Gates(
         ggml=e.nmse <= GGML_NMSE and not e.nonfinite_apart,
         fla=e.rms_relative < FLA_RATIO and not e.nonfinite_apart,
-        transformers=close,
+        transformers=smallest_tolerance(actual, desired) <= TRANSFORMERS_TOLERANCE,
     )
 
 
@@ -297,6 +304,19 @@ def coordinates(at: Sequence[int], axes: Sequence[str]) -> str:
 def unit_of(dtype: Any) -> float:
     """u of a float type: half the spacing at 1 (2**-24, 2**-11, 2**-8)."""
     return float(ml_dtypes.finfo(np.dtype(dtype)).eps) / 2
+
+
+def type_of_unit(unit: float) -> str:
+    """The name of the type whose u is nearest."""
+    return min(TYPES, key=lambda name: abs(np.log(unit / unit_of(name))))
+
+
+def stated_unit(dtype: Any) -> float:
+    """u of a type as callers and metadata say it, torch's names too; ValueError where it is no float type."""
+    try:
+        return unit_of(str(dtype).removeprefix("torch.") if isinstance(dtype, str) else dtype)
+    except (TypeError, ValueError):
+        raise ValueError(f"dtype is {dtype!r}; it must be a float type, as 'bfloat16'") from None
 
 
 def is_float(dtype: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .. import reference
+from .._arrays import as_tuple
 from ..conventions import convention, conventions
 from . import metrics
 from ._noise import ATTENDS, judged, seen_by, unit_of_arrays
@@ -186,7 +187,7 @@ def replay(path, *, op: str | None = None, conventions: Any = None, dtype: Any =
         parameters(op)
     if isinstance(conventions, str):
         _named(conventions, op or "delta_rule")
-    unit = None if dtype is None else _unit(dtype)
+    unit = None if dtype is None else metrics.stated_unit(dtype)
     files = [f for p in (path if isinstance(path, list | tuple) else [path]) for f in files_of(p)]
     rows, skipped, others = [], [], 0
     for i, file in enumerate(files):
@@ -214,13 +215,6 @@ def _named(project, op):
     return None
 
 
-def _unit(dtype):
-    try:
-        return metrics.unit_of(str(dtype).removeprefix("torch.") if isinstance(dtype, str) else dtype)
-    except (TypeError, ValueError):
-        raise ValueError(f"dtype is {dtype!r}; it must be a float type, as 'bfloat16'") from None
-
-
 def _judge(file, op, project, unit):
     from ..adapters.calls import load_call
     from ._conventional import ours
@@ -239,10 +233,9 @@ def _judge(file, op, project, unit):
 
     def run(given):
         with np.errstate(all="ignore"):
-            results = getattr(reference, name)(**given)
-        return results if isinstance(results, tuple) else (results,)
+            return as_tuple(getattr(reference, name)(**given))
 
-    given = [x for v in args.values() for x in (v if isinstance(v, tuple) else (v,))]
+    given = [x for v in args.values() for x in as_tuple(v)]
     of_call = unit or unit_of_arrays(given + list(got))
     units = [max(of_call, unit_of_arrays([x])) for x in got]
     got = [x if x.dtype.kind in "iu" or x.dtype == np.float64 else x.astype(np.float64) for x in map(np.asarray, got)]
@@ -251,9 +244,9 @@ def _judge(file, op, project, unit):
     worst = max(range(len(found)), key=lambda i: found[i][0])
     times, error, at, y = found[worst]
     axes = metrics.axis_names(y.shape) if worst == 0 or y.ndim < 3 else ("sequence", "head", "key", "value")[-y.ndim:]
+    place = metrics.coordinates(at[:y.ndim], axes[:len(at[:y.ndim])]) if at else ""
     return Replayed(file.name, name, times, error, _share(name, args, got, [f[3] for f in found], of_call), worst,
-                    metrics.coordinates(at[:y.ndim], axes[:len(at[:y.ndim])]) if at else "", _type_name(of_call),
-                    (*notes, *_oddities(call.layout)))
+                    place, metrics.type_of_unit(of_call), (*notes, *_oddities(call.layout)))
 
 
 def _share(op, args, got, exact, unit):
@@ -263,17 +256,11 @@ def _share(op, args, got, exact, unit):
     try:
         with np.errstate(all="ignore"):
             whole = getattr(reference, op)(**args)
-            bounds = budget(op, whole, **args)
+            bounds = as_tuple(budget(op, whole, **args))
     except (TypeError, ValueError):
         return None
-    bounds = bounds if isinstance(bounds, tuple) else (bounds,)
     shares = [metrics.share_of(x, y, np.broadcast_to(b, y.shape))[0] for x, y, b in zip(got, exact, bounds)]
     return float(max(shares))
-
-
-def _type_name(unit):
-    names = ("float64", "float32", "float16", "bfloat16")
-    return min(names, key=lambda n: abs(np.log(unit / metrics.unit_of(n))))
 
 
 def _oddities(layout):

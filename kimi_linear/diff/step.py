@@ -60,7 +60,8 @@ def step(model, trace, layer: int, *, dtype=None) -> Blame:
     position = _position(trace)
     before = before if position else {}  # a pool may hold what another sequence left
     values[dataflow.POSITIONS] = position + np.arange(len(values[here[0].tap]))
-    unit = _unit(dtype, getattr(trace, "meta", {}).get("dtype"), [*values.values(), *before.values()])
+    said = getattr(trace, "meta", {}).get("dtype") if dtype is None else dtype
+    unit = unit_of_arrays([*values.values(), *before.values()]) if said is None else metrics.stated_unit(said)
     rows, skipped = [], []
     for node in here:
         if not len(values[node.tap]):
@@ -92,16 +93,6 @@ def _position(trace):
     meta = getattr(trace, "meta", {})
     given = np.ravel(meta.get("position", 0))
     return int(given[0]) if given.size else 0
-
-
-def _unit(dtype, said, arrays):
-    given = dtype if dtype is not None else said
-    if given is None:
-        return unit_of_arrays(arrays)
-    try:
-        return metrics.unit_of(str(given).removeprefix("torch.") if isinstance(given, str) else given)
-    except (TypeError, ValueError):
-        raise ValueError(f"dtype is {given!r}; it must be a float type, as 'bfloat16'") from None
 
 
 def _judge(node, values, before, weights, unit):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import dataflow
 from .._arrays import as_array
 from ..dataflow import in_order
 from . import metrics
@@ -284,10 +285,10 @@ def traces(a, b, *, threshold: float | None = None, model=None) -> Report:
         If the tokens or their number differ, no tap is in both, or a tap has another shape; with names.
     """
     a, b = _taps_of(a, "a"), _taps_of(b, "b")
-    _same_tokens(a, b)
     routed = {tap.removesuffix("ids") for tap in a if tap in b and tap.endswith("moe.ids")}
     routed = {x for x in routed if x + "weights" in a and x + "weights" in b}
     a, b = _Side(a, "a", routed), _Side(b, "b", routed)
+    _same_tokens(a, b)
     ours, theirs = (_names(x) for x in (a, b))
     both = in_order(n for n in ours if n in set(theirs))
     if not both:
@@ -369,11 +370,10 @@ def _some(names):
 
 
 def _same_tokens(a, b):
-    s, t = (getattr(x, "tokens", None) for x in (a, b))
-    if s is None or t is None:
+    if a.tokens is None or b.tokens is None:
         return
-    cuts = [np.ravel(getattr(x, "meta", {}).get("offsets", [0, np.size(s)])).tolist() for x in (a, b)]
-    s, t = np.ravel(s), np.ravel(t)
+    s, t = np.ravel(a.tokens), np.ravel(b.tokens)
+    cuts = [np.ravel(x.meta.get("offsets", [0, len(s)])).tolist() for x in (a, b)]
     if len(s) != len(t):
         raise ValueError(
             f"a is a trace of {len(s)} tokens and b of {len(t)}; they must be runs of the same tokens"
@@ -446,7 +446,7 @@ def _row(tap, x, y, threshold, of_runs):
         int(over.sum()),
         limit,
         nonfinite=e.actual_nonfinite,
-        of_token=_over(of_row, e.size),
+        of_token=metrics.over(of_row, e.size),
     )
 
 
@@ -459,10 +459,6 @@ def _rms_of_rows(x, y):
 def _by_row(x):
     """[T, ...] as [T, values], also where there are none."""
     return x.reshape((len(x), math.prod(x.shape[1:])) if x.ndim else (1, 1))
-
-
-def _over(errors, size):
-    return errors / size if size else np.where(errors > 0, np.inf, 0.0)
 
 
 def _in_parts(rows, a, b, model, notes):
@@ -486,10 +482,9 @@ def _in_parts(rows, a, b, model, notes):
 
 def _columns(a, b, rows):
     """(names of the tokens, where further sequences begin)."""
-    known = next((np.size(t) for t in (getattr(x, "tokens", None) for x in (a, b)) if t is not None), None)
+    known = next((np.size(x.tokens) for x in (a, b) if x.tokens is not None), None)
     T = known if known is not None else next((r.shape[0] for r in rows if r.shape and not r.tap.endswith(_STATES)), 0)
-    cuts = next((np.ravel(x.meta["offsets"]).astype(int).tolist() for x in (a, b)
-                 if "offsets" in getattr(x, "meta", {})), [0, T])
+    cuts = next((np.ravel(x.meta["offsets"]).astype(int).tolist() for x in (a, b) if "offsets" in x.meta), [0, T])
     if len(cuts) < 3 or cuts[-1] != T:
         return [f"token {t}" for t in range(T)], ()
     names = [f"sequence {n}, token {t}" for n, (i, j) in enumerate(zip(cuts, cuts[1:])) for t in range(j - i)]
@@ -498,8 +493,7 @@ def _columns(a, b, rows):
 
 def _about(x):
     """``their engine, bfloat16``: what a trace's metadata say."""
-    meta = getattr(x, "meta", {})
-    return ", ".join(str(meta[k]) for k in ("model", "source", "dtype") if meta.get(k))
+    return ", ".join(str(x.meta[k]) for k in ("model", "source", "dtype") if x.meta.get(k))
 
 
 def _of_interest(rows, first):
@@ -521,8 +515,6 @@ def _first(rows, a, b, columns):
         return None
     of_tokens = len(row.shape) > 0 and row.shape[0] == len(columns) and not row.tap.endswith(_STATES)
     where = columns[row.first] if of_tokens else f"token {row.first}"
-    parts = row.tap.split(".")
-    layer = int(parts[1]) if parts[0] == "layers" and len(parts) > 1 and parts[1].isdigit() else None
     x, y = (t[row.tap].reshape(row.shape or (1,))[row.first] for t in (a, b))
     clean = f"; the {rows.index(row)} taps before it agree" if rows.index(row) else ""
     if row.kind == "ids":
@@ -538,4 +530,4 @@ def _first(rows, a, b, columns):
         if row.added is not None:
             what += f" ({row.added:.2e} added by this op, {row.inherited:.2e} inherited, over all tokens)"
     sentence = f"DIVERGES at {row.tap}, {where}: {what}{clean}"
-    return Divergence(row.tap, layer, row.first, error, row.threshold, sentence)
+    return Divergence(row.tap, dataflow.layer_of(row.tap), row.first, error, row.threshold, sentence)

@@ -7,6 +7,7 @@ import numpy as np
 from .. import reference
 from ._fault import CALL, RUN, SEVERAL, SPLIT, Fault, changed
 from ._masks import cached_alone, from_the_left, last_alone, masked, not_itself, one_sequence, to_the_end
+from ._mla import in_pairs, interleaved_values
 from .scene import Branch
 from .site import Site
 
@@ -20,12 +21,6 @@ def tiled_heads(call):
         return None
     use = np.arange(H) % Hkv
     return call.run(k=call["k"][:, use], v=call["v"][:, use])
-
-
-def interleaved_values(call):
-    """Outputs in the order [V, H]."""
-    o = call.run()
-    return o.swapaxes(1, 2).reshape(o.shape)
 
 
 def exchanged(call):
@@ -75,10 +70,7 @@ def _turned(call, angle=None, pairs="halves", first=0, rotary=None):
     if n == 0 or first + n > x.shape[-1]:
         return None
     angle = _angles(call, n) if angle is None else angle
-    part, c, s = x[..., first:first + n], np.cos(angle), np.sin(angle)
-    a, b = (part[..., ::2], part[..., 1::2]) if pairs == "neighbours" else np.split(part, 2, axis=-1)
-    both = (a * c - b * s, b * c + a * s)
-    turned = np.stack(both, -1).reshape(part.shape) if pairs == "neighbours" else np.concatenate(both, -1)
+    turned = in_pairs(x[..., first:first + n], angle, pairs)
     return np.concatenate([x[..., :first], turned, x[..., first + n:]], axis=-1)
 
 

@@ -21,8 +21,8 @@ def rotary(call, pairs: str, theta: float):
         P = k_shared.shape[-1]
         of_queries, of_keys = positions(len(q), len(latent), offsets, kv_offsets)
         speed = theta ** (-np.arange(0, P, 2) / P)
-        q[..., -P:] = _turned(q[..., -P:], (of_queries[:, None] * speed)[:, None], pairs)
-        k_shared = _turned(k_shared, of_keys[:, None] * speed, pairs)
+        q[..., -P:] = in_pairs(q[..., -P:], (of_queries[:, None] * speed)[:, None], pairs)
+        k_shared = in_pairs(k_shared, of_keys[:, None] * speed, pairs)
         return _reference_fast.latent_attention(q, latent, k_shared, offsets=offsets, kv_offsets=kv_offsets, **rest)
 
     return call.run(by=attend)
@@ -38,7 +38,8 @@ def positions(T, S, offsets, kv_offsets):
     return of_queries, of_keys
 
 
-def _turned(x, angle, pairs):
+def in_pairs(x, angle, pairs):
+    """Pairs of values, neighbours or half of x apart, turned by their angle."""
     a, b = (x[..., ::2], x[..., 1::2]) if pairs == "neighbours" else np.split(x, 2, axis=-1)
     c, s = np.cos(angle), np.sin(angle)
     y = (a * c - b * s, a * s + b * c)
@@ -55,9 +56,9 @@ def turned(argument):
     return function
 
 
-def interleaved_values(site: Site):
+def interleaved_values(call):
     """Outputs in the order [V, H]."""
-    o = site.run()
+    o = call.run()
     return o.swapaxes(1, 2).reshape(o.shape)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .. import dataflow, reference
+from .._arrays import as_tuple
 from ..dataflow import Node
 from .scene import Branch, Scene
 
@@ -57,9 +58,9 @@ class Call:
         """All results: of the op, or of ``by(**arguments)``, on arguments that are right but for `changes`."""
         args = {**self.args, **changes}
         if by is not None:
-            return _tuple(by(**args))
+            return as_tuple(by(**args))
         if self.wrongly is not None:
-            return _tuple(self.wrongly(Call(self.op, args)))
+            return as_tuple(self.wrongly(Call(self.op, args)))
         return dataflow.evaluate(Node("", self.op, (), {}), args)
 
     def run(self, by: Callable | None = None, **changes) -> np.ndarray:
@@ -69,10 +70,6 @@ class Call:
 
 def _widened(x):
     return reference.f64(x) if isinstance(x, np.ndarray) and x.dtype.kind not in "iu" else x
-
-
-def _tuple(results):
-    return results if isinstance(results, tuple) else (results,)
 
 
 @dataclass(frozen=True)
@@ -142,7 +139,7 @@ class Site:
         args = {**self.args, **changes}
         by = by or partial(_evaluated, self.node)
         if self.node.op not in CARRIED:
-            return _tuple(by(**args))[0]
+            return as_tuple(by(**args))[0]
         return through(by, args, CARRIED[self.node.op], branches or self.scene.branches(), past or {})
 
     def by_calls(self, rule: Callable[[dict], tuple]) -> np.ndarray | None:
@@ -189,7 +186,7 @@ def through(by: Callable, args, carried, branches: Sequence[Branch], past) -> np
             x = np.where(owned.reshape(-1, *[1] * (x.ndim - 1)), x, past[a][rows])
         args[a] = x
     offsets = np.cumsum([0, *(len(b.past) + len(b.own) for b in branches)])
-    y = _tuple(by(**args, offsets=offsets))[0][owned]
+    y = as_tuple(by(**args, offsets=offsets))[0][owned]
     out = np.empty((T, *y.shape[1:]))
     out[rows[owned]] = y
     return out

@@ -16,7 +16,7 @@ def open_checkpoint(path):
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"path is a {type(path).__name__}; it must be text or a path")
     if is_gguf(os.path.expanduser(path)):
-        from .gguf_kimi import open_gguf
+        from .gguf_checkpoint import open_gguf
 
         return open_gguf(path)
     return open_folder(path)

@@ -1,6 +1,6 @@
 """A Hugging Face folder as a config and mapped, checked weights: every problem of the folder in one error.
 
-A GGUF becomes the same by `gguf_kimi.open_gguf`.
+A GGUF becomes the same by `gguf_checkpoint.open_gguf`.
 """
 
 import importlib.resources
@@ -17,10 +17,9 @@ from ..config import Config
 from ..errors import FormatError
 from .mapped import MappedFile
 from .names import canonical_name, canonical_shape, fused_name, fused_parts, is_inert
-from .safetensors import SafetensorsFile, TensorView
+from .safetensors import WEIGHT_DTYPES, SafetensorsFile, TensorView
 from .strict_json import is_there, load_object, show
 
-WEIGHT_DTYPES = ("F32", "F16", "BF16")
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tiktoken.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",

@@ -21,7 +21,7 @@ from ..ops._quant import dequantize
 from ..quantized import storage_types
 from .mapped import MappedFile, cut_short, overlaps
 from .safetensors import TensorView
-from .strict_json import show
+from .strict_json import quote, show
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -49,8 +49,16 @@ _U64 = struct.Struct("<Q")
 _OTHERS = {9: ("Q8_1", 32, 40), 15: ("Q8_K", 256, 292), 24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4),
            27: ("I64", 1, 8), 28: ("F64", 1, 8)}
 TYPES = {t.id: (t.name, t.values, t.bytes) for t in storage_types.values()} | _OTHERS
+#: Name -> id.
+FILE_TYPES = {name: i for i, (name, _, _) in TYPES.items()}
 #: Name -> id of the block types that weights are read in.
 BLOCK_TYPES = {t.name: t.id for t in storage_types.values() if t.values > 1}
+
+
+def bytes_of(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor in a storage type whose blocks make up its rows."""
+    _, values, n_bytes = TYPES[FILE_TYPES[dtype]]
+    return math.prod(shape) // values * n_bytes
 
 
 def is_gguf(path: str | os.PathLike) -> bool:
@@ -96,6 +104,10 @@ class MetaArray:
         """
         return _Cursor(self.file, self.offset, self.end).elements(self.key, _IDS[self.kind], self.count)
 
+
+def described(value: object) -> str:
+    """A value of the metadata, for an error message."""
+    return f"an array of {value.kind}" if isinstance(value, MetaArray) else show(value)
 
 
 @dataclass(frozen=True)
@@ -207,10 +219,10 @@ class GGUFFile(MappedFile, Mapping):
             key = cursor.string(f"metadata key {i}", MAX_KEY)
             if not key:
                 cursor.fail(f"metadata key {i} at byte {begin} is empty")
-            kind = cursor.u32(f"the type of {_quote(key)}")
+            kind = cursor.u32(f"the type of {quote(key)}")
             value = cursor.value(key, kind)
             if key in metadata:
-                problems.append(f"the key {_quote(key)} is there twice, the second time at byte {begin}")
+                problems.append(f"the key {quote(key)} is there twice, the second time at byte {begin}")
             metadata.setdefault(key, value)
             self.pairs.setdefault(key, (begin, cursor.at))
         return metadata
@@ -227,11 +239,11 @@ class GGUFFile(MappedFile, Mapping):
         size, beyond = len(self.mapping), {}
         for info in infos:
             if found := _info_problem(info, self.alignment):
-                problems.append(f"{_quote(info.name)} (its info is at byte {info.at}) {found}")
+                problems.append(f"{quote(info.name)} (its info is at byte {info.at}) {found}")
             elif (end := self.data_offset + info.offset + info.n_bytes) > size:
-                beyond[f"{_quote(info.name)} (its info is at byte {info.at})"] = end
+                beyond[f"{quote(info.name)} (its info is at byte {info.at})"] = end
             elif info.name in views:
-                problems.append(f"{_quote(info.name)} is there twice, the second time at byte {info.at}")
+                problems.append(f"{quote(info.name)} is there twice, the second time at byte {info.at}")
             else:
                 name, n_values, _ = TYPES[info.type]
                 kind = TensorView if n_values == 1 else BlockView
@@ -254,8 +266,7 @@ class _Info:
     @property
     def n_bytes(self) -> int:
         """Of the values, in a type that is known."""
-        _, n_values, n_bytes = TYPES[self.type]
-        return math.prod(self.ne) // n_values * n_bytes
+        return bytes_of(TYPES[self.type][0], self.ne)
 
 
 def _info(cursor: "_Cursor") -> _Info:
@@ -263,7 +274,7 @@ def _info(cursor: "_Cursor") -> _Info:
     name = cursor.string(f"the tensor name at byte {at}", MAX_NAME)
     if not name:
         cursor.fail(f"the tensor name at byte {at} is empty")
-    who = _quote(name)
+    who = quote(name)
     n_dims = cursor.u32(f"the number of axes of {who}")
     if not 1 <= n_dims <= MAX_AXES:
         cursor.fail(f"{who} (its info is at byte {at}) has {n_dims} axes; it must have 1 to {MAX_AXES}")
@@ -287,10 +298,6 @@ def _info_problem(info: _Info, alignment: int) -> str | None:
     if info.offset % alignment:
         return f"has the offset {info.offset}; it must be a multiple of the alignment, {alignment}"
     return None
-
-
-def _quote(name: str) -> str:
-    return show(name, 200)
 
 
 class _Cursor:
@@ -340,7 +347,7 @@ class _Cursor:
 
     def value(self, key: str, kind: int):
         """A value of the metadata; an array is walked only."""
-        who = f"the value of {_quote(key)}"
+        who = f"the value of {quote(key)}"
         if kind in _NUMBERS:
             dtype = np.dtype(_NUMBERS[kind])
             at = self.take(dtype.itemsize, who)
@@ -351,11 +358,11 @@ class _Cursor:
             return self.string(who)
         if kind == _ARRAY:
             return self.array(key)
-        return self.fail(f"{_quote(key)} has the type {kind} at byte {self.at - 4}, which is not known")
+        return self.fail(f"{quote(key)} has the type {kind} at byte {self.at - 4}, which is not known")
 
     def array(self, key: str, depth: int = 1) -> MetaArray:
         """An array's type and count, and where its elements are; `at` is behind them then."""
-        who = _quote(key)
+        who = quote(key)
         kind = self.u32(f"the type of the elements of {who}")
         count = self.u64(f"the number of elements of {who}")
         if kind not in _KINDS:
@@ -392,7 +399,7 @@ class _Cursor:
 
     def elements(self, key: str, kind: int, count: int) -> list | np.ndarray:
         """The elements of an array that was walked."""
-        who = _quote(key)
+        who = quote(key)
         if kind == _STRING:
             return [self.string(f"string {i} of {who}") for i in range(count)]
         if kind == _ARRAY:
@@ -476,7 +483,7 @@ def _check_whole(files: list[GGUFFile], problems: list[str]) -> None:
     for file in files:
         for name in file:
             if name in holder:
-                problems.append(f"{_quote(name)} is in {holder[name].path.name} and in {file.path.name}")
+                problems.append(f"{quote(name)} is in {holder[name].path.name} and in {file.path.name}")
             holder[name] = file
     promised, found = files[0].metadata.get("split.tensors.count"), sum(map(len, files))
     if promised is not None and promised != found:

@@ -20,8 +20,8 @@ import numpy as np
 
 from ..config import Config
 from . import gguf_heads as order
-from .gguf import MetaArray
-from .safetensors import DTYPES
+from .gguf import MetaArray, described
+from .safetensors import DTYPES, WEIGHT_DTYPES
 from .strict_json import parse, show
 
 CONFIG, ABSENT = "kimi_linear.config", "kimi_linear.config.absent"
@@ -55,7 +55,7 @@ def restored(given: Mapping, metadata: Mapping, problems: list[str]) -> dict:
     if isinstance(absent, MetaArray) and absent.kind == "string":
         gone = absent.values()
     elif absent is not None:
-        problems.append(f"{ABSENT} is {_shown(absent)}; it must be an array of string")
+        problems.append(f"{ABSENT} is {described(absent)}; it must be an array of string")
     return {key: value for key, value in (dict(given) | more).items() if key not in gone}
 
 
@@ -65,7 +65,7 @@ def json_object(metadata: Mapping, key: str, problems: list[str]) -> dict:
     if text is None:
         return {}
     if not isinstance(text, str):
-        problems.append(f"{key} is {_shown(text)}; it must be a JSON object in a string")
+        problems.append(f"{key} is {described(text)}; it must be a JSON object in a string")
         return {}
     try:
         value = parse(text.encode("utf-8"))
@@ -87,10 +87,6 @@ def _depth(value: object, most: int = 0) -> int:
     return most if most > MAX_DEPTH else max((_depth(x, most + 1) for x in inside), default=most)
 
 
-def _shown(value: object) -> str:
-    return f"an array of {value.kind}" if isinstance(value, MetaArray) else show(value)
-
-
 # ---- storage types of the folder -------------------------------------------------------------------
 
 
@@ -100,7 +96,7 @@ def pattern(name: str) -> str:
 
 
 def dtypes_of(tensors: Mapping) -> str:
-    """JSON for `dtype_reader`: one entry for all tensors of a pattern where they are of one type."""
+    """JSON for `read_dtypes`: one entry for all tensors of a pattern where they are of one type."""
     by_pattern: dict[str, dict] = {}
     for name, tensor in tensors.items():
         by_pattern.setdefault(pattern(name), {})[name] = tensor.dtype
@@ -114,7 +110,7 @@ def read_dtypes(metadata: Mapping, problems: list[str]) -> dict[str, str]:
     """Name or `pattern` -> storage type that the folder's tensors had; empty for files of others."""
     found = json_object(metadata, TYPES, problems)
     for name, dtype in found.items():
-        if dtype not in ("F32", "F16", "BF16"):
+        if dtype not in WEIGHT_DTYPES:
             problems.append(f"{TYPES}: {show(name)} is {show(dtype)}; it must be F32, F16 or BF16")
     return {} if problems else found
 
@@ -152,7 +148,8 @@ def read_a_logs(metadata: Mapping, config: Config, problems: list[str]) -> dict[
         return {}
     n = sum(heads[config.layers[i].mixer] for i in layers)
     if not isinstance(value, MetaArray) or value.kind != "float32" or value.count != n:
-        problems.append(f"{RATES} is {_shown(value)}; it must be an array of {n} float32, one a head of a linear layer")
+        problems.append(f"{RATES} is {described(value)}; it must be an array of {n} float32, one a head of a linear "
+                        "layer")
         return {}
     return dict(zip(layers, np.split(value.values().astype(DTYPES["F32"]), len(layers)), strict=True))
 
@@ -175,7 +172,7 @@ def read_norms(metadata: Mapping, shapes: Mapping, problems: list[str]) -> dict[
     sizes = {name: shape[0] for name, shape in shapes.items() if order.is_folded(name)}
     n = sum(sizes.values())
     if not isinstance(value, MetaArray) or value.kind != "float32" or value.count != n:
-        problems.append(f"{NORMS} is {_shown(value)}; it must be an array of {n} float32, all norms that are 1 + w")
+        problems.append(f"{NORMS} is {described(value)}; it must be an array of {n} float32, all norms that are 1 + w")
         return {}
     parts = np.split(value.values().astype(DTYPES["F32"]), np.cumsum([*sizes.values()])[:-1])
     return dict(zip(sizes, parts, strict=True))

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..config import MOST_LAYERS
-from .gguf import MetaArray, place
+from .gguf import MetaArray, described, place
 from .safetensors import TensorView
 from .strict_json import show
 
@@ -19,8 +19,7 @@ class Keys:
         self.problems: list[str] = []
 
     def wrong(self, key: str, value: object, rule: str) -> None:
-        shown = f"an array of {value.kind}" if isinstance(value, MetaArray) else show(value)
-        self.problems.append(f"{key} is {shown}; it must be {rule}")
+        self.problems.append(f"{key} is {described(value)}; it must be {rule}")
 
     def integer(self, key: str, default: int | None = None) -> int | None:
         value = self.metadata.get(self.prefix + key)
@@ -69,13 +68,13 @@ class Keys:
             self.wrong(self.prefix + key, value, f"an integer for each of {n} layers")
         return []
 
-    def ne(self, tensor: str, axis: int, short: int = 1) -> int | None:
-        """A size of a tensor, the fastest axis 0; None where there is no such tensor or axis."""
+    def ne(self, tensor: str, axis: int) -> int | None:
+        """A size of a tensor, the fastest axis 0; 1 of an axis that it lacks, None where there is no such tensor."""
         view = self.tensors.get(tensor)
         if view is None:
             return None
         sizes = view.shape[::-1]
-        return sizes[axis] if axis < len(sizes) else short
+        return sizes[axis] if axis < len(sizes) else 1
 
     def size(self, key: str, tensor: str, axis: int, value: int | None = None) -> int | None:
         """A size that a key (or `value`, which was read from it) and a tensor tell: they must agree."""
@@ -128,7 +127,36 @@ class Keys:
         return {"bos_token_id": found.get("bos"), "eos_token_id": eos, "pad_token_id": found.get("padding")}
 
 
-# ---- arrays of the tokenizer -----------------------------------------------------------------------
+# ---- the tokenizer ---------------------------------------------------------------------------------
+
+TOKENIZER = "tokenizer.ggml."
+TEMPLATE = "tokenizer.chat_template"
+NORMAL, CONTROL, USER, UNUSED = 1, 3, 4, 5  # types of tokens
+_NAMED = {"bos": "bos", "eos": "eos", "pad": "padding"}  # Tokenizer's argument -> the beginning of the key
+
+
+def template_of(metadata: Mapping, problems: list[str]) -> str | None:
+    """The chat template; none after a problem."""
+    template = metadata.get(TEMPLATE)
+    if template is None or isinstance(template, str):
+        return template
+    problems.append(f"{TEMPLATE} is {show(template)}; it must be text")
+    return None
+
+
+def specials_of(metadata: Mapping, names: Mapping[int, str]) -> dict[str, str | None]:
+    """bos, eos and pad, as a Tokenizer takes them; `names` are those of all special tokens by id."""
+    return {x: names.get(metadata.get(f"{TOKENIZER}{key}_token_id")) for x, key in _NAMED.items()}
+
+
+def with_specials(tokenizer, keys: dict) -> dict:
+    """`keys` below ``tokenizer.ggml.``, with the ids of bos, eos and pad, and the template."""
+    for x, key in _NAMED.items():
+        name = tokenizer._names[f"{x}_token"]
+        if name is not None:
+            keys[f"{key}_token_id"] = tokenizer.special_ids[name]
+    found = {TOKENIZER + key: value for key, value in keys.items()}
+    return found if tokenizer.chat_template is None else found | {TEMPLATE: tokenizer.chat_template}
 
 
 def string_array(metadata: Mapping, key: str, problems: list[str]) -> list[str]:
@@ -146,11 +174,10 @@ def token_types(metadata: Mapping, tokens: list[str], problems: list[str]) -> li
 
 
 def _array(metadata: Mapping, key: str, kind: str, problems: list[str]) -> list:
-    value = metadata.get("tokenizer.ggml." + key)
+    value = metadata.get(TOKENIZER + key)
     if isinstance(value, MetaArray) and value.kind == kind:
         values = value.values()
         return values if isinstance(values, list) else values.tolist()
-    shown = f"an array of {value.kind}" if isinstance(value, MetaArray) else show(value)
     rule = "" if key == "merges" else ", one a token"
-    problems.append(f"tokenizer.ggml.{key} is {shown}; it must be an array of {kind}{rule}")
+    problems.append(f"tokenizer.ggml.{key} is {described(value)}; it must be an array of {kind}{rule}")
     return []

@@ -18,7 +18,8 @@ from . import gguf_kept as kept
 from . import gguf_tokenizer_json as by_merges
 from .byte_alphabet import spelled
 from .gguf_config import architecture_of, read_config, stored_form
-from .gguf_tokenizer import _CONTROL, _NORMAL, _SHOWN_CONTROLS, _UNUSED, _USER, read_tokenizer
+from .gguf_keys import CONTROL, NORMAL, UNUSED, USER, with_specials
+from .gguf_tokenizer import RANKS, SHOWN_CONTROLS, read_tokenizer
 from .gguf_write import Values
 
 QUANTIZATION_VERSION = 2  # of ggml's block layouts
@@ -234,34 +235,28 @@ def vocabulary_keys(tokenizer: Tokenizer, n: int) -> dict:
     ValueError
         If the tokenizer has more tokens than the model, or what no key says.
     """
-    if isinstance(tokenizer, JsonTokenizer):
-        return by_merges.keys_of(tokenizer, n)
     if tokenizer.vocab_size > n:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, and config.json a vocabulary of {n}; the "
                          f"tokens must fit it")
+    if isinstance(tokenizer, JsonTokenizer):
+        return by_merges.keys_of(tokenizer, n)
     base = [tokenizer.id_to_bytes(i) for i in range(tokenizer.n_base)]
-    tokens, types = [spelled(token) for token in base], [_NORMAL] * len(base)
+    tokens, types = [spelled(token) for token in base], [NORMAL] * len(base)
     names = {i: name for name, i in tokenizer.special_ids.items()}
     for i in range(tokenizer.n_base, n):
         token, kind = _special(i, names.get(i), i in tokenizer._skipped)
         tokens.append(token)
         types.append(kind)
-    keys = {"model": "gpt2", "pre": "kimi-k2", "tokens": ("string", tokens), "token_type": ("int32", types),
+    keys = {"model": "gpt2", "pre": RANKS, "tokens": ("string", tokens), "token_type": ("int32", types),
             "merges": ("string", merges(base))}
-    ids = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token"}
-    for key, name in ids.items():
-        if tokenizer._names[name] is not None:
-            keys[f"{key}_token_id"] = tokenizer.special_ids[tokenizer._names[name]]
-    found = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
-    template = tokenizer.chat_template
-    return found if template is None else found | {"tokenizer.chat_template": template}
+    return with_specials(tokenizer, keys)
 
 
 def _special(i: int, name: str | None, skipped: bool) -> tuple[str, int]:
     """Spelling and type of a special token; a slot without a name is unused."""
     if name is None or (skipped and name == f"<|reserved_token_{i}|>"):
-        return f"[PAD{i}]", _UNUSED
-    return name, _CONTROL if skipped or name.startswith(_SHOWN_CONTROLS) else _USER
+        return f"[PAD{i}]", UNUSED
+    return name, CONTROL if skipped or name.startswith(SHOWN_CONTROLS) else USER
 
 
 def merges(tokens: list[bytes]) -> list[str]:

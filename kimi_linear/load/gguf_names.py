@@ -27,7 +27,7 @@ from ..config import Config
 from .gguf import BLOCK_TYPES, BlockView, place, stored_parts
 from .gguf_kept import rate_of
 from .mapped import MappedFile
-from .safetensors import TensorView
+from .safetensors import WEIGHT_DTYPES, TensorView
 
 MODEL = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -92,7 +92,6 @@ EXPERTS = {"w1": "ffn_gate_exps.weight", "w3": "ffn_up_exps.weight", "w2": "ffn_
 GATE_UP = "ffn_gate_up_exps.weight"  # the rows of gate, then those of up, of each expert
 FUSED, K_B, V_B, GATE = "attn_qkv.weight", "attn_k_b.weight", "attn_v_b.weight", "attn_gate.weight"
 INERT = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
-PLAIN = ("F32", "F16", "BF16")
 #: What may stand in a tensor's place: of two that are there one is too many.
 _INSTEAD = {"attn_qkv": "ssm_in.weight", "attn_gate": "ssm_in.weight", "ffn_gate_exps": GATE_UP, "ffn_up_exps": GATE_UP,
             "attn_q": FUSED, "attn_k": FUSED, "attn_v": FUSED}
@@ -357,15 +356,15 @@ class _Matcher:
 
     def readable(self, view: TensorView, blocks: bool) -> bool:
         """Whether its storage type will do: vectors are never in blocks."""
-        if view.dtype in PLAIN or (blocks and view.dtype in BLOCK_TYPES):
+        if view.dtype in WEIGHT_DTYPES or (blocks and view.dtype in BLOCK_TYPES):
             return True
         self.tell(view.name, f"{view.name} {place(view)} is stored as {view.dtype}; it must be "
-                             f"{', '.join([*PLAIN, *BLOCK_TYPES]) if blocks else ' or '.join(PLAIN)}")
+                             f"{', '.join([*WEIGHT_DTYPES, *BLOCK_TYPES]) if blocks else ' or '.join(WEIGHT_DTYPES)}")
         return False
 
     def typed(self, view: TensorView, name: str, shape: tuple[int, ...], first=0, nbytes=None) -> TensorView:
         """A part of a tensor under another name and shape."""
-        kind = TensorView if view.dtype in PLAIN else BlockView
+        kind = TensorView if view.dtype in WEIGHT_DTYPES else BlockView
         return kind(name, view.dtype, shape, view.file, view.offset + first, view.nbytes if nbytes is None else nbytes)
 
     def part(self, name: str, stored: str, first: int, whole: tuple[int, ...], shape: tuple[int, ...]):

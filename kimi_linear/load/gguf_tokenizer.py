@@ -11,13 +11,11 @@ from ..errors import FormatError
 from ..tokenizer import N_SPECIAL, Tokenizer
 from . import gguf_tokenizer_json as by_merges
 from .byte_alphabet import bytes_of
-from .gguf_keys import string_array, token_types
+from .gguf_keys import CONTROL, NORMAL, TOKENIZER, UNUSED, USER, specials_of, string_array, template_of, token_types
 from .strict_json import show
 
-_KEY = "tokenizer.ggml."
-_RANKS = "kimi-k2"
-_NORMAL, _CONTROL, _USER, _UNUSED = 1, 3, 4, 5
-_SHOWN_CONTROLS = ("<|tool_call",)  # published as not special: decoding keeps them
+RANKS = "kimi-k2"
+SHOWN_CONTROLS = ("<|tool_call",)  # published as not special: decoding keeps them
 
 
 def read_tokenizer(metadata: Mapping, where: str) -> Tokenizer:
@@ -29,30 +27,26 @@ def read_tokenizer(metadata: Mapping, where: str) -> Tokenizer:
         If the file's tokenizer is another, or its tokens do not give the ranks back, with the first token at fault.
     """
     problems: list[str] = []
-    for key, read in (("model", ["gpt2"]), ("pre", [_RANKS, *by_merges.PATTERNS])):
-        if metadata.get(_KEY + key) not in read:
+    for key, read in (("model", ["gpt2"]), ("pre", [RANKS, *by_merges.PATTERNS])):
+        if metadata.get(TOKENIZER + key) not in read:
             rule = f"only {read[0]!r} is read" if len(read) == 1 else f"read are {', '.join(map(repr, read))}"
-            problems.append(f"{_KEY}{key} is {show(metadata.get(_KEY + key))}; {rule}")
-    if not problems and metadata[_KEY + "pre"] != _RANKS:
+            problems.append(f"{TOKENIZER}{key} is {show(metadata.get(TOKENIZER + key))}; {rule}")
+    if not problems and metadata[TOKENIZER + "pre"] != RANKS:
         return by_merges.read(metadata, where)
     tokens = string_array(metadata, "tokens", problems)
     types = token_types(metadata, tokens, problems)
     if not problems:
         ranks, special, skipped = _vocabulary(tokens, types, problems)
-    template = metadata.get("tokenizer.chat_template")
-    if template is not None and not isinstance(template, str):
-        problems.append(f"tokenizer.chat_template is {show(template)}; it must be text")
+    template = template_of(metadata, problems)
     if problems:
         raise FormatError(problems, where)
     names = {i: name for name, i in special.items()}
-    ids = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id"}
-    named = {x: names.get(metadata.get(_KEY + key)) for x, key in ids.items()}
-    return Tokenizer(ranks, special, skipped=skipped, chat_template=template, **named)
+    return Tokenizer(ranks, special, skipped=skipped, chat_template=template, **specials_of(metadata, names))
 
 
 def _vocabulary(tokens: list[str], types: list[int], problems: list[str]):
     """(ranks, specials, ids that skipping leaves out) of tokens that begin with the base ones."""
-    n = next((i for i, kind in enumerate(types) if kind != _NORMAL), len(types))
+    n = next((i for i, kind in enumerate(types) if kind != NORMAL), len(types))
     ranks: dict[bytes, int] = {}
     for i, token in enumerate(tokens[:n]):
         spelled = bytes_of(token)
@@ -73,17 +67,17 @@ def _vocabulary(tokens: list[str], types: list[int], problems: list[str]):
     special: dict[str, int] = {}
     skipped = set()
     for i, (token, kind) in enumerate(zip(tokens[n:], types[n:]), n):
-        if kind not in (_CONTROL, _USER, _UNUSED):
+        if kind not in (CONTROL, USER, UNUSED):
             problems.append(f"token {i}, {show(token)}, has the type {kind} behind the first special token, {n}: it "
                             f"has no rank that could be recovered")
             break
-        if i >= n + N_SPECIAL and kind == _UNUSED and token == f"[PAD{i}]":
+        if i >= n + N_SPECIAL and kind == UNUSED and token == f"[PAD{i}]":
             continue  # a row of the embedding behind the tokenizer's slots
-        name = f"<|reserved_token_{i}|>" if kind == _UNUSED and token == f"[PAD{i}]" else token
+        name = f"<|reserved_token_{i}|>" if kind == UNUSED and token == f"[PAD{i}]" else token
         if not name or special.setdefault(name, i) != i:
             like = f"the name of {special[name]}, too" if name else "empty"
             problems.append(f"token {i} is {show(token)}, {like}; special tokens must have names of their own")
             break
-        if kind != _USER and not name.startswith(_SHOWN_CONTROLS):
+        if kind != USER and not name.startswith(SHOWN_CONTROLS):
             skipped.add(i)
     return ranks, special, skipped

@@ -11,10 +11,9 @@ from collections.abc import Mapping
 
 from ..errors import FormatError
 from ..tokenizer_json import JsonTokenizer
-from .gguf_keys import string_array, token_types
+from .gguf_keys import CONTROL, NORMAL, UNUSED, USER, specials_of, string_array, template_of, token_types, with_specials
 from .strict_json import show
 
-NORMAL, CONTROL, USER, UNUSED = 1, 3, 4, 5
 _TAIL = r"[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 #: tokenizer.ggml.pre -> the pattern that splits text.
@@ -22,7 +21,6 @@ PATTERNS = {
     "qwen2": _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+" + _TAIL,
     "qwen35": _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+" + _TAIL,
 }
-_KEY = "tokenizer.ggml."
 
 
 def read(metadata: Mapping, where: str) -> JsonTokenizer:
@@ -37,9 +35,7 @@ def read(metadata: Mapping, where: str) -> JsonTokenizer:
     tokens = string_array(metadata, "tokens", problems)
     types = token_types(metadata, tokens, problems)
     merges = string_array(metadata, "merges", problems)
-    template = metadata.get("tokenizer.chat_template")
-    if template is not None and not isinstance(template, str):
-        problems.append(f"tokenizer.chat_template is {show(template)}; it must be text")
+    template = template_of(metadata, problems)
     if problems:
         raise FormatError(problems, where)
     vocabulary: dict[str, int] = {}
@@ -54,11 +50,9 @@ def read(metadata: Mapping, where: str) -> JsonTokenizer:
     if problems:
         raise FormatError(problems[:8], where)
     names = {token["id"]: token["content"] for token in added}
-    ids = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id"}
-    named = {x: names.get(metadata.get(_KEY + key)) for x, key in ids.items()}
-    spec = spec_of(vocabulary, [merge.split(" ") for merge in merges], added, PATTERNS[metadata[_KEY + "pre"]])
+    spec = spec_of(vocabulary, [merge.split(" ") for merge in merges], added, PATTERNS[metadata["tokenizer.ggml.pre"]])
     try:
-        return JsonTokenizer(spec, chat_template=template, **named)
+        return JsonTokenizer(spec, chat_template=template, **specials_of(metadata, names))
     except FormatError as error:
         raise FormatError(error.problems, where) from None
 
@@ -86,11 +80,8 @@ def keys_of(tokenizer: JsonTokenizer, n: int) -> dict:
     Raises
     ------
     ValueError
-        If the tokenizer has more tokens than the model, or does to text what no key says.
+        If the tokenizer does to text what no key says.
     """
-    if tokenizer.vocab_size > n:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, and config.json a vocabulary of {n}; the "
-                         f"tokens must fit it")
     tokens, types = [f"[PAD{i}]" for i in range(n)], [UNUSED] * n
     for token, i in tokenizer.spec["model"]["vocab"].items():
         tokens[i], types[i] = token, NORMAL
@@ -98,12 +89,7 @@ def keys_of(tokenizer: JsonTokenizer, n: int) -> dict:
         tokens[i], types[i] = name, CONTROL if i in tokenizer._skipped else USER
     keys = {"model": "gpt2", "pre": _splitter(tokenizer.spec), "tokens": ("string", tokens),
             "token_type": ("int32", types), "merges": ("string", merges_of(tokenizer.spec)), "add_bos_token": False}
-    for key, name in {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token"}.items():
-        if tokenizer._names[name] is not None:
-            keys[f"{key}_token_id"] = tokenizer.special_ids[tokenizer._names[name]]
-    found = {_KEY + key: value for key, value in keys.items()}
-    template = tokenizer.chat_template
-    return found if template is None else found | {"tokenizer.chat_template": template}
+    return with_specials(tokenizer, keys)
 
 
 def merges_of(spec: Mapping) -> list[str]:

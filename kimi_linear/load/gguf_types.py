@@ -7,9 +7,9 @@ import fnmatch
 from collections.abc import Iterable, Mapping
 
 from ..quantized import storage_types
+from .safetensors import WEIGHT_DTYPES
 
-PLAIN = ("F32", "F16", "BF16")
-WRITABLE = (*PLAIN, *(t.name for t in storage_types.values() if t.values > 1 and t.writable))
+WRITABLE = (*WEIGHT_DTYPES, *(t.name for t in storage_types.values() if t.values > 1 and t.writable))
 #: Type with blocks of 256 values -> the one that rows get which are no multiple of 256, but of 32.
 FALLBACK = {
     "Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",

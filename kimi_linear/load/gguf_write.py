@@ -4,7 +4,6 @@ The layout: gguf.py, which reads what is written here. Source: docs/gguf.md of g
 """
 
 import errno
-import math
 import os
 import shutil
 import struct
@@ -15,9 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from .atomic import atomic_file
-from .gguf import _ARRAY, _BOOL, _IDS, _NUMBERS, _STRING, DEFAULT_ALIGNMENT, MAX_NAME, TYPES, MetaArray
+from .gguf import _ARRAY, _BOOL, _IDS, _NUMBERS, _STRING, DEFAULT_ALIGNMENT, FILE_TYPES, MAX_NAME, MetaArray, bytes_of
 
-TYPE_IDS = {name: i for i, (name, _, _) in TYPES.items()}
 _CHUNK = 1 << 24  # bytes handed to one write, so that Ctrl-C is soon heard
 
 
@@ -59,8 +57,7 @@ class Outgoing:
     @property
     def nbytes(self) -> int:
         """Bytes in the file, without what aligns the next."""
-        _, values, n_bytes = TYPES[TYPE_IDS[self.dtype]]
-        return math.prod(self.shape) // values * n_bytes
+        return bytes_of(self.dtype, self.shape)
 
 
 def write_gguf(path: str | os.PathLike, metadata: Mapping, tensors: list[Outgoing],
@@ -139,7 +136,7 @@ def _header(metadata: Mapping, tensors: list[Outgoing]) -> bytes:
             raise ValueError(f"the tensor name {t.name!r} has {len(t.name.encode())} bytes; it must have fewer than "
                              f"{MAX_NAME}")
         ne = t.shape[::-1]
-        parts.append(_text(t.name) + struct.pack(f"<I{len(ne)}QIQ", len(ne), *ne, TYPE_IDS[t.dtype], offset))
+        parts.append(_text(t.name) + struct.pack(f"<I{len(ne)}QIQ", len(ne), *ne, FILE_TYPES[t.dtype], offset))
         offset += _aligned(t.nbytes)
     raw = b"".join(parts)
     return raw + b"\0" * (_aligned(len(raw)) - len(raw))

@@ -22,7 +22,7 @@ from ..errors import FormatError
 from . import strict_json
 from .atomic import atomic_file
 from .mapped import MappedFile, cut_short
-from .strict_json import show
+from .strict_json import quote, show
 
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
 MAX_AXES = 8
@@ -48,6 +48,8 @@ DTYPES = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
+#: Those that weights are read in as they lie.
+WEIGHT_DTYPES = ("F32", "F16", "BF16")
 _TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -92,6 +94,11 @@ class TensorView:
 def dtype_name(dtype: np.dtype) -> str | None:
     """The format's name of a NumPy dtype, as "F32"; None where it has none."""
     return _TYPE_NAMES.get(dtype.newbyteorder("<"))
+
+
+def stored_as(tensor) -> str:
+    """In what a tensor of a file, or an array, lies: "F32", "BF16", "Q4_K"."""
+    return str(tensor.dtype).upper().replace("FLOAT", "F")
 
 
 def array_of(tensor) -> np.ndarray:
@@ -161,7 +168,7 @@ class SafetensorsFile(MappedFile, Mapping):
             raise FormatError(
                 f"its header is a JSON {type(header).__name__}; it must be an object", str(self.path)
             )
-        problems += [f"{_quote(name)} is listed twice in the header" for name in header.repeated]
+        problems += [f"{quote(name)} is listed twice in the header" for name in header.repeated]
         return header, 8 + n
 
     def _read_entries(self, header: dict, start: int, problems: list[str]) -> dict[str, TensorView]:
@@ -176,7 +183,7 @@ class SafetensorsFile(MappedFile, Mapping):
             if not found:
                 begin, end = entry["data_offsets"]
                 if end > n_data:
-                    beyond[_quote(name)] = start + end
+                    beyond[quote(name)] = start + end
                     continue
                 tensors[name] = TensorView(
                     name, entry["dtype"], tuple(entry["shape"]), self, start + begin, end - begin
@@ -186,10 +193,6 @@ class SafetensorsFile(MappedFile, Mapping):
         return tensors
 
 
-def _quote(name: str) -> str:
-    return show(name, 200)
-
-
 def _metadata(header: dict, problems: list[str]) -> dict[str, str]:
     metadata = header.get("__metadata__", {})
     if not isinstance(metadata, dict):
@@ -197,13 +200,13 @@ def _metadata(header: dict, problems: list[str]) -> dict[str, str]:
         return {}
     for key, value in metadata.items():
         if not isinstance(value, str):
-            problems.append(f"'__metadata__': {_quote(key)} is {show(value)}; it must be a string")
+            problems.append(f"'__metadata__': {quote(key)} is {show(value)}; it must be a string")
     return dict(metadata)
 
 
 def _entry_problems(name: str, entry: object) -> list[str]:
     """What is wrong with one tensor's entry, taken alone."""
-    who = _quote(name)
+    who = quote(name)
     if not isinstance(entry, strict_json.Object):
         return [f"{who} is described by {show(entry)}; it must be an object"]
     problems = [f"{who} has the key {show(key)} twice" for key in entry.repeated]
@@ -262,9 +265,9 @@ def _cover_problems(tensors: list[TensorView], start: int, end: int, all_known: 
     for t in sorted((t for t in tensors if t.nbytes), key=lambda t: (t.offset, t.nbytes)):
         if t.offset < reached:
             n_shared = min(reached, t.offset + t.nbytes) - t.offset
-            problems.append(f"{_quote(last)} and {_quote(t.name)} overlap by {n_shared} bytes")
+            problems.append(f"{quote(last)} and {quote(t.name)} overlap by {n_shared} bytes")
         elif t.offset > reached and all_known:
-            problems.append(f"{t.offset - reached} bytes before {_quote(t.name)} belong to no tensor")
+            problems.append(f"{t.offset - reached} bytes before {quote(t.name)} belong to no tensor")
         if t.offset + t.nbytes > reached:
             reached, last = t.offset + t.nbytes, t.name
     if reached < end and all_known:

@@ -56,6 +56,11 @@ def show(value: object, width: int = 80) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
+def quote(name: str) -> str:
+    """A name of a file's, for an error message."""
+    return show(name, 200)
+
+
 def is_there(path: str | os.PathLike) -> bool:
     """Whether there is a file of that name.
 

@@ -5,7 +5,7 @@ import math
 import textwrap
 from dataclasses import dataclass, field
 
-from .._names import near
+from .._names import listed, near
 from ..diff.compare import aligned
 from ..diff.metrics import unit_of
 
@@ -139,7 +139,7 @@ class Card:
             worst = max(compared, key=lambda r: (r.share if r.share == r.share else 0), default=None)
             went = f"{len(holds)} hold" if not fails else f"{len(fails)} of {len(fails + holds)} FAIL"
             error = "" if worst is None else f"{_u(worst)}, {_number(worst.share)} of the bound"
-            yield group, went, error, _listed([r.name for r in fails], 2) if fails and holds else ""
+            yield group, went, error, listed([r.name for r in fails], 2) if fails and holds else ""
 
     def brief(self):
         """The text without what holds: the verdict, then the groups that fail, where first, and why."""
@@ -180,7 +180,7 @@ class Card:
             rounded = self.dtype == "float32" and _are_of_narrow_size(unexplained)
             hint = "; their errors are as large as those of rounding to bfloat16 or float16: if it computes in one, " \
                    "dtype= must say so"
-            lines += _wrapped(f"not explained: {_listed([r.name for r in unexplained])}{hint if rounded else ''}", "  ")
+            lines += _wrapped(f"not explained: {listed([r.name for r in unexplained])}{hint if rounded else ''}", "  ")
         if self.lacks:
             lines += _wrapped(f"what raises has {', '.join(self.lacks)}: if yours is not to, "
                               f"without={list(self.lacks)} or NotImplementedError leaves these cases out", "  ")
@@ -226,10 +226,6 @@ def _u(row):
 
 def _number(x):
     return f"{x:,.0f}" if 100 <= x < 1e4 else f"{x:.2g}".replace("e+0", "e")
-
-
-def _listed(names, most=4):
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _wrapped(text, indent):

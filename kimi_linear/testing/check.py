@@ -11,12 +11,13 @@ from dataclasses import replace
 import numpy as np
 
 from .. import reference
-from .._arrays import BFLOAT16, as_array
+from .._arrays import BFLOAT16, as_array, as_tuple
 from .._scalars import as_finite
 from ..conventions import convention
 from ..diff.budgets import budget
 from ..diff.compare import bounded, judge
 from ..diff.metrics import axis_names, coordinates, unit_of
+from ..errors import first_line
 from .cards import Card, Row
 from .explain import NEAR, Failure, explain
 from .spec import Law, NotOffered, WrongResult, select, spec
@@ -214,7 +215,7 @@ class Run:
         try:
             result = self.fn(**given, **more)
         except NotImplementedError as error:
-            raise NotOffered(_line(error) or "NotImplementedError") from None
+            raise NotOffered(first_line(error) or "NotImplementedError") from None
         except TypeError as error:
             name = _unknown_keyword(error, given | more)
             if name is None:
@@ -238,7 +239,7 @@ class Run:
             self.known[case.name] = error.why
             return Row(case.name, case.group, "fails", detail=str(error))
         except Exception as error:  # whatever a foreign kernel throws is a finding
-            detail = f"raised {type(error).__name__}: {_line(error)}"
+            detail = f"raised {type(error).__name__}: {first_line(error)}"
             self.known[case.name] = detail, ""
             return Row(case.name, case.group, "fails", detail=detail)
         ref, bounds = _reference(self.the.op, exact, self.form, self.stored)
@@ -315,7 +316,7 @@ class Run:
         except WrongResult as error:
             broken, self.known[law.name] = str(error), error.why
         except Exception as error:
-            broken = f"raised {type(error).__name__}: {_line(error)}"
+            broken = f"raised {type(error).__name__}: {first_line(error)}"
         if broken:
             self.known.setdefault(law.name, (broken, ""))
         return Row(law.name, "laws", "fails" if broken else "holds", detail=broken or "")
@@ -335,7 +336,7 @@ def _reference(op, inputs, form, stored=0.0):
         with np.errstate(all="ignore"):
             ref = getattr(reference, op)(**inputs)
             bounds = budget(op, ref, stored=stored, **inputs, **form)
-        ref, bounds = (x if isinstance(x, tuple) else (x,) for x in (ref, bounds))
+        ref, bounds = as_tuple(ref), as_tuple(bounds)
         if any(np.isnan(a).any() for a in inputs.values() if isinstance(a, np.ndarray)):
             bounds = tuple(np.where(np.isnan(b), np.inf, b) for b in bounds)  # beside a NaN its place alone is judged
         _kept[key] = ref, bounds
@@ -456,7 +457,3 @@ def _unknown_keyword(error, given):
             return None
         inner = inner.tb_next
     return found[1]
-
-
-def _line(error):
-    return (str(error).strip().splitlines() or [""])[0][:160]

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from .. import reference
-from .._arrays import BFLOAT16
-from .._names import meant
+from .._arrays import BFLOAT16, as_tuple
+from .._names import listed, meant
 from .._version import __version__
 from ..adapters.arrays import read_npz
 from ..conventions import convention
@@ -135,8 +135,8 @@ def _add(run, name, inputs, about, entries, arrays):
     arguments = {n: np.asarray(x) for n, x in inputs.items() if isinstance(x, np.ndarray)}
     whole = {n: inputs.get(n) for n in the.required} | inputs
     with np.errstate(all="ignore"):
-        results = _tuple(getattr(reference, the.op)(**whole))
-        bounds = _tuple(budget(the.op, results if len(results) > 1 else results[0], stored=run.stored, **whole))
+        results = as_tuple(getattr(reference, the.op)(**whole))
+        bounds = as_tuple(budget(the.op, results if len(results) > 1 else results[0], stored=run.stored, **whole))
     bounds = [run.with_storage(n, np.asarray(r, np.float64), b)
               for n, r, b in zip(the.results, results, bounds, strict=True)]
     held = {f"in/{n}": widened(x) for n, x in arguments.items()}
@@ -146,10 +146,6 @@ def _add(run, name, inputs, about, entries, arrays):
     shapes = {n: {"shape": list(x.shape), "dtype": str(x.dtype)} for n, x in held.items()}
     options = {n: x for n, x in inputs.items() if n not in arguments}
     entries.append({"name": name, **about, "options": options, "arrays": shapes})
-
-
-def _tuple(x):
-    return x if isinstance(x, tuple) else (x,)
 
 
 def _write_npz(path, arrays, readme, index):
@@ -264,6 +260,5 @@ def _check_names(path, held, known, wanted):
         raise ValueError(f"{path} has {other[0]}, which is no result of the cases{hint}")
     missing = [n for n in wanted if n not in held]
     if missing:
-        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
-        raise ValueError(f"{path} lacks {', '.join(missing[:4])}{more}; `cases` and `without` (--cases, --without) say "
+        raise ValueError(f"{path} lacks {listed(missing)}; `cases` and `without` (--cases, --without) say "
                          f"which to judge")

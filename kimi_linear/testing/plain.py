@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .. import dataflow, reference
+from .._arrays import as_tuple
 from ..diff.budgets import budget
 from ..diff.metrics import unit_of
 from ..faults import Call, mistakes
@@ -19,8 +20,8 @@ from .check import FACTOR
 from .spec import Case, Explanation, Law, NotOffered, Plan, Spec, WrongResult, given
 from .spec import defaults as defaults_of
 
-__all__ = ["DROPPED", "LOST", "Form", "alone", "causal", "drawn", "f32", "filled", "gates", "lone_rows", "maker",
-           "nan_spread", "nans", "plain", "rows_apart"]
+__all__ = ["DROPPED", "LOST", "SAME_TWICE", "Form", "alone", "causal", "drawn", "f32", "filled", "gates",
+           "given_outputs", "halved", "lone_rows", "maker", "nan_spread", "nans", "plain", "rows_apart"]
 
 #: What is said of NaN that a result should have.
 LOST = "NaN is lost: there are numbers where it belongs"
@@ -101,7 +102,11 @@ def _same_twice(x, call):
     return None
 
 
-def _given_outputs(the_op, names):
+SAME_TWICE = Law("same-bytes-twice", "two calls on the same inputs give the same bytes", _same_twice)
+
+
+def given_outputs(names):
+    """out= is filled for these results, and nothing beside it."""
     def check(x, call):
         guard, kept, wanted = 32, [], call(x)
         for a in wanted:
@@ -121,18 +126,19 @@ def _given_outputs(the_op, names):
     return Law("out", "out= is filled, and nothing beside it is written", check, frozenset({"out"}), ("out",))
 
 
-def _halved(x, names, rows):
+def halved(x, names, place):
+    """The arguments with half of what some of them have at a place, in their types."""
     other = dict(x)
     for n in names:
         other[n] = x[n].copy()
-        other[n][rows] = other[n][rows] // 2 if x[n].dtype.kind in "iu" else other[n][rows] * np.float32(0.5)
+        other[n][place] = other[n][place] // 2 if x[n].dtype.kind in "iu" else other[n][place] * np.float32(0.5)
     return other
 
 
 def rows_apart(*names):
     """What is done to the last row of these arguments changes no byte of another."""
     def check(x, call):
-        for a, b in zip(call(x), call(_halved(x, names, slice(-1, None))), strict=True):
+        for a, b in zip(call(x), call(halved(x, names, slice(-1, None))), strict=True):
             if a[:-1].tobytes() != b[:-1].tobytes():
                 return f"one row changes the results of others, in {int((a[:-1] != b[:-1]).sum())} values"
         return None
@@ -144,7 +150,7 @@ def causal(*names):
     """What is done to the second half of the tokens changes no byte of the first's results."""
     def check(x, call):
         t = len(x[names[0]]) // 2
-        a, b = call(x)[0][:t], call(_halved(x, names, slice(t, None)))[0][:t]
+        a, b = call(x)[0][:t], call(halved(x, names, slice(t, None)))[0][:t]
         if a.tobytes() != b.tobytes():
             return f"tokens change outputs before them, in {int((a != b).sum())} values"
         return None
@@ -156,7 +162,7 @@ def alone(op, *names):
     """Each of a few rows in a call of its own gives what the whole gave, but for twice the error allowed."""
     def check(x, call):
         whole, ref, stored = call(x), getattr(reference, op)(**x), _stored(x)
-        bounds, ref = (a if isinstance(a, tuple) else (a,) for a in (budget(op, ref, stored=stored, **x), ref))
+        bounds, ref = as_tuple(budget(op, ref, stored=stored, **x)), as_tuple(ref)
         bounds = [b + stored * np.abs(r) for b, r in zip(bounds, ref, strict=True)]
         T = len(x[names[0]])
         for t in sorted({0, T // 2, T - 1}):
@@ -281,7 +287,7 @@ def _all_results(fault, choice, within, call):
     y = fault.function(call, *choice)
     if y is None:
         raise _Idle
-    y = y if isinstance(y, tuple) else (y,)
+    y = as_tuple(y)
     return tuple(np.asarray(a, np.float64) for a in (*y, *call.results()[len(y):]))
 
 
@@ -332,8 +338,7 @@ def plain(op, results, cases, laws=(), forms=None, diagnose=None, mistaken=None,
     """
     parameters = inspect.signature(getattr(reference, op)).parameters
     required = tuple(n for n, p in parameters.items() if p.default is p.empty)
-    laws = (Law("same-bytes-twice", "two calls on the same inputs give the same bytes", _same_twice), *laws,
-            _given_outputs(op, results))
+    laws = (SAME_TWICE, *laws, given_outputs(results))
     return Spec(op=op, results=results, required=required, forms=(), kind=None, cases=tuple(cases), laws=laws,
                 explanations=_explanations(op) if explanations is None else explanations,
                 kinds=functools.partial(_kinds, op, forms or {}),

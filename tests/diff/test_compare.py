@@ -307,3 +307,9 @@ def test_assert_close(norm):
     assert "OVER BUDGET: rms_norm at token 1, head 1, channel 1" in str(raised.value)
     with pytest.raises(AssertionError, match="arrays differ"):
         assert_close(ref * 2, ref)
+
+
+def test_an_error_beyond_all_measure_is_infinite():
+    """Its square is no float64."""
+    e = diff.compare(np.array([1e200]), np.array([1e-10])).errors
+    assert e.nmse == np.inf and 1e209 < e.rms_relative < 1e211

@@ -6,6 +6,12 @@ __all__ = ["add", "gated_rms_norm", "l2_norm", "rms_norm", "sigmoid", "sigmoid_g
 
 U = 2.0**-24
 TINY = 2.0**-149  # the smallest subnormal: results down there are rounded to a multiple of it
+FLUSH = 2.0**-126  # what an operation with flushed subnormals may lose
+
+
+def finite(x):
+    """x, and 0 where it is not finite."""
+    return np.where(np.isfinite(x), x, 0.0)
 
 
 def _relative(ref, units, stored=0.0):

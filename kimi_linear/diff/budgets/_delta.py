@@ -8,11 +8,10 @@ from ..._arrays import checkpoint_counts
 from ..._float64 import f64, sequences
 from ...reference_delta import chunks_of, decays, of_value_heads, states_from
 from ...reference_delta import delta_rule_intra as exact_intra
+from ._basic import FLUSH, U, finite
 
 __all__ = ["decay_cumsum", "delta_rule", "delta_rule_inter", "delta_rule_intra"]
 
-U = 2.0**-24
-FLUSH = 2.0**-126  # what an operation with flushed subnormals may lose
 EXP = 1.6  # error of exp, in u
 FACTOR = EXP + 1  # error that one more factor exp(g) brings to a decay: its own, and the product's
 AUTO = 16  # tokens of a chunk of form "auto"; a tail shorter than that is recurrent
@@ -25,7 +24,7 @@ def decay_cumsum(ref, g, chunk=64, offsets=None):
     for r in sequences(len(c), offsets):
         for part in chunks_of(r, chunk):
             i = np.arange(part.stop - part.start).reshape(-1, *[1] * (c.ndim - 1))
-            bound[part] = i * U / (1 - i * U) * _finite(c[part])
+            bound[part] = i * U / (1 - i * U) * finite(c[part])
     return bound
 
 
@@ -310,7 +309,3 @@ def _spectral(G):
 
 def _norm(x):
     return np.sqrt((x * x).sum(1, keepdims=True))
-
-
-def _finite(x):
-    return np.where(np.isfinite(x), x, 0.0)

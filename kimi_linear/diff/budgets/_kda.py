@@ -3,12 +3,11 @@
 import numpy as np
 
 from ... import reference
+from ..._float64 import f64
+from ._basic import FLUSH, TINY, U, finite
 
 __all__ = ["decay_gate", "short_conv"]
 
-U = 2.0**-24
-TINY = 2.0**-149  # the smallest subnormal
-FLUSH = 2.0**-126  # what an operation with flushed subnormals may lose
 SLOPE = 1.1  # largest slope of SiLU
 
 
@@ -18,8 +17,8 @@ def short_conv(ref, x, w, history=None, offsets=None, activation="silu", stored=
     Subnormal inputs count as 0, so FLUSH meets |w| and |x|. The history is a copy: no error at all. Stored: the sum,
     before SiLU, and the sigmoid in it.
     """
-    x, w = np.abs(_f64(x)), np.abs(_f64(w))
-    before = None if history is None else np.abs(_f64(history))
+    x, w = np.abs(f64(x)), np.abs(f64(w))
+    before = None if history is None else np.abs(f64(history))
     magnitude = _convolve(x, w, before, offsets)
     reach = _convolve(np.ones_like(x), w, None if before is None else np.ones_like(before), offsets)
     taken = _convolve(x, np.ones_like(w), before, offsets)
@@ -39,19 +38,11 @@ def decay_gate(ref, f, rate, dt_bias, lower_bound=None):
 
     With a lower bound the sigmoid's argument rate x has two roundings, and its slope is s (1 - s).
     """
-    x = _f64(f) + _f64(dt_bias)
+    x = f64(f) + f64(dt_bias)
     s, x = reference.sigmoid(x), np.abs(x)
-    rate = np.abs(_f64(rate).reshape(-1, *[1] * (np.ndim(dt_bias) - 1)))
+    rate = np.abs(f64(rate).reshape(-1, *[1] * (np.ndim(dt_bias) - 1)))
     if lower_bound is None:
-        return U * (6 * np.abs(ref) + _finite(rate * s * x)) + TINY * (2 + 2 * rate)
+        return U * (6 * np.abs(ref) + finite(rate * s * x)) + TINY * (2 + 2 * rate)
     s = np.abs(ref) / -lower_bound
-    moved = -lower_bound * 2 * _finite(s * (1 - s) * rate * x)
+    moved = -lower_bound * 2 * finite(s * (1 - s) * rate * x)
     return U * (6 * np.abs(ref) + moved) + TINY * (2 - lower_bound)
-
-
-def _f64(x):
-    return np.asarray(x).astype(np.float64)
-
-
-def _finite(x):
-    return np.where(np.isfinite(x), x, 0.0)

@@ -5,10 +5,12 @@ import zlib
 
 import numpy as np
 
+from ..plain import SAME_TWICE, causal, filled, given_outputs, halved
 from ..spec import Case, Law
 
 __all__ = ["CASES", "LAWS", "real"]
 
+TOKENS = ("q", "k", "v", "g", "beta")  # arguments with a row a token
 #: Gates of the rim, in nats: from no decay to all of it.
 GATES = (-0.0, -1e-30, -1e-3, -5.0, -100.0, -1e4, -np.inf)
 
@@ -60,7 +62,7 @@ def split(*cuts):
         parts, state = [], x.get("initial_state")
         T = len(x["q"])
         for a, b in zip((0, *cuts), (*cuts, T), strict=True):
-            piece = {n: v[a:b] if n in ("q", "k", "v", "g", "beta") and v is not None else v for n, v in x.items()}
+            piece = {n: v[a:b] if n in TOKENS and v is not None else v for n, v in x.items()}
             o, state = call(piece | ({} if state is None else {"initial_state": np.ascontiguousarray(state)}))
             parts.append(o)
         return np.concatenate(parts), state
@@ -142,11 +144,9 @@ def _strong_and_unwritten(x, rng):
         x["g"][3] = -30.0
 
 
-def _one(value, t=20):
-    def change(x, rng):
-        if x["g"] is not None:
-            x["g"][t] = value
-    return change
+def _one_inf(x, rng):
+    if x["g"] is not None:
+        x["g"][20] = -np.inf
 
 
 def _gates():
@@ -166,7 +166,7 @@ def _gates():
                 says="-30 at token 3, and beta 0: what is left of the state is all there is")
     yield _case("some-100", "rim gates", 130, change=_mixed(-1e-3, -0.1, -0.5, -100.0), carried=True)
     yield _case("some-1e4", "rim gates", 130, change=_mixed(-1e-3, -0.1, -0.5, -1e4), carried=True)
-    yield _case("one-inf", "rim gates", 70, change=_one(-np.inf), carried=True, needs={"-inf"},
+    yield _case("one-inf", "rim gates", 70, change=_one_inf, carried=True, needs={"-inf"},
                 says="-inf at token 20: what was is forgotten")
     for n in (65, 130):
         yield _case(f"every-gate-{n}", "rim gates", n, change=_mixed(*GATES), carried=True, needs={"-inf"})
@@ -174,12 +174,6 @@ def _gates():
 
 
 # ---- beta, keys, NaN -----------------------------------------------------------------------------------
-
-
-def _set(name, value):
-    def change(x, rng):
-        x[name][...] = value
-    return change
 
 
 def _mild_then(change):
@@ -220,7 +214,7 @@ def _zero_keys(x, rng):
 
 def _betas():
     for value in (0, 1, 2):
-        yield _case(f"beta-{value}", "beta", 33, change=_mild_then(_set("beta", value)), carried=True)
+        yield _case(f"beta-{value}", "beta", 33, change=_mild_then(filled("beta", value)), carried=True)
     yield _case("beta-mixed", "beta", 70, change=_mild_then(_some_beta), carried=True)
 
 
@@ -261,66 +255,15 @@ CASES = tuple(case for part in (_lengths, _carried, _shapes, _gates, _betas, _ke
 # ---- laws ----------------------------------------------------------------------------------------------
 
 
-def _same_twice(x, call):
-    for a, b in zip(call(x), call(x), strict=True):
-        if a.tobytes() != b.tobytes():
-            return f"two calls on the same inputs differ in {int((a != b).sum())} values"
-    return None
-
-
-def _given_outputs(x, call):
-    """out=(o, state) is filled and nothing beside it."""
-    guard, kept = 32, []
-    (T, H, K), V = x["q"].shape, x["v"].shape[-1]
-    for shape in ((T, H, V), (H, K, V)):
-        size = int(np.prod(shape))
-        whole = np.full(size + 2 * guard, np.nan, np.float32)
-        whole[:guard] = whole[guard + size:] = 7.0
-        kept.append((whole, whole[guard:guard + size].reshape(shape), size))
-    got = call(x, out=tuple(view for _, view, _ in kept))
-    wanted = call(x)
-    for (whole, view, size), a, name in zip(kept, wanted, ("o", "state"), strict=True):
-        if (whole[:guard] != 7).any() or (whole[guard + size:] != 7).any():
-            return f"it wrote outside of its output {name}"
-        if np.isnan(view).all():
-            return f"out= is taken, and its {name} is left as it was"
-        if not np.array_equal(view, a, equal_nan=True):
-            return f"out= has other values of {name} than a new array gets"
-    return None if len(got) == 2 else "with out= it gave another number of results"
-
-
-def _causal(x, call):
-    """What is done to the second half of the tokens changes nothing in the first."""
-    t = len(x["q"]) // 2
-    return _untouched(call(x)[0][:t], call(_halved(x, np.s_[t:]))[0][:t], "tokens change outputs before them")
-
-
 def _apart(x, call):
     """What is done to the last head changes nothing in the others."""
-    return _untouched(call(x)[0][:, :-1], call(_halved(x, np.s_[:, -1]))[0][:, :-1],
-                      "one head changes the outputs of others")
+    a, b = call(x)[0][:, :-1], call(halved(x, TOKENS, np.s_[:, -1]))[0][:, :-1]
+    return None if a.tobytes() == b.tobytes() else \
+        f"one head changes the outputs of others, in {int((a != b).sum())} values"
 
 
-def _halved(x, place):
-    """The arguments with half of what they have at a place, in their types."""
-    other = dict(x)
-    for n in ("q", "k", "v", "g", "beta"):
-        other[n] = x[n].copy()
-        other[n][place] *= np.float32(0.5)
-    return other
-
-
-def _untouched(a, b, says):
-    return None if a.tobytes() == b.tobytes() else f"{says}, in {int((a != b).sum())} values"
-
-
-LAWS = (
-    Law("same-bytes-twice", "two calls on the same inputs give the same bytes", _same_twice),
-    Law("causal", "later tokens change no byte of an output", _causal),
-    Law("heads-apart", "a head changes no byte of another's output", _apart),
-    Law("out", "out=(o, state) is filled, and nothing beside it is written", _given_outputs, frozenset({"out"}),
-        ("out",)),
-)
+LAWS = (SAME_TWICE, causal(*TOKENS), Law("heads-apart", "a head changes no byte of another's output", _apart),
+        given_outputs(("o", "state")))
 
 
 # ---- the packaged model --------------------------------------------------------------------------------

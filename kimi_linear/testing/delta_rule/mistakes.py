@@ -11,6 +11,7 @@ from ...faults._delta import that_act, wrong
 from ...faults._delta_chunk import TERMS, Chunks, longest
 from ..plain import LOST
 from ..spec import Explanation
+from .cases import TOKENS
 
 __all__ = ["EXPLANATIONS", "SWAPPED", "acting", "diagnose", "mistaken", "start"]
 
@@ -61,7 +62,7 @@ class _Shared:
 
     @functools.cached_property
     def start(self):
-        x = {n: a[:START] if n in ("q", "k", "v", "g", "beta") and a is not None else a for n, a in self.x.items()}
+        x = {n: a[:START] if n in TOKENS and a is not None else a for n, a in self.x.items()}
         return x if x.get("offsets") is None else x | {"offsets": np.minimum(x["offsets"], START)}
 
 
