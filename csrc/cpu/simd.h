@@ -27,6 +27,8 @@
 #include <stdint.h>
 #include <string.h>
 
+typedef int32_t __attribute__((may_alias)) v16i_couple; /* two neighbours of a row of int16 */
+
 #if defined(KL_AVX512)
 #include "simd_avx512.h"
 #elif defined(KL_AVX2)
@@ -75,8 +77,16 @@ static inline v16 v16_indices(int32_t i)
 }
 #endif
 
-#if !defined(KL_AVX2)
-static inline v16i v16i_keep(v16i a) { return a; }
+#if !defined(KL_AVX512)
+/* acc + a . *b, one couple for all lanes; in registers: the compiler would keep one sum of a tile in memory */
+static inline v16i v16i_dot_each(v16i acc, v16i a, const v16i_couple *b)
+{
+    acc = v16i_dot(acc, a, v16i_set1(*b));
+#if defined(KL_AVX2)
+    __asm__("" : "+x"(acc.lo), "+x"(acc.hi));
+#endif
+    return acc;
+}
 #endif
 
 /* v16_sum of each of n */

@@ -163,12 +163,6 @@ static inline v16i v16i_dot(v16i acc, v16i a, v16i b)
                    _mm256_add_epi32(acc.hi, _mm256_madd_epi16(a.hi, b.hi)) };
 #endif
 }
-/* a, in registers: the compiler would keep one sum of a tile in memory */
-static inline v16i v16i_keep(v16i a)
-{
-    __asm__("" : "+x"(a.lo), "+x"(a.hi));
-    return a;
-}
 static inline v16 v16_of_int(v16i a)
 {
     return (v16){ _mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi) };
