@@ -79,6 +79,11 @@ def matches(names, patterns, what="taps", *, made=False):
     return [n for n in names if n in wanted]
 
 
+def _same_bytes(a, b):
+    a, b = np.asarray(a), np.asarray(b)
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and a.tobytes() == b.tobytes()
+
+
 class Trace(Mapping):
     """Intermediates of a forward pass: a mapping from tap to array [T, ...], in the order of the dataflow.
 
@@ -114,6 +119,12 @@ class Trace(Mapping):
 
     def __len__(self):
         return len(self._arrays)
+
+    def __eq__(self, other):
+        """Whether both hold the same taps, each of the same type, shape and bytes; `meta` does not count."""
+        if not isinstance(other, Trace):
+            return NotImplemented
+        return self.keys() == other.keys() and all(_same_bytes(self[tap], other[tap]) for tap in self)
 
     @property
     def tokens(self):

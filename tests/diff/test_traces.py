@@ -161,6 +161,18 @@ def test_hostile_names_are_escaped(ours):
     assert "<script>" not in report._repr_html_() and "&lt;script&gt;" in report._repr_html_()
 
 
+def test_equal_traces_have_the_same_bytes(ours, tmp_path):
+    ours.save(tmp_path / "t.safetensors")
+    assert kl.Trace.load(tmp_path / "t.safetensors") == ours and ours != kl.Trace({}) and ours != 3
+    near = {tap: np.array(x) for tap, x in ours.items()}
+    assert kl.Trace(near) == ours  # meta does not count
+    near["layers.1.out"][2, 3] = np.nextafter(near["layers.1.out"][2, 3], np.float32(9))
+    assert kl.Trace(near) != ours
+    x = np.zeros(2, np.float32)
+    assert kl.Trace({"a": x}) != kl.Trace({"a": -x}) and kl.Trace({"a": x}) != kl.Trace({"a": x.astype(np.float64)})
+    assert kl.Trace({"a": x * np.nan}) == kl.Trace({"a": x * np.nan}) != kl.Trace({"b": x * np.nan})
+
+
 def test_plain_values(ours):
     import json
 

@@ -215,9 +215,9 @@ def test_a_folder_whose_name_is_no_text(copy, tmp_path):
 
 
 @pytest.mark.parametrize("there, missing", [
-    ({"tiktoken.model"}, "tokenizer_config.json"), ({"tokenizer_config.json"}, "tiktoken.model or tokenizer.json"),
-    ({"vocab.json", "merges.txt"}, "tokenizer.json"), ({"tokenizer_config.json", "vocab.json"}, "tokenizer.json"),
-    (set(), None)], ids=str)
+    (["tiktoken.model"], "tokenizer_config.json"), (["tokenizer_config.json"], "tiktoken.model or tokenizer.json"),
+    (["vocab.json", "merges.txt"], "tokenizer.json"), (["tokenizer_config.json", "vocab.json"], "tokenizer.json"),
+    ([], None)], ids=str)
 def test_a_file_of_the_tokenizer_that_is_missing(tiny_dir, tmp_path, there, missing):
     folder = tmp_path / "m"
     folder.mkdir()
