@@ -13,6 +13,7 @@ or a flag has changed.  Settings come from the environment:
     KL_SANITIZE   address,undefined | thread                       KL_DEBUG=1   asserts, NaN-filled scratch
 """
 
+import math
 import os
 import platform
 import re
@@ -37,7 +38,6 @@ ABI_VERSION = VERSION.split(".")[0]  # of the shared library's name
 LIBRARY = ["csrc/*.c", "csrc/ops/*.c", "csrc/cpu/*.c", "csrc/quant/*.c", "csrc/model/*.c"]
 BINDING = ["csrc/python/*.c"]
 PUBLIC = ["csrc/kimi_linear*.h"]
-HEADERS = ["csrc/**/*.h", "csrc/**/*.inc", "csrc/**/*.def"]
 
 COMMON = """
     -std=c11 -g1 -fPIC -pthread -fvisibility=hidden -fno-lto
@@ -263,9 +263,8 @@ class Toolchain:
 
     def compile(self, sources):
         """Objects of `sources`, brought up to date; all errors are shown, not only the first."""
-        newest = max((os.stat(ROOT / h).st_mtime for h in glob(HEADERS)), default=0.0)
         jobs = [(source, self._object(source), self._command(source)) for source in sources]
-        stale = [job for job in jobs if not self._is_fresh(*job, newest)]
+        stale = [job for job in jobs if not self._is_fresh(*job)]
         if stale:
             what = f"{len(stale)} of {len(jobs)} files ({self.variant}; BLAS: {self.blas.name})"
             print(f"compiling {what}", flush=True)
@@ -279,14 +278,17 @@ class Toolchain:
         return self.objects / Path(source).relative_to("csrc").with_suffix(".o")
 
     def _command(self, source):
-        return [*self.cc, *self.flags(source), "-c", source, "-o", str(self._object(source))]
+        obj = self._object(source)
+        read = ["-MMD", "-MT", "it", "-MF", str(obj.with_suffix(".d"))]
+        return [*self.cc, *self.flags(source), *read, "-c", source, "-o", str(obj)]
 
     @staticmethod
-    def _is_fresh(source, obj, command, newest_header):
-        record = obj.with_suffix(".cmd")
-        if not obj.exists() or not record.exists() or record.read_text() != shlex.join(command):
+    def _is_fresh(source, obj, command):
+        record, read = obj.with_suffix(".cmd"), obj.with_suffix(".d")
+        if not all(path.exists() for path in (obj, record, read)) or record.read_text() != shlex.join(command):
             return False
-        return obj.stat().st_mtime > max(newest_header, os.stat(ROOT / source).st_mtime)
+        made_of = read.read_text().replace("\\\n", " ").removeprefix("it:").split()  # source, headers
+        return not is_older(obj, [ROOT / path for path in made_of])
 
     @staticmethod
     def _compile_one(job):
@@ -334,7 +336,9 @@ def locked(body):
 
 
 def is_older(target, inputs):
-    return not target.exists() or target.stat().st_mtime < max(os.stat(i).st_mtime for i in inputs)
+    """Whether it is missing, older than one of them, or made of one that is gone."""
+    changed = [path.stat().st_mtime if path.exists() else math.inf for path in map(Path, inputs)]
+    return not target.exists() or target.stat().st_mtime <= max(changed)
 
 
 class BuildPython(build_py):
@@ -390,7 +394,7 @@ class BuildExtension(build_ext):
     def _variant_changed(target, tools):
         """The file in the tree may be another variant's, or linked against another BLAS."""
         record = ROOT / "build/inplace.txt"
-        now = f"{target}\n{tools.variant}\n{tools.blas}\n"
+        now = f"{target}\n{tools.variant}\n{tools.blas}\n{os.environ.get('LDFLAGS', '')}\n"
         changed = not record.exists() or record.read_text() != now
         record.write_text(now)
         return changed
