@@ -1,3 +1,4 @@
+/* What Linux and macOS call by different names: system.h. */
 #define _GNU_SOURCE /* sched_getaffinity */
 #include "system.h"
 

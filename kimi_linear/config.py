@@ -42,7 +42,7 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes and constants of a model. Sizes of a kind of layer that does not occur may be 0."""
+    """Sizes and constants of a model. What is about a kind of layer has a default, for models without such layers."""
 
     model_type: str
     vocab_size: int
@@ -56,27 +56,27 @@ class Config:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
     max_length: int
-    kda_heads: int
-    kda_head_dim: int                  # K = V
-    conv_width: int                    # W, taps
-    gate_lower_bound: float | None     # nats per token, < 0; None is the softplus gate
-    mla_heads: int
-    nope_dim: int
-    rope_dim: int                      # width kept, never rotated
-    v_head_dim: int
-    kv_rank: int                       # R
-    q_rank: int                        # 0 is a plain projection
-    ffn_size: int                      # width of a dense feed-forward
-    n_experts: int
-    experts_per_token: int
-    n_shared_experts: int
-    moe_size: int                      # width of one expert
-    n_groups: int
-    top_groups: int
-    renormalise: bool
-    routed_scale: float
-    router_function: str               # "sigmoid" or "softmax"
     layers: tuple[LayerSpec, ...]
+    kda_heads: int = 0
+    kda_head_dim: int = 0              # K = V
+    conv_width: int = 0                # W, taps
+    gate_lower_bound: float | None = None  # nats per token, < 0; None is the softplus gate
+    mla_heads: int = 0
+    nope_dim: int = 0
+    rope_dim: int = 0                  # width kept, never rotated
+    v_head_dim: int = 0
+    kv_rank: int = 0                   # R
+    q_rank: int = 0                    # 0 is a plain projection
+    ffn_size: int = 0                  # width of a dense feed-forward
+    n_experts: int = 0
+    experts_per_token: int = 0
+    n_shared_experts: int = 0
+    moe_size: int = 0                  # width of one expert
+    n_groups: int = 1
+    top_groups: int = 1
+    renormalise: bool = True
+    routed_scale: float = 1.0
+    router_function: str = "sigmoid"   # or "softmax"
     gdn_k_heads: int = 0               # Hk
     gdn_v_heads: int = 0               # Hv, a multiple of Hk
     gdn_k_dim: int = 0                 # K

@@ -118,8 +118,7 @@ def read(d: Mapping[str, Any]) -> tuple[dict[str, Any], Reader]:
     fields |= _moe(r, n_experts, "moe" in ffns)
     return fields | dict(
         gdn_inputs=KINDS[kind].gdn_inputs, norm_plus_one=r.flag("norm_plus_one", True), router_bias=False,
-        moe_names="mlp", kda_heads=0, kda_head_dim=0, gate_lower_bound=None, mla_heads=0, nope_dim=0, rope_dim=0,
-        v_head_dim=0, kv_rank=0, q_rank=0), r
+        moe_names="mlp"), r
 
 
 def _reader(d: Mapping[str, Any], kind: str) -> tuple[Reader, bool]:

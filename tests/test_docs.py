@@ -5,8 +5,10 @@ import inspect
 import re
 from pathlib import Path
 
+import basic_inputs
 import numpy as np
 import pytest
+from small_calls import calls_of_every_op
 
 import kimi_linear as kl
 import kimi_linear.diff
@@ -21,7 +23,7 @@ from kimi_linear.editing import Place
 ROOT = Path(__file__).parents[1]
 MATH = ROOT / "docs" / "math.md"
 STATE = ROOT / "docs" / "state.md"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "csrc/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 OPS = re.findall(r"^\s+OP\((\w+),", (ROOT / "csrc/ops/list.h").read_text(), re.M)
 INNER = {"cache_append"}  # part of a forward pass: no function of kl.ops
@@ -195,11 +197,6 @@ def test_anchors_of_math_exist():
     assert seen > 10
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_math_has_a_section_for_each_op(op):
-    assert re.search(rf"^### {op}$|^## {op}$", MATH.read_text(encoding="utf-8"), re.M)
-
-
 def section(path, title):
     """The text below a heading that has these words, to the next heading of its level or above."""
     level, rest = re.search(rf"^(#+) [^\n]*?{title}\n(.*)", path.read_text(encoding="utf-8"), re.M | re.S).groups()
@@ -296,7 +293,7 @@ def test_the_page_of_a_new_op_shows_the_code(function):
     assert any(all(line in code for line in block.splitlines()) for block in shown)
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_and_paths_in_docs(path):
     text = path.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -308,6 +305,21 @@ def test_links_and_paths_in_docs(path):
         assert there, f"{path.name} links to {target}"
     for name in re.findall(r"`((?:csrc|kimi_linear|tests|docs|notebooks|benchmarks)/[\w./-]+)`", text):
         assert (ROOT / name).exists(), f"{path.name} names {name}"
+
+
+def test_the_map_of_csrc_names_all_that_lies_there():
+    text = read("csrc/README.md")
+    for path in sorted((ROOT / "csrc").iterdir()):
+        if path.suffix in (".c", "") or not path.with_suffix(".c").exists() and path.suffix == ".h":
+            wanted = f"`{path.name}`" if path.suffix == ".c" else f"]({path.name})"
+            assert wanted in text, f"csrc/README.md says nothing of {path.name}"
+    for name in re.findall(r"`((?:ops|hip|model)/[\w.*<>]+)`", text):
+        assert list((ROOT / "csrc").glob(name.replace("<op>", "*"))), f"csrc/README.md names {name}"
+
+
+def test_each_file_of_csrc_says_what_it_is():
+    for path, code in text_of("csrc", suffixes=(".c", ".h", ".inc", ".def", ".hip", ".cpp")):
+        assert code.startswith("/* "), f"{path} does not begin with a comment that says what it is"
 
 
 # ---- what docs/math.md says was measured ----
@@ -351,22 +363,48 @@ def test_errors_of_elementary_functions_are_as_stated(function, run, reference, 
 # ---- each op, everywhere ---------------------------------------------------------------------------
 
 
+def read(path):
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def places(op):
+    """(whether it is there, the place and what must be there) of an op, in the order of docs/add-an-op.md."""
+    def said(path, pattern, what):
+        return re.search(pattern.replace("OP", op), read(path), re.M) is not None, f"{path}: {what.replace('OP', op)}"
+
+    def said_below(folder, suffixes, pattern, what):
+        text = "\n".join(text for _, text in text_of(folder, suffixes=suffixes))
+        return re.search(pattern.replace("OP", op), text, re.M) is not None, f"{folder}: {what.replace('OP', op)}"
+
+    outer = op not in INNER
+    judged = r"\bOP\b" if op in EXACT or op in basic_inputs.OPS else r'judge\("OP"'
+    yield said("docs/math.md", "^##+ OP$", "a section OP")
+    yield said("docs/math.md", r"\[OP\]\(#OP\)", "OP in the list of contents")
+    yield not outer or callable(getattr(kl.reference, op, None)), f"kimi_linear/reference.py: a function {op}"
+    yield op in EXACT or op in budgets.names(), f"kimi_linear/diff/budgets: a budget {op}, named in __all__"
+    yield said("csrc/kimi_linear.h", r"^KL_API kl_status kl_OP\(", "a declaration of kl_OP")
+    yield said_below("csrc/ops", (".c",), r"^(?:/\*| \*) +OP:", "a first comment with the formula, 'OP: ...'")
+    yield said_below("csrc/ops", (".c",), r"^kl_status cpu_OP\(", "a function cpu_OP")
+    if f"KL_KERNEL({op}," in read("csrc/cpu/kernels.def"):
+        yield said("tests/c/test_isa.c", r"\bkl_OP\(", "a call of kl_OP, whose kernel each instruction set has")
+    yield hasattr(_core, op), f"csrc/python/ops_*.c: py_{op}, and its line in the table of that file"
+    yield said("kimi_linear/_core.pyi", r"^def OP\(", "a line of OP")
+    yield not outer or op in kl.ops.__all__, f"kimi_linear/ops/__init__.py: {op} in __all__"
+    yield said_below("tests/ops", (".py",), judged, "a test that judges OP")
+    yield not outer or op in calls_of_every_op(), f"tests/ops/small_calls.py: a call of {op}"
+    yield said("csrc/hip/ops.def", r"^KL_HAVE\(OP\)", "a line KL_HAVE(OP)")
+    yield said("docs/hip.md", r"^\|[^|]*`OP`", "a row of OP in the ladder")
+    yield said("tests/hip/test_hip_grids.py", r'^    "OP\b', "a case of OP")
+    yield said("tests/hip/test_hip_far.py", r"\bOP\b", "rows of OP behind 2^31")
+    if outer:
+        yield said("benchmarks/cases.py", r'Case\("OP"', "a case of OP")
+        yield said("README.md", r"^\| *`OP` *\|", "a row of OP in the table of ops")
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_op_is_complete(op):
-    """The places of docs/add-an-op.md, for each op of the list."""
-    sources = "\n".join(text for _, text in text_of("csrc/ops", suffixes=(".c",)))
-    assert re.search(rf"^(?:/\*| \*) +{op}:", sources, re.M), "no header comment with its formula in csrc/ops"
-    assert re.search(rf"^kl_status cpu_{op}\(", sources, re.M)
-    assert re.search(rf"^KL_API kl_status kl_{op}\(", (ROOT / "csrc/kimi_linear.h").read_text(), re.M)
-    assert hasattr(_core, op)
-    if op not in INNER:
-        assert op in kl.ops.__all__
-        assert callable(getattr(kl.reference, op))
-    assert op in EXACT or op in budgets.names()
-    tests = "\n".join(text for _, text in text_of("tests/ops"))
-    assert re.search(rf"\b{op}\b", tests), "no test in tests/ops"
-    if op not in INNER:
-        assert f'Case("{op}"' in (ROOT / "benchmarks/cases.py").read_text(), "no benchmark"
+    missing = [place for there, place in places(op) if not there]
+    assert not missing, "\n".join(["docs/add-an-op.md says what a place is for; missing is", *missing])
 
 
 @pytest.mark.parametrize("name", ["example_op.c", "example_delta_rule.c", "example_model.c"])
@@ -374,8 +412,3 @@ def test_the_page_of_the_c_library_shows_the_programs_of_its_tests(name):
     page, program = (ROOT / "docs/c-api.md").read_text(), (ROOT / "tests/c" / name).read_text()
     shown = re.search(rf"tests/c/{name}\).*?```c\n(.*?)```", page, re.S)[1]
     assert shown == program.split("\n", 1)[1]
-
-
-@pytest.mark.parametrize("op", PYTHON_OPS)
-def test_op_has_a_row_in_the_readme(op):
-    assert re.search(rf"^\| *`{op}` *\|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)

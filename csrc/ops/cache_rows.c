@@ -1,3 +1,4 @@
+/* Rows of a cache as values: cache_rows.h. */
 #include "cache_rows.h"
 
 static const char *stored(const kl_cache *cache, int64_t n, int64_t position, int64_t column)

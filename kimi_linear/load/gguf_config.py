@@ -72,7 +72,9 @@ class Architecture:
 
 
 def architecture_of(config: Config) -> Architecture:
-    """The architecture that a model is written as."""
+    """The architecture that a model is written as; ValueError where GGUF has none for it."""
+    if config.model_type not in _OF_MODEL_TYPE:
+        raise ValueError(f"model_type is {config.model_type!r}; a GGUF can hold {', '.join(_OF_MODEL_TYPE)}")
     return ARCHITECTURES[_OF_MODEL_TYPE[config.model_type]]
 
 

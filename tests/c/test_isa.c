@@ -111,6 +111,8 @@ static void plain_ops(int64_t D)
         MUST(kl_sigmoid_gate(ctx, result(T * D, "sigmoid_gate", what, D), ordinary, x, T, D, 1));
         MUST(
             kl_sigmoid_gate(ctx, result(T * D, "sigmoid_gate all", what, D), ordinary, x, T, D, D));
+        MUST(kl_rope(ctx, result(T * D, "rope", what, D), x, (const int64_t[T]){ 0, 7, 4096 }, T, 1,
+                     D, D / 2 * 2, 1e4));
         MUST(kl_softmax(ctx, result(T * D, "softmax", what, D), x, T, D));
         MUST(kl_rms_norm(ctx, result(T * D, "rms_norm", what, D), x, w, T, D, 1e-6f));
         MUST(kl_rms_norm(ctx, result(D, "rms_norm tiny", what, D), ordinary, w, 1, D, 0.0f));

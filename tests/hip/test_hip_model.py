@@ -3,18 +3,17 @@
 
 import numpy as np
 import pytest
-from conftest import DATA
+from conftest import DATA, GOLDEN_CASES
 from hip_build import DEVICE, host_build_only, host_library
 
 import kimi_linear as kl
 from kimi_linear.verify import verify
 
-CASES = ["kimi-a", "kimi-b", "qwen-a", "qwen35-a", "qwen35-moe"]
 RMS, LARGEST = 1e-5, 2e-4  # between two engines, each half of it from float64 (tests/model/test_verify.py)
 WIDER = {"qwen35-a": 8}  # whose gated norms blow up small vectors: one unit on every tap moves its logits by 9e-6
 
 
-@pytest.fixture(params=CASES, scope="module")
+@pytest.fixture(params=GOLDEN_CASES, scope="module")
 def models(request):
     """(on the CPU, on the device)"""
     host_library()

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from dataclasses import replace
 
 import gguf_files
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import kimi_linear as kl
 from kimi_linear.errors import FormatError
 from kimi_linear.load import open_checkpoint
-from kimi_linear.load.gguf_config import INERT, NAMES
+from kimi_linear.load.gguf_config import INERT, NAMES, architecture_of
 from kimi_linear.load.gguf_write import Outgoing, write_gguf
 from kimi_linear.verify import verify
 
@@ -375,3 +376,9 @@ def test_another_architecture_is_named(tmp_path):
 
 def test_known_keys_are_apart():
     assert not INERT & set(NAMES.values())
+
+
+def test_a_family_that_no_architecture_can_hold(kimi_b):
+    config = replace(kl.Model.from_pretrained(kimi_b).config, model_type="another")
+    with pytest.raises(ValueError, match="model_type is 'another'; a GGUF can hold kimi_linear, qwen3_next"):
+        architecture_of(config)

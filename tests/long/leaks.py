@@ -7,6 +7,7 @@ Python objects (exact), and the process's anonymous memory (what it costs; it mo
 """
 
 import ctypes
+import functools
 import gc
 import sys
 import tempfile
@@ -15,6 +16,9 @@ from pathlib import Path
 import numpy as np
 
 import kimi_linear as kl
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
+from small_calls import calls_of_every_op  # noqa: E402
 
 # A leak of the smallest block, 32 bytes a call, is over these at 10,000 calls; so is one of 128 at 300.
 MALLOC_SLACK, BLOCK_SLACK, RSS_SLACK = 32 << 10, 250, 256 << 10
@@ -43,41 +47,9 @@ def rss_anon():
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
 
 
-def op_calls(rng):
+def op_calls():
     """Name -> a small call of each op."""
-    def f(*shape):
-        return rng.standard_normal(shape, np.float32)
-
-    x, w, g = f(6, 16), f(8, 16), -np.abs(f(6, 2, 8))
-    q, k, v, beta = f(6, 2, 8), f(6, 2, 8), f(6, 2, 8), rng.random((6, 2), np.float32)
-    taps, rate, square = f(16, 4), np.abs(f(2)), f(6, 2, 4)
-    latent, shared, w_uk, w_uv = f(6, 12), f(6, 2), f(2, 6, 12), f(2, 8, 12)
-    ids, weights = np.tile(np.array([[0, 2]], np.int32), (6, 1)), np.abs(f(6, 2))
-    experts, back = f(4, 8, 16), f(4, 16, 8)
-    blocks = kl.ops.quantize(f(2, 256), "Q4_K")
-    return {
-        "add": lambda: kl.ops.add(x, x),
-        "sigmoid": lambda: kl.ops.sigmoid(x),
-        "swiglu": lambda: kl.ops.swiglu(x, x),
-        "softmax": lambda: kl.ops.softmax(x),
-        "rms_norm": lambda: kl.ops.rms_norm(x, x[0], eps=1e-5),
-        "gated_rms_norm": lambda: kl.ops.gated_rms_norm(x, x, x[0], eps=1e-5),
-        "l2_norm": lambda: kl.ops.l2_norm(x),
-        "embedding": lambda: kl.ops.embedding([1, 2, 3], w),
-        "linear": lambda: kl.ops.linear(x, w),
-        "quantize": lambda: kl.ops.quantize(f(2, 256), "Q4_K"),
-        "dequantize": lambda: kl.ops.dequantize(blocks),
-        "route": lambda: kl.ops.route(x, k=2),
-        "moe": lambda: kl.ops.moe(x, ids, weights, experts, experts, back),
-        "short_conv": lambda: kl.ops.short_conv(x, taps),
-        "decay_gate": lambda: kl.ops.decay_gate(q, rate, q[0]),
-        "delta_rule": lambda: kl.ops.delta_rule(q, k, v, g, beta),
-        "delta_rule_intra": lambda: kl.ops.delta_rule_intra(q, k, v, g, beta, chunk=4),
-        "delta_rule_inter": lambda: kl.ops.delta_rule_inter(q, k, g, square, k, v, chunk=4),
-        "decay_cumsum": lambda: kl.ops.decay_cumsum(g, chunk=4),
-        "latent_attention": lambda: kl.ops.latent_attention(q, latent, shared, w_uk, w_uv, scale=0.3),
-        "sample": lambda: kl.ops.sample(x, temperature=1.0, seed=1, position=0),
-    }
+    return {op: functools.partial(getattr(kl.ops, op), **given) for op, given in calls_of_every_op().items()}
 
 
 def model_calls(model, folder):
@@ -182,7 +154,7 @@ def main(calls=10_000, with_rss=True):
     model = kl.Model.from_pretrained(Path(__file__).parents[1] / "data" / "golden" / "kimi-a", ctx=ctx)
     leaks = 0
     with tempfile.TemporaryDirectory() as folder:
-        everything = op_calls(np.random.default_rng(0)) | model_calls(model, Path(folder))
+        everything = op_calls() | model_calls(model, Path(folder))
         print(f"{'growth by ' + format(calls, ',') + ' calls':<24} {'malloc':>9} {'blocks':>7} {'RssAnon':>9}")
         for name, call in everything.items():
             found = growth(call, calls)

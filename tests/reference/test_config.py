@@ -1,6 +1,7 @@
 """Config: both forms, every check by name, all problems at once, and the shapes of the weights."""
 
 import copy
+import dataclasses
 import json
 import random
 import warnings
@@ -8,7 +9,8 @@ import warnings
 import pytest
 from conftest import canonical_weights
 
-from kimi_linear.config import KEYS, LINEAR_KEYS, Config, ConfigError, LayerSpec
+from kimi_linear.config import FAMILIES, KEYS, LINEAR_KEYS, Config, ConfigError, LayerSpec
+from kimi_linear.config_reader import Reader, common
 
 #: Kimi-Linear-48B-A3B as published; inert keys but for one of each kind are left out.
 PUBLISHED = dict(
@@ -67,6 +69,17 @@ def test_parameters_of_the_published_model():
             n *= x
         total += n
     assert total == 49_122_681_728
+
+
+def test_a_family_says_only_what_its_layers_have():
+    needed = {f.name for f in dataclasses.fields(Config) if f.default is dataclasses.MISSING}
+    assert needed == {"model_type", "n_layers", "layers", *common(Reader({}, {}))}
+
+
+@pytest.mark.parametrize("family", dict.fromkeys(FAMILIES.values()), ids=lambda module: module.__name__)
+def test_a_family_is_whole(family):
+    for name in ("read", "to_dict", "PUBLISHED"):
+        assert hasattr(family, name), f"{family.__name__} has no {name}"
 
 
 def test_transformers_form(golden_dir):

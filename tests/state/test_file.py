@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import GOLDEN_CASES
 from states import assert_same, contents, ids, read
 
 import kimi_linear as kl
@@ -22,7 +23,7 @@ def tiny():
     return kl.Model.tiny()
 
 
-@pytest.fixture(scope="module", params=["tiny", "kimi-a", "kimi-b"])
+@pytest.fixture(scope="module", params=["tiny", *GOLDEN_CASES])
 def model(request, golden_dir):
     return kl.Model.tiny() if request.param == "tiny" else kl.Model.from_pretrained(golden_dir / request.param)
 

@@ -1,4 +1,4 @@
-"""Each verb of a state, by bytes, on the packaged model and both golden ones, with both types of cache."""
+"""Each verb of a state, by bytes, on the packaged model and each golden one, with both types of cache."""
 
 import copy
 import pickle
@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 import pytest
+from conftest import GOLDEN_CASES
 from states import assert_same, contents, ids, read
 
 import kimi_linear as kl
@@ -16,7 +17,7 @@ def tiny():
     return kl.Model.tiny()
 
 
-@pytest.fixture(scope="module", params=["tiny", "kimi-a", "kimi-b"])
+@pytest.fixture(scope="module", params=["tiny", *GOLDEN_CASES])
 def model(request, golden_dir):
     return kl.Model.tiny() if request.param == "tiny" else kl.Model.from_pretrained(golden_dir / request.param)
 

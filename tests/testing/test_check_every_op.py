@@ -25,9 +25,12 @@ def lacks(op):
 
 
 def test_every_op_that_a_port_writes_is_there():
-    assert set(specs()) == set(budgets()) - {"add", "sigmoid", "delta_rule_inter", "delta_rule_intra"}
+    of_ours_alone = {"add", "sigmoid", "delta_rule_inter", "delta_rule_intra"}
+    assert set(specs()) == set(budgets()) - of_ours_alone, "kimi_linear/testing/spec.py: OPS, or of_ours_alone here"
     for op in specs():
-        assert getattr(kl.ops, op) and getattr(kl.reference, op) and op in kl.conventions["ours"]
+        assert getattr(kl.ops, op) and getattr(kl.reference, op)
+        assert op in kl.conventions["ours"], f"kimi_linear/_conventions.py: OURS has no {op}"
+        assert hasattr(planted_ops, op) or op == "delta_rule", f"tests/testing/planted_ops.py: no right kernel of {op}"
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -56,8 +59,10 @@ def test_a_planted_bug_is_named(op, bug):
 
 def test_there_are_enough_bugs_of_each_op():
     for op in OPS:
-        assert sum(o == op for o, _ in planted_ops.BUGS) >= 4, op
-        assert len([f for f in faults.mistakes(op) if "*" not in f.ops]) + 2 * (op == "route") >= 4, op
+        bugs = sum(o == op for o, _ in planted_ops.BUGS)
+        assert bugs >= 4, f"tests/testing/planted_ops.py: BUGS has {bugs} of {op}; it must have 4"
+        own = len([f for f in faults.mistakes(op) if "*" not in f.ops]) + 2 * (op == "route")
+        assert own >= 4, f"kimi_linear/faults has {own} of {op} that one call can have; it must have 4"
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -270,7 +275,9 @@ def test_laws():
 @pytest.mark.parametrize("op", OPS)
 def test_cases_are_the_same_at_every_call(op):
     the = spec(op)
-    assert len({c.name for c in (*the.cases, *the.laws)}) == len(the.cases) + len(the.laws) >= 20
+    n = len(the.cases) + len(the.laws)
+    assert len({c.name for c in (*the.cases, *the.laws)}) == n, "two have one name"
+    assert n >= 20, f"kimi_linear/testing/{op}.py has {n} cases and laws; it must have 20"
     for c in the.cases:
         a, b = c.make(None), c.make(None)
         for n in a:

@@ -207,7 +207,7 @@ def test_every_op_with_narrow_arguments_has_a_bound_for_steps_or_needs_none():
         ref = getattr(kl.reference, op)(**x)
         usual, more = (budget(op, ref, stored=s, **x) for s in (0.0, 2.0**-8))
         first = [b[0] if isinstance(b, tuple) else b for b in (usual, more)]
-        assert (op in exact) == np.array_equal(*first), op
+        assert (op in exact) == np.array_equal(*first), f"{op}: its budget takes `stored`, or it is in `exact` here"
     assert set(OPS) <= set(names())
 
 
