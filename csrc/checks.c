@@ -21,17 +21,24 @@ kl_status kl_check_offsets(kl_ctx *ctx, const char *op, const int64_t *offsets, 
     return KL_OK;
 }
 
+kl_status kl_check_whole(kl_ctx *ctx, const char *op, const char *name, const char *parts,
+                         kl_type type, int64_t width)
+{
+    const int64_t block = kl_type_block(type);
+    if (block == 0)
+        return kl_fail(ctx, KL_ERR_DTYPE, "%s: %s has storage type %d, which is not known here", op,
+                       name, (int)type);
+    if (width % block != 0)
+        return kl_fail(ctx, KL_ERR_SHAPE,
+                       "%s: %s has %s of %lld values; %s needs a multiple of %lld", op, name, parts,
+                       (long long)width, kl_type_name(type), (long long)block);
+    return KL_OK;
+}
+
 kl_status kl_check_weight(kl_ctx *ctx, const char *op, const char *name, const kl_weight *w,
                           int64_t n, int64_t rows, int64_t cols)
 {
-    const int64_t block = kl_type_block(w->type), stored_cols = w->transposed ? w->rows : w->cols;
-    if (block == 0)
-        return kl_fail(ctx, KL_ERR_DTYPE, "%s: %s has storage type %d, which is not known here", op,
-                       name, (int)w->type);
-    if (stored_cols % block != 0)
-        return kl_fail(ctx, KL_ERR_SHAPE,
-                       "%s: %s has rows of %lld values; %s needs a multiple of %lld", op, name,
-                       (long long)stored_cols, kl_type_name(w->type), (long long)block);
+    KL_TRY(kl_check_whole(ctx, op, name, "rows", w->type, w->transposed ? w->rows : w->cols));
     if (w->n != n || w->rows != rows || w->cols != cols)
         return kl_fail(ctx, KL_ERR_SHAPE,
                        "%s: %s is %lld of [%lld, %lld]; it must be %lld of [%lld, %lld]", op, name,
@@ -63,16 +70,12 @@ kl_status kl_check_positions(kl_ctx *ctx, const char *op, const int64_t *positio
 kl_status kl_check_cache(kl_ctx *ctx, const char *op, const char *name, const kl_cache *cache,
                          int64_t width)
 {
-    const int64_t block = kl_type_block(cache->type);
     if (cache->type != KL_F32 && cache->type != KL_F16 && cache->type != KL_Q8_0)
         return kl_fail(ctx, KL_ERR_DTYPE, "%s: %s has storage type %d; it must be F32, F16 or Q8_0",
                        op, name, (int)cache->type);
-    if (width % block != 0)
-        return kl_fail(ctx, KL_ERR_SHAPE,
-                       "%s: %s has rows of %lld values; %s needs a multiple of %lld", op, name,
-                       (long long)width, kl_type_name(cache->type), (long long)block);
+    KL_TRY(kl_check_whole(ctx, op, name, "rows", cache->type, width));
     if (cache->row_bytes < kl_type_bytes(cache->type, width)
-        || cache->row_bytes % kl_type_bytes(cache->type, block) != 0)
+        || cache->row_bytes % kl_type_bytes(cache->type, kl_type_block(cache->type)) != 0)
         return kl_fail(ctx, KL_ERR_SHAPE, "%s: %s has %zu bytes a row; a row needs %zu", op, name,
                        cache->row_bytes, kl_type_bytes(cache->type, width));
     return KL_OK;

@@ -43,7 +43,8 @@ struct kl_ctx {
     int (*report)(void *user, int64_t done, int64_t all); /* of weights that are uploaded */
     void *report_user;
     bool profiling;
-    int64_t booking; /* ns, when the op at hand began */
+    int64_t booking; /* of the op at hand: ns when it began, */
+    size_t mark;     /* and the scratch that was taken before it */
     kl_profile_row profile[KL_OP_COUNT];
     char error[512];
 };
@@ -67,8 +68,8 @@ void *kl_allocate(kl_ctx *ctx, size_t n_bytes); /* NULL: out of memory, the erro
 void kl_release(kl_ctx *ctx, void *p, size_t n_bytes);
 int kl_allocation_fails(kl_ctx *ctx); /* counts it; 1: a test wants this one to fail */
 
-/* Scratch, 64-byte aligned, valid until kl_scratch_reset to a mark taken before. An op takes all of
- * its scratch first, then returns KL_OK if the context is only measuring:
+/* Scratch, 64-byte aligned, valid until kl_scratch_reset to a mark taken before; an op's, until the op ends (KL_RUN).
+ * An op takes all of its scratch first, then returns KL_OK if the context is only measuring:
  *     float *buffer;
  *     KL_SCRATCH(buffer, ctx, T * D);
  *     if (ctx->arena.measuring) return KL_OK; */
@@ -98,13 +99,6 @@ static inline size_t kl_bytes_of(int64_t n, size_t size)
         (pointer) = kl_p;                                                                          \
     } while (0)
 
-/* Gives back what the op took since mark, and hands its status on: the last line of a public op. */
-static inline kl_status kl_done(kl_ctx *ctx, size_t mark, kl_status status)
-{
-    kl_scratch_reset(ctx, mark);
-    return status;
-}
-
 /* ---- threads (pool.c) ---- */
 
 /* body(arg, begin, end, thread): work on tasks begin..end-1; thread < ctx->threads names scratch. */
@@ -132,6 +126,9 @@ enum { KL_MAX_TOKENS_LOG2 = 40 };
 
 kl_status kl_check_offsets(kl_ctx *ctx, const char *op, const int64_t *offsets, int64_t N,
                            int64_t T);
+/* a known type, whose blocks make up `parts` (rows, heads) so wide */
+kl_status kl_check_whole(kl_ctx *ctx, const char *op, const char *name, const char *parts,
+                         kl_type type, int64_t width);
 kl_status kl_check_weight(kl_ctx *ctx, const char *op, const char *name, const kl_weight *w,
                           int64_t n, int64_t rows, int64_t cols);
 
@@ -153,6 +150,7 @@ static inline float *kl_slot_of(kl_slots slots, int64_t n)
 
 static inline int64_t kl_min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t kl_max(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline size_t kl_larger(size_t a, size_t b) { return a > b ? a : b; }
 /* rows a task where a row is D cheap values: enough work to be worth handing out */
 static inline int64_t kl_row_grain(int64_t D) { return kl_max(1, 16384 / kl_max(1, D)); }
 

@@ -4,6 +4,7 @@
 
 void kl_book_begin(kl_ctx *ctx)
 {
+    ctx->mark = kl_scratch_mark(ctx);
     if (ctx->profiling)
         ctx->booking = kl_now_ns();
 }
@@ -19,6 +20,7 @@ kl_status kl_book_end(kl_ctx *ctx, kl_op_id op, int64_t flops, int64_t bytes, kl
         row->flops += (double)flops;
         row->bytes += (double)bytes;
     }
+    kl_scratch_reset(ctx, ctx->mark);
     return status;
 }
 

@@ -6,6 +6,7 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#include <pthread.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -35,56 +36,66 @@ static bool runs_avx512bf16(void) { return runs_avx512() && __builtin_cpu_suppor
 #endif
 
 enum { TABLES = 5 };
+static kl_kernels table[TABLES]; /* [n_tables] that run here, the best last */
+static int n_tables;
+static pthread_once_t once = PTHREAD_ONCE_INIT;
 
-static int available(const kl_kernels *tables[TABLES])
+static void add(const kl_kernels *kernels) { table[n_tables++] = *kernels; }
+
+/* Those of a table, but for those of an extension. */
+static void add_extended(kl_kernels kernels, const kl_kernels *extension)
 {
-    int n = 0;
-    tables[n++] = &kl_kernels_scalar;
+    kernels.name = extension->name;
+#define KL_KERNEL(kernel, type, parameters)                                                        \
+    if (extension->kernel != NULL)                                                                 \
+        kernels.kernel = extension->kernel;
+#include "kernels.def"
+#undef KL_KERNEL
+    add(&kernels);
+}
+
+static void find_tables(void)
+{
+    add(&kl_kernels_scalar);
 #if defined(__x86_64__)
     if (runs_avx2())
-        tables[n++] = &kl_kernels_avx2;
+        add(&kl_kernels_avx2);
     if (runs_avxvnni())
-        tables[n++] = &kl_kernels_avxvnni;
+        add_extended(kl_kernels_avx2, &kl_kernels_avxvnni);
     else if (runs_avx512())
-        tables[n++] = &kl_kernels_avxvnni_evex;
+        add_extended(kl_kernels_avx2, &kl_kernels_avxvnni_evex);
     if (runs_avx512())
-        tables[n++] = &kl_kernels_avx512;
+        add(&kl_kernels_avx512);
     if (runs_avx512bf16())
-        tables[n++] = &kl_kernels_avx512bf16;
+        add_extended(kl_kernels_avx512, &kl_kernels_avx512bf16);
 #elif defined(__aarch64__)
-    tables[n++] = &kl_kernels_neon;
+    add(&kl_kernels_neon);
     if (kl_has_sdot())
-        tables[n++] = &kl_kernels_neon_dotprod;
+        add_extended(kl_kernels_neon, &kl_kernels_neon_dotprod);
 #endif
-    return n;
 }
 
 int kl_isa_list(const char *names[], int capacity)
 {
-    const kl_kernels *tables[TABLES];
-    const int n = available(tables);
-    for (int i = 0; i < n && i < capacity; i++)
-        names[i] = tables[i]->name;
-    return n;
+    pthread_once(&once, find_tables);
+    for (int i = 0; i < n_tables && i < capacity; i++)
+        names[i] = table[i].name;
+    return n_tables;
 }
 
 kl_status kl_kernels_choose(kl_ctx *ctx, const char *isa)
 {
-    const kl_kernels *tables[TABLES];
-    const int n = available(tables);
-    ctx->k = tables[n - 1];
-    if (isa == NULL)
-        return KL_OK;
-    for (int i = 0; i < n; i++)
-        if (strcmp(isa, tables[i]->name) == 0) {
-            ctx->k = tables[i];
+    char names[128] = "";
+    size_t used = 0;
+    pthread_once(&once, find_tables);
+    for (int i = n_tables - 1; i >= 0; i--)
+        if (isa == NULL || strcmp(isa, table[i].name) == 0) {
+            ctx->k = &table[i];
             return KL_OK;
         }
-    char names[128] = "";
-    for (int i = 0; i < n; i++) {
-        const size_t used = strlen(names);
-        snprintf(names + used, sizeof names - used, "%s%s", i > 0 ? ", " : "", tables[i]->name);
-    }
+    for (int i = 0; i < n_tables; i++)
+        used += (size_t)snprintf(names + used, sizeof names - used, "%s%s", i > 0 ? ", " : "",
+                                 table[i].name);
     return kl_fail(ctx, KL_ERR_UNSUPPORTED, "isa is \"%s\"; here it must be one of: %s", isa,
                    names);
 }

@@ -15,13 +15,14 @@
  *     int8_blocks.h       what integers and scales each type has, as defined      q[32 b + v]
  *     kl_int8_group       x, below              blocks 0 4 1 5 2 6 3 7:  q[64 (b % 4) + 32 (b / 4) + v]
  *     int8_x86.inc        what types are like, and their scales, for both of x86
+ *     int8_dot.inc        the choice between few rows of x and many, for both of x86
  *     int8_quads.inc      weights of half a group, a block a register:            quad b / 4, register b % 4, byte v
- *     int8_avx2.inc       x made int8; the choice between
+ *     int8_avx2.inc       x made int8
  *       _few              rows of weights as they lie: quads with x
  *       _many             a panel of 8 rows, turned:                              q[8 b + v / 4][r][v % 4]
  *       _products         bytes times bytes; with KL_AVXVNNI in one instruction
  *     avxvnni.inc         all of int8_avx2.inc once more, with KL_AVXVNNI
- *     int8_avx512.inc     x made int8; the choice between
+ *     int8_avx512.inc     x made int8
  *       _load             weights of a group, two blocks a register:              register b % 4, byte 32 (b / 4) + v
  *       _few              two rows of weights side by side, as they lie
  *       _panel, _many     a panel of 16 rows, turned:                             q[8 b + v / 4][r][v % 4]
@@ -30,6 +31,8 @@
 #define KL_INT8_H
 
 #include "../kimi_linear.h"
+
+#include <stdbool.h>
 
 enum { KL_INT8_VALUES = 256, KL_INT8_BLOCKS = 8 };
 /* Where the largest of a block is below this it counts as zero: 127 / largest would overflow. */
@@ -59,6 +62,17 @@ typedef struct kl_int8_group {
     TYPE(KL_IQ4_NL)                                                                                \
     TYPE(KL_IQ4_XS)                                                                                \
     TYPE(KL_MXFP4)
+
+static inline bool kl_takes_int8(kl_type type)
+{
+    switch (type) {
+#define KL_INT8_TYPE(type) case type:
+        KL_INT8_TYPES(KL_INT8_TYPE)
+#undef KL_INT8_TYPE
+        return true;
+    default: return false;
+    }
+}
 
 /* Rows of activations, `groups` to a row. */
 typedef struct kl_int8_rows {

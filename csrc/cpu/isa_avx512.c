@@ -1,4 +1,4 @@
-/* The kernel bodies, compiled for AVX-512 F, BW, DQ, VL and VNNI; and the table of processors that have BF16, too. */
+/* The kernel bodies, compiled for AVX-512 F, BW, DQ, VL and VNNI. */
 #define KL_AVX512 1
 #if defined(__x86_64__)
 #include "kernels.h"
@@ -10,14 +10,6 @@
 
 const kl_kernels kl_kernels_avx512 = {
     .name = "avx512",
-#define KL_KERNEL(name, type, parameters) .name = kernel_##name,
-#include "kernels.def"
-#undef KL_KERNEL
-};
-
-#define kernel_bfloat16_dot kl_avx512bf16_dot
-const kl_kernels kl_kernels_avx512bf16 = {
-    .name = "avx512bf16",
 #define KL_KERNEL(name, type, parameters) .name = kernel_##name,
 #include "kernels.def"
 #undef KL_KERNEL

@@ -1,3 +1,3 @@
-/* Integer products, compiled for AVX2 with AVX-VNNI; every other kernel of that table is isa_avx2.c's. */
-#define AVXVNNI(name) kl_avxvnni_##name
+/* What vpdpbusd and vpdpwssd make faster, compiled for AVX2 with AVX-VNNI; every other kernel is isa_avx2.c's. */
+#define AVXVNNI kl_kernels_avxvnni
 #include "avxvnni.inc"

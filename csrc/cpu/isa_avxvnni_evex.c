@@ -1,3 +1,3 @@
 /* isa_avxvnni.c as processors with AVX-512 encode it, which prove it so. */
-#define AVXVNNI(name) kl_avxvnni_evex_##name
+#define AVXVNNI kl_kernels_avxvnni_evex
 #include "avxvnni.inc"

@@ -75,9 +75,7 @@ static inline v16 v16_indices(int32_t i)
     memcpy(as_float, index, sizeof index);
     return v16_load(as_float);
 }
-#endif
 
-#if !defined(KL_AVX512)
 /* acc + a . *b, one couple for all lanes; in registers: the compiler would keep one sum of a tile in memory */
 static inline v16i v16i_dot_each(v16i acc, v16i a, const v16i_couple *b)
 {

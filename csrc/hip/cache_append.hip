@@ -123,7 +123,6 @@ __global__ void __launch_bounds__(256) cache_append_q8_0_v2(rows a)
 kl_status hip_cache_append(kl_ctx *ctx, kl_cache cache, const float *x, const int64_t *offsets,
                            const int64_t *start, int64_t N, int64_t T, int64_t D)
 {
-    const size_t mark = kl_core_of->scratch_mark(ctx);
     rows a = { x, nullptr, nullptr, N, T, D, {}, nullptr, INFINITY };
     if (T == 0)
         return KL_OK;
@@ -133,10 +132,8 @@ kl_status hip_cache_append(kl_ctx *ctx, kl_cache cache, const float *x, const in
         const int64_t tokens = offsets[n + 1] - offsets[n];
         return tokens > 0 ? start[n] + tokens : 0;
     }));
-    if (kl_core_of->measuring(ctx)) {
-        kl_core_of->scratch_reset(ctx, mark);
+    if (kl_core_of->measuring(ctx))
         return KL_OK;
-    }
     if (cache.type != KL_F32) {
         a.limit = cache.type == KL_Q8_0 ? 127.0f * 65520.0f : 65520.0f;
         KL_TRY(kl_cache_fault_of(ctx, &a.fault, D, cache.type));
@@ -147,6 +144,5 @@ kl_status hip_cache_append(kl_ctx *ctx, kl_cache cache, const float *x, const in
         KL_LAUNCH(cache_append_q8_0_v2, kl_grid(T), BLOCK, 0, kl_stream(ctx), a);
     else
         KL_LAUNCH(cache_append_v2, kl_grid(T), BLOCK, 0, kl_stream(ctx), a);
-    kl_core_of->scratch_reset(ctx, mark);
     return kl_launched(ctx, "cache_append");
 }

@@ -115,20 +115,16 @@ kl_status hip_decay_gate(kl_ctx *ctx, float *g, const float *f, const float *rat
 kl_status hip_decay_cumsum(kl_ctx *ctx, float *c, const float *g, const int64_t *offsets, int64_t N,
                            int64_t T, int64_t D, int64_t chunk)
 {
-    const size_t mark = kl_core_of->scratch_mark(ctx);
     sums a = { c, g, nullptr, N, T, D, chunk };
     if (T == 0)
         return KL_OK;
     KL_TRY(kl_put_table(ctx, &a.offsets, offsets, N + 1));
-    if (kl_core_of->measuring(ctx)) {
-        kl_core_of->scratch_reset(ctx, mark);
+    if (kl_core_of->measuring(ctx))
         return KL_OK;
-    }
     if (kl_version() == 1 || chunk == 0)
         KL_LAUNCH(decay_cumsum_v1, kl_grid(kl_ceil_div(N * D, BLOCK)), BLOCK, 0, kl_stream(ctx), a);
     else
         KL_LAUNCH(decay_cumsum_v2, kl_grid(kl_ceil_div(((T - 1) / chunk + 1) * D, BLOCK)), BLOCK, 0,
                   kl_stream(ctx), a);
-    kl_core_of->scratch_reset(ctx, mark);
     return kl_launched(ctx, "decay_cumsum");
 }

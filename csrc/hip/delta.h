@@ -19,6 +19,25 @@ struct kl_delta {
     bool by_channel, tiled;
 };
 
+static inline kl_delta kl_delta_call(const kl_delta_rule_args *args, const float *q, const float *k,
+                                     const float *g)
+{
+    kl_delta a = {};
+    a.q = q;
+    a.k = k;
+    a.g = args->gate == KL_GATE_NONE ? nullptr : g;
+    a.N = args->N;
+    a.Hk = args->Hk;
+    a.Hv = args->Hv;
+    a.K = args->K;
+    a.V = args->V;
+    a.chunk = args->chunk;
+    a.scale = args->scale;
+    a.by_channel = args->gate == KL_GATE_CHANNEL;
+    a.tiled = args->head_map == KL_HEADS_TILED;
+    return a;
+}
+
 /* One head of a sequence: its first token, how many, and which of the marks are its own. */
 struct kl_delta_task {
     int64_t n, head, key_head, tile, first, tokens, mark, mark_end;

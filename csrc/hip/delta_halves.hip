@@ -181,24 +181,6 @@ __global__ void __launch_bounds__(256) delta_rule_inter_v1(halves h, float *asid
 
 /* ---- calls ---- */
 
-kl_delta call_of(const kl_delta_rule_args *args, const float *q, const float *k, const float *g)
-{
-    kl_delta a = {};
-    a.q = q;
-    a.k = k;
-    a.g = args->gate == KL_GATE_NONE ? nullptr : g;
-    a.N = args->N;
-    a.Hk = args->Hk;
-    a.Hv = args->Hv;
-    a.K = args->K;
-    a.V = args->V;
-    a.chunk = args->chunk;
-    a.scale = args->scale;
-    a.by_channel = args->gate == KL_GATE_CHANNEL;
-    a.tiled = args->head_map == KL_HEADS_TILED;
-    return a;
-}
-
 unsigned threads_for(int64_t n) { return kl_grid(kl_ceil_div(n, BLOCK)); }
 
 } // namespace
@@ -209,7 +191,7 @@ kl_status hip_delta_rule_intra(kl_ctx *ctx, float *L, float *P, float *inverse, 
 {
     const int64_t rows = args->T * args->Hv;
     halves h = {};
-    h.a = call_of(args, q, k, g);
+    h.a = kl_delta_call(args, q, k, g);
     h.a.v = v;
     h.a.beta = beta;
     h.L = L;
@@ -238,7 +220,7 @@ kl_status hip_delta_rule_inter(kl_ctx *ctx, float *o, kl_slots state_out, float 
     const int64_t states = N * args->Hv * args->K * args->V;
     float *aside = nullptr;
     halves h = {};
-    h.a = call_of(args, q, k, g);
+    h.a = kl_delta_call(args, q, k, g);
     h.a.o = o;
     h.d = d;
     h.P = const_cast<float *>(P);

@@ -164,22 +164,11 @@ kl_status hip_delta_rule(kl_ctx *ctx, float *o, kl_slots state_out, const float 
 {
     const int64_t N = args->N, keys = args->T * args->Hk;
     const kl_form form = args->form == KL_FORM_AUTO ? kl_core_of->delta_rule(ctx) : args->form;
-    kl_delta a = {};
+    kl_delta a = kl_delta_call(args, q, k, g);
     a.o = o;
-    a.q = q;
-    a.k = k;
     a.v = v;
-    a.g = args->gate == KL_GATE_NONE ? nullptr : g;
     a.beta = beta;
     a.kept = args->kept;
-    a.N = N;
-    a.Hk = args->Hk;
-    a.Hv = args->Hv;
-    a.K = args->K;
-    a.V = args->V;
-    a.scale = args->scale;
-    a.by_channel = args->gate == KL_GATE_CHANNEL;
-    a.tiled = args->head_map == KL_HEADS_TILED;
     a.chunk = form != KL_FORM_CHUNKED ? 0 : args->chunk > 0 ? args->chunk : 64;
     if (N == 0)
         return KL_OK;

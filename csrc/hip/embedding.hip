@@ -44,13 +44,10 @@ void launch(kl_ctx *ctx, float *y, const int32_t *ids, const kl_matrix &table, i
 kl_status hip_embedding(kl_ctx *ctx, float *y, const int32_t *ids, const kl_weight *table,
                         int64_t T)
 {
-    const size_t mark = kl_core_of->scratch_mark(ctx);
     const int32_t *device_ids;
     KL_TRY(kl_put_table(ctx, &device_ids, ids, T));
-    if (kl_core_of->measuring(ctx) || T == 0) {
-        kl_core_of->scratch_reset(ctx, mark);
+    if (kl_core_of->measuring(ctx) || T == 0)
         return KL_OK;
-    }
     const kl_matrix w = kl_matrix_of(table, 0);
     switch (kl_kernel_type(table->type)) {
 #define CASE(TYPE)                                                                                 \
@@ -59,6 +56,5 @@ kl_status hip_embedding(kl_ctx *ctx, float *y, const int32_t *ids, const kl_weig
 #undef CASE
     default: return kl_no_type(ctx, "embedding", "table", table->type);
     }
-    kl_core_of->scratch_reset(ctx, mark);
     return kl_launched(ctx, "embedding");
 }

@@ -71,24 +71,13 @@ __global__ void __launch_bounds__(256) bfloat16_round(float *to, const float *x,
     }
 }
 
-bool takes_int8(kl_type type)
-{
-    switch (static_cast<int>(type)) {
-#define CASE(TYPE) case TYPE:
-        KL_INT8_TYPES(CASE)
-#undef CASE
-        return true;
-    default: return false;
-    }
-}
-
 } // namespace
 
 bool kl_is_narrow(kl_ctx *ctx, const kl_weight *w)
 {
     const kl_activations asked = kl_core_of->activations(ctx);
     return !w->transposed
-           && ((asked == KL_ACTIVATIONS_INT8 && takes_int8(w->type))
+           && ((asked == KL_ACTIVATIONS_INT8 && kl_takes_int8(w->type))
                || (asked == KL_ACTIVATIONS_BFLOAT16 && w->type == KL_BF16));
 }
 

@@ -202,7 +202,6 @@ bool is_written(kl_type type)
 
 kl_status check_finite(kl_ctx *ctx, const float *x, int64_t n, int64_t cols)
 {
-    const size_t mark = kl_core_of->scratch_mark(ctx);
     unsigned long long first = ~0ULL, *bad;
     float value = 0.0f;
     KL_SCRATCH_OF(bad, ctx, 1);
@@ -210,7 +209,6 @@ kl_status check_finite(kl_ctx *ctx, const float *x, int64_t n, int64_t cols)
     KL_LAUNCH(scan, kl_grid(kl_ceil_div(n, BLOCK)), BLOCK, 0, kl_stream(ctx), bad, x, n);
     KL_TRY(kl_launched(ctx, "quantize"));
     KL_TRY(kl_get(ctx, &first, bad, sizeof first));
-    kl_core_of->scratch_reset(ctx, mark);
     if (first == ~0ULL)
         return KL_OK;
     const int64_t at = static_cast<int64_t>(first);

@@ -60,12 +60,6 @@ static __device__ __forceinline__ float kl_team_max(float v)
     return kl_team_reduce<kl_max_of>(v);
 }
 
-/* the value of the team's lane `lane` */
-template <class T> static __device__ __forceinline__ T kl_team_get(T v, int lane)
-{
-    return __shfl(v, lane, KL_TEAM);
-}
-
 /* for whole numbers and double: the same tree; and the sum over the lanes before this one */
 template <class T> static __device__ __forceinline__ T kl_team_total(T v)
 {

@@ -132,20 +132,16 @@ kl_status hip_short_conv(kl_ctx *ctx, float *y, kl_slots history_out, const floa
                          const float *w, kl_slots history_in, const int64_t *offsets, int64_t N,
                          int64_t T, int64_t C, int64_t W, kl_activation activation)
 {
-    const size_t mark = kl_core_of->scratch_mark(ctx);
     const bool keeps = N > 0 && W > 1 && history_out.base != nullptr;
     convolution a = { y, x, w, {}, {}, nullptr, N, T, C, W, activation, keeps };
     KL_TRY(kl_put_table(ctx, &a.offsets, offsets, N + 1));
     KL_TRY(kl_put_states(ctx, &a.out, history_out, N));
     KL_TRY(kl_put_states(ctx, &a.in, history_in, N));
-    if (kl_core_of->measuring(ctx)) {
-        kl_core_of->scratch_reset(ctx, mark);
+    if (kl_core_of->measuring(ctx))
         return KL_OK;
-    }
     if (T > 0)
         convolve(ctx, a);
     if (keeps && (kl_version() == 1 || T == 0 || T > RUN))
         KL_LAUNCH(short_conv_keep, kl_grid(kl_ceil_div(N * C, BLOCK)), BLOCK, 0, kl_stream(ctx), a);
-    kl_core_of->scratch_reset(ctx, mark);
     return kl_launched(ctx, "short_conv");
 }

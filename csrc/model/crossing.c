@@ -136,17 +136,22 @@ kl_status kl_tap_at(pass *p, kl_tap tap, int64_t layer, void *x)
     return KL_OK;
 }
 
-kl_status kl_pass_embeds(pass *p, float *h)
+/* ---- what the caller gives --------------------------------------------------------------------- */
+
+/* This pass' rows, `width` numbers of four bytes each, of those of the call. */
+static kl_status upload_rows(pass *p, void *to, const void *from, int64_t width)
 {
-    const int64_t D = p->model->config.D;
     for (int64_t n = 0; n < p->N && !p->ctx->arena.measuring; n++)
-        KL_TRY(p->model->backend->upload(p->ctx, h + p->offsets[n] * D,
-                                         p->args->embeds + kl_call_row(p, n) * D,
-                                         (size_t)(p->segment[n].n * D) * sizeof *h));
+        KL_TRY(p->model->backend->upload(p->ctx, (char *)to + p->offsets[n] * width * 4,
+                                         (const char *)from + kl_call_row(p, n) * width * 4,
+                                         (size_t)(p->segment[n].n * width) * 4));
     return KL_OK;
 }
 
-/* ---- given experts ----------------------------------------------------------------------------- */
+kl_status kl_pass_embeds(pass *p, float *h)
+{
+    return upload_rows(p, h, p->args->embeds, p->model->config.D);
+}
 
 int kl_pass_has_experts(const pass *p, int64_t layer)
 {
@@ -155,14 +160,7 @@ int kl_pass_has_experts(const pass *p, int64_t layer)
 
 kl_status kl_pass_experts(pass *p, int64_t layer, int32_t *ids)
 {
-    const int64_t k = p->model->config.ffn.k;
-    if (p->ctx->arena.measuring)
-        return KL_OK;
-    for (int64_t n = 0; n < p->N; n++)
-        KL_TRY(p->model->backend->upload(p->ctx, ids + p->offsets[n] * k,
-                                         p->args->expert_ids[layer] + kl_call_row(p, n) * k,
-                                         (size_t)(p->segment[n].n * k) * sizeof *ids));
-    return KL_OK;
+    return upload_rows(p, ids, p->args->expert_ids[layer], p->model->config.ffn.k);
 }
 
 /* ---- logits ------------------------------------------------------------------------------------ */

@@ -99,8 +99,6 @@ struct kl_state {
 /* Whether a call of who may use the model, and states of it, with this context: they are of one backend. */
 kl_status kl_model_check_ctx(kl_ctx *ctx, const kl_model *model, const char *who);
 
-size_t kl_state_page_bytes(const kl_state *state);
-
 /* The cache of a model in a type: whether it can be; where a layer's part lies, its page table left open;
  * bytes of a page, which holds KL_PAGE positions of every layer that caches. */
 kl_status kl_cache_check(kl_ctx *ctx, const kl_model *model, kl_type type) KL_CHECKED;

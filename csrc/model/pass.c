@@ -253,7 +253,9 @@ static kl_status run_each(pass *p, int64_t *done, int64_t pass_tokens)
             return KL_OK;
         bind(p);
         const size_t mark = kl_scratch_mark(p->ctx);
-        KL_TRY(kl_done(p->ctx, mark, run_guarded(p)));
+        const kl_status status = run_guarded(p);
+        kl_scratch_reset(p->ctx, mark);
+        KL_TRY(status);
         for (int64_t n = 0; n < p->N; n++)
             done[p->segment[n].sequence] += p->segment[n].n;
     }

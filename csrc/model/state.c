@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-size_t kl_state_page_bytes(const kl_state *state)
+static size_t page_bytes(const kl_state *state)
 {
     return kl_cache_page_bytes(state->model, state->cache_type);
 }
@@ -16,13 +16,13 @@ size_t kl_state_page_bytes(const kl_state *state)
 static void release_pages(kl_ctx *ctx, kl_state *state)
 {
     for (int64_t i = 0; i < state->n_pages; i++)
-        state->model->backend->release(ctx, state->page[i], kl_state_page_bytes(state));
+        state->model->backend->release(ctx, state->page[i], page_bytes(state));
     state->n_pages = 0;
 }
 
 kl_status kl_state_grow(kl_ctx *ctx, kl_state *state, int64_t n)
 {
-    const size_t bytes = kl_state_page_bytes(state);
+    const size_t bytes = page_bytes(state);
     const int64_t wanted = bytes > 0 ? kl_ceil_div(n, KL_PAGE) : 0;
     int64_t all = 0;
     /* the system would promise more than it has, and end the process when it is used */
@@ -102,7 +102,7 @@ int64_t kl_state_position(const kl_state *state) { return state->position; }
 size_t kl_state_bytes(const kl_state *state)
 {
     return (size_t)(1 + state->keep) * state->model->fixed_bytes
-           + (size_t)state->n_pages * kl_state_page_bytes(state);
+           + (size_t)state->n_pages * page_bytes(state);
 }
 
 void kl_state_reset(kl_ctx *ctx, kl_state *state)
@@ -191,8 +191,7 @@ static kl_status move_part(kl_ctx *ctx, const kl_state *state, char *fixed, int6
     const mover move = out ? state->model->backend->download : state->model->backend->upload;
     if (!is_cache(part)) {
         char *place = fixed + fixed_offset(at, part);
-        const size_t bytes =
-            (size_t)(shape[0] * shape[1] * (n_dims == 3 ? shape[2] : 1)) * sizeof(float);
+        const size_t bytes = (size_t)(shape[0] * shape[1] * shape[2]) * sizeof(float);
         return out ? move(ctx, host, place, bytes) : move(ctx, place, host, bytes);
     }
     const kl_cache cache = kl_cache_of(state->model, state->cache_type, layer, part);
@@ -242,10 +241,8 @@ kl_status kl_state_keep(kl_ctx *ctx, kl_state *state, int64_t every, int64_t kee
     if (state->position != 0 || state->keep != 0)
         return kl_fail(ctx, KL_ERR_STATE,
                        "state: checkpoints are asked for once, before the first token");
-    if (!kl_mul(&total, keep, (int64_t)bytes))
-        return kl_fail(ctx, KL_ERR_MEMORY, "out of memory: %lld checkpoints of %zu bytes",
-                       (long long)keep, bytes);
-    state->checkpoint_at = calloc((size_t)keep, sizeof *state->checkpoint_at);
+    if (kl_mul(&total, keep, (int64_t)bytes))
+        state->checkpoint_at = calloc((size_t)keep, sizeof *state->checkpoint_at);
     if (state->checkpoint_at != NULL)
         state->checkpoint = state->model->backend->allocate(ctx, (size_t)total);
     if (state->checkpoint == NULL) {
@@ -422,15 +419,14 @@ static kl_status copy_checkpoints(kl_ctx *ctx, kl_state *to, const kl_state *fro
 static kl_status copy_all(kl_ctx *ctx, kl_state *to, const kl_state *from)
 {
     const kl_backend *backend = from->model->backend;
-    const int64_t n_pages =
-        kl_state_page_bytes(from) > 0 ? kl_ceil_div(from->position, KL_PAGE) : 0;
+    const int64_t n_pages = page_bytes(from) > 0 ? kl_ceil_div(from->position, KL_PAGE) : 0;
     KL_TRY(check_copy(ctx, to, from));
     KL_TRY(kl_state_grow(ctx, to, from->position));
     KL_TRY(kl_settle(ctx));
     to->lost = 1; /* until all of it is there: a device's copy may fail in the middle */
     KL_TRY(backend->copy(ctx, to->fixed, from->fixed, from->model->fixed_bytes));
     for (int64_t i = 0; i < n_pages; i++)
-        KL_TRY(backend->copy(ctx, to->page[i], from->page[i], kl_state_page_bytes(from)));
+        KL_TRY(backend->copy(ctx, to->page[i], from->page[i], page_bytes(from)));
     KL_TRY(copy_checkpoints(ctx, to, from));
     KL_TRY(kl_settle(ctx));
     to->position = from->position;

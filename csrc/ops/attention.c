@@ -47,8 +47,7 @@ typedef struct job {
     int64_t n_split;
     kl_running run;  /* m, l [threads, rows]; acc [threads, rows, V]: of a task */
     kl_running part; /* the same: one segment of it */
-    char *rooms;     /* [threads, room_bytes] */
-    size_t room_bytes;
+    kl_rooms rooms;
     bool fixed;      /* some chunks are */
     kl_running slot; /* of a wave of segments: m, l [wave, Hkv, rows]; acc [wave, Hkv, rows, V] */
     kl_running sum;  /* of the chunk: m, l [Hkv, rows]; acc [Hkv, rows, V] */
@@ -66,27 +65,19 @@ typedef struct room {
     int16_t *row;
 } room;
 
-static size_t lay_out(room *r, const job *a, char *base)
+static size_t lay_out(room *r, kl_room at, const job *a)
 {
     const kl_attention_args *g = a->args;
-    size_t used = 0;
-    r->keys = kl_take(base, &used, kl_cache_buffer(&a->keys, g->K), sizeof *r->keys);
-    r->values = kl_take(base, &used, kl_cache_buffer(&a->values, g->V), sizeof *r->values);
+    r->keys = kl_take_floats(&at, kl_cache_buffer(&a->keys, g->K));
+    r->values = kl_take_floats(&at, kl_cache_buffer(&a->values, g->V));
     if (!a->fixed)
-        return used;
-    r->q = kl_take_lanes(base, &used, a->rows + KL_FIXED_LANES * (KL_FIXED_LANES - 1), g->K);
-    r->key = kl_take_rows(base, &used, g->K);
-    r->value = kl_take_rows(base, &used, g->V);
-    r->pairs = kl_take(base, &used, KL_BLOCK / 2 * kl_fixed_pair_stride(g->V), sizeof *r->pairs);
-    r->row = kl_take(base, &used, r->q.stride, sizeof *r->row);
-    return used;
-}
-
-static room room_of(const job *a, int thread)
-{
-    room r;
-    lay_out(&r, a, a->rooms + (size_t)thread * a->room_bytes);
-    return r;
+        return at.used;
+    r->q = kl_take_lanes(&at, a->rows + KL_FIXED_LANES * (KL_FIXED_LANES - 1), g->K);
+    r->key = kl_take_rows(&at, g->K);
+    r->value = kl_take_rows(&at, g->V);
+    r->pairs = kl_take_pairs(&at, g->V);
+    r->row = kl_take(&at, r->q.stride, sizeof *r->row);
+    return at.used;
 }
 
 /* ---- what a query sees ---- */
@@ -267,7 +258,8 @@ static void attend_chunks(void *arg, int64_t begin, int64_t end, int thread)
     const job *a = arg;
     const kl_running run = kl_running_from(a->run, thread * a->rows),
                      part = kl_running_from(a->part, thread * a->rows);
-    const room r = room_of(a, thread);
+    room r;
+    lay_out(&r, kl_room_of(&a->rooms, thread), a);
     for (int64_t task = begin; task < end; task++) {
         const int64_t head = task % a->args->Hkv;
         const chunk *c = &a->whole[a->n_whole - 1 - task / a->args->Hkv]; /* the longest first */
@@ -293,7 +285,8 @@ static kl_running slot_of(const job *a, int64_t i, int64_t head)
 static void attend_wave(void *arg, int64_t begin, int64_t end, int thread)
 {
     const job *a = arg;
-    const room r = room_of(a, thread);
+    room r;
+    lay_out(&r, kl_room_of(&a->rooms, thread), a);
     for (int64_t task = begin; task < end; task++) {
         const int64_t i = task / a->args->Hkv, head = task % a->args->Hkv;
         attend_segment(a, a->at, head, a->first_segment + i, slot_of(a, i, head), &r);
@@ -367,15 +360,6 @@ static void sort_chunk(job *a, const chunk *c, int64_t *sum)
     a->n_whole += !split;
 }
 
-static kl_status take_rows(job *a, kl_running *r, int64_t rows)
-{
-    r->stride = r->width = a->args->V;
-    KL_SCRATCH(r->m, a->ctx, rows);
-    KL_SCRATCH(r->l, a->ctx, rows);
-    KL_SCRATCH(r->acc, a->ctx, rows * a->args->V);
-    return KL_OK;
-}
-
 static kl_status prepare(job *a)
 {
     const kl_attention_args *g = a->args;
@@ -387,16 +371,15 @@ static kl_status prepare(job *a)
     a->n_whole = 0;
     each_chunk(a, sort_chunk, &work);
     room r;
-    a->room_bytes = lay_out(&r, a, NULL);
-    KL_SCRATCH(a->rooms, a->ctx, (size_t)threads * a->room_bytes);
-    KL_TRY(take_rows(a, &a->run, threads * a->rows));
-    KL_TRY(take_rows(a, &a->part, threads * a->rows));
+    KL_TRY(kl_take_rooms(a->ctx, &a->rooms, lay_out(&r, (kl_room){ 0 }, a)));
+    KL_TRY(kl_scratch_running(a->ctx, &a->run, threads * a->rows, g->V));
+    KL_TRY(kl_scratch_running(a->ctx, &a->part, threads * a->rows, g->V));
     if (a->n_split == 0)
         return KL_OK;
     /* four tasks a thread, and for few rows more: a wave costs two hand-outs */
     a->wave = kl_max(kl_ceil_div(4 * threads, g->Hkv), ROWS / a->rows);
-    KL_TRY(take_rows(a, &a->sum, g->Hkv * a->rows));
-    return take_rows(a, &a->slot, a->wave * g->Hkv * a->rows);
+    KL_TRY(kl_scratch_running(a->ctx, &a->sum, g->Hkv * a->rows, g->V));
+    return kl_scratch_running(a->ctx, &a->slot, a->wave * g->Hkv * a->rows, g->V);
 }
 
 kl_status cpu_attention(kl_ctx *ctx, float *o, const float *q, kl_cache keys, kl_cache values,
@@ -447,12 +430,7 @@ static kl_status check_head(kl_ctx *ctx, const char *name, const kl_cache *cache
                             int64_t width)
 {
     KL_TRY(kl_check_cache(ctx, "attention", name, cache, Hkv * width));
-    const int64_t block = kl_type_block(cache->type);
-    if (width % block != 0)
-        return kl_fail(ctx, KL_ERR_SHAPE,
-                       "attention: %s has heads of %lld values; %s needs a multiple of %lld", name,
-                       (long long)width, kl_type_name(cache->type), (long long)block);
-    return KL_OK;
+    return kl_check_whole(ctx, "attention", name, "heads", cache->type, width);
 }
 
 static void count_work(const kl_ctx *ctx, const kl_attention_args *a, const kl_cache *keys,
@@ -477,8 +455,7 @@ kl_status kl_attention(kl_ctx *ctx, float *o, const float *q, kl_cache keys, kl_
     KL_TRY(kl_check_positions(ctx, "attention", args->positions, args->offsets, args->N));
     KL_TRY(check_head(ctx, "keys", &keys, args->Hkv, args->K));
     KL_TRY(check_head(ctx, "values", &values, args->Hkv, args->V));
-    const size_t mark = kl_scratch_mark(ctx);
     int64_t flops, bytes;
     count_work(ctx, args, &keys, &values, &flops, &bytes);
-    return kl_done(ctx, mark, KL_RUN(attention, flops, bytes, ctx, o, q, keys, values, args));
+    return KL_RUN(attention, flops, bytes, ctx, o, q, keys, values, args);
 }

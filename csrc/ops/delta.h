@@ -3,9 +3,7 @@
 #define KL_DELTA_H
 
 #include "ops.h"
-
-#include "../cpu/delta_rule.h"
-#include "../cpu/kernels.h"
+#include "room.h"
 
 /* Sizes and offsets, scale, gate and head map, before anything is written; in delta_rule.c. */
 kl_status kl_delta_check(kl_ctx *ctx, const char *op, const kl_delta_rule_args *args);
@@ -50,33 +48,22 @@ static inline void kl_delta_fill_row(const kl_kernels *k, const kl_delta_rule_ar
                           from->k + key, args->scale, args->K, args->gate);
 }
 
-/* ---- room: what is laid out behind the `used` floats at base, which is NULL while sizes are counted */
-
-static inline int64_t kl_delta_take(float **p, float *base, int64_t used, int64_t values)
+static inline kl_delta_factors kl_delta_take_factors(kl_room *room, int64_t values)
 {
-    *p = base != NULL ? base + used : NULL;
-    return used + kl_delta_round_up(values, 16);
-}
-
-static inline int64_t kl_delta_take_factors(kl_delta_factors *f, float *base, int64_t used,
-                                            int64_t values)
-{
-    used = kl_delta_take(&f->alpha, base, used, values);
-    used = kl_delta_take(&f->q, base, used, values);
-    return kl_delta_take(&f->k, base, used, values);
+    float *alpha = kl_take_floats(room, values), *q = kl_take_floats(room, values);
+    return (kl_delta_factors){ alpha, q, kl_take_floats(room, values) };
 }
 
 /* What delta_chunk_factors writes for a chunk of so many tokens or fewer. */
-static inline int64_t kl_delta_take_chunk(kl_delta_chunk *c, float *base, int64_t used,
-                                          int64_t chunk, int64_t ld)
+static inline void kl_delta_take_chunk(kl_delta_chunk *c, kl_room *room, int64_t chunk, int64_t ld)
 {
     const int64_t rows = kl_delta_round_up(chunk, KL_DELTA_BLOCK);
-    used = kl_delta_take(&c->start, base, used, 2 * rows * ld);
-    used = kl_delta_take(&c->end, base, used, rows * ld);
-    used = kl_delta_take(&c->decay, base, used, ld);
-    used = kl_delta_take(&c->minus_kk, base, used, rows * rows);
-    used = kl_delta_take(&c->qk, base, used, rows * rows);
-    return kl_delta_take(&c->scratch, base, used, (2 * KL_DELTA_BLOCK + 1) * kl_max(ld, rows));
+    c->start = kl_take_floats(room, 2 * rows * ld);
+    c->end = kl_take_floats(room, rows * ld);
+    c->decay = kl_take_floats(room, ld);
+    c->minus_kk = kl_take_floats(room, rows * rows);
+    c->qk = kl_take_floats(room, rows * rows);
+    c->scratch = kl_take_floats(room, (2 * KL_DELTA_BLOCK + 1) * kl_max(ld, rows));
 }
 
 /* A chunk of n tokens in the room of `laid_out`; its factors are there. */

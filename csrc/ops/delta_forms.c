@@ -27,8 +27,7 @@ typedef struct task {
     int64_t columns, n_parts; /* columns of V a task, tasks a head */
     int64_t chunk;            /* tokens; 0: no chunks */
     int64_t ld;               /* K rounded up to 16 */
-    float *scratch;           /* a thread's room */
-    int64_t scratch_values;
+    kl_rooms rooms;
 } task;
 
 /* A thread's working memory; what a form does not use is not there. */
@@ -55,29 +54,26 @@ typedef struct view {
     int64_t row, strip;
 } view;
 
-/* Floats of a room, which is laid out from base on where that is not NULL. */
-static int64_t lay_out(room *r, float *base, const task *a)
+static size_t lay_out(room *r, kl_room at, const task *a)
 {
     const kl_delta_rule_args *args = a->args;
     const int64_t K = args->K, ld = a->ld, chunk_rows = kl_delta_round_up(a->chunk, KL_DELTA_BLOCK);
     const int64_t rows = kl_max(KL_DELTA_STEP, chunk_rows),
                   state = kl_delta_round_up(a->columns, COLUMNS) * K;
-    int64_t used = 0;
-    used = kl_delta_take_factors(&r->now, base, used, rows * ld);
-    if (a->chunk > 0)
-        used = kl_delta_take_factors(&r->next, base, used, chunk_rows * ld);
-    used = kl_delta_take(&r->strip, base, used, K * COLUMNS);
+    r->now = kl_delta_take_factors(&at, rows * ld);
+    r->strip = kl_take_floats(&at, K * COLUMNS);
     if (a->chunk > 0 || a->state_out.base == NULL)
-        used = kl_delta_take(&r->state, base, used, state);
+        r->state = kl_take_floats(&at, state);
     if (a->chunk > 0) {
-        used = kl_delta_take_chunk(&r->chunk, base, used, a->chunk, ld);
-        used = kl_delta_take(&r->columns, base, used, 2 * chunk_rows * COLUMNS);
+        r->next = kl_delta_take_factors(&at, chunk_rows * ld);
+        kl_delta_take_chunk(&r->chunk, &at, a->chunk, ld);
+        r->columns = kl_take_floats(&at, 2 * chunk_rows * COLUMNS);
     }
     if (a->chunk > 0 && args->checkpoints != NULL) {
-        used = kl_delta_take(&r->aside, base, used, state);
-        used = kl_delta_take(&r->thrown_away, base, used, rows * a->columns);
+        r->aside = kl_take_floats(&at, state);
+        r->thrown_away = kl_take_floats(&at, rows * a->columns);
     }
-    return used;
+    return at.used;
 }
 
 static part part_of(const task *a, int64_t i, int thread)
@@ -94,7 +90,7 @@ static part part_of(const task *a, int64_t i, int thread)
         .first = args->offsets[n],
         .tokens = args->offsets[n + 1] - args->offsets[n],
     };
-    (void)lay_out(&p.room, a->scratch + thread * a->scratch_values, a);
+    lay_out(&p.room, kl_room_of(&a->rooms, thread), a);
     return p;
 }
 
@@ -464,8 +460,7 @@ kl_status cpu_delta_rule(kl_ctx *ctx, float *o, kl_slots state_out, const float 
                .chunk = chunk_of(args),
                .ld = kl_delta_ld(args->K) };
     a.n_parts = kl_ceil_div(args->V, a.columns);
-    a.scratch_values = lay_out(&(room){ 0 }, NULL, &a);
-    KL_SCRATCH(a.scratch, ctx, a.scratch_values * ctx->threads);
+    KL_TRY(kl_take_rooms(ctx, &a.rooms, lay_out(&(room){ 0 }, (kl_room){ 0 }, &a)));
     if (ctx->arena.measuring)
         return KL_OK;
 

@@ -32,8 +32,7 @@ typedef struct inputs {
     const kl_delta_rule_args *args;
     const float *q, *key, *g;
     const float *beta; /* NULL: L is not wanted */
-    float *scratch;
-    int64_t scratch_values;
+    kl_rooms rooms;
 } inputs;
 
 typedef struct room {
@@ -55,26 +54,19 @@ typedef struct inter {
     float *o, *d;
 } inter;
 
-static int64_t lay_out(room *r, float *base, const kl_delta_rule_args *args)
+static size_t lay_out(room *r, kl_room at, const kl_delta_rule_args *args)
 {
     const int64_t ld = kl_delta_ld(args->K);
-    int64_t used = kl_delta_take_factors(&r->factors, base, 0, args->chunk * ld);
-    used = kl_delta_take_chunk(&r->chunk, base, used, args->chunk, ld);
-    return kl_delta_take(&r->state, base, used, args->K * args->V);
-}
-
-static room room_of(const inputs *in, int thread)
-{
-    room r = { 0 };
-    (void)lay_out(&r, in->scratch + thread * in->scratch_values, in->args);
-    return r;
+    r->factors = kl_delta_take_factors(&at, args->chunk * ld);
+    kl_delta_take_chunk(&r->chunk, &at, args->chunk, ld);
+    r->state = kl_take_floats(&at, args->K * args->V);
+    return at.used;
 }
 
 static kl_status take_rooms(kl_ctx *ctx, inputs *in)
 {
-    in->scratch_values = lay_out(&(room){ 0 }, NULL, in->args);
-    KL_SCRATCH(in->scratch, ctx, in->scratch_values * ctx->threads);
-    return KL_OK;
+    room r;
+    return kl_take_rooms(ctx, &in->rooms, lay_out(&r, (kl_room){ 0 }, in->args));
 }
 
 /* A task is a head of a sequence. */
@@ -136,7 +128,8 @@ static void intra_heads(void *arg, int64_t begin, int64_t end, int thread)
 {
     const intra *a = arg;
     const kl_delta_rule_args *args = a->in.args;
-    const room r = room_of(&a->in, thread);
+    room r;
+    lay_out(&r, kl_room_of(&a->in.rooms, thread), args);
     const kl_fp saved = kl_fp_flush();
     for (int64_t i = begin; i < end; i++) {
         const int64_t *sequence = args->offsets + i / args->Hv, head = i % args->Hv;
@@ -207,7 +200,8 @@ static void inter_heads(void *arg, int64_t begin, int64_t end, int thread)
     const kl_delta_rule_args *args = a->in.args;
     const int64_t values = args->K * args->V;
     const size_t state_bytes = (size_t)values * sizeof(float);
-    const room r = room_of(&a->in, thread);
+    room r;
+    lay_out(&r, kl_room_of(&a->in.rooms, thread), args);
     const kl_fp saved = kl_fp_flush();
     for (int64_t i = begin; i < end; i++) {
         const int64_t n = i / args->Hv, head = i % args->Hv;
@@ -269,11 +263,9 @@ kl_status kl_delta_rule_intra(kl_ctx *ctx, float *L, float *P, float *inverse, f
     KL_TRY(check(ctx, "delta_rule_intra", args));
     const int64_t rows = args->T * args->Hv, C = args->chunk, K = args->K, V = args->V;
     const int64_t keys = 2 * args->T * args->Hk * K;
-    const size_t mark = kl_scratch_mark(ctx);
-    return kl_done(ctx, mark,
-                   KL_RUN(delta_rule_intra, rows * (C * (3 * K + V) + C * C / 3),
-                          4 * keys + 4 * rows * (2 * K + 2 * V + 3 * C), ctx, L, P, inverse, W, U,
-                          q, k, v, g, beta, args));
+    return KL_RUN(delta_rule_intra, rows * (C * (3 * K + V) + C * C / 3),
+                  4 * keys + 4 * rows * (2 * K + 2 * V + 3 * C), ctx, L, P, inverse, W, U, q, k, v,
+                  g, beta, args);
 }
 
 kl_status kl_delta_rule_inter(kl_ctx *ctx, float *o, kl_slots state_out, float *d, const float *q,
@@ -283,10 +275,7 @@ kl_status kl_delta_rule_inter(kl_ctx *ctx, float *o, kl_slots state_out, float *
     KL_TRY(check(ctx, "delta_rule_inter", args));
     const int64_t rows = args->T * args->Hv, C = args->chunk, K = args->K, V = args->V;
     const int64_t keys = 2 * args->T * args->Hk * K;
-    const size_t mark = kl_scratch_mark(ctx);
-    return kl_done(
-        ctx, mark,
-        KL_RUN(delta_rule_inter, rows * V * (6 * K + C),
-               4 * keys + 4 * rows * (2 * K + 3 * V + C) + 8 * args->N * args->Hv * K * V, ctx, o,
-               state_out, d, q, k, g, P, W, U, state_in, args));
+    return KL_RUN(delta_rule_inter, rows * V * (6 * K + C),
+                  4 * keys + 4 * rows * (2 * K + 3 * V + C) + 8 * args->N * args->Hv * K * V, ctx,
+                  o, state_out, d, q, k, g, P, W, U, state_in, args);
 }

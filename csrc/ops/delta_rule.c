@@ -101,11 +101,8 @@ kl_status kl_delta_rule(kl_ctx *ctx, float *o, kl_slots state_out, const float *
         return kl_fail(ctx, KL_ERR_ARG, "delta_rule: l2_eps is %g; it must be >= 0",
                        (double)args->l2_eps);
     KL_TRY(check_checkpoints(ctx, args));
-    const size_t mark = kl_scratch_mark(ctx);
-    return kl_done(
-        ctx, mark,
-        KL_RUN(delta_rule, 7 * args->T * args->Hv * args->K * args->V,
-               8 * args->N * args->Hv * args->K * args->V
-                   + 4 * args->T * (2 * args->Hk * args->K + args->Hv * (args->K + 2 * args->V)),
-               ctx, o, state_out, q, k, v, g, beta, state_in, args));
+    return KL_RUN(delta_rule, 7 * args->T * args->Hv * args->K * args->V,
+                  8 * args->N * args->Hv * args->K * args->V
+                      + 4 * args->T * (2 * args->Hk * args->K + args->Hv * (args->K + 2 * args->V)),
+                  ctx, o, state_out, q, k, v, g, beta, state_in, args);
 }

@@ -13,17 +13,6 @@
 
 enum { BATCH = 64, WAVE = 32, SEGMENT = KL_PAGE };
 
-static size_t product_bytes(const kl_absorbed *e)
-{
-    kl_weight w_uk_t = *e->a->w_uk;
-    w_uk_t.rows = e->a->w_uk->cols;
-    w_uk_t.cols = e->a->w_uk->rows;
-    w_uk_t.transposed = !e->a->w_uk->transposed;
-    const size_t up = kl_product_once_scratch(e->a->ctx, &w_uk_t, e->capacity),
-                 down = kl_product_once_scratch(e->a->ctx, e->a->w_uv, e->capacity);
-    return ((up > down ? up : down) + 63) / 64 * 64;
-}
-
 /* One thread's scratch while it attends: widened rows of one block, and what fixed point needs. */
 typedef struct room {
     float *stored;     /* as kl_mla_stored_rows */
@@ -33,35 +22,52 @@ typedef struct room {
     int16_t *row;
 } room;
 
-static size_t lay_out(room *r, const kl_absorbed *e, char *base)
+static size_t lay_out(room *r, kl_room at, const kl_absorbed *e)
 {
     const kl_latent_attention_args *g = e->a->args;
-    size_t used = 0;
-    r->stored = kl_take(
-        base, &used, kl_cache_buffer(&e->a->latent, g->R) + kl_cache_buffer(&e->a->k_shared, g->P),
-        sizeof *r->stored);
+    r->stored = kl_take_floats(&at, kl_mla_stored_buffer(e->a));
     if (!kl_attends_fixed(e->a->ctx))
-        return used;
-    r->q = kl_take_lanes(base, &used, g->H, g->R + g->P);
-    r->key = kl_take_rows(base, &used, g->R + g->P);
-    r->pairs = kl_take(base, &used, KL_BLOCK / 2 * kl_fixed_pair_stride(g->R), sizeof *r->pairs);
-    r->row = kl_take(base, &used, r->q.stride, sizeof *r->row);
-    return used;
+        return at.used;
+    r->q = kl_take_lanes(&at, g->H, g->R + g->P);
+    r->key = kl_take_rows(&at, g->R + g->P);
+    r->pairs = kl_take_pairs(&at, g->R);
+    r->row = kl_take(&at, r->q.stride, sizeof *r->row);
+    return at.used;
 }
 
-/* A thread's scratch: a room, or what kl_product wants and its result [capacity, V]. */
-static size_t thread_bytes(const kl_absorbed *e)
+/* And while it multiplies with w_uk^T or w_uv. */
+typedef struct product_room {
+    float *sum; /* [capacity, V] */
+    void *product;
+} product_room;
+
+/* w_uk, read across */
+static kl_weight w_uk_t(const kl_mla *a)
 {
-    room r;
-    const size_t attending = lay_out(&r, e, NULL);
-    const size_t product = product_bytes(e) + (size_t)(e->capacity * e->a->args->V) * sizeof(float);
-    return ((attending > product ? attending : product) + 63) / 64 * 64;
+    kl_weight w = *a->w_uk;
+    w.rows = a->args->R;
+    w.cols = a->args->K;
+    w.transposed = !w.transposed;
+    return w;
+}
+
+static size_t lay_out_product(product_room *r, kl_room at, const kl_absorbed *e)
+{
+    const kl_mla *a = e->a;
+    const kl_weight up = w_uk_t(a);
+    r->sum = kl_take_floats(&at, e->capacity * a->args->V);
+    r->product = kl_take(&at, 1,
+                         kl_larger(kl_product_once_scratch(a->ctx, &up, e->capacity),
+                                   kl_product_once_scratch(a->ctx, a->w_uv, e->capacity)));
+    return at.used;
 }
 
 kl_status kl_absorbed_prepare(kl_absorbed *e, const kl_mla *a)
 {
     const kl_latent_attention_args *g = a->args;
     int64_t longest = 0;
+    room attending;
+    product_room multiplying;
     e->a = a;
     for (int64_t n = 0; n < g->N; n++) {
         const int64_t tokens = g->offsets[n + 1] - g->offsets[n] - kl_mla_expanded_tokens(g, n);
@@ -75,21 +81,15 @@ kl_status kl_absorbed_prepare(kl_absorbed *e, const kl_mla *a)
     const int64_t wave = kl_min(WAVE, e->capacity * kl_ceil_div(longest, SEGMENT)),
                   slots = wave * g->H;
     const int64_t rows = e->capacity * g->H;
-    e->thread_bytes = thread_bytes(e);
-    e->run.width = e->part.width = g->R;
-    e->run.stride = e->capacity * g->R;
-    e->part.stride = g->R;
     KL_SCRATCH(e->token, a->ctx, e->capacity);
     KL_SCRATCH(e->unit, a->ctx, wave);
     KL_SCRATCH(e->query, a->ctx, rows * g->R);
-    KL_SCRATCH(e->run.m, a->ctx, rows);
-    KL_SCRATCH(e->run.l, a->ctx, rows);
-    KL_SCRATCH(e->run.acc, a->ctx, rows * g->R);
-    KL_SCRATCH(e->part.m, a->ctx, slots);
-    KL_SCRATCH(e->part.l, a->ctx, slots);
-    KL_SCRATCH(e->part.acc, a->ctx, slots * g->R);
-    KL_SCRATCH(e->scratch, a->ctx, (size_t)a->ctx->threads * e->thread_bytes);
-    return KL_OK;
+    KL_TRY(kl_scratch_running(a->ctx, &e->run, rows, g->R));
+    e->run.stride = e->capacity * g->R;
+    KL_TRY(kl_scratch_running(a->ctx, &e->part, slots, g->R));
+    return kl_take_rooms(a->ctx, &e->rooms,
+                         kl_larger(lay_out(&attending, (kl_room){ 0 }, e),
+                                   lay_out_product(&multiplying, (kl_room){ 0 }, e)));
 }
 
 /* ---- queries ---- */
@@ -100,18 +100,17 @@ static void absorb_queries(void *arg, int64_t begin, int64_t end, int thread)
     const kl_absorbed *e = arg;
     const kl_latent_attention_args *g = e->a->args;
     const int64_t width = g->K + g->P;
-    kl_weight w_uk_t = *e->a->w_uk;
-    w_uk_t.rows = g->R;
-    w_uk_t.cols = g->K;
-    w_uk_t.transposed = !e->a->w_uk->transposed;
+    const kl_weight w = w_uk_t(e->a);
+    product_room r;
+    lay_out_product(&r, kl_room_of(&e->rooms, thread), e);
     for (int64_t h = begin; h < end; h++)
         for (int64_t i = 0; i < e->n_batch;) {
             int64_t run = 1; /* tokens that follow each other in q */
             while (i + run < e->n_batch && e->token[i + run].t == e->token[i].t + run)
                 run++;
             kl_product_once(e->a->ctx, e->query + (h * e->capacity + i) * g->R, g->R,
-                            e->a->q + (e->token[i].t * g->H + h) * width, g->H * width, run,
-                            &w_uk_t, h, 0, g->R, e->scratch + (size_t)thread * e->thread_bytes);
+                            e->a->q + (e->token[i].t * g->H + h) * width, g->H * width, run, &w, h,
+                            0, g->R, r.product);
             i += run;
         }
 }
@@ -184,7 +183,7 @@ static void attend_block_fixed(const segment *s, const room *r, int64_t position
     a->ctx->k->attend_fixed(&block);
 }
 
-static void attend_segment(const kl_absorbed *e, int64_t u, int64_t h, int64_t heads, room *r)
+static void attend_segment(const kl_absorbed *e, int64_t u, int64_t h, int64_t heads, const room *r)
 {
     const kl_mla *a = e->a;
     const kl_latent_attention_args *g = a->args;
@@ -218,7 +217,7 @@ static void attend_units(void *arg, int64_t begin, int64_t end, int thread)
     const kl_absorbed *e = arg;
     const int64_t H = e->a->args->H, groups = kl_ceil_div(H, e->head_group);
     room r;
-    lay_out(&r, e, e->scratch + (size_t)thread * e->thread_bytes);
+    lay_out(&r, kl_room_of(&e->rooms, thread), e);
     for (int64_t task = begin; task < end; task++) {
         const int64_t h = task % groups * e->head_group;
         attend_segment(e, task / groups, h, kl_min(e->head_group, H - h), &r);
@@ -270,15 +269,15 @@ static void project_heads(void *arg, int64_t begin, int64_t end, int thread)
 {
     const kl_absorbed *e = arg;
     const kl_latent_attention_args *g = e->a->args;
-    char *scratch = e->scratch + (size_t)thread * e->thread_bytes;
-    float *sum = (float *)(void *)(scratch + product_bytes(e)); /* [n_batch, V] */
+    product_room r;
+    lay_out_product(&r, kl_room_of(&e->rooms, thread), e);
     for (int64_t h = begin; h < end; h++) {
-        kl_product_once(e->a->ctx, sum, g->V, e->run.acc + h * e->run.stride, g->R, e->n_batch,
-                        e->a->w_uv, h, 0, g->V, scratch);
+        kl_product_once(e->a->ctx, r.sum, g->V, e->run.acc + h * e->run.stride, g->R, e->n_batch,
+                        e->a->w_uv, h, 0, g->V, r.product);
         for (int64_t i = 0; i < e->n_batch; i++) {
             float *o = e->a->o + (e->token[i].t * g->H + h) * g->V;
             for (int64_t v = 0; v < g->V; v++)
-                o[v] = sum[i * g->V + v] / e->run.l[i * g->H + h];
+                o[v] = r.sum[i * g->V + v] / e->run.l[i * g->H + h];
         }
     }
 }

@@ -79,10 +79,7 @@ kl_status kl_latent_attention(kl_ctx *ctx, float *o, const float *q, kl_cache la
         return kl_fail(ctx, KL_ERR_ARG,
                        "latent_attention: form is %d; it must be auto, absorbed or expanded",
                        (int)args->form);
-    const size_t mark = kl_scratch_mark(ctx);
     int64_t flops, bytes;
     count_work(ctx, args, &latent, &k_shared, &flops, &bytes);
-    return kl_done(
-        ctx, mark,
-        KL_RUN(latent_attention, flops, bytes, ctx, o, q, latent, k_shared, w_uk, w_uv, args));
+    return KL_RUN(latent_attention, flops, bytes, ctx, o, q, latent, k_shared, w_uk, w_uv, args);
 }

@@ -23,6 +23,12 @@ static inline kl_rows kl_mla_cache_rows(const kl_mla *a, const kl_cache *cache, 
     return kl_cache_rows(a->ctx->k, cache, n, position, count, 0, width, buffer);
 }
 
+/* Floats of buffer that kl_mla_stored_rows needs for a block. */
+static inline int64_t kl_mla_stored_buffer(const kl_mla *a)
+{
+    return kl_cache_buffer(&a->latent, a->args->R) + kl_cache_buffer(&a->k_shared, a->args->P);
+}
+
 /* As kl_mla_cache_rows of both caches, float16 as it lies. */
 static inline void kl_mla_stored_rows(const kl_mla *a, int64_t n, int64_t position, int64_t count,
                                       float *buffer, kl_rows latent_and_shared[2])
@@ -50,15 +56,14 @@ typedef struct kl_expanded {
     const kl_mla *a;
     int64_t n_chunks, *chunk_end; /* [N]: chunks of queries of the sequences up to n */
     int64_t longest;              /* queries of the longest chunk */
-    char *scratch;                /* of every thread, one after another */
-    size_t thread_bytes;
+    kl_rooms rooms;
 } kl_expanded;
 kl_status kl_expanded_prepare(kl_expanded *e, const kl_mla *a) KL_CHECKED;
 kl_status kl_expanded_run(const kl_expanded *e) KL_CHECKED;
 
-/* A task in fixed point (latent_fixed.c): a thread's scratch, and head h of queries first .. last - 1 of sequence n. */
+/* A task in fixed point (latent_fixed.c): bytes of a room, and head h of queries first .. last - 1 of sequence n. */
 size_t kl_expanded_fixed_bytes(const kl_expanded *e);
-void kl_expanded_fixed(const kl_expanded *e, char *scratch, int64_t n, int64_t h, int64_t first,
+void kl_expanded_fixed(const kl_expanded *e, kl_room at, int64_t n, int64_t h, int64_t first,
                        int64_t last);
 
 typedef struct kl_absorbed {
@@ -75,8 +80,7 @@ typedef struct kl_absorbed {
     float *query;    /* [H, capacity, R]: W_uk^T q */
     kl_running run;  /* m, l [capacity, H]; acc [H, capacity, R] */
     kl_running part; /* of a wave: m, l [units, H]; acc [units, H, R] */
-    char *scratch;
-    size_t thread_bytes;
+    kl_rooms rooms;
 } kl_absorbed;
 kl_status kl_absorbed_prepare(kl_absorbed *e, const kl_mla *a) KL_CHECKED;
 kl_status kl_absorbed_run(kl_absorbed *e) KL_CHECKED;

@@ -15,32 +15,25 @@ typedef struct room {
     void *product;
 } room;
 
-static size_t lay_out(room *r, const kl_expanded *e, char *base)
+static size_t lay_out(room *r, kl_room at, const kl_expanded *e)
 {
     const kl_mla *a = e->a;
     const kl_latent_attention_args *g = a->args;
-    size_t used = 0;
-    r->k = kl_take(base, &used, KL_BLOCK * g->K, sizeof(float));
-    r->v = kl_take(base, &used, KL_BLOCK * g->V, sizeof(float));
-    r->latent = kl_take(base, &used, kl_cache_buffer(&a->latent, g->R), sizeof(float));
-    r->k_shared = kl_take(base, &used, kl_cache_buffer(&a->k_shared, g->P), sizeof(float));
-    r->run = kl_take_running(base, &used, e->longest, g->V);
-    r->product = kl_take(base, &used,
-                         kl_max((int64_t)kl_product_scratch(a->w_uk, KL_BLOCK),
-                                (int64_t)kl_product_scratch(a->w_uv, KL_BLOCK)),
-                         1);
-    return used;
-}
-
-static size_t thread_bytes(const kl_expanded *e)
-{
-    room r;
-    return kl_attends_fixed(e->a->ctx) ? kl_expanded_fixed_bytes(e) : lay_out(&r, e, NULL);
+    r->k = kl_take_floats(&at, KL_BLOCK * g->K);
+    r->v = kl_take_floats(&at, KL_BLOCK * g->V);
+    r->latent = kl_take_floats(&at, kl_cache_buffer(&a->latent, g->R));
+    r->k_shared = kl_take_floats(&at, kl_cache_buffer(&a->k_shared, g->P));
+    r->run = kl_take_running(&at, e->longest, g->V);
+    r->product = kl_take(
+        &at, 1,
+        kl_larger(kl_product_scratch(a->w_uk, KL_BLOCK), kl_product_scratch(a->w_uv, KL_BLOCK)));
+    return at.used;
 }
 
 kl_status kl_expanded_prepare(kl_expanded *e, const kl_mla *a)
 {
     const kl_latent_attention_args *g = a->args;
+    room r;
     e->a = a;
     for (int64_t n = 0; n < g->N; n++) {
         const int64_t queries = kl_mla_expanded_tokens(g, n);
@@ -49,9 +42,10 @@ kl_status kl_expanded_prepare(kl_expanded *e, const kl_mla *a)
     }
     if (e->n_chunks == 0)
         return KL_OK;
-    e->thread_bytes = thread_bytes(e);
     KL_SCRATCH(e->chunk_end, a->ctx, g->N);
-    KL_SCRATCH(e->scratch, a->ctx, (size_t)a->ctx->threads * e->thread_bytes);
+    KL_TRY(kl_take_rooms(a->ctx, &e->rooms,
+                         kl_attends_fixed(a->ctx) ? kl_expanded_fixed_bytes(e)
+                                                  : lay_out(&r, (kl_room){ 0 }, e)));
     if (a->ctx->arena.measuring)
         return KL_OK;
     for (int64_t n = 0, end = 0; n < g->N; n++)
@@ -69,7 +63,7 @@ static void expand(const kl_mla *a, const room *r, int64_t n, int64_t h, int64_t
 }
 
 /* head h of queries first .. last - 1 of sequence n */
-static void attend(const kl_expanded *e, char *scratch, int64_t n, int64_t h, int64_t first,
+static void attend(const kl_expanded *e, kl_room at, int64_t n, int64_t h, int64_t first,
                    int64_t last)
 {
     const kl_mla *a = e->a;
@@ -78,7 +72,7 @@ static void attend(const kl_expanded *e, char *scratch, int64_t n, int64_t h, in
     const int64_t seen = kl_mla_seen(g, n, first), all = kl_mla_seen(g, n, last - 1);
     const float *q = a->q + (g->offsets[n] + first) * row + h * width;
     room r;
-    lay_out(&r, e, scratch);
+    lay_out(&r, at, e);
     kl_running_clear(r.run, count);
     for (int64_t p = 0; p < all; p += KL_BLOCK) {
         const int64_t positions = kl_min(KL_BLOCK, all - p), skip = kl_max(0, p + 1 - seen);
@@ -105,7 +99,7 @@ static void heads(void *arg, int64_t begin, int64_t end, int thread)
 {
     const kl_expanded *e = arg;
     const kl_mla *a = e->a;
-    char *scratch = e->scratch + (size_t)thread * e->thread_bytes;
+    const kl_room at = kl_room_of(&e->rooms, thread);
     for (int64_t task = begin; task < end; task++) {
         const int64_t h = task / e->n_chunks, chunk = task % e->n_chunks;
         int64_t n = 0;
@@ -114,9 +108,9 @@ static void heads(void *arg, int64_t begin, int64_t end, int thread)
         const int64_t first = (chunk - (n > 0 ? e->chunk_end[n - 1] : 0)) * CHUNK;
         const int64_t last = kl_min(first + CHUNK, kl_mla_expanded_tokens(a->args, n));
         if (kl_attends_fixed(a->ctx))
-            kl_expanded_fixed(e, scratch, n, h, first, last);
+            kl_expanded_fixed(e, at, n, h, first, last);
         else
-            attend(e, scratch, n, h, first, last);
+            attend(e, at, n, h, first, last);
     }
 }
 

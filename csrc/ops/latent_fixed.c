@@ -15,34 +15,31 @@ typedef struct room {
     int16_t *row;
 } room;
 
-static size_t lay_out(room *r, const kl_expanded *e, char *base)
+static size_t lay_out(room *r, kl_room at, const kl_expanded *e)
 {
     const kl_mla *a = e->a;
     const kl_latent_attention_args *g = a->args;
     const int64_t width = g->K + g->P;
-    size_t used = 0;
-    r->q = kl_take_lanes(base, &used, e->longest, width);
-    r->w_uk = kl_take_lanes(base, &used, g->K, g->R);
-    r->w_uv = kl_take_lanes(base, &used, g->V, g->R);
-    r->latent = kl_take_rows(base, &used, g->R);
-    r->key = kl_take_rows(base, &used, width);
-    r->value = kl_take_rows(base, &used, g->V);
-    r->run = kl_take_running(base, &used, e->longest, g->V);
-    r->rows = kl_take(base, &used, kl_max(g->K, g->V) * g->R, sizeof(float));
-    r->k = kl_take(base, &used, KL_BLOCK * g->K, sizeof(float));
-    r->v = kl_take(base, &used, KL_BLOCK * g->V, sizeof(float));
-    r->stored = kl_take(base, &used,
-                        kl_cache_buffer(&a->latent, g->R) + kl_cache_buffer(&a->k_shared, g->P),
-                        sizeof(float));
-    r->pairs = kl_take(base, &used, KL_BLOCK / 2 * kl_fixed_pair_stride(g->V), sizeof *r->pairs);
-    r->row = kl_take(base, &used, kl_max(r->q.stride, r->w_uk.stride), sizeof *r->row);
-    return used;
+    r->q = kl_take_lanes(&at, e->longest, width);
+    r->w_uk = kl_take_lanes(&at, g->K, g->R);
+    r->w_uv = kl_take_lanes(&at, g->V, g->R);
+    r->latent = kl_take_rows(&at, g->R);
+    r->key = kl_take_rows(&at, width);
+    r->value = kl_take_rows(&at, g->V);
+    r->run = kl_take_running(&at, e->longest, g->V);
+    r->rows = kl_take_floats(&at, kl_max(g->K, g->V) * g->R);
+    r->k = kl_take_floats(&at, KL_BLOCK * g->K);
+    r->v = kl_take_floats(&at, KL_BLOCK * g->V);
+    r->stored = kl_take_floats(&at, kl_mla_stored_buffer(a));
+    r->pairs = kl_take_pairs(&at, g->V);
+    r->row = kl_take(&at, kl_max(r->q.stride, r->w_uk.stride), sizeof *r->row);
+    return at.used;
 }
 
 size_t kl_expanded_fixed_bytes(const kl_expanded *e)
 {
     room r;
-    return lay_out(&r, e, NULL);
+    return lay_out(&r, (kl_room){ 0 }, e);
 }
 
 static void weight_lanes(const kl_mla *a, const room *r, const kl_fixed_lanes *to,
@@ -72,7 +69,7 @@ static void expand(const kl_mla *a, const room *r, int64_t n, int64_t p, int64_t
     kernels->fixed_pairs(r->pairs, g->V, &r->value, count);
 }
 
-void kl_expanded_fixed(const kl_expanded *e, char *scratch, int64_t n, int64_t h, int64_t first,
+void kl_expanded_fixed(const kl_expanded *e, kl_room at, int64_t n, int64_t h, int64_t first,
                        int64_t last)
 {
     const kl_mla *a = e->a;
@@ -82,7 +79,7 @@ void kl_expanded_fixed(const kl_expanded *e, char *scratch, int64_t n, int64_t h
     const float *q = a->q + (g->offsets[n] + first) * row + h * width;
     const kl_rows queries[2] = { { q, row, width, NULL } };
     room r;
-    lay_out(&r, e, scratch);
+    lay_out(&r, at, e);
     a->ctx->k->fixed_lanes(&r.q, queries, count, r.row);
     weight_lanes(a, &r, &r.w_uk, a->w_uk, h, g->K);
     weight_lanes(a, &r, &r.w_uv, a->w_uv, h, g->V);

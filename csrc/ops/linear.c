@@ -6,8 +6,8 @@
  *   Budget: |y - ref| <= (D/16 + 5) u sum_k |x w| + u |ref|, u = 2^-24. */
 #include "ops.h"
 
-#include "../cpu/kernels.h"
 #include "product.h"
+#include "room.h"
 
 /* Tasks are blocks of rows of one weight, times blocks of rows of x where there are few of the first. */
 typedef struct task {
@@ -18,8 +18,7 @@ typedef struct task {
     const float *const *bias;
     int64_t T, D;
     int64_t block, t_block, t_blocks; /* rows of w, rows of x, number of the latter blocks */
-    char *scratch;
-    size_t scratch_bytes; /* of one thread */
+    kl_rooms rooms;                   /* of products */
 } task;
 
 /* of one matrix, and of a weight */
@@ -44,7 +43,7 @@ static void product_block(const task *a, int i, int64_t which, int64_t block, in
 static void blocks(void *arg, int64_t begin, int64_t end, int thread)
 {
     const task *a = arg;
-    void *scratch = a->scratch + (size_t)thread * a->scratch_bytes;
+    void *scratch = kl_room_of(&a->rooms, thread).base;
     for (int64_t j = begin; j < end; j++) {
         int64_t r = j / a->t_blocks;
         int i = 0;
@@ -70,12 +69,12 @@ kl_status cpu_linear(kl_ctx *ctx, float *const *y, const float *x, const kl_weig
                .t_block = T,
                .t_blocks = 1 };
     int64_t rows = 0, row_blocks = 0;
+    size_t n_bytes = 0;
     bool narrow = false;
     for (int i = 0; i < n_weights; i++)
         rows += rows_of(&w[i]);
     for (int i = 0; i < n_weights; i++) {
-        const size_t n_bytes = kl_operand_scratch(ctx, &w[i], T);
-        a.scratch_bytes = n_bytes > a.scratch_bytes ? n_bytes : a.scratch_bytes;
+        n_bytes = kl_larger(n_bytes, kl_operand_scratch(ctx, &w[i], T));
         a.block = kl_max(a.block, kl_operand_block(ctx, &w[i], T, rows));
         narrow = narrow || kl_product_is_narrow(ctx, &w[i]);
     }
@@ -88,7 +87,7 @@ kl_status cpu_linear(kl_ctx *ctx, float *const *y, const float *x, const kl_weig
         a.t_blocks = kl_ceil_div(T, a.t_block);
     }
     char *narrow_x = NULL;
-    KL_SCRATCH(a.scratch, ctx, (size_t)ctx->threads * a.scratch_bytes);
+    KL_TRY(kl_take_rooms(ctx, &a.rooms, n_bytes));
     if (narrow)
         KL_SCRATCH(narrow_x, ctx, (size_t)T * a.x.narrow_bytes);
     if (ctx->arena.measuring || T == 0)
@@ -116,8 +115,6 @@ kl_status kl_linear(kl_ctx *ctx, float *const *y, const float *x, const kl_weigh
         all_rows += rows;
         weight_bytes += (int64_t)kl_type_bytes(w[i].type, rows * D);
     }
-    const size_t mark = kl_scratch_mark(ctx);
-    return kl_done(ctx, mark,
-                   KL_RUN(linear, 2 * T * D * all_rows, 4 * T * (D + all_rows) + weight_bytes, ctx,
-                          y, x, w, bias, n_weights, T, D));
+    return KL_RUN(linear, 2 * T * D * all_rows, 4 * T * (D + all_rows) + weight_bytes, ctx, y, x, w,
+                  bias, n_weights, T, D);
 }

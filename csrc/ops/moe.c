@@ -11,8 +11,8 @@
  * Only h [pairs, F] is kept whole; a pass is at most PASS tokens, which bounds it and changes no byte. */
 #include "ops.h"
 
-#include "../cpu/kernels.h"
 #include "product.h"
+#include "room.h"
 
 #include <string.h>
 
@@ -40,10 +40,8 @@ typedef struct pass {
     float *h_to;
     char *narrow_h; /* NULL where w_down takes float32 */
     int64_t f_block, d_block;
-    float *rows;   /* [T, MAX_BLOCK] of each thread */
-    char *scratch; /* of products, of each thread */
-    size_t scratch_bytes;
-    int64_t row_floats; /* of rows, one thread */
+    kl_rooms rows;     /* [T, MAX_BLOCK] */
+    kl_rooms products; /* their scratch */
 } pass;
 
 /* Pairs by expert, then token: a counting sort. */
@@ -71,8 +69,8 @@ static void group(pass *p, const int32_t *ids, const float *weights, int64_t k)
 static void hidden(void *arg, int64_t begin, int64_t end, int thread)
 {
     const pass *p = arg;
-    float *up = p->rows + thread * p->row_floats;
-    void *scratch = p->scratch + (size_t)thread * p->scratch_bytes;
+    float *up = kl_room_of(&p->rows, thread).base;
+    void *scratch = kl_room_of(&p->products, thread).base;
     const int64_t blocks = kl_ceil_div(p->F, p->f_block);
     for (int64_t j = begin; j < end; j++) {
         const int32_t e = p->used[j / blocks];
@@ -105,8 +103,8 @@ static void add_expert(const pass *p, int32_t e, int64_t d, int64_t n, float *ou
 static void results(void *arg, int64_t begin, int64_t end, int thread)
 {
     const pass *p = arg;
-    float *out = p->rows + thread * p->row_floats;
-    void *scratch = p->scratch + (size_t)thread * p->scratch_bytes;
+    float *out = kl_room_of(&p->rows, thread).base;
+    void *scratch = kl_room_of(&p->products, thread).base;
     for (int64_t j = begin; j < end; j++) {
         const int64_t d = j * p->d_block, n = kl_min(p->d_block, p->D - d);
         for (int64_t t = 0; t < p->T; t++)
@@ -156,25 +154,22 @@ static kl_status check_ids(kl_ctx *ctx, const int32_t *ids, int64_t T, int64_t k
     return KL_OK;
 }
 
-static size_t most(size_t a, size_t b) { return a > b ? a : b; }
-
 kl_status cpu_moe(kl_ctx *ctx, float *y, const float *x, const int32_t *ids, const float *weights,
                   const kl_weight *w_gate, const kl_weight *w_up, const kl_weight *w_down,
                   const float *shared, int64_t T, int64_t D, int64_t F, int64_t k)
 {
     const int64_t most_T = kl_min(T, PASS), E = w_gate->n, pairs = most_T * k;
     pass p = { .ctx = ctx, .w_gate = w_gate, .w_up = w_up, .w_down = w_down, .D = D, .F = F };
-    p.row_floats = most_T * MAX_BLOCK;
-    p.scratch_bytes =
-        most(kl_operand_scratch(ctx, w_gate, most_T),
-             most(kl_operand_scratch(ctx, w_up, most_T), kl_operand_scratch(ctx, w_down, most_T)));
+    const size_t in_bytes =
+        kl_larger(kl_operand_scratch(ctx, w_gate, most_T), kl_operand_scratch(ctx, w_up, most_T));
     KL_SCRATCH(p.token, ctx, pairs);
     KL_SCRATCH(p.weight, ctx, pairs);
     KL_SCRATCH(p.begin, ctx, E + 1);
     KL_SCRATCH(p.used, ctx, E);
     KL_SCRATCH(p.h_to, ctx, pairs * F);
-    KL_SCRATCH(p.rows, ctx, ctx->threads * p.row_floats);
-    KL_SCRATCH(p.scratch, ctx, (size_t)ctx->threads * p.scratch_bytes);
+    KL_TRY(kl_take_rooms(ctx, &p.rows, (size_t)(most_T * MAX_BLOCK) * sizeof(float)));
+    KL_TRY(kl_take_rooms(ctx, &p.products,
+                         kl_larger(in_bytes, kl_operand_scratch(ctx, w_down, most_T))));
     char *narrow_x = NULL;
     const size_t x_bytes = kl_narrow_bytes(ctx, D), h_bytes = kl_narrow_bytes(ctx, F);
     if (kl_product_is_narrow(ctx, w_gate) || kl_product_is_narrow(ctx, w_up))
@@ -210,10 +205,8 @@ kl_status kl_moe(kl_ctx *ctx, float *y, const float *x, const int32_t *ids, cons
     if (k < 1 || k > E || E > INT32_MAX)
         return kl_fail(ctx, KL_ERR_ARG, "moe: k is %lld of %lld experts; it must be 1 <= k <= E",
                        (long long)k, (long long)E);
-    const size_t mark = kl_scratch_mark(ctx);
     const int64_t experts = kl_min(E, T * k); /* read at most */
-    return kl_done(ctx, mark,
-                   KL_RUN(moe, 6 * T * k * D * F,
-                          8 * T * D + experts * (int64_t)kl_type_bytes(w_gate->type, 3 * D * F),
-                          ctx, y, x, ids, weights, w_gate, w_up, w_down, shared, T, D, F, k));
+    return KL_RUN(moe, 6 * T * k * D * F,
+                  8 * T * D + experts * (int64_t)kl_type_bytes(w_gate->type, 3 * D * F), ctx, y, x,
+                  ids, weights, w_gate, w_up, w_down, shared, T, D, F, k);
 }

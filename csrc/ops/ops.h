@@ -7,7 +7,8 @@
 #include "../internal.h"
 #include "backend.h"
 
-/* Runs the backend's entry of an op and, while profiling, books its time, flops and bytes. */
+/* Runs the backend's entry of an op, gives back the scratch that it took and, while profiling, books its time, flops
+ * and bytes. Ops call no ops. */
 #define KL_RUN(op, flops, bytes, ...)                                                              \
     (kl_book_begin(ctx), kl_book_end(ctx, KL_OP_##op, (int64_t)(flops), (int64_t)(bytes),          \
                                      ctx->backend->op(__VA_ARGS__)))

@@ -18,21 +18,10 @@ enum {
 _Static_assert((int)KL_NARROW_PART == (int)KL_INT8_VALUES, "a part is a group of int8");
 _Static_assert(KL_NARROW_PART % KL_BFLOAT16_STEP == 0, "a part is whole steps of bfloat16");
 
-static bool takes_int8(kl_type type)
-{
-    switch (type) {
-#define KL_INT8_TYPE(type) case type:
-        KL_INT8_TYPES(KL_INT8_TYPE)
-#undef KL_INT8_TYPE
-        return true;
-    default: return false;
-    }
-}
-
 bool kl_product_is_narrow(const kl_ctx *ctx, const kl_weight *w)
 {
     switch (ctx->activations) {
-    case KL_ACTIVATIONS_INT8: return !w->transposed && takes_int8(w->type);
+    case KL_ACTIVATIONS_INT8: return !w->transposed && kl_takes_int8(w->type);
     case KL_ACTIVATIONS_BFLOAT16: return !w->transposed && w->type == KL_BF16;
     default: return false;
     }

@@ -92,14 +92,9 @@ kl_status cpu_dequantize(kl_ctx *ctx, float *y, const void *x, kl_type type, int
 static kl_status check(kl_ctx *ctx, const char *op, kl_type type, int64_t rows, int64_t cols)
 {
     KL_TRY(kl_check_rows(ctx, op, "x", rows, cols));
-    const int64_t block = kl_type_block(type);
-    if (block == 0)
+    if (kl_type_block(type) == 0)
         return kl_fail(ctx, KL_ERR_DTYPE, "%s: type is %d, which is not known here", op, (int)type);
-    if (cols % block != 0)
-        return kl_fail(ctx, KL_ERR_SHAPE,
-                       "%s: x has rows of %lld values; %s needs a multiple of %lld", op,
-                       (long long)cols, kl_type_name(type), (long long)block);
-    return KL_OK;
+    return kl_check_whole(ctx, op, "x", "rows", type, cols);
 }
 
 kl_status kl_quantize(kl_ctx *ctx, void *y, const float *x, kl_type type, int64_t rows,

@@ -88,8 +88,6 @@ kl_status kl_rope(kl_ctx *ctx, float *y, const float *x, const int64_t *position
                   int64_t H, int64_t K, int64_t rotary, double base)
 {
     KL_TRY(check(ctx, positions, T, H, K, rotary, base));
-    const size_t mark = kl_scratch_mark(ctx);
-    return kl_done(ctx, mark,
-                   KL_RUN(rope, 3 * T * H * rotary, 8 * T * H * K, ctx, y, x, positions, T, H, K,
-                          rotary, base));
+    return KL_RUN(rope, 3 * T * H * rotary, 8 * T * H * K, ctx, y, x, positions, T, H, K, rotary,
+                  base);
 }

@@ -208,8 +208,6 @@ kl_status kl_route(kl_ctx *ctx, int32_t *ids, float *weights, const float *score
 {
     KL_TRY(kl_check_rows(ctx, "route", "scores", args->T, args->E));
     KL_TRY(check_args(ctx, args));
-    const size_t mark = kl_scratch_mark(ctx);
-    return kl_done(ctx, mark,
-                   KL_RUN(route, 4 * args->T * args->E, 4 * args->T * (args->E + 2 * args->k), ctx,
-                          ids, weights, scores, bias, args));
+    return KL_RUN(route, 4 * args->T * args->E, 4 * args->T * (args->E + 2 * args->k), ctx, ids,
+                  weights, scores, bias, args);
 }

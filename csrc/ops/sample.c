@@ -555,6 +555,5 @@ kl_status kl_sample(kl_ctx *ctx, int32_t *ids, const float *logits, const kl_sam
                        (long long)D);
     for (int64_t t = 0; t < T; t++)
         KL_TRY(check_args(ctx, t, &args[t]));
-    const size_t mark = kl_scratch_mark(ctx);
-    return kl_done(ctx, mark, KL_RUN(sample, 4 * T * D, 4 * T * D, ctx, ids, logits, args, T, D));
+    return KL_RUN(sample, 4 * T * D, 4 * T * D, ctx, ids, logits, args, T, D);
 }

@@ -8,7 +8,7 @@
  *     kl_py_on(&c, octx);
  *     float *y = kl_py_out(&c, oy, KL_PY_F32, n, "out");
  *     const float *x = kl_py_in(&c, ox, KL_PY_F32, n, "x");
- *     if (!c.failed && kl_py_begin(&c, octx))
+ *     if (kl_py_begin(&c, octx))
  *         c.status = kl_op(c.ctx, y, x, n);
  *     return kl_py_end(&c);                        None, or NULL with the exception set */
 #ifndef KL_BINDING_H
@@ -84,10 +84,20 @@ kl_slots kl_py_slots(kl_py_call *c, const void *states, int64_t n, int64_t value
 /* product of up to four sizes; fails the call when one is negative or it does not fit */
 int64_t kl_py_size(kl_py_call *c, const char *name, int64_t a, int64_t b, int64_t d, int64_t e);
 
-bool kl_py_begin(kl_py_call *c, PyObject *context);
-PyObject *kl_py_end(kl_py_call *c);
+/* Fails the call with an exception; returns NULL. */
+void *kl_py_refuse(kl_py_call *c, PyObject *type, const char *format, ...);
 
-/* Frees an object of a heap type, the last step of its dealloc. */
+/* False where the op is not to be called. It takes the context where kl_py_on has not. */
+bool kl_py_begin(kl_py_call *c, PyObject *context);
+/* Gives back all that the call holds: whether it did what it was to do, else the exception is set. */
+bool kl_py_done(kl_py_call *c);
+PyObject *kl_py_end(kl_py_call *c); /* the same as None or NULL */
+
+/* Appends an item, whose reference it takes, to a list that it drops where it cannot, or where either is NULL. */
+void kl_py_append(PyObject **list, PyObject *item);
+
+/* An object of a heap type, zeros; and the last step of its dealloc. */
+void *kl_py_new(PyTypeObject *type);
 void kl_py_free(PyObject *o);
 
 /* Sets the exception that belongs to status; returns NULL. */

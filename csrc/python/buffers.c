@@ -3,6 +3,7 @@
 #include "device_memory.h"
 #include "model.h"
 
+#include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -256,12 +257,10 @@ const void *kl_py_in_opt(kl_py_call *c, PyObject *o, kl_py_kind kind, int64_t n,
 int64_t kl_py_size(kl_py_call *c, const char *name, int64_t a, int64_t b, int64_t d, int64_t e)
 {
     int64_t n = 0;
-    if (!c->failed && !(kl_mul(&n, a, b) && kl_mul(&n, n, d) && kl_mul(&n, n, e))) {
-        PyErr_Format(PyExc_ValueError,
+    if (!c->failed && !(kl_mul(&n, a, b) && kl_mul(&n, n, d) && kl_mul(&n, n, e)))
+        kl_py_refuse(c, PyExc_ValueError,
                      "%s: a size is negative or too large: %lld, %lld, %lld, %lld", name,
                      (long long)a, (long long)b, (long long)d, (long long)e);
-        c->failed = true;
-    }
     return n;
 }
 
@@ -314,25 +313,20 @@ kl_weight kl_py_weight(kl_py_call *c, PyObject *o, const char *name)
     if (c->failed)
         return w;
     if (!PyTuple_Check(o) || !PyArg_ParseTuple(o, "OiLLL", &buffer, &type, &n, &rows, &cols)) {
-        PyErr_Format(PyExc_TypeError, "%s must be a tuple (buffer, type, n, rows, cols)", name);
-        c->failed = true;
+        kl_py_refuse(c, PyExc_TypeError, "%s must be a tuple (buffer, type, n, rows, cols)", name);
         return w;
     }
     const int64_t block = kl_type_block((kl_type)type);
-    if (block == 0 || cols % block != 0) {
-        PyErr_Format(PyExc_TypeError,
+    if (block == 0 || cols % block != 0)
+        kl_py_refuse(c, PyExc_TypeError,
                      "%s has storage type %d and rows of %lld values; it must be a "
                      "known type and whole blocks",
                      name, type, cols);
-        c->failed = true;
-        return w;
-    }
-    if (n < 0 || n > MOST_MATRICES) {
-        PyErr_Format(PyExc_ValueError, "%s has %lld matrices; it must have 0 to %d", name, n,
+    else if (n < 0 || n > MOST_MATRICES)
+        kl_py_refuse(c, PyExc_ValueError, "%s has %lld matrices; it must have 0 to %d", name, n,
                      MOST_MATRICES);
-        c->failed = true;
+    if (c->failed)
         return w;
-    }
     const int64_t one = kl_py_size(c, name, rows, cols, 1, 1), /* alone: n may be 0 */
         size = kl_py_size(c, name, n, one, 1, 1);
     const void *data =
@@ -415,7 +409,7 @@ bool kl_py_begin(kl_py_call *c, PyObject *context)
     return c->status == KL_OK;
 }
 
-PyObject *kl_py_end(kl_py_call *c)
+bool kl_py_done(kl_py_call *c)
 {
     char sentence[512] = "";
     if (c->thread != NULL)
@@ -439,12 +433,21 @@ PyObject *kl_py_end(kl_py_call *c)
         Py_DECREF(c->memory[i]);
     for (int i = 0; i < c->n_pointers; i++)
         free(c->pointers[i]);
-    if (c->failed)
-        return NULL;
-    if (c->status != KL_OK)
-        return kl_py_raise(c->status, sentence);
-    Py_INCREF(Py_None);
-    return Py_None;
+    if (!c->failed && c->status != KL_OK)
+        (void)kl_py_raise(c->status, sentence);
+    return !c->failed && c->status == KL_OK;
+}
+
+PyObject *kl_py_end(kl_py_call *c) { return kl_py_done(c) ? Py_NewRef(Py_None) : NULL; }
+
+void *kl_py_refuse(kl_py_call *c, PyObject *type, const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    PyErr_FormatV(type, format, args);
+    va_end(args);
+    c->failed = true;
+    return NULL;
 }
 
 static PyObject *own_error(const char *name)
@@ -479,6 +482,19 @@ PyObject *kl_py_raise(kl_status status, const char *sentence)
         PyErr_SetString(type, sentence);
     Py_XDECREF(owned);
     return NULL;
+}
+
+void kl_py_append(PyObject **list, PyObject *item)
+{
+    if (*list != NULL && (item == NULL || PyList_Append(*list, item) < 0))
+        Py_CLEAR(*list);
+    Py_XDECREF(item);
+}
+
+void *kl_py_new(PyTypeObject *type)
+{
+    allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    return allocate(type, 0);
 }
 
 void kl_py_free(PyObject *o)

@@ -24,8 +24,7 @@ static PyObject *context_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     options.gemm = gemm ? KL_GEMM_BLAS : KL_GEMM_OWN;
     options.delta_rule = (kl_form)delta_rule;
     options.activations = (kl_activations)activations;
-    allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
-    kl_py_context *self = (kl_py_context *)allocate(type, 0);
+    kl_py_context *self = kl_py_new(type);
     if (self == NULL)
         return NULL;
     self->lock = PyThread_allocate_lock();
@@ -114,20 +113,10 @@ static PyObject *context_profile_result(PyObject *o, PyObject *args)
          i++) {
         if (row.calls == 0)
             continue;
-        PyObject *item =
-            Py_BuildValue("(sLddd)", name, (long long)row.calls, row.seconds, row.flops, row.bytes);
-        if (item == NULL || PyList_Append(list, item) < 0)
-            Py_CLEAR(list);
-        Py_XDECREF(item);
+        kl_py_append(&list, Py_BuildValue("(sLddd)", name, (long long)row.calls, row.seconds,
+                                          row.flops, row.bytes));
     }
     return list;
-}
-
-/* what a call measured, where it did not fail */
-static PyObject *number_or_null(PyObject *none, double number)
-{
-    Py_XDECREF(none);
-    return none != NULL ? PyFloat_FromDouble(number) : NULL;
 }
 
 static PyObject *context_roof_read(PyObject *o, PyObject *args)
@@ -141,9 +130,9 @@ static PyObject *context_roof_read(PyObject *o, PyObject *args)
     const Py_ssize_t n = PyObject_Size(data); /* uint8: bytes */
     c.failed |= n < 0;
     const void *p = kl_py_in(&c, data, KL_PY_U8, n, "data");
-    if (!c.failed && kl_py_begin(&c, o))
+    if (kl_py_begin(&c, o))
         c.status = kl_roof_read(c.ctx, p, n, &roof);
-    return number_or_null(kl_py_end(&c), roof);
+    return kl_py_done(&c) ? PyFloat_FromDouble(roof) : NULL;
 }
 
 static PyObject *context_roof_fma(PyObject *o, PyObject *args)
@@ -153,7 +142,7 @@ static PyObject *context_roof_fma(PyObject *o, PyObject *args)
     (void)args;
     if (kl_py_begin(&c, o))
         c.status = kl_roof_fma(c.ctx, &roof);
-    return number_or_null(kl_py_end(&c), roof);
+    return kl_py_done(&c) ? PyFloat_FromDouble(roof) : NULL;
 }
 
 static PyObject *context_tick(PyObject *o, PyObject *args)
@@ -162,13 +151,11 @@ static PyObject *context_tick(PyObject *o, PyObject *args)
     double seconds = 0;
     (void)args;
     kl_py_on(&c, o);
-    if (!c.failed && c.ctx->backend->tick == NULL) {
-        PyErr_SetString(PyExc_ValueError, "ctx computes on the CPU; tick is of a device");
-        c.failed = true;
-    }
-    if (!c.failed && kl_py_begin(&c, o))
+    if (!c.failed && c.ctx->backend->tick == NULL)
+        kl_py_refuse(&c, PyExc_ValueError, "ctx computes on the CPU; tick is of a device");
+    if (kl_py_begin(&c, o))
         c.status = c.ctx->backend->tick(c.ctx, &seconds);
-    return number_or_null(kl_py_end(&c), seconds);
+    return kl_py_done(&c) ? PyFloat_FromDouble(seconds) : NULL;
 }
 
 /* fail_at(n) and cancel_at(n): faults for tests */

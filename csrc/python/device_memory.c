@@ -35,10 +35,8 @@ static kl_py_memory *new_memory(void)
     PyObject *module = PyImport_ImportModule("kimi_linear._core");
     PyObject *type = module != NULL ? PyObject_GetAttrString(module, "DeviceMemory") : NULL;
     kl_py_memory *self = NULL;
-    if (type != NULL) {
-        allocfunc allocate = (allocfunc)PyType_GetSlot((PyTypeObject *)type, Py_tp_alloc);
-        self = (kl_py_memory *)allocate((PyTypeObject *)type, 0);
-    }
+    if (type != NULL)
+        self = kl_py_new((PyTypeObject *)type);
     Py_XDECREF(type);
     Py_XDECREF(module);
     return self;
@@ -93,11 +91,10 @@ kl_py_memory *kl_py_memory_new(kl_py_context *context, size_t n_bytes)
 static bool takes(kl_py_call *c, PyObject *context)
 {
     kl_py_on(c, context);
-    if (!c->failed && c->ctx->device == NULL) {
-        PyErr_SetString(PyExc_ValueError, "ctx computes on the CPU; a DeviceArray needs one of a "
-                                          "device, as kl.Context(device='hip')");
-        c->failed = true;
-    }
+    if (!c->failed && c->ctx->device == NULL)
+        kl_py_refuse(c, PyExc_ValueError,
+                     "ctx computes on the CPU; a DeviceArray needs one of a device, as "
+                     "kl.Context(device='hip')");
     return !c->failed;
 }
 
@@ -115,9 +112,7 @@ static PyObject *memory_allocate(PyObject *type, PyObject *args)
         self = kl_py_memory_new(c.context, (size_t)n_bytes);
         c.failed = self == NULL;
     }
-    PyObject *none = kl_py_end(&c);
-    Py_XDECREF(none);
-    return none != NULL ? (PyObject *)self : NULL;
+    return kl_py_done(&c) ? (PyObject *)self : NULL;
 }
 
 /* ---- from others ---- */
@@ -293,9 +288,8 @@ static bool opened(kl_py_call *c, kl_py_memory *self)
 {
     if (self->context != NULL)
         return takes(c, (PyObject *)self->context);
-    PyErr_SetString(PyExc_ValueError, "no context has used this memory yet; give it to an op");
-    c->failed = true;
-    return false;
+    return kl_py_refuse(c, PyExc_ValueError,
+                        "no context has used this memory yet; give it to an op");
 }
 
 /* upload(buffer), download(buffer): all of its bytes */
@@ -306,11 +300,9 @@ static PyObject *copy(PyObject *o, PyObject *args, const char *format, bool to_h
     Py_buffer view;
     if (!PyArg_ParseTuple(args, format, &view))
         return NULL;
-    if (opened(&c, self) && view.len != (Py_ssize_t)self->n_bytes) {
-        PyErr_Format(PyExc_ValueError, "the buffer has %zd bytes; the memory has %zu", view.len,
+    if (opened(&c, self) && view.len != (Py_ssize_t)self->n_bytes)
+        kl_py_refuse(&c, PyExc_ValueError, "the buffer has %zd bytes; the memory has %zu", view.len,
                      self->n_bytes);
-        c.failed = true;
-    }
     if (!c.failed && kl_py_begin(&c, (PyObject *)self->context)) {
         const kl_backend *b = c.ctx->backend;
         c.status = to_host ? b->download(c.ctx, view.buf, self->data, self->n_bytes)

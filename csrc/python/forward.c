@@ -212,15 +212,12 @@ PyObject *kl_py_forward(PyObject *o, PyObject *args)
         a.embeds = kl_py_in_opt(&c, embeds, KL_PY_F32,
                                 kl_py_size(&c, "embeds", T, self->config.D, 1, 1), "embeds");
     }
-    if (!c.failed && n_logits > 0 && (a.logits == NULL || a.logit_rows == NULL)) {
-        PyErr_SetString(PyExc_ValueError, "logits and logit_rows must be arrays when n_logits > 0");
-        c.failed = true;
-    }
-    if (!c.failed && a.offsets[a.N] != T) {
-        PyErr_Format(PyExc_ValueError, "offsets end at %lld; they must end at T = %lld",
+    if (!c.failed && n_logits > 0 && (a.logits == NULL || a.logit_rows == NULL))
+        kl_py_refuse(&c, PyExc_ValueError,
+                     "logits and logit_rows must be arrays when n_logits > 0");
+    if (!c.failed && a.offsets[a.N] != T)
+        kl_py_refuse(&c, PyExc_ValueError, "offsets end at %lld; they must end at T = %lld",
                      (long long)a.offsets[a.N], T);
-        c.failed = true;
-    }
     if (!c.failed && taps != Py_None)
         (void)parse_arrays(&c, taps, &self->config, T, &t, true);
     if (!c.failed && experts != Py_None)

@@ -235,10 +235,8 @@ static bool create(py_model *self, PyObject *list, int planning, PyObject *progr
         kl_ctx_set_progress(c.ctx, progress != Py_None ? call_progress : NULL, progress);
         c.status = kl_model_create(c.ctx, &self->model, &self->config, tensors, n, planning);
         kl_ctx_set_progress(c.ctx, NULL, NULL);
-        PyObject *none = kl_py_end(&c);
-        ok = none != NULL;
-        Py_XDECREF(none);
     }
+    ok = kl_py_done(&c) && ok;
     free(tensors);
     Py_DECREF(items); /* the names lie in them */
     return ok;
@@ -254,8 +252,7 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         return NULL;
     if (kl_py_context_of(context) == NULL)
         return NULL;
-    allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
-    py_model *self = (py_model *)allocate(type, 0);
+    py_model *self = kl_py_new(type);
     if (self == NULL)
         return NULL;
     self->context = (kl_py_context *)Py_NewRef(context);
@@ -302,7 +299,7 @@ static PyObject *model_taps(PyObject *o, PyObject *args)
     const kl_config *c = &((py_model *)o)->config;
     PyObject *list = PyList_New(0);
     for (int64_t layer = -1; list != NULL && layer < c->n_layers; layer++)
-        for (int tap = 0; tap < KL_TAP_COUNT; tap++) {
+        for (int tap = 0; list != NULL && tap < KL_TAP_COUNT; tap++) {
             const char *name;
             int64_t shape[2];
             int n_dims, is_int32;
@@ -311,14 +308,9 @@ static PyObject *model_taps(PyObject *o, PyObject *args)
             PyObject *dims = n_dims == 2
                                  ? Py_BuildValue("(LL)", (long long)shape[0], (long long)shape[1])
                                  : Py_BuildValue("(L)", (long long)shape[0]);
-            PyObject *item = dims == NULL ? NULL
-                                          : Py_BuildValue("(LisNi)", (long long)layer, tap, name,
-                                                          dims, is_int32);
-            if (item == NULL || PyList_Append(list, item) < 0)
-                Py_CLEAR(list);
-            Py_XDECREF(item);
-            if (list == NULL)
-                break;
+            kl_py_append(&list, dims == NULL ? NULL
+                                             : Py_BuildValue("(LisNi)", (long long)layer, tap, name,
+                                                             dims, is_int32));
         }
     return list;
 }
@@ -336,10 +328,8 @@ static PyObject *model_plan(PyObject *o, PyObject *args)
     if (kl_py_begin(&c, context))
         c.status =
             kl_plan_make(c.ctx, &plan, self->model, (kl_type)cache, length, sequences, pass_tokens);
-    PyObject *none = kl_py_end(&c);
-    if (none == NULL)
+    if (!kl_py_done(&c))
         return NULL;
-    Py_DECREF(none);
     return Py_BuildValue(
         "{sKsKsKsKsKsK}", "weights", (unsigned long long)plan.weights, "vectors",
         (unsigned long long)plan.vectors, "state_fixed", (unsigned long long)plan.state_fixed,

@@ -9,12 +9,8 @@ static PyObject *isa_list(PyObject *module, PyObject *args)
     const char *names[8];
     const int n = kl_isa_list(names, 8);
     PyObject *list = PyList_New(0);
-    for (int i = 0; list != NULL && i < n; i++) {
-        PyObject *name = PyUnicode_FromString(names[i]);
-        if (name == NULL || PyList_Append(list, name) < 0)
-            Py_CLEAR(list);
-        Py_XDECREF(name);
-    }
+    for (int i = 0; list != NULL && i < n; i++)
+        kl_py_append(&list, PyUnicode_FromString(names[i]));
     return list;
 }
 
@@ -33,14 +29,10 @@ static PyObject *devices(PyObject *module, PyObject *args)
     kl_device_info row[64];
     int n = kl_device_list(row, 64);
     PyObject *list = PyList_New(0);
-    for (int i = 0; list != NULL && i < n && i < 64; i++) {
-        PyObject *item =
-            Py_BuildValue("(sOssL)", row[i].name, row[i].available ? Py_True : Py_False,
-                          row[i].description, row[i].reason, (long long)row[i].memory_bytes);
-        if (item == NULL || PyList_Append(list, item) < 0)
-            Py_CLEAR(list);
-        Py_XDECREF(item);
-    }
+    for (int i = 0; list != NULL && i < n && i < 64; i++)
+        kl_py_append(&list, Py_BuildValue("(sOssL)", row[i].name,
+                                          row[i].available ? Py_True : Py_False, row[i].description,
+                                          row[i].reason, (long long)row[i].memory_bytes));
     return list;
 }
 

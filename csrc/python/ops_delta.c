@@ -33,11 +33,10 @@ static PyObject *py_delta_rule(PyObject *module, PyObject *args)
                    in = kl_py_slots(&c, state_in, N, state);
     const int64_t *marks = kl_py_in_opt(&c, omarks, KL_PY_I64, n_marks, "checkpoints");
     const int64_t *of = oof == Py_None ? NULL : kl_py_offsets(&c, oof, N, "checkpoint_offsets");
-    if (!c.failed && of != NULL && of[N] > n_marks) { /* that they rise to it, the op checks */
-        PyErr_Format(PyExc_ValueError, "checkpoint_offsets end at %lld; there are %lld checkpoints",
-                     (long long)of[N], n_marks);
-        c.failed = true;
-    }
+    if (!c.failed && of != NULL && of[N] > n_marks) /* that they rise to it, the op checks */
+        kl_py_refuse(&c, PyExc_ValueError,
+                     "checkpoint_offsets end at %lld; there are %lld checkpoints", (long long)of[N],
+                     n_marks);
     float *kept = kl_py_out_opt(&c, okept, KL_PY_F32,
                                 kl_py_size(&c, "checkpoints", n_marks, state, 1, 1), "kept");
     const kl_delta_rule_args a = { .offsets = offsets,

@@ -15,10 +15,8 @@ static PyObject *py_embedding(PyObject *module, PyObject *args)
     const kl_weight table = kl_py_weight(&c, otable, "table");
     float *y = kl_py_out(&c, oy, KL_PY_F32, kl_py_size(&c, "out", T, table.cols, 1, 1), "out");
     const int32_t *ids = kl_py_host_in(&c, oids, KL_PY_I32, T, "ids");
-    if (!c.failed && table.n != 1) {
-        PyErr_SetString(PyExc_ValueError, "table must be one matrix");
-        c.failed = true;
-    }
+    if (!c.failed && table.n != 1)
+        kl_py_refuse(&c, PyExc_ValueError, "table must be one matrix");
     if (kl_py_begin(&c, ctx))
         c.status = kl_embedding(c.ctx, y, ids, &table, T);
     return kl_py_end(&c);

@@ -28,11 +28,9 @@ static kl_cache cache_of(kl_py_call *c, void *data, int type, int64_t width, con
 static void *cache_buffer(kl_py_call *c, PyObject *o, int type, int64_t n, const char *name,
                           bool writable)
 {
-    if (!c->failed && type != KL_F32 && type != KL_F16 && type != KL_Q8_0) {
-        PyErr_Format(PyExc_TypeError, "%s has storage type %d; it must be F32, F16 or Q8_0", name,
-                     type);
-        c->failed = true;
-    }
+    if (!c->failed && type != KL_F32 && type != KL_F16 && type != KL_Q8_0)
+        kl_py_refuse(c, PyExc_TypeError, "%s has storage type %d; it must be F32, F16 or Q8_0",
+                     name, type);
     const kl_py_kind kind = type == KL_F32 ? KL_PY_F32 : type == KL_F16 ? KL_PY_U16 : KL_PY_U8;
     if (type == KL_Q8_0)
         n = (int64_t)kl_type_bytes(KL_Q8_0, n);
@@ -47,11 +45,18 @@ static const int64_t *ranges_of(kl_py_call *c, PyObject *o, int64_t N, int64_t S
     bool good = !c->failed && N >= 0 && begin[0] == 0 && begin[N] == S;
     for (int64_t n = 0; good && n < N; n++)
         good = begin[n] <= begin[n + 1];
-    if (!c->failed && !good) {
-        PyErr_Format(PyExc_ValueError, "%s must rise from 0 to %lld", name, (long long)S);
-        c->failed = true;
-    }
+    if (!c->failed && !good)
+        kl_py_refuse(c, PyExc_ValueError, "%s must rise from 0 to %lld", name, (long long)S);
     return begin;
+}
+
+/* [N]: begin[n + 1] - begin[n] */
+static const int64_t *lengths_of(kl_py_call *c, const int64_t *begin, int64_t N)
+{
+    int64_t *length = (int64_t *)(void *)kl_py_pointers(c, N, NULL, 0);
+    for (int64_t n = 0; !c->failed && n < N; n++)
+        length[n] = begin[n + 1] - begin[n];
+    return length;
 }
 
 static PyObject *py_cache_append(PyObject *module, PyObject *args)
@@ -73,11 +78,9 @@ static PyObject *py_cache_append(PyObject *module, PyObject *args)
     const int64_t *start = kl_py_in(&c, ostart, KL_PY_I64, N, "start");
     const int64_t *begin = ranges_of(&c, obegin, N, S, "kv_offsets");
     for (int64_t n = 0; !c.failed && n < N; n++)
-        if (start[n] > begin[n + 1] - begin[n] - (offsets[n + 1] - offsets[n])) {
-            PyErr_Format(PyExc_ValueError, "start[%lld] is %lld; the rows do not fit behind it",
+        if (start[n] > begin[n + 1] - begin[n] - (offsets[n + 1] - offsets[n]))
+            kl_py_refuse(&c, PyExc_ValueError, "start[%lld] is %lld; the rows do not fit behind it",
                          (long long)n, (long long)start[n]);
-            c.failed = true;
-        }
     const kl_cache cache = cache_of(&c, data, type, D, begin, N);
     if (kl_py_begin(&c, ctx))
         c.status = kl_cache_append(c.ctx, cache, x, offsets, start, N, T, D);
@@ -111,9 +114,7 @@ static PyObject *py_latent_attention(PyObject *module, PyObject *args)
     const int64_t *begin = ranges_of(&c, obegin, N, S, "kv_offsets");
     const kl_cache latent_cache = cache_of(&c, latent, latent_type, R, begin, N);
     const kl_cache shared_cache = cache_of(&c, shared, shared_type, P, begin, N);
-    int64_t *positions = (int64_t *)(void *)kl_py_pointers(&c, N, NULL, 0);
-    for (int64_t n = 0; !c.failed && n < N; n++)
-        positions[n] = begin[n + 1] - begin[n];
+    const int64_t *positions = lengths_of(&c, begin, N);
     const kl_latent_attention_args a = { offsets,      positions,    N, T, H, K, P, V, R,
                                          (float)scale, (kl_form)form };
     if (kl_py_begin(&c, ctx))
@@ -165,9 +166,7 @@ static PyObject *py_attention(PyObject *module, PyObject *args)
     const int64_t *begin = ranges_of(&c, obegin, N, S, "kv_offsets");
     const kl_cache keys = cache_of(&c, k, k_type, k_row, begin, N),
                    values = cache_of(&c, v, v_type, v_row, begin, N);
-    int64_t *positions = (int64_t *)(void *)kl_py_pointers(&c, N, NULL, 0);
-    for (int64_t n = 0; !c.failed && n < N; n++)
-        positions[n] = begin[n + 1] - begin[n];
+    const int64_t *positions = lengths_of(&c, begin, N);
     const kl_attention_args a = { offsets, positions, N, T, H, Hkv, K, V, (float)scale };
     if (kl_py_begin(&c, ctx))
         c.status = kl_attention(c.ctx, o, q, keys, values, &a);

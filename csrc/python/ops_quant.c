@@ -15,12 +15,9 @@ static PyObject *py_types(PyObject *module, PyObject *args)
         if (values == 0)
             continue;
         const kl_block_type *blocks = kl_block_type_of(type);
-        PyObject *row = Py_BuildValue("siLnO", kl_type_name(type), id, (long long)values,
-                                      (Py_ssize_t)kl_type_bytes(type, values),
-                                      blocks == NULL || blocks->quantize ? Py_True : Py_False);
-        if (row == NULL || PyList_Append(list, row) < 0)
-            Py_CLEAR(list);
-        Py_XDECREF(row);
+        kl_py_append(&list, Py_BuildValue("siLnO", kl_type_name(type), id, (long long)values,
+                                          (Py_ssize_t)kl_type_bytes(type, values),
+                                          blocks == NULL || blocks->quantize ? Py_True : Py_False));
     }
     return list;
 }
@@ -42,13 +39,11 @@ static PyObject *py_codebooks(PyObject *module, PyObject *args)
 static int64_t bytes_of(kl_py_call *c, int type, int64_t rows, int64_t cols)
 {
     const int64_t n = kl_py_size(c, "x", rows, cols, 1, 1), block = kl_type_block((kl_type)type);
-    if (!c->failed && (block == 0 || cols % block != 0)) {
-        PyErr_Format(
-            PyExc_ValueError,
+    if (!c->failed && (block == 0 || cols % block != 0))
+        kl_py_refuse(
+            c, PyExc_ValueError,
             "type is %d with rows of %lld values; it must be a known type and whole blocks", type,
             (long long)cols);
-        c->failed = true;
-    }
     return c->failed ? 0 : (int64_t)kl_type_bytes((kl_type)type, n);
 }
 

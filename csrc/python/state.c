@@ -22,8 +22,7 @@ static PyObject *state_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     py_model *owner = kl_py_model_of(model);
     if (owner == NULL)
         return NULL;
-    allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
-    py_state *self = (py_state *)allocate(type, 0);
+    py_state *self = kl_py_new(type);
     if (self == NULL)
         return NULL;
     self->model = (py_model *)Py_NewRef(model);
@@ -31,10 +30,8 @@ static PyObject *state_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         c.status = kl_state_create(c.ctx, &self->state, owner->model, (kl_type)cache, length);
     if (c.thread != NULL && c.status == KL_OK && (every != 0 || keep != 0))
         c.status = kl_state_keep(c.ctx, self->state, every, keep);
-    PyObject *none = kl_py_end(&c);
-    if (none == NULL)
+    if (!kl_py_done(&c))
         Py_CLEAR(self);
-    Py_XDECREF(none);
     return (PyObject *)self;
 }
 
@@ -109,12 +106,8 @@ static PyObject *state_checkpoints(PyObject *o, void *closure)
     int64_t *at = calloc((size_t)state->keep + 1, sizeof *at);
     const int64_t n = at != NULL ? kl_state_checkpoints(state, at) : 0;
     PyObject *list = at != NULL ? PyList_New(0) : PyErr_NoMemory();
-    for (int64_t i = 0; list != NULL && i < n; i++) {
-        PyObject *item = PyLong_FromLongLong(at[i]);
-        if (item == NULL || PyList_Append(list, item) < 0)
-            Py_CLEAR(list);
-        Py_XDECREF(item);
-    }
+    for (int64_t i = 0; list != NULL && i < n; i++)
+        kl_py_append(&list, PyLong_FromLongLong(at[i]));
     free(at);
     return list;
 }
@@ -130,9 +123,7 @@ static PyObject *state_truncate(PyObject *o, PyObject *args)
         return NULL;
     if (kl_py_begin(&c, context))
         c.status = kl_state_truncate(c.ctx, ((py_state *)o)->state, n, &position);
-    PyObject *none = kl_py_end(&c);
-    Py_XDECREF(none);
-    return none == NULL ? NULL : PyLong_FromLongLong(position);
+    return kl_py_done(&c) ? PyLong_FromLongLong(position) : NULL;
 }
 
 static PyObject *state_copy_from(PyObject *o, PyObject *args)
@@ -175,10 +166,8 @@ static PyObject *state_shape(PyObject *o, PyObject *args)
     if (kl_py_begin(&c, context))
         c.status = kl_state_shape(c.ctx, ((py_state *)o)->state, layer, (kl_state_part)part, shape,
                                   &n_dims, &type);
-    PyObject *none = kl_py_end(&c);
-    if (none == NULL)
+    if (!kl_py_done(&c))
         return NULL;
-    Py_DECREF(none);
     if (n_dims == 3)
         return Py_BuildValue("(LLL)i", (long long)shape[0], (long long)shape[1],
                              (long long)shape[2], (int)type);
@@ -209,8 +198,7 @@ static PyObject *move(PyObject *o, PyObject *args, bool out)
         if (taken)
             c.status =
                 kl_state_shape(c.ctx, state, layer, (kl_state_part)part, shape, &n_dims, &type);
-        const size_t bytes =
-            kl_type_bytes(type, shape[0] * shape[1] * (n_dims == 3 ? shape[2] : 1));
+        const size_t bytes = kl_type_bytes(type, shape[0] * shape[1] * shape[2]);
         if (c.status == KL_OK && (size_t)view.len != bytes)
             c.status =
                 kl_fail(c.ctx, KL_ERR_SHAPE, "state: the array has %lld bytes; it must have %zu",

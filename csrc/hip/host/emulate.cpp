@@ -108,10 +108,7 @@ const char *base_name(const char *path)
 void entry()
 {
     e.body(e.arguments);
-    for (;;) {
-        me().is = state::ended;
-        suspend();
-    }
+    stop();
 }
 
 bool make_stacks(int n)

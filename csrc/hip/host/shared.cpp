@@ -105,6 +105,24 @@ bool is_before(uint32_t epoch, uint32_t team_epoch, bool same_team)
     stop();
 }
 
+void check_written(const region *r, const cell &c, const char *how)
+{
+    if (c.write_epoch >= here.first_epoch)
+        return;
+    fail("block (%u, %u, %u), thread %d %s shared memory %s + %lld bytes, which nobody wrote",
+         now.block.x, now.block.y, now.block.z, here.thread, how, r->name,
+         4 * static_cast<long long>(&c - r->cells));
+    stop();
+}
+
+void put_writer(cell &c, bool by_atomic)
+{
+    c.writer = static_cast<int16_t>(here.thread);
+    c.write_epoch = here.epoch;
+    c.write_team_epoch = here.team_epoch;
+    c.by_atomic = by_atomic;
+}
+
 void check_write(const region *r, const cell &c, const char *how)
 {
     const int team = here.thread / TEAM;
@@ -132,13 +150,7 @@ void note_read(const region *r, const void *p, size_t n_bytes)
 {
     each_cell(r, p, n_bytes, [r](cell &c) {
         const int16_t self = static_cast<int16_t>(here.thread);
-        if (c.write_epoch < here.first_epoch) {
-            fail("block (%u, %u, %u), thread %d reads shared memory %s + %lld bytes, which nobody "
-                 "wrote",
-                 now.block.x, now.block.y, now.block.z, here.thread, r->name,
-                 4 * static_cast<long long>(&c - r->cells));
-            stop();
-        }
+        check_written(r, c, "reads");
         if (c.writer != self
             && !is_before(c.write_epoch, c.write_team_epoch, c.writer / TEAM == self / TEAM))
             fail_race(r, c, "reads", c.writer);
@@ -157,10 +169,7 @@ void note_write(const region *r, const void *p, size_t n_bytes)
 {
     each_cell(r, p, n_bytes, [r](cell &c) {
         check_write(r, c, "writes");
-        c.writer = static_cast<int16_t>(here.thread);
-        c.write_epoch = here.epoch;
-        c.write_team_epoch = here.team_epoch;
-        c.by_atomic = false;
+        put_writer(c, false);
     });
 }
 
@@ -169,17 +178,10 @@ void note_atomic(const region *r, const void *p, size_t n_bytes)
 {
     each_cell(r, p, n_bytes, [r](cell &c) {
         const bool among_atomics = c.by_atomic && c.write_epoch == here.epoch;
-        if (c.write_epoch < here.first_epoch) {
-            fail("thread %d adds to shared memory %s + %lld bytes, which nobody wrote", here.thread,
-                 r->name, 4 * static_cast<long long>(&c - r->cells));
-            stop();
-        }
+        check_written(r, c, "adds to");
         if (!among_atomics)
             check_write(r, c, "adds to");
-        c.writer = static_cast<int16_t>(here.thread);
-        c.write_epoch = here.epoch;
-        c.write_team_epoch = here.team_epoch;
-        c.by_atomic = true;
+        put_writer(c, true);
     });
 }
 
