@@ -1,7 +1,7 @@
 /* The ops that work element by element; y may be an input.
  *   add:     y = a + b                                   exact to one rounding
  *   sigmoid: y = 1 / (1 + exp(-x))                       budget 4 u |ref|
- *   swiglu:  y = gate * sigmoid(gate) * up               budget 8 u |ref| */
+ *   swiglu:  y = gate * sigmoid(gate) * up               budget 6 u |ref| */
 #include "ops.h"
 
 #include "../cpu/kernels.h"

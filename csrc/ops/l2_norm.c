@@ -1,6 +1,6 @@
 /* l2_norm: y[t,d] = x[t,d] / sqrt(sum_d x[t,d]^2 + eps)
  *   x, y [T, D], y may be x     eps in units of x^2, >= 0 (inside the root, as flash-linear-attention has it)
- *   Where the sum of squares overflows although x is finite, the row is taken times 2^-96 (exact); where
+ *   Where the sum of squares overflows although x is finite, it is taken of the row times 2^-96; where
  *   it underflows and eps is next to 0, times 2^96.
  *   Budget: |y - ref| <= (D/32 + 8) u |ref|. */
 #include "ops.h"

@@ -1,6 +1,6 @@
 /* rms_norm: y[t,d] = w[d] * x[t,d] * r[t],   r[t] = 1 / sqrt(mean_d(x[t,d]^2) + eps)
  *   x, y [T, D], y may be x     w [D]     eps in units of x^2, >= 0
- *   Where the sum of squares overflows although x is finite, the row is taken times 2^-96 (exact); where
+ *   Where the sum of squares overflows although x is finite, it is taken of the row times 2^-96; where
  *   it underflows and eps is next to 0, times 2^96.
  *   Sum of squares: 16 lanes of fma over d, then a fixed halving tree (docs/math.md#sums).
  *   Budget: |y - ref| <= (D/32 + 8) u |ref|, u = 2^-24. */

@@ -6,7 +6,7 @@
  *   given: ids are an input, ascending in each row, and only their weights are computed
  *   scores [T, E], bias [E] or NULL, ids [T, k] ascending in each row, weights [T, k] in their order
  *   NaN, and what makes softmax NaN, is an error that names token and expert: no expert is picked from it.
- *   Budget of weights: sigmoid 8 u |ref| + k u, softmax as softmax (docs/math.md#route). */
+ *   Budget of weights: sigmoid (k + 13) u |ref|, softmax as softmax (docs/math.md#route). */
 #include "ops.h"
 
 #include "../cpu/kernels.h"

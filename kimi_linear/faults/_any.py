@@ -250,9 +250,14 @@ def rounded_inputs(call):
     return call.run(**floats) if floats and call.op not in ("add", "route") else None
 
 
-def without_small_sigmoids(call):
-    x = call["z" if call.op == "gated_rms_norm" else "gate"]
-    return np.where(x < -88.72, 0.0, call.run()) if (x < -88.72).any() else None
+def without_sigmoids_below(least):
+    """Sigmoids of what is below `least` are 0."""
+    def change(call):
+        y, x = call.run(), call["z" if call.op == "gated_rms_norm" else "gate"]
+        x = np.repeat(x, y.shape[-1] // x.shape[-1], axis=-1)
+        return np.where(x < least, 0.0, y) if (x < least).any() else None
+
+    return change
 
 
 def flushed(call):
@@ -369,10 +374,13 @@ FAULTS = (
           heads_interleaved, source="llama.cpp permutes heads for rotary models", use=RUN),
     Fault("weights_of_other_layer", "the weights are those of the layer before, or behind", ("*",), of_layer,
           choices=((-1,), (1,)), source="kda_layers and full_attn_layers count from 1", use=RUN),
-    Fault("sigmoid_underflow", "1 / (1 + exp(-x)) in float32: a sigmoid of 0 below -88.7", ("gated_rms_norm", "swiglu"),
-          without_small_sigmoids, use=CALL),
-    Fault("subnormals_flushed", "results below 2^-126 are 0", ("embedding", "gated_rms_norm", "swiglu", "softmax",
-          "decay_gate"), flushed, use=CALL, source="processors that flush subnormals"),
+    Fault("sigmoid_underflow", "1 / (1 + exp(-x)) in float32: a sigmoid of 0 below -88.7", ("gated_rms_norm", "swiglu",
+          "sigmoid_gate"), without_sigmoids_below(-88.72), use=CALL),
+    Fault("sigmoid_flushed", "sigmoids below 2^-126 are 0", ("gated_rms_norm", "swiglu", "sigmoid_gate"),
+          without_sigmoids_below(-126 * np.log(2)), use=CALL, source="processors that flush subnormals"),
+    Fault("subnormals_flushed", "results below 2^-126 are 0", ("embedding", "linear", "rms_norm", "l2_norm",
+          "gated_rms_norm", "sigmoid_gate", "swiglu", "softmax", "rope", "attention", "latent_attention", "decay_gate",
+          "decay_cumsum", "route_weights", "moe"), flushed, use=CALL, source="processors that flush subnormals"),
     Fault("bfloat16_result", "the result is rounded to bfloat16", ("*",), rounded(ml_dtypes.bfloat16),
           source="autocast; beta by a sigmoid in the model's type"),
     Fault("bfloat16_inputs", "the inputs are rounded to bfloat16", ("*",), rounded_inputs,

@@ -32,7 +32,7 @@ def lengths(case, names, says):
     for T, S in ((1, 2), (1, 64), (1, 130), (3, 20), (17, 65)):
         yield case(f"cached-{T}-{S}", "cache", T, S, needs={"cache"}, usual=True,
                    says="the last T of S positions are the queries' own")
-    yield case("cached-2-1100", "cache", 2, 1100, needs={"cache"}, usual=True,
+    yield case("cached-2-1100", "cache", 2, 1100, needs={"cache"}, usual=1100,
                says="many positions, which kernels take in pieces and merge")
     for cuts in ((1,), (15,), (1, 2, 17)):
         yield case("split-" + "-".join(map(str, cuts)), "cache", 24, steps=split(names, *cuts), needs={"cache"},
@@ -53,8 +53,12 @@ def rim(case, names, values):
         x["q"][1::2] = 0
         x[values][::3] = 0
 
+    def below_normal(x, rng):
+        x[values] *= np.float32(1e-39)
+
     for scale in (1.0, 0.05):
         yield case(f"scale-{scale:g}", "scale", 9, scale=scale, needs={"scale"})
     yield case("equal", "rim", 9, change=equal, says="all positions are the same: the mean is each")
     yield case("zeros", "rim", 9, change=zeros)
     yield case("sharp", "rim", 9, sharp=40.0, says="one position has all the weight")
+    yield case("subnormal", "rim", 9, change=below_normal, needs={"subnormals"}, says="values of 1e-39")

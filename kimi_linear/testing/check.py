@@ -286,10 +286,11 @@ class Run:
             if p.share > self.factor:
                 return (f"{name} is {a[p.at]:.6g} and the reference {r[p.at]:.6g} at {_place(p.at, name)}: "
                         f"{p.share:.3g} times the bound")
-            largest = USUAL_LARGEST * self.usual
-            if case.usual and (e.rms_relative > self.usual or e.largest_relative > largest):
+            usual = max(self.usual, unit_of("float32") * case.usual**0.5)
+            largest = USUAL_LARGEST * usual
+            if case.usual and (e.rms_relative > usual or e.largest_relative > largest):
                 return (f"{name} is off by {e.rms_relative:.1e} of its rms, {e.largest_relative:.1e} in one element; "
-                        f"on such inputs it may be {self.usual:.0e} and {largest:.0e}")
+                        f"on such inputs it may be {usual:.0e} and {largest:.0e}")
         return ""
 
     def _failed(self, case, inputs, failure):

@@ -30,6 +30,10 @@ def _infinite(x, rng):
     x["g"][70, 0] = -np.inf
 
 
+def _of_subnormals(x, rng):
+    x["g"][:, 0] *= np.float32(1e-40)
+
+
 def cases():
     """All."""
     yield case("plain", "lengths", 70, usual=True, says="70 tokens: a chunk of 64 and one of 6")
@@ -48,6 +52,7 @@ def cases():
                says="sequences of 0, 1, 70, 0, 66 and 13 tokens: chunks begin anew")
     yield case("mixed", "rim", 130, change=drawn("g", [-0.0, -1e-30, -1e-3, -5, -100, -1e4]), says="from -0 to -1e4")
     yield case("wide", "rim", 130, strongest=200.0)
+    yield case("subnormal", "rim", 20, change=_of_subnormals, needs={"subnormals"}, says="sums of one head are exact")
     yield case("infinite", "rim", 130, change=_infinite, needs={"-inf"}, says="one -inf stays to the end of its chunk")
     yield from nans(case, 70, g=(20, 1, 3))
 

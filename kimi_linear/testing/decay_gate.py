@@ -27,6 +27,10 @@ def _open(x, rng):
     x["rate"] /= np.float32(3)
 
 
+def _vanishing(x, rng):
+    x["f"][1::2] = -88
+
+
 def _small_rates(x, rng):
     x["rate"][...] = np.float32([1e-6, 1e-3, 50])
 
@@ -47,6 +51,8 @@ def cases():
     yield case("bounded-mixed", "bounded", 9, lower_bound=-5.0, change=_mixed, needs={"lower_bound", "subnormals"})
     for value in (-100.0, -20.0, 0.0, 20.0, 100.0, 1e4):
         yield case(f"f{value:g}", "rim", 4, change=filled("f", value))
+    yield case("vanishing", "rim", 4, change=_vanishing, needs={"subnormals"},
+               says="every other row has a softplus below 2^-126")
     yield case("mixed", "rim", 9, change=_mixed, says="from -1e4 to 1e4")
     yield case("rates", "rim", 9, change=_small_rates, says="rates of 1e-6, 1e-3 and 50")
     yield case("steep", "rim", 9, scale=30.0)

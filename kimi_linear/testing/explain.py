@@ -133,12 +133,15 @@ def _loosely(fits, named, failures, why):
 def _without_chance(spec, named, failures, left, held, why):
     """Takes back what is named where more of the cases left should show it, and do not, than it explains: there it is
     chance, where different mistakes give the same; of one that acts everywhere a single case that lacks it is enough.
-    What is named for its NaN alone should show in cases that hold, too: any chunk with masks of zeros spreads NaN.
-    What is left then."""
+    What is named for its NaN alone should show in cases that hold, too: any chunk with masks of zeros spreads NaN. What
+    is named for zeros alone should show in what others explain. What is left then."""
     everywhere = {e.says for e in spec.explanations if e.everywhere}
     for says, switches in named:
-        finite = any(f.finite for f in failures if why.get(f.name) == (says, ""))
-        against = [f for f in (left if finite else [*left, *held]) if f.finite and _shows(spec, switches, f)]
+        explained = [f for f in failures if why.get(f.name) == (says, "")]
+        others = left if any(f.finite for f in explained) else [*left, *held]
+        if all(_is_empty(f) for f in explained):
+            others = [*others, *(f for f in failures if f.name in why and says not in why[f.name][0])]
+        against = [f for f in others if f.finite and _shows(spec, switches, f)]
         lacking = says in everywhere and any(_lacks(spec, switches, f) for f in against)
         if lacking or len(against) > _explained(says, why):
             for name in [name for name, (s, _) in why.items() if s == says]:
@@ -326,7 +329,8 @@ def _narrow(f):
     for dtype in (BFLOAT16, np.dtype(np.float16)):
         held = [(_held(a, dtype), _held(r, dtype)) for a, r in floats if len(np.unique(a)) >= DISTINCT]
         if held and all(got and not right for got, right in held) and _distance(f.actual, f.ref) < 8 * unit_of(dtype):
-            says = f"all results are numbers of {dtype}: they are rounded to it, and maybe what they are made of"
+            name = "float16 or TF32" if dtype == np.float16 else dtype
+            says = f"all results are numbers of {name}: they are rounded to it, and maybe what they are made of"
             return [(says, "")]
     return []
 

@@ -27,8 +27,10 @@ def rest():
         yield case(activation, "activation", 6, activation=activation, usual=True, needs={activation})
     yield case("saturated", "rim", 6, change=drawn("z", [-70, -20, 0, 20, 100, 1e4]),
                says="gates next to 0, and 1")
-    yield case("closed", "rim", 6, change=drawn("z", [-1e4, -100, -90]), needs={"subnormals"},
-               says="gates of -90 and below")
+    yield case("closed", "rim", 6, change=drawn("z", [-1e4, -100, -90, -88]), needs={"subnormals"},
+               says="gates of -88 and below")
+    yield case("closed-silu", "rim", 6, activation="silu", change=drawn("z", [-1e4, -100, -90, -88]),
+               needs={"silu", "subnormals"})
 
 
 FORMS = {"w less 1": NORM_FORMS["w less 1"], "swish": Form(

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .plain import Form, lone_rows, maker, nans, plain
+from .plain import Form, faint, lone_rows, maker, nans, plain
 
 __all__ = ["SPEC"]
 
@@ -45,6 +45,8 @@ def cases():
     yield case("cancelling", "rim", 4, 48, 20, False, change=_cancelling)
     yield case("large", "rim", 4, 48, 20, False, 1e30)
     yield case("tiny", "rim", 4, 48, 20, False, 1e-30)
+    yield case("subnormal", "rim", 4, 48, 20, False, change=faint("x"), needs={"subnormals"},
+               says="every other row is of 1e-39")
     yield from nans(case, 5, 48, 20, False, x=(2, 47))
 
 

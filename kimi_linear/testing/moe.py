@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .plain import DROPPED, Form, alone, maker, nans, plain, rows_apart
+from .plain import DROPPED, Form, alone, faint, maker, nans, plain, rows_apart
 
 __all__ = ["SPEC"]
 
@@ -27,6 +27,12 @@ def _zero_weights(x, rng):
     x["weights"][:, 0] = 0
 
 
+def _shut(x, rng):
+    """Gates from -5 to -1, where the exponential is all there is of a SiLU."""
+    x["x"][...] = rng.uniform(1, 5, x["x"].shape)
+    x["w_gate"][...] = -1
+
+
 def cases():
     """All."""
     yield case("plain", "lengths", 9, shared=False, usual=True, says="2 of 6 experts, no shared one")
@@ -44,6 +50,10 @@ def cases():
     yield case("one-expert", "experts", 7, shared=False, ids=[[3]] * 7, says="all tokens go to one")
     yield case("last-expert", "experts", 3, shared=False, ids=[[4, 5]] * 3)
     yield case("no-token", "experts", 2, shared=False, ids=[[0, 5], [0, 5]], says="four experts have no token")
+    yield case("subnormal", "rim", 5, shared=False, change=faint("weights"), needs={"subnormals"},
+               says="every other row has weights of 1e-39")
+    yield case("shut", "rim", 40, 1, 1, 1, 1, shared=False, change=_shut, usual=True,
+               says="products of one term, gates from -5 to -1: SiLU's own error shows")
     yield case("zero-weights", "rim", 5, shared=False, change=_zero_weights)
     yield from nans(case, 5, shared=False, x=(2, 3))
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .plain import Form, lone_rows, maker, nans, plain
+from .plain import Form, faint, lone_rows, maker, nans, plain
 
 __all__ = ["SPEC"]
 
@@ -35,6 +35,7 @@ def cases():
         yield case(f"base-{base:g}", "base", 9, base=base, first=50, usual=True)
     yield case("zeros", "rim", 9, change=_zeros)
     yield case("tiny", "rim", 9, scale=1e-30)
+    yield case("subnormal", "rim", 9, change=faint("x"), needs={"subnormals"}, says="every other row is of 1e-39")
     yield case("large", "rim", 9, scale=1e30)
     yield from nans(case, 9, x=(4, 1, 3))
 

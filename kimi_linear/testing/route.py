@@ -31,6 +31,11 @@ def _saturated(x, rng):
     x["scores"][...] = np.float32(-60) + np.argsort(rng.random(x["scores"].shape)) * np.float32(5)
 
 
+def _faint(x, rng):
+    """Sigmoids below 2^-126."""
+    x["scores"][1::2] -= np.float32(90)
+
+
 def _strong_bias(x, rng):
     x["bias"] *= np.float32(20)
 
@@ -71,6 +76,9 @@ def cases():
     yield case("scale-1", "rule", 9, scale=1.0, needs={"scale"}, usual=True)
     yield case("scale-2.5", "rule", 9, scale=2.5, needs={"scale"}, usual=True)
     yield case("ties", "rim", 24, bias=False, change=_tied, needs={"ties", "no bias"}, says="of equals the lowest id")
+    yield case("vanishing", "rim", 9, bias=False, renormalise=False, change=_faint,
+               needs={"no bias", "no renormalising", "subnormals"},
+               says="plain sigmoids, in every other row of -90")
     yield case("saturated", "rim", 9, bias=False, change=_saturated, needs={"no bias"}, says="logits from -60 to 15")
 
 

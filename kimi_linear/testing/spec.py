@@ -46,8 +46,9 @@ class Case:
         its gate), for cases that are about something else.
     needs : frozenset of str
         What a kernel may lack, in the words of `check_op`'s ``without=``.
-    usual : bool
-        Inputs as a model has them: the bars of the usual range apply besides the bound.
+    usual : int
+        Inputs as a model has them: the bars of the usual range apply besides the bound. More than 1: of so many terms
+        is its longest sum, which a kernel may add one by one.
     steps : callable(inputs, call) -> results, optional
         How to get the results where that is not one call, as ``call(inputs)``.
     says : str
@@ -58,7 +59,7 @@ class Case:
     group: str
     make: Callable
     needs: frozenset = frozenset()
-    usual: bool = False
+    usual: int = False
     steps: Callable | None = None
     says: str = ""
 

@@ -24,8 +24,9 @@ def attention(ref, q, k, v, scale, offsets=None, kv_offsets=None, stored=0.0):
         t, s = slice(offsets[n], offsets[n + 1]), slice(int(kv_offsets[n]), int(kv_offsets[n + 1]))
         for h in range(q.shape[1]):
             key, value = k[s, h // group], v[s, h // group]
+            lost = np.full((len(q[t]), len(key)), q.shape[2]), 0.0
             bound[t, h] = attended(q[t, h], key, value, np.abs(key), np.abs(value), abs(scale), np.sign(scale),
-                                   units, 8 + stored / U)
+                                   units, 8 + stored / U, lost)
     return bound
 
 

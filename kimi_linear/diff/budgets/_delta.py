@@ -189,8 +189,8 @@ class _Bound:
 
 
 def delta_rule_intra(ref, q, k, v, g, beta, scale=None, offsets=None, chunk=64, head_map="grouped"):
-    """L and P: decays and a dot. T, from (I + L') T' = I + R: |T' - T| <= |T| (|L' - L| |T'| + |R|). W and U:
-    the error of T, and a chain of fma. All of them first order in u, but for |T'| <= |T| + |T' - T|."""
+    """L and P: decays and a dot. T, from (I + L') T' = I + R: |T' - T| <= |T| (|L' - L| |T'| + |R|), a
+    row after the other, where |T'| <= |T| + |T' - T|. W and U: the error of T, and a chain of fma."""
     scale = np.shape(q)[-1] ** -0.5 if scale is None else scale
     exact = exact_intra(q, k, v, g, beta, scale=scale, offsets=offsets, chunk=chunk, head_map=head_map)
     v, beta = f64(v), f64(beta)
@@ -209,12 +209,15 @@ def delta_rule_intra(ref, q, k, v, g, beta, scale=None, offsets=None, chunk=64, 
             dP = dots * _sizes(q[part], k[part], g[part]) + _flushed(i, q[part], k[part]) * (1 + abs(scale))
             dL = rate[:, :, None] * dots * _sizes(k[part], k[part], g[part])
             dL = np.where(i > j, dL + (1 + rate[:, :, None]) * _flushed(i, k[part], k[part]), 0)
-            dT = 0.0
-            for _ in range(2):
-                wide = T + dT
-                residual = dL @ wide + (i - j) * U * (L @ wide) + FLUSH * (i - j + 1)
-                dT = np.where(i > j, T @ np.where(i > j, residual, 0), 0)
-            wide = (T + dT) * rate[:, None]
+            wide, dT, residual = T.copy(), np.zeros_like(T), np.zeros_like(T)
+            for m in range(1, n):  # a row asks for those above it alone
+                of = np.s_[:, m, :m]
+                above = wide[:, :m, :m]
+                residual[of] = ((dL[of][:, None] @ above) + (m - j[0, :m]) * U * (L[of][:, None] @ above))[:, 0]
+                residual[of] += FLUSH * (m - j[0, :m] + 1)
+                dT[of] = (T[:, m, None, :m + 1] @ residual[:, :m + 1, :m])[:, 0]
+                wide[of] += dT[of]
+            wide = wide * rate[:, None]
             faded = decays(g[part])[0].swapaxes(0, 1) * keys
             dW = (dT * rate[:, None] + wide * (FACTOR * (j + 1) + i + 3) * U) @ faded
             dU = (dT * rate[:, None] + wide * (i + 3) * U) @ values

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ._basic import TINY, U
+from ._basic import TINY, U, through_silu
 from ._basic import softmax as _softmax
 
 __all__ = ["embedding", "linear", "moe", "route"]
@@ -14,20 +14,24 @@ def embedding(ref, ids, table):
 
 
 def _dot(x, w):
-    """Error of ``x @ w.T``: the longest of 16 lanes rounds ceil(D/16) times, the tree 4 times."""
+    """Error of ``x @ w.T``: the longest of 16 lanes rounds ceil(D/16) times, the tree 4 times; of D <= 16 terms it
+    rounds log2(D) times, for where it adds a zero it is exact."""
     x, w = np.abs(np.asarray(x, np.float64)), np.abs(np.asarray(w, np.float64))
     D = x.shape[-1]
-    return (-(-D // 16) + 5) * U * (x @ w.T) + D * TINY
+    roundings = -(-D // 16) + 5 if D > 16 else 1 + max(D - 1, 0).bit_length()
+    return roundings * U * (x @ w.T) + D * TINY
 
 
 def linear(ref, x, w, bias=None, stored=0.0):
     """The dot product, then one rounding when the bias is added. Stored: the product, before that."""
-    product = 0.0 if bias is None else np.abs(ref - np.asarray(bias, np.float64))
-    return _dot(x, w) + U * np.abs(ref) + stored * product + TINY
+    if bias is None:
+        return _dot(x, w)
+    return _dot(x, w) + U * np.abs(ref) + stored * np.abs(ref - np.asarray(bias, np.float64)) + TINY
 
 
 def route(ref, scores, k, bias=None, groups=1, top_groups=1, function="sigmoid", renormalise=True, scale=1.0):
-    """Ids are exact. Weights: the scores' errors, k - 1 additions, a division, the constant, the scale.
+    """Ids are exact. Weights: the scores' errors, k - 1 additions, a division (whose result may underflow before it
+    meets the scale), the constant, the scale.
 
     Meant for scores whose choice does not hang on less than the error of s.
     """
@@ -42,13 +46,13 @@ def route(ref, scores, k, bias=None, groups=1, top_groups=1, function="sigmoid",
         return np.zeros(ids.shape), (error + 2 * U * s) * abs(scale) + TINY
     total = s.sum(-1, keepdims=True) + 1e-20
     spread = error.sum(-1, keepdims=True) / total
-    bound = (error / total + (spread + (k + 5) * U) * s / total) * abs(scale) + TINY
+    bound = (error / total + (spread + (k + 5) * U) * s / total + TINY) * abs(scale) + TINY
     return np.zeros(ids.shape), bound
 
 
 def _expert(x, w_gate, w_up, w_down, stored):
     """(value, bound of its error) of ``w_down swiglu(w_gate x, w_up x)``: each product's own error, and what it
-    becomes in the next (|silu'| <= 1.1). Stored: each product, the sigmoid, its product with gate, and h."""
+    becomes in the next. Stored: each product, the sigmoid, its product with gate, and h."""
     from ...reference import linear as product
     from ...reference import silu
 
@@ -56,8 +60,8 @@ def _expert(x, w_gate, w_up, w_down, stored):
     gate_error = _dot(x, w_gate) + stored * np.abs(gate)
     up_error = _dot(x, w_up) + stored * np.abs(up)
     h = silu(gate) * up
-    h_error = (1.1 * gate_error * (np.abs(up) + up_error) + np.abs(silu(gate)) * up_error
-               + (8 * U + 3 * stored) * np.abs(h) + TINY * (1 + np.abs(gate * up)))
+    h_error = (through_silu(gate, gate_error) * (np.abs(up) + up_error) + np.abs(silu(gate)) * up_error
+               + (6 * U + 3 * stored) * np.abs(h) + TINY * (1 + (1 + np.abs(gate)) * np.abs(up)))
     down, value = np.abs(np.asarray(w_down, np.float64)), product(h, w_down)
     return value, h_error @ down.T + _dot(np.abs(h) + h_error, down) + stored * np.abs(value)
 
@@ -65,9 +69,8 @@ def _expert(x, w_gate, w_up, w_down, stored):
 def _shared_error(x, shared, shared_gate, stored):
     """Bound of the error of what is added last: 0 where it is given as an array and not scaled. Stored: the gate's
     logit, its sigmoid, and the product."""
-    value, error = np.asarray(shared, np.float64), 0.0
-    if isinstance(shared, tuple):
-        value, error = _expert(x, *shared, stored)
+    given = isinstance(shared, tuple)
+    value, error = _expert(x, *shared, stored) if given else (np.asarray(shared, np.float64), 0.0)
     if shared_gate is None:
         return error
     logit = np.abs(np.asarray(x, np.float64) @ np.asarray(shared_gate, np.float64).T) if stored else 0.0

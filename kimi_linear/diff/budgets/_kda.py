@@ -4,19 +4,18 @@ import numpy as np
 
 from ... import reference
 from ..._float64 import f64
-from ._basic import FLUSH, TINY, U, finite
+from ._basic import FLUSH, TINY, U, finite, through_silu
 
 __all__ = ["decay_gate", "short_conv"]
 
-SLOPE = 1.1  # largest slope of SiLU
-
 
 def short_conv(ref, x, w, history=None, offsets=None, activation="silu", stored=0.0):
-    """W roundings on sum |w x|, through SiLU's slope of at most 1.1; then SiLU within 5 u.
+    """W roundings on sum |w x|, through SiLU's slope; then SiLU within 5 u.
 
     Subnormal inputs count as 0, so FLUSH meets |w| and |x|. The history is a copy: no error at all. Stored: the sum,
     before SiLU, and the sigmoid in it.
     """
+    total = _convolve(x, w, history, offsets) if activation is not None else None
     x, w = np.abs(f64(x)), np.abs(f64(w))
     before = None if history is None else np.abs(f64(history))
     magnitude = _convolve(x, w, before, offsets)
@@ -25,7 +24,8 @@ def short_conv(ref, x, w, history=None, offsets=None, activation="silu", stored=
     W = w.shape[1]
     bound = W * U * magnitude + FLUSH * (reach + taken + W)
     if activation is not None:
-        bound = SLOPE * (bound + stored * magnitude) + (6 * U + stored) * np.abs(ref[0]) + FLUSH * (2 + magnitude)
+        bound = through_silu(total, bound + stored * magnitude)
+        bound = bound + (6 * U + stored) * np.abs(ref[0]) + FLUSH * (2 + magnitude)
     return bound, np.zeros_like(ref[1])
 
 

@@ -39,18 +39,23 @@ def _head(q, c, k_shared, w_uk, w_uv, scale, sign, stored):
     v = c @ w_uv.T
     k_size = np.concatenate([np.abs(c) @ np.abs(w_uk).T, np.abs(k_shared)], axis=1)
     v_size = np.abs(c) @ np.abs(w_uv).T
+    # expanded: R products a key, and K + P; absorbed: K a value of the query, and R + P
+    score_lost = (R * np.abs(q[:, :K]).sum(1)[:, None] + K * np.abs(c).sum(1) + K + R + 2 * P)
+    value_lost = R + np.abs(w_uv).sum(1)
     return attended(q, k, v, k_size, v_size, scale, sign, K / 16 + R / 16 + P / 16 + 16 + 2 * stored,
-                    R / 16 + 16 + 2 * stored)
+                    R / 16 + 16 + 2 * stored, (score_lost, value_lost))
 
 
-def attended(q, k, v, k_size, v_size, scale, sign, score_units, value_units):
+def attended(q, k, v, k_size, v_size, scale, sign, score_units, value_units, lost):
     """Softmax attention of one head with the blocks and segments of the engine: q [T, n], k [S, n], v [S, V].
 
     Keys and values are sums whose terms have the sizes k_size and v_size; a score is off by score_units, a value
-    by value_units u of these.
+    by value_units u of these. Lost: what underflows on the way in the product of q and k [T, S], and in values [V]
+    a position, in TINY.
     """
     S = len(k)
     out = np.empty((len(q), v.shape[1]))
+    score_lost, value_lost = lost
     for t in range(len(q)):
         seen = S - len(q) + t + 1
         score = sign * scale * (k[:seen] @ q[t])
@@ -59,9 +64,17 @@ def attended(q, k, v, k_size, v_size, scale, sign, score_units, value_units):
         score_error = score_units * scale * (k_size[:seen] @ np.abs(q[t]))
         merges = seen / _BLOCK + 2 * (seen / _SEGMENT)
         error = (score_error + 2 * distance + 3 * merges + 4) * U            # relative, of exp(score - max)
+        error = error + TINY * (1 + scale * score_lost[t, :seen])
+        error[np.isinf(distance)] = 0                                        # masked: its weight is 0
         o = w @ v[:seen]
-        moved = (w * error) @ np.abs(v[:seen] - o) * (1 + 4 * error.max())   # with the second order
-        sums = (value_units + seen + merges) * U * (w @ v_size[:seen])
-        denominator = (8 + 3 * merges) * U * np.abs(o)
-        out[t] = moved + sums + denominator + (seen + 1) * TINY * (1 + v_size[:seen].max(axis=0))
+        apart, least = np.abs(v[:seen] - o), w @ np.exp(-error)
+        gained = np.where(error < 1, np.expm1(np.minimum(error, 1)) * w,
+                          np.exp(np.minimum(error - distance, 700)) / np.exp(-distance).sum())
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            moved = np.fmin(gained @ apart / least, apart.max(axis=0))
+            size = np.fmin((w + gained) @ v_size[:seen] / least, v_size[:seen].max(axis=0))
+        sums = (value_units + seen + merges) * U * size
+        denominator = (8 + 3 * merges) * U * (np.abs(o) + moved)
+        lost_here = (seen + 1) * TINY * (1 + value_lost + v_size[:seen].max(axis=0))
+        out[t] = moved + sums + denominator + lost_here
     return out

@@ -224,15 +224,16 @@ def _keys():
     yield _case("keys-lengths", "keys", 70, change=_mild_then(_of_other_lengths), carried=True,
                 says="q and k of other lengths than 1, and no norm")
     yield _case("keys-orthogonal", "keys", 70, change=_mild_then(_orthogonal), carried=True)
+    norm = dict(change=_times("qk", 3.0), carried=True, usual=True, needs={"l2_norm"}, extra={"l2_norm": True})
+    yield _case("norm", "l2_norm", 9, **norm)
     for name, factor, of, says in (
-            ("norm", 3.0, "qk", ""), ("norm-small", 1e-3, "qk", "the sum of squares is as large as eps"),
+            ("norm-small", 1e-3, "qk", "the sum of squares is as large as eps"),
             ("norm-tiny", 1e-20, "k", "squares underflow"), ("norm-subnormal", 1e-40, "k", "subnormal keys"),
             ("norm-zero", 0.0, "k", ""), ("norm-huge", 1e15, "qk", ""),
             ("norm-overflow", 1e25, "qk", "squares overflow float32")):
         yield _case(name, "l2_norm", 9, change=_times(of, factor), carried=True, needs={"l2_norm"},
                     extra={"l2_norm": True}, says=says)
-    yield _case("norm-one-token", "l2_norm", 1, change=_times("qk", 3.0), carried=True, needs={"l2_norm"},
-                extra={"l2_norm": True}, says="decoding is a kernel of its own in many ports")
+    yield _case("norm-one-token", "l2_norm", 1, **norm, says="decoding is a kernel of its own in many ports")
 
 
 def _nan_at(name, t):
