@@ -17,6 +17,8 @@ PIP := $(PY) -m pip --quiet install --disable-pip-version-check
 ORACLES := .venv-oracles
 PEERS := .venv-peers
 CTEST := $(MAKE) -C tests/c
+# Processes of pytest, a file of tests at a time: JOBS=0 is none beside make's own, which a debugger needs.
+JOBS := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
 ASAN_TREE := build/asan/kimi_linear
 
 .PHONY: help system venv build lib ctest test hip-host hip hip-nvidia hip-resources hip-system gpu-check demo oracles peers lint format asan tsan aarch64 macos long fuzz bench clean
@@ -61,7 +63,7 @@ ctest: lib  ## the C programs of tests/c against build/lib, and what the library
 
 test: venv build ctest hip-host  ## everything that needs no torch; opens pages in Chromium
 	@sh tools/setup-system.sh chromium
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 hip-host:  ## the GPU's kernels for the CPU (a C++ compiler): device="hip-host", and the faults that its tests plant
 	@sh tools/setup-system.sh g++
