@@ -64,7 +64,9 @@ template <kl_type TYPE> struct kl_stored;
 template <> struct kl_stored<KL_F32> {
     static __device__ __forceinline__ float at(const char *row, int64_t k)
     {
-        return *reinterpret_cast<const float *>(row + 4 * k);
+        float x;
+        memcpy(&x, __builtin_assume_aligned(row + 4 * k, 4), sizeof x);
+        return x;
     }
 };
 
