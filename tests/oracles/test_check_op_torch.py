@@ -148,7 +148,7 @@ SIGMOID = "1 / (1 + exp(-x)) in float32: a sigmoid of 0 below -88.7"
     ("softmax", "hf", torch.nn.functional.softmax, {}),
     ("rms_norm", "hf", torch.nn.functional.rms_norm, {"overflow": SQUARES}),
     ("rms_norm", "hf-gdn", qwen_norm, {"overflow": SQUARES}),
-    ("gated_rms_norm", "hf-gdn", qwen_gated_norm, {"overflow": SQUARES, "closed": SIGMOID}),
+    ("gated_rms_norm", "hf-gdn", qwen_gated_norm, {"overflow": SQUARES, "closed": SIGMOID, "closed-silu": SIGMOID}),
     ("l2_norm", "ours", qwen_l2_norm, {"overflow": SQUARES}),
 ])
 def test_functions_of_torch_and_transformers(op, project, fn, failing):
