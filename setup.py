@@ -264,7 +264,7 @@ class Toolchain:
     def compile(self, sources):
         """Objects of `sources`, brought up to date; all errors are shown, not only the first."""
         jobs = [(source, self._object(source), self._command(source)) for source in sources]
-        stale = [job for job in jobs if not self._is_fresh(*job)]
+        stale = [job for job in jobs if not self._is_fresh(*job[1:])]
         if stale:
             what = f"{len(stale)} of {len(jobs)} files ({self.variant}; BLAS: {self.blas.name})"
             print(f"compiling {what}", flush=True)
@@ -283,7 +283,7 @@ class Toolchain:
         return [*self.cc, *self.flags(source), *read, "-c", source, "-o", str(obj)]
 
     @staticmethod
-    def _is_fresh(source, obj, command):
+    def _is_fresh(obj, command):
         record, read = obj.with_suffix(".cmd"), obj.with_suffix(".d")
         if not all(path.exists() for path in (obj, record, read)) or record.read_text() != shlex.join(command):
             return False

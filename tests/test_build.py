@@ -1,4 +1,5 @@
-"""What setup.py reads from the environment, by a compiler that only writes down how it is called."""
+"""What setup.py reads from the environment, and what it compiles again, by a compiler that only writes down how it is
+called, and of the files of csrc/ops that they read ops.h."""
 
 import os
 import shutil
@@ -21,7 +22,10 @@ def build(tmp_path):
         shutil.copy(ROOT / name, tree / name)
     compiler = tmp_path / "compiler"
     compiler.write_text(f'#!/bin/sh\necho "$@" >> "{calls}"\n'
-                        'while [ $# -gt 1 ]; do if [ "$1" = -o ]; then : > "$2"; fi; shift; done\n')
+                        'while [ $# -gt 1 ]; do case "$1" in -o) : > "$2";; -MF) read="$2";; -c) source="$2";; esac; '
+                        'shift; done\n'
+                        'case "$source" in csrc/ops/*) more=" \\\n csrc/ops/ops.h";; esac\n'
+                        'if [ "$read" ]; then printf "it: $source$more\\n" > "$read"; fi\n')
     compiler.chmod(0o755)
 
     def run(**settings):
@@ -33,6 +37,7 @@ def build(tmp_path):
                               capture_output=True, text=True)
         return done.stderr, [line.split() for line in calls.read_text().splitlines()]
 
+    run.tree = tree
     return run
 
 
@@ -56,3 +61,21 @@ def test_flags_of_the_environment_come_first(build):
 def test_settings_that_are_none(build, name, value, says):
     said, calls = build(**{name: value})
     assert said == f"kimi_linear: {says}\n" and not [call for call in calls if "-c" in call]
+
+
+def compiled(build, **settings):
+    _, calls = build(**settings)
+    return {call[call.index("-c") + 1] for call in calls if "-c" in call}
+
+
+def test_what_reads_a_changed_file_is_compiled_again(build):
+    everything = compiled(build)
+    ops = {source for source in everything if source.startswith("csrc/ops/")}
+    assert ops and ops < everything and not compiled(build)
+    (build.tree / "csrc/ops/ops.h").touch()
+    assert compiled(build) == ops and not compiled(build)
+    (build.tree / "csrc/pool.c").touch()
+    assert compiled(build) == {"csrc/pool.c"}
+    assert compiled(build, CPPFLAGS="-DMINE") == everything and not compiled(build, CPPFLAGS="-DMINE")
+    (build.tree / "csrc/ops/ops.h").unlink()
+    assert compiled(build, CPPFLAGS="-DMINE") == ops
