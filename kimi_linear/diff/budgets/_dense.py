@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from ._basic import TINY, U, through_silu
-from ._basic import softmax as _softmax
+from ... import reference
+from ._basic import TINY, U, softmax, swiglu, through_silu
 
 __all__ = ["embedding", "linear", "moe", "route"]
 
@@ -35,12 +35,10 @@ def route(ref, scores, k, bias=None, groups=1, top_groups=1, function="sigmoid",
 
     Meant for scores whose choice does not hang on less than the error of s.
     """
-    from ...reference import sigmoid, softmax
-
     ids, weights = ref
     at = np.asarray(ids, np.int64)
-    s = (sigmoid if function == "sigmoid" else softmax)(scores)
-    error = 4 * U * s + TINY if function == "sigmoid" else _softmax(s, scores)
+    s = (reference.sigmoid if function == "sigmoid" else reference.softmax)(scores)
+    error = 4 * U * s + TINY if function == "sigmoid" else softmax(s, scores)
     s, error = np.take_along_axis(s, at, -1), np.take_along_axis(error, at, -1)
     if not renormalise:
         return np.zeros(ids.shape), (error + 2 * U * s) * abs(scale) + TINY
@@ -53,16 +51,14 @@ def route(ref, scores, k, bias=None, groups=1, top_groups=1, function="sigmoid",
 def _expert(x, w_gate, w_up, w_down, stored):
     """(value, bound of its error) of ``w_down swiglu(w_gate x, w_up x)``: each product's own error, and what it
     becomes in the next. Stored: each product, the sigmoid, its product with gate, and h."""
-    from ...reference import linear as product
-    from ...reference import silu
-
-    gate, up = product(x, w_gate), product(x, w_up)
+    gate, up = reference.linear(x, w_gate), reference.linear(x, w_up)
     gate_error = _dot(x, w_gate) + stored * np.abs(gate)
     up_error = _dot(x, w_up) + stored * np.abs(up)
-    h = silu(gate) * up
-    h_error = (through_silu(gate, gate_error) * (np.abs(up) + up_error) + np.abs(silu(gate)) * up_error
-               + (6 * U + 3 * stored) * np.abs(h) + TINY * (1 + (1 + np.abs(gate)) * np.abs(up)))
-    down, value = np.abs(np.asarray(w_down, np.float64)), product(h, w_down)
+    silu = reference.silu(gate)
+    h = silu * up
+    h_error = (through_silu(gate, gate_error) * (np.abs(up) + up_error) + np.abs(silu) * up_error
+               + swiglu(h, gate, up, stored) + stored * np.abs(h))
+    down, value = np.abs(np.asarray(w_down, np.float64)), reference.linear(h, w_down)
     return value, h_error @ down.T + _dot(np.abs(h) + h_error, down) + stored * np.abs(value)
 
 
