@@ -129,7 +129,7 @@ typedef enum kl_state_part {
     KL_STATE_VALUES = 7,
 } kl_state_part;
 
-/* Shape and type of a part of a layer's state; KL_ERR_ARG where the layer has no such part. */
+/* Shape (1 behind its last dimension) and type of a part of a layer's state; KL_ERR_ARG where the layer has no such part. */
 KL_API kl_status kl_state_shape(kl_ctx *ctx, const kl_state *state, int64_t layer,
                                 kl_state_part part, int64_t shape[3], int *n_dims,
                                 kl_type *type) KL_CHECKED;

@@ -150,6 +150,7 @@ kl_status kl_state_shape(kl_ctx *ctx, const kl_state *state, int64_t layer, kl_s
                        (long long)layer, (long long)c->n_layers, (int)part);
     *type = KL_F32;
     *n_dims = 2;
+    shape[2] = 1;
     if (part == KL_STATE_DELTA) {
         *n_dims = 3;
         shape[0] = c->delta.Hv;
@@ -182,7 +183,7 @@ typedef kl_status (*mover)(kl_ctx *ctx, void *to, const void *from, size_t n_byt
 static kl_status move_part(kl_ctx *ctx, const kl_state *state, char *fixed, int64_t layer,
                            kl_state_part part, char *host, bool out)
 {
-    int64_t shape[3] = { 0, 0, 1 };
+    int64_t shape[3];
     int n_dims;
     kl_type type;
     KL_TRY(kl_model_check_ctx(ctx, state->model, "state"));

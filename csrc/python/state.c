@@ -182,7 +182,7 @@ static PyObject *move(PyObject *o, PyObject *args, bool out)
     PyObject *context, *array;
     long long layer, checkpoint = 0;
     int part, n_dims = 0;
-    int64_t shape[3] = { 0, 0, 1 };
+    int64_t shape[3] = { 0 };
     kl_type type = KL_F32;
     kl_state *state = ((py_state *)o)->state;
     Py_buffer view;
