@@ -336,6 +336,7 @@ CASES = [
     Case("rope", f"{HEADS}x{HEAD}", rope, rope_work),
     Case("sigmoid_gate", "4096", one(x=(HEADS * HEAD,), gate=(HEADS * HEAD,)), streamed(8)),
     Case("swiglu", "9216", one(gate=(DENSE,), up=(DENSE,)), streamed(8)),
+    Case("situ", "6144", one(gate=(6144,), up=(6144,), beta=4.0, linear_beta=25.0), streamed(10)),
     Case("sigmoid", "4096", one(x=(C,)), streamed(7)),
     Case("add", "2304", one(a=(D,), b=(D,)), streamed(1)),
     Case("softmax", "256", one(x=(E,)), streamed(9)),

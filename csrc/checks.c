@@ -1,6 +1,8 @@
 /* Checks that several ops share. */
 #include "internal.h"
 
+#include <math.h>
+
 kl_status kl_check_offsets(kl_ctx *ctx, const char *op, const int64_t *offsets, int64_t N,
                            int64_t T)
 {
@@ -91,5 +93,17 @@ kl_status kl_check_rows(kl_ctx *ctx, const char *op, const char *name, int64_t T
     if (!kl_mul(&n, T, D))
         return kl_fail(ctx, KL_ERR_SHAPE, "%s: %s is [%lld, %lld], which is too large", op, name,
                        (long long)T, (long long)D);
+    return KL_OK;
+}
+
+kl_status kl_check_betas(kl_ctx *ctx, const char *op, const kl_situ_betas *betas)
+{
+    if (!(betas->beta > 0.0f && isfinite(betas->beta)))
+        return kl_fail(ctx, KL_ERR_ARG, "%s: beta is %g; it must be > 0 and finite", op,
+                       (double)betas->beta);
+    if (!(betas->linear_beta >= 0.0f && isfinite(betas->linear_beta)))
+        return kl_fail(ctx, KL_ERR_ARG,
+                       "%s: linear_beta is %g; it must be > 0 and finite, or 0 for none", op,
+                       (double)betas->linear_beta);
     return KL_OK;
 }

@@ -141,6 +141,8 @@ kl_status kl_check_cache(kl_ctx *ctx, const char *op, const char *name, const kl
                          int64_t width);
 /* x is [T, D] with T >= 0 and D >= 1, and T * D fits */
 kl_status kl_check_rows(kl_ctx *ctx, const char *op, const char *name, int64_t T, int64_t D);
+/* That beta is above 0, linear_beta not below it, and both are finite. */
+kl_status kl_check_betas(kl_ctx *ctx, const char *op, const kl_situ_betas *betas);
 
 /* where sequence n's values begin; NULL where there is no state */
 static inline float *kl_slot_of(kl_slots slots, int64_t n)

@@ -246,6 +246,12 @@ KL_API kl_status kl_add(kl_ctx *ctx, float *y, const float *a, const float *b,
 KL_API kl_status kl_sigmoid(kl_ctx *ctx, float *y, const float *x, int64_t n) KL_CHECKED;
 KL_API kl_status kl_swiglu(kl_ctx *ctx, float *y, const float *gate, const float *up,
                            int64_t n) KL_CHECKED;
+/* Where SiTU's factors level off: gate at beta, up at linear_beta (0: up as it is). Both are finite. */
+typedef struct kl_situ_betas {
+    float beta, linear_beta;
+} kl_situ_betas;
+KL_API kl_status kl_situ(kl_ctx *ctx, float *y, const float *gate, const float *up, int64_t n,
+                         const kl_situ_betas *betas) KL_CHECKED;
 /* x, y [T, D]; gate [T, G] before its sigmoid, each for D / G values; y may be x. */
 KL_API kl_status kl_sigmoid_gate(kl_ctx *ctx, float *y, const float *x, const float *gate,
                                  int64_t T, int64_t D, int64_t G) KL_CHECKED;
@@ -296,11 +302,12 @@ KL_API kl_status kl_route(kl_ctx *ctx, int32_t *ids, float *weights, const float
                           const float *bias, const kl_route_args *args) KL_CHECKED;
 
 /* y [T, D] = sum over a token's experts, in ascending expert id, of weights * E(x), then + shared.
- * w_gate, w_up [E of F x D], w_down [E of D x F]; shared [T, D] or NULL. */
+ * w_gate, w_up [E of F x D], w_down [E of D x F]; shared [T, D] or NULL. An expert's activation is SwiGLU, or
+ * SiTU with these betas where situ is not NULL. */
 KL_API kl_status kl_moe(kl_ctx *ctx, float *y, const float *x, const int32_t *ids,
                         const float *weights, const kl_weight *w_gate, const kl_weight *w_up,
                         const kl_weight *w_down, const float *shared, int64_t T, int64_t D,
-                        int64_t F, int64_t k) KL_CHECKED;
+                        int64_t F, int64_t k, const kl_situ_betas *situ) KL_CHECKED;
 
 /* ---- ops: KDA --------------------------------------------------------------------------------- */
 

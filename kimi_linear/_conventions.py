@@ -12,10 +12,11 @@ OURS = {
     "embedding": "ids table", "rms_norm": "x w eps", "gated_rms_norm": "x z w eps activation", "l2_norm": "x eps",
     "linear": "x w bias", "short_conv": "x w history offsets activation",
     "decay_gate": "f rate dt_bias lower_bound", "decay_cumsum": "g chunk offsets",
-    "latent_attention": "q latent k_shared w_uk w_uv scale offsets kv_offsets", "swiglu": "gate up", "softmax": "x",
+    "latent_attention": "q latent k_shared w_uk w_uv scale offsets kv_offsets", "swiglu": "gate up",
+    "situ": "gate up beta linear_beta", "softmax": "x",
     "rope": "x positions base rotary", "attention": "q k v scale offsets kv_offsets", "sigmoid_gate": "x gate",
     "route": "scores k bias groups top_groups function renormalise scale",
-    "moe": "x ids weights w_gate w_up w_down shared shared_gate",
+    "moe": "x ids weights w_gate w_up w_down shared shared_gate situ",
 }
 
 FLA, HF, VLLM = "fla-org/flash-linear-attention: ", "huggingface/transformers: src/transformers/", "vllm-project/vllm: "
@@ -59,6 +60,9 @@ _HF = {
                       names="q=query k=key v=value scale=scale", forms=("[1, H, T, n]",),
                       always={"is_causal": True, "enable_gqa": True},
                       notes=("is_causal aligns at the first position: behind a cache it needs a mask instead",)),
+    "situ": dict(source="moonshotai/Kimi-K3: modeling_kimi_linear.py (SituAndMul)",
+                 names="gate=x beta=beta linear_beta=linear_beta", forms=("gate and up in one, [gate | up]",),
+                 notes=("a module: it is made with the betas, and called with x; float32 inside",)),
     "softmax": dict(source=TORCH + "torch/nn/functional.py (softmax)", names="x=input", always={"dim": -1}),
     "route": dict(source=HF + "models/deepseek_v3/modeling_deepseek_v3.py (DeepseekV3MoE.route_tokens_to_experts)",
                   names=f"scores=router_logits {ROUTER}", fixed={"function": "sigmoid"}, forms=("ids in any order",)),
@@ -76,6 +80,9 @@ _VLLM = {
     "rms_norm": dict(source=VLLM + "vllm/_custom_ops.py (rms_norm)", names="x=input w=weight eps=epsilon"),
     "swiglu": dict(source=VLLM + "vllm/model_executor/layers/activation.py (SiluAndMul)", names="gate=x",
                    forms=("gate and up in one, [gate | up]",)),
+    "situ": dict(source=VLLM + "vllm/model_executor/layers/activation.py (SituAndMul)",
+                 names="gate=x beta=beta linear_beta=linear_beta", forms=("gate and up in one, [gate | up]",),
+                 notes=("as SiluAndMul, made with the betas",)),
     "route": dict(source=VLLM + "vllm/model_executor/layers/fused_moe/router/grouped_topk_router.py (grouped_topk)",
                   names="scores=gating_output k=topk bias=e_score_correction_bias groups=num_expert_group "
                         "top_groups=topk_group function=scoring_func renormalise=renormalize "
@@ -113,6 +120,8 @@ _MLX = {
     "attention": dict(source=MLX + "python/src/fast.cpp (scaled_dot_product_attention)",
                       names="q=q k=k v=v scale=scale", forms=("[1, H, T, n]",), always={"mask": "causal"}),
     "swiglu": dict(source=MLX_LM + "mlx_lm/models/activations.py (swiglu)", names="gate=gate up=x"),
+    "situ": dict(source=MLX_LM + "mlx_lm/models/kimi_k3.py (_situ)",
+                 names="gate=gate up=x beta=beta linear_beta=linear_beta"),
     "softmax": dict(source=MLX + "python/src/ops.cpp (softmax)", names="x=a", always={"axis": -1}),
 }
 

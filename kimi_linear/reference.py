@@ -54,6 +54,13 @@ def swiglu(gate, up):
     return silu(gate) * f64(up)
 
 
+def situ(gate, up, *, beta, linear_beta=None):
+    """``beta tanh(gate / beta) sigmoid(gate) up'``: up' = ``linear_beta tanh(up / linear_beta)``, or up where None."""
+    gate, up = f64(gate), f64(up)
+    bounded = up if linear_beta is None else linear_beta * np.tanh(up / linear_beta)
+    return beta * np.tanh(gate / beta) * sigmoid(gate) * bounded
+
+
 def sigmoid_gate(x, gate):
     """``x * sigmoid(gate)``: x [..., D], gate [..., G], each for D / G values that follow each other."""
     x, gate = f64(x), f64(gate)
@@ -290,26 +297,32 @@ def _router_scores(scores, function):
 
 
 @any_batch
-def moe(x, ids, weights, w_gate, w_up, w_down, *, shared=None, shared_gate=None, activation="silu"):
+def moe(x, ids, weights, w_gate, w_up, w_down, *, shared=None, shared_gate=None, activation="silu", situ=None):
     """``y = sum_e weights_e * w_down_e swiglu(w_gate_e x, w_up_e x)`` by ascending e, then ``+ shared``.
 
     x [T, D]; ids, weights [T, k]; w_gate, w_up [E of [F, D]] and w_down [E of [D, F]] arrays, or sequences
     that are asked only for the experts in use; shared is the shared expert's output [T, D], or its three
-    matrices; shared_gate [1, D] scales it by ``sigmoid(shared_gate x)``.
+    matrices; shared_gate [1, D] scales it by ``sigmoid(shared_gate x)``. With ``situ``, (beta, linear_beta), every
+    expert has `situ` for `swiglu`.
     """
     if activation != "silu":
         raise ValueError(f"activation is {activation!r}; it must be 'silu'")
     if isinstance(shared, tuple):
-        shared = linear(swiglu(linear(x, shared[0]), linear(x, shared[1])), shared[2])
+        shared = _expert(x, *shared, situ)
     if shared_gate is not None:
         shared = sigmoid(linear(x, shared_gate)) * shared
     x, ids, weights = f64(x), as_array(ids, "ids"), f64(weights)
     y = np.zeros_like(x)
     for e in np.unique(ids):
         t, slot = np.nonzero(ids == e)
-        expert = linear(swiglu(linear(x[t], w_gate[e]), linear(x[t], w_up[e])), w_down[e])
-        np.add.at(y, t, weights[t, slot][:, None] * expert)
+        np.add.at(y, t, weights[t, slot][:, None] * _expert(x[t], w_gate[e], w_up[e], w_down[e], situ))
     return y if shared is None else y + f64(shared)
+
+
+def _expert(x, w_gate, w_up, w_down, betas):
+    gate, up = linear(x, w_gate), linear(x, w_up)
+    h = swiglu(gate, up) if betas is None else situ(gate, up, beta=betas[0], linear_beta=betas[1])
+    return linear(h, w_down)
 
 
 # ---- sampling ------------------------------------------------------------------------------------

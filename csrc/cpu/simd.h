@@ -124,9 +124,9 @@ static inline float v16_reduce_max(v16 a)
     return lane[0];
 }
 
-/* exp(x - n ln2) for |x - n ln2| <= ln2/2: n ln2 in two parts (Cody and Waite), then the Taylor polynomial to
- * r^7 / 7! (remainder below 2^-27 relative). */
-static inline v16 v16_exp_rest(v16 x, v16 n)
+/* exp(x - n ln2) - 1 for |x - n ln2| <= ln2/2: n ln2 in two parts (Cody and Waite), then the Taylor polynomial to
+ * r^7 / 7! (remainder below 2^-27 of exp). */
+static inline v16 v16_expm1_rest(v16 x, v16 n)
 {
     v16 r = v16_fma(n, v16_set1(-0x1.62e4p-1f), x);
     r = v16_fma(n, v16_set1(-0x1.7f7d1cp-20f), r);
@@ -136,8 +136,12 @@ static inline v16 v16_exp_rest(v16 x, v16 n)
     p = v16_fma(p, r, v16_set1(0x1.555556p-5f));
     p = v16_fma(p, r, v16_set1(0x1.555556p-3f));
     p = v16_fma(p, r, v16_set1(0.5f));
-    p = v16_fma(v16_mul(p, r), r, r);
-    return v16_add(p, v16_set1(1.0f));
+    return v16_fma(v16_mul(p, r), r, r);
+}
+
+static inline v16 v16_exp_rest(v16 x, v16 n)
+{
+    return v16_add(v16_expm1_rest(x, n), v16_set1(1.0f));
 }
 
 /* exp(x), within 1.6 u for every float (u = 2^-24 relative; 1.51 measured over all floats), below 2^-126 within
@@ -190,6 +194,23 @@ static inline v16 v16_sigmoid(v16 x)
     const v16 one = v16_set1(1.0f);
     const v16 e = v16_exp(v16_neg(v16_abs(x)));
     return v16_div(v16_select(v16_lt(x, v16_zero()), e, one), v16_add(one, e));
+}
+
+/* tanh(x) as m / (m + 2) of m = exp(2|x|) - 1, with the sign of x: within 4.3 u (3.17 measured) for every float, small
+ * and subnormal ones, too; +-1 from 9.02 on, -0 for -0, NaN for NaN. m = 2^n (p + 1) - 1 = 2^n p + (2^n - 1), where
+ * nothing cancels. */
+static inline v16 v16_tanh(v16 x)
+{
+    const v16 magic = v16_set1(0x1.8p23f), one = v16_set1(1.0f);
+    const v16 a = v16_abs(x);
+    const v16 c = v16_min(v16_set1(20.0f), v16_add(a, a)); /* NaN goes through */
+    const v16 n_magic = v16_fma(c, v16_set1(0x1.715476p+0f), magic);
+    const v16 power = v16_exp2_of_magic(n_magic);
+    const v16 p = v16_expm1_rest(c, v16_sub(n_magic, magic));
+    const v16 m = v16_fma(power, p, v16_sub(power, one));
+    const v16 y = v16_div(m, v16_add(m, v16_set1(2.0f)));
+    const v16 of_sign = v16_select(v16_lt(x, v16_zero()), v16_neg(y), y);
+    return v16_select(v16_lt(v16_zero(), a), of_sign, x); /* else x is a zero or NaN */
 }
 
 /* log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|)), within 5 u (3.83 measured). */

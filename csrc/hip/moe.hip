@@ -5,6 +5,7 @@
  *   v2  pairs by expert, then token, and products over all rows of an expert (product.hip): a team an expert counts
  *       its pairs and puts them in their places; no atomics, no copy to the host (launched). The pairs of a few tokens
  *       are put there by one block, a thread a pair.
+ * SwiGLU is in the product that reads up; SiTU is a launch behind both, on hidden values and those of up.
  * An id that is no expert, or does not rise, is noted (runtime.h), and its pair left out. */
 #include "product.h"
 
@@ -152,6 +153,8 @@ struct pass {
     bool by_itself;        /* v1 */
     kl_operand of_x, of_h; /* [T, D]; h: [pairs, F] */
     float *h, *out;        /* [pairs, F], [pairs, D] */
+    float *up_h;           /* [pairs, F], where the activation is SiTU */
+    const kl_situ_betas *situ;
     kl_matrices gate, up, down;
     int64_t T, most_groups;
 };
@@ -193,14 +196,30 @@ kl_product product_of(kl_ctx *ctx, const pass &a, const kl_weight *weight, const
     return p;
 }
 
+kl_status launch_both(kl_ctx *ctx, const kl_product &gate, const kl_product &up,
+                      const kl_weight *w_gate, const kl_weight *w_up)
+{
+    const kl_product both[] = { gate, up };
+    if (kl_go_together(w_gate, w_up))
+        return kl_launch_products(ctx, both, 2, w_gate, "moe", "w_gate");
+    KL_TRY(kl_launch_product(ctx, &gate, w_gate, "moe", "w_gate"));
+    return kl_launch_product(ctx, &up, w_up, "moe", "w_up");
+}
+
 kl_status run(kl_ctx *ctx, pass &a, const float *x, const kl_weight *w_gate, const kl_weight *w_up,
               const kl_weight *w_down)
 {
     group_pairs(ctx, a.p, a.by_itself);
     kl_operand_make(ctx, &a.of_x, x, a.T);
-    const kl_product gate = product_of(ctx, a, w_gate, a.gate, true),
-                     up = product_of(ctx, a, w_up, a.up, true);
-    KL_TRY(kl_launch_swiglu(ctx, &gate, &up, w_gate, w_up, "moe"));
+    const kl_product gate = product_of(ctx, a, w_gate, a.gate, true);
+    kl_product up = product_of(ctx, a, w_up, a.up, true);
+    if (a.situ == nullptr) {
+        KL_TRY(kl_launch_swiglu(ctx, &gate, &up, w_gate, w_up, "moe"));
+    } else {
+        up.y = a.up_h;
+        KL_TRY(launch_both(ctx, gate, up, w_gate, w_up));
+        KL_TRY(hip_situ(ctx, a.h, a.h, a.up_h, a.p.n * a.gate.rows, a.situ));
+    }
     kl_operand_make(ctx, &a.of_h, a.h, a.p.n);
     const kl_product down = product_of(ctx, a, w_down, a.down, false);
     return kl_launch_product(ctx, &down, w_down, "moe", "w_down");
@@ -212,13 +231,15 @@ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 kl_status hip_moe(kl_ctx *ctx, float *y, const float *x, const int32_t *ids, const float *weights,
                   const kl_weight *w_gate, const kl_weight *w_up, const kl_weight *w_down,
-                  const float *shared, int64_t T, int64_t D, int64_t F, int64_t k)
+                  const float *shared, int64_t T, int64_t D, int64_t F, int64_t k,
+                  const kl_situ_betas *situ)
 {
     const int64_t most_T = least(T, PASS), E = w_gate->n, n = most_T * k;
     unsigned long long *faults;
     pass a = {};
     a.p.k = k;
     a.p.E = E;
+    a.situ = situ;
     a.most_groups = least(E, n) + n / KL_FEW;
     a.by_itself = kl_version() == 1 && kl_core_of->activations(ctx) != KL_ACTIVATIONS_INT8;
     KL_TRY(kl_check_blocks(ctx, w_gate, "moe", "w_gate"));
@@ -233,6 +254,8 @@ kl_status hip_moe(kl_ctx *ctx, float *y, const float *x, const int32_t *ids, con
     KL_SCRATCH_OF(a.p.groups, ctx, a.most_groups);
     KL_SCRATCH_OF(a.p.n_groups, ctx, 1);
     KL_SCRATCH_OF(a.h, ctx, n * F);
+    if (situ != nullptr)
+        KL_SCRATCH_OF(a.up_h, ctx, n * F);
     KL_SCRATCH_OF(a.out, ctx, n * D);
     KL_TRY(kl_matrices_of(ctx, &a.gate, w_gate));
     KL_TRY(kl_matrices_of(ctx, &a.up, w_up));

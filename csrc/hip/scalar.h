@@ -28,6 +28,19 @@ static __device__ __forceinline__ float kl_exp2_of_magic(float magic)
     return kl_float_of((kl_bits_of(magic) + 127u) << 23);
 }
 
+/* exp(x - n ln2) - 1 for |x - n ln2| <= ln2/2 (cpu/simd.h: v16_expm1_rest) */
+static __device__ __forceinline__ float kl_expm1_rest(float x, float n)
+{
+    float r = fmaf(n, -0x1.62e4p-1f, x);
+    r = fmaf(n, -0x1.7f7d1cp-20f, r);
+    float p = fmaf(0x1.a01a02p-13f, r, 0x1.6c16c2p-10f);
+    p = fmaf(p, r, 0x1.111112p-7f);
+    p = fmaf(p, r, 0x1.555556p-5f);
+    p = fmaf(p, r, 0x1.555556p-3f);
+    p = fmaf(p, r, 0.5f);
+    return fmaf(p * r, r, r);
+}
+
 /* exp(x) within 1.6 u; 0 below -104, infinity above 88.8, NaN for NaN (cpu/simd.h: v16_exp) */
 static __device__ __forceinline__ float kl_exp(float x)
 {
@@ -35,14 +48,7 @@ static __device__ __forceinline__ float kl_exp(float x)
     float c = x < -104.0f ? -104.0f : x; /* NaN compares false and goes through */
     c = c > 89.0f ? 89.0f : c;
     const float n = fmaf(c, 0x1.715476p+0f, magic) - magic;
-    float r = fmaf(n, -0x1.62e4p-1f, c);
-    r = fmaf(n, -0x1.7f7d1cp-20f, r);
-    float p = fmaf(0x1.a01a02p-13f, r, 0x1.6c16c2p-10f);
-    p = fmaf(p, r, 0x1.111112p-7f);
-    p = fmaf(p, r, 0x1.555556p-5f);
-    p = fmaf(p, r, 0x1.555556p-3f);
-    p = fmaf(p, r, 0.5f);
-    p = fmaf(p * r, r, r) + 1.0f;
+    const float p = kl_expm1_rest(c, n) + 1.0f;
     const float half_magic = fmaf(n, 0.5f, magic);
     const float rest_magic = (n - (half_magic - magic)) + magic;
     return p * kl_exp2_of_magic(half_magic) * kl_exp2_of_magic(rest_magic);
@@ -71,6 +77,23 @@ static __device__ __forceinline__ float kl_softplus_of(float x)
 }
 
 static __device__ __forceinline__ float kl_silu_of(float x) { return x * kl_sigmoid_of(x); }
+
+/* tanh(x) as m / (m + 2) of m = exp(2|x|) - 1, with the sign of x (cpu/simd.h: v16_tanh) */
+static __device__ __forceinline__ float kl_tanh_of(float x)
+{
+    const float magic = 0x1.8p23f, a = fabsf(x);
+    const float c = 20.0f < a + a ? 20.0f : a + a; /* NaN goes through */
+    const float n_magic = fmaf(c, 0x1.715476p+0f, magic);
+    const float power = kl_exp2_of_magic(n_magic);
+    const float m = fmaf(power, kl_expm1_rest(c, n_magic - magic), power - 1.0f);
+    const float y = m / (m + 2.0f);
+    return 0.0f < a ? (x < 0.0f ? -y : y) : x; /* else x is a zero or NaN */
+}
+
+static __device__ __forceinline__ float kl_bounded_of(float x, float beta)
+{
+    return beta * kl_tanh_of(x / beta);
+}
 
 static __device__ __forceinline__ float kl_gate_of(float z, kl_activation activation)
 {

@@ -428,7 +428,7 @@ static kl_status moe(pass *p, int64_t layer, float *out, const float *x)
             TRY(gate_shared(p, layer, shared, x, &w->shared_gate));
     }
     TRY(kl_moe(p->ctx, out, x, ids, weights, &w->gate, &w->up, &w->down, shared, T, c->D,
-               c->ffn.width, k));
+               c->ffn.width, k, NULL));
     return kl_tap_at(p, KL_TAP_MOE_OUT, layer, out);
 }
 

@@ -1,7 +1,10 @@
 /* The ops that work element by element; y may be an input.
  *   add:     y = a + b                                   exact to one rounding
  *   sigmoid: y = 1 / (1 + exp(-x))                       budget 4 u |ref|
- *   swiglu:  y = gate * sigmoid(gate) * up               budget 6 u |ref| */
+ *   swiglu:  y = gate * sigmoid(gate) * up               budget 6 u |ref|
+ *   situ:    y = beta * tanh(gate / beta) * sigmoid(gate) * up'
+ *            up' = linear_beta * tanh(up / linear_beta)  budget 21 u |ref|
+ *            up' = up, where linear_beta is 0            budget 14 u |ref| */
 #include "ops.h"
 
 #include "../cpu/kernels.h"
@@ -11,9 +14,11 @@ enum { BLOCK = 8192 }; /* values a task: a multiple of 16, so that blocks change
 typedef struct task {
     void (*binary)(float *y, const float *a, const float *b, int64_t n);
     void (*unary)(float *y, const float *x, int64_t n);
+    void (*situ)(float *y, const float *a, const float *b, int64_t n, const kl_situ_betas *betas);
     float *y;
     const float *a, *b;
     int64_t n;
+    const kl_situ_betas *betas;
 } task;
 
 static void blocks(void *arg, int64_t begin, int64_t end, int thread)
@@ -23,8 +28,10 @@ static void blocks(void *arg, int64_t begin, int64_t end, int thread)
     const int64_t first = begin * BLOCK, n = kl_min(end * BLOCK, a->n) - first;
     if (a->binary != NULL)
         a->binary(a->y + first, a->a + first, a->b + first, n);
-    else
+    else if (a->unary != NULL)
         a->unary(a->y + first, a->a + first, n);
+    else
+        a->situ(a->y + first, a->a + first, a->b + first, n, a->betas);
 }
 
 static kl_status run(kl_ctx *ctx, task a)
@@ -40,6 +47,13 @@ kl_status cpu_add(kl_ctx *ctx, float *y, const float *a, const float *b, int64_t
 kl_status cpu_swiglu(kl_ctx *ctx, float *y, const float *gate, const float *up, int64_t n)
 {
     return run(ctx, (task){ .binary = ctx->k->swiglu, .y = y, .a = gate, .b = up, .n = n });
+}
+
+kl_status cpu_situ(kl_ctx *ctx, float *y, const float *gate, const float *up, int64_t n,
+                   const kl_situ_betas *betas)
+{
+    return run(ctx,
+               (task){ .situ = ctx->k->situ, .y = y, .a = gate, .b = up, .n = n, .betas = betas });
 }
 
 kl_status cpu_sigmoid(kl_ctx *ctx, float *y, const float *x, int64_t n)
@@ -67,6 +81,17 @@ kl_status kl_swiglu(kl_ctx *ctx, float *y, const float *gate, const float *up, i
 {
     KL_TRY(check_count(ctx, "swiglu", n));
     return ctx->arena.measuring ? KL_OK : KL_RUN(swiglu, 4 * n, 12 * n, ctx, y, gate, up, n);
+}
+
+kl_status kl_situ(kl_ctx *ctx, float *y, const float *gate, const float *up, int64_t n,
+                  const kl_situ_betas *betas)
+{
+    KL_TRY(check_count(ctx, "situ", n));
+    KL_TRY(kl_check_betas(ctx, "situ", betas));
+    if (ctx->arena.measuring)
+        return KL_OK;
+    const int64_t flops = betas->linear_beta > 0.0f ? 10 : 7;
+    return KL_RUN(situ, flops * n, 12 * n, ctx, y, gate, up, n, betas);
 }
 
 kl_status kl_sigmoid(kl_ctx *ctx, float *y, const float *x, int64_t n)

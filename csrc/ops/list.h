@@ -9,6 +9,7 @@
     OP(add, (kl_ctx *, float *, const float *, const float *, int64_t))                            \
     OP(sigmoid, (kl_ctx *, float *, const float *, int64_t))                                       \
     OP(swiglu, (kl_ctx *, float *, const float *, const float *, int64_t))                         \
+    OP(situ, (kl_ctx *, float *, const float *, const float *, int64_t, const kl_situ_betas *))    \
     OP(sigmoid_gate, (kl_ctx *, float *, const float *, const float *, int64_t, int64_t, int64_t)) \
     OP(softmax, (kl_ctx *, float *, const float *, int64_t, int64_t))                              \
     OP(rms_norm, (kl_ctx *, float *, const float *, const float *, int64_t, int64_t, float))       \
@@ -21,9 +22,9 @@
     OP(linear, (kl_ctx *, float *const *, const float *, const kl_weight *, const float *const *,  \
                 int, int64_t, int64_t))                                                            \
     OP(route, (kl_ctx *, int32_t *, float *, const float *, const float *, const kl_route_args *)) \
-    OP(moe,                                                                                        \
-       (kl_ctx *, float *, const float *, const int32_t *, const float *, const kl_weight *,       \
-        const kl_weight *, const kl_weight *, const float *, int64_t, int64_t, int64_t, int64_t))  \
+    OP(moe, (kl_ctx *, float *, const float *, const int32_t *, const float *, const kl_weight *,  \
+             const kl_weight *, const kl_weight *, const float *, int64_t, int64_t, int64_t,       \
+             int64_t, const kl_situ_betas *))                                                      \
     OP(short_conv, (kl_ctx *, float *, kl_slots, const float *, const float *, kl_slots,           \
                     const int64_t *, int64_t, int64_t, int64_t, int64_t, kl_activation))           \
     OP(decay_gate, (kl_ctx *, float *, const float *, const float *, const float *, int64_t,       \

@@ -1,4 +1,5 @@
-/* moe: y[t] = sum_i weights[t, i] * w_down[e] (silu(w_gate[e] x[t]) * (w_up[e] x[t])) + shared[t],  e = ids[t, i]
+/* moe: y[t] = sum_i weights[t, i] * w_down[e] h + shared[t],  e = ids[t, i]
+ *   h = silu(w_gate[e] x[t]) * (w_up[e] x[t]), or situ of the two products (elementwise.c) where there are betas
  *   x, y [T, D], y overlaps no input     ids, weights [T, k], ids ascending in each row
  *   w_gate, w_up [E of F x D], w_down [E of D x F] in any storage type     shared [T, D] or NULL
  *   A token's experts are added in ascending id by fma from +0, then shared: the same bytes in any batch.
@@ -6,7 +7,7 @@
  *
  * Tokens are grouped by expert, so that each expert is one matrix product over all its tokens: a pair is a
  * token and one of its experts; pairs are ordered by expert, then token. Two hand-outs of work a pass:
- *   1  (expert, block of F):  h[pair] = swiglu of its products with x, rows of x taken by index
+ *   1  (expert, block of F):  h[pair] = swiglu or situ of its products with x, rows of x taken by index
  *   2  (block of D):          experts in ascending order, w_down h added to the rows of y
  * Only h [pairs, F] is kept whole; a pass is at most PASS tokens, which bounds it and changes no byte. */
 #include "ops.h"
@@ -29,6 +30,7 @@ typedef struct pass {
     kl_operand x; /* [T, D] */
     const kl_weight *w_gate, *w_up, *w_down;
     const float *shared;
+    const kl_situ_betas *situ; /* NULL: swiglu */
     int64_t T, D, F;
 
     int32_t *token; /* [pairs] */
@@ -66,6 +68,14 @@ static void group(pass *p, const int32_t *ids, const float *weights, int64_t k)
     p->begin[0] = 0;
 }
 
+static void activate(const pass *p, float *h, const float *up, int64_t n)
+{
+    if (p->situ != NULL)
+        p->ctx->k->situ(h, h, up, n, p->situ);
+    else
+        p->ctx->k->swiglu(h, h, up, n);
+}
+
 static void hidden(void *arg, int64_t begin, int64_t end, int thread)
 {
     const pass *p = arg;
@@ -82,7 +92,7 @@ static void hidden(void *arg, int64_t begin, int64_t end, int thread)
         kl_operand_product(p->ctx, up, n, &p->x, 0, index, T, p->w_up, e, f, n, scratch);
         for (int64_t t = 0; t < T; t++) {
             float *h = gate + t * p->F;
-            p->ctx->k->swiglu(h, h, up + t * n, n);
+            activate(p, h, up + t * n, n);
             if (p->narrow_h != NULL)
                 kl_narrow_part(p->ctx, p->narrow_h + (size_t)(first + t) * p->h.narrow_bytes, f, h,
                                n);
@@ -156,10 +166,13 @@ static kl_status check_ids(kl_ctx *ctx, const int32_t *ids, int64_t T, int64_t k
 
 kl_status cpu_moe(kl_ctx *ctx, float *y, const float *x, const int32_t *ids, const float *weights,
                   const kl_weight *w_gate, const kl_weight *w_up, const kl_weight *w_down,
-                  const float *shared, int64_t T, int64_t D, int64_t F, int64_t k)
+                  const float *shared, int64_t T, int64_t D, int64_t F, int64_t k,
+                  const kl_situ_betas *situ)
 {
     const int64_t most_T = kl_min(T, PASS), E = w_gate->n, pairs = most_T * k;
-    pass p = { .ctx = ctx, .w_gate = w_gate, .w_up = w_up, .w_down = w_down, .D = D, .F = F };
+    pass p = {
+        .ctx = ctx, .w_gate = w_gate, .w_up = w_up, .w_down = w_down, .situ = situ, .D = D, .F = F
+    };
     const size_t in_bytes =
         kl_larger(kl_operand_scratch(ctx, w_gate, most_T), kl_operand_scratch(ctx, w_up, most_T));
     KL_SCRATCH(p.token, ctx, pairs);
@@ -194,7 +207,8 @@ kl_status cpu_moe(kl_ctx *ctx, float *y, const float *x, const int32_t *ids, con
 
 kl_status kl_moe(kl_ctx *ctx, float *y, const float *x, const int32_t *ids, const float *weights,
                  const kl_weight *w_gate, const kl_weight *w_up, const kl_weight *w_down,
-                 const float *shared, int64_t T, int64_t D, int64_t F, int64_t k)
+                 const float *shared, int64_t T, int64_t D, int64_t F, int64_t k,
+                 const kl_situ_betas *situ)
 {
     const int64_t E = w_gate->n;
     KL_TRY(kl_check_rows(ctx, "moe", "x", T, D));
@@ -205,8 +219,10 @@ kl_status kl_moe(kl_ctx *ctx, float *y, const float *x, const int32_t *ids, cons
     if (k < 1 || k > E || E > INT32_MAX)
         return kl_fail(ctx, KL_ERR_ARG, "moe: k is %lld of %lld experts; it must be 1 <= k <= E",
                        (long long)k, (long long)E);
+    if (situ != NULL)
+        KL_TRY(kl_check_betas(ctx, "moe", situ));
     const int64_t experts = kl_min(E, T * k); /* read at most */
     return KL_RUN(moe, 6 * T * k * D * F,
                   8 * T * D + experts * (int64_t)kl_type_bytes(w_gate->type, 3 * D * F), ctx, y, x,
-                  ids, weights, w_gate, w_up, w_down, shared, T, D, F, k);
+                  ids, weights, w_gate, w_up, w_down, shared, T, D, F, k, situ);
 }

@@ -50,6 +50,25 @@ static PyObject *py_swiglu(PyObject *module, PyObject *args)
     return kl_py_end(&c);
 }
 
+static PyObject *py_situ(PyObject *module, PyObject *args)
+{
+    (void)module;
+    kl_py_call c = { 0 };
+    PyObject *ctx, *oy, *ogate, *oup;
+    long long n;
+    kl_situ_betas betas;
+    if (!PyArg_ParseTuple(args, "OOOOLff:situ", &ctx, &oy, &ogate, &oup, &n, &betas.beta,
+                          &betas.linear_beta))
+        return NULL;
+    kl_py_on(&c, ctx);
+    float *y = kl_py_out(&c, oy, KL_PY_F32, n, "out");
+    const float *gate = kl_py_in(&c, ogate, KL_PY_F32, n, "gate"),
+                *up = kl_py_in(&c, oup, KL_PY_F32, n, "up");
+    if (kl_py_begin(&c, ctx))
+        c.status = kl_situ(c.ctx, y, gate, up, n, &betas);
+    return kl_py_end(&c);
+}
+
 static PyObject *py_sigmoid_gate(PyObject *module, PyObject *args)
 {
     (void)module;
@@ -147,6 +166,7 @@ PyMethodDef kl_py_ops_basic[] = {
     { "add", py_add, METH_VARARGS, NULL },
     { "sigmoid", py_sigmoid, METH_VARARGS, NULL },
     { "swiglu", py_swiglu, METH_VARARGS, NULL },
+    { "situ", py_situ, METH_VARARGS, NULL },
     { "sigmoid_gate", py_sigmoid_gate, METH_VARARGS, NULL },
     { "softmax", py_softmax, METH_VARARGS, NULL },
     { "rms_norm", py_rms_norm, METH_VARARGS, NULL },

@@ -114,8 +114,9 @@ static PyObject *py_moe(PyObject *module, PyObject *args)
     kl_py_call c = { 0 };
     PyObject *ctx, *oy, *ox, *oids, *oweights, *ogate, *oup, *odown, *oshared;
     long long T, D, F, k;
-    if (!PyArg_ParseTuple(args, "OOOOOOOOOLLLL:moe", &ctx, &oy, &ox, &oids, &oweights, &ogate, &oup,
-                          &odown, &oshared, &T, &D, &F, &k))
+    kl_situ_betas betas; /* beta 0: swiglu */
+    if (!PyArg_ParseTuple(args, "OOOOOOOOOLLLLff:moe", &ctx, &oy, &ox, &oids, &oweights, &ogate,
+                          &oup, &odown, &oshared, &T, &D, &F, &k, &betas.beta, &betas.linear_beta))
         return NULL;
     kl_py_on(&c, ctx);
     const int64_t n = kl_py_size(&c, "x", T, D, 1, 1), pairs = kl_py_size(&c, "ids", T, k, 1, 1);
@@ -127,7 +128,8 @@ static PyObject *py_moe(PyObject *module, PyObject *args)
     const kl_weight down = kl_py_weight(&c, odown, "w_down");
     const float *shared = kl_py_in_opt(&c, oshared, KL_PY_F32, n, "shared");
     if (kl_py_begin(&c, ctx))
-        c.status = kl_moe(c.ctx, y, x, ids, weights, &gate, &up, &down, shared, T, D, F, k);
+        c.status = kl_moe(c.ctx, y, x, ids, weights, &gate, &up, &down, shared, T, D, F, k,
+                          betas.beta == 0.0f ? NULL : &betas);
     return kl_py_end(&c);
 }
 

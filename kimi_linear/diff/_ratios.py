@@ -9,7 +9,7 @@ from .metrics import over
 
 __all__ = ["noise_of_fault", "ratios", "score", "sums_in"]
 
-ELEMENTWISE = ("add", "sigmoid", "sigmoid_gate", "swiglu")  # no sum whose parts may leave the range one by one
+ELEMENTWISE = ("add", "sigmoid", "sigmoid_gate", "situ", "swiglu")  # no sum whose parts may leave the range one by one
 
 
 def noise_of_fault(noise, y, y_f, unit):

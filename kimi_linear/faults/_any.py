@@ -139,6 +139,60 @@ def exact_gelu(x):
 GELU = {"tanh": gelu, "erf": exact_gelu}
 
 
+def bounded(x, beta):
+    """beta tanh(x / beta); x where there is no beta."""
+    return x if beta is None else beta * np.tanh(x / beta)
+
+
+def situ_gated(factor):
+    """SiTU with ``factor(gate, beta)`` for that of the gate."""
+    return lambda call: factor(call["gate"], call["beta"]) * bounded(call["up"], call["linear_beta"])
+
+
+def situ_upped(factor):
+    """SiTU with ``factor(up, linear_beta)`` for that of up, which is there where up is bounded."""
+    def function(call):
+        beta = call["linear_beta"]
+        return None if beta is None else call.run(up=factor(call["up"], beta), linear_beta=None)
+
+    return function
+
+
+OF_SIGMOID = {"gate / beta": lambda x, beta: x / beta, "beta gate": lambda x, beta: beta * x,
+              "beta tanh(gate / beta)": bounded, "-gate": lambda x, beta: -x}
+TANH = {"beta tanh(x)": lambda x, beta: beta * np.tanh(x), "tanh(x / beta)": lambda x, beta: np.tanh(x / beta),
+        "tanh(x)": lambda x, beta: np.tanh(x), "beta tanh(beta x)": lambda x, beta: beta * np.tanh(beta * x),
+        "a clamp at beta": lambda x, beta: np.clip(x, -beta, beta)}
+
+
+def other_sigmoid(call, of: str):
+    return situ_gated(lambda x, beta: bounded(x, beta) * reference.sigmoid(OF_SIGMOID[of](x, beta)))(call)
+
+
+def other_tanh(call, form: str):
+    return situ_gated(lambda x, beta: TANH[form](x, beta) * reference.sigmoid(x))(call)
+
+
+def other_tanh_of_up(call, form: str):
+    return situ_upped(TANH[form])(call)
+
+
+def swapped_betas(call):
+    beta, linear_beta = call["beta"], call["linear_beta"]
+    return None if linear_beta is None else call.run(beta=linear_beta, linear_beta=beta)
+
+
+def bounded_by_beta(call):
+    """up is bounded by the gate's beta, whatever its own is."""
+    return call.run(linear_beta=call["beta"])
+
+
+def overflowing_tanh(call):
+    """(e^2x - 1) / (e^2x + 1) in float32: infinity over infinity."""
+    beta, y = call["beta"], call.run()
+    return np.where(call["gate"] / beta > 44.36, np.nan, y) if (call["gate"] / beta > 44.36).any() else None
+
+
 def clamped_inputs(call, most: float):
     gate, up = call["gate"], call["up"]
     return call.run(gate=np.minimum(gate, most), up=np.clip(up, -most, most)) if (np.abs(gate) > most).any() else None
@@ -279,7 +333,8 @@ def _of_floats(site, change):
 
 
 NORMS = ("rms_norm", "gated_rms_norm")
-GATED, SWIGLU, SOFTMAX = ("gated_rms_norm",), ("swiglu",), ("softmax",)
+GATED, SWIGLU, SITU, SOFTMAX = ("gated_rms_norm",), ("swiglu",), ("situ",), ("softmax",)
+K3_CODE = "beta tanh(gate / beta) sigmoid(gate): mlx-lm, mlx_lm/models/kimi_k3.py"
 QWEN = "Qwen3-Next's norms have weight 1 + w, but for the gated one; GGUF files have the 1 folded in"
 
 FAULTS = (
@@ -350,6 +405,32 @@ FAULTS = (
     Fault("swiglu_bilinear", "no activation: gate up", SWIGLU, activated(lambda x: x), use=CALL),
     Fault("swiglu_clamped", "inputs are clamped", SWIGLU, clamped_inputs, use=CALL, choices=((7.0,), (10.0,)),
           each="inputs are clamped at {:g}", source="gpt-oss clamps at 7"),
+    Fault("situ_sigmoid_of_other", "the sigmoid takes something else, not gate", SITU, other_sigmoid, use=CALL,
+          choices=tuple((of,) for of in OF_SIGMOID), each="the sigmoid takes {}, not gate", source=K3_CODE),
+    Fault("situ_tanh_other", "another form of beta tanh(gate / beta)", SITU, other_tanh, use=CALL,
+          choices=tuple((form,) for form in TANH), each="{} of gate in place of beta tanh(gate / beta)",
+          source=K3_CODE),
+    Fault("situ_up_tanh_other", "another form of linear_beta tanh(up / linear_beta)", SITU, other_tanh_of_up, use=CALL,
+          choices=tuple((form,) for form in TANH),
+          each="{} of up in place of beta tanh(up / beta), of linear_beta", source=K3_CODE),
+    Fault("situ_silu", "gate is not bounded: SiLU(gate)", SITU, situ_gated(lambda x, beta: reference.silu(x)),
+          use=CALL),
+    Fault("situ_swish", "gate sigmoid(beta gate): Swish with a beta", SITU,
+          situ_gated(lambda x, beta: x * reference.sigmoid(beta * x)), use=CALL,
+          source="transformers: a docstring of Kimi K3's config; its code has SiTU"),
+    Fault("situ_up_unbounded", "up is not bounded", SITU, situ_upped(lambda up, beta: up), use=CALL,
+          source="SwiGLU's up is not"),
+    Fault("situ_of_swiglu", "SwiGLU, without a bound", SITU, lambda s: reference.swiglu(s["gate"], s["up"]), use=CALL,
+          source="Kimi-Linear has SwiGLU"),
+    Fault("situ_sigmoid_missing", "the sigmoid is left out", SITU, situ_gated(bounded), use=CALL),
+    Fault("situ_tanh_missing", "tanh is left out: sigmoid(gate) alone", SITU,
+          situ_gated(lambda x, beta: reference.sigmoid(x)), use=CALL),
+    Fault("situ_halves_swapped", "gate and up are swapped", SITU, lambda s: s.run(gate=s["up"], up=s["gate"]), use=CALL,
+          source="fused gate_up tensors differ in their order"),
+    Fault("situ_betas_swapped", "beta and linear_beta are swapped", SITU, swapped_betas, use=CALL),
+    Fault("situ_up_by_beta", "up is bounded by beta, not by linear_beta", SITU, bounded_by_beta, use=CALL),
+    Fault("situ_tanh_overflow", "tanh as (e^2x - 1) / (e^2x + 1): infinity over infinity past 44", SITU,
+          overflowing_tanh, use=CALL),
     Fault("softmax_from_zero", "the largest is sought from 0 on, not from -inf: far below it all is 0 / 0", SOFTMAX,
           largest_from_zero, use=CALL),
     Fault("softmax_overflow", "exp(x) without taking off the largest: it overflows float32", SOFTMAX, without_largest,
@@ -375,12 +456,14 @@ FAULTS = (
     Fault("weights_of_other_layer", "the weights are those of the layer before, or behind", ("*",), of_layer,
           choices=((-1,), (1,)), source="kda_layers and full_attn_layers count from 1", use=RUN),
     Fault("sigmoid_underflow", "1 / (1 + exp(-x)) in float32: a sigmoid of 0 below -88.7", ("gated_rms_norm", "swiglu",
-          "sigmoid_gate"), without_sigmoids_below(-88.72), use=CALL),
-    Fault("sigmoid_flushed", "sigmoids below 2^-126 are 0", ("gated_rms_norm", "swiglu", "sigmoid_gate"),
-          without_sigmoids_below(-126 * np.log(2)), use=CALL, source="processors that flush subnormals"),
+          "situ", "sigmoid_gate"), without_sigmoids_below(-88.72), use=CALL),
+    Fault("sigmoid_flushed", "sigmoids below 2^-126 are 0", ("gated_rms_norm", "swiglu", "situ",
+          "sigmoid_gate"), without_sigmoids_below(-126 * np.log(2)), use=CALL,
+          source="processors that flush subnormals"),
     Fault("subnormals_flushed", "results below 2^-126 are 0", ("embedding", "linear", "rms_norm", "l2_norm",
-          "gated_rms_norm", "sigmoid_gate", "swiglu", "softmax", "rope", "attention", "latent_attention", "decay_gate",
-          "decay_cumsum", "route_weights", "moe"), flushed, use=CALL, source="processors that flush subnormals"),
+          "gated_rms_norm", "sigmoid_gate", "swiglu", "situ", "softmax", "rope", "attention", "latent_attention",
+          "decay_gate", "decay_cumsum", "route_weights", "moe"), flushed, use=CALL,
+          source="processors that flush subnormals"),
     Fault("bfloat16_result", "the result is rounded to bfloat16", ("*",), rounded(ml_dtypes.bfloat16),
           source="autocast; beta by a sigmoid in the model's type"),
     Fault("bfloat16_inputs", "the inputs are rounded to bfloat16", ("*",), rounded_inputs,

@@ -144,6 +144,16 @@ def turned_experts(argument):
     return function
 
 
+def other_situ(change):
+    """SiTU's betas, changed; None where the experts have SwiGLU, or the change is none."""
+    def function(call):
+        betas = call.args.get("situ")
+        wrong = None if betas is None else change(*betas)
+        return None if betas is None or wrong == tuple(betas) else call.run(situ=wrong)
+
+    return function
+
+
 def raw_shared_gate(call):
     gate, shared = call.args.get("shared_gate"), call.args.get("shared")
     if gate is None or isinstance(shared, tuple):
@@ -218,5 +228,11 @@ FAULTS = (
           source="Qwen3-Next: sigmoid(w_s x) is of the shared expert alone", use=RUN),
     Fault("shared_gate_missing", "the shared expert's gate is left out", MOE,
           lambda s: s.run(shared_gate=None) if s.args.get("shared_gate") is not None else None, use=CALL),
+    Fault("experts_swiglu", "experts have SwiGLU, where SiTU belongs", MOE, other_situ(lambda beta, linear: None),
+          use=CALL, source="Kimi-Linear's experts have"),
+    Fault("experts_up_unbounded", "SiTU of the experts does not bound up", MOE,
+          other_situ(lambda beta, linear: (beta, None)), use=CALL),
+    Fault("experts_betas_swapped", "SiTU's betas are swapped", MOE,
+          other_situ(lambda beta, linear: (beta, linear) if linear is None else (linear, beta)), use=CALL),
     Fault("shared_gate_raw", "the shared expert's gate is not put through a sigmoid", MOE, raw_shared_gate, use=CALL),
 )

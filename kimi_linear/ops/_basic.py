@@ -7,7 +7,7 @@ import numpy as np
 from .. import _core
 from .._arrays import apart, as_float32, output
 from .._names import choice
-from .._scalars import as_real
+from .._scalars import as_finite, as_real
 from ..context import current
 
 _ACTIVATIONS = {"none": 0, None: 0, "sigmoid": 1, "silu": 2}
@@ -24,6 +24,17 @@ def check_eps(eps, name="eps"):
     if not 0.0 <= eps < math.inf:
         raise ValueError(f"{name} is {eps}; it must be >= 0 and finite")
     return eps
+
+
+def betas_of(beta, linear_beta, name="{}"):
+    """SiTU's betas as the core takes them, 0 for none; TypeError or ValueError unless they are above 0 and finite."""
+    values = [as_finite(beta, name.format("beta"), "a number > 0")]
+    if linear_beta is not None:
+        values.append(as_finite(linear_beta, name.format("linear_beta"), "a number > 0, or None"))
+    for word, value in zip(("beta", "linear_beta"), values):
+        if not np.float32(value) > 0:
+            raise ValueError(f"{name.format(word)} is {value}; it must be > 0 in float32")
+    return (*values, 0.0)[:2]
 
 
 def _rows(x):
@@ -155,6 +166,44 @@ def swiglu(gate, up, *, out=None, ctx=None):
     y = output(out, gate.shape, like=gate)
     gate, up = apart(gate, y, same=y), apart(up, y, same=y)
     _core.swiglu(current(ctx)._core, y, gate, up, gate.size)
+    return y
+
+
+def situ(gate, up, *, beta, linear_beta=None, out=None, ctx=None):
+    """Gated activation of Kimi K3's feed-forwards: SwiGLU with factors that level off.
+
+    ``beta * tanh(gate / beta) * sigmoid(gate) * up'``, with ``up' = linear_beta * tanh(up / linear_beta)``; the sigmoid
+    takes the gate as it is. SwiGLU is what it tends to as both betas rise.
+
+    Source: mlx-lm, ``mlx_lm/models/kimi_k3.py`` (``_situ``); SwiGLU: arXiv:2002.05202. Derivation: docs/math.md#situ.
+
+    Parameters
+    ----------
+    gate, up : (...) float32
+        Of one shape.
+    beta : float
+        Where the gate levels off, > 0: 4 in Kimi K3.
+    linear_beta : float, optional
+        Where `up` levels off, > 0: 25 in Kimi K3. None: `up` is taken as it is.
+    out : (...) float32, optional
+        Result; may be `gate` or `up`.
+    ctx : Context, optional
+
+    Returns
+    -------
+    y : (...) float32
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a type is none that widens to float32, the shapes disagree, or a beta is not above 0 and finite.
+    """
+    gate = as_float32(gate, "gate")
+    up = as_float32(up, "up", gate.shape)
+    betas = betas_of(beta, linear_beta)
+    y = output(out, gate.shape, like=gate)
+    gate, up = apart(gate, y, same=y), apart(up, y, same=y)
+    _core.situ(current(ctx)._core, y, gate, up, gate.size, *betas)
     return y
 
 

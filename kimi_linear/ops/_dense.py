@@ -18,7 +18,8 @@ from .._names import choice
 from .._scalars import as_flag, as_real, as_whole
 from ..context import current
 from ..quantized import Quantized
-from ._basic import activation_id, sigmoid_gate, swiglu
+from ._basic import activation_id, betas_of, sigmoid_gate, swiglu
+from ._basic import situ as situ_op
 
 _ROUTERS = {"sigmoid": 0, "softmax": 1}
 _MAX_WEIGHTS = 7  # of one linear, as csrc/python/ops_dense.c has it
@@ -191,11 +192,12 @@ def route(scores, *, k, bias=None, groups=1, top_groups=1, function="sigmoid", r
     return ids, weights
 
 
-def moe(x, ids, weights, w_gate, w_up, w_down, *, shared=None, shared_gate=None, activation="silu", out=None,
-        ctx=None):
+def moe(x, ids, weights, w_gate, w_up, w_down, *, shared=None, shared_gate=None, activation="silu", situ=None,
+        out=None, ctx=None):
     """Mixture of experts: the weighted sum of a token's experts, then the shared expert.
 
     ``y = sum_e weights_e * (w_down_e @ swiglu(w_gate_e @ x, w_up_e @ x)) + shared``, by ascending expert id.
+    With `situ` an expert, and the shared one that is given by its matrices, has :func:`situ` for `swiglu`.
     The tokens are grouped by expert inside, and a token has the same bytes alone as in any batch.
 
     Source: DeepSeek-V3, arXiv:2412.19437, section 2.1.2. Derivation: docs/math.md#moe.
@@ -214,6 +216,9 @@ def moe(x, ids, weights, w_gate, w_up, w_down, *, shared=None, shared_gate=None,
     shared_gate : (1, D), optional
         The shared expert is scaled by ``sigmoid(shared_gate @ x)`` (Qwen3-Next); with `shared` only.
     activation : {"silu"}
+        Of the gate, where there is no `situ`.
+    situ : tuple of (float, float or None), optional
+        ``(beta, linear_beta)`` of :func:`situ`: (4, 25) in Kimi K3.
     out : (..., D) float32, optional
         Shares no memory with the inputs.
     ctx : Context, optional
@@ -225,10 +230,11 @@ def moe(x, ids, weights, w_gate, w_up, w_down, *, shared=None, shared_gate=None,
     Raises
     ------
     TypeError, ValueError
-        If a type does not fit, the shapes disagree, `out` overlaps an input, an id is not an expert's, or the ids of a
-        token do not ascend.
+        If a type does not fit, the shapes disagree, `out` overlaps an input, an id is not an expert's, the ids of a
+        token do not ascend, or a beta of `situ` is not above 0 and finite.
     """
     activation_id(activation, ("silu",))
+    betas = _situ_of(situ)
     x = as_float32(x, "x")
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x has shape {list(x.shape)}; it must be [..., D] with D >= 1")
@@ -242,15 +248,24 @@ def moe(x, ids, weights, w_gate, w_up, w_down, *, shared=None, shared_gate=None,
     rows = x.shape[:-1]
     ids = as_integers(ids, "ids", (*rows, "k"), low=0, high=E, on_device=True)
     weights = as_float32(weights, "weights", ids.shape)
-    shared = _shared(x, shared, shared_gate, ctx)
+    shared = _shared(x, shared, shared_gate, situ, ctx)
     y = output(out, x.shape, like=x)
     refuse_shared(y, x=x, ids=ids, weights=weights, shared=shared, w_gate=gate[0], w_up=up[0], w_down=down[0])
     _core.moe(current(ctx)._core, y, x, ids, weights, gate, up, down, shared, x.size // D, D, F,
-              ids.shape[-1])
+              ids.shape[-1], *betas)
     return y
 
 
-def _shared(x, shared, gate, ctx):
+def _situ_of(situ):
+    """The betas as the core takes them, (0, 0) for SwiGLU."""
+    if situ is None:
+        return 0.0, 0.0
+    if not isinstance(situ, tuple | list) or len(situ) != 2:
+        raise TypeError(f"situ is {situ!r:.40}; it must be (beta, linear_beta), or None for SwiGLU")
+    return betas_of(*situ, name="{} of situ")
+
+
+def _shared(x, shared, gate, situ, ctx):
     """Output of the shared expert [..., D], or None."""
     if shared is None:
         if gate is not None:
@@ -260,7 +275,8 @@ def _shared(x, shared, gate, ctx):
         if len(shared) != 3:
             raise ValueError(f"shared is a tuple of {len(shared)}; it must be (w_gate, w_up, w_down)")
         w_gate, w_up, w_down = shared
-        h = swiglu(*_linear_of(x, [w_gate, w_up], [None] * 2, [None] * 2, ctx, "shared[{}]"), ctx=ctx)
+        parts = _linear_of(x, [w_gate, w_up], [None] * 2, [None] * 2, ctx, "shared[{}]")
+        h = swiglu(*parts, ctx=ctx) if situ is None else situ_op(*parts, beta=situ[0], linear_beta=situ[1], ctx=ctx)
         shared = _linear_of(h, [w_down], [None], [None], ctx, "shared[2]")[0]
     shared = as_float32(shared, "shared", x.shape)
     if gate is None:

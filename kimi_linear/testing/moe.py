@@ -7,8 +7,8 @@ from .plain import DROPPED, Form, alone, faint, maker, nans, plain, rows_apart
 __all__ = ["SPEC"]
 
 
-def inputs(rng, T, D=16, F=8, E=6, k=2, shared=True, shared_gate=False, ids=None):
-    """x [T, D], ids and weights [T, k], matrices of E experts, the shared expert's output [T, D]."""
+def inputs(rng, T, D=16, F=8, E=6, k=2, shared=True, shared_gate=False, ids=None, situ=None):
+    """x [T, D], ids and weights [T, k], matrices of E experts, the shared expert's output [T, D], betas of SiTU."""
     if ids is None:
         ids = np.sort(np.argsort(rng.random((T, E)), axis=-1)[:, :k], axis=-1)
     weights = rng.random(np.shape(ids)) + 0.1
@@ -17,7 +17,7 @@ def inputs(rng, T, D=16, F=8, E=6, k=2, shared=True, shared_gate=False, ids=None
                 w_gate=rng.standard_normal((E, F, D)) / D**0.5, w_up=rng.standard_normal((E, F, D)) / D**0.5,
                 w_down=rng.standard_normal((E, D, F)) / F**0.5,
                 shared=rng.standard_normal((T, D)) if shared else None,
-                shared_gate=rng.standard_normal((1, D)) / D**0.5 if shared_gate else None)
+                shared_gate=rng.standard_normal((1, D)) / D**0.5 if shared_gate else None, situ=situ)
 
 
 case = maker("moe", inputs)
@@ -33,6 +33,12 @@ def _shut(x, rng):
     x["w_gate"][...] = -1
 
 
+def _far(x, rng):
+    """Products past both betas of K3."""
+    x["w_gate"] *= np.float32(5)
+    x["w_up"] *= np.float32(20)
+
+
 def cases():
     """All."""
     yield case("plain", "lengths", 9, shared=False, usual=True, says="2 of 6 experts, no shared one")
@@ -42,6 +48,11 @@ def cases():
     yield case("shared", "shared", 9, usual=True, needs={"shared"}, says="the shared expert's output is added")
     yield case("shared-gate", "shared", 9, shared_gate=True, usual=True, needs={"shared", "shared gate"},
                says="and scaled by a sigmoid")
+    yield case("situ", "situ", 9, shared=False, situ=(4.0, 25.0), change=_far, usual=True, needs={"situ"},
+               says="experts of Kimi K3: SiTU for SwiGLU")
+    yield case("situ-gate", "situ", 9, shared=False, situ=(1.7, None), usual=True, needs={"situ"},
+               says="its up is not bounded")
+    yield case("situ-shared", "situ", 3, 33, 17, situ=(4.0, 25.0), needs={"situ", "shared"})
     for D, F in ((1, 1), (15, 17), (16, 16), (33, 1), (64, 40)):
         yield case(f"width-{D}-{F}", "widths", 4, D, F, shared=False, says="model width, inner width")
     yield case("model", "widths", 2, 2304, 16, 3, shared=False, says="2,304 wide")

@@ -238,11 +238,11 @@ static kl_status route(kl_ctx *ctx, kl_route_args args)
     return kl_route(ctx, ids, out, zeros, NULL, &args);
 }
 
-static kl_status mix(kl_ctx *ctx, int64_t k)
+static kl_status mix(kl_ctx *ctx, int64_t k, const kl_situ_betas *situ)
 {
     const void *matrix[] = { zeros, zeros, zeros, zeros };
     const kl_weight w = { matrix, 4, 8, 8, 32, KL_F32, 0 };
-    return kl_moe(ctx, out, zeros, ids, zeros, &w, &w, &w, NULL, 1, 8, 8, k);
+    return kl_moe(ctx, out, zeros, ids, zeros, &w, &w, &w, NULL, 1, 8, 8, k, situ);
 }
 
 static void test_experts(kl_ctx *ctx)
@@ -251,7 +251,16 @@ static void test_experts(kl_ctx *ctx)
         .T = 1, .E = 4, .k = 2, .groups = 2, .top_groups = 1, .scale = 1
     };
     kl_route_args a = right;
-    CHECK(route(ctx, a) == KL_OK && mix(ctx, 2) == KL_OK);
+    CHECK(route(ctx, a) == KL_OK && mix(ctx, 2, NULL) == KL_OK);
+    CHECK(mix(ctx, 2, &(kl_situ_betas){ 4, 25 }) == KL_OK);
+    REFUSED(KL_ERR_ARG, "moe: beta is 0; it must be > 0 and finite",
+            mix(ctx, 2, &(kl_situ_betas){ 0, 25 }));
+    REFUSED(KL_ERR_ARG, "situ: beta is nan; it must be > 0 and finite",
+            kl_situ(ctx, out, zeros, zeros, 8, &(kl_situ_betas){ NAN, 25 }));
+    REFUSED(KL_ERR_ARG, "situ: linear_beta is -1; it must be > 0 and finite, or 0 for none",
+            kl_situ(ctx, out, zeros, zeros, 8, &(kl_situ_betas){ 4, -1 }));
+    REFUSED(KL_ERR_SHAPE, "situ: n is -1; it must be >= 0",
+            kl_situ(ctx, out, zeros, zeros, -1, &(kl_situ_betas){ 4, 25 }));
     a.groups = 3;
     REFUSED(KL_ERR_ARG, "groups is 3; it must divide the 4 experts", route(ctx, a));
     a = right, a.top_groups = 3;
@@ -262,15 +271,15 @@ static void test_experts(kl_ctx *ctx)
     REFUSED(KL_ERR_ARG, "function is 3", route(ctx, a));
     a = right, a.scale = INFINITY;
     REFUSED(KL_ERR_ARG, "scale is inf; it must be finite", route(ctx, a));
-    REFUSED(KL_ERR_ARG, "k is 0 of 4 experts", mix(ctx, 0));
-    REFUSED(KL_ERR_ARG, "k is 5 of 4 experts", mix(ctx, 5));
+    REFUSED(KL_ERR_ARG, "k is 0 of 4 experts", mix(ctx, 0, NULL));
+    REFUSED(KL_ERR_ARG, "k is 5 of 4 experts", mix(ctx, 5, NULL));
     a = right, a.given = 1;
     ids[0] = 1, ids[1] = 4;
     REFUSED(KL_ERR_ARG, "ids[0, 1] is 4; ids of a token must rise within 0 to 3", route(ctx, a));
-    REFUSED(KL_ERR_ARG, "ids[0, 1] (token, slot) is 4; it must be 0 <= id < 4", mix(ctx, 2));
+    REFUSED(KL_ERR_ARG, "ids[0, 1] (token, slot) is 4; it must be 0 <= id < 4", mix(ctx, 2, NULL));
     ids[1] = 1;
     REFUSED(KL_ERR_ARG, "ids[0, 1] is 1", route(ctx, a));
-    REFUSED(KL_ERR_ARG, "is 1 after 1; the ids of a token must ascend", mix(ctx, 2));
+    REFUSED(KL_ERR_ARG, "is 1 after 1; the ids of a token must ascend", mix(ctx, 2, NULL));
 }
 
 static kl_status draw(kl_ctx *ctx, float temperature, int64_t top_k, float top_p, float min_p)

@@ -108,6 +108,9 @@ static void plain_ops(int64_t D)
         MUST(kl_add(ctx, result(D, "add", what, D), x, z, D));
         MUST(kl_sigmoid(ctx, result(D, "sigmoid", what, D), x, D));
         MUST(kl_swiglu(ctx, result(D, "swiglu", what, D), x, z, D));
+        MUST(kl_situ(ctx, result(D, "situ", what, D), x, z, D, &(kl_situ_betas){ 4.0f, 25.0f }));
+        MUST(kl_situ(ctx, result(D, "situ of gate", what, D), x, z, D,
+                     &(kl_situ_betas){ 1.7f, 0.0f }));
         MUST(kl_sigmoid_gate(ctx, result(T * D, "sigmoid_gate", what, D), ordinary, x, T, D, 1));
         MUST(
             kl_sigmoid_gate(ctx, result(T * D, "sigmoid_gate all", what, D), ordinary, x, T, D, D));

@@ -231,6 +231,23 @@ def test_hip_moe_has_the_bytes_of_the_cpu(T, shape, version):
     assert (np.abs(y - ref) <= budget("moe", ref, **inputs)).all()
 
 
+@pytest.mark.parametrize("situ", [(4.0, 25.0), (1.7, None)], ids=str)
+@pytest.mark.parametrize("T", [0, 1, 8, 9, 90])
+def test_hip_moe_with_situ_has_the_bytes_of_the_cpu(T, situ, version):
+    inputs = experts(T) | dict(situ=situ)
+    inputs["x"] *= 10
+    y = same_as_the_cpu(lambda ctx: kl.ops.moe(**inputs, ctx=ctx), T in (1, 9))
+    ref = kl.reference.moe(**inputs)
+    assert (np.abs(y - ref) <= budget("moe", ref, **inputs)).all()
+
+
+def test_hip_moe_with_situ_of_three_types_in_one_call(version):
+    for T in (1, 3, 12):
+        inputs = experts(T, D=256, F=256) | {"w_up": stored(normal(6, 256, 256, seed=2), "Q4_K"),
+                                             "w_down": stored(normal(6, 256, 256, seed=3), "Q6_K"), "situ": (4, 25)}
+        same_as_the_cpu(lambda ctx, inputs=inputs: kl.ops.moe(**inputs, ctx=ctx), False)
+
+
 @pytest.mark.parametrize("type", TYPES[1:])
 def test_hip_moe_of_any_type(type, version):
     for T in (2, 9):
@@ -261,7 +278,7 @@ def test_hip_moe_of_one_expert_for_all_and_of_experts_that_nobody_uses(version):
 def core_moe(ctx, inputs, y):
     weight = [(inputs[n], 0, *inputs[n].shape) for n in ("w_gate", "w_up", "w_down")]
     T, k = inputs["ids"].shape
-    kl._core.moe(ctx._core, y, inputs["x"], inputs["ids"], inputs["weights"], *weight, None, T, 33, 20, k)
+    kl._core.moe(ctx._core, y, inputs["x"], inputs["ids"], inputs["weights"], *weight, None, T, 33, 20, k, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("T", [20, 90])

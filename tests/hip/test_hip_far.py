@@ -116,6 +116,7 @@ ROWS = {
     "sigmoid": lambda x: dict(x=x),
     "sigmoid_gate": lambda x: dict(x=x, gate=np.ones((len(x), 4), np.float32)),
     "swiglu": lambda x: dict(gate=x, up=x),
+    "situ": lambda x: dict(gate=x, up=x, beta=4.0, linear_beta=25.0),
     "softmax": lambda x: dict(x=x),
     "rms_norm": lambda x: dict(x=x, w=normal(1024), eps=1e-6),
     "gated_rms_norm": lambda x: dict(x=x, z=x, w=normal(1024), eps=1e-6),

@@ -52,6 +52,7 @@ def cache_append(x, type, ctx):
 CASES = {
     "add": dict(a=normal(40, 70), b=normal(40, 70, seed=1)),
     "swiglu": dict(gate=normal(40, 70), up=normal(40, 70, seed=1)),
+    "situ": dict(gate=normal(40, 70), up=normal(40, 70, seed=1), beta=4.0, linear_beta=25.0),
     "sigmoid": dict(x=normal(40, 70)),
     "sigmoid_gate": dict(x=normal(40, 70), gate=normal(40, 7, seed=1)),
     "softmax": dict(x=normal(70, 40)),
@@ -72,6 +73,7 @@ CASES = {
     "linear several": dict(x=normal(5, 256), w=[stored(normal(n, 256, seed=n), "Q4_K") for n in (90, 3, 40)]),
     "moe few": experts(6),
     "moe": experts(90),
+    "moe situ": experts(90) | dict(situ=(4.0, 25.0)),
     "route": dict(scores=normal(70, 33), k=4),
     "quantize": dict(x=normal(50, 64), type="Q8_0"),
     "dequantize": dict(q=stored(normal(9, 512), "TQ1_0")),

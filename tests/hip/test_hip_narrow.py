@@ -163,6 +163,13 @@ def test_hip_int8_moe_has_the_bytes_of_the_cpu(T, types, version):
     same_as_the_cpu(lambda ctx: kl.ops.moe(**inputs, ctx=ctx), [(64, 7)])
 
 
+@pytest.mark.parametrize("types", [("MXFP4", "MXFP4", "MXFP4"), ("Q8_0", "Q4_0", "F32")], ids=" ".join)
+@pytest.mark.parametrize("T", [1, 8, 9, 90])
+def test_hip_int8_moe_with_situ_has_the_bytes_of_the_cpu(T, types, version):
+    inputs = experts(T, types=types) | dict(situ=(4.0, 25.0))
+    same_as_the_cpu(lambda ctx: kl.ops.moe(**inputs, ctx=ctx), [(64, 7)])
+
+
 def test_hip_int8_moe_of_more_tokens_than_a_pass():
     inputs = experts(1100, E=4, D=32, F=64, k=2, types=("Q8_0", "Q8_0", "Q4_0"))
     same_as_the_cpu(lambda ctx: kl.ops.moe(**inputs, ctx=ctx))

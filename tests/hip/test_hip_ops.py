@@ -36,16 +36,26 @@ def test_hip_op_within_budget(op, D, version):
         assert all(np.array_equal(before[name], value) for name, value in inputs.items())
 
 
-@pytest.mark.parametrize("op", ["sigmoid", "swiglu", "add", "softmax"])
+@pytest.mark.parametrize("op", ["sigmoid", "swiglu", "situ", "add", "softmax"])
 def test_hip_rim_of_float32(op, version):
     inputs, ref = rim(op)
     judge(op, run(op, inputs), ref, **inputs)
 
 
-@pytest.mark.parametrize("op", ["add", "sigmoid", "swiglu"])
+@pytest.mark.parametrize("op", ["add", "sigmoid", "swiglu", "situ"])
 def test_hip_elementwise_has_the_bytes_of_the_cpu(op):
     inputs = op_inputs(op, 40, 333, scale=8.0)
     assert run(op, inputs).tobytes() == getattr(kl.ops, op)(**inputs).tobytes()
+
+
+@pytest.mark.parametrize("beta, linear_beta", [(4, 25), (1.7, None)])
+def test_hip_situ_has_the_bytes_of_the_cpu_over_all_exponents(beta, linear_beta, version):
+    bits = np.arange(0, 0x7F900000, 1 << 16, np.uint32)  # to NaN
+    x = np.concatenate([bits.view(np.float32), -bits.view(np.float32)])
+    inputs = dict(gate=x, up=np.roll(x, 7), beta=beta, linear_beta=linear_beta)
+    got, wanted = run("situ", inputs), kl.ops.situ(**inputs)
+    assert np.array_equal(got, wanted, equal_nan=True)
+    assert np.array_equal(np.signbit(got[~np.isnan(got)]), np.signbit(wanted[~np.isnan(got)]))
 
 
 @pytest.mark.parametrize("op", ["softmax", "rms_norm", "gated_rms_norm", "l2_norm"])
@@ -69,7 +79,7 @@ def test_hip_norms_of_tiny_and_huge_rows(op, D, eps, scale):
 
 
 @pytest.mark.parametrize("op, first", [("rms_norm", "x"), ("l2_norm", "x"), ("softmax", "x"), ("sigmoid", "x"),
-                                       ("swiglu", "up"), ("add", "b"), ("gated_rms_norm", "z")])
+                                       ("swiglu", "up"), ("situ", "up"), ("add", "b"), ("gated_rms_norm", "z")])
 def test_hip_in_place(op, first):
     inputs = op_inputs(op, 5, 33)
     wanted = run(op, inputs)

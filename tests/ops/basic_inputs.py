@@ -5,7 +5,7 @@ from judge import normal
 
 import kimi_linear as kl
 
-OPS = ["add", "sigmoid", "swiglu", "softmax", "rms_norm", "gated_rms_norm", "l2_norm"]
+OPS = ["add", "sigmoid", "swiglu", "situ", "softmax", "rms_norm", "gated_rms_norm", "l2_norm"]
 RIM = np.array([0, -0.0, 1, -1, 1e-45, -1e-40, 1e-30, 3e38, -3e38, 87, -87, 88.7, -104, 1e4, -1e4, 20, -20], np.float32)
 
 
@@ -15,6 +15,7 @@ def op_inputs(op, T, D, scale=1.0):
         "add": dict(a=x, b=normal(T, D, seed=1)),
         "sigmoid": dict(x=x),
         "swiglu": dict(gate=x, up=normal(T, D, seed=1)),
+        "situ": dict(gate=x, up=normal(T, D, seed=1, scale=10 * scale), beta=4.0, linear_beta=25.0),
         "softmax": dict(x=x),
         "rms_norm": dict(x=x, w=normal(D, seed=2), eps=1e-5),
         "gated_rms_norm": dict(x=x, z=normal(T, D, seed=1, scale=3), w=normal(D, seed=2), eps=1e-5),
@@ -26,7 +27,7 @@ def rim(op):
     """(inputs, reference) of an elementwise op or softmax at the edges of float32; what float32 lacks is infinite."""
     x = np.tile(RIM, (3, 1))
     inputs = {"add": dict(a=x, b=x[::-1] * 0.5), "sigmoid": dict(x=x), "swiglu": dict(gate=x, up=np.sign(x)),
-              "softmax": dict(x=x)}[op]
+              "situ": dict(gate=x, up=x[:, ::-1], beta=4.0, linear_beta=25.0), "softmax": dict(x=x)}[op]
     with np.errstate(over="ignore"):
         ref = getattr(kl.reference, op)(**inputs)
     return inputs, np.where(np.abs(ref) > np.finfo(np.float32).max, np.copysign(np.inf, ref), ref)

@@ -17,6 +17,7 @@ def calls_of_every_op():
     ids = np.sort(rng.permuted(np.tile(np.arange(E), (T, 1)), axis=1)[:, :2], axis=1).astype(np.int32)
     return {
         "add": dict(a=x(T, D), b=x(T, D)), "sigmoid": dict(x=x(T, D)), "swiglu": dict(gate=x(T, D), up=x(T, D)),
+        "situ": dict(gate=x(T, D), up=x(T, D), beta=4.0, linear_beta=25.0),
         "softmax": dict(x=x(T, D)), "rms_norm": dict(x=x(T, D), w=x(D), eps=1e-5),
         "gated_rms_norm": dict(x=x(T, D), z=x(T, D), w=x(D), eps=1e-5, activation="silu"), "l2_norm": dict(x=x(T, D)),
         "embedding": dict(ids=np.array([3, 0, 3]), table=x(E, D)), "linear": dict(x=x(T, D), w=x(F, D), bias=x(F)),

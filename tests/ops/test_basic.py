@@ -30,7 +30,7 @@ def test_within_budget_same_bytes_and_guarded(op, D, T):
         assert np.array_equal(value, inputs[name]), f"{op} changed its input {name}"
 
 
-@pytest.mark.parametrize("op", ["sigmoid", "swiglu", "add", "softmax"])
+@pytest.mark.parametrize("op", ["sigmoid", "swiglu", "situ", "add", "softmax"])
 def test_rim_of_float32(op):
     inputs, ref = rim(op)
     judge(op, everywhere(lambda ctx: getattr(kl.ops, op)(**inputs, ctx=ctx)), ref, **inputs)
@@ -62,7 +62,8 @@ def test_norms_without_eps(op, scale):
 
 
 @pytest.mark.parametrize("op, first", [("rms_norm", "x"), ("l2_norm", "x"), ("softmax", "x"), ("sigmoid", "x"),
-                                       ("swiglu", "gate"), ("swiglu", "up"), ("add", "b"), ("gated_rms_norm", "z")])
+                                       ("swiglu", "gate"), ("swiglu", "up"), ("situ", "gate"), ("situ", "up"),
+                                       ("add", "b"), ("gated_rms_norm", "z")])
 def test_in_place(op, first):
     inputs = op_inputs(op, 5, 33)
     wanted = getattr(kl.ops, op)(**inputs)
@@ -72,7 +73,8 @@ def test_in_place(op, first):
 
 @pytest.mark.parametrize("shift", [1, 33, -33])
 @pytest.mark.parametrize("op, name", [("rms_norm", "x"), ("l2_norm", "x"), ("softmax", "x"), ("sigmoid", "x"),
-                                      ("swiglu", "gate"), ("swiglu", "up"), ("add", "a"), ("add", "b"),
+                                      ("swiglu", "gate"), ("swiglu", "up"), ("situ", "gate"), ("situ", "up"),
+                                      ("add", "a"), ("add", "b"),
                                       ("gated_rms_norm", "x"), ("gated_rms_norm", "z")])
 def test_an_output_over_part_of_an_input(op, name, shift):
     inputs = op_inputs(op, 50, 33)
@@ -119,6 +121,61 @@ def test_inputs_of_other_kinds_give_the_same():
     assert kl.ops.l2_norm(half).tobytes() == kl.ops.l2_norm(half.astype(np.float32)).tobytes()
 
 
+# ---- situ -------------------------------------------------------------------------------------------
+
+
+def situ_everywhere(**inputs):
+    got = everywhere(lambda ctx: kl.ops.situ(**inputs, ctx=ctx))
+    with np.errstate(invalid="ignore"):  # 0 times infinity
+        judge("situ", got, kl.reference.situ(**inputs), **inputs)
+    return got
+
+
+@pytest.mark.parametrize("beta, linear_beta", [(4, 25), (4, None), (1, None), (1.7, 3.3), (0.1, 0.1), (1e-3, 1e6),
+                                               (1e6, 1e-3), (1e-40, 3e38), (3e38, 1e-40)])
+def test_situ_of_other_betas(beta, linear_beta):
+    for scale in (1e-3, 1.0, 30.0):
+        gate, up = normal(3, 3000, scale=scale), normal(3, 3000, seed=1, scale=scale)
+        situ_everywhere(gate=gate, up=up, beta=beta, linear_beta=linear_beta)
+
+
+def test_situ_keeps_its_digits_over_all_exponents():
+    """tanh is x where x is small: of 128 mantissas in each exponent, with either sign and in either place."""
+    bits = np.arange(0, 0x7F800000, 1 << 16, np.uint32)
+    x = np.concatenate([bits.view(np.float32), -bits.view(np.float32)])
+    one = np.ones_like(x)
+    for beta in (1.0, 4.0):
+        situ_everywhere(gate=x, up=one, beta=beta)
+        situ_everywhere(gate=one, up=x, beta=beta, linear_beta=beta)
+
+
+def test_situ_of_infinities_and_nan():
+    inf, nan = np.inf, np.nan
+    gate = np.float32([inf, -inf, inf, -inf, 0, inf, nan, 1, -0.0, 0.0])
+    up = np.float32([2, 2, -inf, inf, inf, 0, 1, nan, 3, 3])
+    bounded, alone = (situ_everywhere(gate=gate, up=up, beta=4, linear_beta=n) for n in (25, None))
+    assert bounded[2] == -100 and bounded[3] == 0 and bounded[4] == 0 and np.isnan(bounded[6:8]).all()
+    assert alone[0] == 8 and alone[2] == -inf
+    assert np.isnan(alone[[3, 4, 6, 7]]).all() and np.isfinite(alone[[1, 5]]).all()
+    for got, linear_beta in ((bounded, 25), (alone, None)):
+        with np.errstate(invalid="ignore"):
+            ref = kl.reference.situ(gate, up, beta=4, linear_beta=linear_beta)
+        there = ~np.isnan(ref)
+        assert np.array_equal(np.signbit(got[there]), np.signbit(ref[there]))  # of zeros, too
+
+
+def test_situ_is_odd_in_up():
+    gate, up = normal(5, 40, scale=5), normal(5, 40, seed=1, scale=30)
+    here, there = (kl.ops.situ(gate, u, beta=4, linear_beta=25) for u in (up, -up))
+    assert (-here).tobytes() == there.tobytes()
+
+
+def test_situ_tends_to_swiglu():
+    gate, up = normal(5, 40, scale=2), normal(5, 40, seed=1)
+    got, wanted = kl.ops.situ(gate, up, beta=1e5, linear_beta=1e5), kl.reference.swiglu(gate, up)
+    assert np.abs(got - wanted).max() < 1e-5
+
+
 X, W = normal(4, 8), normal(8)
 
 
@@ -136,6 +193,15 @@ X, W = normal(4, 8), normal(8)
     (lambda: kl.ops.add(X, X, ctx="cpu"), TypeError, "ctx is str"),
     (lambda: kl.ops.gated_rms_norm(X, X, W, eps=0, activation="relu"), ValueError, "activation is 'relu'"),
     (lambda: kl.ops.sigmoid(object()), TypeError, "x is a object"),
+    (lambda: kl.ops.situ(X, X[:3], beta=4), ValueError, r"up has shape \[3, 8\]; it must be \[4, 8\]"),
+    (lambda: kl.ops.situ(X, X, beta=0), ValueError, "beta is 0.0; it must be > 0 in float32"),
+    (lambda: kl.ops.situ(X, X, beta=1e-60), ValueError, "beta is 1e-60; it must be > 0 in float32"),
+    (lambda: kl.ops.situ(X, X, beta=float("inf")), ValueError, "beta is inf; it must be finite in float32"),
+    (lambda: kl.ops.situ(X, X, beta=float("nan")), ValueError, "beta is nan"),
+    (lambda: kl.ops.situ(X, X, beta=None), TypeError, "beta is None; it must be a number > 0"),
+    (lambda: kl.ops.situ(X, X, beta=4, linear_beta=-25), ValueError, "linear_beta is -25.0; it must be > 0"),
+    (lambda: kl.ops.situ(X, X, beta=4, linear_beta=0), ValueError, "linear_beta is 0.0; it must be > 0"),
+    (lambda: kl.ops.situ(X, X, beta=4, linear_beta="x"), TypeError, "linear_beta is 'x'; it must be a number > 0"),
     (lambda: kl.Context(isa="sse2"), NotImplementedError, 'isa is "sse2"'),
     (lambda: kl.Context(threads=-1), ValueError, "threads is -1"),
     (lambda: kl.Context(threads="two"), TypeError, "threads is 'two'; it must be an int"),

@@ -24,8 +24,9 @@ SHAPES = [dict(E=1, D=1, F=1, k=1), dict(E=2, D=16, F=15, k=2), dict(), dict(E=5
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("T", [0, 1, 2, 30])
 @pytest.mark.parametrize("with_shared", [False, True])
-def test_within_budget_same_bytes_and_guarded(T, shape, with_shared):
-    inputs = case(T, **shape)
+@pytest.mark.parametrize("situ", [None, (4, 25), (0.7, None)], ids=str)
+def test_within_budget_same_bytes_and_guarded(T, shape, with_shared, situ):
+    inputs = case(T, **shape) | dict(situ=situ)
     if with_shared:
         inputs["shared"] = normal(*inputs["x"].shape, seed=9)
 
@@ -82,6 +83,29 @@ def test_equals_its_ops():
     inputs["weights"][:] = 1
     h = kl.ops.swiglu(*kl.ops.linear(inputs["x"], [inputs["w_gate"][0], inputs["w_up"][0]]))
     assert np.array_equal(kl.ops.moe(**inputs), kl.ops.linear(h, inputs["w_down"][0]))
+
+
+@pytest.mark.parametrize("situ", [(4, 25), (1.7, None)], ids=str)
+def test_situ_equals_its_ops(situ):
+    inputs = case(9, E=1, k=1)
+    inputs["weights"][:] = 1
+    inputs["x"] *= 20
+    mats = tuple(inputs[name][0] for name in ("w_gate", "w_up", "w_down"))
+    h = kl.ops.situ(*kl.ops.linear(inputs["x"], list(mats[:2])), beta=situ[0], linear_beta=situ[1])
+    own = kl.ops.linear(h, mats[2])
+    assert np.array_equal(kl.ops.moe(**inputs, situ=situ), own)
+    assert not np.array_equal(kl.ops.moe(**inputs), own)
+    shared = kl.ops.moe(**inputs, shared=mats, situ=situ)
+    assert shared.tobytes() == (own + own).tobytes()
+    judge("moe", shared, kl.reference.moe(**inputs, shared=mats, situ=situ), **inputs, shared=mats, situ=situ)
+
+
+@pytest.mark.parametrize("factor", [1, 30, 1000])
+def test_situ_of_far_products(factor):
+    """Both factors level off, and with them what an error of a product becomes."""
+    inputs = case(20, D=130, F=65) | dict(situ=(4, 25))
+    inputs["x"] *= np.float32(factor)
+    judge("moe", everywhere(lambda ctx: kl.ops.moe(**inputs, ctx=ctx)), kl.reference.moe(**inputs), **inputs)
 
 
 def test_experts_are_added_by_fma_in_ascending_id_then_shared():
@@ -148,6 +172,10 @@ C = case(4)
     (dict(shared=(C["w_gate"][0],)), ValueError, "shared is a tuple of 1"),
     (dict(shared_gate=C["x"][:1]), ValueError, "shared_gate needs shared"),
     (dict(activation="relu"), ValueError, "activation is 'relu'"),
+    (dict(situ=4), TypeError, "situ is 4; it must be .beta, linear_beta., or None for SwiGLU"),
+    (dict(situ=(4, 25, 1)), TypeError, "situ is .4, 25, 1.; it must be"),
+    (dict(situ=(0, 25)), ValueError, "beta of situ is 0.0; it must be > 0"),
+    (dict(situ=(4, -1)), ValueError, "linear_beta of situ is -1.0; it must be > 0"),
     (dict(out=C["x"]), ValueError, "out shares memory with x"),
 ])
 def test_errors_are_sentences(change, error, message):
@@ -160,5 +188,15 @@ def test_the_core_checks_ids_itself():
     y = np.zeros((4, 33), np.float32)
     with pytest.raises(ValueError, match=r"moe: ids\[0, 0\] \(token, slot\) is 77; it must be 0 <= id < 6"):
         kl._core.moe(kl.Context()._core, y, C["x"], C["ids"] * 0 + np.int32(77), C["weights"], *weight, None,
-                     4, 33, 20, 3)
+                     4, 33, 20, 3, 0.0, 0.0)
+    assert not y.any()
+
+
+@pytest.mark.parametrize("betas, sentence", [((-1, 0), "moe: beta is -1; it must be > 0 and finite"),
+                                             ((4, -25), "moe: linear_beta is -25; it must be > 0 and finite, or 0")])
+def test_the_core_checks_betas_itself(betas, sentence):
+    weight = [(C[n], 0, *C[n].shape) for n in ("w_gate", "w_up", "w_down")]
+    y = np.zeros((4, 33), np.float32)
+    with pytest.raises(ValueError, match=sentence):
+        kl._core.moe(kl.Context()._core, y, C["x"], C["ids"], C["weights"], *weight, None, 4, 33, 20, 3, *betas)
     assert not y.any()

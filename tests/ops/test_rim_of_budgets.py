@@ -37,6 +37,8 @@ def test_what_is_small_in_a_row_whose_squares_overflow(op, D):
 
 def test_silu_that_underflows_before_it_meets_up():
     gate = f32(3e-45, -7e-45, 1e-41, -100, -95, 2.0**-126)
+    holds("situ", gate=gate, up=np.full(6, 2.0**100, np.float32), beta=4.0)
+    holds("situ", gate=gate, up=np.full(6, 2.0**100, np.float32), beta=2.0**100, linear_beta=2.0**110)
     holds("swiglu", gate=gate, up=np.full(6, 2.0**100, np.float32))
 
 

@@ -213,6 +213,10 @@ def test_elementwise_linear_and_embedding(rng):
     """torch's own functions, which transformers' modules are made of."""
     gate, up = f32(4 * rng.standard_normal((9, 31))), f32(rng.standard_normal((9, 31)))
     both("swiglu", (torch.nn.functional.silu(t(gate)) * t(up)).numpy(), gate=gate, up=up)
+    far = f32(30 * rng.standard_normal((9, 31)))  # Kimi K3's SiTU, as modeling_kimi_linear.py has it
+    gated = 4 * torch.tanh(t(gate) / 4) * torch.sigmoid(t(gate))
+    both("situ", (gated * (25 * torch.tanh(t(far) / 25))).numpy(), gate=gate, up=far, beta=4.0, linear_beta=25.0)
+    both("situ", (gated * t(far)).numpy(), gate=gate, up=far, beta=4.0)
     both("sigmoid", torch.sigmoid(t(gate)).numpy(), x=gate)
     both("softmax", torch.softmax(t(gate), -1).numpy(), x=gate)
     w, bias = f32(rng.standard_normal((17, 31))), f32(rng.standard_normal(17))

@@ -66,6 +66,12 @@ class TestElementwise:
         assert ref.softplus(x)[[0, 1, 5, 6]].tolist() == [0, 0, 800, 1e308]
         near(ref.sigmoid(x) + ref.sigmoid(-x), 1, U64)
 
+    def test_situ(self):
+        gate, up = [1.0, -3.0, 10.0], [2.0, 10.0, 100.0]
+        near(ref.situ(gate, up, beta=4, linear_beta=25), [1.429351131, -1.144501021, 98.590781554], 1e-9)
+        near(ref.situ([1.0], [2.0], beta=0.5), [np.tanh(2) / (1 + np.exp(-1))], 1e-15)
+        near(ref.situ([np.inf, -np.inf], [30.0, 30.0], beta=4, linear_beta=25), [100 * np.tanh(1.2), 0], 1e-15)
+
     def test_swiglu(self):
         near(ref.swiglu([1.0, -2.0], [3.0, 0.5]), [3 / (1 + np.exp(-1)), -1 / (1 + np.exp(2))], 1e-15)
 

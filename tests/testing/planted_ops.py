@@ -364,6 +364,31 @@ BUGS |= {("swiglu", "swapped"): "SiLU is on w3 x (up)", ("swiglu", "clamped"): "
                                                                                         "nothing"): "no activation"}
 
 
+def situ(gate, up, beta, linear_beta=None, what=None):
+    if what == "halves":
+        gate, up = up, gate
+    if what == "betas" and linear_beta is not None:
+        beta, linear_beta = linear_beta, beta
+    b, c = F(beta), F(1 if linear_beta is None else linear_beta)
+    of_sigmoid = {"scaled": gate / b, "times beta": b * gate, "bounded": b * np.tanh(gate / b)}.get(what, gate)
+    y = {"no beta": np.tanh(gate), "not outside": np.tanh(gate / b), "not inside": b * np.tanh(gate), "silu": gate,
+         "clamp": np.clip(gate, -b, b)}.get(what, b * np.tanh(gate / b)) * sigmoid(of_sigmoid)
+    if what == "swish":
+        y = gate * sigmoid(b * gate)
+    if linear_beta is None or what == "up":
+        return y * up
+    return y * (np.tanh(up / c) if what == "up not outside" else c * np.tanh(up / c))
+
+
+BUGS |= {("situ", "scaled"): "takes gate / beta", ("situ", "times beta"): "takes beta gate",
+         ("situ", "bounded"): "takes beta tanh(gate / beta)", ("situ", "no beta"): "tanh(x) of gate",
+         ("situ", "not outside"): "tanh(x / beta) of gate", ("situ", "not inside"): "beta tanh(x) of gate",
+         ("situ", "silu"): "gate is not bounded", ("situ", "clamp"): "a clamp at beta of gate",
+         ("situ", "swish"): "Swish", ("situ", "up"): "up is not bounded",
+         ("situ", "up not outside"): "tanh(x / beta) of up", ("situ", "halves"): "gate and up are swapped",
+         ("situ", "betas"): "beta and linear_beta are swapped"}
+
+
 def softmax(x, what=None):
     if what == "axis":
         e = np.exp(x - x.max(0, initial=-np.inf))
@@ -408,7 +433,11 @@ BUGS |= {("route", "no bias"): "without the bias", ("route", "softmax"): "softma
          ("route", "last of equals"): "the last expert wins"}
 
 
-def moe(x, ids, weights, w_gate, w_up, w_down, shared=None, shared_gate=None, what=None):
+def gated(gate, up, betas):
+    return silu(gate) * up if betas is None else situ(gate, up, *betas)
+
+
+def moe(x, ids, weights, w_gate, w_up, w_down, shared=None, shared_gate=None, situ=None, what=None):
     y = np.zeros_like(x)
     if what == "swapped":
         w_gate, w_up = w_up, w_gate
@@ -416,7 +445,7 @@ def moe(x, ids, weights, w_gate, w_up, w_down, shared=None, shared_gate=None, wh
         for e, weight in zip(ids[t], weights[t]):
             e = (e + 1) % len(w_gate) if what == "next expert" else e
             xt = x[t] * weight if what == "on the input" else x[t]
-            h = silu(w_gate[e] @ xt) * (w_up[e] @ xt)
+            h = gated(w_gate[e] @ xt, w_up[e] @ xt, None if what == "swiglu" else situ)
             y[t] += (F(1) if what in ("on the input", "no weights") else weight) * (w_down[e] @ h)
     if shared is None or what == "no shared":
         return y
@@ -428,4 +457,5 @@ def moe(x, ids, weights, w_gate, w_up, w_down, shared=None, shared_gate=None, wh
 BUGS |= {("moe", "swapped"): "SiLU is on w3 x (up)", ("moe", "next expert"): "expert e + 1",
          ("moe", "on the input"): "before the expert", ("moe", "no weights"): "with weight 1",
          ("moe", "no shared"): "shared expert is left out", ("moe", "shared twice"): "shared expert is added twice",
-         ("moe", "no gate"): "gate is left out", ("moe", "raw gate"): "not put through a sigmoid"}
+         ("moe", "no gate"): "gate is left out", ("moe", "raw gate"): "not put through a sigmoid",
+         ("moe", "swiglu"): "where SiTU belongs"}

@@ -222,6 +222,8 @@ def test_conventions_are_data(project, op):
      lambda x: x | {n: x[n].swapaxes(1, 2) for n in ("w_gate", "w_up", "w_down")}),
     ("swiglu", ("up and gate in one, [up | gate]",),
      lambda x: dict(zip(("up", "gate"), np.split(x["gate"], 2, -1)))),
+    ("situ", ("up and gate in one, [up | gate]",),
+     lambda x: x | dict(zip(("up", "gate"), np.split(x["gate"], 2, -1)))),
 ])
 def test_a_form_of_ones_own(op, forms, change):
     how = kl.conventions["ours"][op].but(forms=forms)
