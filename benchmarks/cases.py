@@ -107,6 +107,20 @@ def streamed(per_value=1):
     return work
 
 
+RESIDUAL, SNAPSHOTS = 7168, 8  # Kimi K3's
+
+
+def attn_res(T, rng):
+    return [{"snapshots": normal(rng, SNAPSHOTS, T, RESIDUAL), "x": normal(rng, T, RESIDUAL),
+             "w": normal(rng, RESIDUAL, scale=0.02), "eps": 1e-5}]
+
+
+def attn_res_work(T, arguments):
+    """A score is a dot and a sum of squares, the mixture a dot; candidates read once, a row written."""
+    arrays = arguments["snapshots"], arguments["x"], arguments["x"], arguments["w"]
+    return 6 * (SNAPSHOTS + 1) * T * RESIDUAL, size(*arrays)
+
+
 # ---- products with weights ----
 
 def embedding(T, rng):
@@ -317,6 +331,7 @@ CASES = [
     Case("rms_norm", "2304", norm(D), streamed(4)),
     Case("gated_rms_norm", "32x128", norm(V, gated=True), streamed(9)),
     Case("l2_norm", "32x128", one(x=(H, K)), streamed(3)),
+    Case("attn_res", f"{SNAPSHOTS} of {RESIDUAL}", attn_res, attn_res_work),
     *(Case("quantize", name, to_blocks(name), blocks_work, tokens=(512,)) for name in ("Q8_0", "Q4_K", "Q6_K")),
     *(Case("dequantize", name, from_blocks(name), blocks_work, tokens=(512,))
       for name in ("Q8_0", "Q4_K", "Q6_K", "IQ4_XS")),

@@ -263,6 +263,10 @@ KL_API kl_status kl_gated_rms_norm(kl_ctx *ctx, float *y, const float *x, const 
                                    kl_activation activation) KL_CHECKED;
 KL_API kl_status kl_l2_norm(kl_ctx *ctx, float *y, const float *x, int64_t T, int64_t D,
                             float eps) KL_CHECKED;
+/* x, y [T, D]; snapshots [n, T, D], NULL where n is 0; w [D], the product of the norm's weight and the projection's;
+ * y may be x, and shares no memory with the others. */
+KL_API kl_status kl_attn_res(kl_ctx *ctx, float *y, const float *snapshots, const float *x,
+                             const float *w, int64_t n, int64_t T, int64_t D, float eps) KL_CHECKED;
 
 /* ---- ops: matrix products --------------------------------------------------------------------- */
 

@@ -16,7 +16,7 @@ OURS = {
     "situ": "gate up beta linear_beta", "softmax": "x",
     "rope": "x positions base rotary", "attention": "q k v scale offsets kv_offsets", "sigmoid_gate": "x gate",
     "route": "scores k bias groups top_groups function renormalise scale",
-    "moe": "x ids weights w_gate w_up w_down shared shared_gate situ",
+    "moe": "x ids weights w_gate w_up w_down shared shared_gate situ", "attn_res": "snapshots x w eps",
 }
 
 FLA, HF, VLLM = "fla-org/flash-linear-attention: ", "huggingface/transformers: src/transformers/", "vllm-project/vllm: "
@@ -123,6 +123,9 @@ _MLX = {
     "situ": dict(source=MLX_LM + "mlx_lm/models/kimi_k3.py (_situ)",
                  names="gate=gate up=x beta=beta linear_beta=linear_beta"),
     "softmax": dict(source=MLX + "python/src/ops.cpp (softmax)", names="x=a", always={"axis": -1}),
+    "attn_res": dict(source=MLX_LM + "mlx_lm/models/kimi_k3.py (_attn_res_combine)",
+                     names="snapshots=raw x=partial_sum w=w_eff eps=eps", forms=("inv_rms of the snapshots",),
+                     notes=("inv_rms [n, ...] is kept beside the snapshots, 1 / sqrt(mean + eps) of each",)),
 }
 
 #: project -> op -> entry.

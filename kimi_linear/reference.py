@@ -95,6 +95,19 @@ def l2_norm(x, *, eps=1e-6):
     return x / np.sqrt((x * x).sum(-1, keepdims=True) + eps)
 
 
+def attn_res(snapshots, x, w, *, eps):
+    """Attention over depth: of each token the candidates, snapshots [n, ..., D] and x [..., D], mixed by the softmax of
+    their scores, ``sum(w * v / sqrt(mean(v^2) + eps))``; w [D]. Without snapshots x itself.
+    """
+    x = f64(x)
+    if len(snapshots) == 0:
+        return x.copy()
+    v = np.concatenate([f64(snapshots), x[None]])
+    scores = rms_norm(v, w, eps=eps).sum(-1)
+    e = np.exp(scores - scores.max(0))
+    return ((e / e.sum(0))[..., None] * v).sum(0)
+
+
 # ---- matrix products -----------------------------------------------------------------------------
 
 

@@ -20,13 +20,6 @@ struct norm_args {
     kl_activation activation;
 };
 
-/* The sum of squares is taken of x s: s is 1, or 2^-96 where the plain sum overflows, or 2^96 where squares
- * underflow and eps is too small to hide it. */
-__device__ __forceinline__ float scale_after(float sq, float eps)
-{
-    return sq == INFINITY ? 0x1p-96f : sq < 0x1p-80f && eps < 0x1p-100f ? 0x1p96f : 1.0f;
-}
-
 /* x s r is what x is multiplied by, s before r. A product with 2^-96 would lose what is small in x: there r takes
  * half of it before it meets x, and the other half comes behind (cpu/norm.inc). */
 __device__ __forceinline__ float root(const norm_args &a, float sq, float *s)
@@ -67,7 +60,7 @@ __global__ void __launch_bounds__(256) norm_v1(norm_args a)
     for (int64_t t = static_cast<int64_t>(blockIdx.x) * BLOCK + threadIdx.x; t < a.T; t += step) {
         const int64_t row = t * a.D;
         float sq = sum_sq_in_order(a.x + row, a.D, 1.0f);
-        float s = scale_after(sq, a.eps);
+        float s = kl_scale_after(sq, a.eps);
         if (s != 1.0f)
             sq = sum_sq_in_order(a.x + row, a.D, s);
         const float r = root(a, sq, &s);
@@ -95,7 +88,7 @@ __global__ void __launch_bounds__(256) norm_v2(norm_args a)
     for (int64_t t = blockIdx.x; t < a.T; t += gridDim.x) {
         const int64_t row = t * a.D;
         float sq = kl_block_sum<BLOCK>(sum_sq_part(a, row, threadIdx.x, BLOCK, 1.0f), sums);
-        float s = scale_after(sq, a.eps);
+        float s = kl_scale_after(sq, a.eps);
         if (s != 1.0f) /* the same in every thread */
             sq = kl_block_sum<BLOCK>(sum_sq_part(a, row, threadIdx.x, BLOCK, s), sums);
         const float r = root(a, sq, &s);
@@ -114,7 +107,7 @@ __global__ void __launch_bounds__(256) norm_v3(norm_args a)
             t < a.T ? a.D : 0; /* a team behind the last row does nothing, and all the shuffles */
         const int64_t row = t * a.D;
         float sq = kl_team_sum(sum_sq_part(mine, row, kl_lane(), KL_TEAM, 1.0f));
-        float s = scale_after(sq, a.eps);
+        float s = kl_scale_after(sq, a.eps);
         if (s != 1.0f) /* the same in every thread of the team */
             sq = kl_team_sum(sum_sq_part(mine, row, kl_lane(), KL_TEAM, s));
         const float r = root(a, sq, &s);

@@ -100,6 +100,13 @@ static __device__ __forceinline__ float kl_gate_of(float z, kl_activation activa
     return activation == KL_SILU ? kl_silu_of(z) : kl_sigmoid_of(z);
 }
 
+/* What a row is multiplied by before its squares are summed again (cpu/norm.inc): 2^-96 where the plain sum overflows,
+ * or 2^96 where squares underflow and eps is too small to hide it; 1 where the sum is good. */
+static __device__ __forceinline__ float kl_scale_after(float sq, float eps)
+{
+    return sq == INFINITY ? 0x1p-96f : sq < 0x1p-80f && eps < 0x1p-100f ? 0x1p96f : 1.0f;
+}
+
 /* float16 and bfloat16 to float32, exact; NaN stays NaN */
 static __device__ __forceinline__ float kl_from_bf16(uint16_t bits)
 {

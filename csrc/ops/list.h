@@ -16,6 +16,8 @@
     OP(gated_rms_norm, (kl_ctx *, float *, const float *, const float *, const float *, int64_t,   \
                         int64_t, float, kl_activation))                                            \
     OP(l2_norm, (kl_ctx *, float *, const float *, int64_t, int64_t, float))                       \
+    OP(attn_res, (kl_ctx *, float *, const float *, const float *, const float *, int64_t,         \
+                  int64_t, int64_t, float))                                                        \
     OP(embedding, (kl_ctx *, float *, const int32_t *, const kl_weight *, int64_t))                \
     OP(quantize, (kl_ctx *, void *, const float *, kl_type, int64_t, int64_t))                     \
     OP(dequantize, (kl_ctx *, float *, const void *, kl_type, int64_t, int64_t))                   \

@@ -1,4 +1,4 @@
-/* Wrappers of the elementwise ops and the norms. */
+/* Wrappers of the elementwise ops, the norms and attn_res. */
 #include "binding.h"
 
 static PyObject *py_add(PyObject *module, PyObject *args)
@@ -162,6 +162,28 @@ static PyObject *py_l2_norm(PyObject *module, PyObject *args)
     return kl_py_end(&c);
 }
 
+static PyObject *py_attn_res(PyObject *module, PyObject *args)
+{
+    (void)module;
+    kl_py_call c = { 0 };
+    PyObject *ctx, *oy, *osnapshots, *ox, *ow;
+    long long n, T, D;
+    double eps;
+    if (!PyArg_ParseTuple(args, "OOOOOLLLd:attn_res", &ctx, &oy, &osnapshots, &ox, &ow, &n, &T, &D,
+                          &eps))
+        return NULL;
+    kl_py_on(&c, ctx);
+    const int64_t size = kl_py_size(&c, "x", T, D, 1, 1),
+                  past = kl_py_size(&c, "snapshots", n, T, D, 1);
+    float *y = kl_py_out(&c, oy, KL_PY_F32, size, "out");
+    const float *snapshots = kl_py_in(&c, osnapshots, KL_PY_F32, past, "snapshots"),
+                *x = kl_py_in(&c, ox, KL_PY_F32, size, "x"),
+                *w = kl_py_in(&c, ow, KL_PY_F32, D, "w");
+    if (kl_py_begin(&c, ctx))
+        c.status = kl_attn_res(c.ctx, y, snapshots, x, w, n, T, D, (float)eps);
+    return kl_py_end(&c);
+}
+
 PyMethodDef kl_py_ops_basic[] = {
     { "add", py_add, METH_VARARGS, NULL },
     { "sigmoid", py_sigmoid, METH_VARARGS, NULL },
@@ -172,5 +194,6 @@ PyMethodDef kl_py_ops_basic[] = {
     { "rms_norm", py_rms_norm, METH_VARARGS, NULL },
     { "gated_rms_norm", py_gated_rms_norm, METH_VARARGS, NULL },
     { "l2_norm", py_l2_norm, METH_VARARGS, NULL },
+    { "attn_res", py_attn_res, METH_VARARGS, NULL },
     { NULL, NULL, 0, NULL },
 };

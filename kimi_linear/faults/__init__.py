@@ -19,7 +19,7 @@ import numpy as np
 from .. import dataflow
 from .._names import Named, near
 from ..trace import Trace
-from . import _any, _attention, _inputs, _kda, _mla, _moe, _pieces
+from . import _any, _attention, _inputs, _kda, _mla, _moe, _pieces, _residuals
 from ._fault import (
     BOTH,
     CALL,
@@ -45,7 +45,7 @@ __all__ = [
     "SPLIT", "STRONG", "TIES", "WHOLE", "Call", "Fault", "Scene", "Site", "at", "by_name", "for_op", "mistakes", "run",
 ]
 
-_ALL = tuple(f for part in (_kda, _mla, _attention, _pieces, _moe, _any, _inputs) for f in part.FAULTS)
+_ALL = tuple(f for part in (_kda, _mla, _attention, _residuals, _pieces, _moe, _any, _inputs) for f in part.FAULTS)
 
 #: Every fault that is planted in a model, by name.
 CATALOGUE: dict[str, Fault] = Named("a fault of the catalogue", {f.name: f for f in _ALL if f.use != CALL})

@@ -1,4 +1,4 @@
-"""Elementwise ops and norms."""
+"""Elementwise ops, norms, and attention over depth."""
 
 import math
 
@@ -339,4 +339,47 @@ def l2_norm(x, *, eps=1e-6, out=None, ctx=None):
     y = output(out, x.shape, like=x)
     x = apart(x, y, same=y)
     _core.l2_norm(current(ctx)._core, y, x, T, D, check_eps(eps))
+    return y
+
+
+def attn_res(snapshots, x, w, *, eps, out=None, ctx=None):
+    """Attention over depth: of each token a mixture of what earlier blocks of layers gave and the running sum.
+
+    The candidates ``v`` of a token are the snapshots and, last, `x`. Each has a score, ``sum(w * v / sqrt(mean(v**2) +
+    eps))``; the softmax of the scores weighs the candidates as they are, without the norm. Without snapshots the result
+    is `x`. Source: Attention Residuals, arXiv:2603.15031 (of blocks, as Kimi K3 has it). Derivation:
+    docs/math.md#attn_res.
+
+    Parameters
+    ----------
+    snapshots : (n, ..., D) float32
+        The embedding and the sum of each finished block, n >= 0 of them. A list of arrays like `x` is copied into one.
+    x : (..., D) float32
+        The running sum of the block at hand.
+    w : (D,) float32
+        Weight of the norm times weight of the projection, value by value.
+    eps : float
+        In units of ``x**2``, >= 0.
+    out : (..., D) float32, optional
+        Result; may be `x`.
+    ctx : Context, optional
+
+    Returns
+    -------
+    y : (..., D) float32
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a type is none that widens to float32, the shapes disagree or `eps` is negative.
+    """
+    x = as_float32(x, "x")
+    T, D = _rows(x)
+    if isinstance(snapshots, list | tuple) and not snapshots:
+        snapshots = np.empty((0, *x.shape), np.float32)
+    snapshots = as_float32(snapshots, "snapshots", ("n", *x.shape))
+    w = as_float32(w, "w", (D,))
+    y = output(out, x.shape, like=x)
+    x, snapshots, w = apart(x, y, same=y), apart(snapshots, y), apart(w, y)
+    _core.attn_res(current(ctx)._core, y, snapshots, x, w, len(snapshots), T, D, check_eps(eps))
     return y

@@ -27,6 +27,8 @@ __all__ = ["DROPPED", "LOST", "SAME_TWICE", "Form", "alone", "causal", "drawn", 
 LOST = "NaN is lost: there are numbers where it belongs"
 #: What a `Form` gives for an argument that is not passed.
 DROPPED = object()
+#: Arguments whose second axis is that of tokens, not the first.
+_TOKENS_SECOND = {"snapshots"}
 
 
 # ---- cases -----------------------------------------------------------------------------------------
@@ -135,12 +137,17 @@ def given_outputs(names):
     return Law("out", "out= is filled, and nothing beside it is written", check, frozenset({"out"}), ("out",))
 
 
+def _at(name, place):
+    """The index of a place, some tokens, in an argument."""
+    return (slice(None), place) if name in _TOKENS_SECOND else place
+
+
 def halved(x, names, place):
     """The arguments with half of what some of them have at a place, in their types."""
     other = dict(x)
     for n in names:
-        other[n] = x[n].copy()
-        other[n][place] = other[n][place] // 2 if x[n].dtype.kind in "iu" else other[n][place] * np.float32(0.5)
+        other[n], at = x[n].copy(), _at(n, place)
+        other[n][at] = other[n][at] // 2 if x[n].dtype.kind in "iu" else other[n][at] * np.float32(0.5)
     return other
 
 
@@ -175,7 +182,7 @@ def alone(op, *names):
         bounds = [b + stored * np.abs(r) for b, r in zip(bounds, ref, strict=True)]
         T = len(x[names[0]])
         for t in sorted({0, T // 2, T - 1}):
-            lone = call(x | {n: np.ascontiguousarray(x[n][t:t + 1]) for n in names})
+            lone = call(x | {n: np.ascontiguousarray(x[n][_at(n, slice(t, t + 1))]) for n in names})
             for a, b, bound in zip(whole, lone, bounds, strict=True):
                 if (np.abs(np.float64(a[t:t + 1]) - b) > 2 * FACTOR * bound[t:t + 1]).any():
                     return f"row {t} alone gives another result than in a batch of {T}"

@@ -18,8 +18,8 @@ __all__ = ["Case", "Explanation", "Law", "NotOffered", "Plan", "Spec", "WrongRes
 
 #: Modules of this package with a SPEC: the delta rule, and the rest in the order of the pass.
 OPS = ("delta_rule", "embedding", "rms_norm", "linear", "short_conv", "l2_norm", "decay_gate", "decay_cumsum",
-       "gated_rms_norm", "latent_attention", "rope", "attention", "sigmoid_gate", "swiglu", "situ", "softmax", "route",
-       "moe")
+       "gated_rms_norm", "latent_attention", "rope", "attention", "sigmoid_gate", "attn_res", "swiglu", "situ",
+       "softmax", "route", "moe")
 
 
 class NotOffered(Exception):

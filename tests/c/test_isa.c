@@ -120,6 +120,11 @@ static void plain_ops(int64_t D)
         MUST(kl_rms_norm(ctx, result(T * D, "rms_norm", what, D), x, w, T, D, 1e-6f));
         MUST(kl_rms_norm(ctx, result(D, "rms_norm tiny", what, D), ordinary, w, 1, D, 0.0f));
         MUST(kl_l2_norm(ctx, result(T * D, "l2_norm", what, D), x, T, D, 1e-6f));
+        MUST(kl_attn_res(ctx, result(T * D, "attn_res", what, D), numbers(4 * T * D, 4.0f), x,
+                         ordinary, 4, T, D, 1e-6f));
+        MUST(kl_attn_res(ctx, result(T * D, "attn_res scaled", what, D),
+                         numbers(4 * T * D, odd ? 1e25f : 1e-25f), ordinary, ordinary, 4, T, D,
+                         0.0f));
         MUST(kl_gated_rms_norm(ctx, result(T * D, "gated_rms_norm", what, D), ordinary, x, w, T, D,
                                1e-6f, KL_SILU));
         MUST(kl_decay_gate(ctx, result(T * D, "decay_gate", what, D), x, ordinary, w, T, 1, D,

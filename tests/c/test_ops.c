@@ -123,6 +123,11 @@ static void test_errors(kl_ctx *ctx)
     CHECK(kl_rms_norm(ctx, y, x, w, 1, 4, -1.0f) == KL_ERR_ARG);
     CHECK(strstr(kl_ctx_error(ctx), "eps is -1") != NULL);
     CHECK(kl_rms_norm(ctx, y, x, w, -1, 4, 0.0f) == KL_ERR_SHAPE);
+    CHECK(kl_attn_res(ctx, y, x, x, w, 1, 1, 4, NAN) == KL_ERR_ARG);
+    CHECK(strstr(kl_ctx_error(ctx), "attn_res: eps is nan; it must be >= 0") != NULL);
+    CHECK(kl_attn_res(ctx, y, x, x, w, -1, 1, 4, 0.0f) == KL_ERR_SHAPE);
+    CHECK(strstr(kl_ctx_error(ctx), "attn_res: snapshots are -1 of [1, 4]") != NULL);
+    CHECK(kl_attn_res(ctx, y, x, x, w, INT64_C(1) << 50, 1 << 12, 4, 0.0f) == KL_ERR_SHAPE);
     CHECK(y[0] == 7 && y[3] == 7);
     kl_ctx *none = NULL;
     const kl_ctx_options wrong = { .isa = "mmx" };

@@ -139,6 +139,17 @@ def test_hip_end_of_rows(op, version, monkeypatch):
     assert view[-1].tobytes() == wanted[-1].tobytes()
 
 
+@pytest.mark.parametrize("n", [0, 2])
+def test_hip_end_of_snapshots(n, version, monkeypatch):
+    few, past, w, T = normal(N, 1024), normal(n, N, 1024, seed=1), normal(1024, seed=2), FAR // 1024 + N
+    (x, view), (snapshots, taken), (y, out) = large((T, 1024)), large((n, T, 1024)), large((T, 1024))
+    view[-N:], taken[:, -N:] = few, past
+    with ends(monkeypatch):
+        kl.ops.attn_res(snapshots if n else taken, x, w, eps=1e-6, out=y, ctx=fresh())
+    wanted = kl.ops.attn_res(past, few, w, eps=1e-6, ctx=fresh())
+    assert out[-1].tobytes() == wanted[-1].tobytes()
+
+
 def test_hip_end_of_embeddings(version, monkeypatch):
     table, ids = normal(N, 1024), np.arange(FAR // 1024 // N * N + 2 * N) % N
     y, view = large((len(ids), 1024))

@@ -59,6 +59,8 @@ CASES = {
     "rms_norm": dict(x=normal(70, 40), w=normal(40), eps=1e-6),
     "gated_rms_norm": dict(x=normal(70, 40), z=normal(70, 40, seed=1), w=normal(40), eps=1e-6),
     "l2_norm": dict(x=normal(70, 40)),
+    "attn_res": dict(snapshots=normal(5, 70, 40), x=normal(70, 40), w=normal(40, seed=1), eps=1e-6),
+    "attn_res of no snapshots": dict(snapshots=normal(0, 70, 40), x=normal(70, 40), w=normal(40, seed=1), eps=1e-6),
     "rope": dict(x=normal(70, 3, 8), positions=np.arange(70), base=1e4, rotary=6),
     "short_conv": dict(x=normal(70, 40), w=normal(40, 4, seed=1), offsets=[0, 33, 70]),
     "decay_gate": dict(f=normal(70, 5, 8), rate=np.ones(5, np.float32), dt_bias=normal(5, 8, seed=1)),

@@ -25,6 +25,16 @@ def f32(*values):
     return np.array(values, np.float32)
 
 
+def test_scores_of_residuals_of_which_u_is_a_nat():
+    """The candidate that the softmax takes may be the other one: the bound is how far apart they lie."""
+    x, w = normal(3, 64), np.full(64, 1e7, np.float32)
+    inputs = dict(snapshots=np.stack([x[:, ::-1], normal(3, 64, seed=1), -x]), x=x, w=w, eps=1e-6)
+    holds("attn_res", **inputs)
+    candidates = np.concatenate([inputs["snapshots"], x[None]])
+    bound = budget("attn_res", kl.reference.attn_res(**inputs), **inputs)
+    assert np.isfinite(bound).all() and (bound <= 1.01 * np.ptp(candidates, axis=0)).all()
+
+
 @pytest.mark.parametrize("op", ["rms_norm", "l2_norm", "gated_rms_norm"])
 @pytest.mark.parametrize("D", [3, 100, 600])
 def test_what_is_small_in_a_row_whose_squares_overflow(op, D):

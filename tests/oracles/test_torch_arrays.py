@@ -46,6 +46,7 @@ def inputs():
         "attention": (dict(q=x(T, H, K), k=x(T, 1, K), v=x(T, 1, F)), dict(scale=0.3)),
         "rope": (dict(x=x(T, H, K)), dict(positions=np.arange(T), base=1e4, rotary=4)),
         "sigmoid_gate": (dict(x=x(T, D), gate=x(T, D)), {}),
+        "attn_res": (dict(snapshots=x(3, T, D), x=x(T, D), w=x(D)), dict(eps=1e-5)),
         "route": (dict(scores=x(T, E), bias=x(E)), dict(k=2)),
         "moe": (dict(x=x(T, D), weights=np.abs(x(T, 2)), w_gate=x(E, F, D), w_up=x(E, F, D), w_down=x(E, D, F),
                      shared=x(T, D)), dict(ids=ids)),

@@ -45,6 +45,14 @@ class TestWorkedExamples:
         y = ref.gated_rms_norm(np.array(O), z, [1, 0.5], eps=1e-5)
         near(y, [[0.549799636, -0.200643630], [0.257561724, 0.342400010], [-0.639296535, 0.081211880]], 2e-9)
 
+    def test_attn_res(self):
+        """Root mean squares 5, 13 and 1 of (7, 1), (-7, 17) and (1, 1): scores 3.2, 20/13, 4."""
+        y = ref.attn_res([[[7.0, 1.0]], [[-7.0, 17.0]]], [[1.0, 1.0]], [2.0, 2.0], eps=0.0)
+        e = np.exp([3.2 - 4, 20 / 13 - 4, 0])
+        near(y, [[(7 * e[0] - 7 * e[1] + e[2]) / e.sum(), (e[0] + 17 * e[1] + e[2]) / e.sum()]])
+        near(ref.attn_res([[[7.0, 1.0]], [[-7.0, 17.0]]], [[1.0, 1.0]], [0.0, 0.0], eps=1.0), [[1 / 3, 19 / 3]])
+        assert ref.attn_res([], [[np.inf, -0.0]], [1.0, 1.0], eps=0.0).tolist() == [[np.inf, 0.0]]
+
     def test_philox_vectors(self):
         """The known answers that Random123 publishes for Philox4x32-10."""
         ones = 0xFFFFFFFF

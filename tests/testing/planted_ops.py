@@ -459,3 +459,39 @@ BUGS |= {("moe", "swapped"): "SiLU is on w3 x (up)", ("moe", "next expert"): "ex
          ("moe", "no shared"): "shared expert is left out", ("moe", "shared twice"): "shared expert is added twice",
          ("moe", "no gate"): "gate is left out", ("moe", "raw gate"): "not put through a sigmoid",
          ("moe", "swiglu"): "where SiTU belongs"}
+
+
+# ---- attention over depth --------------------------------------------------------------------------------
+
+
+def attn_res(snapshots, x, w, eps, what=None):
+    if len(snapshots) == 0:
+        return x.copy()
+    if what == "no newest":
+        snapshots = snapshots[:-1]
+    v = snapshots if what == "no x" else np.concatenate([snapshots, x[None]])
+    square, near, power = mean_square(v, what)
+    eps = F(0 if what == "no eps" else eps) * power * power
+    length = np.sqrt(square) + eps if what == "outside" else np.sqrt(square + eps)
+    if what == "l2":
+        length = np.sqrt(square * F(x.shape[-1]) + eps)
+    terms = w * v if what == "no norm" else w * (near / length)
+    scores = terms if what == "channels" else terms.sum(-1, keepdims=True, dtype=F)
+    if what == "scaled":
+        scores = scores * F(x.shape[-1] ** -0.5)
+    axis = 1 if what == "tokens" else 0
+    e = np.exp(scores - scores.max(axis, keepdims=True, initial=-np.inf))
+    p = e / e.sum(axis, keepdims=True, dtype=F)
+    if what == "mean":
+        p = np.full_like(p, F(1) / F(len(v)))
+    y = (p * (near / length if what == "normed" else v)).sum(0, dtype=F)
+    return y + x if what == "residual" else y
+
+
+BUGS |= {("attn_res", "normed"): "mixed after their norm", ("attn_res", "no norm"): "without their norm",
+         ("attn_res", "no eps"): "has no eps", ("attn_res", "outside"): "eps is outside of the root",
+         ("attn_res", "l2"): "an L2 norm", ("attn_res", "overflow"): "overflows float32",
+         ("attn_res", "no x"): "running sum is no candidate", ("attn_res", "no newest"): "newest snapshot is left out",
+         ("attn_res", "mean"): "all candidates have one weight", ("attn_res", "tokens"): "over tokens",
+         ("attn_res", "channels"): "each channel", ("attn_res", "scaled"): "D^-1/2",
+         ("attn_res", "residual"): "is added to the mixture"}

@@ -190,6 +190,7 @@ UNDO = {
     "gate and up in one, [gate | up]": _two("gate", "up", -1),
     "w_gate and w_up in one, [E, 2 F, D]": _two("w_gate", "w_up", 1),
     "ids int64": lambda x: (x | {"ids": x["ids"].astype(np.int32)}, lambda y: y),
+    "inv_rms of the snapshots": lambda x: ({n: a for n, a in x.items() if n != "inv_rms"}, lambda y: y),
     "ids in any order": _shuffled, "weights before ids": lambda x: (x, lambda y: (y[1], y[0])),
 }
 
@@ -220,6 +221,9 @@ def test_conventions_are_data(project, op):
      lambda x: x | {n: x[n].swapaxes(1, 2) for n in ("w_uk", "w_uv")}),
     ("moe", ("w_down [E, F, D]", "w_gate [E, D, F]", "w_up [E, D, F]"),
      lambda x: x | {n: x[n].swapaxes(1, 2) for n in ("w_gate", "w_up", "w_down")}),
+    ("attn_res", ("snapshots [T, n, D]", "w in two, norm.weight and proj.weight"),
+     lambda x: {"snapshots": x["snapshots"].swapaxes(0, 1), "x": x["x"], "eps": x["eps"],
+                "w": x["norm_weight"] * x["proj_weight"]}),
     ("swiglu", ("up and gate in one, [up | gate]",),
      lambda x: dict(zip(("up", "gate"), np.split(x["gate"], 2, -1)))),
     ("situ", ("up and gate in one, [up | gate]",),

@@ -166,6 +166,12 @@ def _each_step(op, kind):
         p = np.exp(s - s.max(-1, keepdims=True))
         return np.einsum("hts,shv->thv", r(p), v) / p.sum(-1).T[:, :, None]
 
+    def attn_res(snapshots, x, w, eps):
+        v = np.concatenate([snapshots, x[None]])
+        scores = r((r(rms_norm(v, w, eps))).sum(-1))
+        e = np.exp(scores - scores.max(0))
+        return (r(e / e.sum(0))[..., None] * v).sum(0)
+
     def moe(x, ids, weights, w_gate, w_up, w_down, **shared):
         y = np.zeros(x.shape, F)
         for slot in range(ids.shape[1]):
@@ -185,12 +191,12 @@ def _each_step(op, kind):
         / r(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)),
         linear=lambda x, w, bias=None: x @ w.T if bias is None else r(x @ w.T) + bias,
         gated_rms_norm=lambda x, z, w, eps, activation="sigmoid": r(rms_norm(x, w, eps)) * sigmoid(z),
-        attention=attention, moe=moe, short_conv=short_conv)[op]
+        attention=attention, attn_res=attn_res, moe=moe, short_conv=short_conv)[op]
 
 
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("op", ["rms_norm", "l2_norm", "swiglu", "sigmoid_gate", "softmax", "linear", "gated_rms_norm",
-                                "attention", "moe", "short_conv"])
+                                "attention", "attn_res", "moe", "short_conv"])
 def test_steps_in_the_type_are_within_the_bound(op, kind):
     fn = stored(_each_step(op, TYPES[kind]), TYPES[kind], spec(op).narrow_results)
     usual = [case.name for case in spec(op).cases if case.usual and case.group in ("lengths", "bias")]

@@ -1,11 +1,11 @@
-"""Budgets of the elementwise ops and the norms."""
+"""Budgets of the elementwise ops, the norms and attention over depth."""
 
 import numpy as np
 
 from ... import reference
 from ..._float64 import f64
 
-__all__ = ["add", "gated_rms_norm", "l2_norm", "rms_norm", "sigmoid", "sigmoid_gate", "situ", "softmax",
+__all__ = ["add", "attn_res", "gated_rms_norm", "l2_norm", "rms_norm", "sigmoid", "sigmoid_gate", "situ", "softmax",
            "swiglu"]
 
 U = 2.0**-24
@@ -38,6 +38,16 @@ def through_situ(x, error, beta):
     t, s = np.tanh(x / beta), reference.sigmoid(x)
     slope = s * (1 - t * t) + beta * t * s * (1 - s)
     return np.fmin(1.1 * error, np.abs(slope) * error + (1 + 1.54 / beta) * error * error)
+
+
+def reweighed(distance, error):
+    """A softmax over the first axis whose exponents -distance are off by `error`: its weights, what each may gain, and
+    the least that their sum may come to."""
+    e = np.exp(-distance)
+    total = e.sum(axis=0)
+    w = e / total
+    gained = np.where(error < 1, np.expm1(np.minimum(error, 1)) * w, np.exp(np.minimum(error - distance, 700)) / total)
+    return w, gained, (w * np.exp(-error)).sum(axis=0)
 
 
 def _relative(ref, units, stored=0.0):
@@ -109,3 +119,28 @@ def gated_rms_norm(ref, x, z, w, eps, activation="sigmoid", stored=0.0):
     act, lost = (reference.sigmoid(z), 1.0) if activation == "sigmoid" else (np.abs(reference.silu(z)), 1 + np.abs(z))
     lost = (1 + np.abs(f64(w))) * act + lost * norm
     return _relative(ref, np.shape(x)[-1] / 32 + 14, 4 * stored) + TINY * lost
+
+
+def attn_res(ref, snapshots, x, w, eps, stored=0.0):
+    """Each score is off by e_j, of its dot and of its norm, which moves its weight by e_j + (distance to the maximum +
+    what e does to it) u; the result by sum_j p_j |v_j - y| of that, plus the roundings of the sums over j. Without
+    snapshots nothing is rounded. Stored: 1 / rms, its product with v, that with w, and the score; and the weights."""
+    if len(snapshots) == 0:
+        return np.zeros(np.shape(ref))
+    v, w = np.concatenate([f64(snapshots), f64(x)[None]]), f64(w)
+    n, D = len(v), v.shape[-1]
+    lanes = -(-D // 16)
+    with np.errstate(all="ignore"):  # rows that are NaN, of zeros without eps or of infinities
+        terms = reference.rms_norm(v, w, eps=eps)
+        score, size = terms.sum(-1), np.abs(terms).sum(-1)
+        distance = score.max(axis=0) - score
+        error = ((lanes + 5) * U + 4 * stored) * size + (lanes / 2 + 6) * U * np.abs(score)
+        error = error + (D + np.abs(w).sum()) * D**0.5 * 2.0**-96
+        error = error + (distance + error + error.max(axis=0) + 2) * U
+        p, gained, least = (a[..., None] for a in reweighed(distance, error))
+        apart = np.abs(v - (p * v).sum(axis=0))
+        moved = np.fmin((gained * apart).sum(axis=0) / least, apart.max(axis=0))
+        size = np.fmin(((p + gained) * np.abs(v)).sum(axis=0) / least, np.abs(v).max(axis=0))
+    sums = ((n + 1) * U + stored) * size
+    total = (-(-n // 16) + 4) * U * (np.abs(ref) + moved)
+    return moved + sums + total + TINY * (n + 2 * np.abs(v).sum(axis=0))

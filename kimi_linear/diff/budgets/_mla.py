@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ._basic import TINY, U
+from ._basic import TINY, U, reweighed
 
 __all__ = ["latent_attention"]
 
@@ -60,16 +60,14 @@ def attended(q, k, v, k_size, v_size, scale, sign, score_units, value_units, los
         seen = S - len(q) + t + 1
         score = sign * scale * (k[:seen] @ q[t])
         distance = score.max() - score
-        w = np.exp(-distance) / np.exp(-distance).sum()
         score_error = score_units * scale * (k_size[:seen] @ np.abs(q[t]))
         merges = seen / _BLOCK + 2 * (seen / _SEGMENT)
         error = (score_error + 2 * distance + 3 * merges + 4) * U            # relative, of exp(score - max)
         error = error + TINY * (1 + scale * score_lost[t, :seen])
         error[np.isinf(distance)] = 0                                        # masked: its weight is 0
+        w, gained, least = reweighed(distance, error)
         o = w @ v[:seen]
-        apart, least = np.abs(v[:seen] - o), w @ np.exp(-error)
-        gained = np.where(error < 1, np.expm1(np.minimum(error, 1)) * w,
-                          np.exp(np.minimum(error - distance, 700)) / np.exp(-distance).sum())
+        apart = np.abs(v[:seen] - o)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             moved = np.fmin(gained @ apart / least, apart.max(axis=0))
             size = np.fmin((w + gained) @ v_size[:seen] / least, v_size[:seen].max(axis=0))
