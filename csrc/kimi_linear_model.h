@@ -30,17 +30,21 @@ typedef struct kl_config {
     float l2_eps;      /* of the L2 norms of q and k in a delta net, under the root of the sum */
     int norm_plus_one; /* 1: norms are stored as w and multiply by 1 + w (but the delta net's own) */
     int tied;          /* 1: the head is the embedding */
+    int64_t
+        attn_res_block; /* layers to a snapshot of attention residuals; 0: residuals are added */
     kl_activations activations;
     struct {
         /* KDA: Hk = Hv and K = V; convolution of taps. In sentences kda_heads, kda_head_dim; gdn_k_heads, gdn_v_heads,
          * gdn_k_dim, gdn_v_dim; conv_width, gate_lower_bound */
         int64_t Hk, Hv, K, V, taps;
         float lower_bound;    /* 0: softplus gate; below 0: bounded gate */
+        int full_rank_gate;   /* KDA, 1: its output gate is one projection, not two of low rank */
         kl_head_map head_map; /* which key head a value head uses */
     } delta;
     struct {
         /* q_rank 0: plain q. In sentences mla_heads, nope_dim, rope_dim, v_head_dim, kv_rank, q_rank */
         int64_t heads, nope, rope, v, rank, q_rank;
+        int gated; /* 1: the output times the sigmoid of a projection of x */
     } mla;
     struct {
         /* width of query, key and value alike. In sentences attn_heads, attn_kv_heads, attn_head_dim, rotary_dim */
@@ -49,10 +53,13 @@ typedef struct kl_config {
         double rope_base;
     } attn;
     struct {
-        /* In sentences ffn_size; n_experts, experts_per_token, moe_size, shared_size, n_groups, top_groups, router,
-         * routed_scale */
+        /* In sentences ffn_size; n_experts, experts_per_token, moe_size, expert_latent, shared_size, n_groups,
+         * top_groups, router, routed_scale; situ_beta, situ_linear_beta */
         int64_t dense;             /* inner width of a dense layer */
         int64_t experts, k, width; /* routed experts, used a token, inner width of each */
+        int64_t latent;            /* width that routed experts read and write; 0: D */
+        int latent_norm;           /* 1: their sum is normed before it goes up to D again */
+        kl_situ_betas situ;        /* the activation of every feed-forward; beta 0: swiglu */
         int64_t shared;            /* inner width of the shared experts, side by side; 0: none */
         int shared_gated;          /* 1: times the sigmoid of a score of their own */
         int64_t groups, top_groups;
@@ -150,6 +157,7 @@ KL_API kl_status kl_state_write(kl_ctx *ctx, kl_state *state, int64_t layer, kl_
  * [T, first] or, where the second is not 0, [T, first, second]; c is the config. */
 #define KL_TAPS(KL_TAP)                                                                            \
     KL_TAP(EMBED, "embed", MODEL, c->D, 0, F32)                                                    \
+    KL_TAP(ATTN_RES, "attn_res", RESIDUALS, c->D, 0, F32)                                          \
     KL_TAP(ATTN_NORM, "attn_norm", LAYER, c->D, 0, F32)                                            \
     KL_TAP(KDA_Q_PROJ, "kda.q_proj", KDA, c->delta.Hk * c->delta.K, 0, F32)                        \
     KL_TAP(KDA_K_PROJ, "kda.k_proj", KDA, c->delta.Hk * c->delta.K, 0, F32)                        \
@@ -165,7 +173,7 @@ KL_API kl_status kl_state_write(kl_ctx *ctx, kl_state *state, int64_t layer, kl_
     KL_TAP(KDA_B, "kda.b", KDA, c->delta.Hk, 0, F32)                                               \
     KL_TAP(KDA_BETA, "kda.beta", KDA, c->delta.Hk, 0, F32)                                         \
     KL_TAP(KDA_O, "kda.o", KDA, c->delta.Hk, c->delta.K, F32)                                      \
-    KL_TAP(KDA_G_A, "kda.g_a", KDA, c->delta.K, 0, F32)                                            \
+    KL_TAP(KDA_G_A, "kda.g_a", KDA_LOW_RANK, c->delta.K, 0, F32)                                   \
     KL_TAP(KDA_Z, "kda.z", KDA, c->delta.Hk, c->delta.K, F32)                                      \
     KL_TAP(KDA_O_NORM, "kda.o_norm", KDA, c->delta.Hk, c->delta.K, F32)                            \
     KL_TAP(KDA_OUT, "kda.out", KDA, c->D, 0, F32)                                                  \
@@ -176,6 +184,8 @@ KL_API kl_status kl_state_write(kl_ctx *ctx, kl_state *state, int64_t layer, kl_
     KL_TAP(MLA_LATENT, "mla.latent", MLA, c->mla.rank, 0, F32)                                     \
     KL_TAP(MLA_K_SHARED, "mla.k_shared", MLA, c->mla.rope, 0, F32)                                 \
     KL_TAP(MLA_O, "mla.o", MLA, c->mla.heads, c->mla.v, F32)                                       \
+    KL_TAP(MLA_GATE, "mla.gate", MLA_GATED_OUT, c->mla.heads, c->mla.v, F32)                       \
+    KL_TAP(MLA_GATED, "mla.gated", MLA_GATED_OUT, c->mla.heads, c->mla.v, F32)                     \
     KL_TAP(MLA_OUT, "mla.out", MLA, c->D, 0, F32)                                                  \
     KL_TAP(GDN_Q_PROJ, "gdn.q_proj", GDN, c->delta.Hk * c->delta.K, 0, F32)                        \
     KL_TAP(GDN_K_PROJ, "gdn.k_proj", GDN, c->delta.Hk * c->delta.K, 0, F32)                        \
@@ -204,7 +214,8 @@ KL_API kl_status kl_state_write(kl_ctx *ctx, kl_state *state, int64_t layer, kl_
     KL_TAP(ATTN_O, "attn.o", ATTN, c->attn.heads, c->attn.width, F32)                              \
     KL_TAP(ATTN_GATED, "attn.gated", ATTN, c->attn.heads, c->attn.width, F32)                      \
     KL_TAP(ATTN_OUT, "attn.out", ATTN, c->D, 0, F32)                                               \
-    KL_TAP(MID, "mid", LAYER, c->D, 0, F32)                                                        \
+    KL_TAP(MID, "mid", SUMMED, c->D, 0, F32)                                                       \
+    KL_TAP(FFN_RES, "ffn_res", RESIDUALS, c->D, 0, F32)                                            \
     KL_TAP(FFN_NORM, "ffn_norm", LAYER, c->D, 0, F32)                                              \
     KL_TAP(MLP_GATE, "mlp.gate", DENSE, c->ffn.dense, 0, F32)                                      \
     KL_TAP(MLP_UP, "mlp.up", DENSE, c->ffn.dense, 0, F32)                                          \
@@ -220,8 +231,13 @@ KL_API kl_status kl_state_write(kl_ctx *ctx, kl_state *state, int64_t layer, kl_
     KL_TAP(MOE_SHARED_OUT, "moe.shared", MOE_SHARED, c->D, 0, F32)                                 \
     KL_TAP(MOE_SHARED_G, "moe.shared_g", MOE_SHARED_GATED, 1, 0, F32)                              \
     KL_TAP(MOE_SHARED_GATED, "moe.shared_gated", MOE_SHARED_GATED, c->D, 0, F32)                   \
+    KL_TAP(MOE_LATENT, "moe.latent", MOE_LATENTS, c->ffn.latent, 0, F32)                           \
+    KL_TAP(MOE_ROUTED, "moe.routed", MOE_LATENTS, c->ffn.latent, 0, F32)                           \
+    KL_TAP(MOE_ROUTED_NORM, "moe.routed_norm", MOE_LATENTS_NORMED, c->ffn.latent, 0, F32)          \
+    KL_TAP(MOE_ROUTED_UP, "moe.routed_up", MOE_LATENTS_SHARED, c->D, 0, F32)                       \
     KL_TAP(MOE_OUT, "moe.out", MOE, c->D, 0, F32)                                                  \
     KL_TAP(OUT, "out", LAYER, c->D, 0, F32)                                                        \
+    KL_TAP(OUTPUT_RES, "output_res", MODEL_RESIDUALS, c->D, 0, F32)                                \
     KL_TAP(NORM, "norm", MODEL, c->D, 0, F32)
 
 typedef enum kl_tap {
@@ -264,9 +280,11 @@ typedef struct kl_forward_args {
     void *edit_user;
     const unsigned char *edited; /* [n_layers + 1][KL_TAP_COUNT], as taps: 1 where edit is called */
     const float *embeds; /* NULL, or [T, D] on the host: what enters layer start, instead of rows of
-                            the embedding */
+                            the embedding; several where layers hand on more */
     /* Layers start..stop-1 are run; stop 0: to the last. Short of the last there is no final norm and there
-     * are no logits; start above 0 needs embeds, and start = n_layers is the final norm and the head alone. */
+     * are no logits; start above 0 needs embeds, and start = n_layers is the final norm and the head alone. With
+     * attention residuals embeds are [n + 1, T, D]: the n = ceil(start / attn_res_block) snapshots that there are then,
+     * oldest first, and what has been added up since. */
     int64_t start, stop;
 } kl_forward_args;
 

@@ -13,7 +13,19 @@ from .trace import Trace, matches
 
 SMALL = 64 << 20  # bytes: a result below this is not worth asking the machine about
 
-__all__ = ["Call", "attention_probs", "refuse_what_does_not_fit", "tap_names"]
+__all__ = ["Call", "attention_probs", "joined_stream", "refuse_what_does_not_fit", "stream_of", "tap_names"]
+
+
+def stream_of(config, layer):
+    """The taps that are the stream which enters a layer: with attention residuals its snapshots, then what has been
+    added up since the last; else that alone."""
+    begins = [*range(0, layer, config.attn_res_block), layer] if config.attn_res_block else [layer]
+    return [f"layers.{i - 1}.out" if i else "embed" for i in begins]
+
+
+def joined_stream(parts):
+    """Arrays [T, D] of `stream_of` as `Model.forward` takes and gives them: [T, D], or [T, parts, D]."""
+    return parts[0] if len(parts) == 1 else np.stack(parts, axis=1)
 
 
 class Call:
@@ -28,7 +40,7 @@ class Call:
         self.T, self.N = len(self.ids), len(self.offsets) - 1
         if self.embeds is not None:
             self._check_rows(rows)
-            self.embeds = as_float32(self.embeds, "embeds", (self.T, model.config.hidden_size))
+            self.embeds = as_float32(self.embeds, "embeds", (self.T, *self._tail()))
         self.states = self._states(state)
         self.position = self._positions()  # before the call
         self.rows = self._rows(logits)
@@ -68,15 +80,20 @@ class Call:
             if tokens is None:
                 raise TypeError("tokens is None; it may be only where embeds are given")
             return None, tokens, None
-        self.nameless = tokens is None
-        if isinstance(embeds, (list, tuple)) and len(embeds) and np.ndim(embeds[0]) == 2:
-            parts = [as_float32(e, f"embeds[{i}]", ("T", self.model.config.hidden_size)) for i, e in enumerate(embeds)]
+        self.nameless, tail = tokens is None, self._tail()
+        axes = 1 + len(tail)
+        if isinstance(embeds, (list, tuple)) and len(embeds) and np.ndim(embeds[0]) == axes:
+            parts = [as_float32(e, f"embeds[{i}]", ("T", *tail)) for i, e in enumerate(embeds)]
             ids = [np.zeros(len(e), np.int32) for e in parts] if tokens is None else tokens
             return np.concatenate(parts), ids, [len(e) for e in parts]
-        D = self.model.config.hidden_size
-        embeds = as_float32(embeds, "embeds", ("T", D), ("B", "T", D))
-        ids = np.zeros(embeds.shape[:-1], np.int32) if tokens is None else tokens
-        return embeds.reshape(-1, D), ids, None if embeds.ndim == 2 else [embeds.shape[1]] * len(embeds)
+        embeds = as_float32(embeds, "embeds", ("T", *tail), ("B", "T", *tail))
+        ids = np.zeros(embeds.shape[:-len(tail)], np.int32) if tokens is None else tokens
+        return embeds.reshape(-1, *tail), ids, None if embeds.ndim == axes else [embeds.shape[1]] * len(embeds)
+
+    def _tail(self):
+        """The axes of a token's part of the stream that enters layer `start`."""
+        n, D = len(stream_of(self.model.config, self.start)), self.model.config.hidden_size
+        return (D,) if n == 1 else (n, D)
 
     def _check_rows(self, rows):
         """ValueError where the rows are cut into other sequences than the tokens."""
@@ -199,9 +216,13 @@ class Call:
 
     def _run(self, arrays, edit, expert_ids, check):
         model, n_logits = self.model, 0 if self.headless else len(self.rows)
-        edits, leaving = self.edits(edit, n_logits), f"layers.{self.stop - 1}.out"
+        edits, D = self.edits(edit, n_logits), model.config.hidden_size
+        leaving = [tap for tap in stream_of(model.config, self.stop) if tap in self.table]
         if self.headless and len(self.rows):
-            arrays = {leaving: np.empty((self.T, model.config.hidden_size), np.float32), **arrays}
+            arrays = {**{tap: np.empty((self.T, D), np.float32) for tap in leaving}, **arrays}
+        embeds = self.embeds
+        if embeds is not None and embeds.ndim > 2:
+            embeds = np.ascontiguousarray(embeds.swapaxes(0, 1))  # as C takes them
         taps = [(*self.table[n][:2], a) for n, a in arrays.items()] or None
         self.done = np.zeros(self.N, np.int64)
         self.values = np.empty((n_logits, self.vocab), np.float32)
@@ -209,7 +230,7 @@ class Call:
             model._core.forward(
                 current(model.ctx)._core, [s._core for s in self.states], self.ids, self.offsets, self.T, self.values,
                 self.rows[:n_logits], n_logits, taps, self.experts(expert_ids), int(check == "finite"), 0, self.done,
-                edits.places if edits else None, edits.rows if edits else None, self.embeds, self.start, self.stop,
+                edits.places if edits else None, edits.rows if edits else None, embeds, self.start, self.stop,
             )
         except ValueError as error:
             if "must be numbers" not in str(error):
@@ -219,11 +240,19 @@ class Call:
         finally:
             self._tell_states()
         if self.headless:
-            D = model.config.hidden_size
-            self.values = arrays[leaving][self.rows] if len(self.rows) else np.empty((0, D), np.float32)
+            self.values = self._leaving(arrays)
         elif edits:
             self.values = edits.logits(self.values)
         return self._form(self.values)
+
+    def _leaving(self, arrays):
+        """The stream behind layer stop-1, of the rows that are asked for."""
+        names, D = stream_of(self.model.config, self.stop), self.model.config.hidden_size
+        if not len(self.rows):
+            return np.empty((0, D) if len(names) == 1 else (0, len(names), D), np.float32)
+        before = stream_of(self.model.config, self.start) if self.start else []
+        entered = {} if not before else dict(zip(before, np.moveaxis(self.embeds.reshape(self.T, -1, D), 1, 0)))
+        return joined_stream([(arrays[tap] if tap in arrays else entered[tap])[self.rows] for tap in names])
 
     def edits(self, edit, n_logits):
         if edit is None or (hasattr(edit, "items") and not edit):

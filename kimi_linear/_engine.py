@@ -7,6 +7,7 @@ from ._arrays import TYPE_IDS, as_array
 from ._names import choice
 from .context import ACTIVATIONS
 from .load.gguf import FILE_TYPES
+from .quantized import Quantized
 
 CACHE_TYPES = {"float32": 0, "float16": 1, "q8_0": 8}
 _PLAIN = {"F32": 4, "F16": 2, "BF16": 2}  # by the bytes that must divide their address
@@ -16,7 +17,7 @@ _NUMBERS = (
     "vocab_size", "hidden_size", "rms_norm_eps", "latent_eps", "l2_eps", "conv_width", "mla_heads", "nope_dim",
     "rope_dim", "v_head_dim", "kv_rank", "q_rank", "attn_heads", "attn_kv_heads", "attn_head_dim", "rotary_dim",
     "rope_base", "ffn_size", "n_experts", "experts_per_token", "shared_size", "moe_size", "n_groups", "top_groups",
-    "routed_scale",
+    "routed_scale", "expert_latent", "attn_res_block",
 )
 
 
@@ -35,6 +36,11 @@ def config_numbers(config, activations="float32"):
         "tied": int(config.tie_embeddings),
         "activations": ACTIVATIONS[activations],
         "gate_lower_bound": config.gate_lower_bound or 0.0,
+        "kda_full_rank_gate": int(config.kda_full_rank_gate),
+        "mla_gated": int(config.mla_gated),
+        "expert_latent_norm": int(config.expert_latent_norm),
+        "situ_beta": config.situ_beta or 0.0,
+        "situ_linear_beta": config.situ_linear_beta or 0.0,
         "router": int(config.router_function == "softmax"),
         "renormalise": int(config.renormalise),
         "layers": [(_MIXERS[layer.mixer], _FFNS[layer.ffn]) for layer in config.layers],
@@ -69,6 +75,9 @@ def core_model(context, config, tensors, activations="float32", progress=None):
             if tensor.dtype not in _PLAIN or tensor.offset % _PLAIN[tensor.dtype] == 0:
                 entries.append((name, place(tensor.file.mapping), tensor.offset, type_id, tuple(tensor.shape)))
                 continue
+        if isinstance(tensor, Quantized):
+            entries.append((name, place(tensor.data), 0, FILE_TYPES[tensor.type], tensor.shape))
+            continue
         a = tensor.array() if hasattr(tensor, "file") else as_array(tensor, name)
         if a.dtype not in TYPE_IDS:
             raise TypeError(f"{name} is {a.dtype}; it must be float32, float16 or bfloat16")
@@ -79,6 +88,9 @@ def core_model(context, config, tensors, activations="float32", progress=None):
 
 def _as_stored(tensors):
     for name, tensor in tensors.items():
+        if hasattr(tensor, "blocks"):
+            yield name, tensor.blocks()
+            continue
         yield from getattr(tensor, "stored", {name: tensor}).items()
 
 

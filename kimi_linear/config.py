@@ -19,7 +19,8 @@ from .errors import FormatError
 from .weight_shapes import weight_shapes
 
 #: model_type of a file -> the module that translates it.
-FAMILIES = {"kimi_linear": config_kimi, **dict.fromkeys([*config_qwen.KINDS, *config_qwen.WRAPPERS], config_qwen)}
+FAMILIES = {**dict.fromkeys(["kimi_linear", config_kimi.K3], config_kimi),
+            **dict.fromkeys([*config_qwen.KINDS, *config_qwen.WRAPPERS], config_qwen)}
 
 #: The letter of a mixer, where the layers of a model are told in a word.
 MIXER_LETTERS = {"kda": "K", "mla": "M", "gdn": "G", "attn": "A"}
@@ -61,17 +62,23 @@ class Config:
     kda_head_dim: int = 0              # K = V
     conv_width: int = 0                # W, taps
     gate_lower_bound: float | None = None  # nats per token, < 0; None is the softplus gate
+    kda_full_rank_gate: bool = False   # the output gate of KDA is one projection, not two of low rank
     mla_heads: int = 0
     nope_dim: int = 0
     rope_dim: int = 0                  # width kept, never rotated
     v_head_dim: int = 0
     kv_rank: int = 0                   # R
     q_rank: int = 0                    # 0 is a plain projection
+    mla_gated: bool = False            # the output of MLA times the sigmoid of a projection
     ffn_size: int = 0                  # width of a dense feed-forward
+    situ_beta: float | None = None     # of SiTU, the activation of all feed-forwards; None is SwiGLU
+    situ_linear_beta: float | None = None  # of its other factor; None: that is as it is
     n_experts: int = 0
     experts_per_token: int = 0
     n_shared_experts: int = 0
     moe_size: int = 0                  # width of one expert
+    expert_latent: int = 0             # width that routed experts read and write, below the model's; 0 is the model's
+    expert_latent_norm: bool = False   # their sum is normed before it goes up again
     n_groups: int = 1
     top_groups: int = 1
     renormalise: bool = True
@@ -92,6 +99,7 @@ class Config:
     shared_gated: bool = False         # the shared expert's output times sigmoid of a logit of its own
     router_bias: bool = True           # the choice of experts has a bias
     norm_plus_one: bool = False        # norms of layers, queries and keys, and the final one, are stored less 1
+    attn_res_block: int = 0            # layers to a snapshot of attention residuals; 0: residuals are added
     moe_names: str = "block_sparse_moe"    # spelling of the mixture's tensors, or "mlp"
 
     @classmethod

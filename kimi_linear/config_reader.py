@@ -14,7 +14,7 @@ L2_EPS = 1e-6                 # of the L2 norms of q and k, under the root of th
 LARGEST = 2**31 - 1           # of any size in a config
 MOST_LAYERS = 4096
 MOST_EXPERTS = 65536
-MOST_EXPERTS_IN_ALL = 2**16   # of all layers together; published models have up to 30,720
+MOST_EXPERTS_IN_ALL = 2**17   # of all layers together; Kimi K3 has 82,432
 MOST_EOS = 1024
 WIDEST_CONV = 8
 

@@ -21,9 +21,23 @@ import numpy as np
 from . import _reference_fast, reference
 from ._arrays import as_tuple
 from .config import Config
-from .weight_shapes import MOE_NAMES, ROUTER_BIAS, SHARED_GATE, attn_query_rows, gdn_channels, gdn_inputs
+from .weight_shapes import (
+    FFN_SCORE,
+    LATENT_DOWN,
+    LATENT_NORM,
+    LATENT_UP,
+    MIXER_SCORE,
+    MOE_NAMES,
+    OUTPUT_SCORE,
+    ROUTER_BIAS,
+    SHARED_GATE,
+    attn_query_rows,
+    gdn_channels,
+    gdn_inputs,
+)
 
-__all__ = ["Experts", "Node", "Weight", "arguments", "evaluate", "in_order", "nodes", "run_node", "table"]
+__all__ = ["Experts", "Node", "Weight", "arguments", "begins_block", "evaluate", "in_order", "nodes", "run_node",
+           "score_weight", "table"]
 
 #: The tap that stands for the token ids themselves, [T]: the input of the embedding.
 TOKENS = "tokens"
@@ -33,14 +47,14 @@ POSITIONS = "positions"
 
 #: Taps of a layer in the order of the pass; names below ``layers.<i>``.
 LAYER_ORDER = """
-    attn_norm
+    attn_res attn_norm
 
     kda.q_proj kda.k_proj kda.v_proj kda.q_conv kda.k_conv kda.v_conv
     kda.q_history kda.k_history kda.v_history kda.q kda.k
     kda.f_a kda.f kda.g kda.b kda.beta kda.o kda.state kda.g_a kda.z kda.o_norm kda.out
 
     mla.q_a mla.q_a_norm mla.q mla.latent_raw mla.latent mla.latent_cache mla.k_shared mla.k_shared_cache
-    mla.probs mla.o mla.out
+    mla.probs mla.o mla.gate mla.gated mla.out
 
     gdn.q_proj gdn.k_proj gdn.v_proj gdn.q_conv gdn.k_conv gdn.v_conv
     gdn.q_history gdn.k_history gdn.v_history gdn.q gdn.k
@@ -49,12 +63,12 @@ LAYER_ORDER = """
     attn.q_proj attn.gate attn.k_proj attn.v attn.q_norm attn.k_norm attn.q attn.k attn.k_cache attn.v_cache
     attn.probs attn.o attn.gated attn.out
 
-    mid ffn_norm
+    mid ffn_res ffn_norm
 
     mlp.gate mlp.up mlp.act mlp.out
 
     moe.logits moe.scores moe.ids moe.weights moe.shared_gate moe.shared_up moe.shared_act moe.shared
-    moe.shared_g moe.shared_gated moe.out
+    moe.shared_g moe.shared_gated moe.latent moe.routed moe.routed_norm moe.routed_up moe.out
 
     out
 """.split()
@@ -64,12 +78,13 @@ _PLACE = {name: i for i, name in enumerate(LAYER_ORDER)}
 class Weight(NamedTuple):
     """A weight of the checkpoint as an op takes it: its name, and what is taken of it.
 
-    A name with ``{}`` is that of one tensor an expert.
+    A name with ``{}`` is that of one tensor an expert. Where two tensors make it, `other` is the second of them.
     """
 
     name: str
-    view: Callable[[np.ndarray], np.ndarray] | None = None
+    view: Callable[..., np.ndarray] | None = None
     count: int = 0
+    other: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,6 +100,7 @@ class Node:
     shape : tuple of int
         The tap's axes after tokens.
     inputs : mapping from argument to tap
+        Where an argument is a list of arrays, ``snapshots.0``, ``snapshots.1``, ... are its parts.
     weights : mapping from argument to Weight
     options : mapping from argument to value
     state : str or None
@@ -133,9 +149,13 @@ def nodes(config: Config) -> list[Node]:
     c, D = config, (config.hidden_size,)
     out = [Node("embed", "embedding", D, {"ids": TOKENS}, {"table": Weight("model.embed_tokens.weight")})]
     h = "embed"
+    snapshots: list[str] = []
     for i, spec in enumerate(c.layers):
-        out += _layer(c, i, spec, h)
+        out += _layer(c, i, spec, h, snapshots)
         h = f"layers.{i}.out"
+    if c.attn_res_block:
+        out.append(_attn_res(c, "output_res", h, snapshots, Weight, f"model.{OUTPUT_SCORE}"))
+        h = "output_res"
     head = "model.embed_tokens.weight" if c.tie_embeddings else "lm_head.weight"
     norm = {"w": _norm(c, Weight("model.norm.weight"))}
     return out + [
@@ -169,7 +189,7 @@ def _place(name: str) -> tuple[int, int]:
     if layer is not None:
         return 1 + layer, _PLACE.get(name.split(".", 2)[2], len(_PLACE))
     last = 1 << 40
-    return last, {"norm": 0, "logits": 1}.get(name, 2)
+    return last, {"output_res": 0, "norm": 1, "logits": 2}.get(name, 3)
 
 
 class _Layer:
@@ -202,17 +222,47 @@ class _Layer:
         self.nodes.append(Node(self.t(tap), "add", D, {"a": before, "b": self.t(x)}))
 
 
-def _layer(c: Config, i: int, spec, h: str) -> list[Node]:
+def _layer(c: Config, i: int, spec, h: str, snapshots: list[str]) -> list[Node]:
+    """The nodes of layer i, which h enters; `snapshots` of attention residuals get what it adds to them."""
     layer, D = _Layer(i), (c.hidden_size,)
-    eps = {"eps": c.rms_norm_eps}
     before, after = ({"w": _norm(c, layer.w(f"{name}_layernorm.weight"))} for name in ("input", "post_attention"))
-    layer.nodes.append(Node(layer.t("attn_norm"), "rms_norm", D, {"x": h}, before, eps))
+
+    def norm(tap, weights, mixed, score, h):
+        if c.attn_res_block:
+            layer.nodes.append(_attn_res(c, layer.t(mixed), h, snapshots, layer.w, score))
+            h = layer.t(mixed)
+        layer.nodes.append(Node(layer.t(tap), "rms_norm", D, {"x": h}, weights, {"eps": c.rms_norm_eps}))
+
+    norm("attn_norm", before, "attn_res", MIXER_SCORE, h)
     {"kda": _kda, "mla": _mla, "gdn": _gdn, "attn": _attn}[spec.mixer](c, layer)
-    layer.residual("mid", D, h, f"{spec.mixer}.out")
-    layer.add("ffn_norm", "rms_norm", D, {"x": "mid"}, after, **eps)
+    if begins_block(c, i):
+        snapshots.append(h)
+        h = layer.t(f"{spec.mixer}.out")
+    else:
+        layer.residual("mid", D, h, f"{spec.mixer}.out")
+        h = layer.t("mid")
+    norm("ffn_norm", after, "ffn_res", FFN_SCORE, h)
     (_dense if spec.ffn == "dense" else _moe)(c, layer)
-    layer.residual("out", D, layer.t("mid"), "mlp.out" if spec.ffn == "dense" else "moe.out")
+    layer.residual("out", D, h, "mlp.out" if spec.ffn == "dense" else "moe.out")
     return layer.nodes
+
+
+def begins_block(config: Config, layer: int) -> bool:
+    """Whether a layer of a model with attention residuals keeps what has been added up as a snapshot, and its mixer's
+    output is the first of a new sum."""
+    return config.attn_res_block > 0 and layer % config.attn_res_block == 0
+
+
+def _attn_res(c: Config, tap: str, h: str, snapshots: list[str], w: Callable, score: str) -> Node:
+    """The mixture of h and the snapshots before it; `w` makes a Weight of the name that begins with `score`."""
+    inputs = {f"snapshots.{j}": name for j, name in enumerate(snapshots)} | {"x": h}
+    weight = w(f"{score}_norm.weight", score_weight)._replace(other=w(f"{score}_proj.weight").name)
+    return Node(tap, "attn_res", (c.hidden_size,), inputs, {"w": weight}, {"eps": c.rms_norm_eps})
+
+
+def score_weight(norm, proj):
+    """The vector [D] that scores a mixture of residuals: its norm times its projection, in float64, rounded once."""
+    return (reference.f64(norm) * reference.f64(proj).reshape(-1)).astype(np.float32)
 
 
 def _kda(c: Config, layer: _Layer) -> None:
@@ -236,8 +286,11 @@ def _kda(c: Config, layer: _Layer) -> None:
     layer.add("kda.o", "delta_rule", heads,
               {"q": "kda.q", "k": "kda.k", "v": "kda.v_conv", "g": "kda.g", "beta": "kda.beta"},
               state="kda.state", initial={"initial_state": "kda.state"})
-    layer.linear("kda.g_a", (K,), "attn_norm", "self_attn.g_a_proj.weight")
-    layer.linear("kda.z", heads, "kda.g_a", "self_attn.g_b_proj.weight")
+    if c.kda_full_rank_gate:
+        layer.linear("kda.z", heads, "attn_norm", "self_attn.g_proj.weight")
+    else:
+        layer.linear("kda.g_a", (K,), "attn_norm", "self_attn.g_a_proj.weight")
+        layer.linear("kda.z", heads, "kda.g_a", "self_attn.g_b_proj.weight")
     layer.add("kda.o_norm", "gated_rms_norm", heads, {"x": "kda.o", "z": "kda.z"},
               {"w": "self_attn.o_norm.weight"}, eps=c.rms_norm_eps)
     layer.linear("kda.out", (c.hidden_size,), "kda.o_norm", "self_attn.o_proj.weight")
@@ -260,7 +313,12 @@ def _mla(c: Config, layer: _Layer) -> None:
               {"q": "mla.q", "latent": "mla.latent", "k_shared": "mla.k_shared"},
               {"w_uk": w_uk, "w_uv": w_uv},
               initial=caches, scale=(nope + P) ** -0.5)
-    layer.linear("mla.out", (c.hidden_size,), "mla.o", "self_attn.o_proj.weight")
+    o = "mla.o"
+    if c.mla_gated:
+        layer.linear("mla.gate", (H, c.v_head_dim), "attn_norm", "self_attn.g_proj.weight")
+        layer.add("mla.gated", "sigmoid_gate", (H, c.v_head_dim), {"x": "mla.o", "gate": "mla.gate"})
+        o = "mla.gated"
+    layer.linear("mla.out", (c.hidden_size,), o, "self_attn.o_proj.weight")
 
 
 def _mla_query(c: Config, layer: _Layer) -> None:
@@ -331,7 +389,10 @@ def _ffn(c: Config, layer: _Layer, taps, width: int, prefix: str) -> None:
     gate, up, act, out = taps
     layer.linear(gate, (width,), "ffn_norm", f"{prefix}.gate_proj.weight")
     layer.linear(up, (width,), "ffn_norm", f"{prefix}.up_proj.weight")
-    layer.add(act, "swiglu", (width,), {"gate": gate, "up": up})
+    if c.situ_beta is None:
+        layer.add(act, "swiglu", (width,), {"gate": gate, "up": up})
+    else:
+        layer.add(act, "situ", (width,), {"gate": gate, "up": up}, beta=c.situ_beta, linear_beta=c.situ_linear_beta)
     layer.linear(out, (c.hidden_size,), act, f"{prefix}.down_proj.weight")
 
 
@@ -349,11 +410,23 @@ def _moe(c: Config, layer: _Layer) -> None:
     layer.add("moe.ids", "route", k, {"scores": "moe.logits"}, bias, **rule)
     layer.add("moe.weights", "route_weights", k, {"scores": "moe.logits", "ids": "moe.ids"}, bias, **rule)
     inputs = {"x": "ffn_norm", "ids": "moe.ids", "weights": "moe.weights"}
-    if c.shared_size:
-        inputs["shared"] = _shared(c, layer, prefix, names.shared)
+    shared = {"shared": _shared(c, layer, prefix, names.shared)} if c.shared_size else {}
     experts = {argument: layer.w(f"{prefix}.experts.{{}}.{name}.weight", count=c.n_experts)
                for argument, name in zip(("w_gate", "w_up", "w_down"), names.experts)}
-    layer.add("moe.out", "moe", (c.hidden_size,), inputs, experts)
+    situ = {} if c.situ_beta is None else {"situ": (c.situ_beta, c.situ_linear_beta)}
+    if not c.expert_latent:
+        layer.add("moe.out", "moe", (c.hidden_size,), inputs | shared, experts, **situ)
+        return
+    L = (c.expert_latent,)
+    layer.linear("moe.latent", L, "ffn_norm", f"{prefix}.{LATENT_DOWN}")
+    layer.add("moe.routed", "moe", L, inputs | {"x": "moe.latent"}, experts, **situ)
+    y = "moe.routed"
+    if c.expert_latent_norm:
+        layer.add("moe.routed_norm", "rms_norm", L, {"x": y}, {"w": f"{prefix}.{LATENT_NORM}"}, eps=c.rms_norm_eps)
+        y = "moe.routed_norm"
+    layer.linear("moe.routed_up" if shared else "moe.out", (c.hidden_size,), y, f"{prefix}.{LATENT_UP}")
+    if shared:
+        layer.add("moe.out", "add", (c.hidden_size,), {"a": "moe.routed_up", "b": shared["shared"]})
 
 
 def _shared(c: Config, layer: _Layer, prefix: str, name: str) -> str:
@@ -433,8 +506,11 @@ def arguments(
         if weight.count:
             args[a] = Experts(weights, weight.name, weight.count)
         else:
-            w = weights[weight.name]
-            args[a] = weight.view(w) if weight.view else w
+            parts = [weights[name] for name in (weight.name, weight.other) if name]
+            args[a] = weight.view(*parts) if weight.view else parts[0]
+    if node.op == "attn_res":
+        parts = [args.pop(a) for a in node.inputs if a.startswith("snapshots.")]
+        args["snapshots"] = np.stack(parts) if parts else np.empty((0, *args["x"].shape), args["x"].dtype)
     for a in _FLAT.get(node.op, ()):
         args[a] = args[a].reshape(len(args[a]), int(np.prod(args[a].shape[1:])))
     if node.positions:

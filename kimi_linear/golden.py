@@ -49,20 +49,29 @@ GLOBAL = {"model.embed_tokens": "embed", "model.norm": "norm", **dict.fromkeys(L
 
 #: Module path below ``model.layers.<i>`` -> tap below ``layers.<i>``, by kind of mixer and feed-forward.
 LAYER = {"": "out", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+#: Of attention residuals, which are no modules: names of our own golden files.
+RESIDUALS = {"attn_res": "attn_res", "mlp_res": "ffn_res"}
+OUTPUT_RESIDUAL = {"model.output_attn_res": "output_res"}
 
 KDA = {
     "self_attn": "kda.out", "self_attn.o_proj": "kda.out",
     "self_attn.q_proj": "kda.q_proj", "self_attn.k_proj": "kda.k_proj", "self_attn.v_proj": "kda.v_proj",
     "self_attn.forget_gate": "kda.g", "self_attn.forget_gate.f_a_proj": "kda.f_a",
-    "self_attn.forget_gate.f_b_proj": "kda.f", "self_attn.b_proj": "kda.b",
-    "self_attn.g_a_proj": "kda.g_a", "self_attn.g_b_proj": "kda.z", "self_attn.o_norm": "kda.o_norm",
+    "self_attn.forget_gate.f_b_proj": "kda.f", "self_attn.f_a_proj": "kda.f_a", "self_attn.f_b_proj": "kda.f",
+    "self_attn.b_proj": "kda.b",
+    "self_attn.delta_rule": "kda.o", "self_attn.o_norm": "kda.o_norm",
+}
+KDA_GATE = {
+    False: {"self_attn.g_a_proj": "kda.g_a", "self_attn.g_b_proj": "kda.z"},
+    True: {"self_attn.g_proj": "kda.z"},
 }
 
 MLA = {
     "self_attn": "mla.out", "self_attn.o_proj": "mla.out",
     "self_attn.kv_a_proj_with_mqa": Several("mla.{}", ("latent_raw", "k_shared"), _latent_columns),
-    "self_attn.kv_a_layernorm": "mla.latent",
+    "self_attn.kv_a_layernorm": "mla.latent", "self_attn.attention": "mla.o",
 }
+MLA_GATE = {"self_attn.g_proj": "mla.gate", "self_attn.gated": "mla.gated"}
 PLAIN_Q = {"self_attn.q_proj": "mla.q"}
 LOW_RANK_Q = {
     "self_attn.q_a_proj": "mla.q_a", "self_attn.q_a_layernorm": "mla.q_a_norm", "self_attn.q_b_proj": "mla.q",
@@ -93,6 +102,11 @@ DENSE = {"mlp": "mlp.out", "mlp.down_proj": "mlp.out", "mlp.gate_proj": "mlp.gat
 
 MOE = {
     "mlp": "moe.out", "mlp.gate/ids": "moe.ids", "mlp.gate/weights": "moe.weights",
+}
+#: Of Kimi K3, whose router is a matrix, with the choice made beside it.
+LATENTS = {
+    "mlp.gate": "moe.logits", "mlp.routed_expert_down_proj": "moe.latent", "mlp.experts": "moe.routed",
+    "mlp.routed_expert_norm": "moe.routed_norm",
 }
 SHARED = {
     "block_sparse_moe": {
@@ -129,8 +143,9 @@ def tap_of(name: str, config: Config) -> str | None:
 
 
 def _entry(name: str, config: Config) -> str | Several | None:
-    if name in GLOBAL:
-        return GLOBAL[name]
+    name = name.removeprefix("language_model.").replace(".block_sparse_moe", ".mlp")  # as published models' code has it
+    if name in _outside(config):
+        return _outside(config)[name]
     found = re.fullmatch(r"(?:model\.layers\.|cache/)(\d+)(?:[./](.+))?", name)
     if not found or int(found[1]) >= config.n_layers:
         return None
@@ -149,15 +164,24 @@ def _table(config: Config, i: int, cache: bool) -> dict[str, str | Several]:
     if cache:
         return CACHES[spec.mixer]
     mixers = {
-        "kda": KDA, "mla": MLA | (LOW_RANK_Q if config.q_rank else PLAIN_Q), "gdn": GDN | GDN_INPUTS[config.gdn_inputs],
-        "attn": ATTN,
+        "kda": KDA | KDA_GATE[config.kda_full_rank_gate],
+        "mla": MLA | (LOW_RANK_Q if config.q_rank else PLAIN_Q) | (MLA_GATE if config.mla_gated else {}),
+        "gdn": GDN | GDN_INPUTS[config.gdn_inputs], "attn": ATTN,
     }
-    return LAYER | mixers[spec.mixer] | {"dense": DENSE, "moe": MOE | SHARED[config.moe_names]}[spec.ffn]
+    latents = LATENTS | ({"mlp.routed_expert_up_proj": "moe.routed_up"} if config.shared_size else {})
+    moe = MOE | SHARED[config.moe_names] | (latents if config.expert_latent else {})
+    residuals = RESIDUALS if config.attn_res_block else {}
+    return LAYER | residuals | mixers[spec.mixer] | {"dense": DENSE, "moe": moe}[spec.ffn]
+
+
+def _outside(config: Config) -> dict[str, str]:
+    """Module paths outside of the layers."""
+    return GLOBAL | OUTPUT_RESIDUAL if config.attn_res_block else GLOBAL
 
 
 def _entries(config: Config) -> dict[str, str | Several]:
     """Every module path and cache name of a model of this config, and what it holds."""
-    table: dict[str, str | Several] = dict(GLOBAL)
+    table: dict[str, str | Several] = dict(_outside(config))
     for i in range(config.n_layers):
         modules, caches = _table(config, i, False), _table(config, i, True)
         table |= {f"model.layers.{i}" + (f".{m}" if m else ""): _in_layer(t, i) for m, t in modules.items()}
@@ -260,11 +284,12 @@ def _tail(tap: str, config: Config) -> tuple[int, ...] | None:
     """The axes of a tap after tokens, where it has heads."""
     c, kind = config, tap.split(".", 2)[-1]
     kda, values = (c.kda_heads, c.kda_head_dim), (c.gdn_v_heads, c.gdn_v_dim)
+    latents = (c.mla_heads, c.v_head_dim)
     queries, keys = (c.attn_heads, c.attn_head_dim), (c.attn_kv_heads, c.attn_head_dim)
     return {
-        "kda.g": kda, "kda.f": kda, "kda.z": kda, "kda.o_norm": kda,
+        "kda.g": kda, "kda.f": kda, "kda.z": kda, "kda.o": kda, "kda.o_norm": kda,
         "kda.state": (c.kda_head_dim, c.kda_head_dim),
-        "mla.q": (c.mla_heads, c.nope_dim + c.rope_dim),
+        "mla.q": (c.mla_heads, c.nope_dim + c.rope_dim), **dict.fromkeys(["mla.o", "mla.gate", "mla.gated"], latents),
         "gdn.z": values, "gdn.o_norm": values, "gdn.state": (c.gdn_k_dim, c.gdn_v_dim),
         "attn.q_proj": queries, "attn.gate": queries, "attn.q_norm": queries,
         "attn.k_proj": keys, "attn.v": keys, "attn.k_norm": keys,

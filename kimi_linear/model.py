@@ -295,7 +295,9 @@ class Model:
         start, stop : int, optional
             Run layers start..stop-1 alone. Short of the last layer the value is the residual stream [T, D] that leaves
             layer stop-1, in place of logits. ``start=n_layers`` is the final norm and the head alone: the logits that
-            any layer's stream would give. A part of the layers moves no state of the caller's.
+            any layer's stream would give. A part of the layers moves no state of the caller's. With attention residuals
+            the stream between layers, given or returned, is [T, n + 1, D]: its n snapshots, oldest first, then what has
+            been added up since the last.
         expert_ids : mapping from layer to (T, k) integers, optional
             Routing to use instead of the router's choice; weights are the router's for those experts.
         check : {"finite"}, optional

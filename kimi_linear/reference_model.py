@@ -1,7 +1,8 @@
 """The whole model in float64 NumPy, layer by layer, with every tap.
 
 Sources: arXiv:2510.26692, section 4 (Kimi Linear); arXiv:2412.06464 (gated delta net); Hugging Face transformers,
-models qwen3_next and qwen3_5 (gated attention, the shared expert's gate).
+models qwen3_next and qwen3_5 (gated attention, the shared expert's gate); llama.cpp's and mlx-lm's Kimi K3 (attention
+residuals, experts on a latent, SiTU).
 
 Weights come from any mapping of canonical names (``Config.weight_shapes``) to arrays of any float type. They
 are fetched and widened where they are used and dropped after, so that the largest matrix, not the model, sets
@@ -18,10 +19,23 @@ import numpy as np
 from . import reference as op
 from ._arrays import as_array, as_integers
 from .config import Config, layer_pattern
-from .dataflow import nodes
+from .dataflow import begins_block, nodes, score_weight
 from .editing import Place, takes_place
 from .trace import matches, on_request
-from .weight_shapes import MOE_NAMES, ROUTER_BIAS, SHARED_GATE, attn_query_rows, gdn_channels, gdn_inputs
+from .weight_shapes import (
+    FFN_SCORE,
+    LATENT_DOWN,
+    LATENT_NORM,
+    LATENT_UP,
+    MIXER_SCORE,
+    MOE_NAMES,
+    OUTPUT_SCORE,
+    ROUTER_BIAS,
+    SHARED_GATE,
+    attn_query_rows,
+    gdn_channels,
+    gdn_inputs,
+)
 
 Tap = Callable[[str, np.ndarray], np.ndarray]
 
@@ -132,10 +146,10 @@ class ReferenceModel:
             if i not in range(self.config.n_layers) or self.config.layers[i].ffn != "moe":
                 raise ValueError(f"expert_ids has the key {i!r}; it must be a layer with a mixture of experts")
         tap = self._recorder(taps, edit, state)
-        h = self.embed(tokens, tap)
+        h, snapshots = self.embed(tokens, tap), []
         for i in range(self.config.n_layers):
-            h = self.layer(i, h, state, tap, experts.get(i))
-        return ReferenceResult(self.head(h, tap), tap.kept, state)
+            h = self.layer(i, h, state, tap, experts.get(i), snapshots)
+        return ReferenceResult(self.head(h, tap, snapshots), tap.kept, state)
 
     def _recorder(self, taps, edit, state) -> Recorder:
         """What keeps and changes the taps that the globs match."""
@@ -152,16 +166,26 @@ class ReferenceModel:
         """Rows of the embedding: [T] -> [T, D]."""
         return tap("embed", op.embedding(tokens, self.weights["model.embed_tokens.weight"]))
 
-    def head(self, h, tap: Tap = _no_tap) -> np.ndarray:
-        """Final norm and logits: [T, D] -> [T, vocab]."""
+    def head(self, h, tap: Tap = _no_tap, snapshots=()) -> np.ndarray:
+        """Final norm and logits: [T, D] -> [T, vocab]. `snapshots` are those of attention residuals."""
+        return self.logits(self.last_norm(h, tap, snapshots), tap)
+
+    def last_norm(self, h, tap: Tap = _no_tap, snapshots=()) -> np.ndarray:
+        """The first half of `head`: [T, D] -> [T, D]."""
+        x = self._residuals("output_res", f"model.{OUTPUT_SCORE}", h, snapshots, self.weights.__getitem__, tap)
+        return tap("norm", self._norm(x, self.weights["model.norm.weight"]))
+
+    def logits(self, x, tap: Tap = _no_tap) -> np.ndarray:
+        """The second half of `head`: [T, D] -> [T, vocab]."""
         name = "model.embed_tokens.weight" if self.config.tie_embeddings else "lm_head.weight"
-        x = tap("norm", self._norm(h, self.weights["model.norm.weight"]))
         return tap("logits", op.linear(x, self.weights[name]))
 
-    def layer(self, i: int, h, state: dict | None = None, tap: Tap = _no_tap, expert_ids=None) -> np.ndarray:
-        """One layer: h [T, D] -> [T, D]. `state`, a dict of the sequence, is read and brought up to date."""
+    def layer(self, i: int, h, state: dict | None = None, tap: Tap = _no_tap, expert_ids=None,
+              snapshots: list | None = None) -> np.ndarray:
+        """One layer: h [T, D] -> [T, D]. `state`, a dict of the sequence, is read and brought up to date; so is the
+        list of snapshots of a model with attention residuals, where h is what has been added up since the last."""
         spec = self.config.layers[i]
-        state = {} if state is None else state
+        state, snapshots = {} if state is None else state, [] if snapshots is None else snapshots
 
         def w(name):
             return self.weights[f"model.layers.{i}.{name}"]
@@ -170,15 +194,30 @@ class ReferenceModel:
             return tap(f"layers.{i}.{name}", x)
 
         mixer = {"kda": self._kda, "mla": self._mla, "gdn": self._gdn, "attn": self._attn}[spec.mixer]
-        x = named("attn_norm", self._norm(h, w("input_layernorm.weight")))
-        h = named("mid", op.add(h, mixer(i, x, w, state, named)))
-        x = named("ffn_norm", self._norm(h, w("post_attention_layernorm.weight")))
+        x = self._residuals("attn_res", MIXER_SCORE, h, snapshots, w, named)
+        x = named("attn_norm", self._norm(x, w("input_layernorm.weight")))
+        if begins_block(self.config, i):
+            snapshots.append(h)
+            h = mixer(i, x, w, state, named)
+        else:
+            h = named("mid", op.add(h, mixer(i, x, w, state, named)))
+        x = self._residuals("ffn_res", FFN_SCORE, h, snapshots, w, named)
+        x = named("ffn_norm", self._norm(x, w("post_attention_layernorm.weight")))
         y = self._dense(x, w, named) if spec.ffn == "dense" else self._moe(x, w, named, expert_ids)
         return named("out", op.add(h, y))
 
     def _norm(self, x, w):
         """The norm of layers, queries and keys, and the final one."""
         return op.rms_norm(x, 1 + op.f64(w) if self.config.norm_plus_one else w, eps=self.config.rms_norm_eps)
+
+    def _residuals(self, name, score, h, snapshots, w, tap):
+        """What a norm reads: the stream h itself, or its mixture with the snapshots of it."""
+        c = self.config
+        if not c.attn_res_block:
+            return h
+        weight = score_weight(w(f"{score}_norm.weight"), w(f"{score}_proj.weight"))
+        earlier = np.stack(snapshots) if snapshots else np.empty((0, *h.shape))
+        return tap(name, op.attn_res(earlier, h, weight, eps=c.rms_norm_eps))
 
     def _kda(self, i, x, w, state, tap):
         """Kimi Delta Attention."""
@@ -206,8 +245,12 @@ class ReferenceModel:
         o, state[key] = op.delta_rule(q, k, v, g, beta, initial_state=state.get(key))
         o = tap("kda.o", o)
 
-        z = tap("kda.g_a", op.linear(x, w("self_attn.g_a_proj.weight")))
-        z = tap("kda.z", op.linear(z, w("self_attn.g_b_proj.weight")).reshape(heads))
+        if c.kda_full_rank_gate:
+            z = op.linear(x, w("self_attn.g_proj.weight"))
+        else:
+            z = tap("kda.g_a", op.linear(x, w("self_attn.g_a_proj.weight")))
+            z = op.linear(z, w("self_attn.g_b_proj.weight"))
+        z = tap("kda.z", z.reshape(heads))
         o = tap("kda.o_norm", op.gated_rms_norm(o, z, w("self_attn.o_norm.weight"), eps=c.rms_norm_eps))
         return tap("kda.out", op.linear(o.reshape(flat), w("self_attn.o_proj.weight")))
 
@@ -232,8 +275,11 @@ class ReferenceModel:
         kv_b = op.f64(w("self_attn.kv_b_proj.weight")).reshape(H, c.nope_dim + c.v_head_dim, R)
         w_uk, w_uv = kv_b[:, :c.nope_dim], kv_b[:, c.nope_dim:]
         o = op.latent_attention(q, latents, k_shared, w_uk, w_uv, scale=(c.nope_dim + c.rope_dim) ** -0.5)
-        o = tap("mla.o", o)
-        return tap("mla.out", op.linear(o.reshape(T, H * c.v_head_dim), w("self_attn.o_proj.weight")))
+        o = tap("mla.o", o).reshape(T, H * c.v_head_dim)
+        if c.mla_gated:
+            gate = tap("mla.gate", op.linear(x, w("self_attn.g_proj.weight")).reshape(T, H, c.v_head_dim))
+            o = tap("mla.gated", op.sigmoid_gate(o, gate.reshape(o.shape)).reshape(gate.shape)).reshape(o.shape)
+        return tap("mla.out", op.linear(o, w("self_attn.o_proj.weight")))
 
     def _gdn(self, i, x, w, state, tap):
         """Gated delta net: one gate a head, key heads shared by value heads."""
@@ -292,10 +338,16 @@ class ReferenceModel:
         o = tap("attn.gated", o.reshape(queries))
         return tap("attn.out", op.linear(o.reshape(flat), w("self_attn.o_proj.weight")))
 
+    def _glu(self, gate, up):
+        """The gated activation of all feed-forwards."""
+        c = self.config
+        return op.swiglu(gate, up) if c.situ_beta is None else op.situ(
+            gate, up, beta=c.situ_beta, linear_beta=c.situ_linear_beta)
+
     def _dense(self, x, w, tap):
         gate = tap("mlp.gate", op.linear(x, w("mlp.gate_proj.weight")))
         up = tap("mlp.up", op.linear(x, w("mlp.up_proj.weight")))
-        act = tap("mlp.act", op.swiglu(gate, up))
+        act = tap("mlp.act", self._glu(gate, up))
         return tap("mlp.out", op.linear(act, w("mlp.down_proj.weight")))
 
     def _moe(self, x, w, tap, expert_ids):
@@ -320,12 +372,22 @@ class ReferenceModel:
         if c.shared_gated:
             gate = tap("moe.shared_g", op.linear(x, w(f"{prefix}.{SHARED_GATE}")))
             shared = tap("moe.shared_gated", op.sigmoid_gate(shared, gate))
-        return tap("moe.out", op.moe(x, ids, weights, *experts, shared=shared))
+        situ = None if c.situ_beta is None else (c.situ_beta, c.situ_linear_beta)
+        if not c.expert_latent:
+            return tap("moe.out", op.moe(x, ids, weights, *experts, shared=shared, situ=situ))
+        u = tap("moe.latent", op.linear(x, w(f"{prefix}.{LATENT_DOWN}")))
+        y = tap("moe.routed", op.moe(u, ids, weights, *experts, situ=situ))
+        if c.expert_latent_norm:
+            y = tap("moe.routed_norm", op.rms_norm(y, w(f"{prefix}.{LATENT_NORM}"), eps=c.rms_norm_eps))
+        y = op.linear(y, w(f"{prefix}.{LATENT_UP}"))
+        if shared is not None:
+            y = op.add(tap("moe.routed_up", y), shared)
+        return tap("moe.out", y)
 
     def _shared(self, x, w, tap, prefix):
         gate = tap("moe.shared_gate", op.linear(x, w(f"{prefix}.gate_proj.weight")))
         up = tap("moe.shared_up", op.linear(x, w(f"{prefix}.up_proj.weight")))
-        act = tap("moe.shared_act", op.swiglu(gate, up))
+        act = tap("moe.shared_act", self._glu(gate, up))
         return tap("moe.shared", op.linear(act, w(f"{prefix}.down_proj.weight")))
 
     def _forced(self, given, own):

@@ -24,7 +24,7 @@ import numpy as np
 
 from . import reference
 from ._arrays import as_integers, as_tuple
-from ._call import Call
+from ._call import Call, joined_stream, stream_of
 from .config import layer_pattern
 from .context import current
 from .dataflow import TOKENS, Node, arguments, evaluate, nodes
@@ -290,7 +290,8 @@ class _Run:
         self.misrouted: list[Flip] = []
         self.ids: dict[int, np.ndarray] = {}  # the reference's choice, by layer
         self.scores: dict[int, np.ndarray] = {}  # its router's logits
-        self.h = self.stream = None  # what the last layer judged has left, in float64 and of the engine
+        self.h, self.snapshots = None, []  # what the last layer judged has left, in float64
+        self.stream = {}  # the engine's, by taps
         self.memory = 0
 
     @property
@@ -315,7 +316,7 @@ class _Run:
         """Nodes of one layer, of the embedding (-1), or of what follows the layers (n_layers)."""
         if 0 <= i < self.config.n_layers:
             return [x for x in self.nodes if x.tap.startswith(f"layers.{i}.")]
-        return [x for x in self.nodes if x.tap in (("embed",) if i < 0 else ("norm", "logits"))]
+        return [x for x in self.nodes if x.tap in (("embed",) if i < 0 else ("output_res", "norm", "logits"))]
 
     def _bytes(self, i):
         values = sum(int(np.prod(x.shape)) for x in self._of(i) if x.tap != "logits")
@@ -343,7 +344,7 @@ class _Run:
             if i < 0:
                 self.h = self.reference.embed(self.tokens, tap)
             elif i < n:
-                self.h = self.reference.layer(i, self.h, state, tap)
+                self.h = self.reference.layer(i, self.h, state, tap, snapshots=self.snapshots)
             else:
                 self._reference_logits(tap)
             if f"layers.{i}.moe.ids" in tap.kept:
@@ -353,35 +354,29 @@ class _Run:
 
     def _reference_logits(self, tap):
         rows = self._logit_rows(self.config.n_layers)
-        if rows == len(self.tokens):
-            self.reference.head(self.h, tap)
-            return
-        which = f"the last {rows:,} of {len(self.tokens):,} tokens"
-        self.notes.append(f"logits: {which}, as all would take more memory")
-        last = Recorder(["logits"])
-        self.reference.head(self.h[-rows:], last)
-        w = self.weights["model.norm.weight"]
-        tap.kept["norm"] = reference.rms_norm(self.h, w, eps=self.config.rms_norm_eps)
-        tap.kept |= last.kept
+        if rows < len(self.tokens):
+            which = f"the last {rows:,} of {len(self.tokens):,} tokens"
+            self.notes.append(f"logits: {which}, as all would take more memory")
+        self.reference.logits(self.reference.last_norm(self.h, tap, self.snapshots)[-rows:], tap)
 
     def _engine(self, layers):
         """Taps and states of these layers from the engine, and the layer below's output, their input."""
         n, T = self.config.n_layers, len(self.tokens)
         first, last = max(0, layers[0]), min(n - 1, layers[-1])
         rows = np.arange(T - self._logit_rows(n), T) if n in layers else "none"
-        call = Call(self.model, self.tokens, logits=rows, embeds=self.stream, start=first, stop=last + 1)
+        entered = {tap: self.stream[tap] for tap in stream_of(self.config, first)} if first else {}
+        call = Call(self.model, self.tokens, logits=rows, embeds=joined_stream([*entered.values()]) if first else None,
+                    start=first, stop=last + 1)
         state = self.model.new_state(cache="float32")
         call.states = [state]  # empty, and of these layers alone
         wanted = [f"layers.{i}.*" for i in range(first, last + 1)]
         wanted += ["embed"] if first == 0 else []
-        wanted += ["norm"] if n in layers else []
+        wanted += [node.tap for node in self._of(n) if node.tap != "logits"] if n in layers else []
         given = {i: ids for i, ids in self.ids.items() if i in layers} if self.forced else None
         logits, trace = call.trace(wanted, None, given, None)
-        values = dict(trace) | {TOKENS: self.tokens}
-        if first:
-            values[f"layers.{first - 1}.out"] = self.stream
+        values = dict(trace) | entered | {TOKENS: self.tokens}
         values |= {name: state[name] for name in state if int(name.split(".")[1]) in layers}
-        self.stream = trace[f"layers.{last}.out"]
+        self.stream = {tap: values[tap] for tap in stream_of(self.config, last + 1)}
         return values if logits is None else values | {"logits": logits}
 
     def _judge(self, node: Node, actual, desired):

@@ -26,6 +26,10 @@ MOE_NAMES = {
 }
 ROUTER_BIAS = "gate.e_score_correction_bias"
 SHARED_GATE = "shared_expert_gate.weight"
+#: Around the routed experts, where they read and write a latent.
+LATENT_DOWN, LATENT_NORM, LATENT_UP = (f"routed_expert_{x}.weight" for x in ("down_proj", "norm", "up_proj"))
+#: What scores residuals, before each half of a layer and before the final norm; see `_score`.
+MIXER_SCORE, FFN_SCORE, OUTPUT_SCORE = "self_attention_res", "mlp_res", "output_attn_res"
 
 
 def weight_shapes(c) -> Shapes:
@@ -33,24 +37,31 @@ def weight_shapes(c) -> Shapes:
     D = c.hidden_size
     shapes: Shapes = {"model.embed_tokens.weight": (c.vocab_size, D)}
     for i, spec in enumerate(c.layers):
-        parts = {"input_layernorm.weight": (D,)} | MIXERS[spec.mixer](c)
-        parts |= {"post_attention_layernorm.weight": (D,)} | FFNS[spec.ffn](c)
-        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in parts.items()}
-    shapes["model.norm.weight"] = (D,)
+        parts = _score(c, MIXER_SCORE) | {"input_layernorm.weight": (D,)} | MIXERS[spec.mixer](c)
+        parts |= _score(c, FFN_SCORE) | {"post_attention_layernorm.weight": (D,)} | FFNS[spec.ffn](c)
+        shapes |= _under(f"model.layers.{i}", parts)
+    shapes |= _under("model", _score(c, OUTPUT_SCORE) | {"norm.weight": (D,)})
     if not c.tie_embeddings:
         shapes["lm_head.weight"] = (c.vocab_size, D)
     return shapes
 
 
+def _score(c, name: str) -> Shapes:
+    """What scores the candidates of a mixture of residuals: the weight of a norm, and a projection to one value."""
+    D = c.hidden_size
+    return {f"{name}_norm.weight": (D,), f"{name}_proj.weight": (1, D)} if c.attn_res_block else {}
+
+
 def _kda(c) -> Shapes:
     D, H, K, W = c.hidden_size, c.kda_heads, c.kda_head_dim, c.conv_width
+    gate = {"g_proj.weight": (H * K, D)} if c.kda_full_rank_gate else {
+        "g_a_proj.weight": (K, D), "g_b_proj.weight": (H * K, K)}
     shapes: Shapes = {}
     for x in "qkv":
         shapes |= {f"{x}_proj.weight": (H * K, D), f"{x}_conv1d.weight": (H * K, W)}
     shapes |= {
         "f_a_proj.weight": (K, D), "f_b_proj.weight": (H * K, K), "A_log": (H,), "dt_bias": (H * K,),
-        "b_proj.weight": (H, D), "g_a_proj.weight": (K, D), "g_b_proj.weight": (H * K, K),
-        "o_norm.weight": (K,), "o_proj.weight": (D, H * K),
+        "b_proj.weight": (H, D), **gate, "o_norm.weight": (K,), "o_proj.weight": (D, H * K),
     }
     return _under("self_attn", shapes)
 
@@ -66,6 +77,7 @@ def _mla(c) -> Shapes:
     shapes |= {
         "kv_a_proj_with_mqa.weight": (R + P, D), "kv_a_layernorm.weight": (R,),
         "kv_b_proj.weight": (H * (c.nope_dim + c.v_head_dim), R),
+        **({"g_proj.weight": (H * c.v_head_dim, D)} if c.mla_gated else {}),
         "o_proj.weight": (D, H * c.v_head_dim),
     }
     return _under("self_attn", shapes)
@@ -97,11 +109,16 @@ def _dense(c) -> Shapes:
 
 def _moe(c) -> Shapes:
     D, E, n, names = c.hidden_size, c.n_experts, c.moe_size, MOE_NAMES[c.moe_names]
+    L = c.expert_latent or D
     gate, up, down = names.experts
     shapes: Shapes = {"gate.weight": (E, D)} | ({ROUTER_BIAS: (E,)} if c.router_bias else {})
+    if c.expert_latent:
+        shapes[LATENT_DOWN] = (L, D)
     for e in range(E):
-        shapes |= {f"experts.{e}.{gate}.weight": (n, D), f"experts.{e}.{up}.weight": (n, D),
-                   f"experts.{e}.{down}.weight": (D, n)}
+        shapes |= {f"experts.{e}.{gate}.weight": (n, L), f"experts.{e}.{up}.weight": (n, L),
+                   f"experts.{e}.{down}.weight": (L, n)}
+    if c.expert_latent:
+        shapes |= ({LATENT_NORM: (L,)} if c.expert_latent_norm else {}) | {LATENT_UP: (D, L)}
     if c.shared_size:
         shapes |= _ffn(names.shared, c.shared_size, D) | ({SHARED_GATE: (1, D)} if c.shared_gated else {})
     return _under(names.prefix, shapes)

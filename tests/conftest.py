@@ -19,11 +19,13 @@ HERE = Path(__file__).parent
 DATA = HERE / "data"
 TINY = HERE.parent / "kimi_linear" / "data" / "tiny"
 KIMI_CASES, QWEN_CASES = ("kimi-a", "kimi-b"), ("qwen-a", "qwen35-a", "qwen35-moe")
-GOLDEN_CASES = KIMI_CASES + QWEN_CASES
+K3_CASES = ("k3-a", "k3-b")
+TRANSFORMERS_CASES = KIMI_CASES + QWEN_CASES  # what computed them; K3's are MLX's
+GOLDEN_CASES = TRANSFORMERS_CASES + K3_CASES
 PROMPTS = ("short", "long")
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
-          "I64": np.int64, "I32": np.int32}
+          "I64": np.int64, "I32": np.int32, "U8": np.uint8}
 
 
 def read_safetensors(path) -> dict[str, np.ndarray]:
@@ -42,15 +44,30 @@ def read_safetensors(path) -> dict[str, np.ndarray]:
 def canonical_weights(path) -> dict[str, np.ndarray]:
     """The tensors of a checkpoint under the names and shapes of Config.weight_shapes()."""
     out = {}
-    for name, x in read_safetensors(path).items():
+    tensors = read_safetensors(path)
+    for name, x in tensors.items():
+        name = name.removeprefix("language_model.")
+        if name.endswith("weight_scale"):
+            continue
+        if name.endswith("weight_packed"):
+            x = mxfp4(x, tensors[f"language_model.{name.removesuffix('packed')}scale"])
+            name = name.removesuffix("_packed")
         for part in ("gate_proj", "up_proj", "down_proj"):
             name = name.replace(f"block_sparse_moe.{part}", f"mlp.{part}")
         if name.endswith("A_log"):
-            x = x.reshape(-1)
+            heads = tensors.get("language_model." + name.replace("A_log", "b_proj.weight"))
+            x = x.reshape(-1)[:None if heads is None else len(heads)]  # what is behind them is padding
         elif name.endswith("conv1d.weight"):
             x = x.reshape(x.shape[0], -1)
         out[name] = x
     return out
+
+
+def mxfp4(packed, scale) -> np.ndarray:
+    """[rows, columns / 2] bytes, the even column in the low half, and a scale 2^(e - 127) of 32 columns each."""
+    codes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+    values = codes[np.stack([packed & 15, packed >> 4], axis=-1)].reshape(len(packed), -1)
+    return values * np.repeat(np.exp2(scale.astype(np.float32) - 127), 32, axis=1)
 
 
 @pytest.fixture(scope="session")

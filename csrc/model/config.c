@@ -94,6 +94,10 @@ static kl_status check_reals(kl_ctx *ctx, const kl_config *c, bool delta, bool m
         { "rope_base", "finite and > 0", attn && c->attn.rotary > 0, c->attn.rope_base,
           DBL_TRUE_MIN, HUGE_VAL },
         { "routed_scale", "finite", moe, (double)c->ffn.scale, -HUGE_VAL, HUGE_VAL },
+        { "situ_beta", "finite and > 0, or 0 for swiglu", true, (double)c->ffn.situ.beta, 0,
+          HUGE_VAL },
+        { "situ_linear_beta", "finite and > 0, or 0 for none", true,
+          (double)c->ffn.situ.linear_beta, 0, HUGE_VAL },
     };
     for (size_t i = 0; i < sizeof checks / sizeof checks[0]; i++) {
         const double x = checks[i].value;
@@ -149,9 +153,11 @@ kl_status kl_config_check(kl_ctx *ctx, const kl_config *c)
         { "attn_kv_heads", attn, c->attn.kv_heads, 1, 1 << 20 },
         { "attn_head_dim", attn, c->attn.width, 1, 1 << 20 },
         { "rotary_dim", attn, c->attn.rotary, 0, c->attn.width },
+        { "attn_res_block", true, c->attn_res_block, 0, INT32_MAX },
         { "ffn_size", dense, c->ffn.dense, 1, 1 << 24 },
         { "n_experts", moe, c->ffn.experts, 1, 1 << 20 },
         { "moe_size", moe, c->ffn.width, 1, 1 << 24 },
+        { "expert_latent", moe, c->ffn.latent, 0, 1 << 24 },
         { "experts_per_token", moe, c->ffn.k, 1, c->ffn.experts },
         { "shared_size", moe, c->ffn.shared, 0, 1 << 24 },
         { "n_groups", moe, c->ffn.groups, 1, c->ffn.experts },
@@ -172,37 +178,55 @@ kl_status kl_config_check(kl_ctx *ctx, const kl_config *c)
 
 enum {
     MODEL,
+    MODEL_RESIDUALS,
     LAYER,
+    RESIDUALS,
+    SUMMED,
     KDA,
+    KDA_LOW_RANK,
     MLA,
     MLA_LOW_RANK,
+    MLA_GATED_OUT,
     GDN,
     ATTN,
     DENSE,
     MOE,
     MOE_SHARED,
     MOE_SHARED_GATED,
+    MOE_LATENTS,
+    MOE_LATENTS_NORMED,
+    MOE_LATENTS_SHARED,
 };
 enum { F32, I32 };
 
 static bool is_at(const kl_config *c, int where, int64_t layer)
 {
-    if (where == MODEL || layer < 0)
-        return where == MODEL && layer < 0;
+    if (layer < 0)
+        return where == MODEL || (where == MODEL_RESIDUALS && c->attn_res_block > 0);
     if (layer >= c->n_layers)
         return false;
-    const kl_layer *l = &c->layers[layer];
+    const bool kda = c->layers[layer].mixer == KL_MIXER_KDA,
+               mla = c->layers[layer].mixer == KL_MIXER_MLA,
+               moe = c->layers[layer].ffn == KL_FFN_MOE, shared = moe && c->ffn.shared > 0,
+               latents = moe && c->ffn.latent > 0;
     switch (where) {
     case LAYER: return true;
-    case KDA: return l->mixer == KL_MIXER_KDA;
-    case MLA: return l->mixer == KL_MIXER_MLA;
-    case MLA_LOW_RANK: return l->mixer == KL_MIXER_MLA && c->mla.q_rank > 0;
-    case GDN: return l->mixer == KL_MIXER_GDN;
-    case ATTN: return l->mixer == KL_MIXER_ATTN;
-    case DENSE: return l->ffn == KL_FFN_DENSE;
-    case MOE: return l->ffn == KL_FFN_MOE;
-    case MOE_SHARED: return l->ffn == KL_FFN_MOE && c->ffn.shared > 0;
-    case MOE_SHARED_GATED: return l->ffn == KL_FFN_MOE && c->ffn.shared > 0 && c->ffn.shared_gated;
+    case RESIDUALS: return c->attn_res_block > 0;
+    case SUMMED: return !kl_begins_block(c, layer);
+    case KDA: return kda;
+    case KDA_LOW_RANK: return kda && !c->delta.full_rank_gate;
+    case MLA: return mla;
+    case MLA_LOW_RANK: return mla && c->mla.q_rank > 0;
+    case MLA_GATED_OUT: return mla && c->mla.gated;
+    case GDN: return c->layers[layer].mixer == KL_MIXER_GDN;
+    case ATTN: return c->layers[layer].mixer == KL_MIXER_ATTN;
+    case DENSE: return !moe;
+    case MOE: return moe;
+    case MOE_SHARED: return shared;
+    case MOE_SHARED_GATED: return shared && c->ffn.shared_gated;
+    case MOE_LATENTS: return latents;
+    case MOE_LATENTS_NORMED: return latents && c->ffn.latent_norm;
+    case MOE_LATENTS_SHARED: return latents && shared;
     }
     return false;
 }

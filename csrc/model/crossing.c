@@ -148,9 +148,12 @@ static kl_status upload_rows(pass *p, void *to, const void *from, int64_t width)
     return KL_OK;
 }
 
-kl_status kl_pass_embeds(pass *p, float *h)
+kl_status kl_pass_embeds(pass *p, float *to, int64_t n)
 {
-    return upload_rows(p, h, p->args->embeds, p->model->config.D);
+    const int64_t D = p->model->config.D, T = p->args->offsets[p->args->N];
+    for (int64_t i = 0; !p->ctx->arena.measuring && i < n; i++)
+        KL_TRY(upload_rows(p, to + i * p->T * D, p->args->embeds + i * T * D, D));
+    return KL_OK;
 }
 
 int kl_pass_has_experts(const pass *p, int64_t layer)

@@ -5,7 +5,8 @@
  *     logits = head(norm(h))
  *
  * A layer is a description: its mixer is a delta net (KDA, GDN), MLA or gated attention, its feed-forward dense or
- * a mixture of experts. Arrays are addresses in the backend's memory; nothing here reads through them. */
+ * a mixture of experts. With attention residuals (Kimi K3) a norm reads a mixture of h and of snapshots of it.
+ * Arrays are addresses in the backend's memory; nothing here reads through them. */
 #include "pass.h"
 
 #include <math.h>
@@ -33,21 +34,19 @@ static kl_status project_one(pass *p, float *y, const float *x, const kl_weight 
 
 /* ---- delta nets -------------------------------------------------------------------------------- */
 
-/* In what the delta nets differ: how fine the decay is, what the output gate goes through, whether decay and
- * output gate come from x by way of a low rank, and the names of their taps. */
+/* In what the delta nets differ: how fine the decay is, what the output gate goes through, and the names of their
+ * taps. Decay and output gate come from x straight, or by way of a low rank where the layer has a second matrix. */
 typedef struct delta_net {
     kl_gate decay;
     kl_activation output;
-    bool low_rank;
     kl_tap q_proj, k_proj, v_proj, q_conv, k_conv, v_conv, q, k;
-    kl_tap f_x, f, g, b, beta, o, z_x, z, o_norm, out; /* f and z where low_rank */
+    kl_tap f_x, f, g, b, beta, o, z_x, z, o_norm, out; /* f_x and z_x: of a low rank */
 } delta_net;
 
 /* Kimi Delta Attention: a decay for each key channel. */
 static const delta_net kda = {
     .decay = KL_GATE_CHANNEL,
     .output = KL_SIGMOID,
-    .low_rank = true,
     .q_proj = KL_TAP_KDA_Q_PROJ,
     .k_proj = KL_TAP_KDA_K_PROJ,
     .v_proj = KL_TAP_KDA_V_PROJ,
@@ -80,12 +79,12 @@ static const delta_net gdn = {
     .v_conv = KL_TAP_GDN_V_CONV,
     .q = KL_TAP_GDN_Q,
     .k = KL_TAP_GDN_K,
-    .f_x = KL_TAP_GDN_A,
+    .f = KL_TAP_GDN_A,
     .g = KL_TAP_GDN_G,
     .b = KL_TAP_GDN_B,
     .beta = KL_TAP_GDN_BETA,
     .o = KL_TAP_GDN_O,
-    .z_x = KL_TAP_GDN_Z,
+    .z = KL_TAP_GDN_Z,
     .o_norm = KL_TAP_GDN_O_NORM,
     .out = KL_TAP_GDN_OUT,
 };
@@ -128,6 +127,7 @@ static kl_status run_delta_net(pass *p, int64_t layer, float *out, const float *
     const size_t state = p->model->layout[layer].delta;
     const int64_t T = p->T, Hk = c->delta.Hk, Hv = c->delta.Hv, K = c->delta.K, V = c->delta.V;
     const int64_t decays = is->decay == KL_GATE_CHANNEL ? K : 1; /* of a head */
+    const bool low_f = w->f_b.n > 0, low_z = w->z_b.n > 0;
 
     NEW(q, T * Hk * K);
     NEW(k, T * Hk * K);
@@ -144,16 +144,16 @@ static kl_status run_delta_net(pass *p, int64_t layer, float *out, const float *
     TRY(kl_tap_at(p, is->q_proj, layer, q_proj));
     TRY(kl_tap_at(p, is->k_proj, layer, k_proj));
     TRY(kl_tap_at(p, is->v_proj, layer, v_proj));
-    TRY(kl_tap_at(p, is->f_x, layer, f_x));
-    TRY(kl_tap_at(p, is->z_x, layer, z_x));
+    TRY(kl_tap_at(p, low_f ? is->f_x : is->f, layer, f_x));
+    TRY(kl_tap_at(p, low_z ? is->z_x : is->z, layer, z_x));
     TRY(kl_tap_at(p, is->b, layer, beta));
 
     TRY(delta_inputs(p, layer, is, (float *const[]){ q, k, v },
                      (float *const[]){ q_proj, k_proj, v_proj }));
 
     /* the projections are spent; of a low rank Hk = Hv and K = V */
-    float *g = is->low_rank ? q_proj : f_x, *z = is->low_rank ? k_proj : z_x, *o = v_proj;
-    if (is->low_rank) {
+    float *g = low_f ? q_proj : f_x, *z = low_z ? k_proj : z_x, *o = v_proj;
+    if (low_f) {
         TRY(project_one(p, g, f_x, &w->f_b));
         TRY(kl_tap_at(p, is->f, layer, g));
     }
@@ -177,7 +177,7 @@ static kl_status run_delta_net(pass *p, int64_t layer, float *out, const float *
     TRY(kl_delta_rule(ctx, o, slots(p, state), q, k, v, g, beta, slots(p, state), &rule));
     TRY(kl_tap_at(p, is->o, layer, o));
 
-    if (is->low_rank) {
+    if (low_z) {
         TRY(project_one(p, z, z_x, &w->z_b));
         TRY(kl_tap_at(p, is->z, layer, z));
     }
@@ -235,13 +235,23 @@ static kl_status run_mla(pass *p, int64_t layer, float *out, const float *x)
     NEW(q, T * H * (K + P));
     NEW(latent, T * R);
     NEW(k_shared, T * P);
+    NEW(gate, c->mla.gated ? T * H * V : 0);
     NEW(o, T * H * V);
     TRY(mla_query(p, layer, q, x));
     TRY(kl_tap_at(p, KL_TAP_MLA_Q, layer, q));
 
-    float *const from_x[] = { latent, k_shared };
-    const kl_weight of_x[] = { w->latent, w->k_shared };
-    TRY(project(p, from_x, x, of_x, P > 0 ? 2 : 1, c->D));
+    float *from_x[3] = { latent };
+    kl_weight of_x[3] = { w->latent };
+    int n = 1;
+    if (P > 0) {
+        from_x[n] = k_shared;
+        of_x[n++] = w->k_shared;
+    }
+    if (c->mla.gated) {
+        from_x[n] = gate;
+        of_x[n++] = w->gate;
+    }
+    TRY(project(p, from_x, x, of_x, n, c->D));
     TRY(kl_tap_at(p, KL_TAP_MLA_LATENT_RAW, layer, latent));
     TRY(kl_tap_at(p, KL_TAP_MLA_K_SHARED, layer, k_shared));
     TRY(kl_rms_norm(ctx, latent, latent, w->latent_norm, T, R, c->latent_eps));
@@ -264,6 +274,11 @@ static kl_status run_mla(pass *p, int64_t layer, float *out, const float *x)
     };
     TRY(kl_latent_attention(ctx, o, q, latents, k_shareds, &w->w_uk, &w->w_uv, &attention));
     TRY(kl_tap_at(p, KL_TAP_MLA_O, layer, o));
+    if (c->mla.gated) {
+        TRY(kl_tap_at(p, KL_TAP_MLA_GATE, layer, gate));
+        TRY(kl_sigmoid_gate(ctx, o, o, gate, T, H * V, H * V));
+        TRY(kl_tap_at(p, KL_TAP_MLA_GATED, layer, o));
+    }
     TRY(project_one(p, out, o, &w->o));
     return kl_tap_at(p, KL_TAP_MLA_OUT, layer, out);
 }
@@ -328,7 +343,14 @@ static kl_status run_attn(pass *p, int64_t layer, float *out, const float *x)
 
 /* ---- feed-forward ------------------------------------------------------------------------------ */
 
-/* down(SiLU(gate x) * up x), each step tapped */
+/* SiTU's constants, or NULL where the activation is SwiGLU */
+static const kl_situ_betas *situ_of(const pass *p)
+{
+    const kl_situ_betas *situ = &p->model->config.ffn.situ;
+    return situ->beta > 0 ? situ : NULL;
+}
+
+/* down(act(gate x, up x)), each step tapped; act is SiLU(gate) * up, or SiTU */
 static kl_status mlp(pass *p, int64_t layer, float *out, const float *x, const mlp_weights *w,
                      const kl_tap taps[4])
 {
@@ -340,7 +362,10 @@ static kl_status mlp(pass *p, int64_t layer, float *out, const float *x, const m
     TRY(project(p, from_x, x, of_x, 2, w->gate.cols));
     TRY(kl_tap_at(p, taps[0], layer, gate));
     TRY(kl_tap_at(p, taps[1], layer, up));
-    TRY(kl_swiglu(p->ctx, gate, gate, up, p->T * F));
+    if (situ_of(p) == NULL)
+        TRY(kl_swiglu(p->ctx, gate, gate, up, p->T * F));
+    else
+        TRY(kl_situ(p->ctx, gate, gate, up, p->T * F, situ_of(p)));
     TRY(kl_tap_at(p, taps[2], layer, gate));
     TRY(project_one(p, out, gate, &w->down));
     return kl_tap_at(p, taps[3], layer, out);
@@ -381,6 +406,31 @@ static kl_status gate_shared(pass *p, int64_t layer, float *shared, const float 
     TRY(kl_tap_at(p, KL_TAP_MOE_SHARED_G, layer, score));
     TRY(kl_sigmoid_gate(p->ctx, shared, shared, score, p->T, p->model->config.D, 1));
     return kl_tap_at(p, KL_TAP_MOE_SHARED_GATED, layer, shared);
+}
+
+/* The routed experts on a latent: down to it, a sum of theirs, up again. */
+static kl_status latent_experts(pass *p, int64_t layer, float *out, const float *x,
+                                const int32_t *ids, const float *weights, const float *shared)
+{
+    const kl_config *c = &p->model->config;
+    const moe_weights *w = &p->model->layer[layer].moe;
+    const int64_t T = p->T, L = c->ffn.latent;
+    NEW(latent, T * L);
+    NEW(y, T * L);
+    TRY(project_one(p, latent, x, &w->latent_down));
+    TRY(kl_tap_at(p, KL_TAP_MOE_LATENT, layer, latent));
+    TRY(kl_moe(p->ctx, y, latent, ids, weights, &w->gate, &w->up, &w->down, NULL, T, L,
+               c->ffn.width, c->ffn.k, situ_of(p)));
+    TRY(kl_tap_at(p, KL_TAP_MOE_ROUTED, layer, y));
+    if (c->ffn.latent_norm) {
+        TRY(kl_rms_norm(p->ctx, y, y, w->latent_norm, T, L, c->rms_eps));
+        TRY(kl_tap_at(p, KL_TAP_MOE_ROUTED_NORM, layer, y));
+    }
+    TRY(project_one(p, out, y, &w->latent_up));
+    if (shared == NULL)
+        return KL_OK;
+    TRY(kl_tap_at(p, KL_TAP_MOE_ROUTED_UP, layer, out));
+    return kl_add(p->ctx, out, out, shared, T * c->D);
 }
 
 /* Routed experts and the shared one. */
@@ -427,30 +477,65 @@ static kl_status moe(pass *p, int64_t layer, float *out, const float *x)
         if (c->ffn.shared_gated)
             TRY(gate_shared(p, layer, shared, x, &w->shared_gate));
     }
-    TRY(kl_moe(p->ctx, out, x, ids, weights, &w->gate, &w->up, &w->down, shared, T, c->D,
-               c->ffn.width, k, NULL));
+    if (c->ffn.latent > 0)
+        TRY(latent_experts(p, layer, out, x, ids, weights, shared));
+    else
+        TRY(kl_moe(p->ctx, out, x, ids, weights, &w->gate, &w->up, &w->down, shared, T, c->D,
+                   c->ffn.width, k, situ_of(p)));
     return kl_tap_at(p, KL_TAP_MOE_OUT, layer, out);
 }
 
+/* ---- layers ------------------------------------------------------------------------------------ */
+
 typedef kl_status (*block)(pass *p, int64_t layer, float *out, const float *x);
 
-/* h += body(norm(h)) */
-static kl_status residual(pass *p, int64_t layer, float *h, const float *norm, kl_tap norm_tap,
-                          block body)
+/* The residual stream: h is what has been added up, since the last snapshot where there are attention residuals. It
+ * lies behind the snapshots, so that it becomes one by another n. */
+typedef struct stream {
+    float *all; /* [n + 1, T, D] */
+    int64_t n;  /* snapshots */
+} stream;
+
+static float *sum_of(const pass *p, const stream *s)
 {
-    const int64_t D = p->model->config.D;
+    return s->all != NULL ? s->all + s->n * p->T * p->model->config.D : NULL;
+}
+
+/* x: what a norm reads, the stream's h or its mixture with the snapshots, normed */
+static kl_status normed(pass *p, int64_t layer, float *x, const stream *s, const float *score,
+                        kl_tap mixed_tap, const float *norm, kl_tap norm_tap)
+{
+    const kl_config *c = &p->model->config;
+    const float *h = sum_of(p, s);
+    if (c->attn_res_block > 0) {
+        TRY(kl_attn_res(p->ctx, x, s->n > 0 ? s->all : NULL, h, score, s->n, p->T, c->D,
+                        c->rms_eps));
+        TRY(kl_tap_at(p, mixed_tap, layer, x));
+        h = x;
+    }
+    TRY(kl_rms_norm(p->ctx, x, h, norm, p->T, c->D, c->rms_eps));
+    return kl_tap_at(p, norm_tap, layer, x);
+}
+
+/* h += body(x); where a block of attention residuals begins, h becomes a snapshot and what body gives the new h. */
+static kl_status residual(pass *p, int64_t layer, stream *s, const float *x, block body,
+                          bool begins)
+{
+    const int64_t n = p->T * p->model->config.D;
     const size_t mark = kl_scratch_mark(p->ctx);
-    NEW(x, p->T * D);
-    NEW(out, p->T * D);
-    TRY(kl_rms_norm(p->ctx, x, h, norm, p->T, D, p->model->config.rms_eps));
-    TRY(kl_tap_at(p, norm_tap, layer, x));
-    TRY(body(p, layer, out, x));
-    TRY(kl_add(p->ctx, h, h, out, p->T * D));
+    if (begins) {
+        s->n++;
+        TRY(body(p, layer, sum_of(p, s), x));
+    } else {
+        NEW(out, n);
+        TRY(body(p, layer, out, x));
+        TRY(kl_add(p->ctx, sum_of(p, s), sum_of(p, s), out, n));
+    }
     kl_scratch_reset(p->ctx, mark);
     return KL_OK;
 }
 
-static kl_status run_layer(pass *p, int64_t layer, float *h)
+static kl_status run_layer(pass *p, int64_t layer, stream *s)
 {
     static const block mixers[] = {
         [KL_MIXER_KDA] = run_kda,
@@ -458,32 +543,39 @@ static kl_status run_layer(pass *p, int64_t layer, float *h)
         [KL_MIXER_GDN] = run_gdn,
         [KL_MIXER_ATTN] = run_attn,
     };
-    const kl_layer *is = &p->model->config.layers[layer];
+    const kl_config *c = &p->model->config;
+    const kl_layer *is = &c->layers[layer];
     const layer_weights *w = &p->model->layer[layer];
-    TRY(residual(p, layer, h, w->attn_norm, KL_TAP_ATTN_NORM, mixers[is->mixer]));
-    TRY(kl_tap_at(p, KL_TAP_MID, layer, h));
-    TRY(residual(p, layer, h, w->ffn_norm, KL_TAP_FFN_NORM, is->ffn == KL_FFN_DENSE ? dense : moe));
-    return kl_tap_at(p, KL_TAP_OUT, layer, h);
+    const size_t mark = kl_scratch_mark(p->ctx);
+    NEW(x, p->T * c->D);
+    TRY(normed(p, layer, x, s, w->attn_res, KL_TAP_ATTN_RES, w->attn_norm, KL_TAP_ATTN_NORM));
+    TRY(residual(p, layer, s, x, mixers[is->mixer], kl_begins_block(c, layer)));
+    TRY(kl_tap_at(p, KL_TAP_MID, layer, sum_of(p, s)));
+    TRY(normed(p, layer, x, s, w->ffn_res, KL_TAP_FFN_RES, w->ffn_norm, KL_TAP_FFN_NORM));
+    TRY(residual(p, layer, s, x, is->ffn == KL_FFN_DENSE ? dense : moe, false));
+    kl_scratch_reset(p->ctx, mark);
+    return kl_tap_at(p, KL_TAP_OUT, layer, sum_of(p, s));
 }
 
 kl_status kl_pass_run(pass *p)
 {
     const kl_model *m = p->model;
     const kl_config *c = &m->config;
-    NEW(h, p->T * c->D);
+    NEW(all, (kl_snapshots(c, kl_last_layer(p)) + 1) * p->T * c->D);
+    stream s = { .all = all, .n = kl_snapshots(c, kl_first_layer(p)) };
     if (p->args->embeds != NULL)
-        TRY(kl_pass_embeds(p, h));
+        TRY(kl_pass_embeds(p, all, s.n + 1));
     else
-        TRY(kl_embedding(p->ctx, h, p->ids, &m->embed, p->T));
+        TRY(kl_embedding(p->ctx, all, p->ids, &m->embed, p->T));
     if (kl_first_layer(p) == 0)
-        TRY(kl_tap_at(p, KL_TAP_EMBED, -1, h));
+        TRY(kl_tap_at(p, KL_TAP_EMBED, -1, all));
     for (int64_t layer = kl_first_layer(p); layer < kl_last_layer(p); layer++) {
         TRY(kl_poll(p->ctx));
-        TRY(run_layer(p, layer, h));
+        TRY(run_layer(p, layer, &s));
     }
     if (kl_last_layer(p) < c->n_layers)
         return KL_OK;
-    TRY(kl_rms_norm(p->ctx, h, h, m->norm, p->T, c->D, c->rms_eps));
-    TRY(kl_tap_at(p, KL_TAP_NORM, -1, h));
-    return kl_pass_logits(p, h);
+    NEW(x, p->T * c->D);
+    TRY(normed(p, -1, x, &s, m->output_res, KL_TAP_OUTPUT_RES, m->norm, KL_TAP_NORM));
+    return kl_pass_logits(p, x);
 }

@@ -26,6 +26,7 @@ typedef struct mla_weights {
     kl_weight latent, k_shared; /* rows of kv_a_proj_with_mqa */
     kl_weight w_uk, w_uv;       /* [H of nope x R], [H of v x R]: rows of kv_b_proj */
     kl_weight o;
+    kl_weight gate; /* n = 0 where the output is not gated */
     const float *q_a_norm, *latent_norm;
 } mla_weights;
 
@@ -37,12 +38,16 @@ typedef struct moe_weights {
     kl_weight router;
     const float *bias;        /* [E], or NULL */
     kl_weight gate, up, down; /* n = E */
+    kl_weight latent_down,
+        latent_up; /* around them; n = 0 where they read and write the width of the model */
+    const float *latent_norm; /* NULL where there is none */
     mlp_weights shared;       /* n = 0 where there is none */
     kl_weight shared_gate;    /* [1, D]; n = 0 where the shared expert is not gated */
 } moe_weights;
 
 typedef struct layer_weights {
     const float *attn_norm, *ffn_norm;
+    const float *attn_res, *ffn_res; /* [D] each, of attention residuals */
     union {
         delta_weights delta;
         mla_weights mla;
@@ -65,7 +70,7 @@ struct kl_model {
     const kl_backend *backend;
     int device_number;
     kl_weight embed, head;
-    const float *norm;
+    const float *norm, *output_res;
     layer_weights *layer; /* [n_layers] */
     layer_layout *layout; /* [n_layers] */
     size_t fixed_bytes;   /* of one sequence's delta nets */
@@ -119,5 +124,18 @@ int64_t kl_state_next_checkpoint(const kl_state *state, int64_t position);
 void kl_state_advance(kl_ctx *ctx, kl_state *state, int64_t end);
 
 kl_status kl_config_check(kl_ctx *ctx, const kl_config *config);
+
+/* Snapshots that there are where a layer begins: arrays [T, D] beside h in the stream that enters it. */
+static inline int64_t kl_snapshots(const kl_config *c, int64_t layer)
+{
+    return c->attn_res_block > 0 ? kl_ceil_div(layer, c->attn_res_block) : 0;
+}
+
+/* Whether a layer of a model with attention residuals keeps what has been added up as a snapshot, and its mixer's
+ * output is the first of a new sum. */
+static inline bool kl_begins_block(const kl_config *c, int64_t layer)
+{
+    return c->attn_res_block > 0 && layer % c->attn_res_block == 0;
+}
 
 #endif

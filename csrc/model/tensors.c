@@ -234,3 +234,22 @@ const float *kl_vector(kl_loader *l, int64_t layer, const char *rest, int64_t ro
         values[i] = (float)(1.0 + (double)values[i]);
     return l->model->vectors + begin;
 }
+
+const float *kl_vector_product(kl_loader *l, int64_t layer, const char *a, const char *b, int64_t n)
+{
+    const float *product = kl_vector(l, layer, a, n, 1, KL_AS_IS);
+    const kl_tensor *t = kl_find_tensor(l, layer, b, 1, n);
+    if (product == NULL || t == NULL || t->data == NULL)
+        return product;
+    float *values = l->staging + (product - l->model->vectors);
+    float *other = malloc((size_t)n * sizeof *other);
+    if (other == NULL) {
+        fail(l, KL_ERR_MEMORY, "out of memory: %lld values of a vector", (long long)n);
+        return product;
+    }
+    kl_widen(l->ctx, other, t->data, t->type, n);
+    for (int64_t i = 0; i < n; i++)
+        values[i] = (float)((double)values[i] * (double)other[i]);
+    free(other);
+    return product;
+}

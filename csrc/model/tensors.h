@@ -51,4 +51,8 @@ typedef enum kl_convert { KL_AS_IS, KL_RATE, KL_PLUS_ONE } kl_convert;
 const float *kl_vector(kl_loader *l, int64_t layer, const char *rest, int64_t rows, int64_t cols,
                        kl_convert how);
 
+/* a * b, element by element, in double, rounded once */
+const float *kl_vector_product(kl_loader *l, int64_t layer, const char *a, const char *b,
+                               int64_t n);
+
 #endif

@@ -1,6 +1,7 @@
 /* A model's tensors by role: the one place that knows their names, which are Hugging Face's. What GGUF stores
  * otherwise has names of its own, which are looked for first: self_attn.k_b_proj.weight [H, R, K] and
- * .v_b_proj.weight [H, V, R] for kv_b_proj, .rate [H] for exp(A_log), and the parts of in_proj_qkvz apart. */
+ * .v_b_proj.weight [H, V, R] for kv_b_proj, .rate [H] for exp(A_log), the parts of in_proj_qkvz apart, and
+ * self_attention_res.weight [D] for the product of _norm and _proj, with mlp_res and output_attn_res alike. */
 #include "tensors.h"
 
 #include "../cpu/fpenv.h"
@@ -29,8 +30,12 @@ static void load_kda(kl_loader *l, int64_t i, delta_weights *w)
     w->f_x = kl_matrix(l, i, "self_attn.f_a_proj.weight", K, D);
     w->f_b = kl_matrix(l, i, "self_attn.f_b_proj.weight", H * K, K);
     w->b = kl_matrix(l, i, "self_attn.b_proj.weight", H, D);
-    w->z_x = kl_matrix(l, i, "self_attn.g_a_proj.weight", K, D);
-    w->z_b = kl_matrix(l, i, "self_attn.g_b_proj.weight", H * K, K);
+    if (c->delta.full_rank_gate) {
+        w->z_x = kl_matrix(l, i, "self_attn.g_proj.weight", H * K, D);
+    } else {
+        w->z_x = kl_matrix(l, i, "self_attn.g_a_proj.weight", K, D);
+        w->z_b = kl_matrix(l, i, "self_attn.g_b_proj.weight", H * K, K);
+    }
     w->rate = load_rate(l, i, "self_attn.rate", "self_attn.A_log", H);
     w->dt_bias = kl_vector(l, i, "self_attn.dt_bias", H * K, 1, KL_AS_IS);
     w->o_norm = kl_vector(l, i, "self_attn.o_norm.weight", K, 1, KL_AS_IS);
@@ -131,6 +136,8 @@ static void load_mla(kl_loader *l, int64_t i, mla_weights *w)
     w->k_shared = kl_rows_of(l, kv_a, R, 1, 0, P, c->D);
     w->latent_norm = kl_vector(l, i, "self_attn.kv_a_layernorm.weight", R, 1, KL_AS_IS);
     load_kv_b(l, i, w);
+    if (c->mla.gated)
+        w->gate = kl_matrix(l, i, "self_attn.g_proj.weight", H * V, c->D);
     w->o = kl_matrix(l, i, "self_attn.o_proj.weight", c->D, H * V);
 }
 
@@ -182,7 +189,7 @@ static void load_dense(kl_loader *l, int64_t i, mlp_weights *w)
 
 /* The spellings of a mixture's tensors. */
 typedef struct moe_names {
-    const char *router, *bias, *expert[3], *shared[3], *shared_gate;
+    const char *router, *bias, *expert[3], *latent[3], *shared[3], *shared_gate;
 } moe_names;
 
 static const moe_names moe_spellings[] = {
@@ -190,6 +197,9 @@ static const moe_names moe_spellings[] = {
       "block_sparse_moe.gate.e_score_correction_bias",
       { "block_sparse_moe.experts.#.w1.weight", "block_sparse_moe.experts.#.w3.weight",
         "block_sparse_moe.experts.#.w2.weight" },
+      { "block_sparse_moe.routed_expert_down_proj.weight",
+        "block_sparse_moe.routed_expert_norm.weight",
+        "block_sparse_moe.routed_expert_up_proj.weight" },
       { "block_sparse_moe.shared_experts.gate_proj.weight",
         "block_sparse_moe.shared_experts.up_proj.weight",
         "block_sparse_moe.shared_experts.down_proj.weight" },
@@ -198,6 +208,8 @@ static const moe_names moe_spellings[] = {
       "mlp.gate.e_score_correction_bias",
       { "mlp.experts.#.gate_proj.weight", "mlp.experts.#.up_proj.weight",
         "mlp.experts.#.down_proj.weight" },
+      { "mlp.routed_expert_down_proj.weight", "mlp.routed_expert_norm.weight",
+        "mlp.routed_expert_up_proj.weight" },
       { "mlp.shared_expert.gate_proj.weight", "mlp.shared_expert.up_proj.weight",
         "mlp.shared_expert.down_proj.weight" },
       "mlp.shared_expert_gate.weight" },
@@ -206,20 +218,39 @@ static const moe_names moe_spellings[] = {
 static void load_moe(kl_loader *l, int64_t i, moe_weights *w)
 {
     const kl_config *c = &l->model->config;
-    const int64_t E = c->ffn.experts, F = c->ffn.width, D = c->D;
+    const int64_t E = c->ffn.experts, F = c->ffn.width, D = c->D,
+                  L = c->ffn.latent > 0 ? c->ffn.latent : D;
     const moe_names *names = &moe_spellings[kl_has_tensor(l, i, moe_spellings[1].router)];
     w->router = kl_matrix(l, i, names->router, E, D);
     w->bias =
         kl_has_tensor(l, i, names->bias) ? kl_vector(l, i, names->bias, E, 1, KL_AS_IS) : NULL;
-    w->gate = kl_matrices(l, i, names->expert[0], E, F, D);
-    w->up = kl_matrices(l, i, names->expert[1], E, F, D);
-    w->down = kl_matrices(l, i, names->expert[2], E, D, F);
+    if (c->ffn.latent > 0) {
+        w->latent_down = kl_matrix(l, i, names->latent[0], L, D);
+        w->latent_norm =
+            c->ffn.latent_norm ? kl_vector(l, i, names->latent[1], L, 1, KL_AS_IS) : NULL;
+        w->latent_up = kl_matrix(l, i, names->latent[2], D, L);
+    }
+    w->gate = kl_matrices(l, i, names->expert[0], E, F, L);
+    w->up = kl_matrices(l, i, names->expert[1], E, F, L);
+    w->down = kl_matrices(l, i, names->expert[2], E, L, F);
     w->shared = (mlp_weights){ 0 };
     w->shared_gate = (kl_weight){ 0 };
     if (c->ffn.shared > 0)
         load_mlp(l, i, &w->shared, names->shared, c->ffn.shared);
     if (c->ffn.shared > 0 && c->ffn.shared_gated)
         w->shared_gate = kl_matrix(l, i, names->shared_gate, 1, D);
+}
+
+/* What scores residuals [D]: the weight of a norm times a projection to one value, or that product itself. */
+static const float *load_score(kl_loader *l, int64_t i, const char *score, const char *norm,
+                               const char *proj)
+{
+    const int64_t D = l->model->config.D;
+    if (l->model->config.attn_res_block == 0)
+        return NULL;
+    if (kl_has_tensor(l, i, score))
+        return kl_vector(l, i, score, D, 1, KL_AS_IS);
+    return kl_vector_product(l, i, norm, proj, D);
 }
 
 /* Says how much is on the device, and lets the caller end it. */
@@ -249,10 +280,18 @@ static void load_all(kl_loader *l)
     m->weight_bytes = 0;
     m->embed = kl_matrix(l, -1, "model.embed_tokens.weight", c->vocab, c->D);
     m->head = c->tied ? m->embed : kl_matrix(l, -1, "lm_head.weight", c->vocab, c->D);
+    m->output_res =
+        load_score(l, -1, "model.output_attn_res.weight", "model.output_attn_res_norm.weight",
+                   "model.output_attn_res_proj.weight");
     m->norm = kl_vector(l, -1, "model.norm.weight", c->D, 1, norm_of(l));
     report(l);
     for (int64_t i = 0; i < c->n_layers && l->status == KL_OK; i++) {
         layer_weights *w = &m->layer[i];
+        w->attn_res =
+            load_score(l, i, "self_attention_res.weight", "self_attention_res_norm.weight",
+                       "self_attention_res_proj.weight");
+        w->ffn_res =
+            load_score(l, i, "mlp_res.weight", "mlp_res_norm.weight", "mlp_res_proj.weight");
         w->attn_norm = kl_vector(l, i, "input_layernorm.weight", c->D, 1, norm_of(l));
         w->ffn_norm = kl_vector(l, i, "post_attention_layernorm.weight", c->D, 1, norm_of(l));
         load_mixer(l, i, w);

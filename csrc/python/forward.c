@@ -185,6 +185,13 @@ static bool parse_edits(kl_py_call *c, PyObject *list, PyObject *function, const
     return ok;
 }
 
+/* Arrays [T, D] that enter a layer: with attention residuals its snapshots, too. */
+static int64_t parts_of_stream(const kl_config *c, int64_t layer)
+{
+    const int64_t every = c->attn_res_block;
+    return every > 0 && layer > 0 && layer <= c->n_layers ? 1 + (layer + every - 1) / every : 1;
+}
+
 PyObject *kl_py_forward(PyObject *o, PyObject *args)
 {
     py_model *self = (py_model *)o;
@@ -209,8 +216,10 @@ PyObject *kl_py_forward(PyObject *o, PyObject *args)
                           kl_py_size(&c, "logits", n_logits, self->config.vocab, 1, 1), "logits");
         a.logit_rows = kl_py_in_opt(&c, rows, KL_PY_I64, n_logits, "logit_rows");
         a.done = kl_py_out_opt(&c, done, KL_PY_I64, a.N, "done");
-        a.embeds = kl_py_in_opt(&c, embeds, KL_PY_F32,
-                                kl_py_size(&c, "embeds", T, self->config.D, 1, 1), "embeds");
+        a.embeds = kl_py_in_opt(
+            &c, embeds, KL_PY_F32,
+            kl_py_size(&c, "embeds", parts_of_stream(&self->config, start), T, self->config.D, 1),
+            "embeds");
     }
     if (!c.failed && n_logits > 0 && (a.logits == NULL || a.logit_rows == NULL))
         kl_py_refuse(&c, PyExc_ValueError,

@@ -62,8 +62,9 @@ static bool parse_config(PyObject *dict, py_model *self)
 {
     kl_config *c = &self->config;
     int64_t router = 0, renormalise = 0, tied = 0, activations = 0, tiled = 0, shared_gated = 0,
-            norm_plus_one = 0;
-    double rms_eps = 0, latent_eps = 0, l2_eps = 0, lower_bound = 0, scale = 0;
+            norm_plus_one = 0, full_rank_gate = 0, mla_gated = 0, latent_norm = 0;
+    double rms_eps = 0, latent_eps = 0, l2_eps = 0, lower_bound = 0, scale = 0, situ_beta = 0,
+           situ_linear_beta = 0;
     const struct {
         const char *key;
         int64_t *to;
@@ -92,6 +93,11 @@ static bool parse_config(PyObject *dict, py_model *self)
         { "n_experts", &c->ffn.experts },
         { "experts_per_token", &c->ffn.k },
         { "moe_size", &c->ffn.width },
+        { "expert_latent", &c->ffn.latent },
+        { "expert_latent_norm", &latent_norm },
+        { "attn_res_block", &c->attn_res_block },
+        { "kda_full_rank_gate", &full_rank_gate },
+        { "mla_gated", &mla_gated },
         { "shared_size", &c->ffn.shared },
         { "shared_gated", &shared_gated },
         { "norm_plus_one", &norm_plus_one },
@@ -108,6 +114,8 @@ static bool parse_config(PyObject *dict, py_model *self)
                     { "l2_eps", &l2_eps },
                     { "gate_lower_bound", &lower_bound },
                     { "rope_base", &c->attn.rope_base },
+                    { "situ_beta", &situ_beta },
+                    { "situ_linear_beta", &situ_linear_beta },
                     { "routed_scale", &scale } };
     if (!PyDict_Check(dict)) {
         PyErr_SetString(PyExc_TypeError, "config must be a dict");
@@ -124,6 +132,10 @@ static bool parse_config(PyObject *dict, py_model *self)
     c->l2_eps = (float)l2_eps;
     c->delta.lower_bound = (float)lower_bound;
     c->delta.head_map = tiled ? KL_HEADS_TILED : KL_HEADS_GROUPED;
+    c->delta.full_rank_gate = full_rank_gate != 0;
+    c->mla.gated = mla_gated != 0;
+    c->ffn.latent_norm = latent_norm != 0;
+    c->ffn.situ = (kl_situ_betas){ (float)situ_beta, (float)situ_linear_beta };
     c->norm_plus_one = norm_plus_one != 0;
     c->ffn.shared_gated = shared_gated != 0;
     c->ffn.scale = (float)scale;

@@ -81,7 +81,7 @@ def _check(args):
 def parameters(config):
     """(all, active) parameters: a token uses its chosen experts of each layer, and all else."""
     total = sum(math.prod(shape) for shape in config.weight_shapes().values())
-    expert = 3 * config.moe_size * config.hidden_size
+    expert = 3 * config.moe_size * (config.expert_latent or config.hidden_size)
     n_moe = sum(layer.ffn == "moe" for layer in config.layers)
     return total, total - n_moe * (config.n_experts - config.experts_per_token) * expert
 
@@ -146,7 +146,7 @@ def _show(model, facts):
         ("stored as", stored),
         ("hidden", f"{c.hidden_size:,}"),
         ("vocabulary", f"{c.vocab_size:,}{', tied head' if c.tie_embeddings else ''}"),
-        *_mixers(c), *_feed_forward(c),
+        *_mixers(c), *_feed_forward(c), *_residuals(c),
         ("norms", f"eps {c.rms_norm_eps:g}" + (f"; inside MLA {c.latent_eps:g}" if c.mla_heads else "")),
         ("context", f"{c.max_length:,} tokens" if c.max_length else "no limit is named"),
         ("tokenizer", f"{facts['tokenizer']:,} tokens" if facts["tokenizer"] else "none: token ids only"),
@@ -185,21 +185,32 @@ def _mixers(c):
     if mixers["kda"]:
         gate = "softplus gate" if c.gate_lower_bound is None else f"gate bounded at {c.gate_lower_bound:g}"
         yield "KDA", (f"{mixers['kda']} layers: {c.kda_heads} heads of {c.kda_head_dim}, "
-                      f"convolution of {c.conv_width}, {gate}")
+                      f"convolution of {c.conv_width}, {gate}"
+                      + (", output gate of full rank" if c.kda_full_rank_gate else ""))
     if mixers["mla"]:
         q = f"q by rank {c.q_rank}" if c.q_rank else "plain q"
         yield "MLA", (f"{mixers['mla']} layers: {c.mla_heads} heads of {c.nope_dim} + {c.rope_dim}, "
-                      f"values {c.v_head_dim}, latent {c.kv_rank}, {q}")
+                      f"values {c.v_head_dim}, latent {c.kv_rank}, {q}" + (", output gated" if c.mla_gated else ""))
 
 
 def _feed_forward(c):
     kinds = Counter(layer.ffn for layer in c.layers)
+    if c.situ_beta is not None:
+        up = f", {c.situ_linear_beta:g} of the other factor" if c.situ_linear_beta is not None else ""
+        yield "activation", f"SiTU, beta {c.situ_beta:g}{up}"
     if kinds["dense"]:
         yield "dense", f"{kinds['dense']} layers: width {c.ffn_size:,}"
     if kinds["moe"]:
         groups = f", in the best {c.top_groups} of {c.n_groups} groups" if c.n_groups > 1 else ""
         norm = ", renormalised" if c.renormalise else ""
         gated = " and gated" if c.shared_gated else ""
+        latent = f" on a latent of {c.expert_latent:,}" if c.expert_latent else ""
         yield "experts", (f"{kinds['moe']} layers: {c.experts_per_token} of {c.n_experts} of width "
-                          f"{c.moe_size:,}{groups}, {c.n_shared_experts} shared{gated}; {c.router_function} router"
-                          f"{norm}, scale {c.routed_scale:g}")
+                          f"{c.moe_size:,}{latent}{groups}, {c.n_shared_experts} shared{gated}; "
+                          f"{c.router_function} router{norm}, scale {c.routed_scale:g}")
+
+
+def _residuals(c):
+    if c.attn_res_block:
+        n = -(-c.n_layers // c.attn_res_block)
+        yield "residuals", f"attended: a snapshot each {c.attn_res_block} layers, {n} in all"

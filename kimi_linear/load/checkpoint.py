@@ -14,9 +14,11 @@ import numpy as np
 
 from .._names import meant
 from ..config import Config
+from ..config_kimi import K3
 from ..errors import FormatError
 from .mapped import MappedFile
 from .names import canonical_name, canonical_shape, fused_name, fused_parts, is_inert
+from .packed import PARTS, PackedMatrix, matrix_of, problems_of
 from .safetensors import WEIGHT_DTYPES, SafetensorsFile, TensorView
 from .strict_json import is_there, load_object, show
 
@@ -302,32 +304,75 @@ def _match(
 ) -> tuple[dict[str, TensorView], tuple[str, ...]]:
     """Tensors by canonical name in the config's order, and the names of those that are not read."""
     expected = config.weight_shapes()
-    found: dict[str, TensorView] = {}
+    found: dict[str, TensorView | PackedMatrix] = {}
     fused: dict[str, TensorView] = {}
+    halves: dict[str, TensorView] = {}
     skipped = []
     for file in files:
         for name, view in file.items():
             canonical = canonical_name(name)
-            is_fused = _holds_experts(canonical, expected)
-            held = fused if is_fused else found
+            held = halves if _half_of(canonical, expected) else fused if _holds_experts(canonical, expected) else found
             if is_inert(name) or (canonical == "lm_head.weight" and config.tie_embeddings):
                 skipped.append(name)
-            elif not is_fused and canonical not in expected:
+            elif held is found and canonical not in expected:
                 problems.append(f"{name} is in {file.path.name}, but by config.json there is no such tensor")
             elif canonical in held:
                 problems.append(_twice(canonical, held[canonical], view))
             else:
-                held[canonical] = view
+                held[canonical] = _counted(canonical, view, expected, config)
     refused = {name for whole, view in fused.items() for name in _split(config, whole, view, expected, found, problems)}
+    refused |= _join(halves, expected, found, problems, excused)
 
     tensors = {}
     for name, shape in expected.items():
         if name in found:
             problems += _tensor_problems(name, found[name], canonical_shape(name, shape))
             tensors[name] = replace(found[name], name=name, shape=canonical_shape(name, shape))
-        elif name not in refused and excused is not None and not {name, fused_name(name)} & excused:
+        elif name not in refused and excused is not None and not _spellings(name) & excused:
             problems.append(f"{name} {list(shape)} is missing")
     return tensors, tuple(skipped)
+
+
+def _spellings(name: str) -> set[str | None]:
+    """Canonical names under which a tensor, or a part of it, may lie."""
+    return {name, fused_name(name), *(name + part for part in PARTS)}
+
+
+def _half_of(canonical: str, expected: Mapping) -> str | None:
+    """The matrix of the config of which a tensor is one of two halves."""
+    matrix, _ = matrix_of(canonical) or (None, None)
+    return matrix if matrix in expected else None
+
+
+def _counted(canonical: str, view: TensorView, expected: Mapping, config: Config) -> TensorView:
+    """A_log of Kimi K3 without what pads it: the first values are those of the heads."""
+    if not canonical.endswith(".A_log") or config.model_type != K3 or len(view.shape) != 1:
+        return view
+    n = min(view.shape[0], expected[canonical][0])
+    return replace(view, shape=(n,), nbytes=view.nbytes // max(view.shape[0], 1) * n)
+
+
+def _join(halves: Mapping[str, TensorView], expected: Mapping, found: dict, problems: list[str],
+          excused: set[str] | None) -> set[str]:
+    """Put matrices of two halves into `found`; names that are not, after a problem."""
+    parts: dict[str, dict[str, TensorView]] = {}
+    for name, view in halves.items():
+        matrix, part = matrix_of(name)
+        parts.setdefault(matrix, {})[part] = view
+    refused = set()
+    for matrix, views in parts.items():
+        lost = {matrix + part for part in PARTS if part not in views}
+        wrong = problems_of(matrix, views, expected[matrix])
+        if matrix in found:
+            problems.append(_twice(matrix, found[matrix], next(iter(views.values()))))
+        elif lost and (excused is None or lost & excused):  # reported with the file that has it
+            refused.add(matrix)
+        elif wrong:
+            problems += wrong
+            refused.add(matrix)
+        else:
+            found[matrix] = PackedMatrix(matrix, expected[matrix], *(views[part] for part in PARTS))
+    return refused
 
 
 def _holds_experts(canonical: str, expected: Mapping) -> bool:
@@ -369,6 +414,6 @@ def _tensor_problems(name: str, view: TensorView, shape: tuple[int, ...]) -> lis
     problems = []
     if canonical_shape(name, view.shape) != shape:
         problems.append(f"{view.name} has shape {list(view.shape)}; by config.json it must be {list(shape)}")
-    if view.dtype not in WEIGHT_DTYPES:
+    if view.dtype not in WEIGHT_DTYPES and not isinstance(view, PackedMatrix):
         problems.append(f"{view.name} is stored as {view.dtype}; it must be {' or '.join(WEIGHT_DTYPES)}")
     return problems

@@ -6,10 +6,13 @@ The canonical names are those of the published checkpoints, the canonical shapes
 import re
 
 _DENSE = re.compile(r"(model\.layers\.\d+)\.block_sparse_moe\.((?:gate|up|down)_proj\.weight)")
-_BASE_MODEL = re.compile(r"(?:embed_tokens|norm|layers\.\d+)\.")
+_BASE_MODEL = re.compile(r"(?:embed_tokens|norm|output_attn_res(?:_norm|_proj)?|layers\.\d+)\.")
 _INSIDE = "model.language_model."  # of a model that sees
+_AROUND = "language_model."  # of another that does
+_SCORE = re.compile(r"(.*\.(?:self_attention_res|mlp_res|output_attn_res))\.(norm|proj)_weight")
 _INERT = re.compile(r"(?:.*\.)?rotary_emb\.(?:inv_freq|original_inv_freq)")
-_OTHER_PARTS = re.compile(r"(?:model\.)?(?:mtp|visual)\..+")
+_OTHER_PARTS = re.compile(r"(?:(?:language_model\.)?(?:model\.)?mtp|(?:model\.)?visual|vision_tower|vision_model|"
+                          r"mm_projector|multi_modal_projector)\..+")
 _CONV = re.compile(r".*\.(?:[qkv]_conv1d|linear_attn\.conv1d)\.weight")
 _FUSED = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(gate_up|down)_proj(?:\.weight)?")
 _EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.\d+\.(gate|up|down)_proj\.weight")
@@ -18,7 +21,8 @@ _EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.\d+\.(gate|up|down)_p
 def is_inert(name: str) -> bool:
     """Whether the tensor is none of the language model's: a buffer that some writers save, or of another part.
 
-    Other parts are the vision tower, ``model.visual``, and the layers that predict a second token, ``mtp``.
+    Other parts are the vision tower, ``model.visual`` or ``vision_tower`` and ``mm_projector``, and the layers that
+    predict a second token, ``mtp``.
     """
     return _INERT.fullmatch(name) is not None or _OTHER_PARTS.fullmatch(name) is not None
 
@@ -26,14 +30,18 @@ def is_inert(name: str) -> bool:
 def canonical_name(name: str) -> str:
     """The name used inside for a name found in a file.
 
-    Files of the bare model lack the prefix ``model.``, those of a model that sees have ``model.language_model.``;
-    transformers 5.23 saves the feed-forward of a dense layer as ``block_sparse_moe.gate_proj`` where published files
-    have ``mlp.gate_proj``.
+    Files of the bare model lack the prefix ``model.``, those of a model that sees have ``model.language_model.``, or
+    ``language_model.`` before all names (Kimi K3); transformers 5.23 saves the feed-forward of a dense layer as
+    ``block_sparse_moe.gate_proj`` where published files have ``mlp.gate_proj``; some files of Kimi K3 spell
+    ``self_attention_res.norm_weight`` for ``self_attention_res_norm.weight``.
     """
+    name = name.removeprefix(_AROUND)
     if name.startswith(_INSIDE):
         name = "model." + name.removeprefix(_INSIDE)
     elif _BASE_MODEL.match(name):
         name = "model." + name
+    if score := _SCORE.fullmatch(name):
+        return f"{score[1]}_{score[2]}.weight"
     if dense := _DENSE.fullmatch(name):
         return f"{dense[1]}.mlp.{dense[2]}"
     if fused := _FUSED.fullmatch(name):

@@ -43,7 +43,7 @@ def with_context():
 
 @pytest.mark.parametrize("cache, case", [
     (cache, case) for cache in ("float32", "float16", "q8_0") for case in CASES
-    if not (cache == "q8_0" and case == "kimi-b")  # 32 does not divide its latent
+    if not (cache == "q8_0" and case in ("kimi-b", "k3-a", "k3-b"))  # 32 does not divide their latents
 ])
 def test_states_hold_what_is_planned(case, cache):
     model = open_model(case)

@@ -88,7 +88,7 @@ def test_a_tap_of_the_reference_gives_the_rest_of_the_reference(model):
     sum of their sizes (docs/math.md), both with room for the rounding of the value replaced, 1 u.
     """
     tokens, D = ids(model, 50), model.config.hidden_size
-    last = f"layers.{model.config.n_layers - 1}.out"
+    last = "output_res" if model.config.attn_res_block else f"layers.{model.config.n_layers - 1}.out"
     wanted = model.reference().forward(tokens, taps=[last, "norm"])
     got = model.forward(tokens, edit={last: float32(wanted.taps[last])})
     head = "model.embed_tokens.weight" if model.config.tie_embeddings else "lm_head.weight"

@@ -54,7 +54,8 @@ def test_the_noise_is_one_unit(golden_case):
     """The allowance of the next test: half to one unit (2^-23) on a tap alone, far less than the bars."""
     moved = conditioning(golden_case, "short")
     assert 2.0**-24 < moved["embed"][0] < 2.0**-23
-    most = 2e-5 if golden_case.name == "qwen35-a" else 5e-6  # its gated norms blow up small vectors
+    # qwen35-a: its gated norms blow up small vectors; k3-a: SiTU is driven to its bounds
+    most = {"qwen35-a": 2e-5, "k3-a": 4e-5}.get(golden_case.name, 5e-6)
     assert 2.0**-24 < moved["logits"][0] < most
 
 

@@ -14,7 +14,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import numpy as np
 import torch
 import transformers
-from conftest import DATA, GOLDEN_CASES, HERE, QWEN_CASES, TINY
+from conftest import DATA, HERE, QWEN_CASES, TINY, TRANSFORMERS_CASES
 from safetensors.torch import load_file, save_file
 
 import kimi_linear as kl
@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
 
 RMS, LARGEST = 1e-4, 2e-3   # of two float32 engines, over the array's rms; transformers alone takes 1e-5 and 1.5e-4
-FOLDERS = {"tiny": TINY, **{case: DATA / "golden" / case for case in GOLDEN_CASES + QWEN_CASES}}
+FOLDERS = {"tiny": TINY, **{case: DATA / "golden" / case for case in TRANSFORMERS_CASES}}
 MOE = (8, 2, 1, 1, 1, 24, 2.446, True)   # experts, a token's; groups, chosen; shared; width; scale; renormalise
 MLA = (3, 10, 6, 9, 20)                  # heads, nope, rope, v, latent: none a multiple of 16
 SMALL = {
@@ -62,7 +62,7 @@ SMALL_QWEN = {      # layers, heads of keys and of values, their widths, base; a
     "moe-4": ("moe", "all", (2, 8, 16, 10, 1e6), (5, 1, 18, 1 / 3), dict(
         linear_conv_kernel_dim=3, num_experts_per_tok=5)),
 }
-KIMI_CASES = ("tiny", *GOLDEN_CASES, *SMALL)
+KIMI_CASES = ("tiny", *TRANSFORMERS_CASES, *SMALL)
 ALL_QWEN_CASES = (*QWEN_CASES, *SMALL_QWEN)
 DTYPES = {"groups": torch.bfloat16, "all-dense": torch.float16,     # of the file; the others are float32
           "next-4": torch.bfloat16, "dense-1": torch.float16}

@@ -7,11 +7,11 @@ import json
 
 import numpy as np
 import pytest
-from conftest import DATA, GOLDEN_CASES, read_safetensors
+from conftest import DATA, TRANSFORMERS_CASES, read_safetensors
 from oracle import make_golden, near
 
 
-@pytest.fixture(scope="module", params=GOLDEN_CASES)
+@pytest.fixture(scope="module", params=TRANSFORMERS_CASES)
 def made(request, tmp_path_factory):
     """(the committed folder, one made now)."""
     folder = tmp_path_factory.mktemp("golden") / request.param

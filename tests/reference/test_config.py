@@ -163,19 +163,24 @@ def test_shapes_follow_the_variants():
 REFUSED = {
     "rope_scaling": dict(rope_scaling={"type": "yarn"}),
     "mla_use_nope": dict(mla_use_nope=False),
-    "hidden_act": dict(hidden_act="situ"),
+    "hidden_act": dict(hidden_act="gelu"),
+    "activation_situ_beta": dict(hidden_act="situ", activation_situ_beta=0),
+    "activation_situ_linear_beta": dict(hidden_act="situ", activation_situ_beta=4, activation_situ_linear_beta=-25),
     "num_nextn_predict_layers": dict(num_nextn_predict_layers=1),
     "attention_bias": dict(attention_bias=True),
     "num_key_value_heads": dict(num_key_value_heads=8),
     "moe_router_activation_func": dict(moe_router_activation_func="tanh"),
-    "model_type": dict(model_type="kimi_k3"),
-    "quantization_config": dict(quantization_config={"format": "mxfp4-pack-quantized"}),
-    "mla_use_output_gate": dict(mla_use_output_gate=True),
-    "attn_res_block_size": dict(attn_res_block_size=12),
+    "quantization_config": dict(quantization_config={"format": "pack-quantized"}),
+    "allow_neg_eigval": dict(allow_neg_eigval=True),
+    "mla_use_output_gate": dict(mla_use_output_gate=1),
+    "attn_res_block_size": dict(attn_res_block_size=-1),
+    "routed_expert_hidden_size": dict(routed_expert_hidden_size=3584.5),
+    "latent_moe_use_norm": dict(latent_moe_use_norm="yes"),
+    "use_full_rank_gate": dict(use_full_rank_gate=True, linear__use_full_rank_gate=False),
     "hidden_size": dict(hidden_size=0),
     "vocab_size": dict(vocab_size=True),
     "num_hidden_layers": dict(num_hidden_layers=27.0),
-    "num_experts": dict(num_experts=40_000),
+    "num_experts": dict(num_experts=70_000),
     "intermediate_size": dict(intermediate_size=None),
     "rms_norm_eps": dict(rms_norm_eps=float("nan")),
     "routed_scaling_factor": dict(routed_scaling_factor=10**400),
@@ -293,6 +298,6 @@ def test_a_deep_value_is_a_sentence():
 
 def test_experts_of_all_layers_have_a_limit():
     """Each has a name and three shapes: a small file must not take minutes and gigabytes."""
-    Config.from_dict(changed(num_experts=2**16 // 27))
-    with pytest.raises(ConfigError, match="num_experts is 2428; with 27 layers it must be at most 2427"):
-        Config.from_dict(changed(num_experts=2428))
+    Config.from_dict(changed(num_experts=2**17 // 27))
+    with pytest.raises(ConfigError, match="num_experts is 4855; with 27 layers it must be at most 4854"):
+        Config.from_dict(changed(num_experts=4855))

@@ -312,7 +312,7 @@ def test_all_problems_at_once():
 def test_a_type_that_is_not_known_is_the_only_problem():
     for kind in ("qwen2", ["qwen3_next"], 3, {}):
         found = problems({"model_type": kind})
-        assert len(found) == 1 and '"kimi_linear" or "qwen3_next" or ' in found[0]
+        assert len(found) == 1 and '"kimi_linear" or "kimi_k3" or "qwen3_next" or ' in found[0]
 
 
 def test_unknown_keys_are_one_warning():
