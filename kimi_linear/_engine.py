@@ -91,6 +91,10 @@ def _as_stored(tensors):
         if hasattr(tensor, "blocks"):
             yield name, tensor.blocks()
             continue
+        partner = getattr(tensor, "partner", name)
+        if partner != name and not hasattr(tensors[partner], "partner"):
+            yield name, tensor.array()  # the other factor of what is stored was replaced: each goes by itself
+            continue
         yield from getattr(tensor, "stored", {name: tensor}).items()
 
 

@@ -14,7 +14,9 @@ from ._arrays import as_integers
 from ._scalars import to_json
 from .diff import _html as parts
 from .load.gguf_heads import have_one_form, in_common_form
+from .load.gguf_scores import Product, Score, score_of
 from .load.gguf_tensors import VALUES, rows_of
+from .load.packed import PackedMatrix
 from .load.safetensors import TensorView, stored_as
 
 __all__ = ["ModelComparison", "TensorDistance", "compare_models"]
@@ -151,7 +153,8 @@ def _cells(t: TensorDistance) -> tuple[str, ...]:
 def compare_models(a, b, tokens, progress: Callable[[int, int, str], None] | None = None) -> ModelComparison:
     """Compare the weights of two models of one shape, and their answers to a text.
 
-    A Qwen folder and a GGUF of it are compared as what they mean: norms as 1 + w, value heads in the folder's order.
+    A folder and a GGUF of it are compared as what they mean: of the Qwen kinds norms as 1 + w, value heads in the
+    folder's order; of Kimi K3 what scores residuals as a norm of 1 and the product as projection.
     Values are dequantised some rows of one tensor at a time; both models read the text in the same pieces. Logarithms
     of probabilities are in float64, of float32 logits.
 
@@ -209,15 +212,20 @@ def _check_same(a, b) -> None:
                              f"{getattr(b.config, field)} in the other")
 
 
-_NOT_THE_MODEL = ("bos_token_id", "eos_token_ids", "pad_token_id", "max_length",
-                  "norm_plus_one", "gdn_tiled")  # the last two are how a file stores it
+_NOT_THE_MODEL = ("model_type", "bos_token_id", "eos_token_ids", "pad_token_id", "max_length",
+                  "norm_plus_one", "gdn_tiled")  # the last two are how a file stores it, the first how it is called
 
 
 def _tensors_of(model, other) -> Callable[[str], Any]:
     """Name -> tensor, in a form that the other model's have, too."""
-    if have_one_form(model.config, other.config):
-        return model._tensors.__getitem__
-    return lambda name: in_common_form(model.config, name, model._tensors[name])
+    one_form = have_one_form(model.config, other.config)
+
+    def tensor(name):
+        if score_of(name) and any(isinstance(m._tensors[name], Score) for m in (model, other)):
+            return Product(name, model._tensors)
+        return model._tensors[name] if one_form else in_common_form(model.config, name, model._tensors[name])
+
+    return tensor
 
 
 def _groups(model) -> dict[str, list[str]]:
@@ -249,7 +257,7 @@ def _distance(name: str, pairs: list) -> TensorDistance:
 
 def _values(tensor) -> Iterator[np.ndarray]:
     """A tensor's values, some rows at a time: the same rows for any form of one shape."""
-    if isinstance(tensor, TensorView):
+    if isinstance(tensor, TensorView | PackedMatrix):
         yield from (part.array() for part in rows_of(tensor))
         return
     values = tensor.array() if hasattr(tensor, "array") else np.asarray(tensor)

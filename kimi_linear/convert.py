@@ -12,10 +12,12 @@ import numpy as np
 from .config import Config
 from .load import gguf_heads, gguf_kept, gguf_metadata, gguf_types
 from .load.checkpoint import at_home, missing_tokenizer_file, open_folder, readable, resolve
-from .load.gguf import is_gguf
+from .load.gguf import BlockView, is_gguf
 from .load.gguf_checkpoint import open_gguf
 from .load.gguf_tensors import Incoming, cast, encoded, of_file, of_folder, rows_of
 from .load.gguf_write import Outgoing, write_gguf
+from .load.names import OF_K3
+from .load.packed import COLUMNS, PARTS, halves
 from .load.safetensors import DTYPES, WEIGHT_DTYPES, TensorView
 from .quantized import storage_types
 
@@ -328,6 +330,29 @@ class _Published:
         return values
 
 
+class _Half:
+    """One of the two tensors that a folder has of a matrix in MXFP4: its codes or its scales."""
+
+    dtype = "U8"
+
+    def __init__(self, name: str, view: TensorView, part: int, done: Callable):
+        self.name, self._view, self._part, self._done = name + PARTS[part], view, part, done
+        rows, cols = view.shape
+        self.shape = (rows, cols // (COLUMNS if part else 2))
+        self.nbytes = math.prod(self.shape)
+
+    def array(self) -> np.ndarray:
+        """The bytes, made now of the blocks, some rows at a time."""
+        values, first = np.empty(self.shape, np.uint8), 0
+        for part in rows_of(self._view):
+            n = part.shape[0]
+            values[first : first + n] = halves(np.frombuffer(encoded(part, part.dtype, part.shape[1]),
+                                                             np.uint8).reshape(n, -1))[self._part]
+            first += n
+        self._done(self, values)
+        return values
+
+
 def _write_folder(source: Path, target: Path, dtype: str, tokenizer: bool, overwrite: bool, progress) -> Conversion:
     from .saving import write_folder
 
@@ -344,33 +369,48 @@ def _write_folder(source: Path, target: Path, dtype: str, tokenizer: bool, overw
         progress(done, total, tensor.name)
 
     tensors, published = {}, Config.from_dict(checkpoint.content)
+    around = OF_K3 if "text_config" in checkpoint.content else ""
     for name, tensor in checkpoint.tensors.items():
         tensor = gguf_heads.as_published(checkpoint.config, published, name, tensor, checkpoint.norms.get(name))
-        tensors[name] = _Published(name, tensor, _folder_dtype(checkpoint, name, dtype), moved)
-        result.add(tensors[name].dtype, tensors[name].nbytes)
+        kind, name = _folder_dtype(checkpoint, name, tensor, dtype), around + name
+        made = [_Half(name, tensor, part, moved) for part in range(2)] if kind == gguf_kept.PACKED else [
+            _Published(name, tensor, kind, moved)]
+        tensors |= {t.name: t for t in made}
+        result.add(kind, sum(t.nbytes for t in made))
     total = result.nbytes = sum(t.nbytes for t in tensors.values())
     found = checkpoint.tokenizer() if tokenizer and checkpoint.tokenizer is not None else None
-    write_folder(target, tensors, _content(checkpoint.content, tensors, dtype), checkpoint.generation_config,
+    write_folder(target, tensors, _content(checkpoint, tensors, dtype), checkpoint.generation_config,
                  found.save if found is not None else None, overwrite, checkpoint.check_unchanged,
                  files=checkpoint.files)
     return result
 
 
-def _folder_dtype(checkpoint, name: str, dtype: str) -> str:
+def _folder_dtype(checkpoint, name: str, tensor, dtype: str) -> str:
     """Storage type of a tensor in the folder."""
     if dtype != "auto":
         return _NAMES[dtype]
     kept = checkpoint.dtypes.get(name) or checkpoint.dtypes.get(gguf_kept.pattern(name))
-    own = checkpoint.tensors[name].dtype
-    return kept or (own if own in WEIGHT_DTYPES else "BF16")
+    if kept == gguf_kept.PACKED and not (isinstance(tensor, BlockView) and tensor.dtype == kept):
+        kept = None  # of another type now, which has no codes and scales
+    return kept or (tensor.dtype if tensor.dtype in WEIGHT_DTYPES else "BF16")
 
 
-def _content(content: Mapping, tensors: Mapping, dtype: str) -> dict:
-    """config.json, its dtype that of the matrices."""
+def _content(checkpoint, tensors: Mapping, dtype: str) -> dict:
+    """config.json, its dtype that of the matrices; it does not say that they are packed where none is any more."""
     from .saving import dtype_of
 
-    named = [key for key in ("dtype", "torch_dtype") if key in content]
+    content = dict(checkpoint.content)
+    levels = [content]
+    if "text_config" in content:
+        content["text_config"] = dict(content["text_config"])
+        levels.append(content["text_config"])
+    if gguf_kept.PACKED in checkpoint.dtypes.values() and not any(isinstance(t, _Half) for t in tensors.values()):
+        for level in levels:
+            level.pop("quantization_config", None)
+    named = [(level, key) for level in levels for key in ("dtype", "torch_dtype") if key in level]
     if dtype == "auto" and named:
-        return dict(content)
-    told = dtype_of(tensors) if dtype == "auto" else dtype
-    return {**content, **dict.fromkeys(named or ["torch_dtype"], told)} if told else dict(content)
+        return content
+    if told := dtype_of(tensors) if dtype == "auto" else dtype:
+        for level, key in named or [(content, "torch_dtype")]:
+            level[key] = told
+    return content

@@ -10,7 +10,9 @@ import numpy as np
 from .errors import FormatError
 from .load.gguf import BlockView
 from .load.gguf_kept import TYPES as KEPT_TYPES
+from .load.gguf_scores import score_of
 from .load.gguf_tensors import rows_of
+from .load.packed import PackedMatrix
 from .load.safetensors import stored_as
 from .perplexity import perplexity
 
@@ -143,17 +145,17 @@ def _check_values(report, name, tensor, view):
             wrong = np.flatnonzero(~np.isfinite(a.reshape(-1)))
             bad += len(wrong)
             first = begin + int(wrong[0]) if first is None else first
-        if isinstance(view, BlockView):
+        if isinstance(view, BlockView | PackedMatrix):
             report.zero_blocks += int((~a.reshape(-1, _BLOCK).any(axis=1)).sum())
         low, high = min(low, least), max(high, most)
-    source = view if hasattr(view, "offset") else getattr(tensor, "ssm_a", None)
+    source = view if hasattr(view, "offset") else getattr(tensor, "ssm_a", getattr(tensor, "packed", None))
     where = f"{name}, at byte {source.offset}," if source is not None else f"{name}"
     if bad:
         report.faults.append(f"{where} stored as {tensor.dtype}: {bad:,} values are not finite, the first at index "
                              f"{first}")
     elif low == high and math.prod(view.shape) > 1:
         what = f"{where} is dead: all its values are {low:g}"
-        matrix = any(word in name for word in _MATRIX_WORDS) and "bias" not in name
+        matrix = any(word in name for word in _MATRIX_WORDS) and "bias" not in name and not score_of(name)
         (report.faults if matrix or (low == 0 and "norm" in name) else report.notes).append(what)
 
 

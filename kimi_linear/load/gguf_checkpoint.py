@@ -4,7 +4,7 @@ import functools
 import os
 
 from ..errors import FormatError
-from . import gguf_kept
+from . import gguf_kept, gguf_scores
 from .checkpoint import Checkpoint, at_home
 from .gguf import split_files
 from .gguf_config import check_architecture, read_config
@@ -36,8 +36,9 @@ def open_gguf(path: str | os.PathLike) -> Checkpoint:
     generation = gguf_kept.json_object(metadata, gguf_kept.GENERATION, problems)
     dtypes = gguf_kept.read_dtypes(metadata, problems)
     norms = gguf_kept.read_norms(metadata, config.weight_shapes(), problems) if gguf_kept.NORMS in metadata else {}
+    scores = gguf_scores.read_scores(metadata, config.weight_shapes(), problems)
     blocks = metadata[f"{metadata['general.architecture']}.block_count"]
-    tensors, skipped = match(config, stored, problems, a_logs, blocks)
+    tensors, skipped = match(config, stored, problems, a_logs, blocks, scores)
     if problems:
         raise FormatError(problems, str(path))
     tokenizer = None

@@ -1,4 +1,4 @@
-"""The metadata of a GGUF as the content of a config.json: any architecture's, and here those of ``kimi-linear``.
+"""The metadata of a GGUF as the content of a config.json: any architecture's, and here those of the Kimi family.
 
 Where the metadata and the tensors both tell a size they must agree; where a key is absent the tensors are asked.
 Keys, and which of them not to rely on: docs/gguf.md.
@@ -13,6 +13,7 @@ from ..config import Config, ConfigError
 from ..errors import FormatError
 from . import gguf_config_qwen as qwen
 from . import gguf_kept
+from .gguf import place
 from .gguf_keys import Keys
 from .safetensors import TensorView
 from .strict_json import show
@@ -32,6 +33,11 @@ NAMES = {
     "routed_scaling_factor": "expert_weights_scale", "moe_renormalize": "expert_weights_norm",
     "num_expert_group": "expert_group_count", "topk_group": "expert_group_used_count",
     "first_k_dense_replace": "leading_dense_block_count",
+}
+#: What ``kimi-k3`` has beside them.
+K3_NAMES = {
+    "activation_situ_beta": "activation.situ_beta", "activation_situ_linear_beta": "activation.situ_linear_beta",
+    "attn_res_block_size": "attn_res.block_size", "routed_expert_hidden_size": "expert_latent_length",
 }
 #: Known keys that change nothing here.
 INERT = {
@@ -75,7 +81,13 @@ def architecture_of(config: Config) -> Architecture:
     """The architecture that a model is written as; ValueError where GGUF has none for it."""
     if config.model_type not in _OF_MODEL_TYPE:
         raise ValueError(f"model_type is {config.model_type!r}; a GGUF can hold {', '.join(_OF_MODEL_TYPE)}")
-    return ARCHITECTURES[_OF_MODEL_TYPE[config.model_type]]
+    name = _OF_MODEL_TYPE[config.model_type]
+    return ARCHITECTURES["kimi-k3" if name == "kimi-linear" and _has_parts_of_k3(config) else name]
+
+
+def _has_parts_of_k3(c: Config) -> bool:
+    """Whether a model of the Kimi family has what ``kimi-linear`` has no key or tensor for."""
+    return c.situ_beta is not None or bool(c.attn_res_block or c.expert_latent or c.mla_gated or c.kda_full_rank_gate)
 
 
 def stored_form(config: Config) -> Config:
@@ -247,8 +259,13 @@ def _rope_width(r: Keys, kv_a: str, rank: int | None) -> int | None:
     return found
 
 
+def _sparse(r: Keys, n: int) -> list[int]:
+    """The layers that have a router."""
+    return [i for i in range(n) if f"blk.{i}.ffn_gate_inp.weight" in r.tensors]
+
+
 def _ffn(r: Keys, n: int) -> dict:
-    sparse = [i for i in range(n) if f"blk.{i}.ffn_gate_inp.weight" in r.tensors]
+    sparse = _sparse(r, n)
     dense = [i for i in range(n) if f"blk.{i}.ffn_gate.weight" in r.tensors]
     d: dict = {"num_experts": 0}
     if dense:
@@ -289,13 +306,79 @@ def _ffn(r: Keys, n: int) -> dict:
     }
 
 
+# ---- kimi-k3 ---------------------------------------------------------------------------------------
+
+
+def _read_k3(r: Keys) -> dict:
+    """As ``kimi-linear``; each part that it lacks is there where its key or its tensor is."""
+    d = _read(r)
+    if not d:
+        return {}
+    n = d["num_hidden_layers"]
+    d["linear_attn_config"]["use_full_rank_gate"] = _in_all(r, n, "ssm_g.weight", "ssm_a", "KDA")
+    gated = _in_all(r, n, "attn_gate.weight", "attn_kv_a_mqa.weight", "MLA")
+    return d | {"model_type": "kimi_k3", "mla_use_output_gate": gated} | _situ(r) | _residuals(r, n) | _latent(r, n)
+
+
+def _in_all(r: Keys, n: int, rest: str, mark: str, kind: str) -> bool:
+    """Whether the layers of a kind, which have the tensor `mark`, have another, which all of them must or none."""
+    layers = [i for i in range(n) if f"blk.{i}.{mark}" in r.tensors]
+    there = [i for i in layers if f"blk.{i}.{rest}" in r.tensors]
+    if there and len(there) < len(layers):
+        lacking = next(i for i in layers if i not in there)
+        first = f"blk.{there[0]}.{rest}"
+        r.problems.append(f"blk.{lacking}.{rest} is missing; {first} {place(r.tensors[first])} is there, and all "
+                          f"{kind} layers must have it, or none")
+    return bool(there)
+
+
+def _situ(r: Keys) -> dict:
+    beta, linear = (r.typed(f"activation.{key}", float) for key in ("situ_beta", "situ_linear_beta"))
+    if beta is None:
+        if linear:
+            r.problems.append(f"{r.prefix}activation.situ_linear_beta is {linear}, but activation.situ_beta, without "
+                              "which there is no SiTU, is missing")
+        return {}
+    # of a linear beta that is not above 0 llama.cpp makes none
+    return {"hidden_act": "situ", "activation_situ_beta": beta,
+            "activation_situ_linear_beta": linear if linear is not None and linear > 0 else None}
+
+
+def _residuals(r: Keys, n: int) -> dict:
+    """Attention residuals: a key, and a score for each half of a layer and for the output."""
+    told = r.integer("attn_res.block_size")
+    names = [f"blk.{i}.{half}_res_score.weight" for i in range(n) for half in ("attn", "ffn")]
+    there = [name for name in ["output_res_score.weight", *names] if name in r.tensors]
+    if there and not told:
+        r.problems.append(f"{r.prefix}attn_res.block_size is {'missing' if told is None else told}, but {there[0]} "
+                          f"{place(r.tensors[there[0]])} scores residuals; it must be the layers to a snapshot")
+    elif told and not there:
+        r.problems.append(f"{r.prefix}attn_res.block_size is {told}, but no tensor scores residuals, as "
+                          "output_res_score.weight")
+    return {"attn_res_block_size": told or 0}
+
+
+def _latent(r: Keys, n: int) -> dict:
+    """Experts on a latent: its width, and whether their sum is normed."""
+    sparse = _sparse(r, n)
+    if not sparse:
+        return {}
+    down = f"blk.{sparse[0]}.ffn_routed_down.weight"
+    size = r.size("expert_latent_length", down, 1)
+    if size and down not in r.tensors:
+        r.problems.append(f"{r.prefix}expert_latent_length is {size}, but {down} is missing")
+    return {"routed_expert_hidden_size": size or 0,
+            "latent_moe_use_norm": _in_all(r, n, "ffn_routed_norm.weight", "ffn_gate_inp.weight", "sparse")}
+
+
 _QWEN = dict(names=qwen.NAMES, known=qwen.KNOWN)
 _FOLDED = {"norm_plus_one": False}  # 1 + w is what the norms of a file hold
 ARCHITECTURES = {kind.name: kind for kind in (
     Architecture("kimi-linear", _read, NAMES, frozenset(_USED | INERT)),
+    Architecture("kimi-k3", _read_k3, NAMES | K3_NAMES, frozenset({*K3_NAMES.values()} | _USED | INERT)),
     Architecture("qwen3next", qwen.read_next, **_QWEN, form=_FOLDED),
     Architecture("qwen35", qwen.read_dense, **_QWEN, form=_FOLDED | {"gdn_tiled": True}, described=qwen.described),
     Architecture("qwen35moe", qwen.read_moe, **_QWEN, form=_FOLDED | {"gdn_tiled": True}, described=qwen.described),
 )}
 _OF_MODEL_TYPE = {"kimi_linear": "kimi-linear", "qwen3_next": "qwen3next", "qwen3_5_text": "qwen35",
-                  "qwen3_5_moe_text": "qwen35moe"}
+                  "qwen3_5_moe_text": "qwen35moe", "kimi_k3": "kimi-linear"}

@@ -3,10 +3,12 @@
 ========================================  ============================================================================
 ``kimi_linear.config``                    JSON: keys of config.json whose values the GGUF's keys do not give
 ``kimi_linear.config.absent``             keys that they give and config.json lacks
+``kimi_linear.config.around``             JSON: keys around text_config, which the others describe; see `taken_out`
 ``kimi_linear.generation_config``         JSON: generation_config.json
 ``kimi_linear.dtypes``                    JSON: storage types of the folder's tensors, by name, ``*`` for a number
 ``kimi_linear.A_log``                     A_log of all linear layers, where the logarithm of the rates is not it
 ``kimi_linear.norms``                     all norms w that the file holds as 1 + w, where that less 1 is not w
+``kimi_linear.scores``                    of what scores residuals both factors of the product (gguf_scores.py)
 ========================================  ============================================================================
 
 A key of the GGUF that was changed later is obeyed: only what differs from what the keys gave is kept.
@@ -19,14 +21,16 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..config import Config
+from ..config_kimi import INHERITED, K3
 from . import gguf_heads as order
 from .gguf import MetaArray, described
 from .safetensors import DTYPES, WEIGHT_DTYPES
 from .strict_json import parse, show
 
-CONFIG, ABSENT = "kimi_linear.config", "kimi_linear.config.absent"
+CONFIG, ABSENT, AROUND = "kimi_linear.config", "kimi_linear.config.absent", "kimi_linear.config.around"
 GENERATION, TYPES = "kimi_linear.generation_config", "kimi_linear.dtypes"
 RATES, NORMS = "kimi_linear.A_log", "kimi_linear.norms"
+PACKED = "MXFP4"  # among TYPES: of a matrix that a folder has in two parts (packed.py)
 MAX_DEPTH = 64  # of JSON
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -56,7 +60,31 @@ def restored(given: Mapping, metadata: Mapping, problems: list[str]) -> dict:
         gone = absent.values()
     elif absent is not None:
         problems.append(f"{ABSENT} is {described(absent)}; it must be an array of string")
-    return {key: value for key, value in (dict(given) | more).items() if key not in gone}
+    text = {key: value for key, value in (dict(given) | more).items() if key not in gone}
+    return _put_back(text, json_object(metadata, AROUND, problems), problems) if AROUND in metadata else text
+
+
+def taken_out(content: Mapping) -> tuple[dict, dict | None]:
+    """Of a config.json of Kimi K3 the text model's keys, and the others, None where the file is the text model's alone.
+
+    Among the others ``text_config`` lists those of the text model's keys that are not inside it.
+    """
+    if content.get("model_type", K3) != K3 or "text_config" not in content:
+        return dict(content), None
+    text = content["text_config"]
+    outside = [key for key in INHERITED if key not in text and content.get(key) is not None]
+    around = {key: value for key, value in content.items() if key not in outside}
+    return {**text, **{key: content[key] for key in outside}}, around | {"text_config": outside}
+
+
+def _put_back(text: dict, around: dict, problems: list[str]) -> dict:
+    """The content of which `taken_out` made these."""
+    outside = around.get("text_config")
+    if not isinstance(outside, list) or not all(key in INHERITED for key in outside):
+        problems.append(f"{AROUND}: text_config is {show(outside)}; it must be a list of {', '.join(INHERITED)}")
+        return text
+    inside = {key: value for key, value in text.items() if key not in outside}
+    return {**around, **{key: text[key] for key in outside if key in text}, "text_config": inside}
 
 
 def json_object(metadata: Mapping, key: str, problems: list[str]) -> dict:
@@ -110,8 +138,9 @@ def read_dtypes(metadata: Mapping, problems: list[str]) -> dict[str, str]:
     """Name or `pattern` -> storage type that the folder's tensors had; empty for files of others."""
     found = json_object(metadata, TYPES, problems)
     for name, dtype in found.items():
-        if dtype not in WEIGHT_DTYPES:
-            problems.append(f"{TYPES}: {show(name)} is {show(dtype)}; it must be F32, F16 or BF16")
+        if dtype not in (*WEIGHT_DTYPES, PACKED):
+            problems.append(f"{TYPES}: {show(name)} is {show(dtype)}; it must be F32, F16 or BF16, or {PACKED} of a "
+                            "matrix in two parts")
     return {} if problems else found
 
 

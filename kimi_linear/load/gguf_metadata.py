@@ -10,11 +10,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from .. import config_kimi
 from ..config import Config
 from ..tokenizer import Tokenizer
 from ..tokenizer_json import JsonTokenizer
 from . import gguf_heads as order
 from . import gguf_kept as kept
+from . import gguf_scores as scores
 from . import gguf_tokenizer_json as by_merges
 from .byte_alphabet import spelled
 from .gguf_config import architecture_of, read_config, stored_form
@@ -53,7 +55,8 @@ def metadata_of(checkpoint, tokenizer: Tokenizer | None, stored: Mapping, name: 
     metadata = {"general.architecture": architecture, "general.type": "model", "general.name": name,
                 "general.quantization_version": QUANTIZATION_VERSION}
     content = text_content(checkpoint)
-    keys = config_keys(checkpoint.config) if architecture == "kimi-linear" else qwen_keys(checkpoint.config, content)
+    is_kimi = architecture.startswith("kimi-")
+    keys = config_keys(checkpoint.config) if is_kimi else qwen_keys(checkpoint.config, content)
     metadata |= {f"{architecture}.{key}": _single(value) for key, value in keys.items()}
     metadata |= _no_vocabulary(checkpoint.config) if tokenizer is None else vocabulary_keys(
         tokenizer, checkpoint.config.vocab_size)
@@ -62,7 +65,8 @@ def metadata_of(checkpoint, tokenizer: Tokenizer | None, stored: Mapping, name: 
         warnings.simplefilter("ignore")  # of keys that are not known: the folder's reader has warned
         metadata = _arrays(metadata)
         metadata |= _arrays(_kept(checkpoint, content, read_config(metadata, stored, where)[1]))
-        _check_config(checkpoint, content, *read_config(metadata, stored, where))
+        wanted = checkpoint.content if is_kimi else content
+        _check_config(checkpoint, wanted, *read_config(metadata, stored, where))
     if tokenizer is not None:
         _check_tokenizer(tokenizer, metadata)
     return metadata
@@ -81,7 +85,7 @@ def _single(value):
 
 
 def config_keys(c: Config) -> dict:
-    """Of Kimi-Linear: key below ``kimi-linear.`` -> value; an array is (kind, items).
+    """Of Kimi-Linear and Kimi K3: key below the architecture's name -> value; an array is (kind, items).
 
     Raises
     ------
@@ -109,7 +113,14 @@ def config_keys(c: Config) -> dict:
     if "kda" in kinds:
         keys |= {"ssm.conv_kernel": c.conv_width, "kda.head_dim": c.kda_head_dim}
         keys |= {} if c.gate_lower_bound is None else {"kda.gate_lower_bound": c.gate_lower_bound}
-    return keys | (_moe_keys(c) if True in sparse else {})
+    return keys | _k3_keys(c) | (_moe_keys(c) if True in sparse else {})
+
+
+def _k3_keys(c: Config) -> dict:
+    """Of the parts that only ``kimi-k3`` has, and that a key tells; that of experts is among theirs."""
+    keys = {"activation.situ_beta": c.situ_beta, "activation.situ_linear_beta": c.situ_linear_beta,
+            "attn_res.block_size": c.attn_res_block}
+    return {key: value for key, value in keys.items() if value}
 
 
 def _mla_keys(c: Config) -> dict:
@@ -128,11 +139,17 @@ def _moe_keys(c: Config) -> dict:
         "expert_weights_scale": c.routed_scale, "expert_weights_norm": c.renormalise,
         "expert_gating_func": _ROUTERS[c.router_function], "expert_group_used_count": c.top_groups,
     }
-    return keys | ({"expert_group_count": c.n_groups} if c.n_groups > 1 else {})
+    keys |= {"expert_group_count": c.n_groups} if c.n_groups > 1 else {}
+    return keys | ({"expert_latent_length": c.expert_latent} if c.expert_latent else {})
 
 
 def text_content(checkpoint) -> Mapping:
-    """config.json; of a model that sees, what it would be for its text model alone, which is all that is converted."""
+    """config.json; of a model that sees, what it would be for its text model alone, which is all that is converted.
+
+    Of Kimi K3 these are the keys of its text_config as they are; those around it are kept beside them.
+    """
+    if checkpoint.config.model_type in config_kimi.ARCHITECTURES:
+        return kept.taken_out(checkpoint.content)[0]
     inside = "text_config" in checkpoint.content
     return checkpoint.config.published().to_dict() if inside else checkpoint.content
 
@@ -192,6 +209,8 @@ def _sections(content: Mapping, n: int) -> list[int]:
 def _kept(checkpoint, content: Mapping, given: Mapping) -> dict:
     """Keys of our own (gguf_kept.py); `given` is what the others say of config.json's content."""
     found = kept.differences(given, content)
+    if (around := kept.taken_out(checkpoint.content)[1]) is not None:
+        found[kept.AROUND] = json.dumps(around, ensure_ascii=False)
     if checkpoint.generation_config:
         found[kept.GENERATION] = json.dumps(checkpoint.generation_config, ensure_ascii=False)
     found[kept.TYPES] = kept.dtypes_of(checkpoint.tensors)
@@ -204,18 +223,27 @@ def _kept(checkpoint, content: Mapping, given: Mapping) -> dict:
             a_logs = [a_log[order.tiled(checkpoint.config)] for a_log in a_logs]
         found[kept.RATES] = ("float32", np.concatenate(a_logs).astype(np.float32))
     norms = kept.kept_norms(checkpoint.tensors) if checkpoint.config.norm_plus_one else []
+    factors = scores.kept_scores(checkpoint.tensors)
+    found |= {scores.KEY: ("float32", np.concatenate(factors))} if factors else {}
     return found | ({kept.NORMS: ("float32", np.concatenate(norms))} if norms else {})
 
 
 def _check_config(checkpoint, wanted: Mapping, config: Config, content: Mapping) -> None:
     """Refuse a key that reading gives back as another: config and content are what it gives."""
-    lost = [key for key in {**wanted, **content} if key not in content or key not in wanted
-            or not kept.same(wanted[key], content[key])]
+    lost = _lost(wanted, content)
     if not lost:
         own = stored_form(checkpoint.config)
         lost = [key for key, value in vars(own).items() if value != getattr(config, key)]
     if lost:
         raise ValueError(f"config.json of {checkpoint.path}: a GGUF cannot keep {', '.join(lost)}")
+
+
+def _lost(wanted: Mapping, content: Mapping, path: str = "") -> list[str]:
+    """Keys that only one of the two has, or both with other values."""
+    text = "text_config"
+    inside = _lost(wanted[text], content[text], text + ".") if text in wanted and text in content else []
+    return inside + [path + key for key in {**wanted, **content} if (key != text or not inside)
+                     and (key not in content or key not in wanted or not kept.same(wanted[key], content[key]))]
 
 
 # ---- tokenizer -------------------------------------------------------------------------------------

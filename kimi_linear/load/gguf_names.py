@@ -8,12 +8,14 @@ The one place that says how the two differ (docs/gguf.md#names):
 - ``in_proj_qkvz`` is stored as ``attn_qkv``, no longer grouped by key heads, and ``attn_gate``; older files have it
   whole, as ``ssm_in``;
 - ``A_log`` is stored as its effect, -exp(A_log);
+- what scores residuals is stored as one vector (gguf_scores.py);
 - of the Qwen kinds norms hold 1 + w, and ``qwen35`` has its value heads in another order: that is the file's Config
   (gguf_config.py, `Architecture.form`), and tensors are as they lie.
 
-The engine takes kv_b_proj, in_proj_qkvz and A_log as they lie, by names of their own (csrc/model/weights.c):
+The engine takes kv_b_proj, in_proj_qkvz, A_log and scores as they lie, by names of their own (csrc/model/weights.c):
 ``self_attn.k_b_proj.weight`` [H, R, nope], ``self_attn.v_b_proj.weight`` [H, V, R];
-``linear_attn.in_proj_qkv.weight``, ``linear_attn.in_proj_z.weight``; ``self_attn.rate`` or ``linear_attn.rate`` [H].
+``linear_attn.in_proj_qkv.weight``, ``linear_attn.in_proj_z.weight``; ``self_attn.rate`` or ``linear_attn.rate`` [H];
+``self_attention_res.weight``, ``mlp_res.weight``, ``model.output_attn_res.weight`` [D].
 """
 
 import math
@@ -26,6 +28,7 @@ import numpy as np
 from ..config import Config
 from .gguf import BLOCK_TYPES, BlockView, place, stored_parts
 from .gguf_kept import rate_of
+from .gguf_scores import Score, ScoreNames, score_of
 from .mapped import MappedFile
 from .safetensors import WEIGHT_DTYPES, TensorView
 
@@ -62,6 +65,9 @@ _LAYER = {
     "mlp.down_proj.weight": "ffn_down.weight",
     "block_sparse_moe.gate.weight": "ffn_gate_inp.weight",
     "block_sparse_moe.gate.e_score_correction_bias": "exp_probs_b.bias",
+    "block_sparse_moe.routed_expert_down_proj.weight": "ffn_routed_down.weight",
+    "block_sparse_moe.routed_expert_norm.weight": "ffn_routed_norm.weight",
+    "block_sparse_moe.routed_expert_up_proj.weight": "ffn_routed_up.weight",
     "block_sparse_moe.shared_experts.gate_proj.weight": "ffn_gate_shexp.weight",
     "block_sparse_moe.shared_experts.up_proj.weight": "ffn_up_shexp.weight",
     "block_sparse_moe.shared_experts.down_proj.weight": "ffn_down_shexp.weight",
@@ -85,22 +91,26 @@ _LAYER = {
     "linear_attn.out_proj.weight": "ssm_out.weight",
 }
 #: The second norm of a layer, which llama.cpp names by architecture.
-_SECOND_NORM = {"kimi_linear": "ffn_norm.weight"}
+_SECOND_NORM = {"kimi_linear": "ffn_norm.weight", "kimi_k3": "ffn_norm.weight"}
 _POST_NORM = "post_attention_norm.weight"
 EXPERTS = {"w1": "ffn_gate_exps.weight", "w3": "ffn_up_exps.weight", "w2": "ffn_down_exps.weight",
            "gate_proj": "ffn_gate_exps.weight", "up_proj": "ffn_up_exps.weight", "down_proj": "ffn_down_exps.weight"}
 GATE_UP = "ffn_gate_up_exps.weight"  # the rows of gate, then those of up, of each expert
+#: The output gate, which is one projection, by the mixer of its layer.
+_OUTPUT_GATE = {"kda": "ssm_g.weight", "mla": "attn_gate.weight"}
 FUSED, K_B, V_B, GATE = "attn_qkv.weight", "attn_k_b.weight", "attn_v_b.weight", "attn_gate.weight"
 INERT = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
 #: What may stand in a tensor's place: of two that are there one is too many.
 _INSTEAD = {"attn_qkv": "ssm_in.weight", "attn_gate": "ssm_in.weight", "ffn_gate_exps": GATE_UP, "ffn_up_exps": GATE_UP,
-            "attn_q": FUSED, "attn_k": FUSED, "attn_v": FUSED}
+            "attn_q": FUSED, "attn_k": FUSED, "attn_v": FUSED, "ssm_g_a": "ssm_g.weight", "ssm_g_b": "ssm_g.weight"}
 _EXPERT = re.compile(r"(?:block_sparse_moe|mlp)\.experts\.(\d+)\.(\w+)\.weight")
 _QKV = re.compile(r"self_attn\.([qkv])_proj\.weight")
 
 
-def layer_name(config: Config, rest: str) -> str:
+def layer_name(config: Config, layer: int, rest: str) -> str:
     """The GGUF's name below ``blk.N.`` of a tensor below ``model.layers.N.`` that is stored as it is."""
+    if rest == "self_attn.g_proj.weight":
+        return _OUTPUT_GATE[config.layers[layer].mixer]
     if rest == "post_attention_layernorm.weight":
         return _SECOND_NORM.get(config.model_type, _POST_NORM)
     return _LAYER[rest]
@@ -243,7 +253,7 @@ class LogRate:
 
 
 def match(config: Config, tensors: Mapping[str, TensorView], problems: list[str], a_logs: Mapping | None = None,
-          blocks: int = 0):
+          blocks: int = 0, scores: Mapping | None = None):
     """The config's tensors among a file's.
 
     Parameters
@@ -257,15 +267,17 @@ def match(config: Config, tensors: Mapping[str, TensorView], problems: list[str]
         A_log by layer, of a file that keeps it beside the rates.
     blocks : int
         Blocks of the file; those behind the config's layers predict a second token, and are not read.
+    scores : mapping of str to (D,) float32, optional
+        Norms and projections by name, of a file that keeps them beside their products.
 
     Returns
     -------
-    found : dict of str to (TensorView, BlockView, SplitHeads, SplitInputs or LogRate)
+    found : dict of str to (TensorView, BlockView, SplitHeads, SplitInputs, LogRate or Score)
         By canonical names, in the config's order.
     skipped : tuple of str
         Tensors of the file that are not read.
     """
-    m = _Matcher(config, tensors, problems, a_logs or {})
+    m = _Matcher(config, tensors, problems, a_logs or {}, scores or {})
     found = {}
     for name, shape in m.shapes.items():
         tensor = m.tensor(name, shape)
@@ -298,8 +310,10 @@ def _block(name: str) -> int:
 class _Matcher:
     """Finds one tensor at a time, and remembers which of the file's were used."""
 
-    def __init__(self, config: Config, tensors: Mapping[str, TensorView], problems: list[str], a_logs: Mapping):
-        self.config, self.tensors, self.problems, self.a_logs = config, tensors, problems, a_logs
+    def __init__(self, config: Config, tensors: Mapping[str, TensorView], problems: list[str], a_logs: Mapping,
+                 scores: Mapping):
+        self.config, self.tensors, self.problems = config, tensors, problems
+        self.a_logs, self.scores = a_logs, scores
         self.used: set[str] = set()
         self.skipped: set[str] = set()
         self.told: set[str] = set()
@@ -308,6 +322,8 @@ class _Matcher:
     def tensor(self, name: str, shape: tuple[int, ...]):
         if name in MODEL:
             return self.whole(name, MODEL[name], shape)
+        if (score := score_of(name)) is not None:
+            return self.score(name, score, shape)
         _, _, layer, rest = name.split(".", 3)
         at = f"blk.{layer}."
         if (expert := expert_of(rest)) is not None:
@@ -319,7 +335,7 @@ class _Matcher:
         if (part := _QKV.fullmatch(rest)) and at + FUSED in self.tensors and (rows := self.rows_of_qkv(int(layer))):
             before, total = sum(rows["qkv"[i]] for i in range("qkv".index(part[1]))), sum(rows.values())
             return self.part(name, at + FUSED, before * shape[1], (total, shape[1]), shape)
-        view = self.whole(name, at + layer_name(self.config, rest), shape)
+        view = self.whole(name, at + layer_name(self.config, int(layer), rest), shape)
         return self.log_rate(name, view) if view is not None and rest.endswith(".A_log") else view
 
     def rows_of_qkv(self, layer: int) -> dict[str, int]:
@@ -394,6 +410,11 @@ class _Matcher:
         z = self.whole(name, at + GATE, (n_z, shape[1]))
         heads = (c.gdn_k_heads, c.gdn_v_heads, c.gdn_k_dim, c.gdn_v_dim)
         return SplitInputs(name, shape, qkv, z, heads) if qkv is not None and z is not None else None
+
+    def score(self, name: str, score: ScoreNames, shape: tuple[int, ...]) -> Score | None:
+        view = self.whole(score.taken, score.stored, shape[-1:])
+        kept = (self.scores[score.norm], self.scores[score.proj]) if score.norm in self.scores else None
+        return None if view is None else Score(name, shape, view, kept)
 
     def log_rate(self, name: str, view: TensorView) -> LogRate | None:
         tensor = LogRate(name, view.shape, view, self.a_logs.get(int(name.split(".")[2])))

@@ -11,10 +11,12 @@ import numpy as np
 
 from ..config import Config
 from . import gguf_heads as order
-from .gguf_config import stored_form
+from .gguf_config import architecture_of, stored_form
 from .gguf_kept import rate_of
 from .gguf_names import EXPERTS, FUSED, GATE, K_B, MODEL, V_B, expert_of, layer_name
+from .gguf_scores import product, score_of
 from .gguf_types import stays_float32
+from .packed import PackedMatrix
 from .safetensors import DTYPES, TensorView
 
 VALUES = 1 << 22  # of a part: 16 MiB in float32
@@ -51,6 +53,8 @@ def of_folder(config: Config, tensors: Mapping[str, TensorView]) -> list[Incomin
     for name, view in tensors.items():
         if name in MODEL:
             found = [_plus_one(MODEL[name], view) if _folded(config, name) else _whole(MODEL[name], view, view.shape)]
+        elif (score := score_of(name)) is not None:
+            found = [_score(score.stored, tensors[score.norm], tensors[score.proj])]
         else:
             _, _, layer, rest = name.split(".", 3)
             at = f"blk.{layer}."
@@ -59,7 +63,7 @@ def of_folder(config: Config, tensors: Mapping[str, TensorView]) -> list[Incomin
                 stacks.setdefault(stored, []).append(view)
                 made[stored] = None  # all of its experts are needed: below
                 continue
-            found = _of_layer(config, at, rest, view)
+            found = _of_layer(config, int(layer), rest, view)
         made |= {x.name: x for x in found}
     return [_stacked(name, stacks[name]) if name in stacks else x for name, x in made.items()]
 
@@ -74,20 +78,27 @@ def _whole(name: str, view: TensorView, shape: tuple[int, ...], fixed: str = "F3
     return Incoming(name, view.dtype, shape, fixed if kept else None, lambda: rows_of(view))
 
 
-def _of_layer(config: Config, at: str, rest: str, view: TensorView) -> list[Incoming]:
+def _score(name: str, norm: TensorView, proj: TensorView) -> Incoming:
+    """What scores residuals: one vector of the two."""
+    return Incoming(name, "F32", norm.shape, "F32", lambda: [product(norm.array(), proj.array())])
+
+
+def _of_layer(config: Config, layer: int, rest: str, view: TensorView) -> list[Incoming]:
     """What a tensor below ``model.layers.N.`` becomes."""
+    at = f"blk.{layer}."
     if rest == "self_attn.kv_b_proj.weight":
         return _heads(config, at, view)
     if rest == "linear_attn.in_proj_qkvz.weight":
         return [_moved(at + stored, view, ranges)
                 for stored, ranges in zip((FUSED, GATE), order.ungrouped(config))]
-    name = at + layer_name(config, rest)
+    name = at + layer_name(config, layer, rest)
     if rest.startswith("linear_attn."):
         return [_of_linear(config, name, rest, view)]
     if _folded(config, rest):
         return [_plus_one(name, view)]
     if rest == "self_attn.A_log":
-        return [Incoming(name, "F32", (1, 1, view.shape[0], 1), "F32", lambda: [-rate_of(view.array())])]
+        heads = view.shape if architecture_of(config).name == "kimi-k3" else (1, 1, view.shape[0], 1)
+        return [Incoming(name, "F32", heads, "F32", lambda: [-rate_of(view.array())])]
     if rest.endswith("conv1d.weight"):
         return [_whole(name, view, (1, view.shape[0], 1, view.shape[1]))]
     return [_whole(name, view, view.shape[1:] if rest == "mlp.shared_expert_gate.weight" else view.shape)]
@@ -147,20 +158,24 @@ def _heads(c: Config, at: str, view: TensorView) -> list[Incoming]:
             Incoming(at + V_B, view.dtype, (c.mla_heads, v, c.kv_rank), None, lambda: part(n, n + v, False))]
 
 
-def rows_of(view: TensorView) -> Iterator[TensorView]:
+def rows_of(view: TensorView | PackedMatrix) -> Iterator[TensorView | PackedMatrix]:
     """A tensor as [rows, columns], so many rows at a time as hold about VALUES values."""
     rows, cols = math.prod(view.shape[:-1]), view.shape[-1]
     step = max(1, VALUES // cols)
     for first in range(0, rows, step):
         n = min(step, rows - first)
+        if isinstance(view, PackedMatrix):
+            yield view.rows(first, n)
+            continue
         row_bytes = view.nbytes // rows
         yield replace(view, shape=(n, cols), offset=view.offset + first * row_bytes, nbytes=n * row_bytes)
 
 
-def encoded(part: TensorView | np.ndarray, dtype: str, cols: int) -> memoryview | np.ndarray:
+def encoded(part: TensorView | PackedMatrix | np.ndarray, dtype: str, cols: int) -> memoryview | np.ndarray:
     """The bytes of a part in a storage type, whose rows have `cols` values.
 
-    A view that is of this type already is not touched: its bytes are the file's.
+    A view that is of this type already is not touched: its bytes are the file's. Codes and scales of a matrix in two
+    parts go into blocks as they are.
 
     Raises
     ------
@@ -169,7 +184,9 @@ def encoded(part: TensorView | np.ndarray, dtype: str, cols: int) -> memoryview 
     """
     if isinstance(part, TensorView) and part.dtype == dtype:
         return memoryview(part.file.mapping)[part.offset : part.offset + part.nbytes]
-    values = part.array() if isinstance(part, TensorView) else part
+    if isinstance(part, PackedMatrix) and part.dtype == dtype:
+        return part.blocks().data.reshape(-1)
+    values = part if isinstance(part, np.ndarray) else part.array()
     if dtype in DTYPES:
         return cast(values, dtype).reshape(-1).view(np.uint8)
     from ..ops import quantize

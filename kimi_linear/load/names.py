@@ -8,7 +8,7 @@ import re
 _DENSE = re.compile(r"(model\.layers\.\d+)\.block_sparse_moe\.((?:gate|up|down)_proj\.weight)")
 _BASE_MODEL = re.compile(r"(?:embed_tokens|norm|output_attn_res(?:_norm|_proj)?|layers\.\d+)\.")
 _INSIDE = "model.language_model."  # of a model that sees
-_AROUND = "language_model."  # of another that does
+OF_K3 = "language_model."  # of another that does
 _SCORE = re.compile(r"(.*\.(?:self_attention_res|mlp_res|output_attn_res))\.(norm|proj)_weight")
 _INERT = re.compile(r"(?:.*\.)?rotary_emb\.(?:inv_freq|original_inv_freq)")
 _OTHER_PARTS = re.compile(r"(?:(?:language_model\.)?(?:model\.)?mtp|(?:model\.)?visual|vision_tower|vision_model|"
@@ -35,7 +35,7 @@ def canonical_name(name: str) -> str:
     ``block_sparse_moe.gate_proj`` where published files have ``mlp.gate_proj``; some files of Kimi K3 spell
     ``self_attention_res.norm_weight`` for ``self_attention_res_norm.weight``.
     """
-    name = name.removeprefix(_AROUND)
+    name = name.removeprefix(OF_K3)
     if name.startswith(_INSIDE):
         name = "model." + name.removeprefix(_INSIDE)
     elif _BASE_MODEL.match(name):

@@ -6,7 +6,7 @@ the same codes and scales: a block of 17 bytes is e, then column j in the low ha
 half. So one becomes the other bit for bit.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -50,6 +50,11 @@ class PackedMatrix:
         blocks[..., 1:] = columns[..., :COLUMNS // 2] | columns[..., COLUMNS // 2:] << 4
         return Quantized(blocks.reshape(rows, -1), self.dtype, self.shape)
 
+    def rows(self, first: int, n: int) -> "PackedMatrix":
+        """n of its rows, from `first` on."""
+        packed, scale = (_rows(view, first, n) for view in (self.packed, self.scale))
+        return replace(self, shape=(n, self.shape[1]), packed=packed, scale=scale)
+
     def digest_parts(self, n: int) -> list[bytes]:
         """As of a BlockView, of both parts."""
         from .gguf import stored_parts
@@ -61,6 +66,19 @@ class PackedMatrix:
         values = np.asarray(self.blocks())
         values.flags.writeable = False
         return values
+
+
+def _rows(view: TensorView, first: int, n: int) -> TensorView:
+    size = view.nbytes // view.shape[0]
+    return replace(view, shape=(n, *view.shape[1:]), offset=view.offset + first * size, nbytes=n * size)
+
+
+def halves(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``weight_packed`` and ``weight_scale`` of ggml's blocks [rows, bytes]: `PackedMatrix.blocks` undone."""
+    parts = blocks.reshape(len(blocks), -1, 1 + COLUMNS // 2)
+    codes = parts[..., 1:]
+    columns = np.concatenate([codes & 15, codes >> 4], axis=-1)
+    return (columns[..., ::2] | columns[..., 1::2] << 4).reshape(len(blocks), -1), parts[..., 0]
 
 
 def matrix_of(name: str) -> tuple[str, str] | None:

@@ -21,6 +21,7 @@ from harness import run
 with atheris.instrument_imports(include=["kimi_linear.load.gguf", "kimi_linear.load.gguf_config",
                                          "kimi_linear.load.gguf_config_qwen", "kimi_linear.load.gguf_keys",
                                          "kimi_linear.load.gguf_names", "kimi_linear.load.gguf_checkpoint",
+                                         "kimi_linear.load.gguf_scores",
                                          "kimi_linear.load.gguf_tokenizer", "kimi_linear.load.gguf_tokenizer_json",
                                          "kimi_linear.load.mapped"]):
     import kimi_linear as kl
