@@ -89,13 +89,13 @@ demo: build  ## the packaged model writes text and shows its cost and its errors
 	@$(PY) -m kimi_linear demo
 
 $(ORACLES)/.ready: pyproject.toml tools/requirements.py | $(VENV)/.runtime
-	@echo "venv: $(ORACLES), with torch and transformers (1 GiB; more where pip finds no CPU build)"
+	@echo "venv: $(ORACLES), with torch, transformers and mlx-lm (1.3 GiB; more where pip finds no CPU build)"
 	test -x $(ORACLES)/bin/python || $$(sh tools/setup-system.sh --python) -m venv $(ORACLES)
 	$(PY) tools/requirements.py oracles > $(ORACLES)/requirements.txt
 	$(ORACLES)/bin/python -m pip install -q --disable-pip-version-check -r $(ORACLES)/requirements.txt
 	touch $@
 
-oracles: $(ORACLES)/.ready build  ## compare live with torch and transformers, in an environment of their own
+oracles: $(ORACLES)/.ready build  ## compare live with torch, transformers and mlx-lm, in an environment of their own
 	@PYTHONPATH=$(CURDIR) $(ORACLES)/bin/python -m pytest tests/oracles $(ARGS)
 
 # llama.cpp has no build for a processor on PyPI: llama-cpp-python's is compiled here, with what this one has, or for

@@ -175,16 +175,17 @@ def _attention(function, keep):
     return recording
 
 
-def input_taps(path, get, config):
+def input_taps(path, get, config, inputs=INPUTS):
     """The tap that a module's first argument holds, by its path, as {tap: [T, ...]}; `get` gives the argument."""
     layer, _, rest = path.removeprefix("model.layers.").partition(".")
     if not layer.isdigit():
         return {}
     c, spec = config, config.layers[int(layer)]
-    tap = next((INPUTS[kind][rest] for kind in ("layer", spec.mixer, spec.ffn) if rest in INPUTS[kind]), None)
+    tap = next((inputs[kind][rest] for kind in ("layer", spec.mixer, spec.ffn) if rest in inputs[kind]), None)
     if tap is None:
         return {}
-    heads = {"kda.o": (c.kda_heads, c.kda_head_dim), "mla.o": (c.mla_heads, c.v_head_dim),
+    kda = c.kda_heads, c.kda_head_dim
+    heads = {"kda.o": kda, "kda.o_norm": kda, "mla.o": (c.mla_heads, c.v_head_dim),
              "gdn.o": (c.gdn_v_heads, c.gdn_v_dim), "attn.gated": (c.attn_heads, c.attn_head_dim)}
     x = get()
     return {f"layers.{layer}.{tap}": x.reshape(-1, *heads.get(tap, x.shape[-1:]))}

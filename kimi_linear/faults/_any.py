@@ -314,6 +314,13 @@ def without_sigmoids_below(least):
     return change
 
 
+def rounded_exponents(call):
+    """SwiGLU of which exp(-x) is 2^(x log2 e), the product rounded to float32: off by |x| u of itself."""
+    x = np.minimum(np.abs(call["gate"]), 88)
+    power = (x.astype(np.float32) * np.float32(np.log2(np.e))).astype(np.float64)
+    return call.run() * np.where(call["gate"] < 0, (1 + np.exp(x)) / (1 + np.exp2(power)), 1.0)
+
+
 def flushed(call):
     y = call.run()
     return np.where(np.abs(y) < 2.0**-126, 0.0, y) if ((y != 0) & (np.abs(y) < 2.0**-126)).any() else None
@@ -460,10 +467,11 @@ FAULTS = (
     Fault("sigmoid_flushed", "sigmoids below 2^-126 are 0", ("gated_rms_norm", "swiglu", "situ",
           "sigmoid_gate"), without_sigmoids_below(-126 * np.log(2)), use=CALL,
           source="processors that flush subnormals"),
+    Fault("exponent_rounded", "exp(x) as 2^(x log2 e), the product rounded to float32: |x| u of a small sigmoid",
+          ("swiglu",), rounded_exponents, use=CALL, source="MLX's CPU backend; many exponentials of two steps"),
     Fault("subnormals_flushed", "results below 2^-126 are 0", ("embedding", "linear", "rms_norm", "l2_norm",
           "gated_rms_norm", "attn_res", "sigmoid_gate", "swiglu", "situ", "softmax", "rope", "attention",
-          "latent_attention",
-          "decay_gate", "decay_cumsum", "route_weights", "moe"), flushed, use=CALL,
+          "latent_attention", "decay_gate", "decay_cumsum", "route_weights", "moe"), flushed, use=CALL,
           source="processors that flush subnormals"),
     Fault("bfloat16_result", "the result is rounded to bfloat16", ("*",), rounded(ml_dtypes.bfloat16),
           source="autocast; beta by a sigmoid in the model's type"),

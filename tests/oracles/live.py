@@ -43,26 +43,29 @@ def every_module_and_cache(case, length):
 def free_run(case):
     """Nothing given from outside: the same experts wherever float32 can tell them apart, then the same logits."""
     ids = tokens(case, 64, seed=1)
-    want = adapter.trace(theirs(case), ids)
-    logits, got = ours(case).forward(ids, taps="*")
+    same_experts_and_logits(ours(case), adapter.trace(theirs(case), ids), ids)
+
+
+def same_experts_and_logits(model, want, ids):
+    logits, got = model.forward(ids, taps="*")
     flipped = np.zeros(len(ids), bool)
     for i, chosen in experts(want).items():
         own = got[f"layers.{i}.moe.ids"]
         other = (own != chosen).any(axis=1) & ~np.logical_or.accumulate(flipped)   # what a flip does is not judged
         for at in np.flatnonzero(other):
-            assert gap(case, i, got[f"layers.{i}.moe.logits"][at], own[at], chosen[at]) < 1e-5, (i, at)
+            assert gap(model, i, got[f"layers.{i}.moe.logits"][at], own[at], chosen[at]) < 1e-5, (i, at)
         flipped |= other
     first = int(flipped.argmax()) if flipped.any() else len(ids)
     assert first > 0
     near(logits[:first], want["logits"][:first], "logits")
 
 
-def gap(case, layer, scores, own, chosen):
+def gap(model, layer, scores, own, chosen):
     """How near two choices of experts are, in the scores that choose: the experts, or the last group in and out."""
-    c = ours(case).config
+    c = model.config
     score = getattr(kl.reference, c.router_function)(scores)
     if c.router_bias:
-        bias = ours(case).weights[f"model.layers.{layer}.block_sparse_moe.gate.e_score_correction_bias"]
+        bias = model.weights[f"model.layers.{layer}.block_sparse_moe.gate.e_score_correction_bias"]
         score = score + bias.astype(np.float64)
     gaps = [abs(score[a] - score[b]) for a in set(own) - set(chosen) for b in set(chosen) - set(own)]
     if c.top_groups < c.n_groups:

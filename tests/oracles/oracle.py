@@ -40,6 +40,8 @@ SMALL = {
     "one-expert": dict(kda=[1, 3], full=[2], dense=0, heads=5, width=7, conv=3, mla=(1, 8, 1, 40, 8),
                        moe=(6, 1, 1, 1, 1, 16, 3.0, False), hidden=33),
     "all-dense": dict(kda=[1, 2], full=[3], dense=3, heads=2, width=65, conv=4, mla=(4, 16, 16, 16, 16), moe=MOE),
+    "plain-groups": dict(kda=[1, 3], full=[2], dense=1, heads=2, width=12, conv=3, mla=MLA,
+                         moe=(12, 3, 4, 2, 2, 20, 1.3, False), hidden=44),
     "tied": dict(kda=[1, 2], full=[3], dense=1, heads=2, width=24, conv=4, mla=MLA, moe=MOE, hidden=64),
 }
 QWEN = {"next": make_golden.Qwen3NextConfig, "dense": make_golden.Qwen3_5TextConfig,

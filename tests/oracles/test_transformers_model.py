@@ -30,11 +30,12 @@ def test_free_run(case):
 
 def test_a_flip_is_judged_by_its_gap():
     """Second against third of eight experts: their difference, near or far."""
-    bias = ours("kimi-a").weights["model.layers.1.block_sparse_moe.gate.e_score_correction_bias"].astype(np.float64)
+    model = ours("kimi-a")
+    bias = model.weights["model.layers.1.block_sparse_moe.gate.e_score_correction_bias"].astype(np.float64)
     wanted = np.array([0.5, 0.4, 0.4 - 2e-6, 0.2, 0.2, 0.2, 0.2, 0.2]) - bias
     scores = np.log(wanted / (1 - wanted))
-    assert abs(live.gap("kimi-a", 1, scores, [0, 1], [0, 2]) - 2e-6) < 1e-12
-    assert live.gap("kimi-a", 1, scores, [0, 1], [0, 3]) > 0.19
+    assert abs(live.gap(model, 1, scores, [0, 1], [0, 2]) - 2e-6) < 1e-12
+    assert live.gap(model, 1, scores, [0, 1], [0, 3]) > 0.19
 
 
 @pytest.mark.parametrize("case", KIMI_CASES)

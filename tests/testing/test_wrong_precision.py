@@ -53,6 +53,18 @@ def test_an_exponential_that_flushes_is_not_another_mistake(op, monkeypatch):
     assert not card and [says for says, _ in card.reasons] == ["sigmoids below 2^-126 are 0"], card
 
 
+def test_an_exponential_of_a_rounded_product_is_called_so(monkeypatch):
+    """2^(x log2 e), as MLX's CPU backend has it."""
+    def sigmoid(x):
+        y = F(1) / (F(1) + np.exp2(np.float64(np.abs(x) * F(np.log2(np.e)))).astype(F))
+        return np.where(x < 0, y, F(1) - y)
+
+    with_sigmoid(monkeypatch, sigmoid)
+    card = check_op("swiglu", planted_ops.swiglu, cases=["large", "negative"])
+    says = "exp(x) as 2^(x log2 e), the product rounded to float32: |x| u of a small sigmoid"
+    assert card.failing == ["large", "negative"] and [why for why, _ in card.reasons] == [says], card
+
+
 @pytest.mark.parametrize("op", ["swiglu", "sigmoid_gate", "gated_rms_norm", "short_conv", "moe", "route"])
 def test_an_exponential_of_18_bits_fails(op, monkeypatch):
     def sigmoid(x):
