@@ -17,7 +17,9 @@ A name that ends in .gguf is a GGUF file that llama.cpp runs, too; any other a H
     qwen3next      its widths with 8 layers (attention at 4 and 8) and 64 experts, of which 10 are used
     qwen3next-12   the same with 12 layers
     qwen35-0.8b    the text model of Qwen3.5-0.8B as published: dense, tied embeddings
-    qwen-small, qwen35-small, qwen35moe-small    four layers with rows as those of small
+    k3-2.8t        the text model of Kimi K3 as published
+    k3             its widths with 6 layers (MLA at 4; a snapshot each 2), 32 experts, of which 16 are used
+    k3-small, qwen-small, qwen35-small, qwen35moe-small    four layers with rows as those of small
 
 The values of a tensor depend on its name, shape, type and ``--seed`` alone. Matrices keep the size of their input,
 gates go from almost none to strong, so that a run meets no subnormals or infinities that a trained model would not.
@@ -82,6 +84,29 @@ SMALL = PUBLISHED | {
     "kv_lora_rank": 256, "num_experts": 8, "num_experts_per_token": 2, "moe_intermediate_size": 256,
     "bos_token_id": 768, "eos_token_id": 770, "pad_token_id": 1023,
 }
+K3_LAYERS = [*range(4, 93, 4), 93]
+K3 = PUBLISHED | {
+    "architectures": ["KimiK3ForConditionalGeneration"], "model_type": "kimi_k3", "hidden_size": 7168,
+    "num_hidden_layers": 93, "intermediate_size": 33792, "hidden_act": "situ", "activation_situ_beta": 4.0,
+    "activation_situ_linear_beta": 25.0, "attn_res_block_size": 12, "num_attention_heads": 96,
+    "num_key_value_heads": 96,
+    "linear_attn_config": {
+        "head_dim": 128, "num_heads": 96, "short_conv_kernel_size": 4, "gate_lower_bound": -5.0,
+        "use_full_rank_gate": True, "kda_layers": [i for i in range(1, 94) if i not in K3_LAYERS],
+        "full_attn_layers": K3_LAYERS,
+    },
+    "q_lora_rank": 1536, "mla_use_output_gate": True, "num_experts": 896, "num_experts_per_token": 16,
+    "num_shared_experts": 2, "moe_intermediate_size": 3072, "routed_expert_hidden_size": 3584,
+    "latent_moe_use_norm": True, "routed_scaling_factor": 1.0, "pad_token_id": 163839,
+}
+K3_SMALL = K3 | {name: SMALL[name] for name in (
+    "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "kv_lora_rank",
+    "num_experts", "num_experts_per_token", "moe_intermediate_size", "bos_token_id", "eos_token_id",
+    "pad_token_id")} | {
+    "num_hidden_layers": 4, "q_lora_rank": 256, "routed_expert_hidden_size": 256, "attn_res_block_size": 2,
+    "linear_attn_config": K3["linear_attn_config"] | {
+        "num_heads": 2, "kda_layers": [1, 2, 3], "full_attn_layers": [4]},
+}
 MINI = {"layers": 8, "experts": 32, "vocab": 32768}
 
 QWEN = {
@@ -113,6 +138,8 @@ SHAPES = {  # a config and changes of it
     "mini": (PUBLISHED, MINI), "full": (PUBLISHED, {}), "small": (SMALL, {}), "tiny": (TINY, {}),
     "qwen3next-80b": (QWEN3_NEXT, {}), "qwen3next": (QWEN3_NEXT, {"layers": 8, "experts": 64}),
     "qwen3next-12": (QWEN3_NEXT, {"layers": 12, "experts": 64}), "qwen35-0.8b": (QWEN35, {}),
+    "k3-2.8t": (K3, {}), "k3": (K3 | {"attn_res_block_size": 2}, {"layers": 6, "experts": 32, "vocab": 32768}),
+    "k3-small": (K3_SMALL, {}),
     "qwen-small": (QWEN3_NEXT | NARROW | EXPERTS, {}), "qwen35-small": (QWEN35 | NARROW, {}),
     "qwen35moe-small": (QWEN35_MOE | NARROW | EXPERTS, {}),
 }

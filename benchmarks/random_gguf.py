@@ -18,6 +18,7 @@ from random_blocks import TYPES, block_of, random_blocks, type_for
 from kimi_linear.load import gguf_metadata, gguf_write
 from kimi_linear.load.byte_alphabet import spelled
 from kimi_linear.load.gguf_config import architecture_of
+from kimi_linear.load.gguf_scores import score_of
 from kimi_linear.load.gguf_tensors import of_folder
 from kimi_linear.random_weights import random_tensor
 
@@ -47,6 +48,7 @@ class Words:
 
 WORDS = {
     "kimi-linear": Words("kimi-k2", KIMI, {"bos": 0, "eos": 1, "padding": 255}, ""),
+    "kimi-k3": Words("kimi-k2", KIMI, {"bos": 0, "eos": 1, "padding": 255}, ""),
     "qwen3next": Words("qwen2", QWEN, {"eos": 2, "padding": 0}),
     "qwen35": Words("qwen35", QWEN, {"eos": 2, "padding": 0}),
     "qwen35moe": Words("qwen35", QWEN, {"eos": 2, "padding": 0}),
@@ -87,11 +89,13 @@ def tensors_of(config):
     found = []
     for source, shape in config.weight_shapes().items():
         expert = source.rpartition(".experts.")[2].partition(".")[0] if ".experts." in source else ""
-        if expert in ("", "0"):
+        score = score_of(source)  # one vector of the file, of a norm and a projection
+        if expert in ("", "0") and not (score and source == score.norm):
+            parts = {name: Source(shape[-1:]) for name in score[:2]} if score else {source: Source(shape)}
             table = "embed_tokens" in source and not config.tie_embeddings  # it is no head, too
             std = 1.0 if table else GAIN / shape[-1]**0.5
             found += [Tensor(t.name, source, (config.n_experts, *shape) if expert else t.shape, std, t.fixed is None)
-                      for t in of_folder(config, {source: Source(shape)})]
+                      for t in of_folder(config, parts)]
     return found
 
 
@@ -164,7 +168,7 @@ def pieces(tensor, seed, pools):
 def metadata_of(config, name):
     """What `kl.convert` writes of a config, and a made-up tokenizer."""
     kind = architecture_of(config).name
-    keys = gguf_metadata.config_keys(config) if kind == "kimi-linear" else gguf_metadata.qwen_keys(config, {})
+    keys = gguf_metadata.config_keys(config) if kind.startswith("kimi") else gguf_metadata.qwen_keys(config, {})
     found = {"general.architecture": kind, "general.name": name,
              "general.quantization_version": gguf_metadata.QUANTIZATION_VERSION}
     found |= {f"{kind}.{key}": value for key, value in keys.items()} | tokenizer_keys(config, WORDS[kind])

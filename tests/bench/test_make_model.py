@@ -129,8 +129,8 @@ def test_metadata_and_vocabulary(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("type", random_blocks.TYPES)
-@pytest.mark.parametrize("shape", ["qwen-small", "qwen35-small", "qwen35moe-small"])
-def test_qwen_files_of_every_type_are_their_own_values(monkeypatch, tmp_path, shape, type):
+@pytest.mark.parametrize("shape", ["k3-small", "qwen-small", "qwen35-small", "qwen35moe-small"])
+def test_files_of_every_type_are_their_own_values(monkeypatch, tmp_path, shape, type):
     """Ours opens and runs them, and its logits are float64's on the values that gguf.quants reads."""
     path = tmp_path / "a.gguf"
     assert make(monkeypatch, path, "--shape", shape, "--type", type, "--layers", "4") == 0
@@ -138,8 +138,10 @@ def test_qwen_files_of_every_type_are_their_own_values(monkeypatch, tmp_path, sh
     raw = tensors_of(path)
     ids = np.random.default_rng(3).integers(0, 1024, 12)
     weights = {name: array_of(t) for name, t in checkpoint.tensors.items()}
+    in_layer = ("self_attn.o_proj.weight", "attn_output.weight") if shape == "k3-small" else (
+        "linear_attn.out_proj.weight", "ssm_out.weight")
     for name, stored in (("model.embed_tokens.weight", "token_embd.weight"),
-                         ("model.layers.1.linear_attn.out_proj.weight", "blk.1.ssm_out.weight")):
+                         tuple(at + x for at, x in zip(("model.layers.1.", "blk.1."), in_layer))):
         assert raw[stored].tensor_type.name == type and np.array_equal(weights[name], values(raw[stored])), name
     exact = reference_model.ReferenceModel(checkpoint.config, weights).forward(ids).logits
     logits = kl.Model.from_pretrained(path)(ids)
