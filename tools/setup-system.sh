@@ -58,7 +58,10 @@ look() {
         hipcc) have hipcc || { need hipcc "HIP's compiler for AMD GPUs" && need libamdhip64-dev "its runtime" &&
             need rocm-device-libs "its device libraries"; } ;;
         clang-19) have clang-19 || need clang-19 "the compiler for AMD GPUs that Debian's hipcc does not know" ;;
-        aarch64-linux-gnu-gcc) have "$tool" || need gcc-aarch64-linux-gnu "the cross compiler for aarch64" ;;
+        aarch64-linux-gnu-gcc)
+            have "$tool" || need gcc-aarch64-linux-gnu "the cross compiler for aarch64"
+            # which only recommends it
+            [ -e /usr/aarch64-linux-gnu/include/stdio.h ] || need libc6-dev-arm64-cross "the C library's headers for it" ;;
         qemu-aarch64) have "$tool" || need qemu-user "what runs programs of aarch64 here" ;;
         *) have "$tool" || need "$tool" "the command $tool" ;;
         esac
