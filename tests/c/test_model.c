@@ -169,6 +169,8 @@ static void test_reals_that_no_op_takes(kl_ctx *ctx)
           "gate_lower_bound is 5; it must be finite and < 0, or 0 for none" },
         { &c.delta.lower_bound, -INFINITY, "gate_lower_bound is -inf; it must be" },
         { &c.ffn.scale, NAN, "routed_scale is nan; it must be finite" },
+        { &c.ffn.situ.beta, -4, "situ_beta is -4; it must be finite and > 0, or 0 for swiglu" },
+        { &c.ffn.situ.linear_beta, NAN, "situ_linear_beta is nan; it must be" },
     };
     kl_model *model;
     for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++) {
@@ -199,6 +201,17 @@ static void test_numbers_out_of_range(kl_ctx *ctx)
     c.ffn.router = (kl_router)7;
     CHECK(kl_model_create(ctx, &model, &c, tensors, n_tensors, 0) == KL_ERR_ARG);
     CHECK(strstr(kl_ctx_error(ctx), "router is 7") != NULL);
+    c = config();
+    c.attn_res_block = -1;
+    CHECK(kl_model_create(ctx, &model, &c, tensors, n_tensors, 0) == KL_ERR_ARG);
+    CHECK(strstr(kl_ctx_error(ctx), "attn_res_block is -1; it must be 0 to") != NULL);
+    c.attn_res_block = 1; /* whose scores the tensors lack */
+    CHECK(kl_model_create(ctx, &model, &c, tensors, n_tensors, 0) == KL_ERR_FORMAT);
+    CHECK(strstr(kl_ctx_error(ctx), "output_attn_res_norm.weight is missing") != NULL);
+    c = config();
+    c.ffn.latent = -1;
+    CHECK(kl_model_create(ctx, &model, &c, tensors, n_tensors, 0) == KL_ERR_ARG);
+    CHECK(strstr(kl_ctx_error(ctx), "expert_latent is -1; it must be 0 to") != NULL);
     c = config();
     c.delta.Hk = c.delta.Hv = c.delta.K = c.delta.V = 1 << 20;
     CHECK(kl_model_create(ctx, &model, &c, tensors, n_tensors, 1) == KL_ERR_ARG);
