@@ -101,6 +101,9 @@ def _tensors(model, glob):
 def _facts(model, notes):
     c = model.config
     types = Counter()
+    if copied := sum(t.nbytes for t in model._tensors.values() if hasattr(t, "blocks")):
+        notes = [*notes, f"{human_bytes(copied)} of experts, whose codes and scales lie apart, are copied when the "
+                         "model is opened; those of a GGUF made of it are mapped"]
     for t in model._tensors.values():
         for part in getattr(t, "stored", {"": t}).values():
             types[stored_as(part)] += int(part.nbytes)
