@@ -121,7 +121,7 @@ _MLX = {
                       names="q=q k=k v=v scale=scale", forms=("[1, H, T, n]",), always={"mask": "causal"}),
     "swiglu": dict(source=MLX_LM + "mlx_lm/models/activations.py (swiglu)", names="gate=gate up=x"),
     "situ": dict(source=MLX_LM + "mlx_lm/models/kimi_k3.py (_situ)",
-                 names="gate=gate up=x beta=beta linear_beta=linear_beta"),
+                 names="gate=gate up=x beta=beta linear_beta=linear_beta", always={"linear_beta": None}),
     "softmax": dict(source=MLX + "python/mlx/nn/layers/activations.py (softmax)", names="x=x", always={"axis": -1},
                     notes=("mx.softmax itself takes its array by position alone",)),
     "attn_res": dict(source=MLX_LM + "mlx_lm/models/kimi_k3.py (_attn_res_combine)",

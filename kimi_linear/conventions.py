@@ -29,7 +29,7 @@ class Convention:
     names : mapping
         Our name of an argument to theirs, in their order; an argument that is not there cannot be passed.
     always : mapping
-        Arguments that every call gets besides.
+        Arguments that every call gets besides; one of `names` where the call has no value of its own for it.
     dtypes : str
         What they compute in and keep.
     notes : tuple of str

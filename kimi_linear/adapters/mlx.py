@@ -1,9 +1,9 @@
 """A Trace of a model that runs in mlx-lm: its modules' inputs and outputs under our tap names.
 
 Paths of its modules are those of transformers, so that `kimi_linear.golden` names them; what lies between modules is
-seen where a function is given it, or gives it back: the unit q and k, the delta rule, attention, the router. Not seen
-are log-decays, of which mlx-lm keeps exp(g) (a logarithm of that would have lost a weak gate's digits), the router's
-weights of Qwen3-Next, and its shared expert behind its gate.
+seen where a function is given it, or gives it back: the unit q and k, the delta rule, attention, the router, attention
+residuals. Not seen are log-decays, of which mlx-lm keeps exp(g) (a logarithm of that would have lost a weak gate's
+digits), the router's weights of Qwen3-Next, and its shared expert behind its gate.
 """
 
 import contextlib
@@ -20,9 +20,7 @@ from .transformers import INPUTS, input_taps
 
 __all__ = ["config_of", "trace"]
 
-KINDS = ("kimi_linear", "qwen3_next")
-#: As of transformers, where the norm behind the delta rule has the gate in it.
-MLX_INPUTS = INPUTS | {"kda": {"self_attn.o_norm": "kda.o", "self_attn.o_proj": "kda.o_norm"}}
+KINDS = ("kimi_linear", "qwen3_next", "kimi_k3")
 #: Modules whose output is no tap, though transformers' of that path is.
 OTHERWISE = {"kda": ("self_attn.o_norm",)}
 
@@ -36,6 +34,19 @@ def config_of(model):
     return Config.from_dict(dataclasses.asdict(model.args))
 
 
+def inputs_of(config):
+    """Taps that are a module's input, as transformers' table has them, for the modules of mlx-lm."""
+    moe = dict(INPUTS["moe"])
+    if config.expert_latent:
+        moe["mlp.routed_expert_norm" if config.expert_latent_norm else "mlp.routed_expert_up_proj"] = "moe.routed"
+    return INPUTS | {
+        "layer": {} if config.attn_res_block else INPUTS["layer"],      # the norm's input is a mixture there
+        "kda": {"self_attn.o_norm": "kda.o", "self_attn.o_proj": "kda.o_norm"},     # the gate is behind the norm
+        "mla": {"self_attn.o_proj": "mla.gated" if config.mla_gated else "mla.o"},
+        "moe": moe,
+    }
+
+
 def trace(model, tokens, taps="*", *, state=False):
     """Run one sequence through an mlx-lm model and keep its intermediates.
 
@@ -44,7 +55,7 @@ def trace(model, tokens, taps="*", *, state=False):
 
     Parameters
     ----------
-    model : mlx_lm.models.kimi_linear.Model or mlx_lm.models.qwen3_next.Model
+    model : mlx_lm.models.kimi_linear.Model, mlx_lm.models.qwen3_next.Model or mlx_lm.models.kimi_k3.Model
         Of any float type, quantised or not; arrays are kept as float32.
     tokens : (T,) integers
     taps : str or list of str
@@ -92,15 +103,20 @@ def _recorded(model, config, keep):
     """Hands on the taps of modules and functions while it lasts."""
     from mlx_lm.models import gated_delta
 
-    paths, inside = {id(module): path for path, module in model.named_modules()}, []
+    paths = {id(module): path.removeprefix("language_model.") for path, module in model.named_modules()}
+    inside, inputs = [], inputs_of(config)
     modeling = sys.modules[type(model).__module__]
     with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            if hasattr(module, "_decode_core"):         # one token on Metal: compiled, and nothing of it can be seen
+                _replace(stack, module, "_step", lambda _, module=module: module._decode_core)
         for kind in {type(module) for module in model.modules()}:
-            _replace(stack, kind, "__call__", lambda call: _module(call, paths, inside, config, keep))
+            _replace(stack, kind, "__call__", lambda call: _module(call, paths, inside, inputs, config, keep))
         for place, name, taps in ((modeling, "normalize_qk", _unit), (gated_delta, "gated_delta_ops", _delta_rule),
                                   (gated_delta, "gated_delta_kernel", _delta_rule),
                                   (modeling, "scaled_dot_product_attention", _attention),
-                                  (modeling, "_group_expert_select", _router)):
+                                  (modeling, "_group_expert_select", _router),
+                                  (modeling, "_attn_res_mix", _residuals(config))):
             if hasattr(place, name):
                 _replace(stack, place, name, lambda call, taps=taps: _function(call, taps, inside, config, keep))
         yield
@@ -112,7 +128,7 @@ def _replace(stack, place, name, wrapped):
     setattr(place, name, wrapped(real))
 
 
-def _module(call, paths, inside, config, keep):
+def _module(call, paths, inside, inputs, config, keep):
     def recording(module, *args, **options):
         path = paths.get(id(module))
         if path is None:                                        # of another model
@@ -122,8 +138,8 @@ def _module(call, paths, inside, config, keep):
             result = call(module, *args, **options)
         finally:
             inside.pop()
-        keep(input_taps(path, lambda: _numpy(args[0])[0], config, MLX_INPUTS), f"the input of {path}")
-        keep(_output_taps(path, args, result, config), path)
+        keep(input_taps(path, lambda: _numpy(args[0])[0], config, inputs), f"the input of {path}")
+        keep(_output_taps(path, args, result[0] if isinstance(result, tuple) else result, config), path)
         return result
 
     return recording
@@ -135,6 +151,11 @@ def _output_taps(path, args, result, config):
         return {f"layers.{layer}.moe.logits": _numpy(result)[0]}
     if rest == "mlp.switch_mlp":
         return golden.to_taps({f"model.layers.{layer}.mlp.gate/ids": _numpy(args[1])}, config)
+    if rest == "self_attn.qkv_proj":
+        parts = np.split(_numpy(result)[0], 3, axis=-1)
+        return {f"layers.{layer}.kda.{name}_proj": x for name, x in zip("qkv", parts)}
+    if rest == "self_attn.unembed_out":                         # values; of a single token, what attention gives
+        return _heads({"o": result}, f"layers.{layer}.mla.") if result.shape[2] == 1 else {}
     if layer.isdigit() and rest in OTHERWISE.get(config.layers[int(layer)].mixer, ()):
         return {}
     name = path.replace("self_attn.f_", "self_attn.forget_gate.f_")
@@ -144,7 +165,7 @@ def _output_taps(path, args, result, config):
 def _function(call, taps, inside, config, keep):
     def recording(*args, **options):
         result = call(*args, **options)
-        layer = int(inside[-1].split(".")[2])
+        layer = int(inside[-1].split(".")[2]) if "." in inside[-1] else None            # behind them all
         keep(taps(args, result, layer, config), f"a function of {inside[-1]}")
         return result
 
@@ -165,11 +186,30 @@ def _delta_rule(args, result, layer, config):
 
 
 def _attention(args, result, layer, config):
-    """[1, H, T, n] there. Of MLA q and k are parts of ours, and o is the input of a module."""
-    if config.layers[layer].mixer != "attn":
-        return {}
-    return {f"layers.{layer}.attn.{name}": _numpy(x)[0].swapaxes(0, 1)
-            for name, x in zip("qko", (*args[:2], result))}
+    """Of MLA q and k are parts of ours, and the result of a single token is a latent still."""
+    if config.layers[layer].mixer == "attn":
+        return _heads({"q": args[0], "k": args[1], "o": result}, f"layers.{layer}.attn.")
+    return _heads({"o": result}, f"layers.{layer}.mla.") if result.shape[2] > 1 else {}
+
+
+def _heads(arrays, at):
+    """Taps of arrays [1, H, T, n]."""
+    return {at + name: _numpy(x)[0].swapaxes(0, 1) for name, x in arrays.items()}
+
+
+def _residuals(config):
+    """The mixtures in the order of their calls, and what is added up before a layer's second one."""
+    names = iter([f"layers.{i}.{name}" for i in range(config.n_layers) for name in ("attn_res", "ffn_res")]
+                 + ["output_res"])
+
+    def taps(args, result, layer, config):
+        name = next(names)
+        found = {name: _numpy(result)[0]}
+        if name.endswith("ffn_res") and layer % config.attn_res_block:         # in a block's first, the mixer's result
+            found[f"layers.{layer}.mid"] = _numpy(args[1])[0]
+        return found
+
+    return taps
 
 
 def _router(args, result, layer, config):

@@ -185,7 +185,8 @@ def input_taps(path, get, config, inputs=INPUTS):
     if tap is None:
         return {}
     kda = c.kda_heads, c.kda_head_dim
-    heads = {"kda.o": kda, "kda.o_norm": kda, "mla.o": (c.mla_heads, c.v_head_dim),
+    latents = c.mla_heads, c.v_head_dim
+    heads = {"kda.o": kda, "kda.o_norm": kda, "mla.o": latents, "mla.gated": latents,
              "gdn.o": (c.gdn_v_heads, c.gdn_v_dim), "attn.gated": (c.attn_heads, c.attn_head_dim)}
     x = get()
     return {f"layers.{layer}.{tap}": x.reshape(-1, *heads.get(tap, x.shape[-1:]))}

@@ -270,7 +270,7 @@ def _plan(the_op, results, forms, how, x):
                     raise WrongResult(f"the results have the shapes {shapes}, which cannot be read: {error}") from None
         return tuple(found[n] for n in results)
 
-    return Plan(arguments | dict(how.always), exact, read)
+    return Plan(dict(how.always) | arguments, exact, read)
 
 
 # ---- what is tried ---------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import K3_CASES
 
 import kimi_linear as kl
 from kimi_linear.adapters import mlx as adapter
@@ -16,12 +17,14 @@ B, T = 1, 7
 
 
 def args_of(config):
-    """A dataclass with the keys of a config as fields, as mlx-lm's ModelArgs."""
+    """A dataclass with the keys of a config as fields, as mlx-lm's ModelArgs; in it another of K3's text_config."""
     d = config.to_dict()
+    if "text_config" in d:
+        d["text_config"] = make_dataclass("TextArgs", list(d["text_config"]))(**d["text_config"])
     return make_dataclass("ModelArgs", list(d))(**d)
 
 
-@pytest.fixture(params=["tiny", "qwen-a"])
+@pytest.fixture(params=["tiny", "qwen-a", *K3_CASES])
 def model(request, golden_dir, monkeypatch):
     monkeypatch.setattr(adapter, "_numpy", np.asarray)
     return kl.Model.tiny() if request.param == "tiny" else kl.Model.from_pretrained(golden_dir / request.param)
@@ -74,15 +77,72 @@ def test_what_functions_are_given(model, rng):
 def test_attention_and_router(model, rng):
     c, want = model.config, model.trace(rng.integers(3, 300, T))
     i = next(i for i, spec in enumerate(c.layers) if spec.mixer in ("mla", "attn"))
-    q = rng.standard_normal((B, c.attn_heads or 4, T, c.attn_head_dim or 8)).astype(np.float32)
+    q = rng.standard_normal((B, c.attn_heads or c.mla_heads, T, c.attn_head_dim or c.v_head_dim)).astype(np.float32)
     k = q[:, :c.attn_kv_heads or 4]
     got = adapter._attention((q, k, k), q, i, c)
-    assert set(got) == ({f"layers.{i}.attn.{n}" for n in "qko"} if c.layers[i].mixer == "attn" else set())
+    parts = "qko" if c.layers[i].mixer == "attn" else "o"
+    assert set(got) == {f"layers.{i}.{c.layers[i].mixer}.{n}" for n in parts}
     assert all(x.shape == want[name].shape for name, x in got.items())
     ids = np.array([[[5, 1], [0, 7]]])
-    got = adapter._router((None,), (ids, ids / 10), 1, c)
-    assert got["layers.1.moe.ids"].tolist() == [[1, 5], [0, 7]] and got["layers.1.moe.ids"].dtype == np.int32
-    assert got["layers.1.moe.weights"].tolist() == [[0.1, 0.5], [0, 0.7]]
+    last = c.n_layers - 1
+    got = adapter._router((None,), (ids, ids / 10), last, c)
+    chosen, weights = got[f"layers.{last}.moe.ids"], got[f"layers.{last}.moe.weights"]
+    assert chosen.tolist() == [[1, 5], [0, 7]] and chosen.dtype == np.int32
+    assert weights.tolist() == [[0.1, 0.5], [0, 0.7]]
+
+
+def test_latent_attention_of_a_single_token(golden_dir, monkeypatch, rng):
+    """Its result is a latent, and that of `unembed_out` the tap; of more tokens the latter has the values."""
+    monkeypatch.setattr(adapter, "_numpy", np.asarray)
+    c = kl.Model.from_pretrained(golden_dir / "k3-a").config
+    x = rng.standard_normal((B, c.mla_heads, T, c.v_head_dim))
+    assert adapter._attention((x, x, x), x[:, :, :1], 2, c) == {}
+    path = "model.layers.2.self_attn.unembed_out"
+    assert adapter._output_taps(path, (), x, c) == {}
+    got = adapter._output_taps(path, (), x[:, :, :1], c)
+    assert set(got) == {"layers.2.mla.o"} and np.array_equal(got["layers.2.mla.o"][0], x[0, :, 0])
+
+
+def test_joint_projection(golden_dir, monkeypatch):
+    """Of KDA in K3: q, k and v side by side."""
+    monkeypatch.setattr(adapter, "_numpy", np.asarray)
+    c = kl.Model.from_pretrained(golden_dir / "k3-a").config
+    n = c.kda_heads * c.kda_head_dim
+    x = np.arange(T * 3 * n).reshape(B, T, 3 * n)
+    got = adapter._output_taps("model.layers.1.self_attn.qkv_proj", (), x, c)
+    assert {name: (y.shape, y[0, 0]) for name, y in got.items()} == {
+        f"layers.1.kda.{part}_proj": ((T, n), j * n) for j, part in enumerate("qkv")}
+
+
+def test_attention_residuals(golden_dir, monkeypatch):
+    """Mixtures by the order of calls, and what the second of a layer is given; a block's first has no sum yet."""
+    monkeypatch.setattr(adapter, "_numpy", np.asarray)
+    model = kl.Model.from_pretrained(golden_dir / "k3-a")
+    c, taps, found = model.config, adapter._residuals(model.config), {}
+    for call, i in enumerate([*np.repeat(range(c.n_layers), 2), None]):
+        found |= taps((None, np.array([[-call]])), np.array([[call]]), i, c)
+    assert set(found) == {n for n in model.taps if n.endswith(("_res", ".mid"))}
+    assert found["layers.1.attn_res"] == 2 and found["layers.1.ffn_res"] == 3 and found["layers.1.mid"] == -3
+    assert found["output_res"] == 2 * c.n_layers
+
+
+@pytest.mark.parametrize("case, taps", [
+    ("k3-a", {"layers.2.self_attn.o_proj": "mla.gated", "layers.1.mlp.routed_expert_norm": "moe.routed",
+              "layers.1.mlp.routed_expert_up_proj": None, "layers.1.post_attention_layernorm": None}),
+    ("k3-b", {"layers.0.self_attn.o_proj": "mla.o", "layers.2.mlp.routed_expert_up_proj": "moe.routed",
+              "layers.2.post_attention_layernorm": "mid"}),
+])
+def test_inputs_of_modules(golden_dir, case, taps):
+    """Which tap they are goes by the config."""
+    model = kl.Model.from_pretrained(golden_dir / case)
+    want = model.trace([5, 6, 7])
+    for path, tap in taps.items():
+        layer = ".".join(path.split(".")[:2])
+        x = want[f"{layer}.{tap}"] if tap else np.zeros((3, 1))
+        got = adapter.input_taps("model." + path, lambda x=x: x.reshape(3, -1), model.config,
+                                 adapter.inputs_of(model.config))
+        assert set(got) == ({f"{layer}.{tap}"} if tap else set())
+        assert all(y.shape == x.shape and np.array_equal(y, x) for y in got.values())
 
 
 def test_caches(model, rng):
@@ -93,7 +153,8 @@ def test_caches(model, rng):
     for i, spec in enumerate(c.layers):
         if spec.mixer in ("kda", "gdn"):
             parts = [state[f"layers.{i}.{spec.mixer}.{s}_history"][None] for s in "qkv"]
-            held = parts if spec.mixer == "kda" else [np.concatenate(parts, axis=-1)]
+            apart = c.model_type == "kimi_linear"
+            held = parts if apart else [np.concatenate(parts, axis=-1)]
             last = state[f"layers.{i}.{spec.mixer}.state"].swapaxes(-1, -2)[None]
             cache = SimpleNamespace(cache=[*held, last])
         else:                                               # with room for more tokens
