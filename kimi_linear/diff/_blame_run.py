@@ -13,6 +13,7 @@ from .._arrays import as_array
 from ..faults import Scene, Site
 from ..faults.site import CARRIED
 from . import _calls, metrics
+from ._causes import by_one_cause
 from ._narrow import Jittered, Narrow
 from ._noise import ATTENDS, draws_of, long_sums
 from ._opened import open_array, open_ids
@@ -159,7 +160,7 @@ class Run:
         values = ChainMap(local, self.values)
         if unit:
             values = Jittered(values, unit, draw, self.narrow.of(node))
-        return Site.of(node, values, self.weights, self.scene)
+        return Site.of(node, values, self.weights, self.scene, self.nodes)
 
     def states(self, node, unit=0.0):
         """The state of each sequence behind the last call, from their values of the op's inputs."""
@@ -190,7 +191,7 @@ class Run:
                 rows.append(self._judge(tap, group, details))
             rows = self._as_narrow(rows, details)
             level, self.starts = self._level(rows), [self.of_first(n) for n in STARTS if self.scene.T > 2 * n]
-            rows = [self._explained(r, details, level) for r in self._visible(rows, level)]
+            rows = by_one_cause([self._explained(r, details, level) for r in self._visible(rows, level)])
             rows += self._judge_last_logits(level)
             rows += self._judge_states(level, {tap for r in rows if not r.ok for tap in r.group})
         rows = [self._with_weights(r) for r in rows]
@@ -537,4 +538,4 @@ def _named(row, found, alike):
     if len(values) == 1 or not all(isinstance(x, float) for value in values for x in value):
         values = []
     return replace(row, kind=fault.name, fault=fault, choice=() if values else choice, left=left, also=also,
-                   where=where, alike=tuple(values))
+                   where=where, alike=tuple(values), explained=tuple(f[1:4] for f in (found[0], *as_well)))

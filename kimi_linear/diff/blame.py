@@ -72,6 +72,8 @@ class Judged:
         What is known of its weights: which differs, that they are the same, or which to compare.
     of_token : (rows,) array or None
         Error over noise of each token of all calls, sequence by sequence.
+    explained : tuple of (Fault, choice, tap)
+        All that explain it, and where, what is named first.
     """
 
     tap: str
@@ -89,6 +91,7 @@ class Judged:
     weight: str = ""
     alike: tuple = ()
     of_token: np.ndarray | None = field(default=None, repr=False, compare=False)
+    explained: tuple = field(default=(), repr=False, compare=False)
 
     @property
     def ok(self) -> bool:

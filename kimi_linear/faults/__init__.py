@@ -19,7 +19,7 @@ import numpy as np
 from .. import dataflow
 from .._names import Named, near
 from ..trace import Trace
-from . import _any, _attention, _inputs, _kda, _mla, _moe, _pieces, _residuals
+from . import _any, _attention, _depth, _inputs, _kda, _mla, _moe, _pieces, _residuals
 from ._fault import (
     BOTH,
     CALL,
@@ -45,7 +45,8 @@ __all__ = [
     "SPLIT", "STRONG", "TIES", "WHOLE", "Call", "Fault", "Scene", "Site", "at", "by_name", "for_op", "mistakes", "run",
 ]
 
-_ALL = tuple(f for part in (_kda, _mla, _attention, _residuals, _pieces, _moe, _any, _inputs) for f in part.FAULTS)
+_PARTS = _kda, _mla, _attention, _residuals, _depth, _pieces, _moe, _any, _inputs
+_ALL = tuple(f for part in _PARTS for f in part.FAULTS)
 
 #: Every fault that is planted in a model, by name.
 CATALOGUE: dict[str, Fault] = Named("a fault of the catalogue", {f.name: f for f in _ALL if f.use != CALL})
@@ -114,10 +115,11 @@ def run(model, tokens, *, plant: Mapping[str, object] | None = None, positions: 
     values = {dataflow.TOKENS: scene.lay(ids), dataflow.POSITIONS: scene.positions()}
     plant = dict(plant or {})
     with np.errstate(all="ignore"):
-        for node in dataflow.nodes(model.config):
+        table = dataflow.table(model.config)
+        for node in table.values():
             if node.op == "cache_append":
                 continue
-            site = Site.of(node, values, model.weights, scene)
+            site = Site.of(node, values, model.weights, scene, table)
             y = _planted(plant.pop(node.tap), site) if node.tap in plant else site.shaped(site.run())
             values[node.tap] = y if after is None else after(node.tap, y)
     if plant:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -149,6 +148,11 @@ def situ_gated(factor):
     return lambda call: factor(call["gate"], call["beta"]) * bounded(call["up"], call["linear_beta"])
 
 
+def of_unbounded_gate(call):
+    """SiLU for the gate's factor; None where up is not bounded either, for that is SwiGLU."""
+    return None if call["linear_beta"] is None else situ_gated(lambda x, beta: reference.silu(x))(call)
+
+
 def situ_upped(factor):
     """SiTU with ``factor(up, linear_beta)`` for that of up, which is there where up is bounded."""
     def function(call):
@@ -277,16 +281,15 @@ def half_of_all(site: Site):
 
 def of_layer(site: Site, by: int):
     """The weights of the layer before or behind."""
-    names = {a: re.sub(r"layers\.(\d+)\.", lambda m: f"layers.{int(m[1]) + by}.", w.name)
-             for a, w in site.node.weights.items()}
+    def moved(name):
+        return re.sub(r"layers\.(\d+)\.", lambda m: f"layers.{int(m[1]) + by}.", name)
+
+    weights = {a: w._replace(name=moved(w.name), other=moved(w.other)) for a, w in site.node.weights.items()}
     for a, w in site.node.weights.items():
-        first, other = (name.format(0) for name in (w.name, names[a]))
+        first, other = (name.format(0) for name in (w.name, weights[a].name))
         if other == first or other not in site.weights or site.weights[other].shape != site.weights[first].shape:
             return None
-    if not names or site.node.op == "route_weights":
-        return None
-    weights = {a: w._replace(name=names[a]) for a, w in site.node.weights.items()}
-    return Site.of(replace(site.node, weights=weights), site.values, site.weights, site.scene).run()
+    return site.with_weights(**weights) if weights and site.node.op != "route_weights" else None
 
 
 def rounded(dtype):
@@ -377,8 +380,9 @@ FAULTS = (
     Fault("norm_over_token", "one norm for a token, over all heads", ("rms_norm",), norm_of_row, use=CALL,
           source="norms of q and k, put before the split into heads"),
     Fault("norm_of_weighted", "the weight is on x before the norm", NORMS, norm_of_weighted, use=CALL),
-    Fault("residual_missing", "the stream before the block is not added", ("add",), lambda s: s["b"]),
-    Fault("block_missing", "the block's output is not added", ("add",), lambda s: s["a"]),
+    Fault("residual_missing", "the stream before the block is not added", ("add",), lambda s: s["b"],
+          taps=("mid", "out")),
+    Fault("block_missing", "the block's output is not added", ("add",), lambda s: s["a"], taps=("mid", "out")),
     Fault("embedding_scaled", "the embedding is scaled by the root of the width", ("embedding",),
           lambda s: s.run() * np.shape(s.args["table"])[1] ** 0.5, source="Gemma does so"),
     Fault("embedding_off_by_one", "the row of the id before, or behind", ("embedding",), moved_ids, use=CALL,
@@ -412,30 +416,29 @@ FAULTS = (
     Fault("swiglu_bilinear", "no activation: gate up", SWIGLU, activated(lambda x: x), use=CALL),
     Fault("swiglu_clamped", "inputs are clamped", SWIGLU, clamped_inputs, use=CALL, choices=((7.0,), (10.0,)),
           each="inputs are clamped at {:g}", source="gpt-oss clamps at 7"),
-    Fault("situ_sigmoid_of_other", "the sigmoid takes something else, not gate", SITU, other_sigmoid, use=CALL,
+    Fault("situ_sigmoid_of_other", "the sigmoid takes something else, not gate", SITU, other_sigmoid,
           choices=tuple((of,) for of in OF_SIGMOID), each="the sigmoid takes {}, not gate", source=K3_CODE),
-    Fault("situ_tanh_other", "another form of beta tanh(gate / beta)", SITU, other_tanh, use=CALL,
+    Fault("situ_tanh_other", "another form of beta tanh(gate / beta)", SITU, other_tanh,
           choices=tuple((form,) for form in TANH), each="{} of gate in place of beta tanh(gate / beta)",
           source=K3_CODE),
-    Fault("situ_up_tanh_other", "another form of linear_beta tanh(up / linear_beta)", SITU, other_tanh_of_up, use=CALL,
+    Fault("situ_up_tanh_other", "another form of linear_beta tanh(up / linear_beta)", SITU, other_tanh_of_up,
           choices=tuple((form,) for form in TANH),
           each="{} of up in place of beta tanh(up / beta), of linear_beta", source=K3_CODE),
-    Fault("situ_silu", "gate is not bounded: SiLU(gate)", SITU, situ_gated(lambda x, beta: reference.silu(x)),
-          use=CALL),
+    Fault("situ_silu", "gate is not bounded: SiLU(gate)", SITU, of_unbounded_gate),
     Fault("situ_swish", "gate sigmoid(beta gate): Swish with a beta", SITU,
-          situ_gated(lambda x, beta: x * reference.sigmoid(beta * x)), use=CALL,
+          situ_gated(lambda x, beta: x * reference.sigmoid(beta * x)),
           source="transformers: a docstring of Kimi K3's config; its code has SiTU"),
-    Fault("situ_up_unbounded", "up is not bounded", SITU, situ_upped(lambda up, beta: up), use=CALL,
+    Fault("situ_up_unbounded", "up is not bounded", SITU, situ_upped(lambda up, beta: up),
           source="SwiGLU's up is not"),
-    Fault("situ_of_swiglu", "SwiGLU, without a bound", SITU, lambda s: reference.swiglu(s["gate"], s["up"]), use=CALL,
+    Fault("situ_of_swiglu", "SwiGLU, without a bound", SITU, lambda s: reference.swiglu(s["gate"], s["up"]),
           source="Kimi-Linear has SwiGLU"),
-    Fault("situ_sigmoid_missing", "the sigmoid is left out", SITU, situ_gated(bounded), use=CALL),
+    Fault("situ_sigmoid_missing", "the sigmoid is left out", SITU, situ_gated(bounded)),
     Fault("situ_tanh_missing", "tanh is left out: sigmoid(gate) alone", SITU,
-          situ_gated(lambda x, beta: reference.sigmoid(x)), use=CALL),
-    Fault("situ_halves_swapped", "gate and up are swapped", SITU, lambda s: s.run(gate=s["up"], up=s["gate"]), use=CALL,
+          situ_gated(lambda x, beta: reference.sigmoid(x))),
+    Fault("situ_halves_swapped", "gate and up are swapped", SITU, lambda s: s.run(gate=s["up"], up=s["gate"]),
           source="fused gate_up tensors differ in their order"),
-    Fault("situ_betas_swapped", "beta and linear_beta are swapped", SITU, swapped_betas, use=CALL),
-    Fault("situ_up_by_beta", "up is bounded by beta, not by linear_beta", SITU, bounded_by_beta, use=CALL),
+    Fault("situ_betas_swapped", "beta and linear_beta are swapped", SITU, swapped_betas),
+    Fault("situ_up_by_beta", "up is bounded by beta, not by linear_beta", SITU, bounded_by_beta),
     Fault("situ_tanh_overflow", "tanh as (e^2x - 1) / (e^2x + 1): infinity over infinity past 44", SITU,
           overflowing_tanh, use=CALL),
     Fault("softmax_from_zero", "the largest is sought from 0 on, not from -inf: far below it all is 0 / 0", SOFTMAX,

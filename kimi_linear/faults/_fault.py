@@ -73,6 +73,9 @@ class Fault:
         Whether a row of its result depends on rows behind it.
     of_call : bool
         Whether its choice is a place, "call 2" or "call 2, sequence 1": of a run `blame` tries where its error begins.
+    wired : bool
+        Whether it is of how ops are connected, and shows at several of them: where it explains more of these than other
+        faults that explain one do, `blame` names it.
     rare : bool
         Tried by `blame` where none of the others explains a result, and by `check_op` with no other at once.
     """
@@ -92,6 +95,7 @@ class Fault:
     looks_ahead: bool = False
     of_call: bool = False
     rare: bool = False
+    wired: bool = False
 
     def says(self, choice: tuple = ()) -> str:
         """The text of one choice."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from ._any import of_whole
@@ -14,6 +12,9 @@ from .site import Site
 PAIRS = {"qk", "kv", "vq", "vz", "ba"}
 #: Of these a gated delta net's: in a joint matrix the rows of the second lie behind those of the first.
 JOINT = {"qk", "vz", "ba"}
+
+#: What a projection may read in place of its norm, where it is as wide.
+PLACES = ("before its norm", "attn_norm", "ffn_norm", "moe.latent", "mla.o")
 
 
 def query_and_gate_in_turn(site: Site):
@@ -58,12 +59,26 @@ def _rows(site):
     return index if weight.view is None else weight.view(index)
 
 
+def at_other_place(site: Site, place: str):
+    """A projection of another tap of its layer than the norm that it is of."""
+    tap = site.node.tap.split(".")
+    here, there = site.node.inputs["x"], ".".join([*tap[:2], place])
+    norm = site.table.get(here)
+    if norm is None or norm.op != "rms_norm" or there == here:
+        return None
+    if place == "before its norm":
+        there = norm.inputs["x"]
+    if there not in site.values or np.prod(site.table[there].shape) != np.prod(norm.shape):
+        return None
+    return site.run(x=site.tap(there).reshape(site["x"].shape))
+
+
 def norm_of_other(site: Site):
     """The norm of the keys for the queries, or the reverse."""
     w = site.node.weights["w"]
     a, b = ("q_norm", "k_norm") if "q_norm" in w.name else ("k_norm", "q_norm")
     weights = {"w": w._replace(name=w.name.replace(a, b))}
-    return Site.of(replace(site.node, weights=weights), site.values, site.weights, site.scene).run()
+    return site.with_weights(**weights)
 
 
 FAULTS = (
@@ -74,6 +89,10 @@ FAULTS = (
           taps=("kda.[qkv]_proj", "gdn.[qkv]_proj", "gdn.[zab]", "attn.k_proj", "attn.v"),
           choices=tuple((x,) for x in "qkvzba"), each="it is made with the rows of {}", use=RUN,
           source="fused projections differ in their order: b before a, z before v"),
+    Fault("input_of_other_place", "a projection reads another place of its layer", ("linear",), at_other_place,
+          taps=("*.*",), use=RUN, choices=tuple((place,) for place in PLACES),
+          each="it reads what is at another place: {}",
+          source="Kimi K3: the router and the shared expert read what the latent is made from"),
     Fault("norm_weight_of_other", "q has the norm of k, or k that of q", ("rms_norm",), norm_of_other,
           taps=("attn.q_norm", "attn.k_norm"), use=RUN),
 )

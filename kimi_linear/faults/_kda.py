@@ -250,12 +250,13 @@ def _unbounded(function):
 
 def _bounded(function):
     """Where the gate has a lower bound alone."""
-    return lambda call: function(call) if call.args.get("lower_bound") is not None else None
+    return lambda call, *choice: function(call, *choice) if call.args.get("lower_bound") is not None else None
 
 
 def cut_off(call):
-    """-rate softplus(f + dt_bias), and no less than the lower bound."""
-    return np.maximum(call.run(lower_bound=None), call["lower_bound"])
+    """-rate softplus(f + dt_bias), and no less than the lower bound; None where nothing is."""
+    g = call.run(lower_bound=None)
+    return np.maximum(g, call["lower_bound"]) if (g < call["lower_bound"]).any() else None
 
 
 def _rate(call):
@@ -429,9 +430,15 @@ FAULTS = (
           _unbounded(lambda s: s.run(lower_bound=-5.0)),
           source=f"{FLA}: lower_bound, which Kimi K3 uses"),
     Fault("gate_cut_off", "-rate softplus(f + dt_bias) cut off at lower_bound, for lower_bound sigmoid(..)", GATE,
-          _bounded(cut_off), use=CALL, source="tokenspeed, pull request 847"),
+          _bounded(cut_off), source="tokenspeed, pull request 847"),
+    Fault("gate_unbounded", "-rate softplus(f + dt_bias), the gate without a bound, for the bounded one", GATE,
+          _bounded(changed(lower_bound=lambda s: None)), source="Kimi-Linear has no gate_lower_bound"),
+    Fault("gate_bound_twice", "the bounded gate is multiplied by its bound again", GATE,
+          _bounded(lambda s, sign: sign * s["lower_bound"] * s.run()), choices=((1,), (-1,)),
+          each="the bounded gate is multiplied by {:+d} times its bound again",
+          source="a kernel that has the bound, and a caller that applies it"),
     Fault("gate_bounded_without_rate", "the bounded gate lacks its rate: lower_bound sigmoid(f + dt_bias)", GATE,
-          _bounded(changed(rate=lambda s: np.ones_like(s["rate"]))), use=CALL,
+          _bounded(changed(rate=lambda s: np.ones_like(s["rate"]))),
           source=f"{FLA}, pull request 1107: A_log is optional there"),
     Fault("gate_exponentiated", "exp(g) is handed on where g belongs", GATE, lambda s: np.exp(s.run()),
           source="kernels differ in which of the two they take"),

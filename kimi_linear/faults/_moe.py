@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from .. import reference
@@ -59,6 +57,19 @@ def shared_times(site: Site, scale: float):
     return site.run(shared=scale * site["shared"])
 
 
+def sum_of_experts(routed: float, shared: float):
+    """The sum behind an expert latent, its parts so many times."""
+    return lambda site: routed * site["a"] + shared * site["b"]
+
+
+def scaled_in_sum(site: Site, part: str):
+    """routed_scaling_factor, which the weights have, on a part of the sum behind an expert latent."""
+    weights = site.table.get(site.node.tap.replace("moe.out", "moe.weights"))
+    if weights is None or weights.options["scale"] == 1:
+        return None
+    return site.run(**{part: weights.options["scale"] * site[part]})
+
+
 def weights_on_input(site: Site):
     """Each expert works on its weight times x."""
     x, ids, weights = site["x"], site.args["ids"], site["weights"]
@@ -78,8 +89,7 @@ def sibling_matrix(site: Site):
     name = site.node.weights["w"].name
     a, b = ("gate_proj", "up_proj")
     other = name.replace(a, b) if a in name else name.replace(b, a)
-    w = site.node.weights["w"]._replace(name=other)
-    return Site.of(replace(site.node, weights={"w": w}), site.values, site.weights, site.scene).run()
+    return site.with_weights(w=site.node.weights["w"]._replace(name=other))
 
 
 def among_groups(rate, rest):
@@ -193,6 +203,16 @@ FAULTS = (
           source="routed_scaling_factor is of the routed sum alone", looks_ahead=True),
     Fault("shared_expert_missing", "the shared expert is left out", MOE, lambda s: shared_times(s, 0.0), source=V3),
     Fault("shared_expert_twice", "the shared expert is added twice", MOE, lambda s: shared_times(s, 2.0), source=V3),
+    Fault("shared_not_added", "behind the expert latent the shared expert is left out", ("add",),
+          sum_of_experts(1.0, 0.0), taps=("moe.out",), use=RUN, source=V3),
+    Fault("shared_added_twice", "behind the expert latent the shared expert is added twice", ("add",),
+          sum_of_experts(1.0, 2.0), taps=("moe.out",), use=RUN, source=V3),
+    Fault("scaled_in_sum", "routed_scaling_factor is on a part of the sum behind the expert latent; the router's "
+          "weights have it", ("add",), scaled_in_sum, taps=("moe.out",), use=RUN, choices=(("a",), ("b",)),
+          each="routed_scaling_factor is on part {} of the sum (a: routed, b: shared), besides the router's weights",
+          source="vLLM scales the sum of the experts"),
+    Fault("routed_not_added", "behind the expert latent the routed experts are left out", ("add",),
+          sum_of_experts(0.0, 1.0), taps=("moe.out",), use=RUN),
     Fault("w1_w3_swapped", "SiLU is on w3 x (up), not on w1 x (gate)", (*MOE, "swiglu"),
           lambda s: s.run(**({"w_gate": s.args["w_up"], "w_up": s.args["w_gate"]} if s.op == "moe" else
                              {"gate": s["up"], "up": s["gate"]})), source="names of Mixtral's experts: w1, w3, w2"),
@@ -229,10 +249,10 @@ FAULTS = (
     Fault("shared_gate_missing", "the shared expert's gate is left out", MOE,
           lambda s: s.run(shared_gate=None) if s.args.get("shared_gate") is not None else None, use=CALL),
     Fault("experts_swiglu", "experts have SwiGLU, where SiTU belongs", MOE, other_situ(lambda beta, linear: None),
-          use=CALL, source="Kimi-Linear's experts have"),
+          source="Kimi-Linear's experts have"),
     Fault("experts_up_unbounded", "SiTU of the experts does not bound up", MOE,
-          other_situ(lambda beta, linear: (beta, None)), use=CALL),
+          other_situ(lambda beta, linear: (beta, None))),
     Fault("experts_betas_swapped", "SiTU's betas are swapped", MOE,
-          other_situ(lambda beta, linear: (beta, linear) if linear is None else (linear, beta)), use=CALL),
+          other_situ(lambda beta, linear: (beta, linear) if linear is None else (linear, beta))),
     Fault("shared_gate_raw", "the shared expert's gate is not put through a sigmoid", MOE, raw_shared_gate, use=CALL),
 )

@@ -5,8 +5,9 @@ A fault's function takes either: both have `op`, `args`, ``[argument]``, `inputs
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -83,8 +84,10 @@ class Site:
         As `kimi_linear.dataflow.arguments` has them, all rows of the scene end to end; ``rate`` is not rounded.
     scene : Scene
     values : mapping from tap to array
-        What else is known of the run.
+        What else is known of the run; of a ChainMap the last gives what the run gave.
     weights : mapping from canonical name to array
+    table : mapping from tap to Node
+        All of the model's, where they are known.
     """
 
     node: Node
@@ -92,14 +95,23 @@ class Site:
     scene: Scene
     values: Mapping[str, np.ndarray]
     weights: Mapping[str, np.ndarray]
+    table: Mapping[str, Node] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, node: Node, values, weights, scene: Scene) -> Site:
+    def of(cls, node: Node, values, weights, scene: Scene, table: Mapping[str, Node] | None = None) -> Site:
         """The site of a node, its inputs taken from `values`; KeyError where one is missing."""
         args = dataflow.arguments(node, values, weights)
         if "rate" in node.weights:
             args["rate"] = np.exp(reference.f64(weights[node.weights["rate"].name])).reshape(-1)
-        return cls(node, args, scene, values, weights)
+        return cls(node, args, scene, values, weights, table or {})
+
+    def of_node(self, node: Node) -> Site:
+        """The site of another node of the same run."""
+        return Site.of(node, self.values, self.weights, self.scene, self.table)
+
+    def with_weights(self, **weights: dataflow.Weight) -> np.ndarray:
+        """The op's first result with other tensors of the checkpoint."""
+        return self.of_node(replace(self.node, weights={**self.node.weights, **weights})).run()
 
     def __getitem__(self, argument: str):
         """An argument; arrays in float64."""
@@ -113,7 +125,24 @@ class Site:
     @property
     def inputs(self) -> list[str]:
         """Arguments that come from taps, if reals."""
-        return [a for a in self.node.inputs if np.asarray(self.args[a]).dtype.kind not in "iu"]
+        arguments = dict.fromkeys(a.split(".")[0] for a in self.node.inputs)  # snapshots.0, snapshots.1, .. are one
+        return [a for a in arguments if np.asarray(self.args[a]).dtype.kind not in "iu"]
+
+    def has(self, tap: str) -> bool:
+        """Whether the run gave a tap, and it was not made of others on the way to this op."""
+        values = self.values
+        while isinstance(values, ChainMap):
+            values = values.maps[-1]
+        return tap in values
+
+    def tap(self, name: str) -> np.ndarray:
+        """Another tap of the run, made rightly of the others where it is not known; KeyError where it cannot be."""
+        if name in self.values or name not in self.table:
+            return reference.f64(self.values[name])
+        node = self.table[name]
+        made = {tap: self.tap(tap) for tap in node.inputs.values() if tap not in self.values}
+        site = Site.of(node, ChainMap(made, self.values), self.weights, self.scene, self.table)
+        return site.shaped(site.run())
 
     def sibling(self, name: str) -> np.ndarray | None:
         """Another tap of the same layer, or None where it is not known."""

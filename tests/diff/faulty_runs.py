@@ -30,6 +30,14 @@ TOLD_APART = dict.fromkeys(("chunk_q_exclusive", "chunk_inter_missing", "chunk_d
                             "chunk_total_undecayed", "chunk_blocks_forgotten_in_l", "chunk_blocks_forgotten_in_p",
                             "chunk_blocks_forgotten_in_l_and_p", "chunk_blocks_decayed_by_own_in_l_and_p"),
                            faults.CHUNKS_SPLIT)
+#: Faults that eps alone tells apart: of scores, by an L2 norm or over the root of the width.
+TOLD_APART_BY_EPS = ("attn_res_l2", "attn_res_scaled")
+#: Places of attention residuals at which a fault has no second name: with two snapshots and more, and not where a block
+#: begins, or where one does.
+AT = {"attn_res_without_newest": "layers.6.ffn_res", "attn_res_without_oldest": "layers.6.ffn_res",
+      "attn_res_newest_alone": "layers.6.ffn_res", "attn_res_missing": "layers.3.ffn_res",
+      "residual_missing": "layers.5.out", "stream_not_restarted": "layers.3.ffn_res",
+      "blocks_begin_elsewhere": "output_res", "snapshot_of_mixture": "layers.6.ffn_res"}
 
 
 class Bench:
@@ -47,6 +55,8 @@ class Bench:
     def model(self, scenario):
         """What `run` and `blame` need of a model, such that faults of this scenario show."""
         weights, change = dict(self.weights), _CHANGES.get(scenario)
+        if change is _mild and self.config.gate_lower_bound is not None:
+            change = _mild_though_bounded
         if change:
             weights |= {name: change(name, w) for name, w in weights.items()}
         return SimpleNamespace(config=self.config, weights=weights)
@@ -62,7 +72,8 @@ class Bench:
 
     def places(self, fault):
         """Taps that it can be at."""
-        return [n.tap for n in self.nodes if fault.concerns(n)]
+        places = [n.tap for n in self.nodes if fault.concerns(n)]
+        return [AT[fault.name]] if self.config.attn_res_block and AT.get(fault.name) in places else places
 
     def run(self, scenario, dtype, seed, plant=None):
         """noisy_forward of this scenario: (model, traces)."""
@@ -118,6 +129,10 @@ def _mild(name, w):
     return w - 3 if name.endswith("A_log") else w
 
 
+def _mild_though_bounded(name, w):
+    return w - 4 if name.endswith("dt_bias") else w
+
+
 def _large(name, w):
     return w * 3e5 if name.endswith(("up_proj.weight", "w3.weight", "v_proj.weight")) else w
 
@@ -136,7 +151,7 @@ _CHANGES = {faults.FAINT: _faint, faults.CHUNKS: _mild, faults.CHUNKS_SPLIT: _mi
 def site_of(model, traces, tap):
     """The Site of a tap in a run."""
     run = Run(model, traces, None, None)
-    return Site.of(run.nodes[tap], run.values, model.weights, run.scene)
+    return Site.of(run.nodes[tap], run.values, model.weights, run.scene, run.nodes)
 
 
 # ---- cases -------------------------------------------------------------------------------------------
@@ -146,6 +161,7 @@ def case(bench, fault, dtype, seed):
     """A run with a fault at a random place that can have it, and what `blame` says; None where there is no place."""
     rng = np.random.default_rng([seed, *map(ord, fault.name)])
     dtype = "float64" if fault.scenario == faults.TIES else dtype  # noise parts what is equal
+    dtype = "float32" if fault.name in TOLD_APART_BY_EPS and dtype == "bfloat16" else dtype
     in_chunks = fault.scenario in (faults.CHUNKS, faults.CHUNKS_SPLIT) and len(fault.choices) > 1
     choices = fault.choices
     if in_chunks:  # more than three chunks: of fewer, several faults are the same; or one of more than a block has

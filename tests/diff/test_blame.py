@@ -27,8 +27,8 @@ def bench(model):
 
 @pytest.fixture(scope="module")
 def benches(bench, golden_dir):
-    """Of Kimi-Linear, Qwen3-Next and Qwen3.5."""
-    others = [kl.Model.from_pretrained(golden_dir / case) for case in ("qwen-a", "qwen35-moe")]
+    """Of Kimi-Linear, Qwen3-Next, Qwen3.5 and Kimi K3."""
+    others = [kl.Model.from_pretrained(golden_dir / case) for case in ("qwen-a", "qwen35-moe", "k3-a", "k3-b")]
     return bench, *map(faulty_runs.Bench, others)
 
 
@@ -37,9 +37,10 @@ NAMES = list(faults.CATALOGUE)
 
 @pytest.mark.parametrize("name", NAMES)
 def test_planted_fault_is_named(benches, name):
-    """In each model that it can be in."""
+    """In each model that it can be in; where it can be in none, in the second K3, which has a factor of routing."""
     dtype = ("float64", "float32", "bfloat16")[NAMES.index(name) % 3]
-    cases = [faulty_runs.case(bench, faults.by_name(name), dtype, seed=7) for bench in benches]
+    cases = [faulty_runs.case(bench, faults.by_name(name), dtype, seed=7) for bench in benches[:4]]
+    cases = cases if any(cases) else [faulty_runs.case(benches[4], faults.by_name(name), dtype, seed=7)]
     assert any(cases), f"{name} can be nowhere"
     for case in filter(None, cases):
         faulty_runs.check(case, VISIBLE)
@@ -61,7 +62,7 @@ OF_QWEN = {
 @pytest.mark.parametrize("name, tap", [(name, tap) for name, taps in OF_QWEN.items() for tap in taps])
 def test_what_ports_of_qwen_got_wrong_is_named(benches, name, tap):
     """Not one is below the noise of float32."""
-    for bench in benches[1:]:
+    for bench in benches[1:3]:
         if name == "inputs_not_grouped" and bench.config.gdn_inputs == "split":
             continue
         model, traces = bench.run(faults.WHOLE, "float32", 7, {tap: name})

@@ -11,8 +11,8 @@ from kimi_linear.faults import Scene, _kda, scene
 
 @pytest.fixture(scope="module")
 def benches(golden_dir):
-    """Of Kimi-Linear, and of Qwen3-Next, whose values are wider than its keys."""
-    return [faulty_runs.Bench(kl.Model.from_pretrained(golden_dir / case)) for case in ("kimi-a", "qwen-a")]
+    """Of Kimi-Linear, of Qwen3-Next, whose values are wider than its keys, and of Kimi K3."""
+    return [faulty_runs.Bench(kl.Model.from_pretrained(golden_dir / case)) for case in CASES]
 
 
 @pytest.fixture(scope="module")
@@ -20,9 +20,11 @@ def bench(benches):
     return benches[0]
 
 
+CASES = ("kimi-a", "qwen-a", "k3-a", "k3-b")
 ALL = list(faults.CATALOGUE.values())
-OPS = {"add", "attention", "decay_gate", "delta_rule", "embedding", "gated_rms_norm", "l2_norm", "latent_attention",
-       "linear", "moe", "rms_norm", "rope", "route", "route_weights", "short_conv", "sigmoid", "sigmoid_gate", "swiglu"}
+OPS = {"add", "attention", "attn_res", "decay_gate", "delta_rule", "embedding", "gated_rms_norm", "l2_norm",
+       "latent_attention", "linear", "moe", "rms_norm", "rope", "route", "route_weights", "short_conv", "sigmoid",
+       "sigmoid_gate", "situ", "swiglu"}
 
 
 def test_every_fault_is_data():
@@ -46,7 +48,7 @@ def test_faults_of_an_op():
 @pytest.mark.parametrize("fault", ALL, ids=lambda f: f.name)
 def test_every_fault_changes_its_op_in_its_scenario(benches, fault):
     """In one of the models, at some place, by some choice, in calls of its scenario; where it can be, by all means."""
-    seen = {bench.config.model_type: effect_in(bench, fault) for bench in benches}
+    seen = {case: effect_in(bench, fault) for case, bench in zip(CASES, benches, strict=True)}
     found = [x for x in seen.values() if x is not None]
     assert found and all(found), f"{fault.name} changes nothing in: {fault.scenario}: {seen}"
 
