@@ -108,7 +108,7 @@ class Call:
     def _is_made(self, name):
         if name.startswith("layers."):
             return self.start <= int(name.split(".")[1]) < self.stop
-        return not self.headless if name == "norm" else self.start == 0
+        return not self.headless if name in ("output_res", "norm") else self.start == 0
 
     # ---- tokens, states, rows ----
 

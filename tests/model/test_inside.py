@@ -82,7 +82,8 @@ def test_the_head_alone(model):
     assert model.forward(**head).tobytes() == whole.tobytes()
     assert model.forward(**head, logits="last").tobytes() == whole[-1].tobytes()
     logits, taps = model.forward(**head, taps="*", logits="all")
-    assert list(taps)[-2:] == ["norm", "logits"] and taps["norm"].tobytes() == trace["norm"].tobytes()
+    behind = ["output_res"] if model.config.attn_res_block else []
+    assert list(taps) == [*behind, "norm", "logits"] and taps["norm"].tobytes() == trace["norm"].tobytes()
     assert logits.tobytes() == taps["logits"].tobytes() == whole.tobytes()
     for tap in () if model.config.attn_res_block else ("embed", "layers.0.out"):
         w = np.float32(model.weights["model.norm.weight"]) + model.config.norm_plus_one

@@ -287,6 +287,16 @@ def test_the_engine_runs_each_layer_once(kimi_a, monkeypatch):
     assert pieces.taps[:-1] == whole.taps[:-1]
 
 
+def test_a_layer_at_a_time_each_tap_is_judged_alike(golden_case, monkeypatch):
+    """Also what comes behind the layers, of a family whose norms are stored less 1, or whose stream has snapshots."""
+    tokens = tokens_of(golden_case, "short")
+    whole = verify(model(golden_case), tokens, free_run=False)
+    monkeypatch.setattr("kimi_linear.verify.MEMORY", 1)
+    pieces = verify(model(golden_case), tokens, free_run=False)
+    assert pieces.ok and pieces.taps[:-1] == whole.taps[:-1]
+    assert pieces.taps[-1].name == "logits" and any("the last 1 of 21 tokens" in note for note in pieces.notes)
+
+
 def test_progress_and_bad_input(kimi_a):
     seen = []
     verify(model(kimi_a), [1, 2, 3], progress=lambda done, total, tap: seen.append((done, total, tap)))
