@@ -283,10 +283,13 @@ typedef struct kl_forward_args {
                             the embedding; several where layers hand on more */
     /* Layers start..stop-1 are run; stop 0: to the last. Short of the last there is no final norm and there
      * are no logits; start above 0 needs embeds, and start = n_layers is the final norm and the head alone. With
-     * attention residuals embeds are [n + 1, T, D]: the n = ceil(start / attn_res_block) snapshots that there are then,
-     * oldest first, and what has been added up since. */
+     * attention residuals embeds are [kl_stream_parts, T, D]. */
     int64_t start, stop;
 } kl_forward_args;
+
+/* Arrays [T, D] that enter a layer: 1; with attention residuals ceil(layer / attn_res_block) snapshots, oldest first,
+ * before what has been added up since. */
+KL_API int64_t kl_stream_parts(const kl_config *config, int64_t layer);
 
 KL_API kl_status kl_forward(kl_ctx *ctx, const kl_model *model,
                             const kl_forward_args *args) KL_CHECKED;

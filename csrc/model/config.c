@@ -176,6 +176,12 @@ kl_status kl_config_check(kl_ctx *ctx, const kl_config *c)
     return check_state_size(ctx, c, kda || gdn, mla, attn);
 }
 
+int64_t kl_stream_parts(const kl_config *c, int64_t layer)
+{
+    const bool mixes = c->attn_res_block > 0 && layer > 0 && layer <= c->n_layers;
+    return 1 + (mixes ? kl_ceil_div(layer, c->attn_res_block) : 0);
+}
+
 enum {
     MODEL,
     MODEL_RESIDUALS,

@@ -561,8 +561,8 @@ kl_status kl_pass_run(pass *p)
 {
     const kl_model *m = p->model;
     const kl_config *c = &m->config;
-    NEW(all, (kl_snapshots(c, kl_last_layer(p)) + 1) * p->T * c->D);
-    stream s = { .all = all, .n = kl_snapshots(c, kl_first_layer(p)) };
+    NEW(all, kl_stream_parts(c, kl_last_layer(p)) * p->T * c->D);
+    stream s = { .all = all, .n = kl_stream_parts(c, kl_first_layer(p)) - 1 };
     if (p->args->embeds != NULL)
         TRY(kl_pass_embeds(p, all, s.n + 1));
     else

@@ -125,12 +125,6 @@ void kl_state_advance(kl_ctx *ctx, kl_state *state, int64_t end);
 
 kl_status kl_config_check(kl_ctx *ctx, const kl_config *config);
 
-/* Snapshots that there are where a layer begins: arrays [T, D] beside h in the stream that enters it. */
-static inline int64_t kl_snapshots(const kl_config *c, int64_t layer)
-{
-    return c->attn_res_block > 0 ? kl_ceil_div(layer, c->attn_res_block) : 0;
-}
-
 /* Whether a layer of a model with attention residuals keeps what has been added up as a snapshot, and its mixer's
  * output is the first of a new sum. */
 static inline bool kl_begins_block(const kl_config *c, int64_t layer)

@@ -185,13 +185,6 @@ static bool parse_edits(kl_py_call *c, PyObject *list, PyObject *function, const
     return ok;
 }
 
-/* Arrays [T, D] that enter a layer: with attention residuals its snapshots, too. */
-static int64_t parts_of_stream(const kl_config *c, int64_t layer)
-{
-    const int64_t every = c->attn_res_block;
-    return every > 0 && layer > 0 && layer <= c->n_layers ? 1 + (layer + every - 1) / every : 1;
-}
-
 PyObject *kl_py_forward(PyObject *o, PyObject *args)
 {
     py_model *self = (py_model *)o;
@@ -218,7 +211,7 @@ PyObject *kl_py_forward(PyObject *o, PyObject *args)
         a.done = kl_py_out_opt(&c, done, KL_PY_I64, a.N, "done");
         a.embeds = kl_py_in_opt(
             &c, embeds, KL_PY_F32,
-            kl_py_size(&c, "embeds", parts_of_stream(&self->config, start), T, self->config.D, 1),
+            kl_py_size(&c, "embeds", kl_stream_parts(&self->config, start), T, self->config.D, 1),
             "embeds");
     }
     if (!c.failed && n_logits > 0 && (a.logits == NULL || a.logit_rows == NULL))
