@@ -1,8 +1,7 @@
 """What `check_op` knows of `situ`."""
 
-import numpy as np
-
-from .plain import DROPPED, Form, filled, gates, lone_rows, maker, nans, plain
+from .plain import filled, gates, lone_rows, maker, nans, plain
+from .swiglu import FORMS
 
 __all__ = ["SPEC"]
 
@@ -36,13 +35,6 @@ def cases():
     yield case("tiny", "rim", 3, 48, 1e-18, says="tanh x is x: 1 - 2 / (e^2x + 1) has no digit of it")
     yield from nans(case, 5, gate=(2, 3), up=(3, 1))
 
-
-FORMS = {
-    "gate and up in one, [gate | up]": Form(
-        lambda x: {"gate": np.concatenate([x["gate"], x["up"]], -1), "up": DROPPED}),
-    "up and gate in one, [up | gate]": Form(
-        lambda x: {"gate": np.concatenate([x["up"], x["gate"]], -1), "up": DROPPED}),
-}
 
 SPEC = plain("situ", ("y",), cases(), lone_rows("situ", "gate", "up"), FORMS,
              narrow=("gate", "up"))
