@@ -9,6 +9,7 @@ import numpy as np
 
 from .._arrays import as_array
 from ..config import Config
+from ..config_kimi import K3
 from ..dataflow import Node
 from ..load.gguf_heads import have_one_form, in_common_form
 from . import metrics
@@ -54,6 +55,7 @@ def compare_weights(ours, theirs) -> tuple[list[WeightDifference], set[str]]:
         If no name is in both.
     """
     configs = [getattr(side, "config", None) for side in (ours, theirs)]
+    padded = getattr(configs[0], "model_type", None) == K3
     if not all(isinstance(c, Config) for c in configs) or have_one_form(*configs):
         configs = [None, None]
     ours, theirs = (getattr(side, "weights", side) for side in (ours, theirs))
@@ -63,8 +65,10 @@ def compare_weights(ours, theirs) -> tuple[list[WeightDifference], set[str]]:
     if not names:
         raise ValueError(f"weights has no name of this model: it has {', '.join(list(theirs)[:3]) or 'none'}; "
                          f"the model has {', '.join(list(ours)[:3])}, ...")
-    found = [_difference(name, *(_values(side[name], name, config) for side, config in zip((ours, theirs), configs)))
-             for name in names]
+    found = []
+    for name in names:
+        x, y = (_values(side[name], name, config) for side, config in zip((ours, theirs), configs))
+        found.append(_difference(name, x, _of_heads(name, x, y) if padded else y))
     return sorted(filter(None, found), key=lambda d: -d.relative), set(names)
 
 
@@ -82,10 +86,13 @@ def _values(x, name, config):
     return as_array(x if y is x else y.array(), f"weights[{name!r}]")
 
 
+def _of_heads(name, x, y):
+    """theirs without what files of Kimi K3 have behind A_log's heads."""
+    return y[:x.size] if name.endswith("A_log") and y.ndim == 1 else y
+
+
 def _difference(name, x, y):
-    """What differs of ours and theirs; None where nothing does. Files of Kimi K3 have padding behind A_log's heads."""
-    if name.endswith("A_log") and y.ndim == 1 and x.size < y.size:
-        y = y[:x.size]
+    """What differs of ours and theirs; None where nothing does."""
     if [n for n in x.shape if n != 1] != [n for n in y.shape if n != 1]:
         return WeightDifference(name, np.inf, np.inf, f"weight {name} differs: it has shape {list(y.shape)}, and must "
                                                       f"have {list(x.shape)}")

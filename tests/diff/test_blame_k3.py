@@ -10,6 +10,7 @@ from conftest import DATA, K3_CASES, canonical_weights, mxfp4, read_safetensors
 
 import kimi_linear as kl
 from kimi_linear import reference
+from kimi_linear.diff._weights import compare_weights
 
 FOLDER = DATA / "golden" / "k3-a"
 LAYERS, BLOCK = 7, 3
@@ -379,3 +380,13 @@ def test_every_comparison_runs_over_it(case, tmp_path):
         return model.trace(tokens, edit={tap: lambda x: 1.01 * x} | (replace or {}))
 
     assert kl.diff.bisect(model, other, ids).tap == tap
+
+
+def test_padding_behind_a_log_is_k3s_alone(model):
+    """Of another family a tensor of more heads is another shape, and told."""
+    tiny = kl.Model.tiny()
+    for ours, told in ((model, False), (tiny, True)):
+        name = next(n for n in ours.weights if n.endswith("A_log"))
+        longer = np.concatenate([np.asarray(ours.weights[name]).reshape(-1), np.ones(3, np.float32)])
+        found, _ = compare_weights(ours, {name: longer})
+        assert [d.name for d in found] == [name] * told
