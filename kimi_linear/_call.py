@@ -6,6 +6,7 @@ from . import reference
 from ._arrays import as_float32, as_integers, as_offsets
 from ._scalars import as_whole
 from .context import current
+from .dataflow import stream_of
 from .editing import Edits, Place
 from .plan import available_memory
 from .state import State, exclusive
@@ -13,14 +14,7 @@ from .trace import Trace, matches
 
 SMALL = 64 << 20  # bytes: a result below this is not worth asking the machine about
 
-__all__ = ["Call", "attention_probs", "joined_stream", "refuse_what_does_not_fit", "stream_of", "tap_names"]
-
-
-def stream_of(config, layer):
-    """The taps that are the stream which enters a layer: with attention residuals its snapshots, then what has been
-    added up since the last; else that alone."""
-    begins = [*range(0, layer, config.attn_res_block), layer] if config.attn_res_block else [layer]
-    return [f"layers.{i - 1}.out" if i else "embed" for i in begins]
+__all__ = ["Call", "attention_probs", "joined_stream", "refuse_what_does_not_fit", "tap_names"]
 
 
 def joined_stream(parts):
@@ -216,10 +210,10 @@ class Call:
 
     def _run(self, arrays, edit, expert_ids, check):
         model, n_logits = self.model, 0 if self.headless else len(self.rows)
-        edits, D = self.edits(edit, n_logits), model.config.hidden_size
-        leaving = [tap for tap in stream_of(model.config, self.stop) if tap in self.table]
+        edits = self.edits(edit, n_logits)
         if self.headless and len(self.rows):
-            arrays = {**{tap: np.empty((self.T, D), np.float32) for tap in leaving}, **arrays}
+            leaving = [tap for tap in stream_of(model.config, self.stop) if tap in self.table]
+            arrays = {**{tap: np.empty((self.T, model.config.hidden_size), np.float32) for tap in leaving}, **arrays}
         embeds = self.embeds
         if embeds is not None and embeds.ndim > 2:
             embeds = np.ascontiguousarray(embeds.swapaxes(0, 1))  # as C takes them
@@ -249,9 +243,11 @@ class Call:
         """The stream behind layer stop-1, of the rows that are asked for."""
         names, D = stream_of(self.model.config, self.stop), self.model.config.hidden_size
         if not len(self.rows):
-            return np.empty((0, D) if len(names) == 1 else (0, len(names), D), np.float32)
-        before = stream_of(self.model.config, self.start) if self.start else []
-        entered = {} if not before else dict(zip(before, np.moveaxis(self.embeds.reshape(self.T, -1, D), 1, 0)))
+            return joined_stream([np.empty((0, D), np.float32)] * len(names))
+        entered = {}
+        if self.start:
+            parts = np.moveaxis(self.embeds.reshape(self.T, -1, D), 1, 0)
+            entered = dict(zip(stream_of(self.model.config, self.start), parts))
         return joined_stream([(arrays[tap] if tap in arrays else entered[tap])[self.rows] for tap in names])
 
     def edits(self, edit, n_logits):

@@ -17,7 +17,7 @@ from .load.gguf_checkpoint import open_gguf
 from .load.gguf_tensors import Incoming, cast, encoded, of_file, of_folder, rows_of
 from .load.gguf_write import Outgoing, write_gguf
 from .load.names import OF_K3
-from .load.packed import COLUMNS, PARTS, halves
+from .load.packed import COLUMNS, PARTS, half_of
 from .load.safetensors import DTYPES, WEIGHT_DTYPES, TensorView
 from .quantized import storage_types
 
@@ -346,8 +346,8 @@ class _Half:
         values, first = np.empty(self.shape, np.uint8), 0
         for part in rows_of(self._view):
             n = part.shape[0]
-            values[first : first + n] = halves(np.frombuffer(encoded(part, part.dtype, part.shape[1]),
-                                                             np.uint8).reshape(n, -1))[self._part]
+            blocks = np.frombuffer(encoded(part, part.dtype, part.shape[1]), np.uint8).reshape(n, -1)
+            values[first : first + n] = half_of(blocks, self._part)
             first += n
         self._done(self, values)
         return values

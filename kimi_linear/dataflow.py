@@ -34,10 +34,11 @@ from .weight_shapes import (
     attn_query_rows,
     gdn_channels,
     gdn_inputs,
+    score_weight,
 )
 
 __all__ = ["Experts", "Node", "Weight", "arguments", "begins_block", "evaluate", "in_order", "nodes", "run_node",
-           "score_weight", "table"]
+           "stream_of", "table"]
 
 #: The tap that stands for the token ids themselves, [T]: the input of the embedding.
 TOKENS = "tokens"
@@ -148,11 +149,9 @@ def nodes(config: Config) -> list[Node]:
     """Every op of a model, in the order of the pass."""
     c, D = config, (config.hidden_size,)
     out = [Node("embed", "embedding", D, {"ids": TOKENS}, {"table": Weight("model.embed_tokens.weight")})]
-    h = "embed"
-    snapshots: list[str] = []
     for i, spec in enumerate(c.layers):
-        out += _layer(c, i, spec, h, snapshots)
-        h = f"layers.{i}.out"
+        out += _layer(c, i, spec)
+    *snapshots, h = stream_of(c, c.n_layers)
     if c.attn_res_block:
         out.append(_attn_res(c, "output_res", h, snapshots, Weight, f"model.{OUTPUT_SCORE}"))
         h = "output_res"
@@ -222,29 +221,37 @@ class _Layer:
         self.nodes.append(Node(self.t(tap), "add", D, {"a": before, "b": self.t(x)}))
 
 
-def _layer(c: Config, i: int, spec, h: str, snapshots: list[str]) -> list[Node]:
-    """The nodes of layer i, which h enters; `snapshots` of attention residuals get what it adds to them."""
+def _layer(c: Config, i: int, spec) -> list[Node]:
+    """The nodes of layer i."""
     layer, D = _Layer(i), (c.hidden_size,)
+    *snapshots, h = stream_of(c, i)
     before, after = ({"w": _norm(c, layer.w(f"{name}_layernorm.weight"))} for name in ("input", "post_attention"))
 
-    def norm(tap, weights, mixed, score, h):
+    def norm(tap, weights, mixed, score, h, snapshots):
         if c.attn_res_block:
             layer.nodes.append(_attn_res(c, layer.t(mixed), h, snapshots, layer.w, score))
             h = layer.t(mixed)
         layer.nodes.append(Node(layer.t(tap), "rms_norm", D, {"x": h}, weights, {"eps": c.rms_norm_eps}))
 
-    norm("attn_norm", before, "attn_res", MIXER_SCORE, h)
+    norm("attn_norm", before, "attn_res", MIXER_SCORE, h, snapshots)
     {"kda": _kda, "mla": _mla, "gdn": _gdn, "attn": _attn}[spec.mixer](c, layer)
     if begins_block(c, i):
-        snapshots.append(h)
+        snapshots = [*snapshots, h]
         h = layer.t(f"{spec.mixer}.out")
     else:
         layer.residual("mid", D, h, f"{spec.mixer}.out")
         h = layer.t("mid")
-    norm("ffn_norm", after, "ffn_res", FFN_SCORE, h)
+    norm("ffn_norm", after, "ffn_res", FFN_SCORE, h, snapshots)
     (_dense if spec.ffn == "dense" else _moe)(c, layer)
     layer.residual("out", D, h, "mlp.out" if spec.ffn == "dense" else "moe.out")
     return layer.nodes
+
+
+def stream_of(config: Config, layer: int) -> list[str]:
+    """The taps that are the stream which enters a layer: with attention residuals its snapshots, then what has been
+    added up since the last; else that alone."""
+    begins = [*range(0, layer, config.attn_res_block), layer] if config.attn_res_block else [layer]
+    return [f"layers.{i - 1}.out" if i else "embed" for i in begins]
 
 
 def begins_block(config: Config, layer: int) -> bool:
@@ -258,11 +265,6 @@ def _attn_res(c: Config, tap: str, h: str, snapshots: list[str], w: Callable, sc
     inputs = {f"snapshots.{j}": name for j, name in enumerate(snapshots)} | {"x": h}
     weight = w(f"{score}_norm.weight", score_weight)._replace(other=w(f"{score}_proj.weight").name)
     return Node(tap, "attn_res", (c.hidden_size,), inputs, {"w": weight}, {"eps": c.rms_norm_eps})
-
-
-def score_weight(norm, proj):
-    """The vector [D] that scores a mixture of residuals: its norm times its projection, in float64, rounded once."""
-    return (reference.f64(norm) * reference.f64(proj).reshape(-1)).astype(np.float32)
 
 
 def _kda(c: Config, layer: _Layer) -> None:

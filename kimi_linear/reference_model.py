@@ -19,7 +19,7 @@ import numpy as np
 from . import reference as op
 from ._arrays import as_array, as_integers
 from .config import Config, layer_pattern
-from .dataflow import begins_block, nodes, score_weight
+from .dataflow import begins_block, nodes
 from .editing import Place, takes_place
 from .trace import matches, on_request
 from .weight_shapes import (
@@ -35,6 +35,7 @@ from .weight_shapes import (
     attn_query_rows,
     gdn_channels,
     gdn_inputs,
+    score_weight,
 )
 
 Tap = Callable[[str, np.ndarray], np.ndarray]

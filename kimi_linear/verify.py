@@ -24,10 +24,10 @@ import numpy as np
 
 from . import reference
 from ._arrays import as_integers, as_tuple
-from ._call import Call, joined_stream, stream_of
+from ._call import Call, joined_stream
 from .config import layer_pattern
 from .context import current
-from .dataflow import TOKENS, Node, arguments, evaluate, nodes
+from .dataflow import TOKENS, Node, arguments, evaluate, nodes, stream_of
 from .diff import metrics
 from .diff.budgets import budget
 from .diff.budgets import names as budget_names

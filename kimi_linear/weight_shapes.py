@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ._float64 import f64
+
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -50,6 +52,12 @@ def _score(c, name: str) -> Shapes:
     """What scores the candidates of a mixture of residuals: the weight of a norm, and a projection to one value."""
     D = c.hidden_size
     return {f"{name}_norm.weight": (D,), f"{name}_proj.weight": (1, D)} if c.attn_res_block else {}
+
+
+def score_weight(norm, proj) -> np.ndarray:
+    """The vector [D] that scores a mixture of residuals: its norm times its projection, in float64, rounded once."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return (f64(norm) * f64(proj).reshape(-1)).astype(np.float32)
 
 
 def _kda(c) -> Shapes:

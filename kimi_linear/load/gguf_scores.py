@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..weight_shapes import FFN_SCORE, MIXER_SCORE, OUTPUT_SCORE
+from ..weight_shapes import FFN_SCORE, MIXER_SCORE, OUTPUT_SCORE, score_weight
 from .gguf import MetaArray, described, stored_parts
 from .mapped import MappedFile
 from .safetensors import DTYPES, TensorView, array_of, stored_as
@@ -40,12 +40,6 @@ def score_of(name: str) -> ScoreNames | None:
     whole, layer, score = found.groups()
     at = "" if layer is None else f"blk.{layer}."
     return ScoreNames(f"{whole}_norm.weight", f"{whole}_proj.weight", at + STORED[score], f"{whole}.weight")
-
-
-def product(norm: np.ndarray, proj: np.ndarray) -> np.ndarray:
-    """norm [D] times proj [D] or [1, D], in float32 [D]: exact, and rounded once."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        return norm.astype(np.float32) * proj.astype(np.float32).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -100,7 +94,7 @@ class Score:
         stored = self.view.array().astype(np.float32).reshape(-1)
         values = np.ones_like(stored) if self._is_norm else stored
         if self.kept is not None:
-            still = product(*self.kept).view(np.uint32) == stored.view(np.uint32)
+            still = score_weight(*self.kept).view(np.uint32) == stored.view(np.uint32)
             values = np.where(still, self.kept[0 if self._is_norm else 1], values)
         values = values.reshape(self.shape)
         values.flags.writeable = False
@@ -118,7 +112,7 @@ class Product:
 
     def array(self) -> np.ndarray:
         """The values, a copy."""
-        values = product(array_of(self._norm), array_of(self._proj))
+        values = score_weight(array_of(self._norm), array_of(self._proj))
         return (np.ones_like(values) if self._is_norm else values).reshape(self.shape)
 
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..config import Config
+from ..weight_shapes import score_weight
 from . import gguf_heads as order
 from .gguf_config import architecture_of, stored_form
 from .gguf_kept import rate_of
 from .gguf_names import EXPERTS, FUSED, GATE, K_B, MODEL, V_B, expert_of, layer_name
-from .gguf_scores import product, score_of
+from .gguf_scores import score_of
 from .gguf_types import stays_float32
 from .packed import PackedMatrix
 from .safetensors import DTYPES, TensorView
@@ -80,7 +81,7 @@ def _whole(name: str, view: TensorView, shape: tuple[int, ...], fixed: str = "F3
 
 def _score(name: str, norm: TensorView, proj: TensorView) -> Incoming:
     """What scores residuals: one vector of the two."""
-    return Incoming(name, "F32", norm.shape, "F32", lambda: [product(norm.array(), proj.array())])
+    return Incoming(name, "F32", norm.shape, "F32", lambda: [score_weight(norm.array(), proj.array())])
 
 
 def _of_layer(config: Config, layer: int, rest: str, view: TensorView) -> list[Incoming]:
@@ -163,12 +164,7 @@ def rows_of(view: TensorView | PackedMatrix) -> Iterator[TensorView | PackedMatr
     rows, cols = math.prod(view.shape[:-1]), view.shape[-1]
     step = max(1, VALUES // cols)
     for first in range(0, rows, step):
-        n = min(step, rows - first)
-        if isinstance(view, PackedMatrix):
-            yield view.rows(first, n)
-            continue
-        row_bytes = view.nbytes // rows
-        yield replace(view, shape=(n, cols), offset=view.offset + first * row_bytes, nbytes=n * row_bytes)
+        yield view.rows(first, min(step, rows - first))
 
 
 def encoded(part: TensorView | PackedMatrix | np.ndarray, dtype: str, cols: int) -> memoryview | np.ndarray:

@@ -52,8 +52,8 @@ class PackedMatrix:
 
     def rows(self, first: int, n: int) -> "PackedMatrix":
         """n of its rows, from `first` on."""
-        packed, scale = (_rows(view, first, n) for view in (self.packed, self.scale))
-        return replace(self, shape=(n, self.shape[1]), packed=packed, scale=scale)
+        return replace(self, shape=(n, self.shape[1]), packed=self.packed.rows(first, n),
+                       scale=self.scale.rows(first, n))
 
     def digest_parts(self, n: int) -> list[bytes]:
         """As of a BlockView, of both parts."""
@@ -68,17 +68,14 @@ class PackedMatrix:
         return values
 
 
-def _rows(view: TensorView, first: int, n: int) -> TensorView:
-    size = view.nbytes // view.shape[0]
-    return replace(view, shape=(n, *view.shape[1:]), offset=view.offset + first * size, nbytes=n * size)
-
-
-def halves(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """``weight_packed`` and ``weight_scale`` of ggml's blocks [rows, bytes]: `PackedMatrix.blocks` undone."""
+def half_of(blocks: np.ndarray, part: int) -> np.ndarray:
+    """The tensor of `PARTS` that is in ggml's blocks [rows, bytes]: `PackedMatrix.blocks` undone."""
     parts = blocks.reshape(len(blocks), -1, 1 + COLUMNS // 2)
+    if PARTS[part] == "_scale":
+        return parts[..., 0]
     codes = parts[..., 1:]
     columns = np.concatenate([codes & 15, codes >> 4], axis=-1)
-    return (columns[..., ::2] | columns[..., 1::2] << 4).reshape(len(blocks), -1), parts[..., 0]
+    return (columns[..., ::2] | columns[..., 1::2] << 4).reshape(len(blocks), -1)
 
 
 def matrix_of(name: str) -> tuple[str, str] | None:

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -75,6 +75,11 @@ class TensorView:
     file: MappedFile
     offset: int
     nbytes: int
+
+    def rows(self, first: int, n: int) -> "TensorView":
+        """n rows from `first` on, [n, columns]; axes before the last are taken as one."""
+        row_bytes = self.nbytes // math.prod(self.shape[:-1])
+        return replace(self, shape=(n, self.shape[-1]), offset=self.offset + first * row_bytes, nbytes=n * row_bytes)
 
     def array(self) -> np.ndarray:
         """Read-only array on the file's own pages, which stay mapped as long as the array lives.
