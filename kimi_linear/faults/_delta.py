@@ -12,6 +12,7 @@ from .site import Call, Site
 
 __all__ = ["FAULTS", "Switched", "acts", "that_act", "wrong"]
 
+LOG2_E = np.float32(np.log2(np.e))
 LOSSY = 20.0  # nats: a float32 sum of gates beyond is rounded by more than a budget allows
 
 # ---- the recurrence with its faults --------------------------------------------------------------------
@@ -229,22 +230,28 @@ def _padded(k, v, a, b, S, kind, rows):
 
 def _by_sums(q, k, v, g, b, S, how):
     """The textbook chunk with sums of g in float32, which it subtracts, everywhere or in L and P alone: rounded at each
-    step, or once at the end."""
-    rounded, C, *alone = how
+    step, or once at the end; in log2, they are multiplied by log2(e) first."""
+    rounded, C, *form = how
+    alone, unit = "in L and P" in form, LOG2_E if "in log2" in form else np.float32(1)
     o, S = np.zeros(v.shape), S.copy()
     for t in range(0, len(q), C):
         p = slice(t, min(t + C, len(q)))
         c = np.cumsum(g[p].astype(np.float32), axis=0, dtype=np.float32 if rounded == "each" else np.float64)
-        c = c.astype(np.float32)
-        start, end = decays(g[p]) if alone else (np.exp(np.float64(c)), np.exp(np.float64(c[-1] - c)))
+        c = c.astype(np.float32) * unit
+        start, end = decays(g[p]) if alone else (_power(c, unit), _power(c[-1] - c, unit))
         d, y = np.zeros(v[p].shape), o[p]
         for i, (q_i, k_i, v_i, b_i) in enumerate(zip(q[p], k[p], v[p], b[p][..., None])):
-            to = np.exp(np.float64(c[i] - c[:i + 1])) * k[p][:i + 1]
+            to = _power(c[i] - c[:i + 1], unit) * k[p][:i + 1]
             L, P = b_i * np.einsum("hk,jhk->hj", k_i, to[:i]), np.einsum("hk,jhk->hj", q_i, to)
             d[i] = b_i * (v_i - np.einsum("hkv,hk->hv", S, start[i] * k_i)) - np.einsum("hj,jhv->hv", L, d[:i])
             y[i] = np.einsum("hkv,hk->hv", S, start[i] * q_i) + np.einsum("hj,jhv->hv", P, d[:i + 1])
         S = start[-1][:, :, None] * S + np.einsum("jhk,jhv->hkv", end * k[p], d)
     return o, S
+
+
+def _power(c, unit):
+    """exp(c / unit) of float32 exponents."""
+    return np.exp(np.float64(c) / np.float64(unit))
 
 
 # ---- faults of it --------------------------------------------------------------------------------------
@@ -417,6 +424,9 @@ def _chunks():
     yield _fault("chunk_sums_in_L_and_P", "decays in L and P are formed by subtracting float32 sums",
                  choices=LENGTHS, more=LONGER, each=says.replace("decays", "in L and P, decays"),
                  sums=lambda C: ("each", C, "in L and P"))
+    yield _fault("chunk_sums_in_log2", "decays are formed by subtracting sums that were added up in float32, in log2",
+                 "flash-linear-attention, fla/ops/kda/chunk_fwd.py: chunk_local_cumsum with a scale", choices=LENGTHS,
+                 each=says.replace("of g", "of g, in log2,"), sums=lambda C: ("each", C, "in log2"))
     yield _fault("chunk_decays_subtracted",
                  "decays in a chunk are differences of float32 running sums: a strong decay makes the sums large, and "
                  "small differences between them lose their last bits",

@@ -48,7 +48,8 @@ FIRST_GATE = bug("first gate of a chunk", "first gate of each chunk is left out,
 PAD_REPEATS = bug("padding repeats", "padding repeats the last token and reaches the state, chunks of 16")
 PAST_END = bug("reads past the end", "reads past the ends of its inputs")
 FACTORED = bug("factored chunk", "NaN from a positive exponent")
-SUMS = bug("subtracted sums", "subtracting float32 sums of g")
+SUMS = bug("subtracted sums", "subtracting float32 sums of g over chunks of 64")
+SUMS_LOG2 = bug("subtracted sums in log2", "subtracting float32 sums of g, in log2, over chunks of 64")
 WRITES = bug("changes its input", "its input k was changed")
 PAIR = bug("transposed, and no scale", "the final state equals ours with K and V swapped; and the scale is missing")
 
@@ -119,7 +120,7 @@ def recurrent(q, k, v, g, beta, S, what=None):
 
 
 def chunked(q, k, v, g, beta, S, what=None, C=64):
-    """The same in chunks of C, each decay a product of the factors in between; FACTORED and SUMS as others have it."""
+    """The same in chunks of C, each decay a product of the factors in between; FACTORED and SUMS.. as others have it."""
     o = np.empty(v.shape, F)
     for t in range(0, len(q), C):
         p = slice(t, t + C)
@@ -128,23 +129,25 @@ def chunked(q, k, v, g, beta, S, what=None, C=64):
 
 
 def one_chunk(q, k, v, g, beta, S, what):
-    n, a = len(q), np.exp(g)
+    n, a, exp = len(q), np.exp(g), np.exp
     c = np.cumsum(g, axis=0, dtype=F)
-    start, to = np.exp(c) if what else np.cumprod(a, axis=0, dtype=F), np.ones_like(a)
+    if what == SUMS_LOG2:
+        c, exp = c * F(np.log2(np.e)), np.exp2
+    start, to = exp(c) if what else np.cumprod(a, axis=0, dtype=F), np.ones_like(a)
     d, o = np.empty(v.shape, F), np.empty(v.shape, F)
     for i in range(n):
         to[:i] *= a[i]
         if what == FACTORED:
             decayed, qi, ki = np.exp(-c[:i + 1]) * k[:i + 1], q[i] * start[i], k[i] * start[i]
         else:
-            decayed = (np.exp(c[i] - c[:i + 1]) if what == SUMS else to[:i + 1]) * k[:i + 1]
+            decayed = (exp(c[i] - c[:i + 1]) if what in (SUMS, SUMS_LOG2) else to[:i + 1]) * k[:i + 1]
             qi, ki = q[i], k[i]
         L = beta[i][:, None] * np.einsum("hk,jhk->hj", ki, decayed[:i])
         P = np.einsum("hk,jhk->hj", qi, decayed)
         r = beta[i][:, None] * (v[i] - np.einsum("hk,hkv->hv", start[i] * k[i], S))
         d[i] = r - np.einsum("hj,jhv->hv", L, d[:i])
         o[i] = np.einsum("hk,hkv->hv", start[i] * q[i], S) + np.einsum("hj,jhv->hv", P, d[:i + 1])
-    end = np.exp(c[-1] - c) if what else to
+    end = exp(c[-1] - c) if what else to
     return o, start[-1][:, :, None] * S + np.einsum("jhk,jhv->hkv", end * k, d)
 
 
@@ -153,7 +156,7 @@ def one_chunk(q, k, v, g, beta, S, what):
 
 def kernel(what=None, core=None):
     """The delta rule in our conventions, with a bug or none."""
-    core = core or (chunked if what in (FACTORED, SUMS) else recurrent)
+    core = core or (chunked if what in (FACTORED, SUMS, SUMS_LOG2) else recurrent)
 
     def delta_rule(q, k, v, g, beta, scale=None, initial_state=None, offsets=None, l2_norm=False, head_map="grouped"):
         (T, Hk, K), (Hv, V) = q.shape, v.shape[1:]

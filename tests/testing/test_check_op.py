@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of planted'
 
 SOME = ["plain", "length-7", "length-65", "carried-7", "carried-65", "split-64", "heads", "ragged", "scale-1",
         "l2_norm", "gate-5", "gate-10000", "beta-1"]
-RIM = {planted.CLAMP20, planted.FACTORED, planted.SUMS}  # seen on the rim alone
+RIM = {planted.CLAMP20, planted.FACTORED, planted.SUMS, planted.SUMS_LOG2}  # seen on the rim alone
 
 
 def check(fn, conventions="ours", **named):
