@@ -29,6 +29,7 @@ class _Form(NamedTuple):
 _FORMS = {
     "short_conv": _Form(2, "x", "", "t-"),
     "delta_rule": _Form(3, "q k v g beta", "", "t--"),
+    "delta_rule_backward": _Form(3, "do q k v g beta", "", "ttttt-"),
     "delta_rule_intra": _Form(3, "q k v g beta", "", "ttttt"),
     "delta_rule_inter": _Form(3, "q k g P W U", "", "t-t"),
     "latent_attention": _Form(3, "q", "latent k_shared", "t"),

@@ -220,10 +220,19 @@ def _ours(arguments):
 
 _PLAIN = {"ours": {op: _ours(arguments) for op, arguments in OURS.items()}} | OTHERS
 
+
+
+def _backward(how):
+    """The conventions of `delta_rule_backward`: those of the op, whose gradients lie as what they are of."""
+    mine = {n: theirs for n, theirs in how.names.items() if n != "out"}
+    return how.but(names=_table(do="do", **mine, dstate="dstate"))
+
+
 #: project -> op -> Convention.
 conventions = MappingProxyType(Named("a project of kimi_linear.conventions", {
     project: MappingProxyType(Named(f"an op of kimi_linear.conventions[{project!r}]", {
-        **delta_rule, **{op: _plain(project, e) for op, e in _PLAIN.get(project, {}).items()}}))
+        **delta_rule, **{op: _plain(project, e) for op, e in _PLAIN.get(project, {}).items()},
+        "delta_rule_backward": _backward(delta_rule["delta_rule"])}))
     for project, delta_rule in _DELTA_RULE.items()}))
 
 

@@ -21,6 +21,7 @@ from ._batches import any_batch
 from ._float64 import f64, of_sequences, sequences
 from .quantized import Quantized
 from .reference_delta import decay_cumsum, delta_rule, delta_rule_inter, delta_rule_intra  # noqa: F401
+from .reference_delta_backward import delta_rule_backward  # noqa: F401
 from .reference_quant import dequantize, quantize  # noqa: F401
 
 # ---- element by element, norms -------------------------------------------------------------------

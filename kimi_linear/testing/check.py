@@ -386,14 +386,14 @@ def _maker(arrays):
     if package == "numpy":
         return lambda a: a
     if package == "torch":
-        torch = _imported("torch")
+        torch = imported("torch")
         return lambda a: _tensor(torch, a, device or "cpu")
     if package == "mlx":
-        return _imported("mlx.core").array
+        return imported("mlx.core").array
     raise ValueError(f'arrays is {arrays!r}; it must be "numpy", "torch", "torch:DEVICE", "mlx" or a function')
 
 
-def _imported(name):
+def imported(name):
     try:
         return importlib.import_module(name)
     except ImportError as error:

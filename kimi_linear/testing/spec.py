@@ -20,6 +20,8 @@ __all__ = ["Case", "Explanation", "Law", "NotOffered", "Plan", "Spec", "WrongRes
 OPS = ("delta_rule", "embedding", "rms_norm", "linear", "short_conv", "l2_norm", "decay_gate", "decay_cumsum",
        "gated_rms_norm", "latent_attention", "rope", "attention", "sigmoid_gate", "attn_res", "swiglu", "situ",
        "softmax", "route", "moe")
+#: Gradients of ops, which kernels for training compute.
+BACKWARD = ("delta_rule_backward",)
 
 
 class NotOffered(Exception):
@@ -179,15 +181,16 @@ class Spec:
     narrow_rms: float = 1.28
 
 
-def specs():
-    """Ops that `check_op` knows."""
-    return list(OPS)
+def specs(gradients=True):
+    """Ops that `check_op` knows; last, where they are asked for, those of gradients, which `kimi_linear.ops` has
+    not."""
+    return [*OPS, *BACKWARD * gradients]
 
 
 def spec(op):
     """The Spec of an op; ValueError names those that there are."""
-    if op not in OPS:
-        raise ValueError(f"op is {op!r}; check_op knows {', '.join(OPS)}{meant(op, OPS)}")
+    if op not in specs():
+        raise ValueError(f"op is {op!r}; check_op knows {', '.join(specs())}{meant(op, specs())}")
     return importlib.import_module(f"{__package__}.{op}").SPEC
 
 

@@ -29,7 +29,7 @@ def of_bytes(results):
     return [np.asarray(r).tobytes() for r in (results if isinstance(results, (tuple, list)) else (results,))]
 
 
-@pytest.mark.parametrize("op", specs())
+@pytest.mark.parametrize("op", specs(gradients=False))
 def test_arrays_lie_at_any_address(op):
     inputs = plain(op)
     moved = {name: unaligned(x) if isinstance(x, np.ndarray) else x for name, x in inputs.items()}

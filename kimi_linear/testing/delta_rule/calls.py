@@ -5,7 +5,7 @@ import numpy as np
 from ..spec import NotOffered, Plan, WrongResult
 from .mistakes import SWAPPED
 
-__all__ = ["kinds", "plan"]
+__all__ = ["kinds", "layout_of", "plan_of"]
 
 _GATE = {"channel": "gate per channel", "head": "gate per head", None: "no gate"}
 
@@ -15,7 +15,7 @@ def kinds(how):
     return how.gates
 
 
-def plan(how, x):
+def plan_of(how, x):
     """The Plan of a call with our arguments `x` in the convention `how`.
 
     Raises
@@ -33,7 +33,7 @@ def plan(how, x):
     if how.scale == "caller":
         given["q"] = exact["q"] = (x["q"] * np.float32(x.get("scale", K**-0.5))).astype(x["q"].dtype)
         exact["scale"] = 1.0
-    arguments = {how.names[name]: _layout(how, name, a) for name, a in given.items()}
+    arguments = {how.names[name]: layout_of(how, name, a) for name, a in given.items()}
 
     ragged = "offsets" in x
     lead = (len(x["offsets"]) - 1,) if ragged else (1,) if how.axes != "THK" else ()
@@ -75,7 +75,7 @@ def _gate(g, form):
     return g, g
 
 
-def _layout(how, name, a):
+def layout_of(how, name, a):
     """q, k, v [T, H, n], g [T, H, K] or [T, H], beta [T, H] in the axes of the convention."""
     if a is None:
         return None
