@@ -28,6 +28,7 @@ class _Form(NamedTuple):
 
 _FORMS = {
     "short_conv": _Form(2, "x", "", "t-"),
+    "short_conv_backward": _Form(2, "dy x", "", "t--"),
     "delta_rule": _Form(3, "q k v g beta", "", "t--"),
     "delta_rule_backward": _Form(3, "do q k v g beta", "", "ttttt-"),
     "delta_rule_intra": _Form(3, "q k v g beta", "", "ttttt"),

@@ -7,7 +7,7 @@ where not all.
 
 __all__ = ["OTHERS", "OURS"]
 
-#: Arguments of the ops themselves.
+#: Arguments of the ops themselves, and of gradients as `kimi_linear.reference` has them.
 OURS = {
     "embedding": "ids table", "rms_norm": "x w eps", "gated_rms_norm": "x z w eps activation", "l2_norm": "x eps",
     "linear": "x w bias", "short_conv": "x w history offsets activation",
@@ -17,6 +17,9 @@ OURS = {
     "rope": "x positions base rotary", "attention": "q k v scale offsets kv_offsets", "sigmoid_gate": "x gate",
     "route": "scores k bias groups top_groups function renormalise scale",
     "moe": "x ids weights w_gate w_up w_down shared shared_gate situ", "attn_res": "snapshots x w eps",
+    "rms_norm_backward": "dy x w eps", "short_conv_backward": "dy x w history offsets activation",
+    "l2_norm_backward": "dy x eps", "decay_gate_backward": "dg f rate dt_bias lower_bound",
+    "gated_rms_norm_backward": "dy x z w eps activation", "swiglu_backward": "dy gate up",
 }
 
 FLA, HF, VLLM = "fla-org/flash-linear-attention: ", "huggingface/transformers: src/transformers/", "vllm-project/vllm: "

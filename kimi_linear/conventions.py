@@ -214,18 +214,18 @@ def _plain(project, entry):
                    fixed=_table(**entry.get("fixed", {})), **rest)
 
 
-def _ours(arguments):
-    return {"names": " ".join(f"{n}={n}" for n in [*arguments.split(), "out"]), "source": "kimi_linear/ops"}
+def _ours(op):
+    home = "kimi_linear/reference_backward.py" if op.endswith("_backward") else "kimi_linear/ops"
+    return {"names": " ".join(f"{n}={n}" for n in [*OURS[op].split(), "out"]), "source": home}
 
 
-_PLAIN = {"ours": {op: _ours(arguments) for op, arguments in OURS.items()}} | OTHERS
+_PLAIN = {"ours": {op: _ours(op) for op in OURS}} | OTHERS
 
 
 
 def _backward(how):
     """The conventions of `delta_rule_backward`: those of the op, whose gradients lie as what they are of."""
-    mine = {n: theirs for n, theirs in how.names.items() if n != "out"}
-    return how.but(names=_table(do="do", **mine, dstate="dstate"))
+    return how.but(names=_table(do="do", **how.names, dstate="dstate"))
 
 
 #: project -> op -> Convention.

@@ -2,7 +2,7 @@
 
 import os
 
-from ..testing.spec import OPS
+from ..testing.spec import specs
 from ._common import add_json_argument, add_output_argument, check_output, human_bytes, print_json, say
 
 HELP = "an op's cases with float64 results and allowed errors, for kernels in any language; and the way back"
@@ -20,7 +20,7 @@ exit code 0: written, or every case holds; 1: a case is over its budget; 2: bad 
 
 
 def add_arguments(parser):
-    parser.add_argument("op", metavar="OP", help=f"an op: {', '.join(OPS)}")
+    parser.add_argument("op", metavar="OP", help=f"an op: {', '.join(specs())}")
     way = parser.add_mutually_exclusive_group(required=True)
     add_output_argument(way, "file of cases to write")
     way.add_argument("--judge", metavar="RESULTS", help="file of a kernel's results to judge, as check_op does")

@@ -19,7 +19,20 @@ import numpy as np
 from .. import dataflow
 from .._names import Named, near
 from ..trace import Trace
-from . import _any, _attention, _delta_backward, _depth, _inputs, _kda, _mla, _moe, _pieces, _residuals
+from . import (
+    _any,
+    _attention,
+    _backward,
+    _backward_kda,
+    _delta_backward,
+    _depth,
+    _inputs,
+    _kda,
+    _mla,
+    _moe,
+    _pieces,
+    _residuals,
+)
 from ._fault import (
     BOTH,
     CALL,
@@ -45,7 +58,8 @@ __all__ = [
     "SPLIT", "STRONG", "TIES", "WHOLE", "Call", "Fault", "Scene", "Site", "at", "by_name", "for_op", "mistakes", "run",
 ]
 
-_PARTS = _kda, _delta_backward, _mla, _attention, _residuals, _depth, _pieces, _moe, _any, _inputs
+_PARTS = (_kda, _delta_backward, _mla, _attention, _residuals, _depth, _pieces, _moe, _backward, _backward_kda, _any,
+          _inputs)
 _ALL = tuple(f for part in _PARTS for f in part.FAULTS)
 
 #: Every fault that is planted in a model, by name.

@@ -433,13 +433,18 @@ def _first_apart(a, r):
     return tuple(int(i) for i in np.argwhere(apart)[0])
 
 
+#: Axes of results that are not [token, head, channel]; one that has fewer lacks the first.
+_AXES = {"state": ("sequence", "head", "key", "value"), "ids": ("token", "slot"), "weights": ("token", "slot"),
+         "dhistory": ("sequence", "row", "channel")}
+#: The same of weights' gradients, which lack the last.
+_AXES_OF_WEIGHTS = {"dw": ("channel", "tap"), "drate": ("head",), "ddt_bias": ("head", "channel")}
+
+
 def _place(at, name):
-    """Where, in words: a state is [.., head, key, value], a choice [token, slot], all else [token, head, channel]."""
-    if name == "state":
-        return coordinates(at, ("sequence", "head", "key", "value")[4 - len(at):])
-    if name in ("ids", "weights"):
-        return coordinates(at, ("token", "slot")[2 - len(at):])
-    return coordinates(at, axis_names(at))
+    """Where, in words."""
+    if name in _AXES_OF_WEIGHTS:
+        return coordinates(at, _AXES_OF_WEIGHTS[name][:len(at)])
+    return coordinates(at, _AXES[name][-len(at):] if name in _AXES else axis_names(at))
 
 
 def _unknown_keyword(error, given):

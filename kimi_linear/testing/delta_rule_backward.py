@@ -11,7 +11,7 @@ from . import delta_rule
 from .delta_rule.calls import kinds as forward_kinds
 from .delta_rule.calls import layout_of, plan_of
 from .delta_rule.cases import TOKENS
-from .plain import SAME_TWICE, filled, halved, plain
+from .plain import SAME_TWICE, filled, given_outputs, halved, plain
 from .spec import Law, Plan, WrongResult
 
 __all__ = ["SPEC"]
@@ -71,8 +71,8 @@ def cases():
     yield _case(known["carried-64"], "no-dstate", ends=False, says="no gradient of the final state")
     yield _case(carried, "dstate-alone", change=filled("do", 0), says="do is zero")
     for size in (1e-12, 1e12):
-        yield _case(carried, f"gradients-{size:g}".replace("+", ""), change=_scaled(size), needs={"any size"},
-                    says=f"do and dstate are of the size {size:g}")
+        yield replace(_case(carried, f"gradients-{size:g}".replace("+", ""), change=_scaled(size), needs={"any size"},
+                            says=f"do and dstate are of the size {size:g}"), usual=0)
     yield _case(known["gate-5-long"], "gate-20-long", change=lambda x, rng: x["g"] is None or x["g"].fill(-20),
                 says="dg is e^-20 of what cancels in running sums")
     longer = known["split-64"]
@@ -105,7 +105,7 @@ def _apart(x, call):
 
 
 LAWS = (SAME_TWICE, Law("anticausal", "do of a token changes no byte of a later token's gradients", _anticausal),
-        Law("heads-apart", "a head changes no byte of another's dv", _apart))
+        Law("heads-apart", "a head changes no byte of another's dv", _apart), given_outputs(RESULTS))
 
 
 # ---- calls ---------------------------------------------------------------------------------------------

@@ -20,8 +20,8 @@ from .check import FACTOR
 from .spec import Case, Explanation, Law, NotOffered, Plan, Spec, WrongResult, given
 from .spec import defaults as defaults_of
 
-__all__ = ["DROPPED", "LOST", "SAME_TWICE", "Form", "alone", "causal", "drawn", "f32", "faint", "filled", "gates",
-           "given_outputs", "halved", "lone_rows", "maker", "nan_spread", "nans", "plain", "rows_apart"]
+__all__ = ["DROPPED", "LOST", "SAME_TWICE", "Form", "allowances", "alone", "causal", "drawn", "f32", "faint", "filled",
+           "gates", "given_outputs", "halved", "lone_rows", "maker", "nan_spread", "nans", "plain", "rows_apart"]
 
 #: What is said of NaN that a result should have.
 LOST = "NaN is lost: there are numbers where it belongs"
@@ -151,10 +151,10 @@ def halved(x, names, place):
     return other
 
 
-def rows_apart(*names):
-    """What is done to the last row of these arguments changes no byte of another."""
+def rows_apart(*names, first=None):
+    """What is done to the last row of these arguments changes no byte of another; of the `first` results, or all."""
     def check(x, call):
-        for a, b in zip(call(x), call(halved(x, names, slice(-1, None))), strict=True):
+        for a, b in zip(call(x)[:first], call(halved(x, names, slice(-1, None)))[:first], strict=True):
             if a[:-1].tobytes() != b[:-1].tobytes():
                 return f"one row changes the results of others, in {int((a[:-1] != b[:-1]).sum())} values"
         return None
@@ -174,16 +174,22 @@ def causal(*names):
     return Law("causal", "later tokens change no byte of an output", check)
 
 
-def alone(op, *names):
-    """Each of a few rows in a call of its own gives what the whole gave, but for twice the error allowed."""
+def allowances(op, x):
+    """The bound of each result, with what its type rounds."""
+    ref, stored = getattr(reference, op)(**x), _stored(x)
+    bounds = as_tuple(budget(op, ref, stored=stored, **x))
+    return [b + stored * np.abs(r) for b, r in zip(bounds, as_tuple(ref), strict=True)]
+
+
+def alone(op, *names, first=None):
+    """Each of a few rows in a call of its own gives what the whole gave, but for twice the error allowed; in the
+    `first` results, or all."""
     def check(x, call):
-        whole, ref, stored = call(x), getattr(reference, op)(**x), _stored(x)
-        bounds, ref = as_tuple(budget(op, ref, stored=stored, **x)), as_tuple(ref)
-        bounds = [b + stored * np.abs(r) for b, r in zip(bounds, ref, strict=True)]
+        whole, bounds = call(x)[:first], allowances(op, x)[:first]
         T = len(x[names[0]])
         for t in sorted({0, T // 2, T - 1}):
             lone = call(x | {n: np.ascontiguousarray(x[n][_at(n, slice(t, t + 1))]) for n in names})
-            for a, b, bound in zip(whole, lone, bounds, strict=True):
+            for a, b, bound in zip(whole, lone[:first], bounds, strict=True):
                 if (np.abs(np.float64(a[t:t + 1]) - b) > 2 * FACTOR * bound[t:t + 1]).any():
                     return f"row {t} alone gives another result than in a batch of {T}"
         return None
@@ -197,9 +203,9 @@ def _stored(x):
     return max(map(unit_of, kinds), default=0.0)
 
 
-def lone_rows(op, *names):
-    """The two laws of an op whose rows are apart."""
-    return rows_apart(*names), alone(op, *names)
+def lone_rows(op, *names, first=None):
+    """The two laws of an op whose rows are apart; of its `first` results, or all."""
+    return rows_apart(*names, first=first), alone(op, *names, first=first)
 
 
 # ---- the conventions of others ---------------------------------------------------------------------

@@ -13,15 +13,18 @@ from dataclasses import dataclass
 from .. import reference
 from .._names import meant
 
-__all__ = ["Case", "Explanation", "Law", "NotOffered", "Plan", "Spec", "WrongResult", "defaults", "given", "select",
-           "spec", "specs"]
+__all__ = ["BACKWARD", "OPS", "Case", "Explanation", "Law", "NotOffered", "Plan", "Spec", "WrongResult", "defaults",
+           "given", "select", "spec", "specs"]
 
-#: Modules of this package with a SPEC: the delta rule, and the rest in the order of the pass.
+#: Functions of `kl.ops`, each a module of this package with a SPEC: the delta rule, and the rest in the order of the
+#: pass.
 OPS = ("delta_rule", "embedding", "rms_norm", "linear", "short_conv", "l2_norm", "decay_gate", "decay_cumsum",
        "gated_rms_norm", "latent_attention", "rope", "attention", "sigmoid_gate", "attn_res", "swiglu", "situ",
        "softmax", "route", "moe")
-#: Gradients of ops, which kernels for training compute.
-BACKWARD = ("delta_rule_backward",)
+#: Gradients, which `kl.ops` has not; the small ones are together in SPECS of `backward`.
+SMALL = ("rms_norm_backward", "short_conv_backward", "l2_norm_backward", "decay_gate_backward",
+         "gated_rms_norm_backward", "swiglu_backward")
+BACKWARD = ("delta_rule_backward", *SMALL)
 
 
 class NotOffered(Exception):
@@ -130,7 +133,7 @@ class Spec:
     Attributes
     ----------
     op : str
-        Its name in `kimi_linear.ops`, `kimi_linear.reference` and the budgets.
+        Its name in `kimi_linear.reference`, the budgets and, where it is no gradient, `kimi_linear.ops`.
     results, required : tuple of str
         Names of what it gives, and of the arguments without a default.
     forms : tuple of str
@@ -181,16 +184,17 @@ class Spec:
     narrow_rms: float = 1.28
 
 
-def specs(gradients=True):
-    """Ops that `check_op` knows; last, where they are asked for, those of gradients, which `kimi_linear.ops` has
-    not."""
-    return [*OPS, *BACKWARD * gradients]
+def specs():
+    """Ops that `check_op` knows, gradients last."""
+    return [*OPS, *BACKWARD]
 
 
 def spec(op):
     """The Spec of an op; ValueError names those that there are."""
     if op not in specs():
         raise ValueError(f"op is {op!r}; check_op knows {', '.join(specs())}{meant(op, specs())}")
+    if op in SMALL:
+        return importlib.import_module(f"{__package__}.backward").SPECS[op]
     return importlib.import_module(f"{__package__}.{op}").SPEC
 
 

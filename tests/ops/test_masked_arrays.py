@@ -5,6 +5,7 @@ import pytest
 
 import kimi_linear as kl
 from kimi_linear.testing import spec, specs
+from kimi_linear.testing.spec import OPS
 
 
 def masked(a):
@@ -13,7 +14,7 @@ def masked(a):
 
 def arguments():
     """(op, inputs, name) of each array that an op takes in its plain case."""
-    for op in specs(gradients=False):
+    for op in specs():
         inputs = spec(op).cases[0].make(spec(op).kind)
         inputs = {n: inputs.get(n) for n in spec(op).required} | inputs
         for name, x in inputs.items():
@@ -24,8 +25,9 @@ def arguments():
 @pytest.mark.parametrize("op, inputs, name", list(arguments()))
 def test_an_op_and_its_reference_refuse_them(op, inputs, name):
     wrong = {**inputs, name: masked(inputs[name])}
-    with pytest.raises(TypeError, match=rf"^{name} is a masked array, whose mask .*; give \.filled\(value\)"):
-        getattr(kl.ops, op)(**wrong)
+    if op in OPS:
+        with pytest.raises(TypeError, match=rf"^{name} is a masked array, whose mask .*; give \.filled\(value\)"):
+            getattr(kl.ops, op)(**wrong)
     with pytest.raises(TypeError, match="is a masked array"):
         getattr(kl.reference, op)(**wrong)
 

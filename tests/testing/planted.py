@@ -120,7 +120,7 @@ def recurrent(q, k, v, g, beta, S, what=None):
 
 
 def chunked(q, k, v, g, beta, S, what=None, C=64):
-    """The same in chunks of C, each decay a product of the factors in between; FACTORED and SUMS.. as others have it."""
+    """The same in chunks of C, each decay a product of the factors in between; those three as others have it."""
     o = np.empty(v.shape, F)
     for t in range(0, len(q), C):
         p = slice(t, t + C)

@@ -48,6 +48,11 @@ def test_the_norm(tmp_path):
         assert re.split(r"[\d.,e+]+ u rms", a)[0] == re.split(r"[\d.,e+]+ u rms", b)[0]
 
 
+def test_the_backward_kernel(tmp_path):
+    got, shown = printed(block("python", "def swiglu_backward"), tmp_path)
+    assert got == shown
+
+
 def row(op):
     """What the page's table says of an op."""
     the = spec(op)

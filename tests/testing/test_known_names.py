@@ -42,7 +42,7 @@ def test_a_table_is_shown_by_its_names(table, words):
     (lambda: kl.Context(activations="int4"), "activations is 'int4'; it must be one of 'float32', 'int8', 'bfloat16'"),
     (lambda: kl.Model.tiny(cache="q8_1"), "cache is 'q8_1'; it must be one of 'float32', 'float16', 'q8_0'; did"),
     (lambda: adapters.load("x", "vlm"), "one of hf, arrays, pt, debugger, vllm, sglang; did you mean 'vllm'?"),
-    (lambda: kl.testing.check_op("delta_rul", len), ", moe; did you mean 'delta_rule'?"),
+    (lambda: kl.testing.check_op("delta_rul", len), ", swiglu_backward; did you mean 'delta_rule'?"),
     (lambda: kl.testing.check_op("moe", len, conventions="vlm"), ", or a Convention; did you mean 'vllm'?"),
     (lambda: kl.testing.check_op("moe", len, conventions=["hf"]), "conventions is ['hf']; it must be one of ours, fla"),
     (lambda: kl.testing.check_op("delta_rule", len, cases="plan"), ", laws; did you mean 'plain'?"),
