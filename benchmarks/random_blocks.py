@@ -2,12 +2,13 @@
 
 Quantised values are random bits, so each of a type's levels occurs. Scales within a block are near the largest, as a
 quantiser leaves them; a block's minimum cancels its mean. One factor for all blocks, found by dequantising a sample,
-then gives the values the deviation. Layouts are those of ggml; `gguf.quants` reads them.
+then gives the values the deviation. Layouts are those of ggml.
 """
 
-import gguf
 import ml_dtypes
 import numpy as np
+
+import kimi_linear as kl
 
 __all__ = ["TYPES", "block_of", "random_blocks", "type_for"]
 
@@ -17,7 +18,7 @@ RUN = 32  # values of a float type that stay together: its block here
 #: Where a block's half-precision factor d is; those with a minimum: where, as a multiple of d.
 D_AT = {"Q4_0": 0, "Q4_1": 0, "Q5_0": 0, "Q5_1": 0, "Q8_0": 0, "Q2_K": 80, "Q3_K": 108, "Q4_K": 0, "Q5_K": 0,
         "Q6_K": 208, "IQ1_S": 0, "IQ2_XXS": 0, "IQ2_XS": 0, "IQ2_S": 0, "IQ3_XXS": 0, "IQ3_S": 0, "IQ4_NL": 0,
-        "IQ4_XS": 0, "TQ1_0": 52, "TQ2_0": 64}
+        "IQ4_XS": 0, "TQ1_0": 52, "TQ2_0": 64, "Q1_0": 0, "Q2_0": 0}
 MIN_AT = {"Q4_1": (2, -7.5), "Q5_1": (2, -15.5), "Q2_K": (82, 1.5), "Q4_K": (2, 7.5), "Q5_K": (2, 15.5)}
 SIGNED = {"Q4_0", "Q5_0", "IQ4_NL"}  # levels lie to one side of zero: d has either sign, in ggml's files, too
 #: Factors of types that store them as codes, by code.
@@ -30,14 +31,14 @@ TYPES = (*FLOATS, *D_AT, "IQ1_M", *CODES)
 
 #: What rows get that a type's block does not divide, as llama.cpp's quantiser chooses.
 FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "TQ1_0": "Q4_0",
-            "TQ2_0": "Q4_0"}
+            "TQ2_0": "Q4_0", "Q2_0": "Q4_0"}
 
 
 def block_of(name):
     """(values, bytes) of a block."""
     if name in FLOATS:
         return RUN, RUN * FLOATS[name].itemsize
-    return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+    return kl.storage_types[name].values, kl.storage_types[name].bytes
 
 
 def type_for(name, columns):
@@ -69,7 +70,7 @@ def random_blocks(name, std, n, rng):
     if name in SCALES:
         SCALES[name](raw, rng)
     _set_factor(name, raw, 1.0, rng)
-    values = gguf.quants.dequantize(raw[:2048], gguf.GGMLQuantizationType[name])
+    values = kl.reference.dequantize(raw[:2048], name)
     _set_factor(name, raw, std / np.sqrt(np.mean(np.square(values, dtype=np.float64))), rng)
     return raw
 
@@ -138,5 +139,11 @@ def _levels_tq2_0(raw, rng):
     raw[:, :64] = (trits << np.uint8([0, 2, 4, 6])).sum(-1, dtype=np.uint8)
 
 
+def _levels_q2_0(raw, rng):
+    """The same, four neighbours a byte."""
+    trits = rng.integers(0, 3, (len(raw), 16, 4), np.uint8)
+    raw[:, 2:] = (trits << np.uint8([0, 2, 4, 6])).sum(-1, dtype=np.uint8)
+
+
 SCALES = {"Q2_K": _scales_q2_k, "Q4_K": _scales_q4_k, "Q5_K": _scales_q4_k, "Q6_K": _scales_q6_k,
-          "Q8_0": _levels_q8_0, "TQ2_0": _levels_tq2_0}
+          "Q8_0": _levels_q8_0, "TQ2_0": _levels_tq2_0, "Q2_0": _levels_q2_0}

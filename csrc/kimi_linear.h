@@ -81,6 +81,8 @@ typedef enum kl_type {
     KL_TQ2_0 = 35,
     KL_MXFP4 = 39,
     KL_NVFP4 = 40,
+    KL_Q1_0 = 41,
+    KL_Q2_0 = 42,
     KL_TYPE_END, /* above every id */
 } kl_type;
 

@@ -203,7 +203,7 @@ def read_iq4_xs(blocks):
     return spread(f16(d) * (f32(scale) - 32), 32) * IQ4[nibbles(q, 16)]
 
 
-# ---- three-valued ---------------------------------------------------------------------------------
+# ---- three-valued, and two ------------------------------------------------------------------------
 
 
 def digits(field, width, count):
@@ -224,6 +224,20 @@ def read_tq2_0(blocks):
     """``d (q - 1)``."""
     q, d = fields(blocks, 64, 2)
     return f16(d) * (f32(pairs(q, 32)) - 1)
+
+
+@_reads
+def read_q2_0(blocks):
+    """``d (q - 1)``, four neighbours a byte; q is 3 in no block that a quantiser writes."""
+    d, q = fields(blocks, 2, 16)
+    return f16(d) * (f32(pairs(q, 1)) - 1)
+
+
+@_reads
+def read_q1_0(blocks):
+    """``d (2 q - 1)``: d or -d."""
+    d, q = fields(blocks, 2, 16)
+    return f16(d) * (2 * f32(bits(q, 1)) - 1)
 
 
 # ---- codebooks ------------------------------------------------------------------------------------
@@ -433,6 +447,20 @@ def write_tq1_0(x):
         number = (part.reshape(len(x), count, width) * 3 ** np.arange(4, 4 - count, -1).reshape(count, 1)).sum(1)
         parts.append(((number * 256 + 242) // 243).astype(np.uint8))
     return np.hstack([*parts, half_bytes(d)])
+
+
+@_writes
+def write_q2_0(x):
+    d, q = by_largest(x, 1)
+    four = (q + 1).reshape(len(q), 16, 4) << np.array([0, 2, 4, 6], np.uint8)
+    return np.hstack([half_bytes(d), np.bitwise_or.reduce(four, axis=2)])
+
+
+@_writes
+def write_q1_0(x):
+    """d = mean |x|, of a sum in the order of the values; q = x >= 0."""
+    d = np.cumsum(np.abs(x), axis=1, dtype=np.float32)[:, -1:] / np.float32(128)
+    return np.hstack([half_bytes(d), join_bits(x >= 0)])
 
 
 @_writes

@@ -61,7 +61,9 @@ typedef struct kl_int8_group {
     TYPE(KL_Q6_K)                                                                                  \
     TYPE(KL_IQ4_NL)                                                                                \
     TYPE(KL_IQ4_XS)                                                                                \
-    TYPE(KL_MXFP4)
+    TYPE(KL_MXFP4)                                                                                 \
+    TYPE(KL_Q1_0)                                                                                  \
+    TYPE(KL_Q2_0)
 
 static inline bool kl_takes_int8(kl_type type)
 {

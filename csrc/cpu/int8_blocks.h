@@ -132,13 +132,24 @@ static inline float int8_e8m0_half(uint8_t e)
     return f;
 }
 
+/* blocks of 32 that share a block of the type, with its scale; of types whose blocks are below 256 */
+static inline int int8_sharing(kl_type t) { return t == KL_Q1_0 ? 4 : t == KL_Q2_0 ? 2 : 1; }
+
+/* where the block of the type begins that block b of 32 is in */
+static inline const uint8_t *int8_around(const uint8_t *p, kl_type type, int b)
+{
+    const int sharing = int8_sharing(type);
+    return p + (size_t)(b / sharing) * kl_type_bytes(type, 32 * sharing);
+}
+
 /* of one block of 32 */
 static inline float int8_scale_32(const uint8_t *p, kl_type type)
 {
     return type == KL_MXFP4 ? int8_e8m0_half(p[0]) : kl_f16_at(p);
 }
 
-static inline void int8_values_32(int8_t *q, const uint8_t *p, kl_type type)
+/* the nth 32 values, from 0, of the type's block at p */
+static inline void int8_values_32(int8_t *q, const uint8_t *p, kl_type type, int nth)
 {
     for (int l = 0; l < 32; l++) {
         const int shift = l / 16 * 4, at = l % 16;
@@ -149,6 +160,8 @@ static inline void int8_values_32(int8_t *q, const uint8_t *p, kl_type type)
             q[l] = (int8_t)(((p[6 + at] >> shift & 15) | (p[2 + l / 8] >> l % 8 & 1) << 4) - 16);
             break;
         case KL_IQ4_NL: q[l] = kl_iq4_values[p[2 + at] >> shift & 15]; break;
+        case KL_Q1_0: q[l] = (p[2 + 4 * nth + l / 8] >> l % 8 & 1) != 0 ? 1 : -1; break;
+        case KL_Q2_0: q[l] = (int8_t)((p[2 + 8 * nth + l / 4] >> l % 4 * 2 & 3) - 1); break;
         default: q[l] = kl_fp4_values[p[1 + at] >> shift & 15]; break; /* MXFP4 */
         }
     }
@@ -169,7 +182,7 @@ static inline void int8_load_scales(int8_weights *w, const uint8_t *p, kl_type t
     case KL_IQ4_XS: int8_scales_iq4_xs(w, p); break;
     default:
         for (int b = 0; b < n_blocks; b++)
-            w->scale[b] = int8_scale_32(p + (size_t)b * kl_type_bytes(type, 32), type);
+            w->scale[b] = int8_scale_32(int8_around(p, type, b), type);
     }
 }
 
@@ -184,7 +197,7 @@ static inline void int8_load_values(int8_t *q, const uint8_t *p, kl_type type, i
     case KL_IQ4_XS: int8_values_iq4_xs(q, p); break;
     default:
         for (int b = 0; b < n_blocks; b++)
-            int8_values_32(q + 32 * b, p + (size_t)b * kl_type_bytes(type, 32), type);
+            int8_values_32(q + 32 * b, int8_around(p, type, b), type, b % int8_sharing(type));
     }
 }
 

@@ -261,6 +261,22 @@ struct kl_block_nvfp4 { /* scales[4], q[4][8] */
     }
 };
 
+struct kl_block_q1_0 { /* d[2], q[16] */
+    static const int values = 128, bytes = 18;
+    static __device__ __forceinline__ float value(const uint8_t *b, unsigned i)
+    {
+        return kl_times(kl_f16_at(b), (b[2 + i / 8] >> i % 8 & 1) != 0 ? 1 : -1);
+    }
+};
+
+struct kl_block_q2_0 { /* d[2], q[16] */
+    static const int values = 64, bytes = 18;
+    static __device__ __forceinline__ float value(const uint8_t *b, unsigned i)
+    {
+        return kl_times(kl_f16_at(b), (b[2 + i / 4] >> i % 4 * 2 & 3) - 1);
+    }
+};
+
 /* The codebooks. Each thread reads a row of its own, which constant memory would serve one by one. */
 #define KL_ROW(hex) 0x##hex,
 static __device__ const uint16_t kl_iq1_rows[2048] = { KL_IQ1_ROWS(KL_ROW) };

@@ -95,6 +95,13 @@ static __device__ __forceinline__ uint32_t kl_bit_a_byte(uint32_t four)
     return (four & 15u) * 0x00204081u & 0x01010101u;
 }
 
+/* bits 2 i and 2 i + 1 of eight, to the low end of byte i */
+static __device__ __forceinline__ uint32_t kl_crumb_a_byte(uint32_t eight)
+{
+    const uint32_t twice = (eight & 255u) | (eight & 255u) << 12;
+    return (twice | twice << 6) & 0x03030303u;
+}
+
 struct kl_int8_plain {
     static const bool fine = false, has_min = false;
     static const int offset = 0;
@@ -160,6 +167,33 @@ template <> struct kl_int8_block<KL_MXFP4> : kl_int8_plain {
         to.d = kl_half_e8m0(p[0]);
         kl_nibbles_at<align>(to, p + 1);
         kl_levels_of(to, kl_fp4_levels());
+    }
+};
+
+template <> struct kl_int8_block<KL_Q1_0> : kl_int8_plain { /* 0 or 2, less 1 */
+    static const int align = 2, offset = 1;
+    static __device__ __forceinline__ void read(kl_int8_weights &to, const uint8_t *p, unsigned b)
+    {
+        p += 18 * (b / 4);
+        to.d = kl_f16_at(p);
+        const uint32_t bits = kl_u32_at(p + 2 + 4 * (b % 4));
+        KL_UNROLL
+        for (int i = 0; i < 8; i++)
+            to.half[i / 4].at[i % 4] = kl_bit_a_byte(bits >> 4 * i) << 1;
+    }
+};
+
+template <> struct kl_int8_block<KL_Q2_0> : kl_int8_plain {
+    static const int align = 2, offset = 1;
+    static __device__ __forceinline__ void read(kl_int8_weights &to, const uint8_t *p, unsigned b)
+    {
+        p += 18 * (b / 2);
+        to.d = kl_f16_at(p);
+        uint32_t w[2];
+        kl_words_at<align>(w, p + 2 + 8 * (b % 2));
+        KL_UNROLL
+        for (int i = 0; i < 8; i++)
+            to.half[i / 4].at[i % 4] = kl_crumb_a_byte(w[i / 4] >> 8 * (i % 4));
     }
 };
 

@@ -37,7 +37,9 @@
     TYPE(KL_TQ1_0)                                                                                 \
     TYPE(KL_TQ2_0)                                                                                 \
     TYPE(KL_MXFP4)                                                                                 \
-    TYPE(KL_NVFP4)
+    TYPE(KL_NVFP4)                                                                                 \
+    TYPE(KL_Q1_0)                                                                                  \
+    TYPE(KL_Q2_0)
 /* clang-format on */
 #define KL_STORED_TYPES(TYPE) KL_OWN_TYPES(TYPE) KL_RARE_TYPES(TYPE)
 

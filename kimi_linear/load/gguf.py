@@ -249,7 +249,10 @@ class GGUFFile(MappedFile, Mapping):
                 kind = TensorView if n_values == 1 else BlockView
                 views[info.name] = kind(info.name, name, info.ne[::-1], self, self.data_offset + info.offset,
                                         info.n_bytes)
-        problems += cut_short(beyond, len(infos), size) + overlaps(views.values())
+        misplaced = cut_short(beyond, len(infos), size) + overlaps(views.values())
+        if misplaced and not problems:
+            misplaced = _as_the_fork_packs(infos, size - self.data_offset) or misplaced
+        problems += misplaced
         return views
 
 
@@ -298,6 +301,27 @@ def _info_problem(info: _Info, alignment: int) -> str | None:
     if info.offset % alignment:
         return f"has the offset {info.offset}; it must be a multiple of the alignment, {alignment}"
     return None
+
+
+def _as_the_fork_packs(infos: list[_Info], n_bytes: int) -> list[str]:
+    """What to say of tensors that would fit their n bytes, were Q2_0 what PrismML's fork of llama.cpp means by it.
+
+    The fork used ggml's number of it for blocks of 128 values in 34 bytes, and nothing but the places of the tensors
+    tells: github.com/PrismML-Eng/llama.cpp/issues/167.
+    """
+    reached, theirs = 0, []
+    for info in sorted(infos, key=lambda info: info.offset):
+        taken = info.n_bytes
+        if TYPES[info.type][0] == "Q2_0" and info.ne[0] % 128 == 0:
+            theirs.append(info.name)
+            taken = math.prod(info.ne) // 128 * 34
+        if info.offset < reached:
+            return []
+        reached = info.offset + taken
+    if not theirs or reached > n_bytes:
+        return []
+    return [f"the tensors of Q2_0, {len(theirs)} with {quote(theirs[0])}, lie as PrismML's fork of llama.cpp packs "
+            "them, 34 bytes for 128 values; read is ggml's Q2_0, 18 bytes for 64"]
 
 
 class _Cursor:

@@ -10,10 +10,10 @@ from ..quantized import storage_types
 from .safetensors import WEIGHT_DTYPES
 
 WRITABLE = (*WEIGHT_DTYPES, *(t.name for t in storage_types.values() if t.values > 1 and t.writable))
-#: Type with blocks of 256 values -> the one that rows get which are no multiple of 256, but of 32.
+#: Type with blocks of 256 values, or of 64 -> the one that rows get which are no multiple of that, but of 32.
 FALLBACK = {
     "Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
-    "IQ4_XS": "IQ4_NL",
+    "IQ4_XS": "IQ4_NL", "Q2_0": "Q4_0",
 }
 
 

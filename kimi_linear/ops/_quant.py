@@ -13,8 +13,8 @@ __all__ = ["dequantize", "quantize"]
 def quantize(x, type, *, out=None, ctx=None):
     """Rows of float32 to rows of blocks of a storage type.
 
-    Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, TQ1_0, TQ2_0 and MXFP4 are closed formulas, the bytes those of gguf.quants. Q2_K to
-    Q6_K, IQ4_NL and IQ4_XS are a search for the scales with the least squared error. IQ1, IQ2, IQ3 and NVFP4 can
+    Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, TQ1_0, TQ2_0, MXFP4, Q1_0 and Q2_0 are closed formulas, the bytes those of ggml. Q2_K
+    to Q6_K, IQ4_NL and IQ4_XS are a search for the scales with the least squared error. IQ1, IQ2, IQ3 and NVFP4 can
     only be read.
 
     Source: layouts of ggml (github.com/ggml-org/ggml); MXFP4: OCP Microscaling, arXiv:2310.10537.

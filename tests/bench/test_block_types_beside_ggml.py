@@ -24,6 +24,11 @@ def library():
 GGML = library()
 
 
+def known(kind):
+    """Whether the library has the type."""
+    return hasattr(GGML, f"dequantize_row_{kind.name.lower().replace('_k', '_K')}")
+
+
 def by_ggml(x, name):
     """Blocks by ggml's quantiser, without an importance matrix."""
     kind = kl.storage_types[name]
@@ -75,6 +80,8 @@ if GGML is not None:
     @pytest.mark.parametrize("kind", [t for t in kl.storage_types.values() if t.values > 1], ids=lambda t: t.name)
     def test_ggml_reads_the_same_values(kind):
         """Of sound blocks: ggml may fuse a product and a sum, so the last bit is its own."""
+        if not known(kind) and kind.name in ("Q1_0", "Q2_0"):
+            pytest.skip(f"this ggml is older than {kind.name}")
         raw = np.random.default_rng(kind.id).integers(0, 256, (200, kind.bytes), dtype=np.uint8)
         if kind.writable:
             rng = np.random.default_rng(kind.id)

@@ -3,6 +3,7 @@
 import importlib
 import sys
 
+import ggml_types
 import gguf
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def tensors_of(path):
 
 
 def values(tensor):
-    return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    return ggml_types.dequantize(tensor.data, tensor.tensor_type.name)
 
 
 # ---- blocks ----
@@ -36,17 +37,16 @@ def values(tensor):
 def test_blocks_have_the_deviation_asked_for(name):
     std, (n_values, n_bytes) = 0.025, random_blocks.block_of(name)
     blocks = random_blocks.random_blocks(name, std, 2048 * 256 // n_values, np.random.default_rng(1))
-    kind = gguf.GGMLQuantizationType[name]
     if name in random_blocks.FLOATS:
         found = blocks.view(random_blocks.FLOATS[name]).astype(np.float64)
     else:
-        assert (n_values, n_bytes) == gguf.GGML_QUANT_SIZES[kind]
-        found = gguf.quants.dequantize(blocks, kind).astype(np.float64)
+        assert (n_values, n_bytes) == ggml_types.size_of(name)
+        found = ggml_types.dequantize(blocks, name).astype(np.float64)
     assert np.isfinite(found).all() and found.size == 2048 * 256
     assert abs(found.std() / std - 1) < 0.02
     assert abs(found.mean()) < 0.02 * std
     assert np.abs(found).max() < 8 * std
-    assert len(np.unique(found)) > 2
+    assert len(np.unique(found)) > (1 if name == "Q1_0" else 2)
 
 
 @pytest.mark.parametrize("asked, columns, got", [
@@ -128,7 +128,7 @@ def test_metadata_and_vocabulary(monkeypatch, tmp_path):
     assert "<|im_middle|>" in fields["tokenizer.chat_template"].contents()
 
 
-@pytest.mark.parametrize("type", random_blocks.TYPES)
+@pytest.mark.parametrize("type", [t for t in random_blocks.TYPES if t in gguf.GGMLQuantizationType.__members__])
 @pytest.mark.parametrize("shape", ["k3-small", "qwen-small", "qwen35-small", "qwen35moe-small"])
 def test_files_of_every_type_are_their_own_values(monkeypatch, tmp_path, shape, type):
     """Ours opens and runs them, and its logits are float64's on the values that gguf.quants reads."""

@@ -20,7 +20,8 @@ import kimi_linear as kl
 from kimi_linear.device_array import from_device
 from kimi_linear.diff.budgets import budget
 
-TYPES = ["Q8_0", "Q4_0", "Q5_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"]
+TYPES = ["Q8_0", "Q4_0", "Q5_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4", "Q1_0",
+         "Q2_0"]
 BF16 = ml_dtypes.bfloat16
 
 version = versions("1", "")
@@ -65,8 +66,9 @@ def uneven(T, D, largest=3e38):
 @pytest.mark.parametrize("T", [1, 2, 8, 9, 40])
 @pytest.mark.parametrize("type", TYPES)
 def test_hip_int8_linear_has_the_bytes_of_the_cpu(type, T):
-    """Whole groups of 256 and, of blocks of 32, what is left of one; rows that fill no tile."""
-    for D in (768,) if kl.storage_types[type].values == 256 else (32, 416, 768):
+    """Whole groups of 256 and, of shorter blocks, what is left of one; rows that fill no tile."""
+    block = kl.storage_types[type].values
+    for D in (768,) if block == 256 else (block, 13 * block, 768):
         x, w, bias = uneven(T, D), stored(normal(45, D, seed=1), type), normal(45, seed=2)
         same_as_the_cpu(lambda ctx, x=x, w=w, bias=bias: kl.ops.linear(x, w, bias=bias, ctx=ctx),
                         SETTINGS if type in ("Q4_K", "Q2_K") and T in (2, 40) else [(64, 7)])
@@ -103,7 +105,7 @@ def test_hip_int8_linear_of_products_that_underflow(D, T):
 def test_hip_int8_linear_of_blocks_on_any_address_they_may_have(T, type, rows):
     """An array that begins between two words, and rows that do: of MXFP4 on odd addresses."""
     align = {"Q2_K": 4, "IQ4_XS": 8, "Q4_K": 16, "Q5_K": 16}.get(type, 2)
-    D = 256 if kl.storage_types[type].values == 256 else 32
+    D = kl.storage_types[type].values
     x, w = normal(T, D), stored(normal(rows, D, seed=1), type)
     for at in (align, 2 * align, 3 * align):
         room = put(np.concatenate([np.zeros(at, np.uint8), np.asarray(w.data).reshape(-1)]))

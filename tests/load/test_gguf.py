@@ -4,6 +4,7 @@ import os
 import struct
 import time
 
+import ggml_types
 import gguf
 import numpy as np
 import pytest
@@ -197,6 +198,35 @@ def test_hostile_files(path, case):
     assert any(message in problem for problem in problems_of(path, content)), problems_of(path, content)
 
 
+def q2_0_file(bytes_a_row, *more):
+    """Two matrices of 16 rows of 128 values in the type 42, a vector between them; `more` infos behind."""
+    step = 16 * bytes_a_row  # 544 or 576: both are aligned
+    infos = [info("a", (128, 16), 42), info("b", offset=step), info("c", (128, 16), 42, step + 32), *more]
+    return raw_file(infos=infos, data=b"\0" * (2 * step + 32))
+
+
+def test_a_fork_packs_q2_0_by_128(path):
+    """PrismML's blocks have 34 bytes for 128 values, under ggml's number: told in one sentence, wherever it shows."""
+    path.write_bytes(q2_0_file(36))
+    assert GGUFFile(path)["c"].dtype == "Q2_0" and GGUFFile(path)["c"].nbytes == 576
+    sentence = ("the tensors of Q2_0, 2 with 'a', lie as PrismML's fork of llama.cpp packs them, 34 bytes for 128 "
+                "values; read is ggml's Q2_0, 18 bytes for 64")
+    assert problems_of(path, q2_0_file(34)) == [sentence]
+    alone = raw_file(infos=[info("a", (128, 16), 42)], data=b"\0" * 544)
+    assert problems_of(path, alone) == [sentence.replace("2 with", "1 with")]
+
+
+def test_what_no_fork_explains_is_told_as_it_is(path):
+    """A file cut short, tensors that overlap by any count, and rows that are no blocks of 128."""
+    rows = [info("a", (64, 32), 42), info("b", offset=544)]
+    for content, *parts in ((q2_0_file(34)[:-1], "it is cut short or damaged", "'a' and 'b' overlap by 16 bytes"),
+                            (q2_0_file(34, info("d", offset=544)), "'a' and 'b' overlap", "'a' and 'd' overlap"),
+                            (raw_file(infos=rows, data=b"\0" * 576), "'a' and 'b' overlap by 16 bytes")):
+        problems = problems_of(path, content)
+        assert not any("PrismML" in problem for problem in problems)
+        assert all(any(part in problem for problem in problems) for part in parts), problems
+
+
 def test_every_tensor_that_is_wrong_is_told(path):
     infos = [info("a", (4, 0)), info("b", kind=77), info("c", offset=8), info("d", (2**40,))]
     problems = problems_of(path, raw_file(infos=infos, data=ONE))
@@ -250,15 +280,14 @@ def test_any_bytes_open_or_are_refused(path, changes, cut):
 
 @pytest.mark.parametrize("name", reader.BLOCK_TYPES)
 def test_values_of_blocks(path, rng, name):
-    """Random bytes, as the `gguf` package reads them; any NaN is like another."""
-    kind = gguf.GGMLQuantizationType[name]
-    n_values, n_bytes = gguf.GGML_QUANT_SIZES[kind]
+    """Random bytes, as ggml reads them; any NaN is like another."""
+    n_values, n_bytes = ggml_types.size_of(name)
     raw = rng.integers(0, 256, (5, 3 * n_bytes), np.uint8)
-    file = open_raw(path, infos=[info("a", (3 * n_values, 5), kind.value)], data=raw.tobytes())
+    file = open_raw(path, infos=[info("a", (3 * n_values, 5), ggml_types.id_of(name))], data=raw.tobytes())
     values = file["a"].array()
     assert values.shape == (5, 3 * n_values) and not values.flags.writeable
     with np.errstate(all="ignore"):
-        np.testing.assert_array_equal(values, gguf.quants.dequantize(raw, kind))
+        np.testing.assert_array_equal(values, ggml_types.dequantize(raw, name))
 
 
 def test_a_download_that_ended_early_is_one_sentence(tmp_path):

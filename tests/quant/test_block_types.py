@@ -1,9 +1,9 @@
-"""Block types: every one is read bit for bit as gguf.quants reads it, and written as well as it can be."""
+"""Block types: every one is read bit for bit as ggml reads it (ggml_types.py), and written as well as it can be."""
 
 import re
-import warnings
 from pathlib import Path
 
+import ggml_types
 import gguf
 import numpy as np
 import pytest
@@ -18,30 +18,33 @@ SEARCHED = [name for name in WRITABLE if name not in CLOSED]
 DOCS = (Path(__file__).parents[2] / "docs/block-types.md").read_text(encoding="utf-8")
 
 
-def by_gguf(what, x, name):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        return getattr(gguf.quants, what)(x, gguf.GGMLQuantizationType[name])
-
-
 # ---- the table -------------------------------------------------------------------------------------
 
 
 def test_the_table_is_that_of_ggml():
     for t in kl.storage_types.values():
-        theirs = gguf.GGMLQuantizationType[t.name]
-        assert (t.id, (t.values, t.bytes)) == (theirs, gguf.constants.GGML_QUANT_SIZES[theirs])
+        assert (t.id, (t.values, t.bytes)) == (ggml_types.id_of(t.name), ggml_types.size_of(t.name))
         assert kl.storage_type(t.id) is t is kl.storage_type(t.name)
-    assert {t.name for t in BLOCK_TYPES} == {t.name for t in gguf.quants._type_traits} - {"BF16"}
+    theirs = {t.name for t in gguf.quants._type_traits} - {"BF16"} | set(ggml_types.BY_VALUE)
+    assert {t.name for t in BLOCK_TYPES} == theirs
+
+
+def test_what_gguf_says_of_the_types_that_it_cannot_read():
+    """What is told here is told there, as far as that goes."""
+    for name, (number, *size) in ggml_types.BY_VALUE.items():
+        theirs = gguf.GGMLQuantizationType.__members__.get(name)
+        assert theirs not in gguf.quants._type_traits, f"gguf reads {name} now: ggml_types.py need not"
+        assert theirs is None or (theirs, gguf.GGML_QUANT_SIZES[theirs]) == (number, tuple(size))
+    assert gguf.GGMLQuantizationType.Q1_0 == 41
 
 
 # ---- reading ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", BLOCK_TYPES, ids=lambda t: t.name)
-def test_dequantize_is_bit_equal_to_gguf_and_to_the_twin(kind):
+def test_dequantize_is_bit_equal_to_ggml_and_to_the_twin(kind):
     raw = raw_blocks(kind)
-    wanted = by_gguf("dequantize", raw, kind.name)
+    wanted = ggml_types.dequantize(raw, kind.name)
     twin = kl.reference.dequantize(raw, kind.name)
     assert same_floats(twin.astype(np.float32), wanted)
     for ctx in CONTEXTS:
@@ -54,7 +57,7 @@ def test_rows_of_several_blocks_at_any_address(kind):
     memory = np.zeros(raw.size + 1, np.uint8)
     odd = memory[1:].reshape(4, -1)
     odd[...] = raw.reshape(4, -1)
-    wanted = by_gguf("dequantize", raw.reshape(4, -1), kind.name)
+    wanted = ggml_types.dequantize(raw.reshape(4, -1), kind.name)
     assert same_floats(kl.ops.dequantize(odd, kind.name), wanted)
     assert same_floats(np.asarray(kl.Quantized(odd, kind.name, (2, 2, 3 * kind.values))), wanted.reshape(2, 2, -1))
 
@@ -63,7 +66,7 @@ def test_rows_of_several_blocks_at_any_address(kind):
 def test_float_types_are_read_at_any_address(name):
     kind = kl.storage_types[name]
     raw = np.random.default_rng(3).integers(0, 256, 34 * kind.bytes + 1, dtype=np.uint8)[1:].reshape(2, -1)
-    wanted = by_gguf("dequantize", raw.copy(), name).reshape(2, 17)
+    wanted = ggml_types.dequantize(raw.copy(), name).reshape(2, 17)
     assert same_floats(kl.ops.dequantize(raw, name), wanted)
     assert same_floats(kl.reference.dequantize(raw, name).astype(np.float32), wanted)
 
@@ -82,11 +85,33 @@ def settled(name, blocks):
 
 @pytest.mark.parametrize("what", edge_values(1))
 @pytest.mark.parametrize("name", CLOSED)
-def test_closed_formulas_give_the_bytes_of_gguf(name, what):
+def test_closed_formulas_give_the_bytes_of_ggml(name, what):
     x = edge_values()[what]
     ours = kl.ops.quantize(x, name)
-    assert np.array_equal(settled(name, ours.data), settled(name, by_gguf("quantize", x, name)))
+    assert np.array_equal(settled(name, ours.data), settled(name, ggml_types.quantize(x, name)))
     assert ours == kl.reference.quantize(x, name)
+
+
+def test_a_bit_is_a_sign():
+    """Q1_0: of zeros of either sign the bit is set; d may be negative in a file, and is the mean as written."""
+    x = np.tile(np.float32([0, -0.0, 3, -5, 2, -2, 1, -3]), 16)
+    w = kl.ops.quantize(x, "Q1_0")
+    assert w.data.tolist() == [0, 0x40, *[0b01010111] * 16]  # d = 16 / 8
+    assert np.array_equal(np.asarray(w), np.tile(np.float32([2, 2, 2, -2, 2, -2, 2, -2]), 16))
+    w.data[:2] = [0, 0xC0]
+    assert np.array_equal(np.asarray(w), np.tile(np.float32([-2, -2, -2, 2, -2, 2, -2, 2]), 16))
+
+
+def test_two_bits_are_four_levels_of_which_three_are_written():
+    """Q2_0: the lowest bits are the first value, and 3, which no quantiser writes, is twice d."""
+    raw = np.array([0, 0x38, 0b11100100, *[0b01010101] * 15], np.uint8)  # d = 0.5
+    assert kl.ops.dequantize(raw, "Q2_0").tolist() == [-0.5, 0, 0.5, 1, *[0] * 60]
+    x = np.tile(np.float32([4, -4, 2, -2, 1.75, -1.75, 0, -0.0]), 8)  # halves away from zero
+    w = kl.ops.quantize(x, "Q2_0")
+    assert w.data.tolist() == [0, 0x44, *[0b00100010, 0b01010101] * 8]
+    noise = kl.ops.quantize(np.random.default_rng(0).standard_normal((9, 640), np.float32), "Q2_0").data
+    codes = noise.reshape(-1, 18)[:, 2:, None] >> np.uint8([0, 2, 4, 6]) & 3
+    assert np.unique(codes).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("name", WRITABLE)

@@ -7,6 +7,7 @@ import platform
 import numpy as np
 import pytest
 from block_bytes import INT8_TYPES, blocks, values_of
+from ggml_types import size_of
 
 import kimi_linear as kl
 from kimi_linear import _core
@@ -49,8 +50,12 @@ def test_definition_and_one_result_on_every_instruction_set(name, T):
         assert np.array_equal(product(x, data, type_id, K, isa=isa), y)
 
 
-@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q5_0", "IQ4_NL", "MXFP4"])
-@pytest.mark.parametrize("K", [32, 96, 128, 256, 288, 1056])
+def rows_of(*lengths):
+    """(type, values a row): of blocks of 32 these lengths, of longer blocks those that are whole ones."""
+    return [(name, K) for name in INT8_TYPES for K in lengths if size_of(name)[0] < 256 and K % size_of(name)[0] == 0]
+
+
+@pytest.mark.parametrize("name, K", rows_of(32, 64, 96, 128, 192, 256, 288, 320, 384, 1056, 1088, 1152))
 def test_rows_that_end_inside_a_group(name, K):
     rng = np.random.default_rng(K)
     data, type_id = blocks(name, 35, K, rng)
@@ -64,8 +69,7 @@ def test_rows_that_end_inside_a_group(name, K):
             assert np.array_equal(product(x[rows], data, type_id, K, isa=isa), y[rows])
 
 
-@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q5_0", "IQ4_NL"])
-@pytest.mark.parametrize("K", [32, 128, 288])
+@pytest.mark.parametrize("name, K", [row for row in rows_of(32, 64, 128, 192, 288, 384) if row[0] != "MXFP4"])
 @pytest.mark.parametrize("T", [1, 3, 8])
 def test_a_row_that_ends_inside_a_group_is_alone(name, K, T):
     """What stands where the group would go on is the next row: its scales, infinite or NaN, are not this one's."""
@@ -73,14 +77,15 @@ def test_a_row_that_ends_inside_a_group_is_alone(name, K, T):
     data, type_id = blocks(name, 4, K, rng)
     x = rng.standard_normal((T, K)).astype(np.float32)
     wrong = data.copy()
-    wrong[1::2].reshape(2, K // 32, -1)[..., :2] = np.array([0x7C00, 0x7E00], "<u2").view(np.uint8).reshape(2, 1, 2)
+    scales = wrong[1::2].reshape(2, K // size_of(name)[0], -1)[..., :2]
+    scales[...] = np.array([0x7C00, 0x7E00], "<u2").view(np.uint8).reshape(2, 1, 2)
     for isa in kl.isa_list():
         y = product(x, wrong, type_id, K, isa=isa)
         assert np.array_equal(y[:, ::2], product(x, data, type_id, K, isa=isa)[:, ::2])
         assert not np.isfinite(y[:, 1::2]).any()
 
 
-@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "MXFP4", "Q4_K", "Q3_K", "Q6_K"])
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "MXFP4", "Q4_K", "Q3_K", "Q6_K", "Q1_0", "Q2_0"])
 @pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 15, 16, 17, 24, 31, 33])
 def test_panels_that_are_not_full(name, rows):
     """Panels have 8, 16 or 32 rows, tiles 4 or 8 rows of x: what is left over has the same bytes."""
@@ -102,7 +107,7 @@ def test_sums_of_the_largest_integers_do_not_saturate(name, byte):
     K = 512
     scales, type_id = blocks(name, 20, K, rng)
     data = np.full_like(scales, byte)
-    per_row = data.shape[1] // (K // (256 if name.endswith("_K") or name == "IQ4_XS" else 32))
+    per_row = size_of(name)[1]
     at = {"Q2_K": (80, 84), "Q3_K": (108, 110), "Q6_K": (208, 210), "MXFP4": (0, 1)}
     first, last = at.get(name, (0, 4 if name in ("Q4_K", "Q5_K") else 2))
     data.reshape(-1, per_row)[:, first:last] = scales.reshape(-1, per_row)[:, first:last]

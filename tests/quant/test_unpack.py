@@ -1,15 +1,14 @@
-"""Blocks unpacked to float32: the values of `gguf`, and the same bytes on every instruction set."""
+"""Blocks unpacked to float32: the values of ggml, and the same bytes on every instruction set."""
 
+import ggml_types
 import numpy as np
 import pytest
 from block_bytes import values_of
-from gguf import GGMLQuantizationType
-from gguf.constants import GGML_QUANT_SIZES
 
 import kimi_linear as kl
 from kimi_linear import _core
 
-SMALL = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "NVFP4"]
+SMALL = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "NVFP4", "Q1_0", "Q2_0"]
 LARGE = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S",
          "IQ1_S", "IQ1_M", "TQ1_0", "TQ2_0"]  # fmt: skip
 
@@ -18,13 +17,13 @@ def unpacked(data, name, K, isa):
     """All rows of a table of blocks: an embedding widens them."""
     ids = np.arange(len(data), dtype=np.int32)
     y = np.full((len(data), K), 7, np.float32)
-    table = (data.reshape(-1), int(GGMLQuantizationType[name]), 1, len(data), K)
+    table = (data.reshape(-1), ggml_types.id_of(name), 1, len(data), K)
     _core.embedding(kl.Context(isa=isa)._core, y, ids, table, len(data))
     return y
 
 
 def random_rows(name, n_blocks, rng):
-    values, size = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+    values, size = ggml_types.size_of(name)
     return rng.integers(0, 256, (40, n_blocks * size), dtype=np.uint8), n_blocks * values
 
 
