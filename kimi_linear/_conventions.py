@@ -17,7 +17,7 @@ OURS = {
     "rope": "x positions base rotary", "attention": "q k v scale offsets kv_offsets", "sigmoid_gate": "x gate",
     "route": "scores k bias groups top_groups function renormalise scale",
     "moe": "x ids weights w_gate w_up w_down shared shared_gate situ", "attn_res": "snapshots x w eps",
-    "rms_norm_backward": "dy x w eps", "short_conv_backward": "dy x w history offsets activation",
+    "rms_norm_backward": "dy x w eps", "short_conv_backward": "dy x w history offsets activation dfinal",
     "l2_norm_backward": "dy x eps", "decay_gate_backward": "dg f rate dt_bias lower_bound",
     "gated_rms_norm_backward": "dy x z w eps activation", "swiglu_backward": "dy gate up",
 }

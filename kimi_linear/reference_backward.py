@@ -53,14 +53,14 @@ def l2_norm_backward(dy, x, *, eps=1e-6):
 
 
 @any_batch
-def short_conv_backward(dy, x, w, *, history=None, offsets=None, activation="silu"):
+def short_conv_backward(dy, x, w, *, history=None, offsets=None, activation="silu", dfinal=None):
     """Of ``y[t] = act(c[t])``, ``c[t] = sum_j w[j] x[t - W + 1 + j]``, a channel: ``dc = dy act'(c)``,
     ``dx[t] = sum_j w[j] dc[t + W - 1 - j]``, ``dw[j] = sum_t dc[t] x[t - W + 1 + j]``.
 
     dy, x [T, C], w [C, W], history [W-1, C] (or [N, W-1, C]) -> dx [T, C], dw [C, W], and dhistory in the shape of the
     history that the op hands on, where history is None of the zeros that stood there. Tokens behind a sequence's end
-    give nothing. The history that is handed on is taken to have no gradient: being a copy of the last W - 1 inputs, its
-    gradient is added to theirs.
+    give nothing. dfinal, shaped as it, is the gradient of the history that is handed on: a copy of the last W - 1
+    inputs, to whose gradients it is added, or of what came before where a sequence is shorter than that.
     """
     if activation not in ("silu", None):
         raise ValueError(f'activation is {activation!r}; it must be "silu" or None')
@@ -68,7 +68,8 @@ def short_conv_backward(dy, x, w, *, history=None, offsets=None, activation="sil
     (T, C), W = x.shape, w.shape[1]
     check_shape(w, "w", (C, "W"))
     ranges = sequences(T, offsets)
-    history = of_sequences(history, "history", (len(ranges), W - 1, C))
+    history, dfinal = (of_sequences(a, name, (len(ranges), W - 1, C))
+                       for a, name in ((history, "history"), (dfinal, "dfinal")))
     dx, dw, dhistory = np.zeros((T, C)), np.zeros((C, W)), np.zeros(history.shape)
     for n, r in enumerate(ranges):
         seen, length = np.concatenate([history[n], x[r]]), r.stop - r.start
@@ -78,6 +79,7 @@ def short_conv_backward(dy, x, w, *, history=None, offsets=None, activation="sil
         for j in range(W):
             dseen[j:j + length] += w[:, j] * dc
             dw[:, j] += (dc * seen[j:j + length]).sum(0)
+        dseen[length:] += dfinal[n]
         dhistory[n], dx[r] = dseen[:W - 1], dseen[W - 1:]
     return dx, dw, dhistory if offsets is not None else dhistory[0]
 

@@ -27,7 +27,7 @@ def _of_sum(call):
 
 def _adjoint(call, w=None, **changes):
     """Results of a convolution without an activation, of the right gradient of the sum, but for changes."""
-    given = {n: call.args.get(n) for n in ("x", "history", "offsets")} | changes
+    given = {n: call.args.get(n) for n in ("x", "history", "offsets", "dfinal")} | changes
     return reference.short_conv_backward(_of_sum(call), w=call["w"] if w is None else w, activation=None, **given)
 
 
@@ -105,6 +105,29 @@ def without_history(call, where):
         return call.results(history=None)
     dx, _, dhistory = call.results()
     return dx, _adjoint(call, history=None)[1], dhistory
+
+
+def final_dropped(call):
+    """The gradient of the history that is handed on counts for zeros."""
+    return None if call.args.get("dfinal") is None else call.results(dfinal=None)
+
+
+def final_of_short_sequences(call, moved, dropped):
+    """Of sequences of T < W - 1 tokens: token t gets row t of the history that is handed on, not W - 1 - T + t; what is
+    left of the old one in it gets nothing."""
+    rows, W = reference.sequences(len(call["x"]), call.args.get("offsets")), call["w"].shape[1]
+    given = call.args.get("dfinal")
+    if given is None or min((r.stop - r.start for r in rows), default=W) >= W - 1:
+        return None
+    right = np.float64(given).reshape(len(rows), W - 1, -1)
+    wrong = right.copy()
+    for n, r in enumerate(rows):
+        left = W - 1 - (r.stop - r.start)
+        if left > 0 and moved:
+            wrong[n, left:] = right[n, :W - 1 - left]
+        if left > 0 and dropped:
+            wrong[n, :left] = 0
+    return call.results(dfinal=wrong.reshape(np.shape(given)))
 
 
 def turned_dw(call):
@@ -200,6 +223,15 @@ FAULTS = (
            ((8,), (16,), (32,), (64,), (128,)), each="dx of each block of {} tokens lacks what the next gives it"),
     fault("conv_dhistory_dropped", "the history gets no gradient", CONV, dropped_history),
     fault("conv_dhistory_turned", "the history's gradient has the newest row first", CONV, turned_history),
+    fault("conv_dfinal_dropped", "the gradient of the history that is handed on is ignored", CONV, final_dropped),
+    *(fault(f"conv_dfinal_{name}", f"in sequences of fewer than W - 1 tokens, {text}", CONV,
+            lambda call, moved=moved, dropped=dropped: final_of_short_sequences(call, moved, dropped),
+            source="fla-org/flash-linear-attention, issue 1140")
+      for name, moved, dropped, text in (
+          ("moved", True, False, "the gradient of the history that is handed on goes to the wrong ones"),
+          ("of_left", False, True, "what is left of the history in the one that is handed on gets no gradient"),
+          ("moved_and_left", True, True, "the gradient of the history that is handed on goes to the wrong ones, and "
+                                         "what is left of the old one gets none"))),
     fault("conv_gradient_without_history", "the history counts for zeros", CONV, without_history,
            (("everywhere",), ("in dw",)), each="the history counts for zeros {}"),
     fault("conv_dw_transposed", "dw lies as [W, C]", CONV, turned_dw),

@@ -179,6 +179,8 @@ def _through_norm(dy, x, eps, how):
         return dy
     y = x * inverse
     along = 0 if how == "unprojected" else y * (y * dy).sum(-1, keepdims=True)
+    if how == "cubed":
+        along = along * ((inverse**3).astype(np.float32) / inverse**3)
     return (dy - along) * (1 if how == "not divided" else inverse)
 
 
@@ -260,6 +262,8 @@ def _rest():
     yield _fault("norm_unprojected", "through the l2 norm, the part along q and k is not taken off",
                  norm="unprojected")
     yield _fault("norm_not_divided", "through the l2 norm, dq and dk are not divided by the norm", norm="not divided")
+    yield _fault("norm_cubed", "through the l2 norm, its inverse cubed underflows float32", "the derivative of rsqrt",
+                 norm="cubed")
     yield _fault("norm_overflow", "in its l2 norm, the sum of squares overflows float32", norm="overflow")
     says = ("decays are formed by subtracting float32 sums of g{}{} over chunks of {}: digits are lost after a strong "
             "gate")

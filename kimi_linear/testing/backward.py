@@ -147,11 +147,12 @@ def norms():
 # ---- convolution -------------------------------------------------------------------------------------
 
 
-def conv_inputs(rng, T, C=12, W=4, history=False, lengths=None, activation="silu"):
-    """dy, x [T, C], w [C, W], history [W-1, C]; with `lengths`, of sequences, [N, W-1, C] and offsets."""
+def conv_inputs(rng, T, C=12, W=4, history=False, lengths=None, activation="silu", final=False):
+    """dy, x [T, C], w [C, W], history [W-1, C]; with `lengths`, of sequences, [N, W-1, C] and offsets; dfinal as it."""
     N = () if lengths is None else (len(lengths),)
     return dict(dy=rng.standard_normal((T, C)), x=rng.standard_normal((T, C)), w=rng.standard_normal((C, W)) / W**0.5,
                 history=rng.standard_normal((*N, W - 1, C)) if history else None,
+                dfinal=rng.standard_normal((*N, W - 1, C)) if final else None,
                 offsets=None if lengths is None else np.cumsum([0, *lengths]), activation=activation)
 
 
@@ -206,6 +207,14 @@ def conv_cases(case):
                                                                                                       6),
                    needs={"offsets"} | ({"history"} if history else set()), usual=True,
                    says="sequences of 0, 1, 2, 0, 17 and 6 tokens")
+    handed_on = dict(history=True, final=True, usual=True)
+    for T in (1, 2, 3, 9):
+        yield case(f"handed-on-{T}", "handed on", T, needs={"history", "dfinal"}, **handed_on,
+                   says="the history that is handed on has a gradient")
+    yield case("handed-on-0", "handed on", 0, needs={"history", "dfinal", "T = 0"}, **handed_on,
+               says="no token: dfinal is the history's gradient")
+    yield case("handed-on-ragged", "handed on", 26, lengths=(0, 1, 2, 0, 17, 6), needs={"history", "dfinal", "offsets"},
+               **handed_on)
     for C in (1, 15, 16, 17, 33, 4096):
         yield case(f"width-{C}", "widths", 5, C, history=True, needs={"history"})
     for W in (1, 2, 3, 5):

@@ -91,8 +91,25 @@ def test_every_gradient_is_tried_and_named_as_its_op():
     for name in GRADIENTS:
         op = list(inspect.signature(getattr(ref, name.removesuffix("_backward"))).parameters.values())
         first, *rest = inspect.signature(getattr(ref, name)).parameters.values()
-        assert first.name in ("dy", "dg") and [(p.name, p.kind, p.default) for p in rest] == \
+        assert first.name in ("dy", "dg") and [(p.name, p.kind, p.default) for p in rest if p.name != "dfinal"] == \
             [(p.name, p.kind, p.default) for p in op]
+
+
+@pytest.mark.parametrize("offsets", [[0, 8], [0, 1, 6, 6, 8]])
+def test_the_history_that_is_handed_on_has_a_gradient(offsets):
+    """It is linear in the inputs: what dfinal adds to a gradient is <dfinal, what a step of an input does to it>."""
+    rng, W = rng_of(5), 4
+    x = dict(x=rng.standard_normal((8, 3)), w=rng.standard_normal((3, W)),
+             history=rng.standard_normal((len(offsets) - 1, W - 1, 3)), offsets=offsets)
+    dy, dfinal = rng.standard_normal((8, 3)), rng.standard_normal(x["history"].shape)
+    with_it, without = (ref.short_conv_backward(dy, **x, dfinal=d) for d in (dfinal, None))
+    assert (with_it[1] == without[1]).all()
+    for name, a, b in zip(("x", "history"), with_it[::2], without[::2]):
+        for at in np.ndindex(a.shape):
+            step = np.zeros(a.shape)
+            step[at] = 1
+            moved = ref.short_conv(**x | {name: x[name] + step})[1] - ref.short_conv(**x)[1]
+            np.testing.assert_allclose(a[at] - b[at], (dfinal * moved).sum(), atol=1e-12)
 
 
 # ---- by hand -------------------------------------------------------------------------------------------

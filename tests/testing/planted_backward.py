@@ -97,7 +97,7 @@ BUGS |= {("gated_rms_norm_backward", bug): words for bug, words in {
 # ---- convolution -------------------------------------------------------------------------------------
 
 
-def short_conv_backward(dy, x, w, history=None, offsets=None, activation="silu", what=None):
+def short_conv_backward(dy, x, w, history=None, offsets=None, activation="silu", dfinal=None, what=None):
     (T, C), W = x.shape, w.shape[1]
     bounds = [0, T] if offsets is None else offsets.tolist()
     N = len(bounds) - 1
@@ -111,6 +111,7 @@ def short_conv_backward(dy, x, w, history=None, offsets=None, activation="silu",
             dc[a:b] *= silu_slope(silu(c) if what == "of output" else c, what)
         for j in range(W):
             products[a:b, :, j] = dc[a:b] * own[j:j + b - a]
+    ends = bounds
     if what == "runs on":
         bounds = [0, T]
     taps = w[:, ::-1] if what in ("reversed dx", "back") else w
@@ -133,6 +134,15 @@ def short_conv_backward(dy, x, w, history=None, offsets=None, activation="silu",
     if what == "runs on":
         for n, (a, b) in enumerate(zip(offsets, offsets[1:]) if offsets is not None else [(0, T)]):
             dhistory[n] = _history_of(dc[a:b], taps)
+    if dfinal is not None and what != "no dfinal":
+        for n, (a, b) in enumerate(zip(ends, ends[1:])):
+            own = dfinal.reshape(N, W - 1, C)[n]
+            for row in range(W - 1):  # of W - 1 + b - a that are there, the last are handed on
+                at = row + b - a
+                if at >= W - 1:
+                    dx[a + at - (W - 1)] += own[row - max(W - 1 - (b - a), 0) if what == "moved" else row]
+                elif what != "moved":
+                    dhistory[n, at] += own[row]
     dw = added(products, what)
     if what == "reversed dw":
         dw = dw[:, ::-1].copy()
@@ -164,6 +174,8 @@ BUGS |= {("short_conv_backward", bug): words for bug, words in {
     "runs on": "sequences run into each other, in dx", "blocks": "each block of 64 tokens",
     "no dhistory": "gets no gradient", "turned": "newest row first", "no history": "counts for zeros everywhere",
     "none": "derivative is left out", "first": "x s (1 - s), is missing", "second": "its first term, s, is missing",
+    "no dfinal": "history that is handed on is ignored",
+    "moved": "goes to the wrong ones, and what is left of the old one gets none",
     "of output": "taken of the output", "averaged": "means over tokens", "last": "last block of 1 tokens"}.items()}
 
 

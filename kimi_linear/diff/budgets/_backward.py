@@ -106,9 +106,9 @@ def _through_norm(g, off, x, w, eps, total, stored):
 # ---- convolution -------------------------------------------------------------------------------------
 
 
-def short_conv_backward(ref, dy, x, w, history=None, offsets=None, activation="silu", stored=0.0):
-    """dc = dy silu'(c): the slope is off by its own and by what c, W u sum |w x|, moves it. Then W products for dx, and
-    one a token for dw. Stored: c, its sigmoid and slope, and dc."""
+def short_conv_backward(ref, dy, x, w, history=None, offsets=None, activation="silu", dfinal=None, stored=0.0):
+    """dc = dy silu'(c): the slope is off by its own and by what c, W u sum |w x|, moves it. Then W products for dx, to
+    which dfinal is added, and one a token for dw. Stored: c, its sigmoid and slope, and dc."""
     dy, x, w = f64(dy), f64(x), f64(w)
     history = None if history is None else f64(history)
     size = np.abs(dy), np.abs(x), np.abs(w), None if history is None else np.abs(history)
@@ -118,9 +118,11 @@ def short_conv_backward(ref, dy, x, w, history=None, offsets=None, activation="s
             slope, moved = _slope_of_sum(_forward(x, w, history, offsets), _forward(*size[1:], offsets),
                                          w.shape[1], stored)
             dc, off = dc * np.abs(slope), dc * moved + (U + stored) * dc * np.abs(slope) + lost(dy, slope)
+        last = None if dfinal is None else np.abs(f64(dfinal))
         exact, carried = (reference.short_conv_backward(d, *size[1:3], history=size[3], offsets=offsets,
-                                                        activation=None) for d in (dc, off))
-    units = w.shape[1] + 1, len(x) + 1, w.shape[1] + 1
+                                                        activation=None, dfinal=e)
+                          for d, e in ((dc, last), (off, None)))
+    units = w.shape[1] + 2, len(x) + 1, w.shape[1] + 2
     return tuple(n * (U * a + TINY) + b for n, a, b in zip(units, exact, carried))
 
 
