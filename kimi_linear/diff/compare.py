@@ -140,7 +140,7 @@ def _check_op(op):
     """ValueError for a name that is of no op: a typing error would leave the budget out."""
     from .. import ops
 
-    known = [*ops.__all__, "cache_append", "route_weights"]  # the last are ops of the dataflow alone
+    known = [*ops.__all__, "cache_append", "route_weights", *budget_names()]  # of the dataflow alone; gradients
     if op is not None and op not in known:
         raise ValueError(f"op is {op!r}; there is no such op, near it are {', '.join(near(op, known))}")
 

@@ -159,6 +159,15 @@ def test_shapes_are_told():
     assert "dq has shape [16, 2, 24]; it must be [24, 2, 16], as q" in card["plain"].detail
 
 
+def test_arrays_are_compared_by_the_budget():
+    """All six, or one of which it is told which it is."""
+    x = spec(OP).cases[0].make("channel")
+    ref, got = kl.reference.delta_rule_backward(**x), backward_kernels.chunked(**x)
+    assert kl.diff.compare(got, ref, op=OP, inputs=x)
+    kl.testing.assert_close(got[2], ref[2], op=OP, inputs=x)
+    assert not kl.diff.compare(got[3] * np.float32(1.01), ref[3], op=OP, inputs=x)
+
+
 def test_an_error_of_g_names_it():
     x = spec(OP).cases[0].make("channel")
     with pytest.raises(ValueError, match=r"g is None; it must be an array, zeros where nothing decays"):
