@@ -14,19 +14,29 @@ def autograd(fn, grads=("do", "dstate")):
         Of torch tensors, by name, in the conventions of the op itself.
     grads : sequence of str
         The arguments of the ``.._backward`` that are gradients of its results, in their order; one that is not given
-        is none.
+        is none. Those of `delta_rule` by default; of most others ``["dy"]``.
 
     Returns
     -------
     callable
         Takes `grads` besides, calls `fn`, and returns the gradients of all floating-point tensors among its arguments,
-        in their order; zeros where the results do not depend on one.
+        in their order; zeros where the results do not depend on one. It raises ValueError where the results have no
+        graph, as under ``torch.no_grad()``.
+
+    Raises
+    ------
+    TypeError
+        If `fn` is not callable, or `grads` is not a sequence of names.
 
     Examples
     --------
     >>> from fla.ops.kda import chunk_kda                                                       # doctest: +SKIP
     >>> print(kl.testing.check_op("delta_rule_backward", kl.testing.autograd(chunk_kda), conventions="fla"))
     """
+    if not callable(fn):
+        raise TypeError(f"fn is a {type(fn).__name__}; it must be callable, with the arguments of the op")
+    if isinstance(grads, str):
+        raise TypeError(f"grads is {grads!r}; it must be a list of names: [{grads!r}]")
     torch = imported("torch")
 
     def backward(**arguments):
@@ -36,7 +46,9 @@ def autograd(fn, grads=("do", "dstate")):
         results = fn(**{**arguments, **leaves})
         results = results if isinstance(results, tuple | list) else (results,)
         pairs = [(y, dy.to(y.dtype)) for y, dy in zip(results, given) if dy is not None and y.requires_grad]
-        if not pairs:  # of no token
+        if not pairs:
+            if any(dy is not None and dy.numel() for dy in given):
+                raise ValueError("no result requires a gradient: torch has recorded no graph from the inputs to them")
             return tuple(map(torch.zeros_like, leaves.values()))
         outputs, gradients = zip(*pairs)
         found = torch.autograd.grad(outputs, tuple(leaves.values()), gradients, allow_unused=True)

@@ -13,7 +13,7 @@ from kimi_linear.adapters import record_calls
 from kimi_linear.cli import main
 from kimi_linear.conventions import conventions
 from kimi_linear.diff import replay
-from kimi_linear.testing.delta_rule.calls import plan
+from kimi_linear.testing.delta_rule.calls import plan_of
 
 BF16 = ml_dtypes.bfloat16
 
@@ -75,12 +75,12 @@ def test_command_line(two_hundred, capsys, tmp_path):
 
 
 def kernel_of(how, fault=0.0):
-    """Our op behind somebody's signature and layout: the inverse of `plan`, which check_op is tested with."""
+    """Our op behind somebody's signature and layout: the inverse of `plan_of`, which check_op is tested with."""
     def kernel(**args):
         raise NotImplementedError
 
     def call(inputs):
-        made = plan(how, inputs)
+        made = plan_of(how, inputs)
         x = made.inputs
         o, state = kl.reference.delta_rule(x["q"], x["k"], x["v"], x["g"], x["beta"],
                                            **{n: x[n] for n in ("scale", "initial_state", "offsets") if n in x})

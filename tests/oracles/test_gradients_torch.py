@@ -76,6 +76,18 @@ def test_transformers_chunked_form_fails_the_rim_and_the_card_says_why(project):
     assert {"strong-then-weak", "some-1e4"} <= set(reasons[SUMS])
 
 
+def test_a_function_without_a_graph_is_told():
+    def detached(**x):
+        return tuple(y.detach() for y in recurrence(**x))
+
+    card = check_op(OP, autograd(detached), conventions="fla", cases="plain")
+    assert "no result requires a gradient: torch has recorded no graph" in card["plain"].detail
+    with pytest.raises(TypeError, match=r"grads is 'dy'; it must be a list of names: \['dy'\]"):
+        autograd(recurrence, "dy")
+    with pytest.raises(TypeError, match="fn is a int; it must be callable"):
+        autograd(3)
+
+
 def test_what_is_not_differentiated_is_zero():
     def detached(initial_state=None, **x):
         return recurrence(initial_state=None if initial_state is None else initial_state.detach(), **x)
