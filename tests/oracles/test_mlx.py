@@ -318,7 +318,8 @@ def test_functions_of_mlx(op, fn, conventions):
 
 
 def test_every_convention_of_mlx_is_judged():
-    assert {op for op in kl.conventions["mlx"]} == FAILING.keys() - {"l2_norm"}
+    forward = {op for op in kl.conventions["mlx"] if not op.endswith("_backward")}  # gradients: test_gradients_torch.py
+    assert forward == FAILING.keys() - {"l2_norm"}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
