@@ -13,9 +13,10 @@ def recurrent(**x):
     return _of_sequences(_recurrent, **x)
 
 
-def chunked(chunk=64, diagonal=False, **x):
-    """By chunks; `diagonal` forms the gradient of g with the terms of the diagonal, which cancel."""
-    return _of_sequences(lambda *of_head: _by_chunks(*of_head, chunk, diagonal), **x)
+def chunked(chunk=64, diagonal=False, solved=None, **x):
+    """By chunks; `diagonal` forms the gradient of g with the terms of the diagonal, which cancel; `solved` inverts
+    I + L, by default row by row."""
+    return _of_sequences(lambda *of_head: _by_chunks(*of_head, chunk, diagonal, solved), **x)
 
 
 def _of_sequences(kernel, do, q, k, v, g, beta, dstate=None, scale=None, initial_state=None, offsets=None,
@@ -73,11 +74,11 @@ def _recurrent(q, k, v, g, beta, S, do, A):
     return dq, dk, dv, dg, dbeta, A
 
 
-def _by_chunks(q, k, v, g, beta, S, do, A, chunk, diagonal):
+def _by_chunks(q, k, v, g, beta, S, do, A, chunk, diagonal, solved):
     parts = [slice(t, min(t + chunk, len(q))) for t in range(0, len(q), chunk)]
     kept = []
     for r in parts:
-        kept.append(_Chunk(q[r], k[r], v[r], g[r], beta[r], S))
+        kept.append(_Chunk(q[r], k[r], v[r], g[r], beta[r], S, solved))
         S = kept[-1].end_state
     results = [np.zeros_like(x) for x in (q, k, v, g, beta)]
     for r, c in zip(reversed(parts), reversed(kept)):
@@ -90,7 +91,7 @@ def _by_chunks(q, k, v, g, beta, S, do, A, chunk, diagonal):
 class _Chunk:
     """One chunk: its triangles, corrections d, and the state that it leaves."""
 
-    def __init__(self, q, k, v, g, beta, S):
+    def __init__(self, q, k, v, g, beta, S, solved):
         self.q, self.k, self.v, self.g, self.beta, self.S = q, k, v, g, beta, S
         n, a = len(q), np.exp(g)
         self.E = np.zeros((n, n, g.shape[1]), np.float32)  # [i, j]: the decay from behind j to behind i
@@ -105,6 +106,8 @@ class _Chunk:
         self.inverse = np.eye(n, dtype=np.float32)
         for i in range(1, n):
             self.inverse[i, :i] = -(beta[i] * self.keys[i, :i]) @ self.inverse[:i, :i]
+        if solved is not None:
+            self.inverse = np.float32(solved(np.eye(n) + beta[:, None] * self.keys))
         self.d = self.inverse @ (beta[:, None] * self.error0)
         self.end_state = self.start[-1][:, None] * S + (self.end * k).T @ self.d
 

@@ -25,7 +25,8 @@ NAMES = spec(OP).results
 @pytest.mark.parametrize("fn, form", [
     (backward_kernels.recurrent, "recurrent"), (backward_kernels.recurrent, None),
     (backward_kernels.chunked, None), (functools.partial(backward_kernels.chunked, chunk=16), None),
-    (functools.partial(backward_kernels.chunked, diagonal=True), None)])
+    (functools.partial(backward_kernels.chunked, diagonal=True), None),
+    (functools.partial(backward_kernels.chunked, solved=np.linalg.inv), None)])
 def test_a_right_kernel_holds_every_case(fn, form):
     card = check_op(OP, fn, form=form)
     assert card and card.not_offered == ["out"], card

@@ -91,11 +91,11 @@ class _Up:
         rounded = self.lost * size + FLUSH * (K + (1 + M).sum(1, keepdims=True))
         inherited = np.minimum(k2 * e, (k1 * E).sum(1, keepdims=True))
         error = v - (k * S).sum(1, keepdims=True)
-        d = beta * error, beta1 * (inherited + rounded) + FLUSH
+        d = beta * error, beta1 * (inherited + rounded) + U * rounded + FLUSH  # beta 0: T may have been pivoted
         wide = np.abs(d[0]) + d[1]
 
         E, M = E + k1 * d[1], M + k1 * wide
-        e = np.minimum(_grow(beta, k2) * e + k2 * (beta1 * rounded + FLUSH), _norm(E))
+        e = np.minimum(_grow(beta, k2) * e + k2 * ((beta1 + U) * rounded + FLUSH), _norm(E))
         self.S, self.E, self.e, self.M = S + k * d[0], np.minimum(E, e), e, M
         return before, (self.S, self.E + self.lost * M + FLUSH, M), d, (error, inherited + rounded, size)
 
