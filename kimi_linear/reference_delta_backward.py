@@ -11,6 +11,7 @@ import numpy as np
 from ._arrays import check_shape
 from ._batches import any_batch
 from ._float64 import f64, of_sequences, sequences
+from .reference_backward import l2_norm_backward
 from .reference_delta import chunks_of, key_heads, of_value_heads, states_from
 
 __all__ = ["delta_rule_backward"]
@@ -90,7 +91,7 @@ def delta_rule_backward(do, q, k, v, g, beta, *, dstate=None, scale=None, initia
 
     dq, dk = (_of_key_heads(x, key_heads(Hk, Hv, head_map), Hk) for x in (dq, dk))
     if l2_norm:
-        dq, dk = (_through_norm(dx, x, l2_eps) for dx, x in ((dq, given_q), (dk, given_k)))
+        dq, dk = (l2_norm_backward(dx, x, eps=l2_eps) for dx, x in ((dq, given_q), (dk, given_k)))
     return dq, dk, dv, dg if kind == 3 else dg.sum(-1), dbeta, A if offsets is not None else A[0]
 
 
@@ -123,10 +124,3 @@ def _of_key_heads(x, heads, Hk):
     out = np.zeros((len(x), Hk, x.shape[-1]))
     np.add.at(out, (slice(None), heads), x)
     return out
-
-
-def _through_norm(dy, x, eps):
-    """The gradient of x, where y = x / sqrt(sum(x^2) + eps) and dy is that of y."""
-    inverse = 1 / np.sqrt((x * x).sum(-1, keepdims=True) + eps)
-    y = x * inverse
-    return inverse * (dy - y * (y * dy).sum(-1, keepdims=True))

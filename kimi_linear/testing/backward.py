@@ -4,6 +4,7 @@ import numpy as np
 
 from .. import reference
 from .check import FACTOR
+from .decay_gate import a_log, mixed, opened, small_rates
 from .plain import DROPPED, Form, allowances, drawn, filled, gates, lone_rows, maker, nans, plain
 from .rms_norm import norm_cases
 from .spec import Law, NotOffered, Spec
@@ -262,24 +263,11 @@ def gate_inputs(rng, T, H=3, K=16, kind="channel", scale=2.0, lower_bound=None):
                 lower_bound=lower_bound)
 
 
-_mixed = drawn("f", [-1e4, -100, -20, -1e-20, 0, 1e-20, 10.5, 21, 80, 90, 1e4])
-
-
-def _open(x, rng):
-    """Where the bounded gate moves: not next to 0 or to its bound."""
-    x["f"] += np.float32(4)
-    x["rate"] /= np.float32(3)
-
-
 def _high(value):
     def change(x, rng):
         x["f"][:, :2] = value
 
     return change
-
-
-def _small_rates(x, rng):
-    x["rate"][...] = np.float32([1e-6, 1e-3, 50])
 
 
 def gate_cases(case):
@@ -294,11 +282,11 @@ def gate_cases(case):
     yield case("heads", "widths", 2, 32, 128, says="32 heads of 128 channels")
     yield case("per-head", "kinds", 9, 5, kind="head", usual=True, needs={"gate per head"})
     for bound in (-5.0, -1.0):
-        yield case(f"bounded{bound:g}", "bounded", 9, lower_bound=bound, change=_open, usual=9 * 16,
+        yield case(f"bounded{bound:g}", "bounded", 9, lower_bound=bound, change=opened, usual=9 * 16,
                    needs={"lower_bound"})
-    yield case("bounded-per-head", "bounded", 9, 5, kind="head", lower_bound=-5.0, change=_open,
+    yield case("bounded-per-head", "bounded", 9, 5, kind="head", lower_bound=-5.0, change=opened,
                needs={"lower_bound", "gate per head"})
-    yield case("bounded-mixed", "bounded", 9, lower_bound=-5.0, change=_mixed, needs={"lower_bound", "subnormals"})
+    yield case("bounded-mixed", "bounded", 9, lower_bound=-5.0, change=mixed, needs={"lower_bound", "subnormals"})
     for value in (-20.0, 0.0, 12.0, 20.0):
         yield case(f"f{value:g}", "rim", 4, change=filled("f", value))
     for value in (100.0, 1e4):
@@ -306,22 +294,18 @@ def gate_cases(case):
     yield case("vanishing", "rim", 4, change=_every_other("f", -100), needs={"subnormals"},
                says="every other row has a softplus below 2^-126")
     yield case("shut", "rim", 4, change=_every_other("f", -np.inf), says="every other row is -infinity: no gradient")
-    yield case("mixed", "rim", 9, change=_mixed, needs={"subnormals"}, says="from -1e4 to 1e4")
-    yield case("rates", "rim", 9, change=_small_rates, says="rates of 1e-6, 1e-3 and 50")
+    yield case("mixed", "rim", 9, change=mixed, needs={"subnormals"}, says="from -1e4 to 1e4")
+    yield case("rates", "rim", 9, change=small_rates, says="rates of 1e-6, 1e-3 and 50")
     yield case("steep", "rim", 9, scale=30.0, needs={"subnormals"})
     yield from of_dy(case, 4, name="dg")
     yield from nans(case, 5, dg=(2, 1, 3), f=(2, 1, 3), dt_bias=(1, 3))
 
 
-def _a_log(x):
-    return np.log(x["rate"].astype(np.float64)).astype(np.float32)
-
-
 GATE_FORMS = {
     "rate as A_log": Form(
-        lambda x: {"rate": _a_log(x)},
-        lambda found, x: found | {"drate": np.float64(found["drate"]) / np.exp(_a_log(x).astype(np.float64))},
-        lambda x: {"rate": np.exp(_a_log(x).astype(np.float64))}),
+        lambda x: {"rate": a_log(x)},
+        lambda found, x: found | {"drate": np.float64(found["drate"]) / np.exp(a_log(x).astype(np.float64))},
+        lambda x: {"rate": np.exp(a_log(x).astype(np.float64))}),
 }
 
 

@@ -94,12 +94,12 @@ class _Bound:
         K = self.S.shape[1]
         a, q, k = np.exp(g)[:, :, None], q[:, :, None], k[:, :, None]
         v, beta = v[:, None], beta[:, None, None]
-        q1, k1, q2, k2 = np.abs(q), np.abs(k), _norm(q), _norm(k)
+        q1, k1, q2, k2 = np.abs(q), np.abs(k), column_norm(q), column_norm(k)
 
         # S' = a S: exp, then a product
         here = FACTOR * U * a * (np.abs(self.S) + self.E) + FLUSH * (np.abs(self.S) + 2)
         S, E = a * self.S, a * self.E + here
-        e = np.minimum(a.max(1, keepdims=True) * self.e + _norm(here), _norm(E))
+        e = np.minimum(a.max(1, keepdims=True) * self.e + column_norm(here), column_norm(E))
 
         # d = beta (v - S'^T k)
         size = (k1 * (np.abs(S) + E)).sum(1, keepdims=True)
@@ -115,7 +115,7 @@ class _Bound:
         wide = np.abs(d) + inherited + here
         fma = U * (np.abs(after) + E) + self.key * k1 * wide + FLUSH * (1 + wide)
         E = E + k1 * (inherited + here) + fma
-        e = np.minimum(self._grow(beta, k2) * e + k2 * here + _norm(fma), _norm(E))
+        e = np.minimum(self._grow(beta, k2) * e + k2 * here + column_norm(fma), column_norm(E))
         self.S, self.E, self.e = after, np.minimum(E, e), e
 
         # o = S^T (scale q): the product with scale, and the sum
@@ -153,12 +153,12 @@ class _Bound:
         for i, (q, k, v, g, beta) in enumerate(rows):
             a, q, k = np.exp(g)[:, :, None], q[:, :, None], k[:, :, None]
             v, beta = v[:, None], beta[:, None, None]
-            q1, k1, q2, k2 = np.abs(q), np.abs(k), _norm(q), _norm(k)
+            q1, k1, q2, k2 = np.abs(q), np.abs(k), column_norm(q), column_norm(k)
 
             # the error of exp is the state's; one more product of every decay, one more fma of every chain
             here = EXP * U * a * (np.abs(S) + E)
             S, E, Z, M, N = a * S, a * E + here, a * Z, a * M, a * (N + 2 * M)
-            e = np.minimum(a.max(1, keepdims=True) * e + _norm(here), _norm(E))
+            e = np.minimum(a.max(1, keepdims=True) * e + column_norm(here), column_norm(E))
 
             # d = beta (v - sums)
             d = beta * (v - (k * S).sum(1, keepdims=True))
@@ -170,7 +170,7 @@ class _Bound:
             wide = np.abs(d) + inherited + here
             S, E = S + k * d, E + k1 * (inherited + here)
             M, N, G = M + k1 * wide, N + key * k1 * wide, G + (1 + k1) * wide
-            e = np.minimum(self._grow(beta, k2) * e + k2 * here, _norm(E))
+            e = np.minimum(self._grow(beta, k2) * e + k2 * here, column_norm(E))
             E = np.minimum(E, e)
 
             bound = np.minimum(q2 * e, (q1 * E).sum(1, keepdims=True)) + read(q1, M, Z, N)
@@ -179,7 +179,7 @@ class _Bound:
         # S: its own product, the decayed keys, a chain of fma
         here = U * (N + M) + FLUSH * 2 * (len(rows) + 3) * (1 + G)
         E = E + here
-        e = np.minimum(e + _norm(here), _norm(E))
+        e = np.minimum(e + column_norm(here), column_norm(E))
         self.S, self.E, self.e = S, np.minimum(E, e), e
         return np.array(o)
 
@@ -258,7 +258,7 @@ def delta_rule_inter(ref, q, k, g, P, W, U, scale=None, initial_state=None, offs
     with np.errstate(invalid="ignore", over="ignore"):
         for n, r in enumerate(ranges):
             S, E = states[n], np.full(states[n].shape, FLUSH)
-            e = _norm(E)
+            e = column_norm(E)
             for part in chunks_of(r, chunk):
                 local = [x[part].swapaxes(0, 1) for x in (q, k, P[..., :part.stop - part.start], W, U_)]
                 decay = [x.swapaxes(0, 1) for x in decays(g[part])]
@@ -277,7 +277,7 @@ def _inter_chunk(q, k, P, W, U_, start, end, S, E, e, scale):
     queries, keys = start * q, end * k
 
     def inherited(X):
-        return np.minimum(np.abs(X) @ E, _norm(X.swapaxes(1, 2)).swapaxes(1, 2) * e)
+        return np.minimum(np.abs(X) @ E, column_norm(X.swapaxes(1, 2)).swapaxes(1, 2) * e)
 
     # d = U - W S: a chain of K, and the difference
     d = U_ - W @ S
@@ -299,7 +299,7 @@ def _inter_chunk(q, k, P, W, U_, start, end, S, E, e, scale):
     own = U * own + np.abs(keys).swapaxes(1, 2) @ here
     own = own + FLUSH * 2 * (n + 3) * (1 + size + (1 + np.abs(k)).swapaxes(1, 2) @ wide)
     E = np.abs(G) @ E + own
-    e = np.minimum(_spectral(G) * e + _norm(own), _norm(E))
+    e = np.minimum(_spectral(G) * e + column_norm(own), column_norm(E))
     S = start[:, -1, :, None] * S + keys.swapaxes(1, 2) @ d
     return o, through + here, S, np.minimum(E, e), e
 
@@ -310,5 +310,6 @@ def _spectral(G):
     return np.sqrt(np.maximum(squared, 0))[:, None, None]
 
 
-def _norm(x):
+def column_norm(x):
+    """The 2-norm of every column: [H, K, V] -> [H, 1, V]."""
     return np.sqrt((x * x).sum(1, keepdims=True))

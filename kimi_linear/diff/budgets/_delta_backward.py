@@ -6,7 +6,7 @@ from ..._float64 import f64, sequences
 from ...reference_delta import chunks_of, key_heads, of_value_heads, states_from
 from ...reference_delta_backward import delta_rule_backward as exact
 from ._basic import FLUSH, U
-from ._delta import EXP
+from ._delta import EXP, column_norm
 
 __all__ = ["delta_rule_backward"]
 
@@ -81,10 +81,10 @@ class _Up:
         and the error of the read; of each its error and its size."""
         a, k, v, beta = np.exp(g)[:, :, None], k[:, :, None], v[:, None], beta[:, None, None]
         beta1 = np.abs(beta)
-        k1, k2, K = np.abs(k), _norm(k), k.shape[1]
+        k1, k2, K = np.abs(k), column_norm(k), k.shape[1]
         here = EXP * U * a * (np.abs(self.S) + self.E) + FLUSH * (1 + np.abs(self.S))
         S, E, M = a * self.S, a * self.E + here, a * self.M
-        e = np.minimum(a.max(1, keepdims=True) * self.e + _norm(here), _norm(E))
+        e = np.minimum(a.max(1, keepdims=True) * self.e + column_norm(here), column_norm(E))
         before = S, E + self.lost * M + FLUSH, M
 
         size = np.abs(v) + (k1 * M).sum(1, keepdims=True)
@@ -95,7 +95,7 @@ class _Up:
         wide = np.abs(d[0]) + d[1]
 
         E, M = E + k1 * d[1], M + k1 * wide
-        e = np.minimum(_grow(beta, k2) * e + k2 * ((beta1 + U) * rounded + FLUSH), _norm(E))
+        e = np.minimum(_grow(beta, k2) * e + k2 * ((beta1 + U) * rounded + FLUSH), column_norm(E))
         self.S, self.E, self.e, self.M = S + k * d[0], np.minimum(E, e), e, M
         return before, (self.S, self.E + self.lost * M + FLUSH, M), d, (error, inherited + rounded, size)
 
@@ -121,7 +121,7 @@ class _Down:
         """The bounds of dq, dk [H, K], dv [H, V], dg [H, K], dbeta [H] of one token."""
         (R, e_R, M_R), (_, e_S, M_S), (d, e_d), (error, e_error, size) = token
         a, q, k, do = np.exp(g)[:, :, None], q[:, :, None], k[:, :, None], do[:, None]
-        q1, k1, k2, do1, beta = np.abs(q), np.abs(k), _norm(k), np.abs(do), beta[:, None, None]
+        q1, k1, k2, do1, beta = np.abs(q), np.abs(k), column_norm(k), np.abs(do), beta[:, None, None]
         beta1 = np.abs(beta)
         lost, K, V = self.lost, k.shape[1], do.shape[2]
         wide_d = np.abs(d) + e_d
@@ -146,7 +146,7 @@ class _Down:
 
         # A - k dv^T, and through the decay
         A, B, M = A - k * dv, self.B + k1 * e_v, M + k1 * wide_v
-        b = np.minimum(_grow(beta, k2) * self.b + k2 * (beta1 * (rounded + 2 * U * wide_read) + FLUSH), _norm(B))
+        b = np.minimum(_grow(beta, k2) * self.b + k2 * (beta1 * (rounded + 2 * U * wide_read) + FLUSH), column_norm(B))
         B = np.minimum(B, b)
         dg = ((B + lost * M + FLUSH) * (np.abs(R) + e_R) + np.abs(A) * e_R + FLUSH * (2 + M + M_R)).sum(-1)
         self.X = self.X + of_q + (k1 * M_R * wide_v).sum(-1) + (0.0 if self.first else of_k)
@@ -155,7 +155,7 @@ class _Down:
         here = EXP * U * a * (np.abs(A) + B) + FLUSH * (1 + np.abs(A))
         self.A, self.M = a * A, a * M
         B = a * B + here
-        self.b = np.minimum(a.max(1, keepdims=True) * b + _norm(here), _norm(B))
+        self.b = np.minimum(a.max(1, keepdims=True) * b + column_norm(here), column_norm(B))
         self.B = np.minimum(B, self.b)
         return dq, dk, e_v[:, 0], dg, dbeta[:, 0]
 
@@ -164,9 +164,6 @@ def _grow(beta, k2):
     """The 2-norm of I - beta k k^T."""
     return np.maximum(1, np.abs(1 - beta * k2 * k2))
 
-
-def _norm(x):
-    return np.sqrt((x * x).sum(1, keepdims=True))
 
 
 def _of_key_heads(error, ref, heads, group):
