@@ -121,6 +121,32 @@ def attn_res_work(T, arguments):
     return 6 * (SNAPSHOTS + 1) * T * RESIDUAL, size(*arrays)
 
 
+STREAMS, WIDTH = 4, 4096  # GLM-5.3-Flash's
+MIXES = (2 + STREAMS) * STREAMS
+
+
+def mhc_pre(T, rng):
+    return [{"x": normal(rng, T, STREAMS, WIDTH), "fn": normal(rng, MIXES, STREAMS * WIDTH, scale=0.02),
+             "base": normal(rng, MIXES), "scale": normal(rng, 3), "norm_eps": 1e-5}]
+
+
+def mhc_pre_work(T, arguments):
+    """A dot a row of fn, a sum of squares, a mixture; and what 20 normalisations divide. Streams and fn read once."""
+    a = arguments
+    return T * (2 * (MIXES + 2) * STREAMS * WIDTH + 4 * 20 * STREAMS**2), (
+        size(a["x"], a["fn"]) + 4 * T * (WIDTH + STREAMS + STREAMS**2))
+
+
+def mhc_post(T, rng):
+    return [{"y": normal(rng, T, WIDTH), "x": normal(rng, T, STREAMS, WIDTH), "post": normal(rng, T, STREAMS),
+             "comb": normal(rng, T, STREAMS, STREAMS)}]
+
+
+def mhc_post_work(T, arguments):
+    a = arguments
+    return 2 * (STREAMS + 1) * T * STREAMS * WIDTH, size(a["y"], a["x"], a["x"], a["post"], a["comb"])
+
+
 # ---- products with weights ----
 
 def embedding(T, rng):
@@ -332,6 +358,8 @@ CASES = [
     Case("gated_rms_norm", "32x128", norm(V, gated=True), streamed(9)),
     Case("l2_norm", "32x128", one(x=(H, K)), streamed(3)),
     Case("attn_res", f"{SNAPSHOTS} of {RESIDUAL}", attn_res, attn_res_work),
+    Case("mhc_pre", f"{STREAMS}x{WIDTH}", mhc_pre, mhc_pre_work),
+    Case("mhc_post", f"{STREAMS}x{WIDTH}", mhc_post, mhc_post_work),
     *(Case("quantize", name, to_blocks(name), blocks_work, tokens=(512,)) for name in ("Q8_0", "Q4_K", "Q6_K")),
     *(Case("dequantize", name, from_blocks(name), blocks_work, tokens=(512,))
       for name in ("Q8_0", "Q4_K", "Q6_K", "IQ4_XS")),

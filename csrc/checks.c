@@ -96,6 +96,21 @@ kl_status kl_check_rows(kl_ctx *ctx, const char *op, const char *name, int64_t T
     return KL_OK;
 }
 
+kl_status kl_check_streams(kl_ctx *ctx, const char *op, int64_t T, int64_t n, int64_t D)
+{
+    int64_t size;
+    if (n < 1 || n > KL_MHC_STREAMS)
+        return kl_fail(ctx, KL_ERR_SHAPE, "%s: x has %lld streams; it must have 1 to %d", op,
+                       (long long)n, KL_MHC_STREAMS);
+    if (T < 0 || D < 1 || !kl_mul(&size, T, (2 + n) * n) || !kl_mul(&size, n, D)
+        || !kl_mul(&size, T, size))
+        return kl_fail(ctx, KL_ERR_SHAPE,
+                       "%s: x is [%lld, %lld, %lld]; the first must be >= 0, the last >= 1, and it "
+                       "must have fewer than 2^62 values",
+                       op, (long long)T, (long long)n, (long long)D);
+    return KL_OK;
+}
+
 kl_status kl_check_betas(kl_ctx *ctx, const char *op, const kl_situ_betas *betas)
 {
     if (!(betas->beta > 0.0f && isfinite(betas->beta)))

@@ -141,6 +141,8 @@ kl_status kl_check_cache(kl_ctx *ctx, const char *op, const char *name, const kl
                          int64_t width);
 /* x is [T, D] with T >= 0 and D >= 1, and T * D fits */
 kl_status kl_check_rows(kl_ctx *ctx, const char *op, const char *name, int64_t T, int64_t D);
+/* [T, n, D] of streams: 1 <= n <= KL_MHC_STREAMS, T >= 0, D >= 1, and a product of sizes fits */
+kl_status kl_check_streams(kl_ctx *ctx, const char *op, int64_t T, int64_t n, int64_t D) KL_CHECKED;
 /* That beta is above 0, linear_beta not below it, and both are finite. */
 kl_status kl_check_betas(kl_ctx *ctx, const char *op, const kl_situ_betas *betas);
 

@@ -270,6 +270,25 @@ KL_API kl_status kl_l2_norm(kl_ctx *ctx, float *y, const float *x, int64_t T, in
 KL_API kl_status kl_attn_res(kl_ctx *ctx, float *y, const float *snapshots, const float *x,
                              const float *w, int64_t n, int64_t T, int64_t D, float eps) KL_CHECKED;
 
+/* Hyper-connections of n streams, up to KL_MHC_STREAMS, of width D. norm_eps is the model's of its norms, eps the
+ * connections' own; iters normalisations of columns, 1 to KL_MHC_ITERS, with one of rows between each two. */
+enum { KL_MHC_STREAMS = 64, KL_MHC_ITERS = 1000 };
+typedef struct kl_mhc_args {
+    int64_t T, n, D;
+    float norm_eps, eps;
+    int64_t iters;
+} kl_mhc_args;
+/* x [T, n, D]; y [T, D], post [T, n], comb [T, n, n], which overlap nothing; fn one matrix [(2 + n) n, n D], F32, F16
+ * or BF16, not transposed; base [(2 + n) n]; scale [3], of pre, post and comb. The product with fn is in float32
+ * whatever the context's activations. */
+KL_API kl_status kl_mhc_pre(kl_ctx *ctx, float *y, float *post, float *comb, const float *x,
+                            const kl_weight *fn, const float *base, const float *scale,
+                            const kl_mhc_args *args) KL_CHECKED;
+/* out, x [T, n, D], out may be x; y [T, D]; post [T, n]; comb [T, n, n]: row i is where stream i goes */
+KL_API kl_status kl_mhc_post(kl_ctx *ctx, float *out, const float *y, const float *x,
+                             const float *post, const float *comb, int64_t T, int64_t n,
+                             int64_t D) KL_CHECKED;
+
 /* ---- ops: matrix products --------------------------------------------------------------------- */
 
 /* Rows of float32 [rows, cols] to rows of blocks and back; y and x share no memory. Rows must be whole

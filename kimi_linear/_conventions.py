@@ -17,6 +17,7 @@ OURS = {
     "rope": "x positions base rotary", "attention": "q k v scale offsets kv_offsets", "sigmoid_gate": "x gate",
     "route": "scores k bias groups top_groups function renormalise scale",
     "moe": "x ids weights w_gate w_up w_down shared shared_gate situ", "attn_res": "snapshots x w eps",
+    "mhc_pre": "x fn base scale norm_eps eps iters", "mhc_post": "y x post comb",
     "rms_norm_backward": "dy x w eps", "short_conv_backward": "dy x w history offsets activation dfinal",
     "l2_norm_backward": "dy x eps", "decay_gate_backward": "dg f rate dt_bias lower_bound",
     "gated_rms_norm_backward": "dy x z w eps activation", "swiglu_backward": "dy gate up",
@@ -72,6 +73,14 @@ _HF = {
     "moe": dict(source=HF + "models/deepseek_v3/modeling_deepseek_v3.py (DeepseekV3NaiveMoe)",
                 names="x=hidden_states ids=top_k_index weights=top_k_weights w_gate=gate_up_proj w_down=down_proj",
                 forms=("w_gate and w_up in one, [E, 2 F, D]", "ids int64")),
+    "mhc_pre": dict(source=HF + "models/glm5_next/modeling_glm5_next.py (Glm5NextTextHyperConnection)",
+                    names="x=hidden_streams fn=fn base=base scale=scale norm_eps=rms_norm_eps eps=hc_eps "
+                          "iters=hc_sinkhorn_iters",
+                    forms=("post, comb, y", "x [1, T, n, D]"),
+                    notes=("a module: made with a config and the three weights, called with hidden_streams",)),
+    "mhc_post": dict(source=HF + "models/glm5_next/modeling_glm5_next.py (Glm5NextTextDecoderLayer)",
+                     names="y=hidden_states x=residual post=post comb=comb", forms=("[1, T, ...]",),
+                     notes=("no one function there: lines of the layer's forward",)),
 }
 _HF_GDN = {
     "rms_norm": dict(source=HF + "models/qwen3_next/modeling_qwen3_next.py (Qwen3NextRMSNorm)",
@@ -94,6 +103,12 @@ _VLLM = {
     "moe": dict(source=VLLM + "vllm/model_executor/layers/fused_moe/fused_moe.py (fused_experts)",
                 names="x=hidden_states ids=topk_ids weights=topk_weights w_gate=w1 w_down=w2",
                 forms=("w_gate and w_up in one, [E, 2 F, D]",)),
+    "mhc_pre": dict(source=VLLM + "vllm/model_executor/kernels/mhc/tilelang.py (mhc_pre_tilelang)",
+                    names="x=residual fn=fn scale=hc_scale base=hc_base norm_eps=rms_eps eps=hc_pre_eps "
+                          "iters=sinkhorn_repeat", always={"hc_post_mult_value": 2.0},
+                    forms=("post [T, n, 1]", "post, comb, y", "hc_sinkhorn_eps")),
+    "mhc_post": dict(source=VLLM + "vllm/model_executor/kernels/mhc/tilelang.py (mhc_post_tilelang)",
+                     names="y=x x=residual post=post_layer_mix comb=comb_res_mix", forms=("post [T, n, 1]",)),
 }
 _GGML = {
     "embedding": dict(source=GGML + "ggml/include/ggml.h (ggml_get_rows)", names="ids=b table=a"),

@@ -118,6 +118,35 @@ def attn_res(snapshots, x, w, *, eps):
     return ((e / e.sum(0))[..., None] * v).sum(0)
 
 
+# ---- hyper-connections --------------------------------------------------------------------------
+
+
+def mhc_pre(x, fn, base, scale, *, norm_eps, eps=1e-6, iters=20):
+    """(y [..., D], post [..., n], comb [..., n, n]) of streams x [..., n, D]: y is sum(pre[i] * x[i]).
+
+    ``m = fn @ flat(x) / sqrt(mean(flat(x)^2) + norm_eps)``, flat(x) being all n D values; fn [(2 + n) n, n D], base
+    [(2 + n) n], scale [3]. pre is ``sigmoid + eps``, post ``2 sigmoid``, comb a softmax over its rows, ``+ eps``, of
+    which columns, then rows and columns in turn, are divided by their sum + eps.
+    """
+    x, base, scale = f64(x), f64(base), f64(scale)
+    n, D = x.shape[-2:]
+    flat = x.reshape(*x.shape[:-2], n * D)
+    m = (flat / np.sqrt((flat * flat).mean(-1, keepdims=True) + norm_eps)) @ f64(fn).T
+    pre = sigmoid(m[..., :n] * scale[0] + base[:n]) + eps
+    post = 2 * sigmoid(m[..., n:2 * n] * scale[1] + base[n:2 * n])
+    comb = softmax((m[..., 2 * n:] * scale[2] + base[2 * n:]).reshape(*x.shape[:-2], n, n)) + eps
+    comb = comb / (comb.sum(-2, keepdims=True) + eps)
+    for _ in range(iters - 1):
+        comb = comb / (comb.sum(-1, keepdims=True) + eps)
+        comb = comb / (comb.sum(-2, keepdims=True) + eps)
+    return (pre[..., None] * x).sum(-2), post, comb
+
+
+def mhc_post(y, x, post, comb):
+    """``out[j] = post[j] y + sum_i comb[i, j] x[i]``; y [..., D], x [..., n, D], post [..., n], comb [..., n, n]."""
+    return f64(post)[..., None] * f64(y)[..., None, :] + np.swapaxes(f64(comb), -1, -2) @ f64(x)
+
+
 # ---- matrix products -----------------------------------------------------------------------------
 
 

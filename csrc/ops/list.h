@@ -18,6 +18,10 @@
     OP(l2_norm, (kl_ctx *, float *, const float *, int64_t, int64_t, float))                       \
     OP(attn_res, (kl_ctx *, float *, const float *, const float *, const float *, int64_t,         \
                   int64_t, int64_t, float))                                                        \
+    OP(mhc_pre, (kl_ctx *, float *, float *, float *, const float *, const kl_weight *,            \
+                 const float *, const float *, const kl_mhc_args *))                               \
+    OP(mhc_post, (kl_ctx *, float *, const float *, const float *, const float *, const float *,   \
+                  int64_t, int64_t, int64_t))                                                      \
     OP(embedding, (kl_ctx *, float *, const int32_t *, const kl_weight *, int64_t))                \
     OP(quantize, (kl_ctx *, void *, const float *, kl_type, int64_t, int64_t))                     \
     OP(dequantize, (kl_ctx *, float *, const void *, kl_type, int64_t, int64_t))                   \

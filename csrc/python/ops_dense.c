@@ -1,4 +1,4 @@
-/* Wrappers of the matrix products and what routes between them. */
+/* Wrappers of the matrix products and what routes between them, and of hyper-connections. */
 #include "binding.h"
 
 enum { MAX_WEIGHTS = 7 }; /* of one linear: three buffers each, within KL_PY_MAX_BUFFERS */
@@ -133,10 +133,59 @@ static PyObject *py_moe(PyObject *module, PyObject *args)
     return kl_py_end(&c);
 }
 
+static PyObject *py_mhc_pre(PyObject *module, PyObject *args)
+{
+    (void)module;
+    kl_py_call c = { 0 };
+    PyObject *ctx, *oy, *opost, *ocomb, *ox, *ofn, *obase, *oscale;
+    kl_mhc_args a;
+    long long T, n, D, iters;
+    if (!PyArg_ParseTuple(args, "OOOOOOOOLLLffL:mhc_pre", &ctx, &oy, &opost, &ocomb, &ox, &ofn,
+                          &obase, &oscale, &T, &n, &D, &a.norm_eps, &a.eps, &iters))
+        return NULL;
+    a.T = T, a.n = n, a.D = D, a.iters = iters;
+    kl_py_on(&c, ctx);
+    float *y = kl_py_out(&c, oy, KL_PY_F32, kl_py_size(&c, "out", T, D, 1, 1), "out"),
+          *post = kl_py_out(&c, opost, KL_PY_F32, kl_py_size(&c, "post", T, n, 1, 1), "post"),
+          *comb = kl_py_out(&c, ocomb, KL_PY_F32, kl_py_size(&c, "comb", T, n, n, 1), "comb");
+    const float *x = kl_py_in(&c, ox, KL_PY_F32, kl_py_size(&c, "x", T, n, D, 1), "x");
+    const kl_weight fn = kl_py_weight(&c, ofn, "fn");
+    const float *base = kl_py_in(&c, obase, KL_PY_F32,
+                                 /* n is no longer than comb by now */
+                                 c.failed ? 0 : kl_py_size(&c, "base", 2 + n, n, 1, 1), "base"),
+                *scale = kl_py_in(&c, oscale, KL_PY_F32, 3, "scale");
+    if (kl_py_begin(&c, ctx))
+        c.status = kl_mhc_pre(c.ctx, y, post, comb, x, &fn, base, scale, &a);
+    return kl_py_end(&c);
+}
+
+static PyObject *py_mhc_post(PyObject *module, PyObject *args)
+{
+    (void)module;
+    kl_py_call c = { 0 };
+    PyObject *ctx, *oout, *oy, *ox, *opost, *ocomb;
+    long long T, n, D;
+    if (!PyArg_ParseTuple(args, "OOOOOOLLL:mhc_post", &ctx, &oout, &oy, &ox, &opost, &ocomb, &T, &n,
+                          &D))
+        return NULL;
+    kl_py_on(&c, ctx);
+    const int64_t size = kl_py_size(&c, "x", T, n, D, 1);
+    float *out = kl_py_out(&c, oout, KL_PY_F32, size, "out");
+    const float *y = kl_py_in(&c, oy, KL_PY_F32, kl_py_size(&c, "y", T, D, 1, 1), "y"),
+                *x = kl_py_in(&c, ox, KL_PY_F32, size, "x"),
+                *post = kl_py_in(&c, opost, KL_PY_F32, kl_py_size(&c, "post", T, n, 1, 1), "post"),
+                *comb = kl_py_in(&c, ocomb, KL_PY_F32, kl_py_size(&c, "comb", T, n, n, 1), "comb");
+    if (kl_py_begin(&c, ctx))
+        c.status = kl_mhc_post(c.ctx, out, y, x, post, comb, T, n, D);
+    return kl_py_end(&c);
+}
+
 PyMethodDef kl_py_ops_dense[] = {
     { "embedding", py_embedding, METH_VARARGS, NULL },
     { "linear", py_linear, METH_VARARGS, NULL },
     { "route", py_route, METH_VARARGS, NULL },
     { "moe", py_moe, METH_VARARGS, NULL },
+    { "mhc_pre", py_mhc_pre, METH_VARARGS, NULL },
+    { "mhc_post", py_mhc_post, METH_VARARGS, NULL },
     { NULL, NULL, 0, NULL },
 };

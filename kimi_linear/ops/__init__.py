@@ -8,12 +8,14 @@ from ._basic import add, attn_res, gated_rms_norm, l2_norm, rms_norm, sigmoid, s
 from ._delta import decay_cumsum, delta_rule, delta_rule_inter, delta_rule_intra
 from ._dense import embedding, linear, moe, route
 from ._kda import decay_gate, short_conv
+from ._mhc import mhc_post, mhc_pre
 from ._mla import latent_attention
 from ._quant import dequantize, quantize
 from ._sample import sample
 
 __all__ = [
     "add", "attention", "attn_res", "decay_cumsum", "decay_gate", "delta_rule", "delta_rule_inter", "delta_rule_intra",
-    "dequantize", "embedding", "gated_rms_norm", "l2_norm", "latent_attention", "linear", "moe", "quantize",
-    "rms_norm", "rope", "route", "sample", "short_conv", "sigmoid", "sigmoid_gate", "situ", "softmax", "swiglu",
+    "dequantize", "embedding", "gated_rms_norm", "l2_norm", "latent_attention", "linear", "mhc_post", "mhc_pre", "moe",
+    "quantize", "rms_norm", "rope", "route", "sample", "short_conv", "sigmoid", "sigmoid_gate", "situ", "softmax",
+    "swiglu",
 ]

@@ -98,6 +98,24 @@ static uint8_t *stored(size_t n)
     return p;
 }
 
+/* of tokens of a size, with three streams and with so many that a row of comb is longer than sixteen */
+static void hyper_connections(const char *what, int64_t D, float size)
+{
+    enum { T = 3 };
+    for (int64_t n = 3; n <= 19; n += 16) {
+        const int64_t rows = (2 + n) * n;
+        const float *x = numbers(T * n * D, size), *comb = numbers(T * n * n, 1.0f);
+        const void *const fn[] = { numbers(rows * n * D, 0.1f) };
+        const kl_weight weight = { fn, 1, rows, n * D, (size_t)(n * D) * sizeof(float), KL_F32, 0 };
+        const kl_mhc_args args = { T, n, D, 1e-6f, 1e-6f, 5 };
+        MUST(kl_mhc_pre(ctx, result(T * D, "mhc_pre", what, D),
+                        result(T * n, "mhc_pre: post", what, D),
+                        result(T * n * n, "mhc_pre: comb", what, D), x, &weight,
+                        numbers(rows, 1.0f), comb, &args));
+        MUST(kl_mhc_post(ctx, result(T * n * D, "mhc_post", what, D), x, x, comb, comb, T, n, D));
+    }
+}
+
 static void plain_ops(int64_t D)
 {
     enum { T = 3 };
@@ -125,6 +143,7 @@ static void plain_ops(int64_t D)
         MUST(kl_attn_res(ctx, result(T * D, "attn_res scaled", what, D),
                          numbers(4 * T * D, odd ? 1e25f : 1e-25f), ordinary, ordinary, 4, T, D,
                          0.0f));
+        hyper_connections(what, D, odd ? 1e25f : 1.0f);
         MUST(kl_gated_rms_norm(ctx, result(T * D, "gated_rms_norm", what, D), ordinary, x, w, T, D,
                                1e-6f, KL_SILU));
         MUST(kl_decay_gate(ctx, result(T * D, "decay_gate", what, D), x, ordinary, w, T, 1, D,

@@ -150,6 +150,22 @@ def test_hip_end_of_snapshots(n, version, monkeypatch):
     assert out[-1].tobytes() == wanted[-1].tobytes()
 
 
+@pytest.mark.parametrize("n", [3, 4])
+def test_hip_end_of_streams(n, version, monkeypatch):
+    T, some = FAR // (n * 1024) + N, dict(norm_eps=1e-6, iters=2, base=normal((2 + n) * n), scale=normal(3))
+    few, fn = normal(N, n, 1024), normal((2 + n) * n, n * 1024, seed=1, scale=0.02)
+    (x, view), results = large((T, n, 1024)), [large(shape) for shape in ((T, 1024), (T, n), (T, n, n))]
+    view[-N:] = few
+    with ends(monkeypatch):
+        y, post, comb = kl.ops.mhc_pre(x, fn, **some, out=tuple(a for a, _ in results), ctx=fresh())
+    wanted = kl.ops.mhc_pre(few, fn, **some, ctx=fresh())
+    assert [a[-1].tobytes() for _, a in results] == [a[-1].tobytes() for a in wanted]
+    with ends(monkeypatch):
+        kl.ops.mhc_post(y, x, post, comb, out=x, ctx=fresh())
+    right = kl.ops.mhc_post(wanted[0], few, *wanted[1:], ctx=fresh())
+    assert view[-1, :, -64:].tobytes() == right[-1, :, -64:].tobytes()
+
+
 def test_hip_end_of_embeddings(version, monkeypatch):
     table, ids = normal(N, 1024), np.arange(FAR // 1024 // N * N + 2 * N) % N
     y, view = large((len(ids), 1024))

@@ -21,6 +21,8 @@ def calls_of_every_op():
         "softmax": dict(x=x(T, D)), "rms_norm": dict(x=x(T, D), w=x(D), eps=1e-5),
         "gated_rms_norm": dict(x=x(T, D), z=x(T, D), w=x(D), eps=1e-5, activation="silu"), "l2_norm": dict(x=x(T, D)),
         "attn_res": dict(snapshots=x(3, T, D), x=x(T, D), w=x(D), eps=1e-5),
+        "mhc_pre": dict(x=x(T, H, D), fn=x((2 + H) * H, H * D), base=x((2 + H) * H), scale=x(3), norm_eps=1e-5),
+        "mhc_post": dict(y=x(T, D), x=x(T, H, D), post=x(T, H), comb=x(T, H, H)),
         "embedding": dict(ids=np.array([3, 0, 3]), table=x(E, D)), "linear": dict(x=x(T, D), w=x(F, D), bias=x(F)),
         "short_conv": dict(x=x(T, C), w=x(C, W), history=x(W - 1, C)),
         "decay_gate": dict(f=x(T, H, K), rate=np.abs(x(H)), dt_bias=x(H, K)), "delta_rule": delta,

@@ -47,6 +47,8 @@ def inputs():
         "rope": (dict(x=x(T, H, K)), dict(positions=np.arange(T), base=1e4, rotary=4)),
         "sigmoid_gate": (dict(x=x(T, D), gate=x(T, D)), {}),
         "attn_res": (dict(snapshots=x(3, T, D), x=x(T, D), w=x(D)), dict(eps=1e-5)),
+        "mhc_pre": (dict(x=x(T, H, D), fn=x((2 + H) * H, H * D), base=x((2 + H) * H), scale=x(3)), dict(norm_eps=1e-5)),
+        "mhc_post": (dict(y=x(T, D), x=x(T, H, D), post=x(T, H), comb=x(T, H, H)), {}),
         "route": (dict(scores=x(T, E), bias=x(E)), dict(k=2)),
         "moe": (dict(x=x(T, D), weights=np.abs(x(T, 2)), w_gate=x(E, F, D), w_up=x(E, F, D), w_down=x(E, D, F),
                      shared=x(T, D)), dict(ids=ids)),

@@ -53,6 +53,24 @@ class TestWorkedExamples:
         near(ref.attn_res([[[7.0, 1.0]], [[-7.0, 17.0]]], [[1.0, 1.0]], [0.0, 0.0], eps=1.0), [[1 / 3, 19 / 3]])
         assert ref.attn_res([], [[np.inf, -0.0]], [1.0, 1.0], eps=0.0).tolist() == [[np.inf, 0.0]]
 
+    def test_mhc(self):
+        """Streams (3, 1) and (1, 5) of root mean square 3; logits of pre are 0 and ln 3, of post ln 3 and 0, of comb's
+        rows (0, ln 3) and (0, 0): softmax (1/4, 3/4) and (1/2, 1/2)."""
+        fn = np.zeros((8, 4))
+        fn[1, 0] = fn[2, 1] = 3.0
+        fn[5, 3] = 1.5
+        streams, scale = [[[3.0, 1.0], [1.0, 5.0]]], np.log(3) / np.array([3.0, 1.0, 2.5])
+        y, post, comb = ref.mhc_pre(streams, fn, np.zeros(8), scale, norm_eps=0.0, eps=0.0, iters=1)
+        near(y, [[3 / 2 + 3 / 4, 1 / 2 + 15 / 4]])
+        near(post, [[3 / 2, 1]])
+        near(comb, [[[1 / 3, 3 / 5], [2 / 3, 2 / 5]]])  # columns first
+        again = ref.mhc_pre(streams, fn, np.zeros(8), scale, norm_eps=0.0, eps=0.0, iters=2)[2]
+        near(again[0, :, 0], np.array([5 / 14, 5 / 8]) / (5 / 14 + 5 / 8))
+        y, _, comb = ref.mhc_pre(streams, fn, np.full(8, -1e3), scale, norm_eps=0.0, eps=1.0, iters=1)
+        near(y, [[4, 6]])  # pre is eps
+        near(comb[0, 0], [1.25 / 3.75, 1.75 / 4.25])
+        near(ref.mhc_post([[1.0, 2.0]], streams, [[2.0, 0.0]], [[[0.0, 1.0], [0.5, 0.0]]]), [[[2.5, 6.5], [3, 1]]])
+
     def test_philox_vectors(self):
         """The known answers that Random123 publishes for Philox4x32-10."""
         ones = 0xFFFFFFFF

@@ -495,3 +495,78 @@ BUGS |= {("attn_res", "normed"): "mixed after their norm", ("attn_res", "no norm
          ("attn_res", "mean"): "all candidates have one weight", ("attn_res", "tokens"): "over tokens",
          ("attn_res", "channels"): "each channel", ("attn_res", "scaled"): "D^-1/2",
          ("attn_res", "residual"): "is added to the mixture"}
+
+
+# ---- hyper-connections -----------------------------------------------------------------------------------
+
+
+def mhc_pre(x, fn, base, scale, norm_eps, eps=1e-6, iters=20, what=None):
+    T, n, D = x.shape
+    flat = x.reshape(T, n * D)
+    if what == "inner":
+        flat = np.ascontiguousarray(x.swapaxes(1, 2)).reshape(T, n * D)
+    if what == "by stream":
+        square, near, power = mean_square(x, what)
+        near = (near / np.sqrt(square + F(norm_eps) * power * power)).reshape(T, n * D)
+        root = F(1)
+    else:
+        square, near, power = mean_square(flat, what)
+        if what == "l2":
+            square = square * F(n * D)
+        root = np.sqrt(square + F({"hc eps": eps, "no norm eps": 0}.get(what, norm_eps)) * power * power)
+    m = flat @ fn.T if what == "no norm" else (near @ fn.T) / root
+    order = [1, 0, 2] if what == "scales" else [0, 1, 2]
+    logits = m * np.repeat(scale[order], [n, n, n * n]) + (F(0) if what == "no base" else base)
+    a, b, c = np.split(logits, [n, 2 * n], -1)
+    if what == "pre and post":
+        a, b = b, a
+    pre = sigmoid(a) + F(0 if what == "pre eps" else eps)
+    post = sigmoid(b) * F(1 if what == "once" else 2)
+    c = c.reshape(T, n, n)
+    axis = 1 if what == "columns" else 2
+    c = np.exp(c - c.max(axis, keepdims=True))
+    c = c / c.sum(axis, keepdims=True, dtype=F) + F(0 if what == "comb eps" else eps)
+    first, second = (2, 1) if what == "rows first" else (1, 2)
+    c = c / (c.sum(first, keepdims=True, dtype=F) + F(eps))
+    for _ in range(iters - (0 if what == "one more" else 1)):
+        c = c / (c.sum(second, keepdims=True, dtype=F) + F(eps))
+        c = c / (c.sum(first, keepdims=True, dtype=F) + F(eps))
+    if what == "transposed":
+        c = np.ascontiguousarray(c.swapaxes(1, 2))
+    if what == "normed":
+        x = (near / root).reshape(T, n, D)
+    y = (pre[..., None] * x).sum(1, dtype=F)
+    return y / F(n) if what == "mean" else y, post, c
+
+
+def mhc_post(y, x, post, comb, what=None):
+    post, across = post[..., None], comb if what == "not transposed" else comb.swapaxes(1, 2)
+    if what == "no post":
+        post = np.ones_like(post)
+    if what == "doubled":
+        post = F(2) * post
+    added = F(0) if what == "no y" else post * y[:, None]
+    if what == "no streams":
+        return added + np.zeros_like(x)
+    if what == "written over":
+        out = x.copy()
+        for j in range(x.shape[1]):
+            out[:, j] = added[:, j] + (comb[:, :, j, None] * out).sum(1, dtype=F)
+        return out
+    return added + (x if what == "identity" else across @ x)
+
+
+BUGS |= {("mhc_pre", "inner"): "read as [D, n]", ("mhc_pre", "by stream"): "each stream has a norm of its own",
+         ("mhc_pre", "l2"): "an L2 norm", ("mhc_pre", "hc eps"): "eps is that of the connections",
+         ("mhc_pre", "no norm eps"): "the norm has no eps", ("mhc_pre", "no norm"): "not normed before fn",
+         ("mhc_pre", "overflow"): "overflows float32", ("mhc_pre", "scales"): "have scale(1, 0, 2)",
+         ("mhc_pre", "no base"): "base is not added", ("mhc_pre", "pre and post"): "are exchanged",
+         ("mhc_pre", "pre eps"): "pre has no eps", ("mhc_pre", "once"): "without the factor 2",
+         ("mhc_pre", "columns"): "softmax is over columns", ("mhc_pre", "comb eps"): "the softmax of comb has no eps",
+         ("mhc_pre", "rows first"): "rows are normalised first", ("mhc_pre", "one more"): "+1 normalisation",
+         ("mhc_pre", "transposed"): "comb comes transposed", ("mhc_pre", "normed"): "made of the normed streams",
+         ("mhc_pre", "mean"): "the mean of pre x",
+         ("mhc_post", "not transposed"): "comb is not transposed", ("mhc_post", "no post"): "added without post",
+         ("mhc_post", "doubled"): "factor 2 once more", ("mhc_post", "no y"): "y is not added",
+         ("mhc_post", "no streams"): "streams are left out", ("mhc_post", "written over"): "is written before",
+         ("mhc_post", "identity"): "comb is the identity"}

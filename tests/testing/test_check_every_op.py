@@ -194,6 +194,12 @@ UNDO = {
     "w_gate and w_up in one, [E, 2 F, D]": _two("w_gate", "w_up", 1),
     "ids int64": lambda x: (x | {"ids": x["ids"].astype(np.int32)}, lambda y: y),
     "inv_rms of the snapshots": lambda x: ({n: a for n, a in x.items() if n != "inv_rms"}, lambda y: y),
+    "x [1, T, n, D]": lambda x: (x | {"x": x["x"][0]}, lambda y: tuple(a[None] for a in y)),
+    "[1, T, ...]": lambda x: ({n: a[0] for n, a in x.items()}, lambda y: y[None]),
+    "post, comb, y": lambda x: (x, lambda y: (y[1], y[2], y[0])),
+    "post [T, n, 1]": lambda x: (x | {"post": x["post"][..., 0]}, lambda y: y) if "post" in x else (
+        x, lambda y: (y[0][..., None], *y[1:])),
+    "hc_sinkhorn_eps": lambda x: ({n: a for n, a in x.items() if n != "hc_sinkhorn_eps"}, lambda y: y),
     "ids in any order": _shuffled, "weights before ids": lambda x: (x, lambda y: (y[1], y[0])),
 }
 
@@ -227,6 +233,8 @@ def test_conventions_are_data(project, op):
     ("attn_res", ("snapshots [T, n, D]", "w in two, norm.weight and proj.weight"),
      lambda x: {"snapshots": x["snapshots"].swapaxes(0, 1), "x": x["x"], "eps": x["eps"],
                 "w": x["norm_weight"] * x["proj_weight"]}),
+    ("mhc_pre", ("fn [n D, (2 + n) n]",), lambda x: x | {"fn": x["fn"].T}),
+    ("mhc_post", ("comb [T, to, from]",), lambda x: x | {"comb": np.swapaxes(x["comb"], -1, -2)}),
     ("swiglu", ("up and gate in one, [up | gate]",),
      lambda x: dict(zip(("up", "gate"), np.split(x["gate"], 2, -1)))),
     ("situ", ("up and gate in one, [up | gate]",),

@@ -185,6 +185,22 @@ def _each_step(op, kind):
         e = np.exp(scores - scores.max(0))
         return (r(e / e.sum(0))[..., None] * v).sum(0)
 
+    def mhc_pre(x, fn, base, scale, norm_eps, eps, iters):
+        n = x.shape[1]
+        flat = x.reshape(len(x), -1)
+        m = r(r(flat * r(1 / np.sqrt((flat * flat).mean(-1, keepdims=True) + F(norm_eps)))) @ r(fn).T)
+        logits = r(r(m * np.repeat(scale, [n, n, n * n])) + base)
+        pre, post, comb = np.split(logits, [n, 2 * n], -1)
+        comb = r(np.exp(r(comb.reshape(-1, n, n) - comb.reshape(-1, n, n).max(-1, keepdims=True))))
+        comb = r(r(comb / r(comb.sum(-1, keepdims=True))) + F(eps))
+        for i in range(2 * iters - 1):
+            comb = r(comb / r(comb.sum(1 + i % 2, keepdims=True) + F(eps)))
+        y = (r(r(sigmoid(pre) + F(eps))[..., None] * x)).sum(1)
+        return y, r(2 * sigmoid(post)), comb
+
+    def mhc_post(y, x, post, comb):
+        return r(r(post)[..., None] * y[:, None]) + r(np.swapaxes(r(comb), 1, 2) @ x)
+
     def moe(x, ids, weights, w_gate, w_up, w_down, **shared):
         y = np.zeros(x.shape, F)
         for slot in range(ids.shape[1]):
@@ -204,12 +220,12 @@ def _each_step(op, kind):
         / r(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)),
         linear=lambda x, w, bias=None: x @ w.T if bias is None else r(x @ w.T) + bias,
         gated_rms_norm=lambda x, z, w, eps, activation="sigmoid": r(rms_norm(x, w, eps)) * sigmoid(z),
-        attention=attention, attn_res=attn_res, moe=moe, short_conv=short_conv)[op]
+        attention=attention, attn_res=attn_res, mhc_post=mhc_post, mhc_pre=mhc_pre, moe=moe, short_conv=short_conv)[op]
 
 
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("op", ["rms_norm", "l2_norm", "swiglu", "sigmoid_gate", "softmax", "linear", "gated_rms_norm",
-                                "attention", "attn_res", "moe", "short_conv"])
+                                "attention", "attn_res", "mhc_pre", "mhc_post", "moe", "short_conv"])
 def test_steps_in_the_type_are_within_the_bound(op, kind):
     fn = stored(_each_step(op, TYPES[kind]), TYPES[kind], spec(op).narrow_results)
     usual = [case.name for case in spec(op).cases if case.usual and case.group in ("lengths", "bias")]

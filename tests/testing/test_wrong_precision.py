@@ -12,7 +12,7 @@ from kimi_linear.testing import check_op
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 FLUSHING = ["linear", "rms_norm", "gated_rms_norm", "sigmoid_gate", "rope", "attention", "latent_attention",
-            "decay_gate", "decay_cumsum", "route", "moe", "attn_res"]
+            "decay_gate", "decay_cumsum", "route", "moe", "attn_res", "mhc_pre", "mhc_post"]
 
 
 def off(x, size):
