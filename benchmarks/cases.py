@@ -316,6 +316,19 @@ def latent_attention_work(T, arguments):
     return min(absorbed, expanded), size(*arrays) + 4 * T * H * V
 
 
+def chosen_latents(T, rng):
+    """The same, of which each query attends to a quarter."""
+    return [call | {"select": np.sort([rng.permutation(DEPTH)[:DEPTH // 4] for _ in range(T)]).astype(np.int32)}
+            for call in latent_attention(F32)(T, rng)]
+
+
+def chosen_latents_work(T, arguments):
+    """Absorbed, of the positions that are chosen."""
+    chosen, queries = arguments["select"], [arguments[name] for name in ("q", "w_uk", "w_uv", "select")]
+    flops = T * H * 2 * (R * (NOPE + V) + chosen.shape[1] * (2 * R + P))
+    return flops, size(*queries) + 4 * len(np.unique(chosen)) * (R + P) + 4 * T * H * V
+
+
 # ---- grouped-query attention (Qwen3-Next) ----
 
 def rope(T, rng):
@@ -374,6 +387,7 @@ CASES = [
     Case("decay_cumsum", "32x128", decay_cumsum, streamed(1)),
     Case("latent_attention", f"at {DEPTH} f32", latent_attention(F32), latent_attention_work),
     Case("latent_attention", f"at {DEPTH} f16", latent_attention(F16), latent_attention_work),
+    Case("latent_attention", f"{DEPTH // 4} of {DEPTH} f32", chosen_latents, chosen_latents_work),
     Case("attention", f"at {DEPTH} f32", attention(F32), attention_work),
     Case("attention", f"at {DEPTH} f16", attention(F16), attention_work),
     Case("rope", f"{HEADS}x{HEAD}", rope, rope_work),

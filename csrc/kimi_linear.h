@@ -402,9 +402,15 @@ typedef struct kl_latent_attention_args {
     int64_t N, T, H, K, P, V, R; /* K: width of a query's own part; a query is [K | P] wide */
     float scale;
     kl_form form;
+    /* Sparse attention, absorbed: a query attends to the positions of its row alone, counted within its sequence, which
+     * it sees; they rise, and -1 is behind the last. NULL and 0: to all that it sees. */
+    const int32_t *select; /* [T, select_width] */
+    int64_t select_width;
+    int64_t select_from; /* a query that sees no more attends to all; its row is not read */
 } kl_latent_attention_args;
 
-/* o [T, H, V]; q [T, H, K + P]; caches of rows R and P wide; w_uk [H of K x R], w_uv [H of V x R]. */
+/* o [T, H, V]; q [T, H, K + P]; caches of rows R and P wide; w_uk [H of K x R], w_uv [H of V x R]. A query that attends
+ * to nothing gets zeros. */
 KL_API kl_status kl_latent_attention(kl_ctx *ctx, float *o, const float *q, kl_cache latent,
                                      kl_cache k_shared, const kl_weight *w_uk,
                                      const kl_weight *w_uv,

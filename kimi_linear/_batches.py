@@ -33,7 +33,7 @@ _FORMS = {
     "delta_rule_backward": _Form(3, "do q k v g beta", "", "ttttt-"),
     "delta_rule_intra": _Form(3, "q k v g beta", "", "ttttt"),
     "delta_rule_inter": _Form(3, "q k g P W U", "", "t-t"),
-    "latent_attention": _Form(3, "q", "latent k_shared", "t"),
+    "latent_attention": _Form(3, "q select", "latent k_shared", "t"),
     "attention": _Form(3, "q", "k v", "t"),
     "route": _Form(2, "scores", "", "tt", sequences=False),
     "moe": _Form(2, "x ids weights shared", "", "t", sequences=False),

@@ -322,7 +322,7 @@ def refuse_what_does_not_fit(n_bytes, what, instead):
         raise MemoryError(f"{what} are {n_bytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; {instead}")
 
 
-def attention_probs(model, state, name, q):
+def attention_probs(model, state, name, q, select=None):
     """What each token of a call attends to: softmax of its scores over all positions of the sequence.
 
     MLA: p[t, h, s] = softmax_s(scale (q_nope[t, h] . w_uk[h] latent[s] + q_rope[t, h] . k_shared[s])), s <= t; gated
@@ -338,21 +338,31 @@ def attention_probs(model, state, name, q):
         ``layers.<i>.mla.probs`` or ``layers.<i>.attn.probs``.
     q : (T, H, K) float32
         The tap ``mla.q``, or ``attn.q``.
+    select : (T, W) int32, optional
+        What each token attends to, as `kl.ops.latent_attention` takes it.
 
     Returns
     -------
     p : (T, H, S) float32
-        S positions; 0 behind the token's own.
+        S positions; 0 behind the token's own, and for what it does not select.
     """
     keys, scale = (_mla_keys if name.endswith("mla.probs") else _attn_keys)(model, state, name)
     T, S = len(q), keys.shape[1]
-    unseen = np.arange(S) > np.arange(S - T, S)[:, None]
-    p = np.empty((T, q.shape[1], S), np.float32)
+    attended = _attended(T, S, select)
+    some, p = attended.any(-1), np.zeros((T, q.shape[1], S), np.float32)
     for h in range(q.shape[1]):
         scores = scale * reference.f64(q[:, h]) @ keys[h * len(keys) // q.shape[1]].T
-        scores[unseen] = -np.inf
-        p[:, h] = reference.softmax(scores)
+        scores[~attended] = -np.inf
+        p[some, h] = reference.softmax(scores[some])
     return p
+
+
+def _attended(T, S, select=None):
+    """Which of S positions each of the last T attends to, [T, S]: all up to its own, or those that it selects."""
+    attended = np.zeros((T, S), bool)
+    for row, positions in zip(attended, reference.seen_by(T, S, select), strict=True):
+        row[positions] = True
+    return attended
 
 
 def _mla_keys(model, state, name):

@@ -12,7 +12,7 @@ OURS = {
     "embedding": "ids table", "rms_norm": "x w eps", "gated_rms_norm": "x z w eps activation", "l2_norm": "x eps",
     "linear": "x w bias", "short_conv": "x w history offsets activation",
     "decay_gate": "f rate dt_bias lower_bound", "decay_cumsum": "g chunk offsets",
-    "latent_attention": "q latent k_shared w_uk w_uv scale offsets kv_offsets", "swiglu": "gate up",
+    "latent_attention": "q latent k_shared w_uk w_uv scale offsets kv_offsets select", "swiglu": "gate up",
     "situ": "gate up beta linear_beta", "softmax": "x",
     "rope": "x positions base rotary", "attention": "q k v scale offsets kv_offsets", "sigmoid_gate": "x gate",
     "route": "scores k bias groups top_groups function renormalise scale",

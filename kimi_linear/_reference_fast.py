@@ -30,12 +30,13 @@ def attention(q, k, v, *, scale, offsets=None, kv_offsets=None):
     return o
 
 
-def latent_attention(q, latent, k_shared, w_uk, w_uv, *, scale, offsets=None, kv_offsets=None, form="auto"):
+def latent_attention(q, latent, k_shared, w_uk, w_uv, *, scale, offsets=None, kv_offsets=None, select=None,
+                     form="auto"):
     """`reference.latent_attention`: arguments and result are its."""
     pairs = _pairs(len(q), len(latent), offsets, kv_offsets)
-    if pairs is None or form not in ("auto", "expanded"):
+    if pairs is None or select is not None or form not in ("auto", "expanded"):
         return reference.latent_attention(q, latent, k_shared, w_uk, w_uv, scale=scale, offsets=offsets,
-                                          kv_offsets=kv_offsets, form=form)
+                                          kv_offsets=kv_offsets, select=select, form=form)
     q, latent, k_shared, w_uk, w_uv = (f64(x) for x in (q, latent, k_shared, w_uk, w_uv))
     o = np.empty((len(q), q.shape[1], w_uv.shape[1]))
     for r, c in pairs:

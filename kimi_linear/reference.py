@@ -210,11 +210,13 @@ def decay_gate(f, rate, dt_bias, *, lower_bound=None):
 
 
 @any_batch
-def latent_attention(q, latent, k_shared, w_uk, w_uv, *, scale, offsets=None, kv_offsets=None, form="auto"):
+def latent_attention(q, latent, k_shared, w_uk, w_uv, *, scale, offsets=None, kv_offsets=None, select=None,
+                     form="auto"):
     """Attention over a latent cache: head h has keys ``[w_uk_h c | k_shared]`` and values ``w_uv_h c``.
 
     q [T, H, nope + P]; latent c [S, R]; k_shared [S, P]; w_uk [H, nope, R]; w_uv [H, V, R] -> o [T, H, V].
-    The query t of a sequence's T sees the first S - T + t + 1 of its S positions. "expanded" ("auto")
+    The query t of a sequence's T sees the first S - T + t + 1 of its S positions; with select [T, W] those that its row
+    names, rising from 0 within the sequence and -1 behind the last, alone (of none 0). "expanded" ("auto")
     computes keys and values; "absorbed" moves w_uk to the query and w_uv behind the sum, and works on
     latents.
     """
@@ -229,32 +231,49 @@ def latent_attention(q, latent, k_shared, w_uk, w_uv, *, scale, offsets=None, kv
         T, S = r.stop - r.start, c.stop - c.start
         if S < T:
             raise ValueError(f"latent has {S} positions for {T} queries; the queries' own must be among them")
-        o[r] = forms[form](q[r], latent[c], k_shared[c], w_uk, w_uv, scale)
+        seen = seen_by(T, S, None if select is None else select[r])
+        o[r] = forms[form](q[r], latent[c], k_shared[c], w_uk, w_uv, scale, seen)
     return o
 
 
-def _expanded(q, latent, k_shared, w_uk, w_uv, scale):
-    T, S, H = len(q), len(latent), q.shape[1]
+def seen_by(T, S, select=None):
+    """For each of T queries, the last of S positions, an index of the positions that it attends to."""
+    if select is None:
+        return [slice(S - T + t + 1) for t in range(T)]
+    return [_selected(row, t, S - T + t + 1) for t, row in enumerate(np.asarray(select))]
+
+
+def _selected(row, t, seen):
+    positions = row[:np.argmax(row < 0)] if (row < 0).any() else row
+    if (row[len(positions):] != -1).any() or (np.diff(positions) <= 0).any() or (positions >= seen).any():
+        raise ValueError(f"select[{t}] of a sequence is {row.tolist()}; positions of a query must rise within 0 to "
+                         f"{seen - 1}, its own, and -1 follow the last")
+    return positions
+
+
+def _expanded(q, latent, k_shared, w_uk, w_uv, scale, seen):
+    H = q.shape[1]
     k = np.einsum("hnr,sr->hsn", w_uk, latent)
     k = np.concatenate([k, np.broadcast_to(k_shared, (H, *k_shared.shape))], axis=-1)      # [H, S, nope + P]
     v = np.einsum("hvr,sr->hsv", w_uv, latent)                                             # [H, S, V]
-    return _attend(q, k, v, scale, T, S)
+    return _attend(q, k, v, scale, seen)
 
 
-def _absorbed(q, latent, k_shared, w_uk, w_uv, scale):
-    T, S, nope = len(q), len(latent), w_uk.shape[1]
+def _absorbed(q, latent, k_shared, w_uk, w_uv, scale, seen):
+    nope = w_uk.shape[1]
     q = np.concatenate([np.einsum("hnr,thn->thr", w_uk, q[..., :nope]), q[..., nope:]], axis=-1)
     k = np.concatenate([latent, k_shared], axis=-1)[None]                   # one key head, [1, S, R + P]
-    return np.einsum("hvr,thr->thv", w_uv, _attend(q, k, latent[None], scale, T, S))
+    return np.einsum("hvr,thr->thv", w_uv, _attend(q, k, latent[None], scale, seen))
 
 
-def _attend(q, k, v, scale, T, S):
-    """Softmax attention, query by query: q [T, H, n], k [H or 1, S, n], v [H or 1, S, V] -> [T, H, V]."""
-    o = np.zeros((T, q.shape[1], v.shape[-1]))
-    for t in range(T):
-        seen = S - T + t + 1
-        p = softmax(scale * (k[:, :seen] @ q[t][:, :, None])[..., 0])                      # [H, seen]
-        o[t] = (p[:, None, :] @ v[:, :seen])[:, 0]
+def _attend(q, k, v, scale, seen):
+    """Softmax attention, query by query: q [T, H, n], k [H or 1, S, n], v [H or 1, S, V], T indices -> [T, H, V]."""
+    o = np.zeros((len(q), q.shape[1], v.shape[-1]))
+    for t, s in enumerate(seen):
+        if k[:, s].shape[1] == 0:
+            continue
+        p = softmax(scale * (k[:, s] @ q[t][:, :, None])[..., 0])                          # [H, seen]
+        o[t] = (p[:, None, :] @ v[:, s])[:, 0]
     return o
 
 
@@ -293,7 +312,7 @@ def attention(q, k, v, *, scale, offsets=None, kv_offsets=None):
         T, S = r.stop - r.start, c.stop - c.start
         if S < T:
             raise ValueError(f"k has {S} positions for {T} queries; the queries' own must be among them")
-        o[r] = _attend(q[r], k[:, c], v[:, c], scale, T, S)
+        o[r] = _attend(q[r], k[:, c], v[:, c], scale, seen_by(T, S))
     return o
 
 

@@ -1,5 +1,5 @@
 /* Softmax attention over a paged cache, for attention and latent_attention (attend.hip): queries of H heads, a group
- * of them on each of Hkv key heads, against keys of up to two parts. */
+ * of them on each of Hkv key heads, against keys of up to two parts. Positions are all that a query sees, or chosen. */
 #ifndef KL_HIP_ATTEND_H
 #define KL_HIP_ATTEND_H
 
@@ -22,6 +22,11 @@ struct kl_attend {
     int64_t N, H, Hkv, V;
     int64_t from, to; /* tokens of the call that are computed */
     float scale;
+    /* Where select_width > 0 a token that sees more than select_from positions attends to those of its row alone. Hkv is
+     * 1 then. */
+    const int32_t *select;  /* [T, select_width] */
+    const int64_t *entries; /* [to - from] positions attended to, of the row or all */
+    int64_t select_width, select_from;
     /* where segments are tasks of their own: their results, [tasks, rows of a tile] */
     float *part_m, *part_l, *part_acc;
     int64_t segments;

@@ -4,6 +4,7 @@
  *   v2  one block ROWS queries times heads that share a key head: a block of keys is read once for all of them, in
  *       tiles through shared memory; a thread has a column or two of the values for all rows. With few rows and a long
  *       cache segments are tasks of their own and a second launch merges them: the same bytes.
+ * Where positions are chosen a token's list stands for them: segments and blocks are of its entries, a tile of one token.
  * Launched: v2 for values of up to 512 and one storage type, else v1. */
 #include "attend.h"
 #include "reduce.h"
@@ -12,8 +13,30 @@ namespace
 {
 
 const int BLOCK = 256, ROWS = 16, POSITIONS = 64, SEGMENT = KL_PAGE, STEP = KL_CHAIN;
+const int64_t MOST_SPLIT = 255; /* tiles whose segments are tasks of their own */
 const int PAD = 4; /* to a row of weights or queries: they begin on 16 bytes, in different banks */
 static_assert(STEP == ROWS && BLOCK == STEP * ROWS && KL_PAGE % POSITIONS == 0, "score");
+
+/* What a token attends to: the positions of a list, or, where that is NULL, the first `count`. */
+struct attended {
+    const int32_t *list;
+    int64_t count;
+};
+
+/* of token t, in sequence n */
+template <bool SELECT>
+__device__ __forceinline__ attended attended_by(const kl_attend &a, int64_t n, int64_t t)
+{
+    const int64_t seen = a.positions[n] - a.offsets[n + 1] + t + 1;
+    if (!SELECT)
+        return attended{ nullptr, seen };
+    const int32_t *row = seen > a.select_from ? a.select + t * a.select_width : nullptr;
+    return attended{ row, a.entries[t - a.from] };
+}
+__device__ __forceinline__ int64_t position_of(const int32_t *list, int64_t i)
+{
+    return list != nullptr ? list[i] : i;
+}
 
 /* ---- v1 ---- */
 
@@ -47,10 +70,12 @@ __global__ void __launch_bounds__(256, 1) attend_v1(kl_attend a, int64_t first)
         return;
     const int64_t t = a.from + i / a.H, h = i % a.H, c = h / (a.H / a.Hkv);
     const int64_t n = kl_sequence_of(a.offsets, a.N, t);
-    const int64_t seen = a.positions[n] - a.offsets[n + 1] + t + 1;
+    const attended by =
+        a.select_width > 0 ? attended_by<true>(a, n, t) : attended_by<false>(a, n, t);
+    const int64_t seen = by.count;
     float *o = a.o + i * a.V, m = -INFINITY, l = 0.0f;
     for (int64_t p = 0; p < seen; p++) {
-        const float score = score_of(a, n, t, h, p);
+        const float score = score_of(a, n, t, h, position_of(by.list, p));
         m = score > m ? score : m; /* not where it is NaN */
     }
     const float shift = m == -INFINITY ? 0.0f : m;
@@ -59,8 +84,9 @@ __global__ void __launch_bounds__(256, 1) attend_v1(kl_attend a, int64_t first)
     for (int64_t p0 = 0; p0 < seen; p0 += POSITIONS) {
         float sum = 0.0f;
         for (int64_t p = p0; p < seen && p < p0 + POSITIONS; p++) {
-            const float weight = kl_exp(score_of(a, n, t, h, p) - shift);
-            const char *row = kl_cached_row(a.values, n, p);
+            const int64_t at = position_of(by.list, p);
+            const float weight = kl_exp(score_of(a, n, t, h, at) - shift);
+            const char *row = kl_cached_row(a.values, n, at);
             sum += weight;
             for (int64_t d = 0; d < a.V; d++)
                 o[d] = fmaf(weight, kl_cached_value(a.values.type, row, c * a.V + d), o[d]);
@@ -78,6 +104,7 @@ __global__ void __launch_bounds__(256, 1) attend_v1(kl_attend a, int64_t first)
 /* Rows of one sequence and key head: row i of it is query first + (i0 + i) / group, head (i0 + i) % group of c. */
 struct tile {
     int64_t n, c, first, i0, rows, group, seen0; /* rows: there are so many, from i0 on */
+    const int32_t *list;                         /* of the token, where a tile is of one */
 };
 
 __host__ __device__ __forceinline__ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -91,9 +118,29 @@ __host__ __device__ __forceinline__ int64_t rows_of(const int64_t *offsets, int6
     return most(tokens, 0) * (a.H / a.Hkv);
 }
 
-__device__ __forceinline__ tile tile_of(const kl_attend &a, int64_t i)
+/* Tile i of a call with chosen positions, all of the heads of one token. */
+__device__ __forceinline__ tile tile_of_token(const kl_attend &a, int64_t i)
 {
+    const int64_t tiles = (a.H + ROWS - 1) / ROWS, t = a.from + i / tiles;
     tile b;
+    b.n = kl_sequence_of(a.offsets, a.N, t);
+    b.c = 0;
+    b.first = t;
+    b.group = a.H;
+    b.i0 = i % tiles * ROWS;
+    b.rows = least(a.H - b.i0, ROWS);
+    const attended by = attended_by<true>(a, b.n, t);
+    b.seen0 = by.count;
+    b.list = by.list;
+    return b;
+}
+
+template <bool SELECT> __device__ __forceinline__ tile tile_of(const kl_attend &a, int64_t i)
+{
+    if (SELECT)
+        return tile_of_token(a, i);
+    tile b;
+    b.list = nullptr;
     b.c = i % a.Hkv;
     b.group = a.H / a.Hkv;
     b.n = 0;
@@ -151,10 +198,10 @@ template <int WIDE> __device__ __forceinline__ void clear(running<WIDE> &x)
         x.acc[j][r] = 0.0f;
 }
 
-/* weight[p][r] = scale q_r . k_p for the n positions from p0 on, which lie in one page: a thread has one position and four
- * rows. It brings value e of row `own` of the queries, and of each sixteenth position; behind the last row that there is
- * another again, whose scores nobody reads. */
-template <kl_type TYPE>
+/* weight[p][r] = scale q_r . k_p for the n positions from p0 on, which lie in one page or are those of a list: a thread
+ * has one position and four rows. It brings value e of row `own` of the queries, and of each sixteenth position; behind
+ * the last row that there is another again, whose scores nobody reads. */
+template <kl_type TYPE, bool SELECT>
 __device__ __forceinline__ void score(const room &s, const kl_attend &a, const tile &b, int64_t p0,
                                       int n)
 {
@@ -167,7 +214,12 @@ __device__ __forceinline__ void score(const room &s, const kl_attend &a, const t
         const kl_attend_part &k = a.key[part];
         if (k.width == 0)
             continue;
-        const char *keys = kl_cached_row(k.cache, b.n, p0);
+        const char *keys = SELECT ? nullptr : kl_cached_row(k.cache, b.n, p0);
+        const char *chosen[POSITIONS / ROWS];
+        KL_UNROLL
+        for (int j = 0; SELECT && j < POSITIONS / ROWS; j++)
+            chosen[j] =
+                kl_cached_row(k.cache, b.n, position_of(b.list, p0 + least(own + j * ROWS, n - 1)));
         const float *q = k.q + (token - k.first) * k.token + head * k.head;
         for (int64_t d = e; d - e < k.width; d += STEP) {
             const bool inside = d < k.width;
@@ -176,7 +228,8 @@ __device__ __forceinline__ void score(const room &s, const kl_attend &a, const t
             for (int j = 0; j < POSITIONS / ROWS; j++) {
                 const int at = own + j * ROWS;
                 const char *row =
-                    keys + static_cast<size_t>(at < n ? at : n - 1) * k.cache.row_bytes;
+                    SELECT ? chosen[j]
+                           : keys + static_cast<size_t>(at < n ? at : n - 1) * k.cache.row_bytes;
                 const float x = kl_cached_at<TYPE>(row, b.c * k.width + column);
                 s.keys[e * (POSITIONS + 1) + at] = inside ? x : 0.0f;
             }
@@ -236,12 +289,14 @@ __device__ __forceinline__ void weigh(const room &s, const tile &b, running<WIDE
 }
 
 /* acc += weight x value for the n positions from p0 on; ALL: every row sees them */
-template <bool ALL, kl_type TYPE, int WIDE>
+template <bool ALL, kl_type TYPE, int WIDE, bool SELECT>
 __device__ __forceinline__ void add_positions(const room &s, const kl_attend &a, const tile &b,
                                               running<WIDE> &x, int64_t p0, int n)
 {
-    const char *row = kl_cached_row(a.values, b.n, p0);
-    for (int p = 0; p < n; p++, row += a.values.row_bytes) {
+    const char *row = SELECT ? nullptr : kl_cached_row(a.values, b.n, p0);
+    for (int p = 0; p < n; p++, row += SELECT ? 0 : a.values.row_bytes) {
+        if (SELECT)
+            row = kl_cached_row(a.values, b.n, position_of(b.list, p0 + p));
         float value[WIDE], weight[ROWS];
         KL_UNROLL
         for (int j = 0; j < WIDE; j++) {
@@ -260,7 +315,7 @@ __device__ __forceinline__ void add_positions(const room &s, const kl_attend &a,
     }
 }
 
-template <kl_type TYPE, int WIDE>
+template <kl_type TYPE, int WIDE, bool SELECT>
 __device__ __forceinline__ void add_values(const room &s, const kl_attend &a, const tile &b,
                                            running<WIDE> &x, int64_t p0, int n)
 {
@@ -270,13 +325,13 @@ __device__ __forceinline__ void add_values(const room &s, const kl_attend &a, co
     for (int r = 0; r < ROWS; r++)
         x.acc[j][r] *= s.keep[r];
     if (s.seen[0] == n) /* rows see more and more; nobody reads those behind the last */
-        add_positions<true, TYPE>(s, a, b, x, p0, n);
+        add_positions<true, TYPE, WIDE, SELECT>(s, a, b, x, p0, n);
     else
-        add_positions<false, TYPE>(s, a, b, x, p0, n);
+        add_positions<false, TYPE, WIDE, SELECT>(s, a, b, x, p0, n);
     __syncthreads();
 }
 
-template <kl_type TYPE, int WIDE>
+template <kl_type TYPE, int WIDE, bool SELECT>
 __device__ __forceinline__ void attend_segment(const room &s, const kl_attend &a, const tile &b,
                                                running<WIDE> &x, int64_t segment)
 {
@@ -284,9 +339,9 @@ __device__ __forceinline__ void attend_segment(const room &s, const kl_attend &a
     clear(x);
     for (int64_t p = segment * SEGMENT; p < end; p += POSITIONS) {
         const int n = static_cast<int>(least(POSITIONS, end - p));
-        score<TYPE>(s, a, b, p, n);
+        score<TYPE, SELECT>(s, a, b, p, n);
         weigh(s, b, x, p, n);
-        add_values<TYPE>(s, a, b, x, p, n);
+        add_values<TYPE, WIDE, SELECT>(s, a, b, x, p, n);
     }
 }
 
@@ -330,7 +385,7 @@ __device__ __forceinline__ void merge(const room &s, const tile &b, running<WIDE
 
 /* a.part_acc NULL: a task is a tile, all its segments; else a segment of a tile. A block is task first + blockIdx.x: a
  * loop over tasks would keep in registers what is the same for all of them. */
-template <kl_type TYPE, int WIDE>
+template <kl_type TYPE, int WIDE, bool SELECT>
 __global__ void __launch_bounds__(256, 1) attend_v2(kl_attend a, int64_t first)
 {
     KL_SHARED(float, keys, [STEP * (POSITIONS + 1)]);
@@ -343,15 +398,16 @@ __global__ void __launch_bounds__(256, 1) attend_v2(kl_attend a, int64_t first)
     const room s = { keys, q, weight, keep, add, sum, visible };
     const bool split = a.part_acc != nullptr;
     const int64_t i = first + blockIdx.x;
-    const tile b = tile_of(a, split ? i / a.segments : i);
+    const tile b = tile_of<SELECT>(a, split ? i / a.segments : i);
     const int64_t seen = seen_by(b, b.rows - 1), segment = split ? i % a.segments : 0;
-    if (segment * SEGMENT >= seen) /* the same in every thread */
+    if (segment > 0
+        && segment * SEGMENT >= seen) /* in every thread; the first may be of no position */
         return;
     running<WIDE> x;
-    attend_segment<TYPE>(s, a, b, x, segment);
+    attend_segment<TYPE, WIDE, SELECT>(s, a, b, x, segment);
     for (int64_t later = 1; !split && later * SEGMENT < seen; later++) {
         running<WIDE> y;
-        attend_segment<TYPE>(s, a, b, y, later);
+        attend_segment<TYPE, WIDE, SELECT>(s, a, b, y, later);
         merge(s, b, x, y, later);
     }
     const int mine = static_cast<int>(threadIdx.x) / 16;
@@ -381,10 +437,11 @@ __global__ void __launch_bounds__(256, 1) attend_v2(kl_attend a, int64_t first)
 }
 
 /* The segments of a row, merged in rising order; a block a row of a tile. */
+template <bool SELECT>
 __global__ void __launch_bounds__(256) attend_v2_merge(kl_attend a, int64_t tiles)
 {
     for (int64_t i = blockIdx.x; i < tiles * ROWS; i += gridDim.x) {
-        const tile b = tile_of(a, i / ROWS);
+        const tile b = tile_of<SELECT>(a, i / ROWS);
         const int64_t r = i % ROWS, first = i / ROWS * a.segments * ROWS + r;
         const int64_t row = (token_of(b, r) - a.from) * a.H + head_of(b, r);
         for (int64_t d = threadIdx.x; r < b.rows && d < a.V; d += BLOCK) {
@@ -403,18 +460,27 @@ __global__ void __launch_bounds__(256) attend_v2_merge(kl_attend a, int64_t tile
     }
 }
 
-template <kl_type TYPE> void launch(kl_ctx *ctx, const kl_attend &a, int64_t tiles)
+template <kl_type TYPE, bool SELECT> void launch_of(kl_ctx *ctx, const kl_attend &a, int64_t tiles)
 {
     const int64_t tasks = tiles * (a.part_acc != nullptr ? a.segments : 1);
     for (int64_t first = 0; first < tasks; first += kl_grid(tasks - first))
         if (a.V <= BLOCK)
-            KL_LAUNCH((attend_v2<TYPE, 1>), kl_grid(tasks - first), BLOCK, 0, kl_stream(ctx), a,
-                      first);
+            KL_LAUNCH((attend_v2<TYPE, 1, SELECT>), kl_grid(tasks - first), BLOCK, 0,
+                      kl_stream(ctx), a, first);
         else
-            KL_LAUNCH((attend_v2<TYPE, 2>), kl_grid(tasks - first), BLOCK, 0, kl_stream(ctx), a,
-                      first);
+            KL_LAUNCH((attend_v2<TYPE, 2, SELECT>), kl_grid(tasks - first), BLOCK, 0,
+                      kl_stream(ctx), a, first);
     if (a.part_acc != nullptr)
-        KL_LAUNCH(attend_v2_merge, kl_grid(tiles * ROWS), BLOCK, 0, kl_stream(ctx), a, tiles);
+        KL_LAUNCH(attend_v2_merge<SELECT>, kl_grid(tiles * ROWS), BLOCK, 0, kl_stream(ctx), a,
+                  tiles);
+}
+
+template <kl_type TYPE> void launch(kl_ctx *ctx, const kl_attend &a, int64_t tiles)
+{
+    if (a.select_width > 0)
+        launch_of<TYPE, true>(ctx, a, tiles);
+    else
+        launch_of<TYPE, false>(ctx, a, tiles);
 }
 
 } // namespace
@@ -431,6 +497,10 @@ kl_status kl_attend_run(kl_ctx *ctx, kl_attend a, const int64_t *offsets, const 
         }
     if (tiles == 0)
         return KL_OK;
+    if (a.select_width > 0) {
+        tiles = (a.to - a.from) * kl_ceil_div(a.H, ROWS);
+        longest = least(longest, most(a.select_width, a.select_from));
+    }
     if (kl_version() == 1 || a.V > 2 * BLOCK || !one_type) {
         const int64_t tasks = kl_ceil_div((a.to - a.from) * a.H, BLOCK);
         if (kl_core_of->measuring(ctx))
@@ -440,8 +510,11 @@ kl_status kl_attend_run(kl_ctx *ctx, kl_attend a, const int64_t *offsets, const 
         return KL_OK;
     }
     a.segments = kl_ceil_div(longest, SEGMENT);
-    if (a.segments > 1 && tiles < 256 && tiles * a.segments <= 4096) {
-        const int64_t parts = tiles * a.segments * ROWS;
+    /* with lists fewer tokens may take more: a plan reckons with the most that are split */
+    const bool planned = a.select_width > 0 && kl_core_of->measuring(ctx);
+    const int64_t split = planned ? least(tiles, MOST_SPLIT) : tiles;
+    if (a.segments > 1 && split <= MOST_SPLIT && split * a.segments <= 4096) {
+        const int64_t parts = split * a.segments * ROWS;
         KL_SCRATCH_OF(a.part_m, ctx, parts);
         KL_SCRATCH_OF(a.part_l, ctx, parts);
         KL_SCRATCH_OF(a.part_acc, ctx, parts * a.V);

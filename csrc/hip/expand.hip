@@ -281,7 +281,8 @@ kl_status kl_expand_run(kl_ctx *ctx, const kl_expansion &e)
     int64_t tokens = 0, positions = 0;
     call c = {};
     for (int64_t n = 0; n < g->N; n++) {
-        const int64_t more = kl_mla_expanded_tokens(g, n);
+        const int64_t more =
+            kl_core_of->measuring(ctx) ? kl_mla_expanded_most(g, n) : kl_mla_expanded_tokens(g, n);
         if (more == 0)
             continue;
         tokens = more > tokens ? more : tokens;

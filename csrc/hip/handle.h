@@ -29,6 +29,7 @@ struct kl_handle {
     unsigned long long *faults; /* [KL_FAULTS] place << 32 | bits; all bits: none */
     bool noting;                /* kernels that may note were launched since they were looked at */
     int64_t E, k;               /* of the call that they belong to */
+    int64_t select_width;       /* entries of a row of select, in the last call with one */
     struct {
         int64_t D;
         kl_type type;

@@ -3,7 +3,9 @@
  * [latent | k_shared] and one value, the latent (attend.hip).
  *   absorb   v1  one value of q~ = w_uk^T q a thread.     v2  the same for TOGETHER tokens: a weight is read once.
  *   project  v1  one value of o = w_uv acc / l a thread.  v2  a team a row of w_uv, TOGETHER tokens.
- * Tokens go in batches, which bound the scratch. */
+ *   count    a team a token with a row of select: its entries, looked at.
+ * Tokens go in batches, which bound the scratch. What is wrong in a row of select is noted (runtime.h), and the row ends
+ * before it. */
 #include "../ops/pieces.h"
 #include "attend.h"
 #include "expand.h"
@@ -19,8 +21,9 @@ const int64_t BATCH = 256;
 /* One of the two products of a batch: x [tokens, H, in] with matrices of H heads, y [tokens, H, out]. */
 struct product {
     float *y;
-    const float *x, *l; /* l [tokens, H]: y is divided by it; NULL: it is not */
-    int64_t x_step;     /* from head to head in x */
+    const float *x, *l;     /* l [tokens, H]: y is divided by it; NULL: it is not */
+    const int64_t *entries; /* [tokens] positions attended to: y of none is 0; NULL: never none */
+    int64_t x_step;         /* from head to head in x */
     const void *const *matrix;
     size_t row_bytes;
     kl_type type;
@@ -39,7 +42,8 @@ __device__ __forceinline__ float weight(const product &p, int64_t h, int64_t out
 __device__ __forceinline__ void put(const product &p, int64_t t, int64_t h, int64_t out, float sum)
 {
     const int64_t row = t * p.H + h;
-    p.y[row * p.out + out] = p.l != nullptr ? sum / p.l[row] : sum;
+    const bool none = p.entries != nullptr && p.entries[t] == 0;
+    p.y[row * p.out + out] = none ? 0.0f : p.l != nullptr ? sum / p.l[row] : sum;
 }
 
 template <kl_type TYPE>
@@ -164,12 +168,42 @@ void multiply(kl_ctx *ctx, const product &p)
     }
 }
 
+/* entries of tokens a.from .. a.to - 1: the leading ones of a row that are as they must be */
+__global__ void __launch_bounds__(256)
+    latent_count(kl_attend a, int64_t *entries, unsigned long long *fault)
+{
+    const int64_t n_tokens = a.to - a.from, W = a.select_width;
+    for (int64_t first = static_cast<int64_t>(blockIdx.x) * TEAMS; first < n_tokens;
+         first += static_cast<int64_t>(gridDim.x) * TEAMS) {
+        const bool there = first + kl_team() < n_tokens;
+        const int64_t t = a.from + (there ? first + kl_team() : 0);
+        const int64_t n = kl_sequence_of(a.offsets, a.N, t);
+        const int64_t seen = a.positions[n] - a.offsets[n + 1] + t + 1;
+        const bool has_row = there && seen > a.select_from;
+        const int32_t *row = a.select + t * W;
+        int64_t end = has_row ? W : seen;
+        for (int64_t i = has_row ? kl_lane() : W; i < W; i += KL_TEAM) {
+            const int32_t s = row[i], before = i > 0 ? row[i - 1] : 0;
+            const bool wrong =
+                s < -1 || s >= seen || (i > 0 && s >= 0 && (before < 0 || s <= before));
+            if (wrong)
+                kl_note(fault, t * W + i, s);
+            if ((wrong || s < 0) && i < end)
+                end = i;
+        }
+        end = kl_team_least(end);
+        if (there && kl_lane() == 0)
+            entries[t - a.from] = end;
+    }
+}
+
 /* What the batches of a call share. */
 struct call {
     float *o;
     const float *q;
     const kl_weight *w_uk, *w_uv;
     const void *const *uk, *const *uv; /* the heads' matrices, on the device */
+    unsigned long long *fault;         /* of select */
     const kl_latent_attention_args *args;
 };
 
@@ -179,19 +213,26 @@ kl_status run_batch(kl_ctx *ctx, const call &c, kl_attend a)
     const kl_latent_attention_args *g = c.args;
     const int64_t tokens = a.to - a.from, H = g->H, R = g->R, width = g->K + g->P;
     float *query;
+    int64_t *entries = nullptr;
+    if (a.select_width > 0)
+        KL_SCRATCH_OF(entries, ctx, tokens);
     KL_SCRATCH_OF(query, ctx, tokens * H * R);
     KL_SCRATCH_OF(a.o, ctx, tokens * H * R);
     KL_SCRATCH_OF(a.l, ctx, tokens * H);
     a.key[0].q = query;
     a.key[0].first = a.from;
+    a.entries = entries;
     const product up = {
-        query,        c.q + a.from * H * width, nullptr, width, c.uk, c.w_uk->row_bytes,
-        c.w_uk->type, c.w_uk->transposed == 0,  tokens,  H,     g->K, R
+        query,        c.q + a.from * H * width, nullptr, nullptr, width, c.uk, c.w_uk->row_bytes,
+        c.w_uk->type, c.w_uk->transposed == 0,  tokens,  H,       g->K,  R
     };
     const product down = {
-        c.o + a.from * H * g->V, a.o,    a.l, R, c.uv, c.w_uv->row_bytes, c.w_uv->type,
-        c.w_uv->transposed != 0, tokens, H,   R, g->V
+        c.o + a.from * H * g->V, a.o,    a.l, entries, R,   c.uv, c.w_uv->row_bytes, c.w_uv->type,
+        c.w_uv->transposed != 0, tokens, H,   R,       g->V
     };
+    if (!kl_core_of->measuring(ctx) && entries != nullptr)
+        KL_LAUNCH(latent_count, kl_grid(kl_ceil_div(tokens, TEAMS)), BLOCK, 0, kl_stream(ctx), a,
+                  entries, c.fault);
     if (!kl_core_of->measuring(ctx))
         multiply(ctx, up);
     KL_TRY(kl_attend_run(ctx, a, g->offsets, g->positions));
@@ -204,9 +245,11 @@ kl_status run_batch(kl_ctx *ctx, const call &c, kl_attend a)
 kl_status run_absorbed(kl_ctx *ctx, const call &c, kl_attend a)
 {
     const kl_latent_attention_args *g = c.args;
+    const auto expanded =
+        kl_core_of->measuring(ctx) ? kl_mla_expanded_least : kl_mla_expanded_tokens;
     for (int64_t n = 0; n < g->N;) {
-        const int64_t begin = g->offsets[n] + kl_mla_expanded_tokens(g, n);
-        for (n++; n < g->N && kl_mla_expanded_tokens(g, n) == 0;)
+        const int64_t begin = g->offsets[n] + expanded(g, n);
+        for (n++; n < g->N && expanded(g, n) == 0;)
             n++;
         for (int64_t t = begin; t < g->offsets[n]; t += BATCH) {
             const size_t mark = kl_core_of->scratch_mark(ctx);
@@ -228,7 +271,7 @@ kl_status hip_latent_attention(kl_ctx *ctx, float *o, const float *q, kl_cache l
     const int64_t N = args->N, H = args->H, T = args->T, R = args->R, width = args->K + args->P;
     const auto positions = [=](int64_t n) { return args->positions[n]; };
     const auto shared = [=](int64_t n) { return args->P > 0 ? args->positions[n] : 0; };
-    call c = { o, q, w_uk, w_uv, nullptr, nullptr, args };
+    call c = { o, q, w_uk, w_uv, nullptr, nullptr, nullptr, args };
     kl_attend a = {};
     if (kl_kernel_type(w_uk->type) < 0)
         return kl_no_type(ctx, "latent_attention", "w_uk", w_uk->type);
@@ -243,6 +286,11 @@ kl_status hip_latent_attention(kl_ctx *ctx, float *o, const float *q, kl_cache l
     a.Hkv = 1;
     a.V = R;
     a.scale = args->scale;
+    a.select = args->select;
+    a.select_width = args->select_width;
+    a.select_from = args->select_from;
+    if (a.select_width > 0 && !kl_core_of->measuring(ctx))
+        KL_TRY(kl_select_fault_of(ctx, &c.fault, a.select_width));
     KL_TRY(kl_put_table(ctx, &a.offsets, args->offsets, N + 1));
     KL_TRY(kl_put_table(ctx, &a.positions, args->positions, N));
     KL_TRY(kl_put_cache(ctx, &a.key[0].cache, latent, N, positions));

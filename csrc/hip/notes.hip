@@ -15,6 +15,8 @@ int64_t width_of(const kl_handle *h, int kind)
         return h->caches[kind].D;
     if (kind == KL_FAULT_BIAS)
         return INT64_MAX;
+    if (kind == KL_FAULT_SELECT)
+        return h->select_width;
     return kind == KL_FAULT_SCORES ? h->E : h->k;
 }
 
@@ -40,6 +42,12 @@ kl_status sentence_of(kl_ctx *ctx, const kl_handle *h, int kind, unsigned long l
         return kl_core_of->fail(ctx, KL_ERR_ARG,
                                 "route: bias[%lld] is %g; it must be a number below infinity", col,
                                 static_cast<double>(value));
+    if (kind == KL_FAULT_SELECT)
+        return kl_core_of->fail(
+            ctx, KL_ERR_ARG,
+            "latent_attention: select[%lld, %lld] (query, entry) is %d; it must be a position "
+            "that the query sees, after the one before it, or -1 behind the last",
+            row, col, static_cast<int>(id));
     if (kind == KL_FAULT_SCORES && value != value)
         return kl_core_of->fail(
             ctx, KL_ERR_ARG,
@@ -100,6 +108,17 @@ kl_status kl_faults_of(kl_ctx *ctx, unsigned long long **faults, int64_t E, int6
     h->E = E;
     h->k = k;
     *faults = h->faults;
+    return KL_OK;
+}
+
+kl_status kl_select_fault_of(kl_ctx *ctx, unsigned long long **fault, int64_t width)
+{
+    kl_handle *h = kl_handle_of(ctx);
+    if (h->noting && h->select_width != 0 && h->select_width != width)
+        KL_TRY(kl_look_at_notes(ctx));
+    h->noting = true;
+    h->select_width = width;
+    *fault = h->faults + KL_FAULT_SELECT;
     return KL_OK;
 }
 

@@ -60,11 +60,19 @@ static __device__ __forceinline__ float kl_team_max(float v)
     return kl_team_reduce<kl_max_of>(v);
 }
 
-/* for whole numbers and double: the same tree; and the sum over the lanes before this one */
+/* for whole numbers and double: the same tree; the least; and the sum over the lanes before this one */
 template <class T> static __device__ __forceinline__ T kl_team_total(T v)
 {
     for (int m = 1; m < KL_TEAM; m *= 2)
         v += __shfl_xor(v, m, KL_TEAM);
+    return v;
+}
+template <class T> static __device__ __forceinline__ T kl_team_least(T v)
+{
+    for (int m = 1; m < KL_TEAM; m *= 2) {
+        const T other = __shfl_xor(v, m, KL_TEAM);
+        v = other < v ? other : v;
+    }
     return v;
 }
 template <class T> static __device__ __forceinline__ T kl_team_before(T v)

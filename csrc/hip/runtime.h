@@ -65,10 +65,13 @@ enum kl_fault {
     KL_FAULT_BIAS,
     KL_FAULT_ROUTE_IDS,
     KL_FAULT_MOE_IDS,
+    KL_FAULT_SELECT,
     KL_FAULTS
 };
 /* Where the kernels of a call note: [KL_FAULTS]. Rows of scores are E wide, those of ids k. */
 kl_status kl_faults_of(kl_ctx *ctx, unsigned long long **faults, int64_t E, int64_t k) KL_CHECKED;
+/* Where what is wrong in rows of select, `width` entries each, is noted. */
+kl_status kl_select_fault_of(kl_ctx *ctx, unsigned long long **fault, int64_t width) KL_CHECKED;
 /* Where what a cache of rows D wide cannot hold is noted. */
 kl_status kl_cache_fault_of(kl_ctx *ctx, unsigned long long **fault, int64_t D,
                             kl_type type) KL_CHECKED;

@@ -15,6 +15,12 @@ kl_rows kl_cache_rows(const kl_kernels *k, const kl_cache *cache, int64_t n, int
 kl_rows kl_cache_stored(const kl_kernels *k, const kl_cache *cache, int64_t n, int64_t position,
                         int64_t count, int64_t column, int64_t width, float *buffer);
 
+/* The same of `count` positions that rise, in whatever pages. They lie one behind another in buffer, where they are not
+ * so in the cache. */
+kl_rows kl_cache_gather(const kl_kernels *k, const kl_cache *cache, int64_t n,
+                        const int32_t *position, int64_t count, int64_t column, int64_t width,
+                        float *buffer);
+
 /* The rows of the block at `position`, up to position end - 1 of its page, as they lie. */
 kl_ahead kl_cache_ahead(const kl_cache *cache, int64_t n, int64_t position, int64_t end,
                         int64_t column, int64_t width);

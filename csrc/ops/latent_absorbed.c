@@ -7,7 +7,9 @@
  * Where those are narrow, positions are attended to in 16-bit fixed point (cpu/fixed.h).
  * The positions of a token are cut into segments of a page. A segment is a sum of its own, so that
  * threads can share a long cache; segments are merged in rising order, in waves that bound the
- * memory. Neither the wave nor the group of heads in a task changes a byte. */
+ * memory. Neither the wave nor the group of heads in a task changes a byte.
+ * Where a token has a row of select its positions are those of the row, and what is cut into segments and blocks is the
+ * list: rows of a block are gathered, so that a list of all positions gives the same bytes. */
 #include "latent_attention.h"
 #include "product.h"
 
@@ -70,16 +72,18 @@ kl_status kl_absorbed_prepare(kl_absorbed *e, const kl_mla *a)
     product_room multiplying;
     e->a = a;
     for (int64_t n = 0; n < g->N; n++) {
-        const int64_t tokens = g->offsets[n + 1] - g->offsets[n] - kl_mla_expanded_tokens(g, n);
+        const int64_t expanded =
+            a->ctx->arena.measuring ? kl_mla_expanded_least(g, n) : kl_mla_expanded_tokens(g, n);
+        const int64_t tokens = g->offsets[n + 1] - g->offsets[n] - expanded;
         e->n_tokens += tokens;
         if (tokens > 0)
-            longest = kl_max(longest, g->positions[n]);
+            longest = kl_max(longest, kl_mla_attended_most(g, n));
     }
     if (e->n_tokens == 0)
         return KL_OK;
     e->capacity = kl_min(e->n_tokens, BATCH);
-    const int64_t wave = kl_min(WAVE, e->capacity * kl_ceil_div(longest, SEGMENT)),
-                  slots = wave * g->H;
+    const int64_t segments = kl_ceil_div(longest, SEGMENT);
+    const int64_t wave = kl_min(WAVE, e->capacity * segments), slots = wave * g->H;
     const int64_t rows = e->capacity * g->H;
     KL_SCRATCH(e->token, a->ctx, e->capacity);
     KL_SCRATCH(e->unit, a->ctx, wave);
@@ -117,37 +121,60 @@ static void absorb_queries(void *arg, int64_t begin, int64_t end, int thread)
 
 /* ---- positions ---- */
 
+/* A token's running softmax, from head h on. */
+static kl_running of_token(const kl_absorbed *e, int64_t token, int64_t h)
+{
+    const int64_t row = token * e->a->args->H + h;
+    return (kl_running){ e->run.m + row, e->run.l + row,
+                         e->run.acc + h * e->run.stride + token * e->run.width, e->run.stride,
+                         e->run.width };
+}
+
 /* Where unit u keeps head h: segment 0 begins the token's running softmax, others are partial. */
 static kl_running place(const kl_absorbed *e, int64_t u, int64_t h)
 {
-    const int64_t H = e->a->args->H, token = e->unit[u].token;
-    const bool whole = e->unit[u].segment == 0;
-    kl_running to = whole ? e->run : e->part;
-    const int64_t row = (whole ? token : u) * H + h;
-    to.m += row;
-    to.l += row;
-    to.acc += whole ? h * to.stride + token * to.width : row * to.stride;
-    return to;
+    return e->unit[u].segment == 0 ? of_token(e, e->unit[u].token, h)
+                                   : kl_running_from(e->part, u * e->a->args->H + h);
 }
 
 /* A segment's heads of one token, and the block at hand. */
 typedef struct segment {
     const kl_mla *a;
-    int64_t n, heads; /* sequence */
-    kl_rows q[2];     /* [heads] of q~ and of q's shared part */
+    int64_t n, heads;      /* sequence */
+    const int32_t *select; /* of the token, or NULL */
+    kl_rows q[2];          /* [heads] of q~ and of q's shared part */
     kl_running run;
 } segment;
 
-static void attend_block(const segment *s, const room *r, int64_t position, int64_t count)
+/* Rows of positions, or entries of the token's list, at .. at + count - 1, widened. */
+static kl_rows rows_of(const segment *s, const kl_cache *cache, int64_t at, int64_t count,
+                       int64_t width, float *buffer)
+{
+    const kl_mla *a = s->a;
+    if (s->select == NULL)
+        return kl_mla_cache_rows(a, cache, s->n, at, count, width, buffer);
+    return kl_cache_gather(a->ctx->k, cache, s->n, s->select + at, count, 0, width, buffer);
+}
+
+static void both_rows(const segment *s, int64_t at, int64_t count, float *buffer, kl_rows rows[2])
 {
     const kl_mla *a = s->a;
     const kl_latent_attention_args *g = a->args;
-    const kl_rows latent = kl_mla_cache_rows(a, &a->latent, s->n, position, count, g->R, r->stored);
+    rows[0] = rows_of(s, &a->latent, at, count, g->R, buffer);
+    rows[1] =
+        rows_of(s, &a->k_shared, at, count, g->P, buffer + kl_mla_buffer(a, &a->latent, g->R));
+}
+
+static void attend_block(const segment *s, const room *r, int64_t at, int64_t count)
+{
+    const kl_mla *a = s->a;
+    const kl_latent_attention_args *g = a->args;
+    kl_rows rows[2];
+    both_rows(s, at, count, r->stored, rows);
     const kl_attend block = {
         .q = { s->q[0], s->q[1] },
-        .k = { latent, kl_mla_cache_rows(a, &a->k_shared, s->n, position, count, g->P,
-                                         r->stored + kl_cache_buffer(&a->latent, g->R)) },
-        .v = latent,
+        .k = { rows[0], rows[1] },
+        .v = rows[0],
         .run = s->run,
         .n_queries = s->heads,
         .n = count,
@@ -158,12 +185,17 @@ static void attend_block(const segment *s, const room *r, int64_t position, int6
     a->ctx->k->attend(&block);
 }
 
-static void attend_block_fixed(const segment *s, const room *r, int64_t position, int64_t count,
+static void attend_block_fixed(const segment *s, const room *r, int64_t at, int64_t count,
                                int64_t end)
 {
     const kl_mla *a = s->a;
     kl_rows stored[2];
-    kl_mla_stored_rows(a, s->n, position, count, r->stored, stored);
+    if (s->select == NULL)
+        kl_mla_stored_rows(a, s->n, at, count, r->stored, stored);
+    else
+        both_rows(s, at, count, r->stored, stored);
+    /* rows that lie apart are not announced */
+    const int64_t next = s->select == NULL ? at + KL_BLOCK : end;
     a->ctx->k->fixed_rows(&r->key, stored, count);
     a->ctx->k->fixed_pairs(r->pairs, a->args->R, &r->key, count);
     const kl_attend_fixed block = {
@@ -172,8 +204,8 @@ static void attend_block_fixed(const segment *s, const room *r, int64_t position
         .v = r->pairs,
         .v_unit = r->key.unit,
         .run = s->run,
-        .ahead = { kl_cache_ahead(&a->latent, s->n, position + KL_BLOCK, end, 0, a->args->R),
-                   kl_cache_ahead(&a->k_shared, s->n, position + KL_BLOCK, end, 0, a->args->P) },
+        .ahead = { kl_cache_ahead(&a->latent, s->n, next, end, 0, a->args->R),
+                   kl_cache_ahead(&a->k_shared, s->n, next, end, 0, a->args->P) },
         .n_queries = s->heads,
         .n = count,
         .first = count,
@@ -189,11 +221,12 @@ static void attend_segment(const kl_absorbed *e, int64_t u, int64_t h, int64_t h
     const kl_latent_attention_args *g = a->args;
     const struct kl_absorbed_token *token = &e->token[e->unit[u].token];
     const int64_t width = g->K + g->P, begin = e->unit[u].segment * SEGMENT;
-    const int64_t end = kl_min(begin + SEGMENT, token->seen);
+    const int64_t end = kl_min(begin + SEGMENT, token->count);
     const segment s = {
         .a = a,
         .n = token->n,
         .heads = heads,
+        .select = token->select,
         .q = { { e->query + (h * e->capacity + e->unit[u].token) * g->R, e->capacity * g->R, g->R,
                  NULL },
                { a->q + (token->t * g->H + h) * width + g->K, width, g->P, NULL } },
@@ -233,11 +266,7 @@ static void merge_heads(void *arg, int64_t begin, int64_t end, int thread)
         if (e->unit[u].segment == 0)
             continue;
         for (int64_t h = begin; h < end; h++) {
-            const int64_t token = e->unit[u].token, row = token * e->a->args->H + h;
-            const kl_running from = place(e, u, h);
-            const kl_running to = { e->run.m + row, e->run.l + row,
-                                    e->run.acc + h * e->run.stride + token * e->run.width,
-                                    e->run.stride, e->run.width };
+            const kl_running from = place(e, u, h), to = of_token(e, e->unit[u].token, h);
             e->a->ctx->k->attend_merge(&to, &from, 1);
         }
     }
@@ -277,7 +306,7 @@ static void project_heads(void *arg, int64_t begin, int64_t end, int thread)
         for (int64_t i = 0; i < e->n_batch; i++) {
             float *o = e->a->o + (e->token[i].t * g->H + h) * g->V;
             for (int64_t v = 0; v < g->V; v++)
-                o[v] = r.sum[i * g->V + v] / e->run.l[i * g->H + h];
+                o[v] = e->token[i].count > 0 ? r.sum[i * g->V + v] / e->run.l[i * g->H + h] : 0.0f;
         }
     }
 }
@@ -290,17 +319,44 @@ static kl_status run_batch(kl_absorbed *e)
     const int64_t H = e->a->args->H;
     KL_TRY(kl_product_for(ctx, H, 1, absorb_queries, e));
     e->n_units = 0;
-    for (int64_t i = 0; i < e->n_batch; i++)
-        for (int64_t s = 0; s * SEGMENT < e->token[i].seen; s++) {
+    for (int64_t i = 0; i < e->n_batch; i++) {
+        if (e->token[i].count == 0)
+            kl_running_clear(of_token(e, i, 0), H);
+        for (int64_t s = 0; s * SEGMENT < e->token[i].count; s++) {
             e->unit[e->n_units++] = (struct kl_absorbed_unit){ i, s };
             if (e->n_units == WAVE) {
                 KL_TRY(run_wave(e));
                 e->n_units = 0;
             }
         }
+    }
     if (e->n_units > 0)
         KL_TRY(run_wave(e));
     return kl_product_for(ctx, H, 1, project_heads, e);
+}
+
+/* Positions before the first -1 of a row. */
+static int64_t listed(const int32_t *row, int64_t width)
+{
+    int64_t low = 0, high = width;
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (row[middle] < 0)
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    return low;
+}
+
+/* New token i of sequence n. */
+static struct kl_absorbed_token token_of(const kl_latent_attention_args *g, int64_t n, int64_t i)
+{
+    const int64_t t = g->offsets[n] + i;
+    if (!kl_mla_has_row(g, n, i))
+        return (struct kl_absorbed_token){ n, t, kl_mla_seen(g, n, i), NULL };
+    const int32_t *row = g->select + t * g->select_width;
+    return (struct kl_absorbed_token){ n, t, listed(row, g->select_width), row };
 }
 
 kl_status kl_absorbed_run(kl_absorbed *e)
@@ -311,8 +367,7 @@ kl_status kl_absorbed_run(kl_absorbed *e)
     e->n_batch = 0;
     for (int64_t n = 0; n < g->N; n++)
         for (int64_t i = kl_mla_expanded_tokens(g, n); i < g->offsets[n + 1] - g->offsets[n]; i++) {
-            e->token[e->n_batch++] =
-                (struct kl_absorbed_token){ n, g->offsets[n] + i, kl_mla_seen(g, n, i) };
+            e->token[e->n_batch++] = token_of(g, n, i);
             if (e->n_batch == e->capacity) {
                 KL_TRY(run_batch(e));
                 e->n_batch = 0;

@@ -23,10 +23,16 @@ static inline kl_rows kl_mla_cache_rows(const kl_mla *a, const kl_cache *cache, 
     return kl_cache_rows(a->ctx->k, cache, n, position, count, 0, width, buffer);
 }
 
-/* Floats of buffer that kl_mla_stored_rows needs for a block. */
+/* Floats of buffer that a block of a cache needs, whose positions may be selected ones. */
+static inline int64_t kl_mla_buffer(const kl_mla *a, const kl_cache *cache, int64_t width)
+{
+    return kl_mla_selects(a->args) ? KL_BLOCK * width : kl_cache_buffer(cache, width);
+}
+
+/* And of both caches. */
 static inline int64_t kl_mla_stored_buffer(const kl_mla *a)
 {
-    return kl_cache_buffer(&a->latent, a->args->R) + kl_cache_buffer(&a->k_shared, a->args->P);
+    return kl_mla_buffer(a, &a->latent, a->args->R) + kl_mla_buffer(a, &a->k_shared, a->args->P);
 }
 
 /* As kl_mla_cache_rows of both caches, float16 as it lies. */
@@ -37,7 +43,7 @@ static inline void kl_mla_stored_rows(const kl_mla *a, int64_t n, int64_t positi
     const kl_kernels *k = a->ctx->k;
     latent_and_shared[0] = kl_cache_stored(k, &a->latent, n, position, count, 0, g->R, buffer);
     latent_and_shared[1] = kl_cache_stored(k, &a->k_shared, n, position, count, 0, g->P,
-                                           buffer + kl_cache_buffer(&a->latent, g->R));
+                                           buffer + kl_mla_buffer(a, &a->latent, g->R));
 }
 
 /* o of head h of `count` queries from row t on */
@@ -70,8 +76,9 @@ typedef struct kl_absorbed {
     const kl_mla *a;
     int64_t n_tokens, capacity; /* absorbed tokens of the call; of a batch */
     struct kl_absorbed_token {
-        int64_t n, t, seen; /* sequence, row of q, positions */
-    } *token;               /* [capacity], n_batch of them at hand */
+        int64_t n, t, count;   /* sequence, row of q, positions that it attends to */
+        const int32_t *select; /* [count]: these; NULL: the first */
+    } *token;                  /* [capacity], n_batch of them at hand */
     int64_t n_batch;
     struct kl_absorbed_unit {
         int64_t token, segment;

@@ -36,7 +36,8 @@ kl_status kl_expanded_prepare(kl_expanded *e, const kl_mla *a)
     room r;
     e->a = a;
     for (int64_t n = 0; n < g->N; n++) {
-        const int64_t queries = kl_mla_expanded_tokens(g, n);
+        const int64_t queries =
+            a->ctx->arena.measuring ? kl_mla_expanded_most(g, n) : kl_mla_expanded_tokens(g, n);
         e->n_chunks += kl_ceil_div(queries, CHUNK);
         e->longest = kl_max(e->longest, kl_min(queries, CHUNK));
     }

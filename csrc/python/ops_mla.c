@@ -91,32 +91,49 @@ static PyObject *py_latent_attention(PyObject *module, PyObject *args)
 {
     (void)module;
     kl_py_call c = { 0 };
-    PyObject *ctx, *oo, *oq, *olatent, *oshared, *ouk, *ouv, *ooffsets, *obegin;
+    PyObject *ctx, *oo, *oq, *olatent, *oshared, *ouk, *ouv, *ooffsets, *obegin, *oselect;
     int latent_type, shared_type, form;
-    long long N, T, S, H, K, P, V, R;
+    long long N, T, S, H, K, P, V, R, W, from;
     double scale;
-    if (!PyArg_ParseTuple(args, "OOOOiOiOOOO(LLLLLLLL)di:latent_attention", &ctx, &oo, &oq,
+    if (!PyArg_ParseTuple(args, "OOOOiOiOOOOO(LLLLLLLLLL)di:latent_attention", &ctx, &oo, &oq,
                           &olatent, &latent_type, &oshared, &shared_type, &ouk, &ouv, &ooffsets,
-                          &obegin, &N, &T, &S, &H, &K, &P, &V, &R, &scale, &form))
+                          &obegin, &oselect, &N, &T, &S, &H, &K, &P, &V, &R, &W, &from, &scale,
+                          &form))
         return NULL;
     kl_py_on(&c, ctx);
     const int64_t n_o = kl_py_size(&c, "out", T, H, V, 1),
                   width = K >= 0 && P >= 0 && K <= INT32_MAX && P <= INT32_MAX ? K + P : -1;
     const int64_t n_q = kl_py_size(&c, "q", T, H, width, 1);
     const int64_t n_latent = kl_py_size(&c, "latent", S, R, 1, 1),
-                  n_shared = kl_py_size(&c, "k_shared", S, P, 1, 1);
+                  n_shared = kl_py_size(&c, "k_shared", S, P, 1, 1),
+                  n_select = kl_py_size(&c, "select", T, W, 1, 1);
     float *o = kl_py_out(&c, oo, KL_PY_F32, n_o, "out");
     const float *q = kl_py_in(&c, oq, KL_PY_F32, n_q, "q");
     void *latent = cache_buffer(&c, olatent, latent_type, n_latent, "latent", false);
     void *shared = cache_buffer(&c, oshared, shared_type, n_shared, "k_shared", false);
+    const int32_t *select = kl_py_in_opt(&c, oselect, KL_PY_I32, n_select, "select");
     const kl_weight w_uk = kl_py_weight(&c, ouk, "w_uk"), w_uv = kl_py_weight(&c, ouv, "w_uv");
     const int64_t *offsets = ranges_of(&c, ooffsets, N, T, "offsets");
     const int64_t *begin = ranges_of(&c, obegin, N, S, "kv_offsets");
     const kl_cache latent_cache = cache_of(&c, latent, latent_type, R, begin, N);
     const kl_cache shared_cache = cache_of(&c, shared, shared_type, P, begin, N);
     const int64_t *positions = lengths_of(&c, begin, N);
-    const kl_latent_attention_args a = { offsets,      positions,    N, T, H, K, P, V, R,
-                                         (float)scale, (kl_form)form };
+    const kl_latent_attention_args a = {
+        .offsets = offsets,
+        .positions = positions,
+        .N = N,
+        .T = T,
+        .H = H,
+        .K = K,
+        .P = P,
+        .V = V,
+        .R = R,
+        .scale = (float)scale,
+        .form = (kl_form)form,
+        .select = select,
+        .select_width = W,
+        .select_from = from,
+    };
     if (kl_py_begin(&c, ctx))
         c.status = kl_latent_attention(c.ctx, o, q, latent_cache, shared_cache, &w_uk, &w_uv, &a);
     return kl_py_end(&c);

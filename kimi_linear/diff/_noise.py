@@ -62,7 +62,9 @@ def long_sums(n: np.ndarray, unit: float, ndim: int) -> np.ndarray:
 
 
 def seen_by(args) -> np.ndarray:
-    """[T]: how many rows each query of a call of attention sees."""
+    """[T]: how many rows each query of a call of attention sees, or selects."""
+    if args.get("select") is not None:
+        return (np.asarray(args["select"]) >= 0).sum(-1)
     T, S = len(args["q"]), len(args["latent" if "latent" in args else "k"])
     rows = sequences(T, args.get("offsets"))
     kv_offsets = args.get("kv_offsets")

@@ -33,6 +33,7 @@ from . import (
     _moe,
     _pieces,
     _residuals,
+    _select,
 )
 from ._fault import (
     BOTH,
@@ -59,8 +60,8 @@ __all__ = [
     "SPLIT", "STRONG", "TIES", "WHOLE", "Call", "Fault", "Scene", "Site", "at", "by_name", "for_op", "mistakes", "run",
 ]
 
-_PARTS = (_kda, _delta_backward, _mla, _attention, _residuals, _mhc, _depth, _pieces, _moe, _backward, _backward_kda,
-          _any, _inputs)
+_PARTS = (_kda, _delta_backward, _mla, _select, _attention, _residuals, _mhc, _depth, _pieces, _moe, _backward,
+          _backward_kda, _any, _inputs)
 _ALL = tuple(f for part in _PARTS for f in part.FAULTS)
 
 #: Every fault that is planted in a model, by name.

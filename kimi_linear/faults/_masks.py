@@ -27,6 +27,8 @@ def masked(seen):
     """A query at position t of its call, from `begin` to `end`, sees the rows from the first to before the second of
     seen(t, begin, end)."""
     def function(call):
+        if call.args.get("select") is not None:
+            return None  # what a query attends to is then no matter of a mask
         return call.run(by=partial(_attend, call.op, _limits(call, seen)))
 
     return function
@@ -46,7 +48,7 @@ def _limits(call, seen):
     return of_sequence
 
 
-def _attend(op, of_sequence, q, scale, offsets=None, kv_offsets=None, **rest):
+def _attend(op, of_sequence, q, scale, offsets=None, kv_offsets=None, select=None, **rest):
     q = reference.f64(q)
     k, v = keys_and_values(op, {"q": q, **rest})
     o = np.zeros((*q.shape[:2], v.shape[-1]))

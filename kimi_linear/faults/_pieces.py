@@ -32,9 +32,10 @@ def in_pieces(merged, onward=False):
         q, (k, v), scale = call["q"], keys_and_values(call.op, call), call.args["scale"]
         o = call.run() if len(wanted) < len(pairs) else np.zeros((*q.shape[:2], v.shape[-1]))
         for rows, seen in wanted:
-            keys, values, before = k[:, seen], v[:, seen], len(seen) - len(rows)
-            for i, t in enumerate(rows, before + 1):
-                o[t] = _attend(q[t], keys[:, :i], values[:, :i], scale, length(len(seen)), merged, onward)
+            keys, values, select = k[:, seen], v[:, seen], call.args.get("select")
+            chosen = reference.seen_by(len(rows), len(seen), None if select is None else select[rows])
+            for t, s in zip(rows, chosen):
+                o[t] = _attend(q[t], keys[:, s], values[:, s], scale, length(len(seen)), merged, onward)
         return o
 
     return function
@@ -43,6 +44,8 @@ def in_pieces(merged, onward=False):
 def _attend(q, k, v, scale, length, merged, onward):
     """One query [H, n] over positions in pieces of a length."""
     s = scale * (k @ q[..., None])[..., 0]
+    if s.shape[1] == 0:
+        return 0.0
     first, piece = np.arange(0, s.shape[1], length), np.arange(s.shape[1]) // length
     m = np.maximum.reduceat(s, first, axis=1)
     e = np.exp(s - (np.maximum.accumulate(m, axis=1) if onward else m)[:, piece])

@@ -233,6 +233,71 @@ static void test_attention(kl_ctx *ctx)
             attend(ctx, KL_F32, 128, &a));
 }
 
+static kl_status attend_latent(kl_ctx *ctx, const kl_latent_attention_args *args)
+{
+    void *const page = zeros;
+    void *const *const pages = &page;
+    const void *matrix[] = { zeros, zeros };
+    const kl_cache cache = { &pages, 0, 64, KL_F32 };
+    const kl_weight w = { matrix, 2, 16, 16, 64, KL_F32, 0 };
+    return kl_latent_attention(ctx, out, zeros, cache, cache, &w, &w, args);
+}
+
+static void test_latent_attention(kl_ctx *ctx)
+{
+    const int64_t offsets[] = { 0, STEPS }, positions[] = { STEPS };
+    static const int32_t select[STEPS][3] = { { 0, -1, -1 }, { -1, -1, -1 }, { 0, 2, -1 } };
+    static const int32_t ahead[STEPS][3] = { { 0, -1, -1 }, { 0, 2, -1 }, { 0, 2, -1 } };
+    static const int32_t behind[STEPS][3] = { { -1, -1, -1 }, { 0, -1, 1 }, { 0, 1, 2 } };
+    static const int32_t equal[STEPS][3] = { { -1, -1, -1 }, { 0, 1, -1 }, { 0, 1, 1 } };
+    static const int32_t below[STEPS][3] = { { -1, -2, -1 } };
+    const kl_latent_attention_args right = { .offsets = offsets,
+                                             .positions = positions,
+                                             .N = 1,
+                                             .T = STEPS,
+                                             .H = 2,
+                                             .K = 16,
+                                             .P = 16,
+                                             .V = 16,
+                                             .R = 16,
+                                             .scale = 1,
+                                             .select = select[0],
+                                             .select_width = 3 };
+    kl_latent_attention_args a = right;
+    out[0] = out[16] = 7;
+    CHECK(attend_latent(ctx, &a) == KL_OK && out[0] == 0 && out[16] == 0);
+    out[0] = 7;
+    a.select = ahead[0];
+    REFUSED(KL_ERR_ARG, "select[1, 1] (query, entry) is 2; the query sees positions 0 to 1",
+            attend_latent(ctx, &a));
+    a.select = behind[0];
+    REFUSED(KL_ERR_ARG,
+            "select[1, 2] (query, entry) is 1 after -1; behind the last position all must be -1",
+            attend_latent(ctx, &a));
+    a.select = equal[0];
+    REFUSED(KL_ERR_ARG,
+            "select[2, 2] (query, entry) is 1 after 1; the positions of a query must rise",
+            attend_latent(ctx, &a));
+    a.select = below[0];
+    REFUSED(KL_ERR_ARG, "select[0, 1] (query, entry) is -2; it must be a position, or -1",
+            attend_latent(ctx, &a));
+    CHECK(out[0] == 7);
+    a.select_from = 3; /* all of them see no more: no row is read */
+    CHECK(attend_latent(ctx, &a) == KL_OK);
+    a = right, a.select_from = -1;
+    REFUSED(KL_ERR_ARG, "select_from is -1; it must be >= 0", attend_latent(ctx, &a));
+    a = right, a.form = KL_FORM_EXPANDED;
+    REFUSED(KL_ERR_ARG, "form is expanded and select is given", attend_latent(ctx, &a));
+    a = right, a.select = NULL;
+    REFUSED(KL_ERR_ARG, "select is NULL and its width 3", attend_latent(ctx, &a));
+    a = right, a.select_width = 0;
+    REFUSED(KL_ERR_SHAPE, "select is [T, W] = [3, 0]; W must be >= 1", attend_latent(ctx, &a));
+    a.select_width = INT64_MAX;
+    REFUSED(KL_ERR_SHAPE, "select is [T, W] = [3, 9223372036854775807]", attend_latent(ctx, &a));
+    a.select = NULL, a.select_width = 0;
+    CHECK(attend_latent(ctx, &a) == KL_OK);
+}
+
 static kl_status route(kl_ctx *ctx, kl_route_args args)
 {
     return kl_route(ctx, ids, out, zeros, NULL, &args);
@@ -482,6 +547,7 @@ int main(void)
     test_kda(ctx);
     test_delta_rule(ctx);
     test_attention(ctx);
+    test_latent_attention(ctx);
     test_experts(ctx);
     test_sample(ctx);
     test_configs(ctx);

@@ -229,11 +229,32 @@ static void attention(kl_type type, int64_t T, kl_form form)
     }
     const kl_weight w_uk = { uk, H, 40, R, R * sizeof(float), KL_F32, 0 },
                     w_uv = { uv, H, V, R, R * sizeof(float), KL_F32, 0 };
-    const kl_latent_attention_args latent_args = { offsets, positions, 1, T,    H,   40,
-                                                   P,       V,         R, 0.2f, form };
+    kl_latent_attention_args latent_args = { .offsets = offsets,
+                                             .positions = positions,
+                                             .N = 1,
+                                             .T = T,
+                                             .H = H,
+                                             .K = 40,
+                                             .P = P,
+                                             .V = V,
+                                             .R = R,
+                                             .scale = 0.2f,
+                                             .form = form };
     MUST(kl_latent_attention(ctx, result(T * H * V, "latent_attention", kl_type_name(type), form),
                              numbers(T * H * (40 + P), 4.0f), latent, shared, &w_uk, &w_uv,
                              &latent_args));
+    if (form == KL_FORM_EXPANDED)
+        return;
+    static int32_t select[64]
+                         [33]; /* of token t every other position from t on; none of the first */
+    for (int64_t t = 0; t < T; t++)
+        for (int32_t i = 0; i < 33; i++)
+            select[t][i] = t > 0 && t + 2 * i <= N - T + t ? (int32_t)t + 2 * i : -1;
+    latent_args.select = select[0];
+    latent_args.select_width = 33;
+    MUST(kl_latent_attention(
+        ctx, result(T * H * V, "latent_attention select", kl_type_name(type), form),
+        numbers(T * H * (40 + P), 4.0f), latent, shared, &w_uk, &w_uv, &latent_args));
 }
 
 static void attentions(int64_t T)

@@ -26,6 +26,11 @@ def latent(form):
                 form=form, w_uk=normal(3, 4, 8, seed=3), w_uv=normal(3, 5, 8, seed=4))
 
 
+def chosen():
+    """For each of 40 queries the last 490 positions that it sees."""
+    return (np.arange(491, 531)[:, None] - np.arange(490, 0, -1)).astype(np.int32)
+
+
 def experts(T):
     rng = np.random.default_rng(T)
     ids = np.array([np.sort(rng.choice(9, 3, replace=False)) for _ in range(T)], np.int32)
@@ -89,6 +94,7 @@ CASES = {
     "attention": dict(q=normal(40, 6, 8), k=normal(530, 2, 8, seed=1), v=normal(530, 2, 8, seed=2), scale=0.3),
     "latent_attention absorbed": latent("absorbed"),
     "latent_attention expanded": latent("expanded"),
+    "latent_attention select": latent("auto") | dict(select=chosen()),
 }
 
 

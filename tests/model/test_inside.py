@@ -9,6 +9,7 @@ from inside import CASES, MIXTURES, arrays, ids, open_model
 
 import kimi_linear as kl
 from kimi_linear import reference
+from kimi_linear._call import attention_probs
 from kimi_linear.diff.budgets import budget
 from kimi_linear.load import SafetensorsFile
 
@@ -269,6 +270,25 @@ def test_probs_are_what_attention_weighs_its_values_with(model, cache):
     rounding = 2**-24 * np.einsum("ths,shv->thv", p, np.abs(values)) + 53 * 2**-149 * np.abs(values).max()
     assert (np.abs(np.einsum("ths,shv->thv", p, values) - desired) <= rounding * 1.01).all()
     assert (np.abs(o - desired) <= budget(op, desired, **args)).all()
+
+
+def test_probs_of_selected_positions(tiny):
+    """They are the weights of latent_attention(select=), and 0 elsewhere; all of them for a token that selects none."""
+    layer, mixer = attention_of(tiny)
+    name, state, select = f"layers.{layer}.{mixer}.probs", tiny.new_state(), np.full((9, 6), -1, np.int32)
+    for t in range(1, 9):
+        select[t, :t % 6 + 1] = np.arange(t % 6 + 1) * (20 + t) // 6
+    tiny.forward(ids(tiny, 20), state=state, logits="none")
+    _, trace = tiny.forward(ids(tiny, 9, seed=1), state=state, logits="none", taps=[name.replace("probs", "q")])
+    q = trace[name.replace("probs", "q")]
+    p = attention_probs(tiny, state, name, q, select).astype(np.float64)
+    args, values = attention_args(tiny, layer, mixer, state, q)
+    desired = reference.latent_attention(**args, select=select)
+    rounding = 2**-24 * np.einsum("ths,shv->thv", p, np.abs(values)) + 29 * 2**-149 * np.abs(values).max()
+    assert (np.abs(np.einsum("ths,shv->thv", p, values) - desired) <= rounding * 1.01).all()
+    chosen = np.array([np.isin(np.arange(29), row) for row in select])
+    assert (p[~np.broadcast_to(chosen[:, None], p.shape)] == 0).all() and not p[0].any()
+    assert (p[1:].max(-1) > 0).all()
 
 
 def test_probs_need_one_sequence_and_memory(tiny, monkeypatch):

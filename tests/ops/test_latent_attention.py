@@ -291,12 +291,12 @@ def test_core_refuses_nonsense():
     given = inputs(4, 10, **SMALL)
     weights = [(given[n], 0, *given[n].shape) for n in ("w_uk", "w_uv")]
     offsets, kv_offsets = np.array([0, 4]), np.array([0, 10])
-    sizes = (1, 4, 10, 3, 12, 8, 20, 24)
+    sizes = (1, 4, 10, 3, 12, 8, 20, 24, 0, 0)
 
     def call(offsets=offsets, kv_offsets=kv_offsets, sizes=sizes, kind=0, form=0):
         out = np.empty((4, 3, 20), np.float32)
         kl._core.latent_attention(core, out, given["q"], given["latent"], kind, given["k_shared"], 0,
-                                  *weights, offsets, kv_offsets, sizes, 1.0, form)
+                                  *weights, offsets, kv_offsets, None, sizes, 1.0, form)
         return out
 
     assert np.isfinite(call()).all()
@@ -304,9 +304,9 @@ def test_core_refuses_nonsense():
         (dict(kv_offsets=np.array([0, 3])), ValueError, "kv_offsets must rise from 0 to 10"),
         (dict(kv_offsets=np.array([0, 10, 10])), ValueError, "kv_offsets has 3 values"),
         (dict(offsets=np.array([1, 4])), ValueError, "offsets must rise"),
-        (dict(sizes=(1, 4, 10, 3, 12, 8, 20, 23)), ValueError, "latent has 240 values.*say 230"),
-        (dict(sizes=(1, 4, 10, 3, 10, 10, 20, 24)), ValueError, "k_shared has 80 values"),
-        (dict(sizes=(1, 4, 10, 3, 12, -8, 20, 24)), ValueError, "size"),
+        (dict(sizes=(1, 4, 10, 3, 12, 8, 20, 23, 0, 0)), ValueError, "latent has 240 values.*say 230"),
+        (dict(sizes=(1, 4, 10, 3, 10, 10, 20, 24, 0, 0)), ValueError, "k_shared has 80 values"),
+        (dict(sizes=(1, 4, 10, 3, 12, -8, 20, 24, 0, 0)), ValueError, "size"),
         (dict(kind=30), TypeError, "latent has storage type 30"),
         (dict(kind=1), TypeError, "latent has items of format 'f'"),
         (dict(form=1), ValueError, "form is 1"),

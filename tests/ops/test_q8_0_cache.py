@@ -111,7 +111,7 @@ def widened(given):
                                                                scale=(K + given["P"]) ** -0.5)
 
 
-def run(given, form="auto", ctx=None, offsets=None, kv_offsets=None):
+def run(given, form="auto", ctx=None, offsets=None, kv_offsets=None, select=None):
     (T, H, _), (_, K, R), V, P = given["q"].shape, given["w_uk"].shape, given["w_uv"].shape[1], given["P"]
     S, out = given["latent"].size // 34 * 32 // R, np.full((T, H, V), np.nan, np.float32)
     S = given.get("S", S)
@@ -119,9 +119,9 @@ def run(given, form="auto", ctx=None, offsets=None, kv_offsets=None):
     kv_offsets = np.array([0, S]) if kv_offsets is None else kv_offsets
     shared = given["k_shared"] if P else np.zeros(0, np.uint8)
     weights = [(given[n], 0, *given[n].shape) for n in ("w_uk", "w_uv")]
-    sizes = (len(offsets) - 1, T, S, H, K, P, V, R)
+    sizes = (len(offsets) - 1, T, S, H, K, P, V, R, 0 if select is None else select.shape[1], 0)
     kl._core.latent_attention((ctx or CTX)._core, out, given["q"], given["latent"], Q8_0, shared, Q8_0, *weights,
-                              offsets, kv_offsets, sizes, (K + P) ** -0.5, FORMS[form])
+                              offsets, kv_offsets, select, sizes, (K + P) ** -0.5, FORMS[form])
     return out
 
 
@@ -134,6 +134,16 @@ def test_within_budget_of_the_values_stored(T, S):
         got = everywhere(lambda ctx, form=form: run(given, form, ctx))
         judge("latent_attention", got, ref, **wide)
         assert got.tobytes() == kl.ops.latent_attention(**wide, form=form).tobytes()  # widening is exact
+
+
+@pytest.mark.parametrize("T, S, W", [(1, 65, 40), (9, 600, 130), (20, 1030, 33)])
+def test_selected_positions_of_the_values_stored(T, S, W):
+    given, rng = inputs(T, S), np.random.default_rng(S)
+    select = np.stack([np.sort(rng.permutation(S - T + 1)[:W]) for _ in range(T)]).astype(np.int32)
+    got = everywhere(lambda ctx: run(given, ctx=ctx, select=select))
+    wide = widened(given) | dict(select=select)
+    judge("latent_attention", got, kl.reference.latent_attention(**wide), **wide)
+    assert got.tobytes() == kl.ops.latent_attention(**wide).tobytes()
 
 
 @pytest.mark.parametrize("R, P", [(32, 0), (512, 64), (544, 96)])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from oracle import ours, t, tokens, within
+from transformers.models.glm5_next import modeling_glm5_next as glm
 from transformers.models.kimi_linear import modeling_kimi_linear as modeling
 
 import kimi_linear as kl
@@ -207,6 +208,38 @@ def test_latent_attention(rng, T, implementation):
     kv_b = module.kv_b_proj.weight.detach().numpy().reshape(H, nope + v, R)
     both("latent_attention", out, q=q, latent=latent, k_shared=k_shared.numpy(), w_uk=kv_b[:, :nope],
          w_uv=kv_b[:, nope:], scale=(nope + rope) ** -0.5)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("T, S, W", [(1, 1, 1), (1, 90, 40), (20, 70, 33), (70, 70, 9)])
+def test_latent_attention_of_selected_positions(rng, T, S, W, implementation):
+    """The attention behind GLM-5.3-Flash's indexer in float64, its mask made of indices. (A row of none, which theirs
+    averages over all and the indexer never gives, is ours alone.)"""
+    H, nope, v, R = 3, 10, 9, 20
+    config = glm.Glm5NextTextConfig(
+        hidden_size=H * v, num_attention_heads=H, num_key_value_heads=H, kv_lora_rank=R, q_lora_rank=8,
+        qk_nope_head_dim=nope, qk_rope_head_dim=0, v_head_dim=v, num_hidden_layers=1,
+        attn_implementation=implementation)
+    module = glm.Glm5NextTextAttention(config, 0).double().eval()
+    kv_b, q, latent = (f32(rng.standard_normal(shape)) for shape in ((H * (nope + v), R), (T, H, nope), (S, R)))
+    select = np.full((T, W), -1, np.int32)
+    for i in range(T):
+        seen = S - T + i + 1
+        chosen = np.sort(rng.permutation(seen)[:rng.integers(1, min(W, seen) + 1)])
+        select[i, :len(chosen)] = chosen
+    queries = t(q).double().transpose(0, 1)[None]
+    with torch.no_grad():
+        module.kv_b_proj.weight.copy_(t(kv_b))
+        keys, values = module.expand_kv(t(latent).double()[None, None], torch.zeros(1, 1, S, 0).double())
+        mask = module.build_attention_mask_from_topk(t(select)[None].long(), queries, S)
+        attend = glm.ALL_ATTENTION_FUNCTIONS.get_interface(implementation, glm.eager_attention_forward)
+        out = attend(module, queries, keys, values, mask, dropout=0.0, scaling=nope**-0.5)[0][0].numpy()
+    w = kv_b.reshape(H, nope + v, R)
+    inputs = dict(q=q, latent=latent, k_shared=np.zeros((S, 0), np.float32), w_uk=w[:, :nope], w_uv=w[:, nope:],
+                  scale=nope**-0.5, select=select)
+    if implementation == "sdpa":  # eager's softmax is float32's
+        np.testing.assert_allclose(reference.latent_attention(**inputs), out, rtol=1e-12, atol=1e-12)
+    both("latent_attention", out, **inputs)
 
 
 def test_elementwise_linear_and_embedding(rng):

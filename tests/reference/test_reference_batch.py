@@ -32,6 +32,12 @@ def chosen():
                 w_down=normal(8, 12, 5), shared=normal(B, T, 12))
 
 
+def rows():
+    """For each query two of the positions that it sees, and none."""
+    first = np.random.default_rng(3).integers(0, S - T, (B, T, 1))
+    return np.concatenate([first, first + 1, np.full((B, T, 1), -1)], axis=-1).astype(np.int32)
+
+
 CASES = {
     "delta_rule": [(delta("channel"), dict(form="recurrent")), (delta("none"), dict(form="chunked")),
                    (delta("head") | dict(initial_state=normal(B, 4, 8, 6)), dict(checkpoints=2))],
@@ -44,7 +50,9 @@ CASES = {
                    (dict(f=normal(B, T, 3, 1), rate=np.abs(normal(3)), dt_bias=normal(3, 1)), {}),
                    (dict(f=normal(B, 1, 3, 4), rate=np.abs(normal(3)), dt_bias=normal(3, 4)), {})],
     "latent_attention": [(dict(q=normal(B, T, 3, 12), latent=normal(B, S, 16), k_shared=normal(B, S, 4),
-                               w_uk=normal(3, 8, 16), w_uv=normal(3, 6, 16)), dict(scale=0.3))],
+                               w_uk=normal(3, 8, 16), w_uv=normal(3, 6, 16)), dict(scale=0.3)),
+                         (dict(q=normal(B, T, 3, 12), latent=normal(B, S, 16), k_shared=normal(B, S, 4),
+                               w_uk=normal(3, 8, 16), w_uv=normal(3, 6, 16), select=rows()), dict(scale=0.3))],
     "attention": [(dict(q=normal(B, T, 4, 8), k=normal(B, S, 2, 8), v=normal(B, S, 2, 6)), dict(scale=0.3))],
     "route": [(dict(scores=normal(B, T, 8), bias=normal(8)), dict(k=3, groups=4, top_groups=2))],
     "moe": [(chosen(), {})],

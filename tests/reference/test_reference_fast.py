@@ -34,6 +34,7 @@ def test_attention_of_sequences():
     check("latent_attention", **attention(rng, 150, 150), offsets=[0, 70, 70, 150])
     check("latent_attention", **attention(rng, 20, 100), offsets=[0, 9, 20], kv_offsets=[0, 60, 100])
     check("latent_attention", **attention(rng, 20, 20), form="absorbed")
+    check("latent_attention", **attention(rng, 9, 20), select=np.arange(9)[:, None] + [0, 4, 7])
     with pytest.raises(ValueError, match="latent has 3 positions for 4 queries"):
         _reference_fast.latent_attention(**attention(rng, 4, 3))
 

@@ -185,6 +185,28 @@ class TestLatentAttention:
         near(o[:2], ref.latent_attention(q[:2], c[:5], k[:5], *w, scale=1, form=form), 1e-13)
         near(o[2:], ref.latent_attention(q[2:], c[5:], k[5:], *w, scale=1, form=form), 1e-13)
 
+    @pytest.mark.parametrize("form", ["absorbed", "expanded"])
+    def test_selected_positions_are_a_cache_of_their_own(self, rng, form):
+        q, c, k, *w = self.inputs(rng)
+        select = np.array([[0, 2, 5], [1, -1, -1], [-1, -1, -1], [3, 7, 8], [0, 9, -1], [10, -1, -1]])
+        o = ref.latent_attention(q, c, k, *w, scale=0.3, select=select, form=form)
+        for t, row in enumerate(select):
+            row = row[row >= 0]
+            if len(row):
+                near(o[t], ref.latent_attention(q[t:t + 1], c[row], k[row], *w, scale=0.3, form=form)[0], 1e-13)
+        assert not o[2].any()
+        near(o[5], np.einsum("hvr,r->hv", w[1], c[10]), 1e-13)
+
+    def test_a_selection_of_all_is_none(self, rng):
+        args = self.inputs(rng)
+        select = np.where(np.arange(11) <= np.arange(5, 11)[:, None], np.arange(11), -1)
+        near(ref.latent_attention(*args, scale=0.3, select=select), ref.latent_attention(*args, scale=0.3), 1e-13)
+
+    @pytest.mark.parametrize("row", [[0, 6], [3, 3], [2, 1], [-1, 0], [0, -2]])
+    def test_rows_that_are_none(self, rng, row):
+        with pytest.raises(ValueError, match=r"select\[0\] of a sequence is .* must rise within 0 to 5, its own"):
+            ref.latent_attention(*self.inputs(rng), scale=1, select=[row] * 6)
+
     def test_more_queries_than_positions(self, rng):
         with pytest.raises(ValueError, match="latent has 3 positions for 6 queries"):
             ref.latent_attention(*self.inputs(rng, S=3), scale=1)

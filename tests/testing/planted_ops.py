@@ -218,7 +218,7 @@ BUGS |= {("decay_cumsum", "across"): "go on over the borders", ("decay_cumsum", 
 # ---- MLA -----------------------------------------------------------------------------------------------
 
 
-def latent_attention(q, latent, k_shared, w_uk, w_uv, scale, offsets=None, kv_offsets=None, what=None):
+def latent_attention(q, latent, k_shared, w_uk, w_uv, scale, offsets=None, kv_offsets=None, select=None, what=None):
     scale = {"no scale": 1.0, "576": (latent.shape[1] + k_shared.shape[1]) ** -0.5, "128": w_uk.shape[1] ** -0.5}.get(
         what, scale)
     if what == "turned":
@@ -239,9 +239,21 @@ def latent_attention(q, latent, k_shared, w_uk, w_uv, scale, offsets=None, kv_of
             if what == "rotary":
                 query = query.copy()
                 query[:, -P:] = turn(query[:, None, -P:], np.array([d - c - (b - a) + t]))[:, 0]
-            s = F(scale) * np.einsum("hsn,hn->hs", k[:, :last], query)
-            o[a + t] = softly(s, v[:, :last], d - c, what)
+            row = slice(last) if select is None or what == "dense" else read(select, a + t, d - c, what)
+            s = F(scale) * np.einsum("hsn,hn->hs", k[:, row], query)
+            o[a + t] = softly(s, v[:, row], d - c, what) if s.size else 0
     return o
+
+
+def read(select, t, S, what):
+    """Row t of the selection, as a kernel reads it."""
+    row = select[(t + 1) % len(select)] if what == "neighbour" else select[t]
+    if what == "index":
+        return row  # NumPy's -1, too, is the last
+    if what == "clamped":
+        return np.maximum(row, 0)
+    row = row[row >= 0]
+    return {"from 1": row[row > 0] - 1, "short": row[:select.shape[1] - 1]}.get(what, row)
 
 
 def softly(s, v, S, what):
@@ -283,7 +295,12 @@ BUGS |= {("latent_attention", "no scale"): "scores are not scaled",
          ("latent_attention", "576"): "width of the absorbed product", ("latent_attention", "128"): "by nope^-1/2",
          ("latent_attention", "turned"): "read as [R, nope]", ("latent_attention", "rotary"): "are rotated",
          ("latent_attention", "no mask"): "see the rows behind", ("latent_attention", "off by one"): "their own row",
-         ("latent_attention", "left"): "query t sees rows 0 to t"}
+         ("latent_attention", "left"): "query t sees rows 0 to t",
+         ("latent_attention", "dense"): "the selection is ignored",
+         ("latent_attention", "index"): "-1 is read as a position, the last of its sequence",
+         ("latent_attention", "clamped"): "-1 is read as a position, the first",
+         ("latent_attention", "from 1"): "selected positions are moved by -1",
+         ("latent_attention", "short"): "the last entry of a full row is not read"}
 
 
 # ---- grouped-query attention ---------------------------------------------------------------------------

@@ -228,6 +228,8 @@ def test_conventions_are_data(project, op):
     ("short_conv", ("w newest first",), lambda x: x | {"w": x["w"][:, ::-1]}),
     ("latent_attention", ("w_uv [H, R, V]", "w_uk [H, R, nope]"),
      lambda x: x | {n: x[n].swapaxes(1, 2) for n in ("w_uk", "w_uv")}),
+    ("latent_attention", ("select [T, 1, W]",),
+     lambda x: x | {"select": x["select"].squeeze(1)} if "select" in x else x),
     ("moe", ("w_down [E, F, D]", "w_gate [E, D, F]", "w_up [E, D, F]"),
      lambda x: x | {n: x[n].swapaxes(1, 2) for n in ("w_gate", "w_up", "w_down")}),
     ("attn_res", ("snapshots [T, n, D]", "w in two, norm.weight and proj.weight"),
