@@ -98,6 +98,11 @@ def norm(width, gated=False):
     return make
 
 
+def layer_norm(T, rng):
+    """Keys of a lightning indexer."""
+    return [{"x": normal(rng, T, 128), "w": 1 + normal(rng, 128, scale=0.2), "b": normal(rng, 128), "eps": 1e-6}]
+
+
 def streamed(per_value=1):
     """Each array argument read once, one like the first written; `per_value` operations a value."""
     def work(T, arguments):
@@ -369,6 +374,7 @@ CASES = [
     Case("embedding", "bf16", embedding, embedding_work),
     Case("rms_norm", "2304", norm(D), streamed(4)),
     Case("gated_rms_norm", "32x128", norm(V, gated=True), streamed(9)),
+    Case("layer_norm", "128", layer_norm, streamed(6)),
     Case("l2_norm", "32x128", one(x=(H, K)), streamed(3)),
     Case("attn_res", f"{SNAPSHOTS} of {RESIDUAL}", attn_res, attn_res_work),
     Case("mhc_pre", f"{STREAMS}x{WIDTH}", mhc_pre, mhc_pre_work),

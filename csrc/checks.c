@@ -111,6 +111,14 @@ kl_status kl_check_streams(kl_ctx *ctx, const char *op, int64_t T, int64_t n, in
     return KL_OK;
 }
 
+kl_status kl_check_limit(kl_ctx *ctx, const char *op, float limit)
+{
+    if (!(limit >= 0.0f && isfinite(limit)))
+        return kl_fail(ctx, KL_ERR_ARG, "%s: limit is %g; it must be > 0 and finite, or 0 for none",
+                       op, (double)limit);
+    return KL_OK;
+}
+
 kl_status kl_check_betas(kl_ctx *ctx, const char *op, const kl_situ_betas *betas)
 {
     if (!(betas->beta > 0.0f && isfinite(betas->beta)))

@@ -143,6 +143,8 @@ kl_status kl_check_cache(kl_ctx *ctx, const char *op, const char *name, const kl
 kl_status kl_check_rows(kl_ctx *ctx, const char *op, const char *name, int64_t T, int64_t D);
 /* [T, n, D] of streams: 1 <= n <= KL_MHC_STREAMS, T >= 0, D >= 1, and a product of sizes fits */
 kl_status kl_check_streams(kl_ctx *ctx, const char *op, int64_t T, int64_t n, int64_t D) KL_CHECKED;
+/* That SwiGLU's limit is above 0 and finite, or 0. */
+kl_status kl_check_limit(kl_ctx *ctx, const char *op, float limit);
 /* That beta is above 0, linear_beta not below it, and both are finite. */
 kl_status kl_check_betas(kl_ctx *ctx, const char *op, const kl_situ_betas *betas);
 

@@ -241,13 +241,14 @@ typedef struct kl_cache {
 
 /* ---- ops: element by element, norms ----------------------------------------------------------- */
 
-/* x, y, z [T, D]; w [D]; the first three are of n values. y may be an input. */
+/* x, y, z [T, D]; w, b [D]; the first three are of n values. y may be an input. */
 
 KL_API kl_status kl_add(kl_ctx *ctx, float *y, const float *a, const float *b,
                         int64_t n) KL_CHECKED;
 KL_API kl_status kl_sigmoid(kl_ctx *ctx, float *y, const float *x, int64_t n) KL_CHECKED;
-KL_API kl_status kl_swiglu(kl_ctx *ctx, float *y, const float *gate, const float *up,
-                           int64_t n) KL_CHECKED;
+/* limit: gate is cut above it, up on both sides; > 0 and finite, or 0 for none. NaN stays NaN. */
+KL_API kl_status kl_swiglu(kl_ctx *ctx, float *y, const float *gate, const float *up, int64_t n,
+                           float limit) KL_CHECKED;
 /* Where SiTU's factors level off: gate at beta, up at linear_beta (0: up as it is). Both are finite. */
 typedef struct kl_situ_betas {
     float beta, linear_beta;
@@ -260,6 +261,8 @@ KL_API kl_status kl_sigmoid_gate(kl_ctx *ctx, float *y, const float *x, const fl
 KL_API kl_status kl_softmax(kl_ctx *ctx, float *y, const float *x, int64_t T, int64_t D) KL_CHECKED;
 KL_API kl_status kl_rms_norm(kl_ctx *ctx, float *y, const float *x, const float *w, int64_t T,
                              int64_t D, float eps) KL_CHECKED;
+KL_API kl_status kl_layer_norm(kl_ctx *ctx, float *y, const float *x, const float *w,
+                               const float *b, int64_t T, int64_t D, float eps) KL_CHECKED;
 KL_API kl_status kl_gated_rms_norm(kl_ctx *ctx, float *y, const float *x, const float *z,
                                    const float *w, int64_t T, int64_t D, float eps,
                                    kl_activation activation) KL_CHECKED;
@@ -327,12 +330,12 @@ KL_API kl_status kl_route(kl_ctx *ctx, int32_t *ids, float *weights, const float
                           const float *bias, const kl_route_args *args) KL_CHECKED;
 
 /* y [T, D] = sum over a token's experts, in ascending expert id, of weights * E(x), then + shared.
- * w_gate, w_up [E of F x D], w_down [E of D x F]; shared [T, D] or NULL. An expert's activation is SwiGLU, or
- * SiTU with these betas where situ is not NULL. */
+ * w_gate, w_up [E of F x D], w_down [E of D x F]; shared [T, D] or NULL. An expert's activation is SwiGLU with
+ * this limit (0: none), or SiTU with these betas where situ is not NULL; limit is then 0. */
 KL_API kl_status kl_moe(kl_ctx *ctx, float *y, const float *x, const int32_t *ids,
                         const float *weights, const kl_weight *w_gate, const kl_weight *w_up,
                         const kl_weight *w_down, const float *shared, int64_t T, int64_t D,
-                        int64_t F, int64_t k, const kl_situ_betas *situ) KL_CHECKED;
+                        int64_t F, int64_t k, const kl_situ_betas *situ, float limit) KL_CHECKED;
 
 /* ---- ops: KDA --------------------------------------------------------------------------------- */
 

@@ -9,14 +9,15 @@ __all__ = ["OTHERS", "OURS"]
 
 #: Arguments of the ops themselves, and of gradients as `kimi_linear.reference` has them.
 OURS = {
-    "embedding": "ids table", "rms_norm": "x w eps", "gated_rms_norm": "x z w eps activation", "l2_norm": "x eps",
+    "embedding": "ids table", "rms_norm": "x w eps", "layer_norm": "x w b eps",
+    "gated_rms_norm": "x z w eps activation", "l2_norm": "x eps",
     "linear": "x w bias", "short_conv": "x w history offsets activation",
     "decay_gate": "f rate dt_bias lower_bound", "decay_cumsum": "g chunk offsets",
-    "latent_attention": "q latent k_shared w_uk w_uv scale offsets kv_offsets select", "swiglu": "gate up",
+    "latent_attention": "q latent k_shared w_uk w_uv scale offsets kv_offsets select", "swiglu": "gate up limit",
     "situ": "gate up beta linear_beta", "softmax": "x",
     "rope": "x positions base rotary", "attention": "q k v scale offsets kv_offsets", "sigmoid_gate": "x gate",
     "route": "scores k bias groups top_groups function renormalise scale",
-    "moe": "x ids weights w_gate w_up w_down shared shared_gate situ", "attn_res": "snapshots x w eps",
+    "moe": "x ids weights w_gate w_up w_down shared shared_gate situ limit", "attn_res": "snapshots x w eps",
     "mhc_pre": "x fn base scale norm_eps eps iters", "mhc_post": "y x post comb",
     "rms_norm_backward": "dy x w eps", "short_conv_backward": "dy x w history offsets activation dfinal",
     "l2_norm_backward": "dy x eps", "decay_gate_backward": "dg f rate dt_bias lower_bound",
@@ -45,12 +46,15 @@ _FLA = {
     "decay_cumsum": dict(source=FLA + "fla/ops/utils/cumsum.py (chunk_local_cumsum)",
                          names="g=g chunk=chunk_size offsets=cu_seqlens", forms=("g [1, T, H, K]",),
                          notes=("scale=log2(e), where it is passed, makes sums in log2: forms with 'c in log2'",)),
+    "layer_norm": dict(source=FLA + "fla/modules/layernorm.py (layer_norm)", names="x=x w=weight b=bias eps=eps"),
     "swiglu": dict(source=FLA + "fla/modules/activations.py (swiglu)", names="gate=x up=y"),
 }
 _HF = {
     "embedding": dict(source=TORCH + "torch/nn/functional.py (embedding)", names="ids=input table=weight"),
     "rms_norm": dict(source=TORCH + "torch/nn/functional.py (rms_norm)", names="x=input w=weight eps=eps",
                      forms=("normalized_shape",)),
+    "layer_norm": dict(source=TORCH + "torch/nn/functional.py (layer_norm)", names="x=input w=weight b=bias eps=eps",
+                       forms=("normalized_shape",)),
     "linear": dict(source=TORCH + "torch/nn/functional.py (linear)", names="x=input w=weight bias=bias"),
     "short_conv": dict(source="Dao-AILab/causal-conv1d: causal_conv1d/causal_conv1d_interface.py (causal_conv1d_fn)",
                        names="x=x w=weight history=initial_states activation=activation",
@@ -64,6 +68,9 @@ _HF = {
                       names="q=query k=key v=value scale=scale", forms=("[1, H, T, n]",),
                       always={"is_causal": True, "enable_gqa": True},
                       notes=("is_causal aligns at the first position: behind a cache it needs a mask instead",)),
+    "swiglu": dict(source=HF + "models/glm5_next/modeling_glm5_next.py (Glm5NextTextExperts._apply_gate)",
+                   names="gate=gate_up limit=swiglu_limit", forms=("gate and up in one, [gate | up]",),
+                   notes=("a method: the limit is its module's",)),
     "situ": dict(source="moonshotai/Kimi-K3: modeling_kimi_linear.py (SituAndMul)",
                  names="gate=x beta=beta linear_beta=linear_beta", forms=("gate and up in one, [gate | up]",),
                  notes=("a module: it is made with the betas, and called with x; float32 inside",)),
@@ -71,8 +78,10 @@ _HF = {
     "route": dict(source=HF + "models/deepseek_v3/modeling_deepseek_v3.py (DeepseekV3MoE.route_tokens_to_experts)",
                   names=f"scores=router_logits {ROUTER}", fixed={"function": "sigmoid"}, forms=("ids in any order",)),
     "moe": dict(source=HF + "models/deepseek_v3/modeling_deepseek_v3.py (DeepseekV3NaiveMoe)",
-                names="x=hidden_states ids=top_k_index weights=top_k_weights w_gate=gate_up_proj w_down=down_proj",
-                forms=("w_gate and w_up in one, [E, 2 F, D]", "ids int64")),
+                names="x=hidden_states ids=top_k_index weights=top_k_weights w_gate=gate_up_proj w_down=down_proj "
+                      "limit=swiglu_limit",
+                forms=("w_gate and w_up in one, [E, 2 F, D]", "ids int64"),
+                notes=("the limit is that of Glm5NextTextExperts (models/glm5_next), a module made with it",)),
     "mhc_pre": dict(source=HF + "models/glm5_next/modeling_glm5_next.py (Glm5NextTextHyperConnection)",
                     names="x=hidden_streams fn=fn base=base scale=scale norm_eps=rms_norm_eps eps=hc_eps "
                           "iters=hc_sinkhorn_iters",
@@ -115,6 +124,8 @@ _GGML = {
     "linear": dict(source=GGML + "ggml/include/ggml.h (ggml_mul_mat)", names="x=b w=a"),
     "rms_norm": dict(source=GGML + "src/llama-graph.cpp (llm_graph_context::build_norm)", names="x=cur w=mw eps=eps",
                      notes=("ggml_rms_norm, then a product with the weight",)),
+    "layer_norm": dict(source=GGML + "src/llama-graph.cpp (llm_graph_context::build_norm)",
+                       names="x=cur w=mw b=mb eps=eps", notes=("ggml_norm, then a product and a sum",)),
     "short_conv": dict(source=GGML + "ggml/include/ggml.h (ggml_ssm_conv)", names="x=sx w=c",
                        fixed={"activation": None}, forms=("history in x, [1, C, W-1+T]",), returned=1,
                        notes=("ne of sx is [W-1+T, C, N]; SiLU and the histories are the caller's",)),
@@ -132,6 +143,7 @@ _GGML = {
 }
 _MLX = {
     "rms_norm": dict(source=MLX + "python/src/fast.cpp (rms_norm)", names="x=x w=weight eps=eps"),
+    "layer_norm": dict(source=MLX + "python/src/fast.cpp (layer_norm)", names="x=x w=weight b=bias eps=eps"),
     "short_conv": dict(source=MLX + "python/mlx/nn/layers/convolution.py (Conv1d)", names="x=x w=weight",
                        fixed={"activation": None}, forms=("history in x, [1, W-1+T, C]", "w [C, W, 1]"), returned=1,
                        notes=("with groups=C; the history is put in front by the caller",)),

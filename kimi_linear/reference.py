@@ -59,9 +59,12 @@ def softplus(x):
     return np.maximum(x, 0.0) + np.log1p(np.exp(-np.abs(x)))
 
 
-def swiglu(gate, up):
-    """``silu(gate) * up``."""
-    return silu(gate) * f64(up)
+def swiglu(gate, up, *, limit=None):
+    """``silu(gate) * up``; with a limit of ``min(gate, limit)`` and ``clip(up, -limit, limit)``, NaN staying NaN."""
+    gate, up = f64(gate), f64(up)
+    if limit is not None:
+        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+    return silu(gate) * up
 
 
 def situ(gate, up, *, beta, linear_beta=None):
@@ -90,6 +93,13 @@ def rms_norm(x, w, *, eps):
     """``w * x / sqrt(mean(x^2) + eps)`` over the last axis; x [..., D], w [D]."""
     x = f64(x)
     return f64(w) * x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
+
+
+def layer_norm(x, w, b, *, eps):
+    """``w * (x - m) / sqrt(mean((x - m)^2) + eps) + b``, m = mean(x), over the last axis; x [..., D], w, b [D]."""
+    x = f64(x)
+    c = x - x.mean(-1, keepdims=True)
+    return f64(w) * c / np.sqrt((c * c).mean(-1, keepdims=True) + eps) + f64(b)
 
 
 def gated_rms_norm(x, z, w, *, eps, activation="sigmoid"):
@@ -368,31 +378,34 @@ def _router_scores(scores, function):
 
 
 @any_batch
-def moe(x, ids, weights, w_gate, w_up, w_down, *, shared=None, shared_gate=None, activation="silu", situ=None):
+def moe(x, ids, weights, w_gate, w_up, w_down, *, shared=None, shared_gate=None, activation="silu", situ=None,
+        limit=None):
     """``y = sum_e weights_e * w_down_e swiglu(w_gate_e x, w_up_e x)`` by ascending e, then ``+ shared``.
 
     x [T, D]; ids, weights [T, k]; w_gate, w_up [E of [F, D]] and w_down [E of [D, F]] arrays, or sequences
     that are asked only for the experts in use; shared is the shared expert's output [T, D], or its three
     matrices; shared_gate [1, D] scales it by ``sigmoid(shared_gate x)``. With ``situ``, (beta, linear_beta), every
-    expert has `situ` for `swiglu`.
+    expert has `situ` for `swiglu`; with ``limit`` it is swiglu's.
     """
     if activation != "silu":
         raise ValueError(f"activation is {activation!r}; it must be 'silu'")
+    if situ is not None and limit is not None:
+        raise ValueError(f"limit is {limit} beside situ; it must be None, it is SwiGLU's")
     if isinstance(shared, tuple):
-        shared = _expert(x, *shared, situ)
+        shared = _expert(x, *shared, situ, limit)
     if shared_gate is not None:
         shared = sigmoid(linear(x, shared_gate)) * shared
     x, ids, weights = f64(x), as_array(ids, "ids"), f64(weights)
     y = np.zeros_like(x)
     for e in np.unique(ids):
         t, slot = np.nonzero(ids == e)
-        np.add.at(y, t, weights[t, slot][:, None] * _expert(x[t], w_gate[e], w_up[e], w_down[e], situ))
+        np.add.at(y, t, weights[t, slot][:, None] * _expert(x[t], w_gate[e], w_up[e], w_down[e], situ, limit))
     return y if shared is None else y + f64(shared)
 
 
-def _expert(x, w_gate, w_up, w_down, betas):
+def _expert(x, w_gate, w_up, w_down, betas, limit):
     gate, up = linear(x, w_gate), linear(x, w_up)
-    h = swiglu(gate, up) if betas is None else situ(gate, up, beta=betas[0], linear_beta=betas[1])
+    h = swiglu(gate, up, limit=limit) if betas is None else situ(gate, up, beta=betas[0], linear_beta=betas[1])
     return linear(h, w_down)
 
 

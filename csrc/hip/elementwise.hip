@@ -16,9 +16,9 @@ struct sigmoid {
     static __device__ __forceinline__ float of(float x, float) { return kl_sigmoid_of(x); }
 };
 struct swiglu {
-    static __device__ __forceinline__ float of(float gate, float up)
+    static __device__ __forceinline__ float of(float gate, float up, float limit)
     {
-        return kl_silu_of(gate) * up;
+        return kl_swiglu_of(gate, up, limit);
     }
 };
 
@@ -105,9 +105,10 @@ kl_status hip_sigmoid(kl_ctx *ctx, float *y, const float *x, int64_t n)
     return launch<sigmoid>(ctx, "sigmoid", y, x, x, n);
 }
 
-kl_status hip_swiglu(kl_ctx *ctx, float *y, const float *gate, const float *up, int64_t n)
+kl_status hip_swiglu(kl_ctx *ctx, float *y, const float *gate, const float *up, int64_t n,
+                     float limit)
 {
-    return launch<swiglu>(ctx, "swiglu", y, gate, up, n);
+    return launch<swiglu>(ctx, "swiglu", y, gate, up, n, limit);
 }
 
 kl_status hip_situ(kl_ctx *ctx, float *y, const float *gate, const float *up, int64_t n,

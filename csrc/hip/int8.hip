@@ -74,7 +74,8 @@ __device__ __forceinline__ int groups_with(const kl_product &p, int b)
     return static_cast<int>((p.D - 32 * b + KL_INT8_VALUES - 1) / KL_INT8_VALUES);
 }
 
-/* The first product's blocks take the second, too, where `gated`: y = silu(x of[0].w) * (x of[1].w). MOST rows of x. */
+/* The first product's blocks take the second, too, where `gated`: y = swiglu of x of[0].w and x of[1].w.
+ * MOST rows of x. */
 template <kl_type T, int MOST>
 __global__ void __launch_bounds__(256) int8_few(kl_products a, int64_t first, bool gated)
 {
@@ -128,7 +129,7 @@ __global__ void __launch_bounds__(256) int8_few(kl_products a, int64_t first, bo
                 gate[t] = lane[t];
             else if (b == t && r < p.w.rows)
                 kl_product_put(p, g.begin + t, g.which, r,
-                               gated ? kl_silu_of(gate[t]) * lane[t] : lane[t]);
+                               gated ? kl_swiglu_of(gate[t], lane[t], p.limit) : lane[t]);
         }
     }
 }

@@ -155,6 +155,7 @@ struct pass {
     float *h, *out;        /* [pairs, F], [pairs, D] */
     float *up_h;           /* [pairs, F], where the activation is SiTU */
     const kl_situ_betas *situ;
+    float limit; /* SwiGLU's */
     kl_matrices gate, up, down;
     int64_t T, most_groups;
 };
@@ -214,6 +215,7 @@ kl_status run(kl_ctx *ctx, pass &a, const float *x, const kl_weight *w_gate, con
     const kl_product gate = product_of(ctx, a, w_gate, a.gate, true);
     kl_product up = product_of(ctx, a, w_up, a.up, true);
     if (a.situ == nullptr) {
+        up.limit = a.limit;
         KL_TRY(kl_launch_swiglu(ctx, &gate, &up, w_gate, w_up, "moe"));
     } else {
         up.y = a.up_h;
@@ -232,7 +234,7 @@ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 kl_status hip_moe(kl_ctx *ctx, float *y, const float *x, const int32_t *ids, const float *weights,
                   const kl_weight *w_gate, const kl_weight *w_up, const kl_weight *w_down,
                   const float *shared, int64_t T, int64_t D, int64_t F, int64_t k,
-                  const kl_situ_betas *situ)
+                  const kl_situ_betas *situ, float limit)
 {
     const int64_t most_T = least(T, PASS), E = w_gate->n, n = most_T * k;
     unsigned long long *faults;
@@ -240,6 +242,7 @@ kl_status hip_moe(kl_ctx *ctx, float *y, const float *x, const int32_t *ids, con
     a.p.k = k;
     a.p.E = E;
     a.situ = situ;
+    a.limit = limit;
     a.most_groups = least(E, n) + n / KL_FEW;
     a.by_itself = kl_version() == 1 && kl_core_of->activations(ctx) != KL_ACTIVATIONS_INT8;
     KL_TRY(kl_check_blocks(ctx, w_gate, "moe", "w_gate"));

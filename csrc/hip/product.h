@@ -1,6 +1,6 @@
 /* Rows of x times rows of matrices: what linear and moe are made of (product.hip).
  *
- *   y[t, m, r] = sum_k x[from(t), m, k] w[m][r, k]     (+ bias[m, r], or times silu(gate[t, m, r]))
+ *   y[t, m, r] = sum_k x[from(t), m, k] w[m][r, k]     (+ bias[m, r], or swiglu of gate[t, m, r] and it)
  *
  * Steps say how far rows and matrices are apart in x and y. Work comes as groups: rows of x that meet one matrix. linear
  * and latent_attention have them by their sizes, n matrices over all rows; moe has a list of them in device memory, one
@@ -48,6 +48,7 @@ struct kl_product {
     int64_t y_row, y_step;
     const float *bias;    /* [w.n w.rows] or NULL */
     const float *gate;    /* as y, or NULL; may be y */
+    float limit;          /* of swiglu, where there is a gate or the product is gated; 0: none */
     const int32_t *index; /* row t of a group is row index[t] of x; NULL: row t */
     const int32_t *ids;   /* v1 of moe: row t meets matrix ids[t], and is row t / per_row of x */
     int64_t per_row;
@@ -100,7 +101,7 @@ void kl_operand_of(kl_ctx *ctx, kl_product *p, const kl_operand &x, int64_t firs
 kl_status kl_check_blocks(kl_ctx *ctx, const kl_weight *w, const char *op,
                           const char *name) KL_CHECKED;
 /* Launches n products with int8 rows of x, up to KL_TOGETHER, that may go together; gated: y of the first is
- * silu(x w) * (x of[1].w), for up to KL_FEW rows of x. */
+ * swiglu of x w and x of[1].w, for up to KL_FEW rows of x. */
 void kl_int8_launch(kl_ctx *ctx, const kl_product *p, int n, bool gated);
 
 /* ---- products ---- */
@@ -112,7 +113,7 @@ kl_status kl_launch_product(kl_ctx *ctx, const kl_product *p, const kl_weight *w
 kl_status kl_launch_products(kl_ctx *ctx, const kl_product *p, int n, const kl_weight *w,
                              const char *op, const char *name) KL_CHECKED;
 bool kl_go_together(const kl_weight *a, const kl_weight *b);
-/* y = silu(x gate) * (x up); both have y. */
+/* y = swiglu of x gate and x up, with up's limit; both have y. */
 kl_status kl_launch_swiglu(kl_ctx *ctx, const kl_product *gate, const kl_product *up,
                            const kl_weight *w_gate, const kl_weight *w_up,
                            const char *op) KL_CHECKED;

@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(256, 2) product_v2(kl_products a, int64_t firs
     }
 }
 
-/* GATED: y = silu(x of[0].w) * (x of[1].w) */
+/* GATED: y = swiglu of x of[0].w and x of[1].w */
 template <kl_type TYPE, bool GATED>
 __global__ void __launch_bounds__(256, 2) product_v4(kl_products a, int64_t first)
 {
@@ -138,7 +138,8 @@ __global__ void __launch_bounds__(256, 2) product_v4(kl_products a, int64_t firs
         if (i < last)
             gate = sum;
         else if (quad == 0 && r < a.of[i].w.rows)
-            kl_product_put(a.of[i], g.begin, g.which, r, GATED ? kl_silu_of(gate) * sum : sum);
+            kl_product_put(a.of[i], g.begin, g.which, r,
+                           GATED ? kl_swiglu_of(gate, sum, a.of[i].limit) : sum);
     }
 }
 

@@ -41,7 +41,7 @@ static __device__ __forceinline__ void kl_product_put(const kl_product &p, int64
     const int64_t at = t * p.y_row + which * p.y_step + r;
     if (p.bias != nullptr)
         sum = sum + p.bias[which * p.w.rows + r];
-    p.y[at] = p.gate != nullptr ? kl_silu_of(p.gate[at]) * sum : sum;
+    p.y[at] = p.gate != nullptr ? kl_swiglu_of(p.gate[at], sum, p.limit) : sum;
 }
 
 /* the product that a block's task is of; `task` is then one of its own */

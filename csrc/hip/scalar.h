@@ -78,6 +78,16 @@ static __device__ __forceinline__ float kl_softplus_of(float x)
 
 static __device__ __forceinline__ float kl_silu_of(float x) { return x * kl_sigmoid_of(x); }
 
+/* silu(gate) * up, of values within `limit` (cpu/elementwise.inc); 0: as they are. NaN goes through. */
+static __device__ __forceinline__ float kl_swiglu_of(float gate, float up, float limit)
+{
+    if (limit > 0.0f) {
+        gate = limit < gate ? limit : gate;
+        up = limit < up ? limit : up < -limit ? -limit : up;
+    }
+    return kl_silu_of(gate) * up;
+}
+
 /* tanh(x) as m / (m + 2) of m = exp(2|x|) - 1, with the sign of x (cpu/simd.h: v16_tanh) */
 static __device__ __forceinline__ float kl_tanh_of(float x)
 {

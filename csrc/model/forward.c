@@ -363,7 +363,7 @@ static kl_status mlp(pass *p, int64_t layer, float *out, const float *x, const m
     TRY(kl_tap_at(p, taps[0], layer, gate));
     TRY(kl_tap_at(p, taps[1], layer, up));
     if (situ_of(p) == NULL)
-        TRY(kl_swiglu(p->ctx, gate, gate, up, p->T * F));
+        TRY(kl_swiglu(p->ctx, gate, gate, up, p->T * F, 0.0f));
     else
         TRY(kl_situ(p->ctx, gate, gate, up, p->T * F, situ_of(p)));
     TRY(kl_tap_at(p, taps[2], layer, gate));
@@ -420,7 +420,7 @@ static kl_status latent_experts(pass *p, int64_t layer, float *out, const float 
     TRY(project_one(p, latent, x, &w->latent_down));
     TRY(kl_tap_at(p, KL_TAP_MOE_LATENT, layer, latent));
     TRY(kl_moe(p->ctx, y, latent, ids, weights, &w->gate, &w->up, &w->down, NULL, T, L,
-               c->ffn.width, c->ffn.k, situ_of(p)));
+               c->ffn.width, c->ffn.k, situ_of(p), 0.0f));
     TRY(kl_tap_at(p, KL_TAP_MOE_ROUTED, layer, y));
     if (c->ffn.latent_norm) {
         TRY(kl_rms_norm(p->ctx, y, y, w->latent_norm, T, L, c->rms_eps));
@@ -481,7 +481,7 @@ static kl_status moe(pass *p, int64_t layer, float *out, const float *x)
         TRY(latent_experts(p, layer, out, x, ids, weights, shared));
     else
         TRY(kl_moe(p->ctx, out, x, ids, weights, &w->gate, &w->up, &w->down, shared, T, c->D,
-                   c->ffn.width, k, situ_of(p)));
+                   c->ffn.width, k, situ_of(p), 0.0f));
     return kl_tap_at(p, KL_TAP_MOE_OUT, layer, out);
 }
 

@@ -2,6 +2,7 @@
  *   add:     y = a + b                                   exact to one rounding
  *   sigmoid: y = 1 / (1 + exp(-x))                       budget 4 u |ref|
  *   swiglu:  y = gate * sigmoid(gate) * up               budget 6 u |ref|
+ *            with a limit of min(gate, limit) and clip(up, -limit, limit), 9 u |ref|
  *   situ:    y = beta * tanh(gate / beta) * sigmoid(gate) * up'
  *            up' = linear_beta * tanh(up / linear_beta)  budget 21 u |ref|
  *            up' = up, where linear_beta is 0            budget 14 u |ref| */
@@ -14,10 +15,12 @@ enum { BLOCK = 8192 }; /* values a task: a multiple of 16, so that blocks change
 typedef struct task {
     void (*binary)(float *y, const float *a, const float *b, int64_t n);
     void (*unary)(float *y, const float *x, int64_t n);
+    void (*swiglu)(float *y, const float *a, const float *b, int64_t n, float limit);
     void (*situ)(float *y, const float *a, const float *b, int64_t n, const kl_situ_betas *betas);
     float *y;
     const float *a, *b;
     int64_t n;
+    float limit;
     const kl_situ_betas *betas;
 } task;
 
@@ -30,6 +33,8 @@ static void blocks(void *arg, int64_t begin, int64_t end, int thread)
         a->binary(a->y + first, a->a + first, a->b + first, n);
     else if (a->unary != NULL)
         a->unary(a->y + first, a->a + first, n);
+    else if (a->swiglu != NULL)
+        a->swiglu(a->y + first, a->a + first, a->b + first, n, a->limit);
     else
         a->situ(a->y + first, a->a + first, a->b + first, n, a->betas);
 }
@@ -44,9 +49,12 @@ kl_status cpu_add(kl_ctx *ctx, float *y, const float *a, const float *b, int64_t
     return run(ctx, (task){ .binary = ctx->k->add, .y = y, .a = a, .b = b, .n = n });
 }
 
-kl_status cpu_swiglu(kl_ctx *ctx, float *y, const float *gate, const float *up, int64_t n)
+kl_status cpu_swiglu(kl_ctx *ctx, float *y, const float *gate, const float *up, int64_t n,
+                     float limit)
 {
-    return run(ctx, (task){ .binary = ctx->k->swiglu, .y = y, .a = gate, .b = up, .n = n });
+    return run(
+        ctx,
+        (task){ .swiglu = ctx->k->swiglu, .y = y, .a = gate, .b = up, .n = n, .limit = limit });
 }
 
 kl_status cpu_situ(kl_ctx *ctx, float *y, const float *gate, const float *up, int64_t n,
@@ -77,10 +85,12 @@ kl_status kl_add(kl_ctx *ctx, float *y, const float *a, const float *b, int64_t 
     return ctx->arena.measuring ? KL_OK : KL_RUN(add, n, 12 * n, ctx, y, a, b, n);
 }
 
-kl_status kl_swiglu(kl_ctx *ctx, float *y, const float *gate, const float *up, int64_t n)
+kl_status kl_swiglu(kl_ctx *ctx, float *y, const float *gate, const float *up, int64_t n,
+                    float limit)
 {
     KL_TRY(check_count(ctx, "swiglu", n));
-    return ctx->arena.measuring ? KL_OK : KL_RUN(swiglu, 4 * n, 12 * n, ctx, y, gate, up, n);
+    KL_TRY(kl_check_limit(ctx, "swiglu", limit));
+    return ctx->arena.measuring ? KL_OK : KL_RUN(swiglu, 4 * n, 12 * n, ctx, y, gate, up, n, limit);
 }
 
 kl_status kl_situ(kl_ctx *ctx, float *y, const float *gate, const float *up, int64_t n,

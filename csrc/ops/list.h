@@ -8,11 +8,13 @@
 #define KL_OPS(OP)                                                                                 \
     OP(add, (kl_ctx *, float *, const float *, const float *, int64_t))                            \
     OP(sigmoid, (kl_ctx *, float *, const float *, int64_t))                                       \
-    OP(swiglu, (kl_ctx *, float *, const float *, const float *, int64_t))                         \
+    OP(swiglu, (kl_ctx *, float *, const float *, const float *, int64_t, float))                  \
     OP(situ, (kl_ctx *, float *, const float *, const float *, int64_t, const kl_situ_betas *))    \
     OP(sigmoid_gate, (kl_ctx *, float *, const float *, const float *, int64_t, int64_t, int64_t)) \
     OP(softmax, (kl_ctx *, float *, const float *, int64_t, int64_t))                              \
     OP(rms_norm, (kl_ctx *, float *, const float *, const float *, int64_t, int64_t, float))       \
+    OP(layer_norm,                                                                                 \
+       (kl_ctx *, float *, const float *, const float *, const float *, int64_t, int64_t, float))  \
     OP(gated_rms_norm, (kl_ctx *, float *, const float *, const float *, const float *, int64_t,   \
                         int64_t, float, kl_activation))                                            \
     OP(l2_norm, (kl_ctx *, float *, const float *, int64_t, int64_t, float))                       \
@@ -30,7 +32,7 @@
     OP(route, (kl_ctx *, int32_t *, float *, const float *, const float *, const kl_route_args *)) \
     OP(moe, (kl_ctx *, float *, const float *, const int32_t *, const float *, const kl_weight *,  \
              const kl_weight *, const kl_weight *, const float *, int64_t, int64_t, int64_t,       \
-             int64_t, const kl_situ_betas *))                                                      \
+             int64_t, const kl_situ_betas *, float))                                               \
     OP(short_conv, (kl_ctx *, float *, kl_slots, const float *, const float *, kl_slots,           \
                     const int64_t *, int64_t, int64_t, int64_t, int64_t, kl_activation))           \
     OP(decay_gate, (kl_ctx *, float *, const float *, const float *, const float *, int64_t,       \

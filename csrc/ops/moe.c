@@ -1,5 +1,5 @@
 /* moe: y[t] = sum_i weights[t, i] * w_down[e] h + shared[t],  e = ids[t, i]
- *   h = silu(w_gate[e] x[t]) * (w_up[e] x[t]), or situ of the two products (elementwise.c) where there are betas
+ *   h = swiglu of w_gate[e] x[t] and w_up[e] x[t], with its limit, or situ where there are betas (elementwise.c)
  *   x, y [T, D], y overlaps no input     ids, weights [T, k], ids ascending in each row
  *   w_gate, w_up [E of F x D], w_down [E of D x F] in any storage type     shared [T, D] or NULL
  *   A token's experts are added in ascending id by fma from +0, then shared: the same bytes in any batch.
@@ -31,6 +31,7 @@ typedef struct pass {
     const kl_weight *w_gate, *w_up, *w_down;
     const float *shared;
     const kl_situ_betas *situ; /* NULL: swiglu */
+    float limit;               /* swiglu's; 0: none */
     int64_t T, D, F;
 
     int32_t *token; /* [pairs] */
@@ -73,7 +74,7 @@ static void activate(const pass *p, float *h, const float *up, int64_t n)
     if (p->situ != NULL)
         p->ctx->k->situ(h, h, up, n, p->situ);
     else
-        p->ctx->k->swiglu(h, h, up, n);
+        p->ctx->k->swiglu(h, h, up, n, p->limit);
 }
 
 static void hidden(void *arg, int64_t begin, int64_t end, int thread)
@@ -167,12 +168,17 @@ static kl_status check_ids(kl_ctx *ctx, const int32_t *ids, int64_t T, int64_t k
 kl_status cpu_moe(kl_ctx *ctx, float *y, const float *x, const int32_t *ids, const float *weights,
                   const kl_weight *w_gate, const kl_weight *w_up, const kl_weight *w_down,
                   const float *shared, int64_t T, int64_t D, int64_t F, int64_t k,
-                  const kl_situ_betas *situ)
+                  const kl_situ_betas *situ, float limit)
 {
     const int64_t most_T = kl_min(T, PASS), E = w_gate->n, pairs = most_T * k;
-    pass p = {
-        .ctx = ctx, .w_gate = w_gate, .w_up = w_up, .w_down = w_down, .situ = situ, .D = D, .F = F
-    };
+    pass p = { .ctx = ctx,
+               .w_gate = w_gate,
+               .w_up = w_up,
+               .w_down = w_down,
+               .situ = situ,
+               .limit = limit,
+               .D = D,
+               .F = F };
     const size_t in_bytes =
         kl_larger(kl_operand_scratch(ctx, w_gate, most_T), kl_operand_scratch(ctx, w_up, most_T));
     KL_SCRATCH(p.token, ctx, pairs);
@@ -208,7 +214,7 @@ kl_status cpu_moe(kl_ctx *ctx, float *y, const float *x, const int32_t *ids, con
 kl_status kl_moe(kl_ctx *ctx, float *y, const float *x, const int32_t *ids, const float *weights,
                  const kl_weight *w_gate, const kl_weight *w_up, const kl_weight *w_down,
                  const float *shared, int64_t T, int64_t D, int64_t F, int64_t k,
-                 const kl_situ_betas *situ)
+                 const kl_situ_betas *situ, float limit)
 {
     const int64_t E = w_gate->n;
     KL_TRY(kl_check_rows(ctx, "moe", "x", T, D));
@@ -221,8 +227,12 @@ kl_status kl_moe(kl_ctx *ctx, float *y, const float *x, const int32_t *ids, cons
                        (long long)k, (long long)E);
     if (situ != NULL)
         KL_TRY(kl_check_betas(ctx, "moe", situ));
+    KL_TRY(kl_check_limit(ctx, "moe", limit));
+    if (situ != NULL && limit != 0.0f)
+        return kl_fail(ctx, KL_ERR_ARG,
+                       "moe: limit is %g beside situ; it must be 0, it is SwiGLU's", (double)limit);
     const int64_t experts = kl_min(E, T * k); /* read at most */
     return KL_RUN(moe, 6 * T * k * D * F,
                   8 * T * D + experts * (int64_t)kl_type_bytes(w_gate->type, 3 * D * F), ctx, y, x,
-                  ids, weights, w_gate, w_up, w_down, shared, T, D, F, k, situ);
+                  ids, weights, w_gate, w_up, w_down, shared, T, D, F, k, situ, limit);
 }

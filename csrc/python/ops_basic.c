@@ -39,14 +39,15 @@ static PyObject *py_swiglu(PyObject *module, PyObject *args)
     kl_py_call c = { 0 };
     PyObject *ctx, *oy, *ogate, *oup;
     long long n;
-    if (!PyArg_ParseTuple(args, "OOOOL:swiglu", &ctx, &oy, &ogate, &oup, &n))
+    float limit;
+    if (!PyArg_ParseTuple(args, "OOOOLf:swiglu", &ctx, &oy, &ogate, &oup, &n, &limit))
         return NULL;
     kl_py_on(&c, ctx);
     float *y = kl_py_out(&c, oy, KL_PY_F32, n, "out");
     const float *gate = kl_py_in(&c, ogate, KL_PY_F32, n, "gate"),
                 *up = kl_py_in(&c, oup, KL_PY_F32, n, "up");
     if (kl_py_begin(&c, ctx))
-        c.status = kl_swiglu(c.ctx, y, gate, up, n);
+        c.status = kl_swiglu(c.ctx, y, gate, up, n, limit);
     return kl_py_end(&c);
 }
 
@@ -122,6 +123,25 @@ static PyObject *py_rms_norm(PyObject *module, PyObject *args)
     return kl_py_end(&c);
 }
 
+static PyObject *py_layer_norm(PyObject *module, PyObject *args)
+{
+    (void)module;
+    kl_py_call c = { 0 };
+    PyObject *ctx, *oy, *ox, *ow, *ob;
+    long long T, D;
+    double eps;
+    if (!PyArg_ParseTuple(args, "OOOOOLLd:layer_norm", &ctx, &oy, &ox, &ow, &ob, &T, &D, &eps))
+        return NULL;
+    kl_py_on(&c, ctx);
+    const int64_t n = kl_py_size(&c, "x", T, D, 1, 1);
+    float *y = kl_py_out(&c, oy, KL_PY_F32, n, "out");
+    const float *x = kl_py_in(&c, ox, KL_PY_F32, n, "x"), *w = kl_py_in(&c, ow, KL_PY_F32, D, "w"),
+                *b = kl_py_in(&c, ob, KL_PY_F32, D, "b");
+    if (kl_py_begin(&c, ctx))
+        c.status = kl_layer_norm(c.ctx, y, x, w, b, T, D, (float)eps);
+    return kl_py_end(&c);
+}
+
 static PyObject *py_gated_rms_norm(PyObject *module, PyObject *args)
 {
     (void)module;
@@ -192,6 +212,7 @@ PyMethodDef kl_py_ops_basic[] = {
     { "sigmoid_gate", py_sigmoid_gate, METH_VARARGS, NULL },
     { "softmax", py_softmax, METH_VARARGS, NULL },
     { "rms_norm", py_rms_norm, METH_VARARGS, NULL },
+    { "layer_norm", py_layer_norm, METH_VARARGS, NULL },
     { "gated_rms_norm", py_gated_rms_norm, METH_VARARGS, NULL },
     { "l2_norm", py_l2_norm, METH_VARARGS, NULL },
     { "attn_res", py_attn_res, METH_VARARGS, NULL },

@@ -115,8 +115,10 @@ static PyObject *py_moe(PyObject *module, PyObject *args)
     PyObject *ctx, *oy, *ox, *oids, *oweights, *ogate, *oup, *odown, *oshared;
     long long T, D, F, k;
     kl_situ_betas betas; /* beta 0: swiglu */
-    if (!PyArg_ParseTuple(args, "OOOOOOOOOLLLLff:moe", &ctx, &oy, &ox, &oids, &oweights, &ogate,
-                          &oup, &odown, &oshared, &T, &D, &F, &k, &betas.beta, &betas.linear_beta))
+    float limit;
+    if (!PyArg_ParseTuple(args, "OOOOOOOOOLLLLfff:moe", &ctx, &oy, &ox, &oids, &oweights, &ogate,
+                          &oup, &odown, &oshared, &T, &D, &F, &k, &betas.beta, &betas.linear_beta,
+                          &limit))
         return NULL;
     kl_py_on(&c, ctx);
     const int64_t n = kl_py_size(&c, "x", T, D, 1, 1), pairs = kl_py_size(&c, "ids", T, k, 1, 1);
@@ -129,7 +131,7 @@ static PyObject *py_moe(PyObject *module, PyObject *args)
     const float *shared = kl_py_in_opt(&c, oshared, KL_PY_F32, n, "shared");
     if (kl_py_begin(&c, ctx))
         c.status = kl_moe(c.ctx, y, x, ids, weights, &gate, &up, &down, shared, T, D, F, k,
-                          betas.beta == 0.0f ? NULL : &betas);
+                          betas.beta == 0.0f ? NULL : &betas, limit);
     return kl_py_end(&c);
 }
 

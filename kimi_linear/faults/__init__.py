@@ -29,6 +29,8 @@ from . import (
     _inputs,
     _kda,
     _mhc,
+    _layer_norm,
+    _limit,
     _mla,
     _moe,
     _pieces,
@@ -61,7 +63,7 @@ __all__ = [
 ]
 
 _PARTS = (_kda, _delta_backward, _mla, _select, _attention, _residuals, _mhc, _depth, _pieces, _moe, _backward,
-          _backward_kda, _any, _inputs)
+          _backward_kda, _any, _layer_norm, _limit, _inputs)
 _ALL = tuple(f for part in _PARTS for f in part.FAULTS)
 
 #: Every fault that is planted in a model, by name.

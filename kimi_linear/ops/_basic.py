@@ -37,6 +37,16 @@ def betas_of(beta, linear_beta, name="{}"):
     return (*values, 0.0)[:2]
 
 
+def limit_of(limit):
+    """SwiGLU's limit as the core takes it, 0 for none; TypeError or ValueError unless it is above 0 and finite."""
+    if limit is None:
+        return 0.0
+    value = as_finite(limit, "limit", "a number > 0, or None")
+    if not np.float32(value) > 0:
+        raise ValueError(f"limit is {value}; it must be > 0 in float32, or None")
+    return value
+
+
 def _rows(x):
     """(T, D): every axis but the last is a row."""
     if x.ndim == 0 or x.shape[-1] == 0:
@@ -139,15 +149,20 @@ def sigmoid_gate(x, gate, *, out=None, ctx=None):
     return y
 
 
-def swiglu(gate, up, *, out=None, ctx=None):
+def swiglu(gate, up, *, limit=None, out=None, ctx=None):
     """Gated activation of a feed-forward: ``gate * sigmoid(gate) * up``.
 
-    Source: arXiv:2002.05202, eq. 5 (with SiLU). Derivation: docs/math.md#swiglu.
+    With a limit it is that of ``min(gate, limit)`` and ``clip(up, -limit, limit)``; NaN stays NaN.
+
+    Source: arXiv:2002.05202, eq. 5 (with SiLU); the limit: transformers, ``models/glm5_next`` (``swiglu_limit``).
+    Derivation: docs/math.md#swiglu.
 
     Parameters
     ----------
     gate, up : (...) float32
         Of one shape.
+    limit : float, optional
+        > 0, in units of `gate` and `up`: 10 in GLM-5.3-Flash.
     out : (...) float32, optional
         Result; may be `gate` or `up`.
     ctx : Context, optional
@@ -159,13 +174,14 @@ def swiglu(gate, up, *, out=None, ctx=None):
     Raises
     ------
     TypeError, ValueError
-        If a type is none that widens to float32, or the shapes disagree.
+        If a type is none that widens to float32, the shapes disagree, or `limit` is not above 0 and finite.
     """
     gate = as_float32(gate, "gate")
     up = as_float32(up, "up", gate.shape)
+    limit = limit_of(limit)
     y = output(out, gate.shape, like=gate)
     gate, up = apart(gate, y, same=y), apart(up, y, same=y)
-    _core.swiglu(current(ctx)._core, y, gate, up, gate.size)
+    _core.swiglu(current(ctx)._core, y, gate, up, gate.size, limit)
     return y
 
 
@@ -269,6 +285,42 @@ def rms_norm(x, w, *, eps, out=None, ctx=None):
     y = output(out, x.shape, like=x)
     x, w = apart(x, y, same=y), apart(w, y)
     _core.rms_norm(current(ctx)._core, y, x, w, T, D, check_eps(eps))
+    return y
+
+
+def layer_norm(x, w, b, *, eps, out=None, ctx=None):
+    """Layer norm over the last axis: ``w * (x - m) / sqrt(mean((x - m)**2) + eps) + b`` with ``m = mean(x)``.
+
+    The mean is taken off before anything is squared, and taken to more digits than a float32 has: one far above the
+    deviation costs no digit of the result. Source: arXiv:1607.06450. Derivation: docs/math.md#layer_norm.
+
+    Parameters
+    ----------
+    x : (..., D) float32
+        Finite values of any size: sums that overflow or underflow are taken again on scaled rows.
+    w, b : (D,) float32
+        Weight and bias.
+    eps : float
+        In units of ``x**2``, >= 0.
+    out : (..., D) float32, optional
+        Result; may be `x`.
+    ctx : Context, optional
+
+    Returns
+    -------
+    y : (..., D) float32
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a type is none that widens to float32, the shapes disagree or `eps` is negative.
+    """
+    x = as_float32(x, "x")
+    T, D = _rows(x)
+    w, b = as_float32(w, "w", (D,)), as_float32(b, "b", (D,))
+    y = output(out, x.shape, like=x)
+    x, w, b = apart(x, y, same=y), apart(w, y), apart(b, y)
+    _core.layer_norm(current(ctx)._core, y, x, w, b, T, D, check_eps(eps))
     return y
 
 

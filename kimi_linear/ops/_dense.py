@@ -18,7 +18,7 @@ from .._names import choice
 from .._scalars import as_flag, as_real, as_whole
 from ..context import current
 from ..quantized import Quantized
-from ._basic import activation_id, betas_of, sigmoid_gate, swiglu
+from ._basic import activation_id, betas_of, limit_of, sigmoid_gate, swiglu
 from ._basic import situ as situ_op
 
 _ROUTERS = {"sigmoid": 0, "softmax": 1}
@@ -193,11 +193,12 @@ def route(scores, *, k, bias=None, groups=1, top_groups=1, function="sigmoid", r
 
 
 def moe(x, ids, weights, w_gate, w_up, w_down, *, shared=None, shared_gate=None, activation="silu", situ=None,
-        out=None, ctx=None):
+        limit=None, out=None, ctx=None):
     """Mixture of experts: the weighted sum of a token's experts, then the shared expert.
 
     ``y = sum_e weights_e * (w_down_e @ swiglu(w_gate_e @ x, w_up_e @ x)) + shared``, by ascending expert id.
-    With `situ` an expert, and the shared one that is given by its matrices, has :func:`situ` for `swiglu`.
+    With `situ` an expert, and the shared one that is given by its matrices, has :func:`situ` for `swiglu`, with `limit`
+    that limit of :func:`swiglu`.
     The tokens are grouped by expert inside, and a token has the same bytes alone as in any batch.
 
     Source: DeepSeek-V3, arXiv:2412.19437, section 2.1.2. Derivation: docs/math.md#moe.
@@ -219,6 +220,8 @@ def moe(x, ids, weights, w_gate, w_up, w_down, *, shared=None, shared_gate=None,
         Of the gate, where there is no `situ`.
     situ : tuple of (float, float or None), optional
         ``(beta, linear_beta)`` of :func:`situ`: (4, 25) in Kimi K3.
+    limit : float, optional
+        Of :func:`swiglu`, > 0: 10 in GLM-5.3-Flash. Not beside `situ`.
     out : (..., D) float32, optional
         Shares no memory with the inputs.
     ctx : Context, optional
@@ -231,10 +234,12 @@ def moe(x, ids, weights, w_gate, w_up, w_down, *, shared=None, shared_gate=None,
     ------
     TypeError, ValueError
         If a type does not fit, the shapes disagree, `out` overlaps an input, an id is not an expert's, the ids of a
-        token do not ascend, or a beta of `situ` is not above 0 and finite.
+        token do not ascend, a beta of `situ` or `limit` is not above 0 and finite, or both are given.
     """
     activation_id(activation, ("silu",))
-    betas = _situ_of(situ)
+    betas, most = _situ_of(situ), limit_of(limit)
+    if situ is not None and limit is not None:
+        raise ValueError(f"limit is {limit} beside situ; it must be None, it is SwiGLU's")
     x = as_float32(x, "x")
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x has shape {list(x.shape)}; it must be [..., D] with D >= 1")
@@ -248,11 +253,11 @@ def moe(x, ids, weights, w_gate, w_up, w_down, *, shared=None, shared_gate=None,
     rows = x.shape[:-1]
     ids = as_integers(ids, "ids", (*rows, "k"), low=0, high=E, on_device=True)
     weights = as_float32(weights, "weights", ids.shape)
-    shared = _shared(x, shared, shared_gate, situ, ctx)
+    shared = _shared(x, shared, shared_gate, situ, limit, ctx)
     y = output(out, x.shape, like=x)
     refuse_shared(y, x=x, ids=ids, weights=weights, shared=shared, w_gate=gate[0], w_up=up[0], w_down=down[0])
     _core.moe(current(ctx)._core, y, x, ids, weights, gate, up, down, shared, x.size // D, D, F,
-              ids.shape[-1], *betas)
+              ids.shape[-1], *betas, most)
     return y
 
 
@@ -265,7 +270,7 @@ def _situ_of(situ):
     return betas_of(*situ, name="{} of situ")
 
 
-def _shared(x, shared, gate, situ, ctx):
+def _shared(x, shared, gate, situ, limit, ctx):
     """Output of the shared expert [..., D], or None."""
     if shared is None:
         if gate is not None:
@@ -276,7 +281,8 @@ def _shared(x, shared, gate, situ, ctx):
             raise ValueError(f"shared is a tuple of {len(shared)}; it must be (w_gate, w_up, w_down)")
         w_gate, w_up, w_down = shared
         parts = _linear_of(x, [w_gate, w_up], [None] * 2, [None] * 2, ctx, "shared[{}]")
-        h = swiglu(*parts, ctx=ctx) if situ is None else situ_op(*parts, beta=situ[0], linear_beta=situ[1], ctx=ctx)
+        h = swiglu(*parts, limit=limit, ctx=ctx) if situ is None else situ_op(
+            *parts, beta=situ[0], linear_beta=situ[1], ctx=ctx)
         shared = _linear_of(h, [w_down], [None], [None], ctx, "shared[2]")[0]
     shared = as_float32(shared, "shared", x.shape)
     if gate is None:

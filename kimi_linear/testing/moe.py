@@ -7,8 +7,10 @@ from .plain import DROPPED, Form, alone, faint, maker, nans, plain, rows_apart
 __all__ = ["SPEC"]
 
 
-def inputs(rng, T, D=16, F=8, E=6, k=2, shared=True, shared_gate=False, ids=None, situ=None):
-    """x [T, D], ids and weights [T, k], matrices of E experts, the shared expert's output [T, D], betas of SiTU."""
+def inputs(rng, T, D=16, F=8, E=6, k=2, shared=True, shared_gate=False, ids=None, situ=None,
+           limit=None):
+    """x [T, D], ids and weights [T, k], matrices of E experts, the shared expert's output [T, D], betas of SiTU, or
+    SwiGLU's limit."""
     if ids is None:
         ids = np.sort(np.argsort(rng.random((T, E)), axis=-1)[:, :k], axis=-1)
     weights = rng.random(np.shape(ids)) + 0.1
@@ -17,7 +19,8 @@ def inputs(rng, T, D=16, F=8, E=6, k=2, shared=True, shared_gate=False, ids=None
                 w_gate=rng.standard_normal((E, F, D)) / D**0.5, w_up=rng.standard_normal((E, F, D)) / D**0.5,
                 w_down=rng.standard_normal((E, D, F)) / F**0.5,
                 shared=rng.standard_normal((T, D)) if shared else None,
-                shared_gate=rng.standard_normal((1, D)) / D**0.5 if shared_gate else None, situ=situ)
+                shared_gate=rng.standard_normal((1, D)) / D**0.5 if shared_gate else None, situ=situ,
+                limit=limit)
 
 
 case = maker("moe", inputs)
@@ -53,6 +56,10 @@ def cases():
     yield case("situ-gate", "situ", 9, shared=False, situ=(1.7, None), usual=True, needs={"situ"},
                says="its up is not bounded")
     yield case("situ-shared", "situ", 3, 33, 17, situ=(4.0, 25.0), needs={"situ", "shared"})
+    yield case("limit", "limit", 9, shared=False, limit=10.0, change=_far, usual=True, needs={"limit"},
+               says="experts of GLM-5.3-Flash: gate is cut above, up on both sides")
+    yield case("limit-low", "limit", 9, limit=0.75, usual=True, needs={"limit", "shared"}, says="most values are cut")
+    yield case("limit-shared", "limit", 3, 33, 17, limit=7.0, change=_far, needs={"limit", "shared"})
     for D, F in ((1, 1), (15, 17), (16, 16), (33, 1), (64, 40)):
         yield case(f"width-{D}-{F}", "widths", 4, D, F, shared=False, says="model width, inner width")
     yield case("model", "widths", 2, 2304, 16, 3, shared=False, says="2,304 wide")

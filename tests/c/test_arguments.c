@@ -307,7 +307,7 @@ static kl_status mix(kl_ctx *ctx, int64_t k, const kl_situ_betas *situ)
 {
     const void *matrix[] = { zeros, zeros, zeros, zeros };
     const kl_weight w = { matrix, 4, 8, 8, 32, KL_F32, 0 };
-    return kl_moe(ctx, out, zeros, ids, zeros, &w, &w, &w, NULL, 1, 8, 8, k, situ);
+    return kl_moe(ctx, out, zeros, ids, zeros, &w, &w, &w, NULL, 1, 8, 8, k, situ, 0);
 }
 
 static void test_experts(kl_ctx *ctx)
@@ -324,6 +324,13 @@ static void test_experts(kl_ctx *ctx)
             kl_situ(ctx, out, zeros, zeros, 8, &(kl_situ_betas){ NAN, 25 }));
     REFUSED(KL_ERR_ARG, "situ: linear_beta is -1; it must be > 0 and finite, or 0 for none",
             kl_situ(ctx, out, zeros, zeros, 8, &(kl_situ_betas){ 4, -1 }));
+    REFUSED(KL_ERR_ARG, "swiglu: limit is -10; it must be > 0 and finite, or 0 for none",
+            kl_swiglu(ctx, out, zeros, zeros, 8, -10));
+    REFUSED(KL_ERR_ARG, "swiglu: limit is inf", kl_swiglu(ctx, out, zeros, zeros, 8, INFINITY));
+    REFUSED(KL_ERR_ARG, "layer_norm: eps is -1; it must be >= 0",
+            kl_layer_norm(ctx, out, zeros, zeros, zeros, 1, 8, -1));
+    REFUSED(KL_ERR_SHAPE, "layer_norm: x is [1, 0]; the first must be >= 0, the second >= 1",
+            kl_layer_norm(ctx, out, zeros, zeros, zeros, 1, 0, 0));
     REFUSED(KL_ERR_SHAPE, "situ: n is -1; it must be >= 0",
             kl_situ(ctx, out, zeros, zeros, -1, &(kl_situ_betas){ 4, 25 }));
     a.groups = 3;

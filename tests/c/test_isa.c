@@ -125,7 +125,8 @@ static void plain_ops(int64_t D)
         const float *ordinary = numbers(T * D, 1.0f);
         MUST(kl_add(ctx, result(D, "add", what, D), x, z, D));
         MUST(kl_sigmoid(ctx, result(D, "sigmoid", what, D), x, D));
-        MUST(kl_swiglu(ctx, result(D, "swiglu", what, D), x, z, D));
+        MUST(kl_swiglu(ctx, result(D, "swiglu", what, D), x, z, D, 0.0f));
+        MUST(kl_swiglu(ctx, result(D, "swiglu limit", what, D), x, z, D, 1.5f));
         MUST(kl_situ(ctx, result(D, "situ", what, D), x, z, D, &(kl_situ_betas){ 4.0f, 25.0f }));
         MUST(kl_situ(ctx, result(D, "situ of gate", what, D), x, z, D,
                      &(kl_situ_betas){ 1.7f, 0.0f }));
@@ -137,6 +138,9 @@ static void plain_ops(int64_t D)
         MUST(kl_softmax(ctx, result(T * D, "softmax", what, D), x, T, D));
         MUST(kl_rms_norm(ctx, result(T * D, "rms_norm", what, D), x, w, T, D, 1e-6f));
         MUST(kl_rms_norm(ctx, result(D, "rms_norm tiny", what, D), ordinary, w, 1, D, 0.0f));
+        MUST(kl_layer_norm(ctx, result(T * D, "layer_norm", what, D), x, w, ordinary, T, D, 1e-6f));
+        MUST(kl_layer_norm(ctx, result(T * D, "layer_norm scaled", what, D),
+                           numbers(T * D, odd ? 1e25f : 1e-25f), ordinary, ordinary, T, D, 0.0f));
         MUST(kl_l2_norm(ctx, result(T * D, "l2_norm", what, D), x, T, D, 1e-6f));
         MUST(kl_attn_res(ctx, result(T * D, "attn_res", what, D), numbers(4 * T * D, 4.0f), x,
                          ordinary, 4, T, D, 1e-6f));

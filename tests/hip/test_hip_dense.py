@@ -242,6 +242,33 @@ def test_hip_moe_with_situ_has_the_bytes_of_the_cpu(T, situ, version):
     assert (np.abs(y - ref) <= budget("moe", ref, **inputs)).all()
 
 
+@pytest.mark.parametrize("T", [0, 1, 8, 9, 90])
+def test_hip_moe_with_a_limit_has_the_bytes_of_the_cpu(T, version):
+    """Of one token gate and up are one launch."""
+    inputs = experts(T) | dict(limit=10.0)
+    inputs["x"] *= 10
+    y = same_as_the_cpu(lambda ctx: kl.ops.moe(**inputs, ctx=ctx), T in (1, 9))
+    ref = kl.reference.moe(**inputs)
+    assert (np.abs(y - ref) <= budget("moe", ref, **inputs)).all()
+    assert T == 0 or not np.array_equal(y, kl.ops.moe(**inputs | dict(limit=None)))
+
+
+def test_hip_moe_with_a_limit_of_any_types(version):
+    for T in (1, 3, 12):
+        for up in ("Q4_K", "IQ3_S", "BF16"):  # of one type, and of types that do not go together
+            inputs = experts(T, D=256, F=256, type="Q4_K") | dict(limit=7)
+            inputs["w_up"] = stored(normal(6, 256, 256, seed=2), up)
+            same_as_the_cpu(lambda ctx, inputs=inputs: kl.ops.moe(**inputs, ctx=ctx), False)
+
+
+@pytest.mark.parametrize("T", [1, 9])
+def test_hip_moe_with_a_limit_hides_no_nan(T, version):
+    inputs = experts(T) | dict(limit=10.0)
+    inputs["x"][0, 5] = np.nan
+    y = kl.ops.moe(**inputs, ctx=context())
+    assert np.isnan(y[0]).all() and np.isfinite(y[1:]).all()
+
+
 def test_hip_moe_with_situ_of_three_types_in_one_call(version):
     for T in (1, 3, 12):
         inputs = experts(T, D=256, F=256) | {"w_up": stored(normal(6, 256, 256, seed=2), "Q4_K"),
@@ -279,7 +306,8 @@ def test_hip_moe_of_one_expert_for_all_and_of_experts_that_nobody_uses(version):
 def core_moe(ctx, inputs, y):
     weight = [(inputs[n], 0, *inputs[n].shape) for n in ("w_gate", "w_up", "w_down")]
     T, k = inputs["ids"].shape
-    kl._core.moe(ctx._core, y, inputs["x"], inputs["ids"], inputs["weights"], *weight, None, T, 33, 20, k, 0.0, 0.0)
+    kl._core.moe(ctx._core, y, inputs["x"], inputs["ids"], inputs["weights"], *weight, None, T, 33, 20, k, 0.0, 0.0,
+                 0.0)
 
 
 @pytest.mark.parametrize("T", [20, 90])

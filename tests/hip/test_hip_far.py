@@ -119,6 +119,7 @@ ROWS = {
     "situ": lambda x: dict(gate=x, up=x, beta=4.0, linear_beta=25.0),
     "softmax": lambda x: dict(x=x),
     "rms_norm": lambda x: dict(x=x, w=normal(1024), eps=1e-6),
+    "layer_norm": lambda x: dict(x=x, w=normal(1024), b=normal(1024, seed=1), eps=1e-6),
     "gated_rms_norm": lambda x: dict(x=x, z=x, w=normal(1024), eps=1e-6),
     "l2_norm": lambda x: dict(x=x),
     "rope": lambda x: dict(x=x.reshape(-1, 8, 128), positions=np.arange(len(x)) % N, base=1e4, rotary=64),

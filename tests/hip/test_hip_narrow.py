@@ -172,6 +172,14 @@ def test_hip_int8_moe_with_situ_has_the_bytes_of_the_cpu(T, types, version):
     same_as_the_cpu(lambda ctx: kl.ops.moe(**inputs, ctx=ctx), [(64, 7)])
 
 
+@pytest.mark.parametrize("types", [("Q4_K", "Q4_K", "Q6_K"), ("Q8_0", "Q4_0", "F32")], ids=" ".join)
+@pytest.mark.parametrize("T", [1, 8, 9, 90])
+def test_hip_int8_moe_with_a_limit_has_the_bytes_of_the_cpu(T, types, version):
+    inputs = experts(T, types=types) | dict(limit=0.5)
+    same_as_the_cpu(lambda ctx: kl.ops.moe(**inputs, ctx=ctx), [(64, 7)])
+    assert not np.array_equal(*(kl.ops.moe(**inputs | dict(limit=n), ctx=device("int8")) for n in (0.5, None)))
+
+
 def test_hip_int8_moe_of_more_tokens_than_a_pass():
     inputs = experts(1100, E=4, D=32, F=64, k=2, types=("Q8_0", "Q8_0", "Q4_0"))
     same_as_the_cpu(lambda ctx: kl.ops.moe(**inputs, ctx=ctx))
@@ -248,6 +256,8 @@ def test_hip_bfloat16_moe(version):
     y, wanted = (kl.ops.moe(**inputs, ctx=f("bfloat16")) for f in (device, cpu))
     exact = kl.ops.moe(**inputs)
     assert np.abs(y - wanted).max() < 1e-6 * np.abs(exact).max() < np.abs(y - exact).max()
+    cut, wanted = (kl.ops.moe(**inputs, limit=0.5, ctx=f("bfloat16")) for f in (device, cpu))
+    assert np.abs(cut - wanted).max() < 1e-6 * np.abs(cut).max() < np.abs(cut - y).max()
 
 
 # ---- the model ----

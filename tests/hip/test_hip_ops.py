@@ -48,6 +48,18 @@ def test_hip_elementwise_has_the_bytes_of_the_cpu(op):
     assert run(op, inputs).tobytes() == getattr(kl.ops, op)(**inputs).tobytes()
 
 
+@pytest.mark.parametrize("limit", [10.0, 7.1])
+def test_hip_swiglu_with_a_limit_has_the_bytes_of_the_cpu_over_all_exponents(limit, version):
+    bits = np.arange(0, 0x7F900000, 1 << 16, np.uint32)  # to NaN
+    x = np.concatenate([bits.view(np.float32), -bits.view(np.float32)])
+    inputs = dict(gate=x, up=np.roll(x, 7), limit=limit)
+    got, wanted = run("swiglu", inputs), kl.ops.swiglu(**inputs)
+    assert np.array_equal(got, wanted, equal_nan=True)
+    there = ~np.isnan(got)
+    assert (~there[np.isnan(x) | np.isnan(inputs["up"])]).all()
+    assert np.array_equal(np.signbit(got[there]), np.signbit(wanted[there]))
+
+
 @pytest.mark.parametrize("beta, linear_beta", [(4, 25), (1.7, None)])
 def test_hip_situ_has_the_bytes_of_the_cpu_over_all_exponents(beta, linear_beta, version):
     bits = np.arange(0, 0x7F900000, 1 << 16, np.uint32)  # to NaN
@@ -58,7 +70,7 @@ def test_hip_situ_has_the_bytes_of_the_cpu_over_all_exponents(beta, linear_beta,
     assert np.array_equal(np.signbit(got[~np.isnan(got)]), np.signbit(wanted[~np.isnan(got)]))
 
 
-@pytest.mark.parametrize("op", ["softmax", "rms_norm", "gated_rms_norm", "l2_norm"])
+@pytest.mark.parametrize("op", ["softmax", "rms_norm", "layer_norm", "gated_rms_norm", "l2_norm"])
 def test_hip_oracle_has_the_bytes_of_the_cpu(op, monkeypatch):
     """The first version of each ladder sums in the CPU's order."""
     monkeypatch.setenv("KL_GPU_VERSION", "1")
@@ -68,7 +80,7 @@ def test_hip_oracle_has_the_bytes_of_the_cpu(op, monkeypatch):
 
 @pytest.mark.parametrize("eps, scale", [(1e-6, 1e-42), (1e-6, 1e19), (1e-6, 3e38), (0, 0), (0, 1e-45), (0, 1e-20)])
 @pytest.mark.parametrize("D", [100, 600])
-@pytest.mark.parametrize("op", ["rms_norm", "l2_norm", "gated_rms_norm"])
+@pytest.mark.parametrize("op", ["rms_norm", "layer_norm", "l2_norm", "gated_rms_norm"])
 def test_hip_norms_of_tiny_and_huge_rows(op, D, eps, scale):
     inputs = op_inputs(op, 3, D) | dict(eps=eps)
     inputs["x"] = (np.sign(inputs["x"]) * np.float32(scale)).astype(np.float32)
@@ -78,7 +90,17 @@ def test_hip_norms_of_tiny_and_huge_rows(op, D, eps, scale):
     judge(op, run(op, inputs), ref, **inputs)
 
 
-@pytest.mark.parametrize("op, first", [("rms_norm", "x"), ("l2_norm", "x"), ("softmax", "x"), ("sigmoid", "x"),
+@pytest.mark.parametrize("mean", [3, 1e4, 1e6])
+@pytest.mark.parametrize("D", [17, 128, 600])
+def test_hip_layer_norm_of_a_mean_far_above_the_deviation(D, mean, version):
+    inputs = op_inputs("layer_norm", 5, D)
+    inputs["x"] += np.float32(mean)
+    inputs["x"][3] = 2.0**127  # whose sum overflows, and of which nothing is left
+    judge("layer_norm", run("layer_norm", inputs), kl.reference.layer_norm(**inputs), **inputs)
+
+
+@pytest.mark.parametrize("op, first", [("rms_norm", "x"), ("layer_norm", "x"), ("l2_norm", "x"), ("softmax", "x"),
+                                       ("sigmoid", "x"),
                                        ("swiglu", "up"), ("situ", "up"), ("add", "b"), ("gated_rms_norm", "z")])
 def test_hip_in_place(op, first):
     inputs = op_inputs(op, 5, 33)
@@ -90,7 +112,8 @@ def test_hip_in_place(op, first):
 def test_hip_nan_stays_in_its_row():
     x = normal(4, 40)
     x[2, 7] = np.nan
-    for y in (run("softmax", dict(x=x)), run("l2_norm", dict(x=x))):
+    one = np.ones(40, np.float32)
+    for y in (run("softmax", dict(x=x)), run("l2_norm", dict(x=x)), run("layer_norm", dict(x=x, w=one, b=one, eps=0))):
         assert np.isnan(y[2]).all() and np.isfinite(np.delete(y, 2, axis=0)).all()
 
 

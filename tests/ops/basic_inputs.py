@@ -5,7 +5,7 @@ from judge import normal
 
 import kimi_linear as kl
 
-OPS = ["add", "sigmoid", "swiglu", "situ", "softmax", "rms_norm", "gated_rms_norm", "l2_norm"]
+OPS = ["add", "sigmoid", "swiglu", "situ", "softmax", "rms_norm", "layer_norm", "gated_rms_norm", "l2_norm"]
 RIM = np.array([0, -0.0, 1, -1, 1e-45, -1e-40, 1e-30, 3e38, -3e38, 87, -87, 88.7, -104, 1e4, -1e4, 20, -20], np.float32)
 
 
@@ -18,6 +18,7 @@ def op_inputs(op, T, D, scale=1.0):
         "situ": dict(gate=x, up=normal(T, D, seed=1, scale=10 * scale), beta=4.0, linear_beta=25.0),
         "softmax": dict(x=x),
         "rms_norm": dict(x=x, w=normal(D, seed=2), eps=1e-5),
+        "layer_norm": dict(x=x, w=normal(D, seed=2), b=normal(D, seed=3), eps=1e-6),
         "gated_rms_norm": dict(x=x, z=normal(T, D, seed=1, scale=3), w=normal(D, seed=2), eps=1e-5),
         "l2_norm": dict(x=x, eps=1e-6),
     }[op]

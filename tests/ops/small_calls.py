@@ -19,6 +19,7 @@ def calls_of_every_op():
         "add": dict(a=x(T, D), b=x(T, D)), "sigmoid": dict(x=x(T, D)), "swiglu": dict(gate=x(T, D), up=x(T, D)),
         "situ": dict(gate=x(T, D), up=x(T, D), beta=4.0, linear_beta=25.0),
         "softmax": dict(x=x(T, D)), "rms_norm": dict(x=x(T, D), w=x(D), eps=1e-5),
+        "layer_norm": dict(x=x(T, D), w=x(D), b=x(D), eps=1e-6),
         "gated_rms_norm": dict(x=x(T, D), z=x(T, D), w=x(D), eps=1e-5, activation="silu"), "l2_norm": dict(x=x(T, D)),
         "attn_res": dict(snapshots=x(3, T, D), x=x(T, D), w=x(D), eps=1e-5),
         "mhc_pre": dict(x=x(T, H, D), fn=x((2 + H) * H, H * D), base=x((2 + H) * H), scale=x(3), norm_eps=1e-5),

@@ -42,7 +42,7 @@ def test_sigmoid_keeps_its_digits_over_the_whole_range():
 
 
 @pytest.mark.parametrize("scale", [1e-42, 1e-20, 1e19, 1e25, 3e38])
-@pytest.mark.parametrize("op", ["rms_norm", "l2_norm", "gated_rms_norm"])
+@pytest.mark.parametrize("op", ["rms_norm", "layer_norm", "l2_norm", "gated_rms_norm"])
 def test_norms_of_tiny_and_huge_rows(op, scale):
     inputs = op_inputs(op, 3, 100)
     inputs["x"] = (np.sign(inputs["x"]) * np.float32(scale)).astype(np.float32)
@@ -51,7 +51,7 @@ def test_norms_of_tiny_and_huge_rows(op, scale):
 
 
 @pytest.mark.parametrize("scale", [0, 1e-45, 1e-30, 1e-25, 1e-20, 1e-14, 1e-10])
-@pytest.mark.parametrize("op", ["rms_norm", "l2_norm", "gated_rms_norm"])
+@pytest.mark.parametrize("op", ["rms_norm", "layer_norm", "l2_norm", "gated_rms_norm"])
 def test_norms_without_eps(op, scale):
     inputs = op_inputs(op, 3, 100) | dict(eps=0.0)
     inputs["x"] *= np.float32(scale)
@@ -61,7 +61,8 @@ def test_norms_without_eps(op, scale):
     judge(op, got, ref, **inputs)
 
 
-@pytest.mark.parametrize("op, first", [("rms_norm", "x"), ("l2_norm", "x"), ("softmax", "x"), ("sigmoid", "x"),
+@pytest.mark.parametrize("op, first", [("rms_norm", "x"), ("layer_norm", "x"), ("l2_norm", "x"), ("softmax", "x"),
+                                       ("sigmoid", "x"),
                                        ("swiglu", "gate"), ("swiglu", "up"), ("situ", "gate"), ("situ", "up"),
                                        ("add", "b"), ("gated_rms_norm", "z")])
 def test_in_place(op, first):
@@ -72,7 +73,8 @@ def test_in_place(op, first):
 
 
 @pytest.mark.parametrize("shift", [1, 33, -33])
-@pytest.mark.parametrize("op, name", [("rms_norm", "x"), ("l2_norm", "x"), ("softmax", "x"), ("sigmoid", "x"),
+@pytest.mark.parametrize("op, name", [("rms_norm", "x"), ("layer_norm", "x"), ("l2_norm", "x"), ("softmax", "x"),
+                                      ("sigmoid", "x"),
                                       ("swiglu", "gate"), ("swiglu", "up"), ("situ", "gate"), ("situ", "up"),
                                       ("add", "a"), ("add", "b"),
                                       ("gated_rms_norm", "x"), ("gated_rms_norm", "z")])
@@ -96,7 +98,9 @@ def test_an_output_over_the_weight():
 def test_nan_stays_in_its_row():
     x = normal(4, 40)
     x[2, 7] = np.nan
-    for y in (kl.ops.softmax(x), kl.ops.rms_norm(x, np.ones(40, np.float32), eps=1e-5), kl.ops.l2_norm(x)):
+    one = np.ones(40, np.float32)
+    for y in (kl.ops.softmax(x), kl.ops.rms_norm(x, one, eps=1e-5), kl.ops.layer_norm(x, one, one, eps=1e-5),
+              kl.ops.l2_norm(x)):
         assert np.isnan(y[2]).all() and np.isfinite(np.delete(y, 2, axis=0)).all()
 
 
@@ -193,6 +197,16 @@ X, W = normal(4, 8), normal(8)
     (lambda: kl.ops.add(X, X, ctx="cpu"), TypeError, "ctx is str"),
     (lambda: kl.ops.gated_rms_norm(X, X, W, eps=0, activation="relu"), ValueError, "activation is 'relu'"),
     (lambda: kl.ops.sigmoid(object()), TypeError, "x is a object"),
+    (lambda: kl.ops.layer_norm(X, X[0, :7], X[0], eps=0), ValueError, r"w has shape \[7\]; it must be \[8\]"),
+    (lambda: kl.ops.layer_norm(X, X[0], X[0, :7], eps=0), ValueError, r"b has shape \[7\]; it must be \[8\]"),
+    (lambda: kl.ops.layer_norm(X, X[0], None, eps=0), TypeError, "b is a NoneType"),
+    (lambda: kl.ops.layer_norm(X, X[0], X[0], eps=-1), ValueError, "eps is -1.0; it must be >= 0"),
+    (lambda: kl.ops.swiglu(X, X, limit=0), ValueError, "limit is 0.0; it must be > 0 in float32, or None"),
+    (lambda: kl.ops.swiglu(X, X, limit=-10), ValueError, "limit is -10.0; it must be > 0"),
+    (lambda: kl.ops.swiglu(X, X, limit=1e-60), ValueError, "limit is 1e-60; it must be > 0 in float32"),
+    (lambda: kl.ops.swiglu(X, X, limit=float("inf")), ValueError, "limit is inf; it must be finite in float32"),
+    (lambda: kl.ops.swiglu(X, X, limit=float("nan")), ValueError, "limit is nan"),
+    (lambda: kl.ops.swiglu(X, X, limit="x"), TypeError, "limit is 'x'; it must be a number > 0, or None"),
     (lambda: kl.ops.situ(X, X[:3], beta=4), ValueError, r"up has shape \[3, 8\]; it must be \[4, 8\]"),
     (lambda: kl.ops.situ(X, X, beta=0), ValueError, "beta is 0.0; it must be > 0 in float32"),
     (lambda: kl.ops.situ(X, X, beta=1e-60), ValueError, "beta is 1e-60; it must be > 0 in float32"),

@@ -24,9 +24,9 @@ SHAPES = [dict(E=1, D=1, F=1, k=1), dict(E=2, D=16, F=15, k=2), dict(), dict(E=5
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("T", [0, 1, 2, 30])
 @pytest.mark.parametrize("with_shared", [False, True])
-@pytest.mark.parametrize("situ", [None, (4, 25), (0.7, None)], ids=str)
-def test_within_budget_same_bytes_and_guarded(T, shape, with_shared, situ):
-    inputs = case(T, **shape) | dict(situ=situ)
+@pytest.mark.parametrize("activation", [{}, dict(situ=(4, 25)), dict(situ=(0.7, None)), dict(limit=0.8)], ids=str)
+def test_within_budget_same_bytes_and_guarded(T, shape, with_shared, activation):
+    inputs = case(T, **shape) | activation
     if with_shared:
         inputs["shared"] = normal(*inputs["x"].shape, seed=9)
 
@@ -98,6 +98,55 @@ def test_situ_equals_its_ops(situ):
     shared = kl.ops.moe(**inputs, shared=mats, situ=situ)
     assert shared.tobytes() == (own + own).tobytes()
     judge("moe", shared, kl.reference.moe(**inputs, shared=mats, situ=situ), **inputs, shared=mats, situ=situ)
+
+
+def past(inputs, factor=8):
+    """Inputs whose products of gate and up lie on both sides of 10, most within."""
+    return inputs | dict(x=inputs["x"] * np.float32(factor))
+
+
+def test_a_limit_equals_its_ops():
+    inputs = past(case(9, E=1, k=1))
+    inputs["weights"][:] = 1
+    mats = tuple(inputs[name][0] for name in ("w_gate", "w_up", "w_down"))
+    gate, up = kl.ops.linear(inputs["x"], list(mats[:2]))
+    assert gate.max() > 10 > -10 > gate.min() and up.max() > 10 > -10 > up.min()
+    own = kl.ops.linear(kl.ops.swiglu(gate, up, limit=10), mats[2])
+    assert np.array_equal(kl.ops.moe(**inputs, limit=10), own)
+    assert not np.array_equal(kl.ops.moe(**inputs), own)
+    assert kl.ops.moe(**inputs, limit=1e4).tobytes() == kl.ops.moe(**inputs).tobytes()
+    given = dict(**inputs, shared=mats, limit=10)  # the shared expert has it, too
+    shared = everywhere(lambda ctx: kl.ops.moe(**given, ctx=ctx))
+    assert shared.tobytes() == (own + own).tobytes()
+    judge("moe", shared, kl.reference.moe(**given), **given)
+
+
+@pytest.mark.parametrize("factor", [1, 8, 1000])
+def test_a_limit_of_far_products(factor):
+    """What is cut has no error of a product any more."""
+    inputs = past(case(20, D=130, F=65), factor) | dict(limit=10)
+    judge("moe", everywhere(lambda ctx: kl.ops.moe(**inputs, ctx=ctx)), kl.reference.moe(**inputs), **inputs)
+
+
+def test_a_limit_hides_no_nan():
+    inputs = past(case(10)) | dict(limit=10)
+    inputs["x"][3, 5] = np.nan
+    y = everywhere(lambda ctx: kl.ops.moe(**inputs, ctx=ctx))
+    assert np.isnan(y[3]).all() and np.isfinite(np.delete(y, 3, axis=0)).all()
+
+
+@pytest.mark.parametrize("activations", ["int8", "bfloat16"])
+def test_a_limit_with_narrow_activations(activations):
+    inputs = past(case(21, D=64, F=96))
+    for name in ("w_gate", "w_up", "w_down"):
+        w = inputs[name]
+        inputs[name] = w.astype(ml_dtypes.bfloat16) if activations == "bfloat16" else kl.ops.quantize(w, "Q8_0")
+    for isa in kl.isa_list():
+        ctx = kl.Context(isa=isa, threads=3, activations=activations)
+        got, free = kl.ops.moe(**inputs, limit=10, ctx=ctx), kl.ops.moe(**inputs, ctx=ctx)
+        wanted = kl.ops.moe(**inputs, limit=10)
+        error = np.sqrt(np.mean((got - wanted) ** 2) / np.mean(wanted**2))
+        assert error < 0.03 < 0.3 < np.sqrt(np.mean((free - wanted) ** 2) / np.mean(wanted**2))
 
 
 @pytest.mark.parametrize("factor", [1, 30, 1000])
@@ -176,6 +225,10 @@ C = case(4)
     (dict(situ=(4, 25, 1)), TypeError, "situ is .4, 25, 1.; it must be"),
     (dict(situ=(0, 25)), ValueError, "beta of situ is 0.0; it must be > 0"),
     (dict(situ=(4, -1)), ValueError, "linear_beta of situ is -1.0; it must be > 0"),
+    (dict(limit=0), ValueError, "limit is 0.0; it must be > 0 in float32, or None"),
+    (dict(limit=np.inf), ValueError, "limit is inf; it must be finite in float32"),
+    (dict(limit="x"), TypeError, "limit is 'x'; it must be a number > 0, or None"),
+    (dict(limit=10, situ=(4, 25)), ValueError, "limit is 10 beside situ; it must be None, it is SwiGLU's"),
     (dict(out=C["x"]), ValueError, "out shares memory with x"),
 ])
 def test_errors_are_sentences(change, error, message):
@@ -188,13 +241,16 @@ def test_the_core_checks_ids_itself():
     y = np.zeros((4, 33), np.float32)
     with pytest.raises(ValueError, match=r"moe: ids\[0, 0\] \(token, slot\) is 77; it must be 0 <= id < 6"):
         kl._core.moe(kl.Context()._core, y, C["x"], C["ids"] * 0 + np.int32(77), C["weights"], *weight, None,
-                     4, 33, 20, 3, 0.0, 0.0)
+                     4, 33, 20, 3, 0.0, 0.0, 0.0)
     assert not y.any()
 
 
-@pytest.mark.parametrize("betas, sentence", [((-1, 0), "moe: beta is -1; it must be > 0 and finite"),
-                                             ((4, -25), "moe: linear_beta is -25; it must be > 0 and finite, or 0")])
-def test_the_core_checks_betas_itself(betas, sentence):
+@pytest.mark.parametrize("betas, sentence", [((-1, 0, 0), "moe: beta is -1; it must be > 0 and finite"),
+                                             ((4, -25, 0), "moe: linear_beta is -25; it must be > 0 and finite, or 0"),
+                                             ((0, 0, -1), "moe: limit is -1; it must be > 0 and finite, or 0 for none"),
+                                             ((0, 0, np.nan), "moe: limit is nan"),
+                                             ((4, 25, 10), "moe: limit is 10 beside situ; it must be 0")])
+def test_the_core_checks_betas_and_limit_itself(betas, sentence):
     weight = [(C[n], 0, *C[n].shape) for n in ("w_gate", "w_up", "w_down")]
     y = np.zeros((4, 33), np.float32)
     with pytest.raises(ValueError, match=sentence):

@@ -1,5 +1,7 @@
 """check_op on torch functions: transformers' own, and fla's formulas, each by its conventions."""
 
+import types
+
 import pytest
 import torch
 from transformers.models.kimi_linear import modeling_kimi_linear as kimi
@@ -44,6 +46,29 @@ def test_transformers_chunked_form_fails_the_rim_and_the_card_says_why(project):
     assert len(reasons[SPREADS]) == 5 and all(name.startswith("nan-") for name in reasons[SPREADS])
     assert all(row.why for row in card.rows if row.status == "fails")
     assert SUMS in card.verdict or SPREADS in card.verdict
+
+
+def test_torchs_layer_norm_holds():
+    """All but one case: rows of 1e25, whose squares leave float32."""
+    card = check_op("layer_norm", torch.nn.functional.layer_norm, conventions="hf")
+    assert {name: card[name].why for name in card.failing} == {"overflow": "the sum of squares overflows float32"}, card
+
+
+@pytest.mark.parametrize("module, experts, says", [
+    ("glm5_next", "Glm5NextTextExperts", []),
+    ("step3p7", "Step3p7Experts", ["of the limit: silu(gate) is cut, not gate"]),
+])
+def test_limits_of_transformers(module, experts, says):
+    """GLM-5.3-Flash cuts gate and up, Step 3.7 silu(gate) and up."""
+    modeling = pytest.importorskip(f"transformers.models.{module}.modeling_{module}")
+    gated = getattr(modeling, experts)._apply_gate
+
+    def fn(gate_up, swiglu_limit):
+        of = types.SimpleNamespace(swiglu_limit=swiglu_limit, limit=swiglu_limit, act_fn=torch.nn.functional.silu)
+        return gated(of, gate_up)
+
+    card = check_op("swiglu", fn, conventions="hf", cases="limit")
+    assert bool(card) == (not says) and [reason for reason, _ in card.reasons] == says, card
 
 
 # ---- fla's conventions, written from the formula ---------------------------------------------------

@@ -293,6 +293,7 @@ EMPTY = "raised ValueError"
 FAILING = {
     "rms_norm": {"overflow": SQUARES},
     "l2_norm": {"overflow": SQUARES},
+    "layer_norm": {"overflow": SQUARES},
     "softmax": {"steep": "results below 2^-126 are 0"},
     "swiglu": {"large": EXPONENT, "negative": EXPONENT, "vanishing": SIGMOID},
     "situ": {"vanishing": SIGMOID},
@@ -304,6 +305,7 @@ FAILING = {
 
 
 @pytest.mark.parametrize("op, fn, conventions", [
+    ("layer_norm", mx.fast.layer_norm, "mlx"),
     ("rms_norm", mx.fast.rms_norm, "mlx"), ("softmax", nn.softmax, "mlx"), ("swiglu", activations.swiglu, "mlx"),
     ("short_conv", conv1d, "mlx"), ("attention", mx.fast.scaled_dot_product_attention, "mlx"),
     ("delta_rule", gated_delta.gated_delta_ops, "mlx"), ("l2_norm", unit_k, "ours"),

@@ -24,6 +24,7 @@ def inputs():
         "add": (dict(a=x(T, D), b=x(T, D)), {}),
         "sigmoid": (dict(x=x(T, D)), {}),
         "swiglu": (dict(gate=x(T, D), up=x(T, D)), {}),
+        "layer_norm": (dict(x=x(T, D), w=x(D), b=x(D)), dict(eps=1e-6)),
         "situ": (dict(gate=x(T, D), up=x(T, D)), dict(beta=4.0, linear_beta=25.0)),
         "softmax": (dict(x=x(T, D)), {}),
         "rms_norm": (dict(x=x(T, D), w=x(D)), dict(eps=1e-5)),

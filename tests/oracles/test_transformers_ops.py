@@ -260,3 +260,56 @@ def test_elementwise_linear_and_embedding(rng):
     ids = tokens("tiny", 5)
     table = ours("tiny").weights["model.embed_tokens.weight"]
     assert np.array_equal(kl.ops.embedding(ids, table), table.astype(np.float32)[ids])
+
+
+@pytest.mark.parametrize("D", [1, 16, 33, 128, 2304])
+@pytest.mark.parametrize("mean, eps", [(0, 1e-6), (3, 1e-5), (1e4, 1e-6)])
+def test_layer_norm(rng, D, mean, eps):
+    """torch's, of which the indexers' k_norm is made: in float64 it is the reference, in float32 near it."""
+    x, w = f32(mean + rng.standard_normal((9, D))), f32(1 + 0.3 * rng.standard_normal(D))
+    b = f32(rng.standard_normal(D))
+    norm = torch.nn.functional.layer_norm
+    given = dict(x=x, w=w, b=b, eps=eps)
+    want = norm(t(x).double(), (D,), t(w).double(), t(b).double(), eps).numpy()
+    np.testing.assert_allclose(reference.layer_norm(**given), want, rtol=1e-10, atol=1e-10 * max(1, mean))
+    if mean < 100:
+        both("layer_norm", norm(t(x), (D,), t(w), t(b), eps).numpy(), **given)
+    else:  # their float32 mean is off by more than ours
+        within("layer_norm", kl.ops.layer_norm(**given), 1, **given)
+
+
+@pytest.fixture(scope="module")
+def glm():
+    """GLM-5.3-Flash's feed-forwards in float64, small, with products on both sides of the limit."""
+    glm5 = pytest.importorskip("transformers.models.glm5_next.modeling_glm5_next")
+    config = glm5.Glm5NextTextConfig(hidden_size=24, intermediate_size=40, moe_intermediate_size=16,
+                                     num_local_experts=5, swiglu_limit=10.0)
+    torch.manual_seed(7)
+    made = [glm5.Glm5NextTextMLP(config).double(), glm5.Glm5NextTextExperts(config).double()]
+    with torch.no_grad():
+        for module in made:
+            for p in module.parameters():
+                p.copy_((torch.randn(p.shape) * 6 * p.shape[-1] ** -0.5).bfloat16())  # float32 holds them
+    return made
+
+
+def test_the_limit_of_glm(rng, glm):
+    mlp, experts = glm
+    x = f32(1.5 * rng.standard_normal((13, 24)))
+    ids = np.sort(np.argsort(rng.random((13, 5)), axis=-1)[:, :2], axis=-1)
+    weights = f32(rng.random((13, 2)))
+    with torch.no_grad():
+        dense = mlp(t(x).double()).numpy()
+        routed = experts(t(x).double(), torch.as_tensor(ids), t(weights).double()).numpy()
+    w_gate, w_up, w_down = (f32(p.weight.detach().numpy()) for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+    gate, up = reference.linear(x, w_gate), reference.linear(x, w_up)
+    assert gate.max() > 10 > -10 > gate.min() and up.max() > 10 > -10 > up.min()
+    h = reference.swiglu(gate, up, limit=10)
+    np.testing.assert_allclose(reference.linear(h, w_down), dense, rtol=0, atol=1e-12 * np.abs(dense).max())
+    joined, down = (f32(p.detach().numpy()) for p in (experts.gate_up_proj, experts.down_proj))
+    given = dict(x=x, ids=ids, weights=weights, w_gate=joined[:, :16], w_up=joined[:, 16:], w_down=down, limit=10.0)
+    np.testing.assert_allclose(reference.moe(**given), routed, rtol=0, atol=1e-12 * np.abs(routed).max())
+    within("moe", kl.ops.moe(**given), 1, **given)
+    shared = kl.ops.moe(**given, shared=(w_gate, w_up, w_down))
+    within("moe", shared, 1, **given, shared=(w_gate, w_up, w_down))
+    np.testing.assert_allclose(shared, routed + dense, rtol=0, atol=1e-5 * np.abs(routed).max())

@@ -98,6 +98,19 @@ class TestElementwise:
         near(ref.situ([1.0], [2.0], beta=0.5), [np.tanh(2) / (1 + np.exp(-1))], 1e-15)
         near(ref.situ([np.inf, -np.inf], [30.0, 30.0], beta=4, linear_beta=25), [100 * np.tanh(1.2), 0], 1e-15)
 
+    def test_layer_norm(self):
+        """Of (1, 3, 5, 7): mean 4, variance 5."""
+        y = ref.layer_norm([[1.0, 3, 5, 7]], [1, 2, 1, 1], [0, 0, 0, 10], eps=0.0)
+        near(y, [[-3 / 5**0.5, -2 / 5**0.5, 1 / 5**0.5, 10 + 3 / 5**0.5]])
+        near(ref.layer_norm([[1.0, 3, 5, 7]], [1, 1, 1, 1], [0, 0, 0, 0], eps=4.0), [[-1, -1 / 3, 1 / 3, 1]])
+        assert ref.layer_norm([[3.0, 3.0]], [5.0, 5.0], [0.5, -1.0], eps=1e-6).tolist() == [[0.5, -1.0]]
+
+    def test_swiglu_limit(self):
+        s = 10 / (1 + np.exp(-10))
+        near(ref.swiglu([11.0, 10.0, 1.0, -11.0], [2.0, 12.0, -12.0, -3.0], limit=10),
+             [2 * s, 10 * s, -10 / (1 + np.exp(-1)), 33 / (1 + np.exp(11))], 1e-13)
+        assert np.isnan(ref.swiglu([np.nan, 1.0], [1.0, np.nan], limit=10)).all()
+
     def test_swiglu(self):
         near(ref.swiglu([1.0, -2.0], [3.0, 0.5]), [3 / (1 + np.exp(-1)), -1 / (1 + np.exp(2))], 1e-15)
 

@@ -76,6 +76,40 @@ BUGS |= {("rms_norm", "centred"): "mean is taken off", ("rms_norm", "eps"): "eps
          ("rms_norm", "1 + w"): "1 + w", ("rms_norm", "overflow"): "overflows float32"}
 
 
+def layer_norm(x, w, b, eps, what=None):
+    D = x.shape[-1]
+    most = np.abs(x).max(-1, keepdims=True, initial=0)
+    power = F(1) if what == "overflow" else np.where(most > 1e15, F(2.0**-64), F(1))
+    x = x * power
+    mean = x.mean(-1, keepdims=True, dtype=F)
+    c = x - mean
+    c = c - c.mean(-1, keepdims=True, dtype=F)
+    of = x if what == "over rms" else c
+    var = (of * of).mean(-1, keepdims=True, dtype=F)
+    if what == "one pass":
+        var = (x * x).mean(-1, keepdims=True, dtype=F) - mean * mean
+    if what == "n - 1":
+        var = var * F(D) / F(D - 1)
+    eps = F(1e-5 if what == "eps" else eps) * power * power
+    if what == "rms":
+        return rms_norm(x, w, eps) + b
+    length = np.sqrt(var) + eps if what == "outside" else np.sqrt(var + (eps / F(D) if what == "on the sum" else eps))
+    y = np.where(length > 0, (x if what == "uncentred" else c) / length, F(0) * c)
+    if what == "bias first":
+        return w * (y + b)
+    if what == "swapped":
+        w, b = b, w
+    return (F(1) + w if what == "1 + w" else w) * y + (F(0) if what == "no bias" else b)
+
+
+BUGS |= {("layer_norm", "over rms"): "not off what is squared", ("layer_norm", "one pass"): "it cancels where",
+         ("layer_norm", "n - 1"): "D - 1", ("layer_norm", "eps"): "eps is 1e-05", ("layer_norm", "rms"): "an RMS norm",
+         ("layer_norm", "outside"): "outside of the root", ("layer_norm", "on the sum"): "on the sum of squares",
+         ("layer_norm", "uncentred"): "but not off x", ("layer_norm", "bias first"): "before the weight",
+         ("layer_norm", "swapped"): "weight and bias are swapped", ("layer_norm", "1 + w"): "1 + w",
+         ("layer_norm", "no bias"): "bias is left out", ("layer_norm", "overflow"): "overflows float32"}
+
+
 def gated_rms_norm(x, z, w, eps, activation="sigmoid", what=None):
     gate = silu(z) if (activation == "silu") != (what == "silu") else sigmoid(z)
     if what == "gate first":
@@ -365,9 +399,26 @@ BUGS |= {("sigmoid_gate", "raw"): "not put through a sigmoid", ("sigmoid_gate", 
 # ---- experts -------------------------------------------------------------------------------------------
 
 
-def swiglu(gate, up, what=None):
+def limited(gate, up, limit, what=None):
+    """SwiGLU's two inputs to silu(a) b, within the limit."""
+    if limit is None or what == "no limit":
+        return gate, up
+    low = F(-np.inf) if what == "up above" else F(-limit)
+    a = gate if what == "gate free" else np.clip(gate, F(-limit) if what == "both sides" else F(-np.inf), F(limit))
+    return a, up if what == "up free" else np.clip(up, low, F(limit))
+
+
+def swiglu(gate, up, limit=None, what=None):
+    if limit is not None:
+        limit = 7 if what == "7" else limit
+        if what == "after":
+            return np.minimum(silu(gate), F(limit)) * np.clip(up, F(-limit), F(limit))
+        if what == "product":
+            return np.clip(silu(gate) * up, F(-limit), F(limit))
+        if what != "swapped":
+            gate, up = limited(gate, up, limit, what)
     if what == "swapped":
-        gate, up = up, gate
+        gate, up = limited(up, gate, limit)
     if what == "clamped":
         gate, up = np.minimum(gate, F(7)), np.clip(up, F(-7), F(7))
     act = {"gelu": lambda x: x / 2 * (1 + np.tanh(F(0.7978845608) * (x + F(0.044715) * x * x * x))),
@@ -377,6 +428,10 @@ def swiglu(gate, up, what=None):
 
 BUGS |= {("swiglu", "swapped"): "SiLU is on w3 x (up)", ("swiglu", "clamped"): "clamped at 7", ("swiglu",
                                                                                                 "gelu"): "GELU",
+         ("swiglu", "after"): "silu(gate) is cut, not gate", ("swiglu", "product"): "the product is cut",
+         ("swiglu", "both sides"): "gate is cut on both sides", ("swiglu", "up above"): "up is cut above alone",
+         ("swiglu", "gate free"): "gate is not cut", ("swiglu", "up free"): "up is not cut",
+         ("swiglu", "no limit"): "nothing is cut", ("swiglu", "7"): "the limit is 7",
          ("swiglu", "sigmoid"): "GLU, without the factor", ("swiglu", "relu"): "ReLU", ("swiglu",
                                                                                         "nothing"): "no activation"}
 
@@ -450,19 +505,23 @@ BUGS |= {("route", "no bias"): "without the bias", ("route", "softmax"): "softma
          ("route", "last of equals"): "the last expert wins"}
 
 
-def gated(gate, up, betas):
-    return silu(gate) * up if betas is None else situ(gate, up, *betas)
+def gated(gate, up, betas, limit, what):
+    return swiglu(gate, up, limit, what if what in ("after", "no limit", "both sides") else None) if betas is None \
+        else situ(gate, up, *betas)
 
 
-def moe(x, ids, weights, w_gate, w_up, w_down, shared=None, shared_gate=None, situ=None, what=None):
+def moe(x, ids, weights, w_gate, w_up, w_down, shared=None, shared_gate=None, situ=None, limit=None, what=None):
     y = np.zeros_like(x)
+    if limit is not None and what == "sum cut":
+        y = np.clip(moe(x, ids, weights, w_gate, w_up, w_down, situ=situ), F(-limit), F(limit))
+        return y if shared is None else y + shared
     if what == "swapped":
         w_gate, w_up = w_up, w_gate
     for t in range(len(x)):
         for e, weight in zip(ids[t], weights[t]):
             e = (e + 1) % len(w_gate) if what == "next expert" else e
             xt = x[t] * weight if what == "on the input" else x[t]
-            h = gated(w_gate[e] @ xt, w_up[e] @ xt, None if what == "swiglu" else situ)
+            h = gated(w_gate[e] @ xt, w_up[e] @ xt, None if what == "swiglu" else situ, limit, what)
             y[t] += (F(1) if what in ("on the input", "no weights") else weight) * (w_down[e] @ h)
     if shared is None or what == "no shared":
         return y
@@ -475,7 +534,9 @@ BUGS |= {("moe", "swapped"): "SiLU is on w3 x (up)", ("moe", "next expert"): "ex
          ("moe", "on the input"): "before the expert", ("moe", "no weights"): "with weight 1",
          ("moe", "no shared"): "shared expert is left out", ("moe", "shared twice"): "shared expert is added twice",
          ("moe", "no gate"): "gate is left out", ("moe", "raw gate"): "not put through a sigmoid",
-         ("moe", "swiglu"): "where SiTU belongs"}
+         ("moe", "swiglu"): "where SiTU belongs", ("moe", "sum cut"): "on the sum of the experts",
+         ("moe", "after"): "silu(gate) is cut, not gate", ("moe", "no limit"): "nothing is cut",
+         ("moe", "both sides"): "gate is cut on both sides"}
 
 
 # ---- attention over depth --------------------------------------------------------------------------------

@@ -238,7 +238,7 @@ def test_conventions_are_data(project, op):
     ("mhc_pre", ("fn [n D, (2 + n) n]",), lambda x: x | {"fn": x["fn"].T}),
     ("mhc_post", ("comb [T, to, from]",), lambda x: x | {"comb": np.swapaxes(x["comb"], -1, -2)}),
     ("swiglu", ("up and gate in one, [up | gate]",),
-     lambda x: dict(zip(("up", "gate"), np.split(x["gate"], 2, -1)))),
+     lambda x: x | dict(zip(("up", "gate"), np.split(x["gate"], 2, -1)))),
     ("situ", ("up and gate in one, [up | gate]",),
      lambda x: x | dict(zip(("up", "gate"), np.split(x["gate"], 2, -1)))),
 ])

@@ -5,8 +5,8 @@ import numpy as np
 from ... import reference
 from ..._float64 import f64
 
-__all__ = ["add", "attn_res", "gated_rms_norm", "l2_norm", "rms_norm", "sigmoid", "sigmoid_gate", "situ", "softmax",
-           "swiglu"]
+__all__ = ["add", "attn_res", "gated_rms_norm", "l2_norm", "layer_norm", "rms_norm", "sigmoid", "sigmoid_gate", "situ",
+           "softmax", "swiglu"]
 
 U = 2.0**-24
 TINY = 2.0**-149  # the smallest subnormal: results down there are rounded to a multiple of it
@@ -23,6 +23,12 @@ def through_silu(x, error):
     an error 4 times as large; 1.1 of it at most, for |silu'| <= 1.1 everywhere."""
     s = reference.sigmoid(x)
     return np.fmin(1.1 * error, np.abs(s * (1 + x * (1 - s))) * error + error * error)
+
+
+def through_clip(x, error, low, high):
+    """What an error of x becomes in clip(x, low, high): at most itself, and none where x is far outside."""
+    y = np.clip(x, low, high)
+    return np.maximum(np.clip(x + error, low, high) - y, y - np.clip(x - error, low, high))
 
 
 def through_tanh(x, error, beta):
@@ -69,10 +75,14 @@ def sigmoid_gate(ref, x, gate, stored=0.0):
     return _relative(ref, 6, stored) + TINY * np.abs(np.asarray(x, np.float64))
 
 
-def swiglu(ref, gate, up, stored=0.0):
+def swiglu(ref, gate, up, limit=None, stored=0.0):
     """sigmoid within 4 u, then two products: 6 u; a sigmoid that underflows is off by TINY before them, and so is its
-    product with gate before the second. Stored: the sigmoid, and its product with gate."""
-    return _relative(ref, 6, 2 * stored) + TINY * (1 + np.abs(f64(gate))) * np.abs(f64(up))
+    product with gate before the second. A limit in float32 is off by 1 u, which 1.3 times reaches silu(limit): 9 u.
+    Stored: the sigmoid, and its product with gate."""
+    gate, up = f64(gate), f64(up)
+    if limit is not None:
+        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+    return _relative(ref, 6 if limit is None else 9, 2 * stored) + TINY * (1 + np.abs(gate)) * np.abs(up)
 
 
 def situ(ref, gate, up, beta, linear_beta=None):
@@ -103,6 +113,27 @@ def rms_norm(ref, x, w, eps, stored=0.0):
     A product that underflows before it meets w is off by TINY. Stored: 1 / rms, and its product with x.
     """
     return _relative(ref, np.shape(x)[-1] / 32 + 8, 2 * stored) + TINY * np.abs(np.asarray(w, np.float64))
+
+
+def layer_norm(ref, x, w, b, eps, stored=0.0):
+    """In units of the root: a shift of all differences, which is what the mean of the rest is off by, and 2 u of each;
+    the root as rms_norm's, 2 u for its differences, and half the square of the shift; two products, then the sum with
+    b. The first mean is off by `first`, of which the rest knows all but a rounding.
+
+    Never more than two rows of that norm can lie apart. Stored: the difference, 1 / root, their product, that with w.
+    """
+    x, w = f64(x), np.abs(f64(w))
+    lanes = -(-x.shape[-1] // 16)
+    with np.errstate(all="ignore"):  # rows that are not finite, or equal values without eps
+        c = np.abs(x - x.mean(-1, keepdims=True))
+        var = (c * c).mean(-1, keepdims=True)
+        root = np.sqrt(var + eps)
+        first = (lanes + 5) * U * np.abs(x).mean(-1, keepdims=True)
+        shift = ((lanes + 6) * (np.sqrt(var) + first) + first) * U / root + 4 * TINY / np.maximum(root, 2.0**-50)
+        z = c / root
+        lost = shift + z * ((lanes / 2 + 12) * U + shift * shift + U * first / root)
+        lost = np.fmin(lost, 1.01 * (z + x.shape[-1] ** 0.5))
+    return w * (lost + 4 * stored * z) + U * np.abs(ref) + TINY * (1 + w)
 
 
 def l2_norm(ref, x, eps=1e-6, stored=0.0):

@@ -3,7 +3,7 @@
 import numpy as np
 
 from ... import reference
-from ._basic import TINY, U, situ, softmax, swiglu, through_silu, through_situ, through_tanh
+from ._basic import TINY, U, situ, softmax, swiglu, through_clip, through_silu, through_situ, through_tanh
 
 __all__ = ["embedding", "linear", "moe", "route"]
 
@@ -48,12 +48,15 @@ def route(ref, scores, k, bias=None, groups=1, top_groups=1, function="sigmoid",
     return np.zeros(ids.shape), bound
 
 
-def _swiglu(gate, up, gate_error, up_error, stored):
+def _swiglu(gate, up, gate_error, up_error, limit, stored):
     """(value, bound of its error) of what has errors already. Stored: the sigmoid and its product with gate."""
+    if limit is not None:
+        gate_error, up_error = through_clip(gate, gate_error, -np.inf, limit), through_clip(up, up_error, -limit, limit)
+        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
     silu = reference.silu(gate)
     h = silu * up
     return h, (through_silu(gate, gate_error) * (np.abs(up) + up_error) + np.abs(silu) * up_error
-               + swiglu(h, gate, up, stored))
+               + swiglu(h, gate, up, limit, stored))
 
 
 def _situ(gate, up, gate_error, up_error, beta, linear_beta):
@@ -66,14 +69,14 @@ def _situ(gate, up, gate_error, up_error, beta, linear_beta):
                + situ(h, gate, up, beta, linear_beta))
 
 
-def _expert(x, w_gate, w_up, w_down, betas, stored):
+def _expert(x, w_gate, w_up, w_down, betas, limit, stored):
     """(value, bound of its error) of ``w_down swiglu(w_gate x, w_up x)``, or of `situ` where there are betas: each
     product's own error, and what it becomes in the next. Stored: each product, what the activation has, and h."""
     gate, up = reference.linear(x, w_gate), reference.linear(x, w_up)
     gate_error = _dot(x, w_gate) + stored * np.abs(gate)
     up_error = _dot(x, w_up) + stored * np.abs(up)
     if betas is None:
-        h, h_error = _swiglu(gate, up, gate_error, up_error, stored)
+        h, h_error = _swiglu(gate, up, gate_error, up_error, limit, stored)
     else:
         h, h_error = _situ(gate, up, gate_error, up_error, *betas)
     h_error += stored * np.abs(h)
@@ -81,11 +84,11 @@ def _expert(x, w_gate, w_up, w_down, betas, stored):
     return value, h_error @ down.T + _dot(np.abs(h) + h_error, down) + stored * np.abs(value)
 
 
-def _shared_error(x, shared, shared_gate, betas, stored):
+def _shared_error(x, shared, shared_gate, betas, limit, stored):
     """Bound of the error of what is added last: 0 where it is given as an array and not scaled. Stored: the gate's
     logit, its sigmoid, and the product."""
     given = isinstance(shared, tuple)
-    value, error = _expert(x, *shared, betas, stored) if given else (np.asarray(shared, np.float64), 0.0)
+    value, error = _expert(x, *shared, betas, limit, stored) if given else (np.asarray(shared, np.float64), 0.0)
     if shared_gate is None:
         return error
     logit = np.abs(np.asarray(x, np.float64) @ np.asarray(shared_gate, np.float64).T) if stored else 0.0
@@ -94,7 +97,7 @@ def _shared_error(x, shared, shared_gate, betas, stored):
 
 
 def moe(ref, x, ids, weights, w_gate, w_up, w_down, shared=None, shared_gate=None, activation="silu", situ=None,
-        stored=0.0):
+        limit=None, stored=0.0):
     """The experts' own errors by their weights, k + 1 additions, and the shared expert's error. Stored: besides theirs,
     the weights, what they multiply, and each sum."""
     x, ids, weights = np.asarray(x, np.float64), np.asarray(ids), np.asarray(weights, np.float64)
@@ -102,10 +105,10 @@ def moe(ref, x, ids, weights, w_gate, w_up, w_down, shared=None, shared_gate=Non
     total, size = np.zeros_like(ref), np.zeros_like(ref)
     for e in np.unique(ids):
         t, slot = np.nonzero(ids == e)
-        value, error = _expert(x[t], w_gate[e], w_up[e], w_down[e], situ, stored)
+        value, error = _expert(x[t], w_gate[e], w_up[e], w_down[e], situ, limit, stored)
         weight = np.abs(weights[t, slot])[:, None]
         np.add.at(total, t, weight * error)
         np.add.at(size, t, weight * np.abs(value))
     if shared is not None:
-        total += _shared_error(x, shared, shared_gate, situ, stored)
+        total += _shared_error(x, shared, shared_gate, situ, limit, stored)
     return 1.01 * total + ((k + 1) * U + (k + 2) * stored) * size + (U + stored) * np.abs(ref) + (k + 1) * TINY
