@@ -334,6 +334,35 @@ def chosen_latents_work(T, arguments):
     return flops, size(*queries) + 4 * len(np.unique(chosen)) * (R + P) + 4 * T * H * V
 
 
+# ---- the indexer of sparse attention (GLM-5.3-Flash) ----
+
+INDEX_HEADS, INDEX_WIDTH, POOL, TOPK = 32, 128, 4, 2048
+
+
+def index_pool(T, rng):
+    k, gate, ape = (normal(rng, rows, INDEX_WIDTH) for rows in (T, T, POOL))
+    return [{"k": k, "gate": gate, "ape": ape}]
+
+
+def index_pool_work(T, arguments):
+    return 8 * T * INDEX_WIDTH, size(*arguments.values()) + 4 * (T // POOL) * INDEX_WIDTH
+
+
+def indexed(**more):
+    """T new tokens behind `DEPTH` cached ones."""
+    def make(T, rng):
+        S = DEPTH + T
+        return [{"q": normal(rng, T, INDEX_HEADS, INDEX_WIDTH), "keys": normal(rng, S // POOL, INDEX_WIDTH),
+                 "weights": normal(rng, T, INDEX_HEADS), "pool": POOL, "positions": S, **more}]
+
+    return make
+
+
+def indexed_work(T, arguments):
+    pools = (T * DEPTH + T * (T + 1) // 2) // POOL
+    return 2 * INDEX_HEADS * (INDEX_WIDTH + 1) * pools, size(*(arguments[name] for name in ("q", "keys", "weights")))
+
+
 # ---- grouped-query attention (Qwen3-Next) ----
 
 def rope(T, rng):
@@ -394,6 +423,9 @@ CASES = [
     Case("latent_attention", f"at {DEPTH} f32", latent_attention(F32), latent_attention_work),
     Case("latent_attention", f"at {DEPTH} f16", latent_attention(F16), latent_attention_work),
     Case("latent_attention", f"{DEPTH // 4} of {DEPTH} f32", chosen_latents, chosen_latents_work),
+    Case("index_pool", f"{POOL} of {INDEX_WIDTH}", index_pool, index_pool_work),
+    Case("index_scores", f"at {DEPTH}", indexed(scale=INDEX_WIDTH**-0.5), indexed_work),
+    Case("index_select", f"{TOPK} at {DEPTH}", indexed(topk=TOPK), indexed_work),
     Case("attention", f"at {DEPTH} f32", attention(F32), attention_work),
     Case("attention", f"at {DEPTH} f16", attention(F16), attention_work),
     Case("rope", f"{HEADS}x{HEAD}", rope, rope_work),

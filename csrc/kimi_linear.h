@@ -419,6 +419,31 @@ KL_API kl_status kl_latent_attention(kl_ctx *ctx, float *o, const float *q, kl_c
                                      const kl_weight *w_uv,
                                      const kl_latent_attention_args *args) KL_CHECKED;
 
+/* ---- ops: the indexer of sparse attention ----------------------------------------------------- */
+
+/* Keys of pools, P consecutive positions from position 0 on. `rows` has 2 D values a position, k then gate, and those of
+ * positions start[n] .. start[n] + the new tokens of sequence n - 1 are there; the pools whose last position is one of
+ * these are computed, by softmax over gate + ape [P, D] in each channel. `pooled` has rows of D / P values, one behind the
+ * other: the key of pool p is the P rows from position p P on. P divides KL_PAGE. */
+KL_API kl_status kl_index_pool(kl_ctx *ctx, kl_cache pooled, kl_cache rows, const float *ape,
+                               const int64_t *offsets, const int64_t *start, int64_t N, int64_t T,
+                               int64_t D, int64_t P) KL_CHECKED;
+
+typedef struct kl_index_args {
+    const int64_t *offsets;   /* [N+1] of the queries */
+    const int64_t *positions; /* [N] positions of each sequence, the new ones counted */
+    int64_t N, T, H, D, pool; /* pool: positions a key, 1 or as kl_index_pool has it */
+    int64_t topk; /* kl_index_select: positions of the pools chosen, a multiple of pool */
+    float scale;  /* kl_index_scores */
+} kl_index_args;
+
+/* scores [T, most pools of a sequence], q [T, H, D], keys as kl_index_pool's `pooled`, weights [T, H]. */
+KL_API kl_status kl_index_scores(kl_ctx *ctx, float *scores, const float *q, kl_cache keys,
+                                 const float *weights, const kl_index_args *args) KL_CHECKED;
+/* ids [T, topk + pool - 1]: positions, rising, -1 behind the last. Scores are those of scale 1. */
+KL_API kl_status kl_index_select(kl_ctx *ctx, int32_t *ids, const float *q, kl_cache keys,
+                                 const float *weights, const kl_index_args *args) KL_CHECKED;
+
 /* ---- ops: grouped-query attention ------------------------------------------------------------- */
 
 /* x, y [T, H, K], y may be x; positions [T] >= 0. Values j and j + rotary / 2 of a head are turned by the

@@ -22,8 +22,9 @@ class _Form(NamedTuple):
     axes: int             # of the first argument of `tokens`, without a batch
     tokens: str           # arguments that have a row for each token
     positions: str        # those that have one for each cached position
-    results: str          # of each result whether it has a row for each token (t) or not (-)
+    results: str          # whether each result has a row for each token (t), some for each sequence (n) or neither (-)
     sequences: bool = True  # whether tokens of a sequence know of each other: there are offsets
+    others: str = ""      # arguments that have some rows for each sequence
 
 
 _FORMS = {
@@ -35,6 +36,9 @@ _FORMS = {
     "delta_rule_inter": _Form(3, "q k g P W U", "", "t-t"),
     "latent_attention": _Form(3, "q select", "latent k_shared", "t"),
     "attention": _Form(3, "q", "k v", "t"),
+    "index_pool": _Form(2, "k gate", "", "n"),
+    "index_scores": _Form(3, "q weights", "", "t", others="keys"),
+    "index_select": _Form(3, "q weights", "", "t", others="keys"),
     "route": _Form(2, "scores", "", "tt", sequences=False),
     "moe": _Form(2, "x ids weights shared", "", "t", sequences=False),
 }
@@ -74,6 +78,9 @@ def packed(op, given):
         S = x.shape[1]
         flat[name] = _flat(x, 2, lead[0] * S)
         flat["kv_offsets"] = np.arange(lead[0] + 1) * S
+    for name in form.others.split():
+        x = as_array(given[name], name)
+        flat[name] = _flat(x, 2, lead[0] * x.shape[1])
     if form.sequences:
         flat["offsets"] = np.arange(lead[0] + 1) * lead[1]
     return flat, lead
@@ -85,18 +92,27 @@ def _flat(x, axes, rows):
 
 def unpacked(op, results, lead):
     """Results (one, or a tuple) of the arguments that `packed` gave, for the axes that there were."""
-    return _of_rows(op, results, lambda r: r.reshape(*lead, *r.shape[1:]))
+    def of_lead(r, kind):
+        rows = lead if kind == "t" else (lead[0], len(r) // max(lead[0], 1))
+        return r.reshape(*rows, *r.shape[1:])
+
+    return _of_rows(op, results, of_lead)
 
 
 def packed_results(op, results, lead):
     """The inverse of `unpacked`."""
-    return _of_rows(op, results, lambda r: _flat(as_array(r, "a result"), len(lead), math.prod(lead)))
+    def of_rows(r, kind):
+        a = as_array(r, "a result")
+        return _flat(a, len(lead), math.prod(a.shape[:len(lead)]))
+
+    return _of_rows(op, results, of_rows)
 
 
 def _of_rows(op, results, change):
+    kinds = _FORMS[op].results
     if not isinstance(results, tuple):
-        return change(results)
-    return tuple(change(r) if kind == "t" else r for r, kind in zip(results, _FORMS[op].results))
+        return change(results, kinds[0])
+    return tuple(r if kind == "-" else change(r, kind) for r, kind in zip(results, kinds))
 
 
 def any_batch(op):

@@ -14,6 +14,8 @@ OURS = {
     "linear": "x w bias", "short_conv": "x w history offsets activation",
     "decay_gate": "f rate dt_bias lower_bound", "decay_cumsum": "g chunk offsets",
     "latent_attention": "q latent k_shared w_uk w_uv scale offsets kv_offsets select", "swiglu": "gate up limit",
+    "index_pool": "k gate ape offsets", "index_scores": "q keys weights scale pool offsets positions",
+    "index_select": "q keys weights topk pool offsets positions",
     "situ": "gate up beta linear_beta", "softmax": "x",
     "rope": "x positions base rotary", "attention": "q k v scale offsets kv_offsets", "sigmoid_gate": "x gate",
     "route": "scores k bias groups top_groups function renormalise scale",

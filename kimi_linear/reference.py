@@ -5,9 +5,9 @@ stay integers. Shape letters: T tokens, N sequences, H heads (Hk of keys, Hv of 
 width, D model width, R latent rank, P width of the shared key part, C channels, W taps, E experts, F inner
 width. With ``offsets`` [N+1] the tokens of N sequences lie one after another and states have a leading axis
 N; with a batch axis in front, [B, T, ...], there are B equally long ones and states have a leading axis B. The
-delta rule and its chunked form are in :mod:`kimi_linear.reference_delta`, gradients in
-:mod:`kimi_linear.reference_backward`, the block types in :mod:`kimi_linear.reference_quant`; they are names of this
-module, too.
+delta rule and its chunked form are in :mod:`kimi_linear.reference_delta`, the indexer of sparse attention in
+:mod:`kimi_linear.reference_index`, gradients in :mod:`kimi_linear.reference_backward`, the block types in
+:mod:`kimi_linear.reference_quant`; they are names of this module, too.
 
 Sources: Kimi Linear report, arXiv:2510.26692 (delta rule, decay, block); DeepSeek-V2, arXiv:2405.04434
 (latent attention); DeepSeek-V3, arXiv:2412.19437 (routing); Salmon et al., SC 2011 (Philox).
@@ -31,6 +31,7 @@ from .reference_backward import (  # noqa: F401
 )
 from .reference_delta import decay_cumsum, delta_rule, delta_rule_inter, delta_rule_intra  # noqa: F401
 from .reference_delta_backward import delta_rule_backward  # noqa: F401
+from .reference_index import best_first, index_pool, index_scores, index_select, index_sequences  # noqa: F401
 from .reference_quant import dequantize, quantize  # noqa: F401
 
 # ---- element by element, norms -------------------------------------------------------------------

@@ -4,6 +4,7 @@
 
 #include "ragged.h"
 #include "reduce.h"
+#include "scalar.h"
 #include "stored.h"
 
 /* kl_cache with its table of pages on the device: [N, pages] addresses. */
@@ -54,6 +55,47 @@ static __device__ __forceinline__ float kl_cached_value(kl_type type, const char
     return type == KL_Q8_0  ? kl_cached_at<KL_Q8_0>(row, k)
            : type == KL_F16 ? kl_cached_at<KL_F16>(row, k)
                             : kl_cached_at<KL_F32>(row, k);
+}
+
+/* ---- storing ---- */
+
+/* The size from which on a finite value cannot be stored (ops/cache_append.c). */
+static inline float kl_cache_limit_of(kl_type type)
+{
+    return type == KL_Q8_0 ? 127.0f * 65520.0f : type == KL_F16 ? 65520.0f : INFINITY;
+}
+
+/* value d of a row in float32 or float16 */
+static __device__ __forceinline__ void kl_put_value(kl_type type, char *row, int64_t d, float x)
+{
+    if (type == KL_F16) {
+        const uint16_t bits = kl_to_f16(x);
+        memcpy(__builtin_assume_aligned(row + 2 * d, 2), &bits, sizeof bits);
+    } else {
+        memcpy(__builtin_assume_aligned(row + 4 * d, 4), &x, sizeof x);
+    }
+}
+
+/* A block of Q8_0: what is made of the largest of 32 sizes. A block that is not finite is NaN; one whose scale has
+ * no inverse is zeros. */
+struct kl_q8_0_scale {
+    uint16_t bits;
+    float inverse;
+};
+static __device__ __forceinline__ kl_q8_0_scale kl_q8_0_scale_of(float largest)
+{
+    if (!(largest < INFINITY))
+        return kl_q8_0_scale{ 0x7e00, 0.0f };
+    if (largest < 0x1p-120f)
+        return kl_q8_0_scale{ 0, 0.0f };
+    const float d = largest / 127.0f;
+    return kl_q8_0_scale{ kl_to_f16(d), 1.0f / d };
+}
+static __device__ __forceinline__ char kl_q8_0_byte(float x, const kl_q8_0_scale &s)
+{
+    const float q = s.inverse != 0.0f ? x * s.inverse : 0.0f;
+    const float down = floorf(fabsf(q)), size = fabsf(q) - down >= 0.5f ? down + 1.0f : down;
+    return static_cast<char>(static_cast<int>(q < 0.0f ? -size : size));
 }
 
 #endif

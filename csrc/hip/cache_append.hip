@@ -9,6 +9,7 @@
 namespace
 {
 
+const char *const what = "cache_append: x";
 const int BLOCK = 256, TEAMS = BLOCK / KL_TEAM, VALUES = 32;
 
 struct rows {
@@ -32,38 +33,6 @@ __device__ __forceinline__ char *row_of(const rows &a, int64_t t)
     return kl_cached_row(a.cache, n, a.start[n] + t - a.offsets[n]);
 }
 
-__device__ __forceinline__ void put(kl_type type, char *row, int64_t d, float x)
-{
-    if (type == KL_F16) {
-        const uint16_t bits = kl_to_f16(x);
-        memcpy(__builtin_assume_aligned(row + 2 * d, 2), &bits, sizeof bits);
-    } else {
-        memcpy(__builtin_assume_aligned(row + 4 * d, 4), &x, sizeof x);
-    }
-}
-
-/* A block of Q8_0: what is made of the largest of 32 sizes. A block that is not finite is NaN; one whose scale has
- * no inverse is zeros. */
-struct scale {
-    uint16_t bits;
-    float inverse;
-};
-__device__ __forceinline__ scale scale_of(float largest)
-{
-    if (!(largest < INFINITY))
-        return scale{ 0x7e00, 0.0f };
-    if (largest < 0x1p-120f)
-        return scale{ 0, 0.0f };
-    const float d = largest / 127.0f;
-    return scale{ kl_to_f16(d), 1.0f / d };
-}
-__device__ __forceinline__ char byte_of(float x, const scale &s)
-{
-    const float q = s.inverse != 0.0f ? x * s.inverse : 0.0f;
-    const float down = floorf(fabsf(q)), size = fabsf(q) - down >= 0.5f ? down + 1.0f : down;
-    return static_cast<char>(static_cast<int>(q < 0.0f ? -size : size));
-}
-
 __global__ void __launch_bounds__(256) cache_append_v1(rows a)
 {
     const int64_t step = static_cast<int64_t>(gridDim.x) * BLOCK;
@@ -78,14 +47,14 @@ __global__ void __launch_bounds__(256) cache_append_v1(rows a)
         for (int j = 0; j < n && !(largest < a.limit); j++)
             check(a, i * n + j, a.x[i * n + j]);
         if (a.cache.type != KL_Q8_0) {
-            put(a.cache.type, row, i % width, a.x[i]);
+            kl_put_value(a.cache.type, row, i % width, a.x[i]);
             continue;
         }
-        const scale s = scale_of(largest);
+        const kl_q8_0_scale s = kl_q8_0_scale_of(largest);
         char *block = row + i % width * 34;
         memcpy(block, &s.bits, sizeof s.bits);
         for (int j = 0; j < VALUES; j++)
-            block[2 + j] = byte_of(a.x[i * VALUES + j], s);
+            block[2 + j] = kl_q8_0_byte(a.x[i * VALUES + j], s);
     }
 }
 
@@ -95,7 +64,7 @@ __global__ void __launch_bounds__(256, 1) cache_append_v2(rows a)
         char *row = row_of(a, t);
         for (int64_t d = threadIdx.x; d < a.D; d += BLOCK) {
             check(a, t * a.D + d, a.x[t * a.D + d]);
-            put(a.cache.type, row, d, a.x[t * a.D + d]);
+            kl_put_value(a.cache.type, row, d, a.x[t * a.D + d]);
         }
     }
 }
@@ -109,11 +78,11 @@ __global__ void __launch_bounds__(256) cache_append_q8_0_v2(rows a)
             const bool mine = b < a.D / VALUES; /* a team behind the last block only shuffles */
             const float x = mine ? a.x[t * a.D + b * VALUES + kl_lane()] : 0.0f;
             check(a, t * a.D + b * VALUES + kl_lane(), x);
-            const scale s = scale_of(kl_team_max(fabsf(x)));
+            const kl_q8_0_scale s = kl_q8_0_scale_of(kl_team_max(fabsf(x)));
             if (mine && kl_lane() == 0)
                 memcpy(row + b * 34, &s.bits, sizeof s.bits);
             if (mine)
-                row[b * 34 + 2 + kl_lane()] = byte_of(x, s);
+                row[b * 34 + 2 + kl_lane()] = kl_q8_0_byte(x, s);
         }
     }
 }
@@ -135,8 +104,8 @@ kl_status hip_cache_append(kl_ctx *ctx, kl_cache cache, const float *x, const in
     if (kl_core_of->measuring(ctx))
         return KL_OK;
     if (cache.type != KL_F32) {
-        a.limit = cache.type == KL_Q8_0 ? 127.0f * 65520.0f : 65520.0f;
-        KL_TRY(kl_cache_fault_of(ctx, &a.fault, D, cache.type));
+        a.limit = kl_cache_limit_of(cache.type);
+        KL_TRY(kl_cache_fault_of(ctx, &a.fault, what, D, cache.type));
     }
     if (kl_version() == 1)
         KL_LAUNCH(cache_append_v1, kl_grid(kl_ceil_div(T * D, BLOCK)), BLOCK, 0, kl_stream(ctx), a);

@@ -31,6 +31,7 @@ struct kl_handle {
     int64_t E, k;               /* of the call that they belong to */
     int64_t select_width;       /* entries of a row of select, in the last call with one */
     struct {
+        const char *what;
         int64_t D;
         kl_type type;
     } caches[KL_CACHES]; /* that may have been noted since, */

@@ -33,9 +33,8 @@ kl_status sentence_of(kl_ctx *ctx, const kl_handle *h, int kind, unsigned long l
         const bool half = h->caches[kind].type == KL_F16;
         return kl_core_of->fail(
             ctx, KL_ERR_ARG,
-            "cache_append: x[%lld, %lld] is %g, too large for a %s cache (%s at most); "
-            "use a float32 cache",
-            row, col, static_cast<double>(value), half ? "float16" : "q8_0",
+            "%s[%lld, %lld] is %g, too large for a %s cache (%s at most); use a float32 cache",
+            h->caches[kind].what, row, col, static_cast<double>(value), half ? "float16" : "q8_0",
             half ? "65504" : "8319008");
     }
     if (kind == KL_FAULT_BIAS)
@@ -122,17 +121,20 @@ kl_status kl_select_fault_of(kl_ctx *ctx, unsigned long long **fault, int64_t wi
     return KL_OK;
 }
 
-kl_status kl_cache_fault_of(kl_ctx *ctx, unsigned long long **fault, int64_t D, kl_type type)
+kl_status kl_cache_fault_of(kl_ctx *ctx, unsigned long long **fault, const char *what, int64_t D,
+                            kl_type type)
 {
     kl_handle *h = kl_handle_of(ctx);
     int i = 0;
-    while (i < h->n_caches && (h->caches[i].D != D || h->caches[i].type != type))
+    while (i < h->n_caches
+           && (h->caches[i].what != what || h->caches[i].D != D || h->caches[i].type != type))
         i++;
     if (i == KL_CACHES) {
         KL_TRY(kl_look_at_notes(ctx));
         i = 0;
     }
     h->noting = true;
+    h->caches[i].what = what;
     h->caches[i].D = D;
     h->caches[i].type = type;
     h->n_caches = i < h->n_caches ? h->n_caches : i + 1;

@@ -72,8 +72,8 @@ enum kl_fault {
 kl_status kl_faults_of(kl_ctx *ctx, unsigned long long **faults, int64_t E, int64_t k) KL_CHECKED;
 /* Where what is wrong in rows of select, `width` entries each, is noted. */
 kl_status kl_select_fault_of(kl_ctx *ctx, unsigned long long **fault, int64_t width) KL_CHECKED;
-/* Where what a cache of rows D wide cannot hold is noted. */
-kl_status kl_cache_fault_of(kl_ctx *ctx, unsigned long long **fault, int64_t D,
+/* Where what a cache cannot hold is noted, of `what`, "op: array", whose rows are D wide: a constant. */
+kl_status kl_cache_fault_of(kl_ctx *ctx, unsigned long long **fault, const char *what, int64_t D,
                             kl_type type) KL_CHECKED;
 
 /* The highest version of a ladder that may be launched: KL_GPU_VERSION, by which a test runs the oracles. */

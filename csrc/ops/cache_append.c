@@ -5,6 +5,7 @@
  * cannot hold is an error, and then nothing is written. */
 #include "../cpu/kernels.h"
 #include "../quant/quant.h"
+#include "cache_rows.h"
 #include "ops.h"
 
 #include <math.h>
@@ -22,14 +23,14 @@ typedef struct task {
 
 /* The size from which on a finite value cannot be stored: float16 rounds it to infinity, or the
  * scale of its block, a 127th of it. */
-static float limit(kl_type type) { return type == KL_Q8_0 ? 127.0f * 65520.0f : 65520.0f; }
+float kl_cache_limit(kl_type type) { return type == KL_Q8_0 ? 127.0f * 65520.0f : 65520.0f; }
 
 static void check_rows(void *arg, int64_t begin, int64_t end, int thread)
 {
     task *a = arg;
     const int64_t n = (end - begin) * a->D;
     (void)thread;
-    if (a->k->find_large(a->x + begin * a->D, n, limit(a->cache.type)) < n)
+    if (a->k->find_large(a->x + begin * a->D, n, kl_cache_limit(a->cache.type)) < n)
         atomic_store(&a->too_large, true);
 }
 
@@ -57,6 +58,16 @@ static void store_q8_0(char *to, const float *x, int64_t n)
     }
 }
 
+void kl_cache_store(const kl_kernels *k, kl_type type, void *to, const float *x, int64_t n)
+{
+    if (type == KL_F16)
+        k->store_f16(to, x, n);
+    else if (type == KL_Q8_0)
+        store_q8_0(to, x, n);
+    else
+        memcpy(to, x, (size_t)n * sizeof *x);
+}
+
 static void store_rows(void *arg, int64_t begin, int64_t end, int thread)
 {
     const task *a = arg;
@@ -68,13 +79,7 @@ static void store_rows(void *arg, int64_t begin, int64_t end, int thread)
         const int64_t position = a->start[n] + t - a->offsets[n];
         char *to = (char *)a->cache.page[n][position / KL_PAGE] + a->cache.offset
                    + (size_t)(position % KL_PAGE) * a->cache.row_bytes;
-        const float *from = a->x + t * a->D;
-        if (a->cache.type == KL_F16)
-            a->k->store_f16((uint16_t *)(void *)to, from, a->D);
-        else if (a->cache.type == KL_Q8_0)
-            store_q8_0(to, from, a->D);
-        else
-            memcpy(to, from, (size_t)a->D * sizeof *from);
+        kl_cache_store(a->k, a->cache.type, to, a->x + t * a->D, a->D);
     }
 }
 
@@ -85,7 +90,7 @@ kl_status cpu_cache_append(kl_ctx *ctx, kl_cache cache, const float *x, const in
     if (cache.type != KL_F32) {
         KL_TRY(kl_for(ctx, T, kl_row_grain(D), check_rows, &a));
         if (atomic_load(&a.too_large)) {
-            const int64_t i = ctx->k->find_large(x, T * D, limit(cache.type));
+            const int64_t i = ctx->k->find_large(x, T * D, kl_cache_limit(cache.type));
             return kl_fail(
                 ctx, KL_ERR_ARG,
                 "cache_append: x[%lld, %lld] is %g, too large for a %s cache (%s at most); "

@@ -25,6 +25,11 @@ kl_rows kl_cache_gather(const kl_kernels *k, const kl_cache *cache, int64_t n,
 kl_ahead kl_cache_ahead(const kl_cache *cache, int64_t n, int64_t position, int64_t end,
                         int64_t column, int64_t width);
 
+/* n values as a cache has them (cache_append.c), and the size from which on a finite one cannot be stored in a type but
+ * float32. */
+void kl_cache_store(const kl_kernels *k, kl_type type, void *to, const float *x, int64_t n);
+float kl_cache_limit(kl_type type);
+
 /* floats of buffer that kl_cache_rows needs for one block */
 static inline int64_t kl_cache_buffer(const kl_cache *cache, int64_t width)
 {

@@ -49,6 +49,12 @@
         const float *, const float *, const float *, kl_slots, const kl_delta_rule_args *))        \
     OP(cache_append, (kl_ctx *, kl_cache, const float *, const int64_t *, const int64_t *,         \
                       int64_t, int64_t, int64_t))                                                  \
+    OP(index_pool, (kl_ctx *, kl_cache, kl_cache, const float *, const int64_t *, const int64_t *, \
+                    int64_t, int64_t, int64_t, int64_t))                                           \
+    OP(index_scores,                                                                               \
+       (kl_ctx *, float *, const float *, kl_cache, const float *, const kl_index_args *))         \
+    OP(index_select,                                                                               \
+       (kl_ctx *, int32_t *, const float *, kl_cache, const float *, const kl_index_args *))       \
     OP(latent_attention, (kl_ctx *, float *, const float *, kl_cache, kl_cache, const kl_weight *, \
                           const kl_weight *, const kl_latent_attention_args *))                    \
     OP(rope, (kl_ctx *, float *, const float *, const int64_t *, int64_t, int64_t, int64_t,        \

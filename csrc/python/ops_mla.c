@@ -1,4 +1,4 @@
-/* Wrappers of attention and its caches, rotary positions, and sampling. */
+/* Wrappers of attention, its caches and its indexer, rotary positions, and sampling. */
 #include "binding.h"
 
 /* A cache that lies in one array of rows: sequence n has rows begin[n] .. begin[n + 1] - 1. */
@@ -139,6 +139,135 @@ static PyObject *py_latent_attention(PyObject *module, PyObject *args)
     return kl_py_end(&c);
 }
 
+/* [N+1]: where each sequence's whole pools begin, in positions. */
+static const int64_t *pools_of(kl_py_call *c, const int64_t *positions, int64_t N, int64_t pool)
+{
+    int64_t *begin = (int64_t *)(void *)kl_py_pointers(c, N + 1, NULL, 0);
+    if (!c->failed && pool < 1)
+        kl_py_refuse(c, PyExc_ValueError, "pool is %lld; it must be >= 1", (long long)pool);
+    for (int64_t n = 0; !c->failed && n < N; n++) {
+        if (positions[n] < 0 || positions[n] > KL_MAX_TOKENS)
+            kl_py_refuse(c, PyExc_ValueError, "positions[%lld] is %lld; it must be 0 to 2^40",
+                         (long long)n, (long long)positions[n]);
+        else
+            begin[n + 1] = begin[n] + positions[n] / pool * pool;
+    }
+    return begin;
+}
+
+/* k and gate [T, D] are appended to rows, k | gate, behind the first start[n] positions of each sequence; then the pools
+ * that they complete are computed. */
+static PyObject *py_index_pool(PyObject *module, PyObject *args)
+{
+    (void)module;
+    kl_py_call c = { 0 };
+    PyObject *ctx, *opooled, *orows, *ok, *ogate, *oape, *ooffsets, *ostart, *obegin;
+    int pooled_type, rows_type;
+    long long N, T, S, D, P;
+    if (!PyArg_ParseTuple(args, "OOiOiOOOOOO(LLLLL):index_pool", &ctx, &opooled, &pooled_type,
+                          &orows, &rows_type, &ok, &ogate, &oape, &ooffsets, &ostart, &obegin, &N,
+                          &T, &S, &D, &P))
+        return NULL;
+    kl_py_on(&c, ctx);
+    const int64_t n_k = kl_py_size(&c, "k", T, D, 1, 1), n_ape = kl_py_size(&c, "ape", P, D, 1, 1),
+                  n_rows = kl_py_size(&c, "rows", S, 2, D, 1);
+    const int64_t *offsets = ranges_of(&c, ooffsets, N, T, "offsets");
+    const int64_t *start = kl_py_in(&c, ostart, KL_PY_I64, N, "start");
+    const int64_t *begin = ranges_of(&c, obegin, N, S, "kv_offsets");
+    for (int64_t n = 0; !c.failed && n < N; n++)
+        if (start[n] < 0 || start[n] > begin[n + 1] - begin[n] - (offsets[n + 1] - offsets[n]))
+            kl_py_refuse(&c, PyExc_ValueError, "start[%lld] is %lld; the rows do not fit behind it",
+                         (long long)n, (long long)start[n]);
+    const int64_t *pools = pools_of(&c, lengths_of(&c, begin, N), N, P);
+    const int64_t n_pooled = c.failed ? 0 : kl_py_size(&c, "pooled", pools[N] / P, D, 1, 1);
+    void *pooled = cache_buffer(&c, opooled, pooled_type, n_pooled, "pooled", true),
+         *rows = cache_buffer(&c, orows, rows_type, n_rows, "rows", true);
+    const float *k = kl_py_in(&c, ok, KL_PY_F32, n_k, "k"),
+                *gate = kl_py_in(&c, ogate, KL_PY_F32, n_k, "gate"),
+                *ape = kl_py_in(&c, oape, KL_PY_F32, n_ape, "ape");
+    const kl_cache to = cache_of(&c, pooled, pooled_type, c.failed ? 0 : D / P, pools, N),
+                   keys = cache_of(&c, rows, rows_type, c.failed ? 0 : 2 * D, begin, N);
+    kl_cache gates = keys;
+    gates.offset = kl_type_bytes((kl_type)rows_type, D);
+    if (kl_py_begin(&c, ctx)) {
+        c.status = kl_cache_append(c.ctx, keys, k, offsets, start, N, T, D);
+        if (c.status == KL_OK)
+            c.status = kl_cache_append(c.ctx, gates, gate, offsets, start, N, T, D);
+        if (c.status == KL_OK)
+            c.status = kl_index_pool(c.ctx, to, keys, ape, offsets, start, N, T, D, P);
+    }
+    return kl_py_end(&c);
+}
+
+/* index_scores and index_select: what both are called with, but for the result. */
+typedef struct indexed {
+    PyObject *ctx, *out, *q, *keys, *weights, *offsets, *positions;
+    int keys_type;
+    long long N, T, H, D, pool;
+    kl_cache cache;
+    const float *query, *weight;
+    kl_index_args args;
+} indexed;
+
+static void borrow_indexed(kl_py_call *c, indexed *x)
+{
+    const int64_t n_q = kl_py_size(c, "q", x->T, x->H, x->D, 1),
+                  n_weights = kl_py_size(c, "weights", x->T, x->H, 1, 1);
+    const int64_t *offsets = ranges_of(c, x->offsets, x->N, x->T, "offsets");
+    const int64_t *positions = kl_py_in(c, x->positions, KL_PY_I64, x->N, "positions");
+    const int64_t *pools = pools_of(c, positions, x->N, x->pool);
+    const int64_t n_keys = c->failed ? 0 : kl_py_size(c, "keys", pools[x->N] / x->pool, x->D, 1, 1);
+    void *keys = cache_buffer(c, x->keys, x->keys_type, n_keys, "keys", false);
+    x->query = kl_py_in(c, x->q, KL_PY_F32, n_q, "q");
+    x->weight = kl_py_in(c, x->weights, KL_PY_F32, n_weights, "weights");
+    x->cache = cache_of(c, keys, x->keys_type, c->failed ? 0 : x->D / x->pool, pools, x->N);
+    x->args = (kl_index_args){ offsets, positions, x->N, x->T, x->H, x->D, x->pool, 0, 0.0f };
+}
+
+static PyObject *py_index_scores(PyObject *module, PyObject *args)
+{
+    (void)module;
+    kl_py_call c = { 0 };
+    indexed x = { 0 };
+    double scale;
+    if (!PyArg_ParseTuple(args, "OOOOiOOO(LLLLL)d:index_scores", &x.ctx, &x.out, &x.q, &x.keys,
+                          &x.keys_type, &x.weights, &x.offsets, &x.positions, &x.N, &x.T, &x.H,
+                          &x.D, &x.pool, &scale))
+        return NULL;
+    kl_py_on(&c, x.ctx);
+    borrow_indexed(&c, &x);
+    int64_t most = 0;
+    for (int64_t n = 0; !c.failed && n < x.N; n++)
+        most = kl_max(most, x.args.positions[n] / x.pool);
+    const int64_t n_scores = kl_py_size(&c, "out", x.T, most, 1, 1);
+    float *scores = kl_py_out(&c, x.out, KL_PY_F32, n_scores, "out");
+    x.args.scale = (float)scale;
+    if (kl_py_begin(&c, x.ctx))
+        c.status = kl_index_scores(c.ctx, scores, x.query, x.cache, x.weight, &x.args);
+    return kl_py_end(&c);
+}
+
+static PyObject *py_index_select(PyObject *module, PyObject *args)
+{
+    (void)module;
+    kl_py_call c = { 0 };
+    indexed x = { 0 };
+    long long topk;
+    if (!PyArg_ParseTuple(args, "OOOOiOOO(LLLLL)L:index_select", &x.ctx, &x.out, &x.q, &x.keys,
+                          &x.keys_type, &x.weights, &x.offsets, &x.positions, &x.N, &x.T, &x.H,
+                          &x.D, &x.pool, &topk))
+        return NULL;
+    kl_py_on(&c, x.ctx);
+    borrow_indexed(&c, &x);
+    const bool good = !c.failed && topk >= 0 && topk <= INT32_MAX && x.pool <= INT32_MAX;
+    const int64_t n_ids = kl_py_size(&c, "out", x.T, good ? topk + x.pool - 1 : -1, 1, 1);
+    int32_t *ids = kl_py_out(&c, x.out, KL_PY_I32, n_ids, "out");
+    x.args.topk = topk;
+    if (kl_py_begin(&c, x.ctx))
+        c.status = kl_index_select(c.ctx, ids, x.query, x.cache, x.weight, &x.args);
+    return kl_py_end(&c);
+}
+
 static PyObject *py_rope(PyObject *module, PyObject *args)
 {
     (void)module;
@@ -231,6 +360,9 @@ static PyObject *py_sample(PyObject *module, PyObject *args)
 PyMethodDef kl_py_ops_mla[] = {
     { "cache_append", py_cache_append, METH_VARARGS, NULL },
     { "latent_attention", py_latent_attention, METH_VARARGS, NULL },
+    { "index_pool", py_index_pool, METH_VARARGS, NULL },
+    { "index_scores", py_index_scores, METH_VARARGS, NULL },
+    { "index_select", py_index_select, METH_VARARGS, NULL },
     { "rope", py_rope, METH_VARARGS, NULL },
     { "attention", py_attention, METH_VARARGS, NULL },
     { "sample", py_sample, METH_VARARGS, NULL },

@@ -26,6 +26,7 @@ from . import (
     _backward_kda,
     _delta_backward,
     _depth,
+    _index,
     _inputs,
     _kda,
     _mhc,
@@ -62,7 +63,7 @@ __all__ = [
     "SPLIT", "STRONG", "TIES", "WHOLE", "Call", "Fault", "Scene", "Site", "at", "by_name", "for_op", "mistakes", "run",
 ]
 
-_PARTS = (_kda, _delta_backward, _mla, _select, _attention, _residuals, _mhc, _depth, _pieces, _moe, _backward,
+_PARTS = (_kda, _delta_backward, _mla, _index, _select, _attention, _residuals, _mhc, _depth, _pieces, _moe, _backward,
           _backward_kda, _any, _layer_norm, _limit, _inputs)
 _ALL = tuple(f for part in _PARTS for f in part.FAULTS)
 

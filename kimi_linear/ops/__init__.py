@@ -19,6 +19,7 @@ from ._basic import (
 )
 from ._delta import decay_cumsum, delta_rule, delta_rule_inter, delta_rule_intra
 from ._dense import embedding, linear, moe, route
+from ._index import index_pool, index_scores, index_select
 from ._kda import decay_gate, short_conv
 from ._mhc import mhc_post, mhc_pre
 from ._mla import latent_attention
@@ -27,7 +28,7 @@ from ._sample import sample
 
 __all__ = [
     "add", "attention", "attn_res", "decay_cumsum", "decay_gate", "delta_rule", "delta_rule_inter", "delta_rule_intra",
-    "dequantize", "embedding", "gated_rms_norm", "l2_norm", "latent_attention", "layer_norm", "linear", "mhc_post",
-    "mhc_pre", "moe", "quantize", "rms_norm", "rope", "route", "sample", "short_conv", "sigmoid", "sigmoid_gate",
-    "situ", "softmax", "swiglu",
+    "dequantize", "embedding", "gated_rms_norm", "index_pool", "index_scores", "index_select", "l2_norm",
+    "latent_attention", "layer_norm", "linear", "mhc_post", "mhc_pre", "moe", "quantize", "rms_norm", "rope", "route",
+    "sample", "short_conv", "sigmoid", "sigmoid_gate", "situ", "softmax", "swiglu",
 ]

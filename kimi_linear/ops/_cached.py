@@ -5,7 +5,7 @@ import numpy as np
 from .._arrays import BFLOAT16, as_either, as_float32, as_offsets, check_shape, contiguous
 from ..device_array import DeviceArray
 
-__all__ = ["both_offsets", "one_axis", "typed"]
+__all__ = ["as_cache", "both_offsets", "one_axis", "typed"]
 
 
 def one_axis(q, caches, offsets, kv_offsets):
@@ -25,7 +25,7 @@ def one_axis(q, caches, offsets, kv_offsets):
         (B, T) of a batch, else empty.
     """
     q, axes = as_float32(q[0], "q"), q[1]
-    caches = {name: (_as_cache(x, name), its) for name, (x, its) in caches.items()}
+    caches = {name: (as_cache(x, name), its) for name, (x, its) in caches.items()}
     if q.ndim != len(axes) + 1:
         check_shape(q, "q", axes)
         for name, (x, its) in caches.items():
@@ -65,7 +65,7 @@ def typed(cache):
     return (cache, 0) if cache.dtype == np.float32 else (cache.view(np.uint16), 1)
 
 
-def _as_cache(x, name):
+def as_cache(x, name):
     """A cache as it lies: contiguous float32 or float16; bfloat16 widens to float32."""
     a = as_either(x, name)
     if a.dtype == BFLOAT16 and not isinstance(a, DeviceArray):

@@ -19,8 +19,8 @@ __all__ = ["BACKWARD", "OPS", "Case", "Explanation", "Law", "NotOffered", "Plan"
 #: Functions of `kl.ops`, each a module of this package with a SPEC: the delta rule, and the rest in the order of the
 #: pass.
 OPS = ("delta_rule", "embedding", "rms_norm", "linear", "short_conv", "l2_norm", "decay_gate", "decay_cumsum",
-       "gated_rms_norm", "layer_norm", "latent_attention", "rope", "attention", "sigmoid_gate", "attn_res", "mhc_pre",
-       "mhc_post", "swiglu", "situ", "softmax", "route", "moe")
+       "gated_rms_norm", "index_pool", "index_scores", "index_select", "layer_norm", "latent_attention", "rope",
+       "attention", "sigmoid_gate", "attn_res", "mhc_pre", "mhc_post", "swiglu", "situ", "softmax", "route", "moe")
 #: Gradients, which `kl.ops` has not; the small ones are together in SPECS of `backward`.
 SMALL = ("rms_norm_backward", "short_conv_backward", "l2_norm_backward", "decay_gate_backward",
          "gated_rms_norm_backward", "swiglu_backward")

@@ -126,6 +126,70 @@ static void test_sizes_that_are_too_large(kl_ctx *ctx)
             kl_rope(ctx, out, zeros, offsets, -1, 1, 4, 4, 1e4));
 }
 
+/* ---- the indexer ---- */
+
+static kl_status pool(kl_ctx *ctx, int64_t width, int64_t size, size_t row_bytes, int64_t start)
+{
+    static float rows[KL_PAGE], keys[KL_PAGE];
+    static const int64_t offsets[] = { 0, 1 };
+    void *const page[2] = { keys, rows };
+    void *const *const pages[2] = { &page[0], &page[1] };
+    const kl_cache pooled = { &pages[0], 0, row_bytes, KL_F32 },
+                   given = { &pages[1], 0, width > 0 && width <= 8 ? (size_t)(8 * width) : 0,
+                             KL_F32 };
+    return kl_index_pool(ctx, pooled, given, zeros, offsets, &start, 1, 1, width, size);
+}
+
+static void test_index_pool(kl_ctx *ctx)
+{
+    CHECK(pool(ctx, 4, 2, 8, 1) == KL_OK);
+    REFUSED(KL_ERR_ARG, "index_pool: P is 3; it must be >= 1 and divide 512",
+            pool(ctx, 4, 3, 8, 0));
+    REFUSED(KL_ERR_ARG, "index_pool: P is 0; it must be >= 1", pool(ctx, 4, 0, 8, 0));
+    REFUSED(KL_ERR_SHAPE, "index_pool: D is 6; it must be a multiple of P = 4",
+            pool(ctx, 6, 4, 8, 0));
+    REFUSED(KL_ERR_SHAPE, "index_pool: k is [1, 0]", pool(ctx, 0, 1, 8, 0));
+    REFUSED(KL_ERR_SHAPE, "pooled has 4 bytes a row; a row needs 8", pool(ctx, 4, 2, 4, 0));
+    REFUSED(KL_ERR_SHAPE, "its rows must follow each other without gaps, 8 each",
+            pool(ctx, 4, 2, 16, 0));
+    REFUSED(KL_ERR_ARG, "index_pool: start[0] is -1; it must be >= 0", pool(ctx, 4, 2, 8, -1));
+    REFUSED(KL_ERR_ARG, "it must be at most 2^40", pool(ctx, 4, 2, 8, INT64_MAX));
+}
+
+static void test_index_choice(kl_ctx *ctx)
+{
+    static const int64_t offsets[] = { 0, 1 };
+    int64_t positions[] = { 4 };
+    void *const page = (void *)(uintptr_t)zeros, *const *const pages = &page;
+    const kl_cache keys = { &pages, 0, 8, KL_F32 };
+    const kl_index_args right = { offsets, positions, 1, 1, 1, 4, 2, 4, 1.0f };
+    kl_index_args args = right;
+#define WITH(field, value) (args = right, args.field = (value), &args)
+    CHECK(kl_index_select(ctx, ids, zeros, keys, zeros, &right) == KL_OK);
+    CHECK(ids[0] == 0 && ids[3] == 3 && ids[4] == -1);
+    REFUSED(KL_ERR_ARG, "index_select: topk is 3; it must be a multiple of pool = 2",
+            kl_index_select(ctx, ids, zeros, keys, zeros, WITH(topk, 3)));
+    REFUSED(KL_ERR_ARG, "index_select: topk is 0",
+            kl_index_select(ctx, ids, zeros, keys, zeros, WITH(topk, 0)));
+    REFUSED(KL_ERR_SHAPE, "which is too large",
+            kl_index_select(ctx, ids, zeros, keys, zeros, WITH(topk, INT64_MAX - 1)));
+    REFUSED(KL_ERR_ARG, "index_select: pool is 3; it must be >= 1 and divide 512",
+            kl_index_select(ctx, ids, zeros, keys, zeros, WITH(pool, 3)));
+    REFUSED(KL_ERR_SHAPE, "index_select: q is [T, H, D] = [1, 0, 4]",
+            kl_index_select(ctx, ids, zeros, keys, zeros, WITH(H, 0)));
+    REFUSED(KL_ERR_SHAPE, "index_scores: q is [T, H, D] = [1, 9223372036854775807, 4]",
+            kl_index_scores(ctx, out, zeros, keys, zeros, WITH(H, INT64_MAX)));
+    REFUSED(KL_ERR_ARG, "index_scores: scale is inf; it must be finite",
+            kl_index_scores(ctx, out, zeros, keys, zeros, WITH(scale, INFINITY)));
+    positions[0] = 0;
+    REFUSED(KL_ERR_ARG, "positions[0] is 0 for 1 queries",
+            kl_index_select(ctx, ids, zeros, keys, zeros, &right));
+    positions[0] = INT64_C(1) << 31;
+    REFUSED(KL_ERR_ARG, "index_select: positions[0] is 2147483648; ids are int32",
+            kl_index_select(ctx, ids, zeros, keys, zeros, &right));
+#undef WITH
+}
+
 static kl_status conv(kl_ctx *ctx, int64_t taps, kl_activation activation)
 {
     const int64_t offsets[] = { 0, STEPS };
@@ -549,6 +613,8 @@ int main(void)
     CHECK(strcmp(kl_library_version(), KL_VERSION) == 0);
     test_weights(ctx);
     test_sizes_that_are_too_large(ctx);
+    test_index_pool(ctx);
+    test_index_choice(ctx);
     test_rows_between_which_bytes_lie(ctx);
     test_caches_and_offsets(ctx);
     test_kda(ctx);

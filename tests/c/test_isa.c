@@ -261,11 +261,43 @@ static void attention(kl_type type, int64_t T, kl_form form)
         numbers(T * H * (40 + P), 4.0f), latent, shared, &w_uk, &w_uv, &latent_args));
 }
 
+/* 70 positions, two calls of new ones; keys of pools of 4, 128 wide so that all types have whole blocks */
+static void indexer(kl_type type)
+{
+    enum { N = 70, FIRST = 33, H = 5, D = 128, P = 4, T = 3, TOPK = 24 };
+    const int64_t offsets[] = { 0, FIRST, N }, start[] = { 0, FIRST }, queries[] = { 0, T },
+                  positions[] = { N };
+    static uint8_t page[2][KL_PAGE * 4 * 2 * D];
+    void *const at[2] = { page[0], page[1] };
+    void *const *const pages[2] = { &at[0], &at[1] };
+    const kl_cache rows = { &pages[0], 0, kl_type_bytes(type, 2 * D), type },
+                   keys = { &pages[1], 0, kl_type_bytes(type, D / P), type };
+    const float *ape = numbers(P * D, 1.0f);
+    append(rows, numbers(N * 2 * D, 2.0f), N, 2 * D);
+    memset(page[1], 0, sizeof page[1]);
+    for (int i = 0; i < 2; i++) {
+        const int64_t part[] = { 0, offsets[i + 1] - offsets[i] };
+        MUST(kl_index_pool(ctx, keys, rows, ape, part, start + i, 1, part[1], D, P));
+    }
+    const size_t n_bytes = N / P * kl_type_bytes(type, D);
+    memcpy(result((int64_t)n_bytes / 4, "index_pool", kl_type_name(type), P), page[1], n_bytes);
+    const kl_index_args args = { queries, positions, 1, T, H, D, P, TOPK, 0.1f };
+    const float *q = numbers(T * H * D, 2.0f), *w = numbers(T * H, 1.0f);
+    MUST(kl_index_scores(ctx, result(T * (N / P), "index_scores", kl_type_name(type), P), q, keys,
+                         w, &args));
+    int32_t *ids =
+        (int32_t *)(void *)result(T * (TOPK + P - 1), "index_select", kl_type_name(type), P);
+    MUST(kl_index_select(ctx, ids, q, keys, w, &args));
+}
+
 static void attentions(int64_t T)
 {
     attention(KL_F32, T, KL_FORM_ABSORBED);
     attention(KL_F16, T, KL_FORM_EXPANDED);
     attention(KL_Q8_0, T, KL_FORM_ABSORBED);
+    indexer(KL_F32);
+    indexer(KL_F16);
+    indexer(KL_Q8_0);
 }
 
 /* 21 rows of weights, so that no tile and no panel is full, with T rows of x */

@@ -281,6 +281,33 @@ def test_hip_end_of_attention(dtype, version, monkeypatch):
     assert out[-T:, -1].tobytes() == wanted[:, -1].tobytes()
 
 
+def test_hip_end_of_pools(version, monkeypatch):
+    D, P = 1024, 4
+    (k, last), (gate, gates), ape = large((FAR // D + P, D)), large((FAR // D + P, D)), normal(P, D)
+    last[-P:], gates[-P:] = normal(P, D, seed=1), normal(P, D, seed=2)
+    y, out = large((len(k) // P, D))
+    with ends(monkeypatch, blocks=32):
+        kl.ops.index_pool(k, gate, ape, out=y, ctx=fresh())
+    wanted = kl.ops.index_pool(last[-P:].copy(), gates[-P:].copy(), ape, ctx=context())
+    assert out[-1].tobytes() == wanted[-1].tobytes()
+
+
+@pytest.mark.parametrize("op, more", [("index_scores", dict(scale=0.3)), ("index_select", dict(topk=2))])
+def test_hip_end_of_index(op, more, version, monkeypatch):
+    """Queries, each its own sequence of 8 positions: the last ones."""
+    H, D, T = 4, 512, FAR // 2048 + 4
+    q, view = large((T, H, D))
+    few, keys, weights = normal(4, H, D), np.zeros((4 * T, D), np.float32), np.zeros((T, H), np.float32)
+    view[-4:], keys[-16:], weights[-4:] = few, normal(16, D), normal(4, H, seed=1)
+    given = dict(pool=2, **more)
+    wanted = getattr(kl.ops, op)(few, keys[-16:], weights[-4:], offsets=np.arange(5), positions=[8] * 4, ctx=context(),
+                                 **given)
+    with ends(monkeypatch):
+        got = getattr(kl.ops, op)(q, keys, weights, offsets=np.arange(T + 1), positions=np.full(T, 8), ctx=fresh(),
+                                  **given)
+    assert got.numpy()[-1].tobytes() == wanted[-1].tobytes()
+
+
 def test_hip_end_of_latent_attention(version, monkeypatch):
     """Absorbed: sequences of one token, which go 256 at a time."""
     H, K, P, V, R = 2**14, 4, 124, 128, 4

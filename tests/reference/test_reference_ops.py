@@ -71,6 +71,27 @@ class TestWorkedExamples:
         near(comb[0, 0], [1.25 / 3.75, 1.75 / 4.25])
         near(ref.mhc_post([[1.0, 2.0]], streams, [[2.0, 0.0]], [[[0.0, 1.0], [0.5, 0.0]]]), [[[2.5, 6.5], [3, 1]]])
 
+    def test_index_pool(self):
+        """Weights 1/4, 3/4 and 1/2, 1/2; the fifth token has no pool."""
+        gate = np.log([[1, 2], [3, 1], [5, 5], [5, 10], [9, 9]])
+        k = np.array([[8.0, 1], [4, 3], [1, 2], [3, 6], [9, 9]])
+        ape = [[0, 0], [0, np.log(2)]]
+        near(ref.index_pool(k, gate, ape), [[5, 2], [2, 5.2]])
+        near(ref.index_pool(k, gate, ape, offsets=[0, 1, 4, 5]), [[17 / 8, 23 / 11]])
+
+    def test_index_scores_and_choice(self):
+        """Two heads, of which one is weighed by -1: dots 1, 2, -1 and 0, 3, 1, so that scores are 2 (2 d - d')."""
+        q, keys = [[[1, 0], [0, 1]]] * 3, [[1.0, 0], [2, 3], [-1, 1]]
+        w = [[2.0, -1]] * 3
+        s = ref.index_scores(q, keys, w, scale=2.0, pool=2, positions=7)
+        near(s, [[4, 2, -np.inf], [4, 2, -2], [4, 2, -2]])
+        ids = ref.index_select(q, keys, w, topk=2, pool=2, positions=7)
+        assert ids.tolist() == [[0, 1, 4], [0, 1, -1], [0, 1, 6]]
+        assert ref.index_select(q, keys, w, topk=4, pool=2, positions=7).tolist() == [
+            [0, 1, 2, 3, 4], [0, 1, 2, 3, -1], [0, 1, 2, 3, 6]]
+        keys[2][0] = np.nan
+        assert ref.index_select(q, keys, w, topk=2, pool=2, positions=7).tolist() == [[0, 1, 4], [4, 5, -1], [4, 5, 6]]
+
     def test_philox_vectors(self):
         """The known answers that Random123 publishes for Philox4x32-10."""
         ones = 0xFFFFFFFF

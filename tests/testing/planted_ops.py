@@ -648,3 +648,96 @@ BUGS |= {("mhc_pre", "inner"): "read as [D, n]", ("mhc_pre", "by stream"): "each
          ("mhc_post", "doubled"): "factor 2 once more", ("mhc_post", "no y"): "y is not added",
          ("mhc_post", "no streams"): "streams are left out", ("mhc_post", "written over"): "is written before",
          ("mhc_post", "identity"): "comb is the identity"}
+
+
+# ---- the indexer of sparse attention ---------------------------------------------------------------------
+
+
+def index_pool(k, gate, ape, offsets=None, what=None):
+    P, D = ape.shape
+    at, keys = [0, len(k)] if offsets is None else offsets.tolist(), []
+    if what == "swapped":
+        k, gate = gate, k
+    for a, b in zip(at, at[1:]):
+        n = (b - a) // P
+        a = b - n * P if what == "from the end" else a // P * P if what == "of the call" else a
+        of, g = (x[a:a + n * P].reshape(n, P, D) for x in (k, gate))
+        logits = g if what in ("no ape", "ape on k") else g + ape
+        if what == "ape on k":
+            of = of + ape
+        axis = 2 if what == "channels" else 1
+        e = np.exp(logits - (F(0) if what == "no maximum" else logits.max(axis, keepdims=True, initial=-np.inf)))
+        p = np.full_like(e, F(1) / F(P)) if what == "mean" else e if what == "raw" else e / e.sum(axis, keepdims=True)
+        keys.append((p * of).sum(1, dtype=F))
+    return np.concatenate(keys)
+
+
+BUGS |= {("index_pool", "swapped"): "gate and k are swapped", ("index_pool", "from the end"): "from the last token",
+         ("index_pool", "of the call"): "from the call's first token", ("index_pool", "no ape"): "ape is left out",
+         ("index_pool", "ape on k"): "added to the keys", ("index_pool", "channels"): "over channels",
+         ("index_pool", "no maximum"): "exp overflows float32", ("index_pool", "mean"): "a mean, no softmax",
+         ("index_pool", "raw"): "not divided by their sum, the largest"}
+
+
+def of_pools(q, keys, weights, pool, offsets, positions, what):
+    """Query, position, and its scores of the pools of its sequence, as far as they are complete."""
+    at = [0, len(q)] if offsets is None else offsets.tolist()
+    cached = np.diff(at) if positions is None else np.ravel(positions)
+    first = 0
+    for a, b, S in zip(at, at[1:], cached):
+        mine = keys[:S // pool] if what == "first keys" else keys[first:first + S // pool]
+        first += S // pool
+        for t in range(a, b):
+            seen = t - a + 1 if what == "left" else S - (b - t) + 1
+            dots, w = mine @ q[t].T, np.abs(weights[t]) * F(0) + F(1) if what == "no weights" else weights[t]
+            heads = w * (dots if what == "no relu" else np.maximum(dots, F(0)))
+            if what == "relu behind":
+                heads = np.maximum(w * dots, F(0))
+            s = heads.max(-1) if what == "max" else heads.sum(-1, dtype=F)
+            complete = (seen + {"early": 1, "late": -1}.get(what, 0)) // pool
+            yield t, S - (b - t), s[:min(complete, len(mine))]
+
+
+def index_scores(q, keys, weights, scale, pool, offsets=None, positions=None, what=None):
+    rows = list(of_pools(q, keys, weights, pool, offsets, positions, what))
+    cached = np.diff([0, len(q)] if offsets is None else offsets) if positions is None else np.ravel(positions)
+    y = np.full((len(q), int(cached.max(initial=0)) // pool), -np.inf, F)
+    for t, _, s in rows:
+        y[t, :len(s)] = s * F({"no scale": 1, "scale twice": scale**2}.get(what, scale))
+    return y
+
+
+SCORES = {"first keys": "keys of the first", "left": "query t is at position t", "no weights": "without their weights",
+          "no relu": "without relu", "relu behind": "not of its dot", "max": "taken for the sum over heads",
+          "early": "one token before", "late": "one token after"}
+BUGS |= {("index_scores", bug): words for bug, words in SCORES.items()}
+BUGS |= {("index_scores", "no scale"): "not scaled", ("index_scores", "scale twice"): "scaled twice"}
+
+
+def index_select(q, keys, weights, topk, pool, offsets=None, positions=None, what=None):
+    ids = np.full((len(q), topk + pool - 1), -1, np.int32)
+    k = topk if what == "in pools" else topk // pool
+    for t, position, s in of_pools(q, keys, weights, pool, offsets, positions, what):
+        s = np.where(np.isnan(s), np.inf, s)
+        best = np.argsort(s if what == "least" else -s, kind="stable")
+        if what == "last of equals":
+            best = len(s) - 1 - np.argsort(-s[::-1], kind="stable")
+        if what == "newest":
+            best = np.arange(len(s))[::-1]
+        chosen = np.sort(best[:k])
+        row = chosen if what == "pools" else (chosen[:, None] * pool + np.arange(pool)).ravel()
+        begin = (position + 1) // pool * pool
+        tail = np.arange(begin, position + 1 - (what == "not itself"))
+        if what == "whole tail":
+            tail = np.arange(position // pool * pool, position // pool * pool + pool)
+        row = np.unique(np.concatenate([row, tail[:0] if what == "no tail" else tail]))[:ids.shape[1]]
+        ids[t, :len(row)] = row
+    return np.sort(ids, 1) if what == "in front" else ids
+
+
+BUGS |= {("index_select", bug): words for bug, words in SCORES.items()}
+BUGS |= {("index_select", "in pools"): "counted in pools", ("index_select", "least"): "with the least scores",
+         ("index_select", "last of equals"): "the higher pool", ("index_select", "newest"): "the newest pools",
+         ("index_select", "pools"): "ids are of pools", ("index_select", "not itself"): "own position is left out",
+         ("index_select", "whole tail"): "to its end", ("index_select", "no tail"): "incomplete pool are left out",
+         ("index_select", "in front"): "in front of the positions"}

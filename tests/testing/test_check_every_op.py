@@ -69,7 +69,7 @@ def test_there_are_enough_bugs_of_each_op():
         assert own >= 4, f"kimi_linear/faults has {own} of {op} that one call can have; it must have 4"
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [op for op in OPS if op != "index_select"])  # ids alone
 def test_noise_is_not_explained(op):
     rng = np.random.default_rng(0)
 
@@ -310,7 +310,7 @@ def test_cases_are_the_same_at_every_call(op):
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_mistake_shows_in_a_case(op):
-    """A fault that no case of its op shows would never be named; but some ops have no results past 65504."""
+    """A fault that no case of its op shows would never be named; but some ops have no results past 65504, or ids."""
     the, seen = spec(op), set()
     calls = [(x, getattr(kl.reference, op)(**x)) for x in (c.make(None) for c in the.cases)]
     with np.errstate(all="ignore"):
@@ -322,7 +322,9 @@ def test_every_mistake_shows_in_a_case(op):
                                                  for a, b in zip(wrong, right, strict=True)):
                     seen.add(e.says)
                     break
-    assert {e.says for e in the.explanations} - seen <= {faults.by_name("float16_overflow").text}
+    of_floats = ("float16_result", "bfloat16_result") if op == "index_select" else ()
+    unseen = {faults.by_name(name).text for name in ("float16_overflow", *of_floats)}
+    assert {e.says for e in the.explanations} - seen <= unseen
 
 
 @pytest.mark.parametrize("op", OPS)

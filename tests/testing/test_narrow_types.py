@@ -201,6 +201,17 @@ def _each_step(op, kind):
     def mhc_post(y, x, post, comb):
         return r(r(post)[..., None] * y[:, None]) + r(np.swapaxes(r(comb), 1, 2) @ x)
 
+    def index_pool(k, gate, ape):
+        n, P = len(k) // len(ape), len(ape)
+        k, logits = k[:n * P].reshape(n, P, -1), gate[:n * P].reshape(n, P, -1) + ape
+        e = np.exp(logits - logits.max(1, keepdims=True))
+        return r(r(e / e.sum(1, keepdims=True)) * k).sum(1)
+
+    def index_scores(q, keys, weights, scale, pool):
+        heads = r(weights[..., None] * np.maximum(r(np.einsum("thd,pd->thp", q, keys)), 0)).sum(1)
+        complete = (np.arange(len(q)) + 1) // pool
+        return np.where(np.arange(len(keys)) < complete[:, None], F(scale) * heads, -np.inf)
+
     def moe(x, ids, weights, w_gate, w_up, w_down, **shared):
         y = np.zeros(x.shape, F)
         for slot in range(ids.shape[1]):
@@ -220,12 +231,14 @@ def _each_step(op, kind):
         / r(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)),
         linear=lambda x, w, bias=None: x @ w.T if bias is None else r(x @ w.T) + bias,
         gated_rms_norm=lambda x, z, w, eps, activation="sigmoid": r(rms_norm(x, w, eps)) * sigmoid(z),
-        attention=attention, attn_res=attn_res, mhc_post=mhc_post, mhc_pre=mhc_pre, moe=moe, short_conv=short_conv)[op]
+        attention=attention, attn_res=attn_res, mhc_post=mhc_post, mhc_pre=mhc_pre, moe=moe, short_conv=short_conv,
+        index_pool=index_pool, index_scores=index_scores)[op]
 
 
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("op", ["rms_norm", "l2_norm", "swiglu", "sigmoid_gate", "softmax", "linear", "gated_rms_norm",
-                                "attention", "attn_res", "mhc_pre", "mhc_post", "moe", "short_conv"])
+                                "attention", "attn_res", "mhc_pre", "mhc_post", "moe", "short_conv", "index_pool",
+                                "index_scores"])
 def test_steps_in_the_type_are_within_the_bound(op, kind):
     fn = stored(_each_step(op, TYPES[kind]), TYPES[kind], spec(op).narrow_results)
     usual = [case.name for case in spec(op).cases if case.usual and case.group in ("lengths", "bias")]

@@ -42,7 +42,7 @@ def test_another_sequence_s_state():
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("error", [3e-6, 1e-5])
-@pytest.mark.parametrize("op", specs())
+@pytest.mark.parametrize("op", [op for op in specs() if op != "index_select"])  # ids are right or wrong
 def test_a_kernel_that_is_no_more_than_inaccurate_has_no_mistake(op, error):
     """An error of a few bounds fits every mistake that changes nothing on a case's inputs."""
     def rough(**x):

@@ -12,7 +12,8 @@ from kimi_linear.testing import check_op
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 FLUSHING = ["linear", "rms_norm", "gated_rms_norm", "sigmoid_gate", "rope", "attention", "latent_attention",
-            "decay_gate", "decay_cumsum", "route", "moe", "attn_res", "mhc_pre", "mhc_post"]
+            "decay_gate", "decay_cumsum", "route", "moe", "attn_res", "mhc_pre", "mhc_post",
+            "index_pool", "index_scores"]
 
 
 def off(x, size):

@@ -13,14 +13,14 @@ from ..._arrays import as_array
 from ..._batches import packed, packed_results, unpacked
 from ..._float64 import f64
 from ...quantized import Quantized
-from . import _attention, _backward, _basic, _delta, _delta_backward, _dense, _kda, _mhc, _mla
+from . import _attention, _backward, _basic, _delta, _delta_backward, _dense, _index, _kda, _mhc, _mla
 from ._basic import U
 
 __all__ = ["U", "budget", "names"]
 
 _TABLE = {
     name: getattr(module, name)
-    for module in (_attention, _backward, _basic, _delta, _delta_backward, _dense, _kda, _mhc, _mla)
+    for module in (_attention, _backward, _basic, _delta, _delta_backward, _dense, _index, _kda, _mhc, _mla)
     for name in module.__all__
 }
 
