@@ -130,6 +130,10 @@ STREAMS, WIDTH = 4, 4096  # GLM-5.3-Flash's
 MIXES = (2 + STREAMS) * STREAMS
 
 
+def ends_work(T, arguments):
+    return STREAMS * T * WIDTH, 4 * T * WIDTH * (1 + STREAMS)
+
+
 def mhc_pre(T, rng):
     return [{"x": normal(rng, T, STREAMS, WIDTH), "fn": normal(rng, MIXES, STREAMS * WIDTH, scale=0.02),
              "base": normal(rng, MIXES), "scale": normal(rng, 3), "norm_eps": 1e-5}]
@@ -406,6 +410,8 @@ CASES = [
     Case("layer_norm", "128", layer_norm, streamed(6)),
     Case("l2_norm", "32x128", one(x=(H, K)), streamed(3)),
     Case("attn_res", f"{SNAPSHOTS} of {RESIDUAL}", attn_res, attn_res_work),
+    Case("mhc_expand", f"{STREAMS}x{WIDTH}", lambda T, rng: [{"x": normal(rng, T, WIDTH), "n": STREAMS}], ends_work),
+    Case("mhc_collapse", f"{STREAMS}x{WIDTH}", lambda T, rng: [{"x": normal(rng, T, STREAMS, WIDTH)}], ends_work),
     Case("mhc_pre", f"{STREAMS}x{WIDTH}", mhc_pre, mhc_pre_work),
     Case("mhc_post", f"{STREAMS}x{WIDTH}", mhc_post, mhc_post_work),
     *(Case("quantize", name, to_blocks(name), blocks_work, tokens=(512,)) for name in ("Q8_0", "Q4_K", "Q6_K")),

@@ -19,7 +19,9 @@ A name that ends in .gguf is a GGUF file that llama.cpp runs, too; any other a H
     qwen35-0.8b    the text model of Qwen3.5-0.8B as published: dense, tied embeddings
     k3-2.8t        the text model of Kimi K3 as published
     k3             its widths with 6 layers (MLA at 4; a snapshot each 2), 32 experts, of which 16 are used
-    k3-small, qwen-small, qwen35-small, qwen35moe-small    four layers with rows as those of small
+    glm-320b       the text model of GLM-5.3-Flash as published
+    glm            its widths with 8 layers (MLA at 4 and 8), 32 experts, of which 8 are used
+    k3-small, glm-small, qwen-small, qwen35-small, qwen35moe-small    four layers with rows as those of small
 
 The values of a tensor depend on its name, shape, type and ``--seed`` alone. Matrices keep the size of their input,
 gates go from almost none to strong, so that a run meets no subnormals or infinities that a trained model would not.
@@ -107,6 +109,24 @@ K3_SMALL = K3 | {name: SMALL[name] for name in (
     "linear_attn_config": K3["linear_attn_config"] | {
         "num_heads": 2, "kda_layers": [1, 2, 3], "full_attn_layers": [4]},
 }
+GLM = {
+    "architectures": ["Glm5NextForConditionalGeneration"], "model_type": "glm5_next_text", "vocab_size": 154880,
+    "hidden_size": 4096, "num_hidden_layers": 45, "intermediate_size": 12288, "hidden_act": "silu",
+    "rms_norm_eps": 1e-5, "max_position_embeddings": 1048576, "first_k_dense_replace": 3, "linear_head_dim": 128,
+    "linear_num_heads": 64, "linear_conv_kernel_dim": 4, "linear_lower_bound": -5.0, "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 256, "qk_rope_head_dim": 0, "v_head_dim": 256,
+    "index_n_heads": 32, "index_head_dim": 128, "index_topk": 2048, "index_kpool": 4, "hc_mult": 4, "hc_eps": 1e-6,
+    "hc_sinkhorn_iters": 20, "swiglu_limit": 10.0, "n_routed_experts": 288, "num_experts_per_tok": 8,
+    "n_shared_experts": 1, "moe_intermediate_size": 2048, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5, "tie_word_embeddings": False, "eos_token_id": 154820, "pad_token_id": 154820,
+}
+GLM_SMALL = GLM | {
+    "vocab_size": 1024, "hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 512, "linear_num_heads": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 256, "kv_lora_rank": 256, "index_n_heads": 4,
+    "index_topk": 64, "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256,
+    "eos_token_id": 770, "pad_token_id": 770,
+}
 MINI = {"layers": 8, "experts": 32, "vocab": 32768}
 
 QWEN = {
@@ -140,6 +160,7 @@ SHAPES = {  # a config and changes of it
     "qwen3next-12": (QWEN3_NEXT, {"layers": 12, "experts": 64}), "qwen35-0.8b": (QWEN35, {}),
     "k3-2.8t": (K3, {}), "k3": (K3 | {"attn_res_block_size": 2}, {"layers": 6, "experts": 32, "vocab": 32768}),
     "k3-small": (K3_SMALL, {}),
+    "glm-320b": (GLM, {}), "glm": (GLM, MINI), "glm-small": (GLM_SMALL, {}),
     "qwen-small": (QWEN3_NEXT | NARROW | EXPERTS, {}), "qwen35-small": (QWEN35 | NARROW, {}),
     "qwen35moe-small": (QWEN35_MOE | NARROW | EXPERTS, {}),
 }
@@ -234,10 +255,11 @@ def config_of(args):
             d["linear_attn_config"] = linear | {
                 "full_attn_layers": [*full], "kda_layers": [i for i in range(1, n + 1) if i not in full]}
     if n := changes.get("experts"):
-        if "num_experts" not in d:
+        count = "n_routed_experts" if "n_routed_experts" in d else "num_experts"
+        if count not in d:
             raise ValueError(f"--experts is {n}; {args.shape} has none")
         used = "num_experts_per_token" if "num_experts_per_token" in d else "num_experts_per_tok"
-        d |= {"num_experts": n, used: min(n, d[used])}
+        d |= {count: n, used: min(n, d[used])}
     if n := changes.get("vocab"):
         if n < 512:
             raise ValueError(f"the vocabulary is {n}; it must have 512 tokens or more: 256 bytes and 256 special ones")

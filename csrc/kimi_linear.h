@@ -291,6 +291,11 @@ KL_API kl_status kl_mhc_pre(kl_ctx *ctx, float *y, float *post, float *comb, con
 KL_API kl_status kl_mhc_post(kl_ctx *ctx, float *out, const float *y, const float *x,
                              const float *post, const float *comb, int64_t T, int64_t n,
                              int64_t D) KL_CHECKED;
+/* One row into n streams, y [T, n, D] of x [T, D]; and the mean of n streams, y [T, D] of x [T, n, D]. */
+KL_API kl_status kl_mhc_expand(kl_ctx *ctx, float *y, const float *x, int64_t T, int64_t n,
+                               int64_t D) KL_CHECKED;
+KL_API kl_status kl_mhc_collapse(kl_ctx *ctx, float *y, const float *x, int64_t T, int64_t n,
+                                 int64_t D) KL_CHECKED;
 
 /* ---- ops: matrix products --------------------------------------------------------------------- */
 
@@ -421,13 +426,13 @@ KL_API kl_status kl_latent_attention(kl_ctx *ctx, float *o, const float *q, kl_c
 
 /* ---- ops: the indexer of sparse attention ----------------------------------------------------- */
 
-/* Keys of pools, P consecutive positions from position 0 on. `rows` has 2 D values a position, k then gate, and those of
- * positions start[n] .. start[n] + the new tokens of sequence n - 1 are there; the pools whose last position is one of
- * these are computed, by softmax over gate + ape [P, D] in each channel. `pooled` has rows of D / P values, one behind the
- * other: the key of pool p is the P rows from position p P on. P divides KL_PAGE. */
-KL_API kl_status kl_index_pool(kl_ctx *ctx, kl_cache pooled, kl_cache rows, const float *ape,
-                               const int64_t *offsets, const int64_t *start, int64_t N, int64_t T,
-                               int64_t D, int64_t P) KL_CHECKED;
+/* Keys of pools, P consecutive positions from position 0 on. k and gate have D values a position, alike in type and bytes a
+ * row, and those of positions start[n] .. start[n] + the new tokens of sequence n - 1 are there; the pools whose last
+ * position is one of these are computed, by softmax over gate + ape [P, D] in each channel. `pooled` has rows of D / P
+ * values, one behind the other: the key of pool p is the P rows from position p P on. P divides KL_PAGE. */
+KL_API kl_status kl_index_pool(kl_ctx *ctx, kl_cache pooled, kl_cache k, kl_cache gate,
+                               const float *ape, const int64_t *offsets, const int64_t *start,
+                               int64_t N, int64_t T, int64_t D, int64_t P) KL_CHECKED;
 
 typedef struct kl_index_args {
     const int64_t *offsets;   /* [N+1] of the queries */

@@ -32,6 +32,13 @@ typedef struct kl_config {
     int tied;          /* 1: the head is the embedding */
     int64_t
         attn_res_block; /* layers to a snapshot of attention residuals; 0: residuals are added */
+    struct {
+        /* In sentences streams, stream_passes, stream_eps */
+        int64_t
+            streams; /* residual streams of hyper-connections; 0: there is one, which is added to */
+        int64_t passes; /* of Sinkhorn's normalisation */
+        float eps;
+    } hc;
     kl_activations activations;
     struct {
         /* KDA: Hk = Hv and K = V; convolution of taps. In sentences kda_heads, kda_head_dim; gdn_k_heads, gdn_v_heads,
@@ -47,6 +54,13 @@ typedef struct kl_config {
         int gated; /* 1: the output times the sigmoid of a projection of x */
     } mla;
     struct {
+        /* What chooses the positions that MLA attends to; pool divides KL_PAGE, topk and width. In sentences index_heads,
+         * index_dim, index_topk, index_pool, index_eps */
+        int64_t heads, width; /* heads 0: it attends to all */
+        int64_t topk, pool;   /* positions chosen, in pools of so many */
+        float eps;            /* of the norm of keys */
+    } index;
+    struct {
         /* width of query, key and value alike. In sentences attn_heads, attn_kv_heads, attn_head_dim, rotary_dim */
         int64_t heads, kv_heads, width;
         int64_t rotary; /* leading values of a head that are rotated; 0: none */
@@ -60,6 +74,7 @@ typedef struct kl_config {
         int64_t latent;            /* width that routed experts read and write; 0: D */
         int latent_norm;           /* 1: their sum is normed before it goes up to D again */
         kl_situ_betas situ;        /* the activation of every feed-forward; beta 0: swiglu */
+        float limit;               /* of swiglu's inputs; 0: none. In sentences swiglu_limit */
         int64_t shared;            /* inner width of the shared experts, side by side; 0: none */
         int shared_gated;          /* 1: times the sigmoid of a score of their own */
         int64_t groups, top_groups;
@@ -134,6 +149,10 @@ typedef enum kl_state_part {
     KL_STATE_K_SHARED = 5, /* [position, P] alike; F16 where that is Q8_0 and P no whole blocks */
     KL_STATE_KEYS = 6,     /* [position, Hkv*K] in the cache's type; values alike */
     KL_STATE_VALUES = 7,
+    KL_STATE_INDEX_K =
+        8, /* [position, D_i]: keys of the indexer, and what pools weigh them by; as k_shared */
+    KL_STATE_INDEX_GATE = 9,
+    KL_STATE_POOL = 10, /* [position / pool, D_i] alike: a key for each whole pool */
 } kl_state_part;
 
 /* Shape (1 behind its last dimension) and type of a part of a layer's state; KL_ERR_ARG where the layer has no such part. */
@@ -157,7 +176,11 @@ KL_API kl_status kl_state_write(kl_ctx *ctx, kl_state *state, int64_t layer, kl_
  * [T, first] or, where the second is not 0, [T, first, second]; c is the config. */
 #define KL_TAPS(KL_TAP)                                                                            \
     KL_TAP(EMBED, "embed", MODEL, c->D, 0, F32)                                                    \
+    KL_TAP(STREAMS, "streams", MODEL_STREAMS, c->hc.streams, c->D, F32)                            \
     KL_TAP(ATTN_RES, "attn_res", RESIDUALS, c->D, 0, F32)                                          \
+    KL_TAP(ATTN_HC, "attn_hc", STREAMED, c->D, 0, F32)                                             \
+    KL_TAP(ATTN_HC_POST, "attn_hc_post", STREAMED, c->hc.streams, 0, F32)                          \
+    KL_TAP(ATTN_HC_COMB, "attn_hc_comb", STREAMED, c->hc.streams, c->hc.streams, F32)              \
     KL_TAP(ATTN_NORM, "attn_norm", LAYER, c->D, 0, F32)                                            \
     KL_TAP(KDA_Q_PROJ, "kda.q_proj", KDA, c->delta.Hk * c->delta.K, 0, F32)                        \
     KL_TAP(KDA_K_PROJ, "kda.k_proj", KDA, c->delta.Hk * c->delta.K, 0, F32)                        \
@@ -183,6 +206,12 @@ KL_API kl_status kl_state_write(kl_ctx *ctx, kl_state *state, int64_t layer, kl_
     KL_TAP(MLA_LATENT_RAW, "mla.latent_raw", MLA, c->mla.rank, 0, F32)                             \
     KL_TAP(MLA_LATENT, "mla.latent", MLA, c->mla.rank, 0, F32)                                     \
     KL_TAP(MLA_K_SHARED, "mla.k_shared", MLA, c->mla.rope, 0, F32)                                 \
+    KL_TAP(MLA_INDEX_Q, "mla.index_q", MLA_INDEXED, c->index.heads, c->index.width, F32)           \
+    KL_TAP(MLA_INDEX_K_RAW, "mla.index_k_raw", MLA_INDEXED, c->index.width, 0, F32)                \
+    KL_TAP(MLA_INDEX_K, "mla.index_k", MLA_INDEXED, c->index.width, 0, F32)                        \
+    KL_TAP(MLA_INDEX_GATE, "mla.index_gate", MLA_INDEXED, c->index.width, 0, F32)                  \
+    KL_TAP(MLA_INDEX_WEIGHTS, "mla.index_weights", MLA_INDEXED, c->index.heads, 0, F32)            \
+    KL_TAP(MLA_SELECT, "mla.select", MLA_INDEXED, kl_index_width(c), 0, I32)                       \
     KL_TAP(MLA_O, "mla.o", MLA, c->mla.heads, c->mla.v, F32)                                       \
     KL_TAP(MLA_GATE, "mla.gate", MLA_GATED_OUT, c->mla.heads, c->mla.v, F32)                       \
     KL_TAP(MLA_GATED, "mla.gated", MLA_GATED_OUT, c->mla.heads, c->mla.v, F32)                     \
@@ -214,8 +243,11 @@ KL_API kl_status kl_state_write(kl_ctx *ctx, kl_state *state, int64_t layer, kl_
     KL_TAP(ATTN_O, "attn.o", ATTN, c->attn.heads, c->attn.width, F32)                              \
     KL_TAP(ATTN_GATED, "attn.gated", ATTN, c->attn.heads, c->attn.width, F32)                      \
     KL_TAP(ATTN_OUT, "attn.out", ATTN, c->D, 0, F32)                                               \
-    KL_TAP(MID, "mid", SUMMED, c->D, 0, F32)                                                       \
+    KL_TAP(MID, "mid", SUMMED, kl_stream_first(c), kl_stream_second(c), F32)                       \
     KL_TAP(FFN_RES, "ffn_res", RESIDUALS, c->D, 0, F32)                                            \
+    KL_TAP(FFN_HC, "ffn_hc", STREAMED, c->D, 0, F32)                                               \
+    KL_TAP(FFN_HC_POST, "ffn_hc_post", STREAMED, c->hc.streams, 0, F32)                            \
+    KL_TAP(FFN_HC_COMB, "ffn_hc_comb", STREAMED, c->hc.streams, c->hc.streams, F32)                \
     KL_TAP(FFN_NORM, "ffn_norm", LAYER, c->D, 0, F32)                                              \
     KL_TAP(MLP_GATE, "mlp.gate", DENSE, c->ffn.dense, 0, F32)                                      \
     KL_TAP(MLP_UP, "mlp.up", DENSE, c->ffn.dense, 0, F32)                                          \
@@ -236,8 +268,9 @@ KL_API kl_status kl_state_write(kl_ctx *ctx, kl_state *state, int64_t layer, kl_
     KL_TAP(MOE_ROUTED_NORM, "moe.routed_norm", MOE_LATENTS_NORMED, c->ffn.latent, 0, F32)          \
     KL_TAP(MOE_ROUTED_UP, "moe.routed_up", MOE_LATENTS_SHARED, c->D, 0, F32)                       \
     KL_TAP(MOE_OUT, "moe.out", MOE, c->D, 0, F32)                                                  \
-    KL_TAP(OUT, "out", LAYER, c->D, 0, F32)                                                        \
+    KL_TAP(OUT, "out", LAYER, kl_stream_first(c), kl_stream_second(c), F32)                        \
     KL_TAP(OUTPUT_RES, "output_res", MODEL_RESIDUALS, c->D, 0, F32)                                \
+    KL_TAP(COLLAPSED, "collapsed", MODEL_STREAMS, c->D, 0, F32)                                    \
     KL_TAP(NORM, "norm", MODEL, c->D, 0, F32)
 
 typedef enum kl_tap {
@@ -280,15 +313,15 @@ typedef struct kl_forward_args {
     void *edit_user;
     const unsigned char *edited; /* [n_layers + 1][KL_TAP_COUNT], as taps: 1 where edit is called */
     const float *embeds; /* NULL, or [T, D] on the host: what enters layer start, instead of rows of
-                            the embedding; several where layers hand on more */
+                            the embedding; more where layers hand on more */
     /* Layers start..stop-1 are run; stop 0: to the last. Short of the last there is no final norm and there
      * are no logits; start above 0 needs embeds, and start = n_layers is the final norm and the head alone. With
-     * attention residuals embeds are [kl_stream_parts, T, D]. */
+     * attention residuals embeds are [kl_stream_parts, T, D], with hyper-connections, above 0, [T, kl_stream_parts, D]. */
     int64_t start, stop;
 } kl_forward_args;
 
 /* Arrays [T, D] that enter a layer: 1; with attention residuals ceil(layer / attn_res_block) snapshots, oldest first,
- * before what has been added up since. */
+ * before what has been added up since; with hyper-connections their streams, but 1 for layer 0. */
 KL_API int64_t kl_stream_parts(const kl_config *config, int64_t layer);
 
 KL_API kl_status kl_forward(kl_ctx *ctx, const kl_model *model,

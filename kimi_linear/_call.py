@@ -6,7 +6,7 @@ from . import reference
 from ._arrays import as_float32, as_integers, as_offsets
 from ._scalars import as_whole
 from .context import current
-from .dataflow import stream_of
+from .dataflow import stream_axes, stream_of
 from .editing import Edits, Place
 from .plan import available_memory
 from .state import State, exclusive
@@ -18,7 +18,7 @@ __all__ = ["Call", "attention_probs", "joined_stream", "refuse_what_does_not_fit
 
 
 def joined_stream(parts):
-    """Arrays [T, D] of `stream_of` as `Model.forward` takes and gives them: [T, D], or [T, parts, D]."""
+    """Arrays [T, ...] of `stream_of` as `Model.forward` takes and gives them: the one, or [T, parts, D]."""
     return parts[0] if len(parts) == 1 else np.stack(parts, axis=1)
 
 
@@ -86,8 +86,11 @@ class Call:
 
     def _tail(self):
         """The axes of a token's part of the stream that enters layer `start`."""
-        n, D = len(stream_of(self.model.config, self.start)), self.model.config.hidden_size
-        return (D,) if n == 1 else (n, D)
+        c = self.model.config
+        n = len(stream_of(c, self.start))
+        if n > 1:
+            return n, c.hidden_size
+        return stream_axes(c) if self.start else (c.hidden_size,)
 
     def _check_rows(self, rows):
         """ValueError where the rows are cut into other sequences than the tokens."""
@@ -102,7 +105,7 @@ class Call:
     def _is_made(self, name):
         if name.startswith("layers."):
             return self.start <= int(name.split(".")[1]) < self.stop
-        return not self.headless if name in ("output_res", "norm") else self.start == 0
+        return not self.headless if name in ("output_res", "collapsed", "norm") else self.start == 0
 
     # ---- tokens, states, rows ----
 
@@ -175,13 +178,15 @@ class Call:
         if "logits" in names and self.which != "all":
             raise ValueError("taps: 'logits' needs logits='all'")
         probs = [name for name in names if name.endswith(".probs")]
-        kept = {*names, *(name.replace("probs", "q") for name in probs)} & self.table.keys()
+        made_of = [name.replace("probs", part) for name in probs for part in ("q", "select")]
+        kept = {*names, *made_of} & self.table.keys()
         self._refuse_probs(probs)
         arrays = {n: np.empty((self.T, *self.table[n][2]), self.table[n][3]) for n in self.table if n in kept}
         value = self.run(arrays, edit, expert_ids, check)
         arrays["logits"] = self.values
         for name in probs:
-            arrays[name] = attention_probs(self.model, self.states[0], name, arrays[name.replace("probs", "q")])
+            arrays[name] = attention_probs(self.model, self.states[0], name, arrays[name.replace("probs", "q")],
+                                           arrays.get(name.replace("probs", "select")))
         return value, Trace({name: arrays[name] for name in names}, self.meta())
 
     def _refuse_probs(self, names):
@@ -213,9 +218,10 @@ class Call:
         edits = self.edits(edit, n_logits)
         if self.headless and len(self.rows):
             leaving = [tap for tap in stream_of(model.config, self.stop) if tap in self.table]
-            arrays = {**{tap: np.empty((self.T, model.config.hidden_size), np.float32) for tap in leaving}, **arrays}
+            axes = stream_axes(model.config)
+            arrays = {**{tap: np.empty((self.T, *axes), np.float32) for tap in leaving}, **arrays}
         embeds = self.embeds
-        if embeds is not None and embeds.ndim > 2:
+        if embeds is not None and model.config.attn_res_block and embeds.ndim > 2:
             embeds = np.ascontiguousarray(embeds.swapaxes(0, 1))  # as C takes them
         taps = [(*self.table[n][:2], a) for n, a in arrays.items()] or None
         self.done = np.zeros(self.N, np.int64)
@@ -241,13 +247,14 @@ class Call:
 
     def _leaving(self, arrays):
         """The stream behind layer stop-1, of the rows that are asked for."""
-        names, D = stream_of(self.model.config, self.stop), self.model.config.hidden_size
+        c = self.model.config
+        names, axes = stream_of(c, self.stop), stream_axes(c)
         if not len(self.rows):
-            return joined_stream([np.empty((0, D), np.float32)] * len(names))
+            return joined_stream([np.empty((0, *axes), np.float32)] * len(names))
         entered = {}
-        if self.start:
-            parts = np.moveaxis(self.embeds.reshape(self.T, -1, D), 1, 0)
-            entered = dict(zip(stream_of(self.model.config, self.start), parts))
+        if self.start and c.attn_res_block:
+            parts = np.moveaxis(self.embeds.reshape(self.T, -1, *axes), 1, 0)
+            entered = dict(zip(stream_of(c, self.start), parts))
         return joined_stream([(arrays[tap] if tap in arrays else entered[tap])[self.rows] for tap in names])
 
     def edits(self, edit, n_logits):

@@ -17,7 +17,8 @@ _NUMBERS = (
     "vocab_size", "hidden_size", "rms_norm_eps", "latent_eps", "l2_eps", "conv_width", "mla_heads", "nope_dim",
     "rope_dim", "v_head_dim", "kv_rank", "q_rank", "attn_heads", "attn_kv_heads", "attn_head_dim", "rotary_dim",
     "rope_base", "ffn_size", "n_experts", "experts_per_token", "shared_size", "moe_size", "n_groups", "top_groups",
-    "routed_scale", "expert_latent", "attn_res_block",
+    "routed_scale", "expert_latent", "attn_res_block", "streams", "stream_passes", "stream_eps", "index_heads",
+    "index_dim", "index_topk", "index_pool", "index_eps",
 )
 
 
@@ -39,6 +40,7 @@ def config_numbers(config, activations="float32"):
         "kda_full_rank_gate": int(config.kda_full_rank_gate),
         "mla_gated": int(config.mla_gated),
         "expert_latent_norm": int(config.expert_latent_norm),
+        "swiglu_limit": config.swiglu_limit or 0.0,
         "situ_beta": config.situ_beta or 0.0,
         "situ_linear_beta": config.situ_linear_beta or 0.0,
         "router": int(config.router_function == "softmax"),

@@ -1,7 +1,7 @@
 """A config.json becomes a description of the model: sizes, one LayerSpec a layer, every weight's shape.
 
-What the keys of each family of models mean is said in config_kimi.py and config_qwen.py; each reads its published form
-and what transformers 5.23 saves, and writes one of them back.
+What the keys of each family of models mean is said in config_kimi.py, config_qwen.py and config_glm.py; each reads its
+published form and what transformers 5.23 saves, and writes one of them back.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import config_kimi, config_qwen
+from . import config_glm, config_kimi, config_qwen
 from .config_kimi import KEYS, LINEAR_KEYS  # noqa: F401
 from .config_reader import L2_EPS, LATENT_EPS, MOST_LAYERS, ConfigError, short  # noqa: F401
 from .errors import FormatError
@@ -20,7 +20,8 @@ from .weight_shapes import weight_shapes
 
 #: model_type of a file -> the module that translates it.
 FAMILIES = {**dict.fromkeys(["kimi_linear", config_kimi.K3], config_kimi),
-            **dict.fromkeys([*config_qwen.KINDS, *config_qwen.WRAPPERS], config_qwen)}
+            **dict.fromkeys([*config_qwen.KINDS, *config_qwen.WRAPPERS], config_qwen),
+            **dict.fromkeys([config_glm.TEXT, config_glm.WRAPPER], config_glm)}
 
 #: The letter of a mixer, where the layers of a model are told in a word.
 MIXER_LETTERS = {"kda": "K", "mla": "M", "gdn": "G", "attn": "A"}
@@ -70,7 +71,13 @@ class Config:
     kv_rank: int = 0                   # R
     q_rank: int = 0                    # 0 is a plain projection
     mla_gated: bool = False            # the output of MLA times the sigmoid of a projection
+    index_heads: int = 0               # of the indexer that chooses what MLA attends to; 0: it attends to all
+    index_dim: int = 0
+    index_topk: int = 0                # positions that it chooses, in pools
+    index_pool: int = 0                # of so many neighbours, which have a key together
+    index_eps: float = 1e-6            # of the norm of its keys
     ffn_size: int = 0                  # width of a dense feed-forward
+    swiglu_limit: float | None = None  # of SwiGLU's two inputs, in all feed-forwards
     situ_beta: float | None = None     # of SiTU, the activation of all feed-forwards; None is SwiGLU
     situ_linear_beta: float | None = None  # of its other factor; None: that is as it is
     n_experts: int = 0
@@ -100,7 +107,10 @@ class Config:
     router_bias: bool = True           # the choice of experts has a bias
     norm_plus_one: bool = False        # norms of layers, queries and keys, and the final one, are stored less 1
     attn_res_block: int = 0            # layers to a snapshot of attention residuals; 0: residuals are added
-    moe_names: str = "block_sparse_moe"    # spelling of the mixture's tensors, or "mlp"
+    streams: int = 0                   # residual streams that hyper-connections mix; 0: there is one
+    stream_passes: int = 0             # of Sinkhorn's normalisation of their mixing weights
+    stream_eps: float = 1e-6           # added to these weights and sums
+    moe_names: str = "block_sparse_moe"    # spelling of the mixture's tensors, a key of MOE_NAMES
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any]) -> Config:

@@ -23,10 +23,12 @@ from ._arrays import as_tuple
 from .config import Config
 from .weight_shapes import (
     FFN_SCORE,
+    FFN_STREAMS,
     LATENT_DOWN,
     LATENT_NORM,
     LATENT_UP,
     MIXER_SCORE,
+    MIXER_STREAMS,
     MOE_NAMES,
     OUTPUT_SCORE,
     ROUTER_BIAS,
@@ -38,7 +40,7 @@ from .weight_shapes import (
 )
 
 __all__ = ["Experts", "Node", "Weight", "arguments", "begins_block", "evaluate", "in_order", "nodes", "run_node",
-           "stream_of", "table"]
+           "stream_axes", "stream_of", "table"]
 
 #: The tap that stands for the token ids themselves, [T]: the input of the embedding.
 TOKENS = "tokens"
@@ -48,14 +50,15 @@ POSITIONS = "positions"
 
 #: Taps of a layer in the order of the pass; names below ``layers.<i>``.
 LAYER_ORDER = """
-    attn_res attn_norm
+    attn_res attn_hc attn_hc_post attn_hc_comb attn_norm
 
     kda.q_proj kda.k_proj kda.v_proj kda.q_conv kda.k_conv kda.v_conv
     kda.q_history kda.k_history kda.v_history kda.q kda.k
     kda.f_a kda.f kda.g kda.b kda.beta kda.o kda.state kda.g_a kda.z kda.o_norm kda.out
 
     mla.q_a mla.q_a_norm mla.q mla.latent_raw mla.latent mla.latent_cache mla.k_shared mla.k_shared_cache
-    mla.probs mla.o mla.gate mla.gated mla.out
+    mla.index_q mla.index_k_raw mla.index_k mla.index_k_cache mla.index_gate mla.index_gate_cache mla.pool_cache
+    mla.index_weights mla.select mla.probs mla.o mla.gate mla.gated mla.out
 
     gdn.q_proj gdn.k_proj gdn.v_proj gdn.q_conv gdn.k_conv gdn.v_conv
     gdn.q_history gdn.k_history gdn.v_history gdn.q gdn.k
@@ -64,7 +67,7 @@ LAYER_ORDER = """
     attn.q_proj attn.gate attn.k_proj attn.v attn.q_norm attn.k_norm attn.q attn.k attn.k_cache attn.v_cache
     attn.probs attn.o attn.gated attn.out
 
-    mid ffn_res ffn_norm
+    mid ffn_res ffn_hc ffn_hc_post ffn_hc_comb ffn_norm
 
     mlp.gate mlp.up mlp.act mlp.out
 
@@ -151,7 +154,12 @@ def nodes(config: Config) -> list[Node]:
     out = [Node("embed", "embedding", D, {"ids": TOKENS}, {"table": Weight("model.embed_tokens.weight")})]
     for i, spec in enumerate(c.layers):
         out += _layer(c, i, spec)
+    if c.streams:
+        out.insert(1, Node("streams", "mhc_expand", stream_axes(c), {"x": "embed"}, options={"n": c.streams}))
     *snapshots, h = stream_of(c, c.n_layers)
+    if c.streams:
+        out.append(Node("collapsed", "mhc_collapse", D, {"x": h}))
+        h = "collapsed"
     if c.attn_res_block:
         out.append(_attn_res(c, "output_res", h, snapshots, Weight, f"model.{OUTPUT_SCORE}"))
         h = "output_res"
@@ -182,13 +190,13 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def _place(name: str) -> tuple[int, int]:
-    if name == "embed":
-        return 0, 0
+    if name in ("embed", "streams"):
+        return 0, int(name == "streams")
     layer = layer_of(name)
     if layer is not None:
         return 1 + layer, _PLACE.get(name.split(".", 2)[2], len(_PLACE))
     last = 1 << 40
-    return last, {"output_res": 0, "norm": 1, "logits": 2}.get(name, 3)
+    return last, {"output_res": 0, "collapsed": 1, "norm": 2, "logits": 3}.get(name, 4)
 
 
 class _Layer:
@@ -216,9 +224,14 @@ class _Layer:
     def linear(self, tap, shape, x, weight, view=None):
         self.add(tap, "linear", shape, {"x": x}, {"w": self.w(weight, view)})
 
-    def residual(self, tap, D, before, x):
-        """h + x, h being outside the layer for its first half."""
-        self.nodes.append(Node(self.t(tap), "add", D, {"a": before, "b": self.t(x)}))
+    def residual(self, tap, shape, before, x, connection):
+        """h + x, h being outside the layer for its first half; or what hyper-connections make of the two."""
+        if len(shape) == 1:
+            self.nodes.append(Node(self.t(tap), "add", shape, {"a": before, "b": self.t(x)}))
+            return
+        inputs = {"y": x, "post": f"{connection}_post", "comb": f"{connection}_comb"}
+        inputs = {argument: self.t(name) for argument, name in inputs.items()} | {"x": before}
+        self.nodes.append(Node(self.t(tap), "mhc_post", shape, inputs))
 
 
 def _layer(c: Config, i: int, spec) -> list[Node]:
@@ -227,23 +240,26 @@ def _layer(c: Config, i: int, spec) -> list[Node]:
     *snapshots, h = stream_of(c, i)
     before, after = ({"w": _norm(c, layer.w(f"{name}_layernorm.weight"))} for name in ("input", "post_attention"))
 
-    def norm(tap, weights, mixed, score, h, snapshots):
+    def norm(tap, weights, half, score, connection, h, snapshots):
         if c.attn_res_block:
-            layer.nodes.append(_attn_res(c, layer.t(mixed), h, snapshots, layer.w, score))
-            h = layer.t(mixed)
+            layer.nodes.append(_attn_res(c, layer.t(f"{half}_res"), h, snapshots, layer.w, score))
+            h = layer.t(f"{half}_res")
+        if c.streams:
+            _mhc_pre(c, layer, f"{half}_hc", h, connection)
+            h = layer.t(f"{half}_hc")
         layer.nodes.append(Node(layer.t(tap), "rms_norm", D, {"x": h}, weights, {"eps": c.rms_norm_eps}))
 
-    norm("attn_norm", before, "attn_res", MIXER_SCORE, h, snapshots)
+    norm("attn_norm", before, "attn", MIXER_SCORE, MIXER_STREAMS, h, snapshots)
     {"kda": _kda, "mla": _mla, "gdn": _gdn, "attn": _attn}[spec.mixer](c, layer)
     if begins_block(c, i):
         snapshots = [*snapshots, h]
         h = layer.t(f"{spec.mixer}.out")
     else:
-        layer.residual("mid", D, h, f"{spec.mixer}.out")
+        layer.residual("mid", stream_axes(c), h, f"{spec.mixer}.out", "attn_hc")
         h = layer.t("mid")
-    norm("ffn_norm", after, "ffn_res", FFN_SCORE, h, snapshots)
+    norm("ffn_norm", after, "ffn", FFN_SCORE, FFN_STREAMS, h, snapshots)
     (_dense if spec.ffn == "dense" else _moe)(c, layer)
-    layer.residual("out", D, h, "mlp.out" if spec.ffn == "dense" else "moe.out")
+    layer.residual("out", stream_axes(c), h, "mlp.out" if spec.ffn == "dense" else "moe.out", "ffn_hc")
     return layer.nodes
 
 
@@ -251,7 +267,13 @@ def stream_of(config: Config, layer: int) -> list[str]:
     """The taps that are the stream which enters a layer: with attention residuals its snapshots, then what has been
     added up since the last; else that alone."""
     begins = [*range(0, layer, config.attn_res_block), layer] if config.attn_res_block else [layer]
-    return [f"layers.{i - 1}.out" if i else "embed" for i in begins]
+    first = "streams" if config.streams else "embed"
+    return [f"layers.{i - 1}.out" if i else first for i in begins]
+
+
+def stream_axes(config: Config) -> tuple[int, ...]:
+    """The axes of the stream between layers, after tokens."""
+    return (config.streams, config.hidden_size) if config.streams else (config.hidden_size,)
 
 
 def begins_block(config: Config, layer: int) -> bool:
@@ -265,6 +287,16 @@ def _attn_res(c: Config, tap: str, h: str, snapshots: list[str], w: Callable, sc
     inputs = {f"snapshots.{j}": name for j, name in enumerate(snapshots)} | {"x": h}
     weight = w(f"{score}_norm.weight", score_weight)._replace(other=w(f"{score}_proj.weight").name)
     return Node(tap, "attn_res", (c.hidden_size,), inputs, {"w": weight}, {"eps": c.rms_norm_eps})
+
+
+def _mhc_pre(c: Config, layer: _Layer, tap: str, h: str, connection: str) -> None:
+    """The three results of one op: what a block reads, and how its output and the streams go on."""
+    n = c.streams
+    weights = {part: layer.w(f"{connection}_{part}") for part in ("fn", "base", "scale")}
+    options = dict(norm_eps=c.rms_norm_eps, eps=c.stream_eps, iters=c.stream_passes)
+    for op, name, shape in (("mhc_pre", tap, (c.hidden_size,)), ("mhc_pre_post", f"{tap}_post", (n,)),
+                            ("mhc_pre_comb", f"{tap}_comb", (n, n))):
+        layer.nodes.append(Node(layer.t(name), op, shape, {"x": h}, weights, options))
 
 
 def _kda(c: Config, layer: _Layer) -> None:
@@ -311,8 +343,11 @@ def _mla(c: Config, layer: _Layer) -> None:
         layer.add(kept, "cache_append", (width,), {"x": f"mla.{s}"}, initial={"x": kept})
     w_uk = layer.w(kv_b, partial(_head_rows, H, 0, nope))
     w_uv = layer.w(kv_b, partial(_head_rows, H, nope, None))
+    if c.index_heads:
+        _indexer(c, layer)
+    select = {"select": "mla.select"} if c.index_heads else {}
     layer.add("mla.o", "latent_attention", (H, c.v_head_dim),
-              {"q": "mla.q", "latent": "mla.latent", "k_shared": "mla.k_shared"},
+              {"q": "mla.q", "latent": "mla.latent", "k_shared": "mla.k_shared"} | select,
               {"w_uk": w_uk, "w_uv": w_uv},
               initial=caches, scale=(nope + P) ** -0.5)
     o = "mla.o"
@@ -321,6 +356,25 @@ def _mla(c: Config, layer: _Layer) -> None:
         layer.add("mla.gated", "sigmoid_gate", (H, c.v_head_dim), {"x": "mla.o", "gate": "mla.gate"})
         o = "mla.gated"
     layer.linear("mla.out", (c.hidden_size,), o, "self_attn.o_proj.weight")
+
+
+def _indexer(c: Config, layer: _Layer) -> None:
+    """What MLA attends to."""
+    n, at = c.index_dim, "self_attn.indexer."
+    layer.linear("mla.index_q", (c.index_heads, n), "mla.q_a_norm", f"{at}wq_b.weight")
+    layer.linear("mla.index_k_raw", (n,), "attn_norm", f"{at}wk.weight")
+    layer.add("mla.index_k", "layer_norm", (n,), {"x": "mla.index_k_raw"},
+              {"w": f"{at}k_norm.weight", "b": f"{at}k_norm.bias"}, eps=c.index_eps)
+    layer.linear("mla.index_gate", (n,), "attn_norm", f"{at}index_kpool_compress_gate")
+    caches = {"k": "mla.index_k_cache", "gate": "mla.index_gate_cache"}
+    for (s, kept) in caches.items():
+        layer.add(kept, "cache_append", (n,), {"x": f"mla.index_{s}"}, initial={"x": kept})
+    layer.add("mla.pool_cache", "index_pool", (n,), {s: f"mla.index_{s}" for s in caches},
+              {"ape": f"{at}index_kpool_compress_ape"}, initial=caches)
+    layer.linear("mla.index_weights", (c.index_heads,), "attn_norm", f"{at}weights_proj.weight")
+    layer.add("mla.select", "index_select", (c.index_topk + c.index_pool - 1,),
+              {"q": "mla.index_q", "keys": "mla.pool_cache", "weights": "mla.index_weights"},
+              positions="mla.latent_cache", topk=c.index_topk, pool=c.index_pool)
 
 
 def _mla_query(c: Config, layer: _Layer) -> None:
@@ -392,10 +446,15 @@ def _ffn(c: Config, layer: _Layer, taps, width: int, prefix: str) -> None:
     layer.linear(gate, (width,), "ffn_norm", f"{prefix}.gate_proj.weight")
     layer.linear(up, (width,), "ffn_norm", f"{prefix}.up_proj.weight")
     if c.situ_beta is None:
-        layer.add(act, "swiglu", (width,), {"gate": gate, "up": up})
+        layer.add(act, "swiglu", (width,), {"gate": gate, "up": up}, **_limit(c))
     else:
         layer.add(act, "situ", (width,), {"gate": gate, "up": up}, beta=c.situ_beta, linear_beta=c.situ_linear_beta)
     layer.linear(out, (c.hidden_size,), act, f"{prefix}.down_proj.weight")
+
+
+def _limit(c: Config) -> dict[str, float]:
+    """SwiGLU's, where it has one."""
+    return {} if c.swiglu_limit is None else {"limit": c.swiglu_limit}
 
 
 def _dense(c: Config, layer: _Layer) -> None:
@@ -415,13 +474,13 @@ def _moe(c: Config, layer: _Layer) -> None:
     shared = {"shared": _shared(c, layer, prefix, names.shared)} if c.shared_size else {}
     experts = {argument: layer.w(f"{prefix}.experts.{{}}.{name}.weight", count=c.n_experts)
                for argument, name in zip(("w_gate", "w_up", "w_down"), names.experts)}
-    situ = {} if c.situ_beta is None else {"situ": (c.situ_beta, c.situ_linear_beta)}
+    act = _limit(c) if c.situ_beta is None else {"situ": (c.situ_beta, c.situ_linear_beta)}
     if not c.expert_latent:
-        layer.add("moe.out", "moe", (c.hidden_size,), inputs | shared, experts, **situ)
+        layer.add("moe.out", "moe", (c.hidden_size,), inputs | shared, experts, **act)
         return
     L = (c.expert_latent,)
     layer.linear("moe.latent", L, "ffn_norm", f"{prefix}.{LATENT_DOWN}")
-    layer.add("moe.routed", "moe", L, inputs | {"x": "moe.latent"}, experts, **situ)
+    layer.add("moe.routed", "moe", L, inputs | {"x": "moe.latent"}, experts, **act)
     y = "moe.routed"
     if c.expert_latent_norm:
         layer.add("moe.routed_norm", "rms_norm", L, {"x": y}, {"w": f"{prefix}.{LATENT_NORM}"}, eps=c.rms_norm_eps)
@@ -515,10 +574,15 @@ def arguments(
         args["snapshots"] = np.stack(parts) if parts else np.empty((0, *args["x"].shape), args["x"].dtype)
     for a in _FLAT.get(node.op, ()):
         args[a] = args[a].reshape(len(args[a]), int(np.prod(args[a].shape[1:])))
-    if node.positions:
+    if node.op == "index_select":
+        args["positions"] = 1 + int(_positions(node, values, state, len(args["q"]))[-1:].max(initial=-1))
+    elif node.positions:
         args["positions"] = _positions(node, values, state, len(args["x"]))
     return args | dict(node.options)
 
+
+#: What is one result of an op, and no op of its own: the op, and which.
+RESULTS = {"mhc_pre_post": ("mhc_pre", 1), "mhc_pre_comb": ("mhc_pre", 2)}
 
 #: Arguments that ops take as rows of one length.
 _FLAT = {"linear": ("x",), "sigmoid_gate": ("x", "gate")}
@@ -546,6 +610,9 @@ def evaluate(node: Node, args: Mapping[str, Any]) -> tuple[np.ndarray, ...]:
     args = dict(args)
     if node.op == "cache_append":
         return (reference.f64(args["x"]),)
+    if node.op in RESULTS:
+        op, which = RESULTS[node.op]
+        return (getattr(reference, op)(**args)[which],)
     if node.op == "route_weights":
         args = {a: args[a] for a in ("scores", "ids", "function", "renormalise", "scale")}
     return as_tuple(getattr(_FAST.get(node.op, reference), node.op)(**args))

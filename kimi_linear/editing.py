@@ -19,6 +19,9 @@ class Place(NamedTuple):
     position: np.ndarray
 
 
+_MOST = 2**31 - 1  # no position is as large
+
+
 class Edits:
     """What ``edit=`` of a forward call asks for, checked before the call begins.
 
@@ -65,15 +68,25 @@ class Edits:
         self._of_place = {table[name][:2]: (name, *table[name][2:]) for name in self.changes if name != "logits"}
 
     def _checked(self, name, value, shape, call=""):
-        """A tap's new value: float32 or wider-able, of exactly its shape; expert ids ascending and all different."""
+        """A tap's new value: float32 or wider-able, of exactly its shape; expert ids ascending and all different, and
+        so are positions that are attended to, with -1 behind the last."""
         what = f"edit[{name!r}]{call}"
+        if name.endswith("mla.select"):
+            ids = rising(as_integers(value, what, shape, low=-1, high=_MOST))
+            self._refuse_twice(ids, ids >= 0, what, "the positions of a token")
+            return ids
         if not name.endswith("moe.ids"):
             return as_float32(value, what, shape)
         ids = np.sort(as_integers(value, what, shape, low=0, high=self.n_experts), axis=-1)
-        if (np.diff(ids) == 0).any():
-            t = int(np.argwhere(np.diff(ids) == 0)[0, 0])
-            raise ValueError(f"{what}[{t}] is {ids[t].tolist()}; a token's experts must be different")
+        self._refuse_twice(ids, ids >= 0, what, "a token's experts")
         return ids
+
+    @staticmethod
+    def _refuse_twice(ids, given, what, whose):
+        twice = (np.diff(ids) == 0) & given[:, 1:]
+        if twice.any():
+            t = int(np.argwhere(twice)[0, 0])
+            raise ValueError(f"{what}[{t}] is {ids[t].tolist()}; {whose} must be different")
 
     def rows(self, layer, tap, first, n, view):
         """Replace rows first..first+n-1 of a tap; `view` is their memory."""
@@ -107,6 +120,12 @@ class Edits:
         place = (Place(*(a[rows] for a in self._place)),) if takes_place(function) else ()
         with nested(self._lender):
             return function(x.copy(), *place)
+
+
+def rising(ids):
+    """Positions of each row in rising order, -1, which stands for none, behind the last."""
+    ids = np.sort(np.where(ids < 0, _MOST, ids), axis=-1)
+    return np.where(ids == _MOST, -1, ids).astype(np.int32)
 
 
 def takes_place(function):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .config import Config
-from .weight_shapes import attn_query_rows, gdn_channels, gdn_inputs
+from .weight_shapes import MOE_NAMES, attn_query_rows, gdn_channels, gdn_inputs
 
 
 class Several(NamedTuple):
@@ -37,6 +37,10 @@ def _kda_channels(c: Config):
     return {s: slice(j * n, (j + 1) * n) for j, s in enumerate("qkv")}
 
 
+def _index_columns(c: Config):
+    return {"k": slice(0, c.index_dim), "gate": slice(c.index_dim, 2 * c.index_dim)}
+
+
 def _grouped_columns(c: Config):
     """Of in_proj_qkvz and in_proj_ba, whose columns lie by key head."""
     taps = {part: f"{part}_proj" if part in "qkv" else part for part in "qkvzba"}
@@ -52,6 +56,10 @@ LAYER = {"": "out", "input_layernorm": "attn_norm", "post_attention_layernorm": 
 #: Of attention residuals, which are no modules: names of our own golden files.
 RESIDUALS = {"attn_res": "attn_res", "mlp_res": "ffn_res"}
 OUTPUT_RESIDUAL = {"model.output_attn_res": "output_res"}
+#: Of hyper-connections, which give three results; so our golden files name them.
+STREAMS = {f"{half}_hc{path}": f"{half}_hc{tap}" for half in ("attn", "ffn")
+           for path, tap in (("", ""), ("/post", "_post"), ("/comb", "_comb"))}
+OUTPUT_STREAM = {"model.hc_head": "collapsed"}
 
 KDA = {
     "self_attn": "kda.out", "self_attn.o_proj": "kda.out",
@@ -72,6 +80,11 @@ MLA = {
     "self_attn.kv_a_layernorm": "mla.latent", "self_attn.attention": "mla.o",
 }
 MLA_GATE = {"self_attn.g_proj": "mla.gate", "self_attn.gated": "mla.gated"}
+INDEXER = {
+    "self_attn.indexer.wq_b": "mla.index_q", "self_attn.indexer.wk": "mla.index_k_raw",
+    "self_attn.indexer.k_norm": "mla.index_k", "self_attn.indexer.weights_proj": "mla.index_weights",
+    "self_attn.indexer/ids": "mla.select",
+}
 PLAIN_Q = {"self_attn.q_proj": "mla.q"}
 LOW_RANK_Q = {
     "self_attn.q_a_proj": "mla.q_a", "self_attn.q_a_layernorm": "mla.q_a_norm", "self_attn.q_b_proj": "mla.q",
@@ -103,27 +116,24 @@ DENSE = {"mlp": "mlp.out", "mlp.down_proj": "mlp.out", "mlp.gate_proj": "mlp.gat
 MOE = {
     "mlp": "moe.out", "mlp.gate/ids": "moe.ids", "mlp.gate/weights": "moe.weights",
 }
-#: Of Kimi K3, whose router is a matrix, with the choice made beside it.
+#: Of golden files, and of Kimi K3, whose router is a matrix, with the choice made beside it.
+LOGITS_OF_ROUTER = {"mlp.gate": "moe.logits"}
 LATENTS = {
-    "mlp.gate": "moe.logits", "mlp.routed_expert_down_proj": "moe.latent", "mlp.experts": "moe.routed",
+    "mlp.routed_expert_down_proj": "moe.latent", "mlp.experts": "moe.routed",
     "mlp.routed_expert_norm": "moe.routed_norm",
 }
 SHARED = {
-    "block_sparse_moe": {
-        "mlp.shared_experts": "moe.shared", "mlp.shared_experts.down_proj": "moe.shared",
-        "mlp.shared_experts.gate_proj": "moe.shared_gate", "mlp.shared_experts.up_proj": "moe.shared_up",
-    },
-    "mlp": {
-        "mlp.shared_expert": "moe.shared", "mlp.shared_expert.down_proj": "moe.shared",
-        "mlp.shared_expert.gate_proj": "moe.shared_gate", "mlp.shared_expert.up_proj": "moe.shared_up",
-        "mlp.shared_expert_gate": "moe.shared_g",
-    },
+    names: {f"mlp.{shared}": "moe.shared", f"mlp.{shared}.down_proj": "moe.shared",
+            f"mlp.{shared}.gate_proj": "moe.shared_gate", f"mlp.{shared}.up_proj": "moe.shared_up"}
+    for names, (_, _, shared) in MOE_NAMES.items()
 }
+SHARED_SCORE = {"mlp.shared_expert_gate": "moe.shared_g"}
 
 #: Name below ``cache/<i>`` -> state below ``layers.<i>``, by kind of mixer.
 CACHES = {
     "kda": {"state": "kda.state", "conv": Several("kda.{}_history", ("q", "k", "v"), _kda_channels)},
-    "mla": {"keys": "mla.latent_cache", "values": "mla.k_shared_cache"},
+    "mla": {"keys": "mla.latent_cache", "values": "mla.k_shared_cache",
+            "indexer": Several("mla.index_{}_cache", ("k", "gate"), _index_columns)},
     "gdn": {"state": "gdn.state", "conv": Several("gdn.{}_history", ("q", "k", "v"), gdn_channels)},
     "attn": {"keys": "attn.k_cache", "values": "attn.v_cache"},
 }
@@ -143,7 +153,8 @@ def tap_of(name: str, config: Config) -> str | None:
 
 
 def _entry(name: str, config: Config) -> str | Several | None:
-    name = name.removeprefix("language_model.").replace(".block_sparse_moe", ".mlp")  # as published models' code has it
+    name = name.removeprefix("language_model.").replace("model.language_model.", "model.")
+    name = name.replace(".block_sparse_moe", ".mlp")  # as published models' code has it
     if name in _outside(config):
         return _outside(config)[name]
     found = re.fullmatch(r"(?:model\.layers\.|cache/)(\d+)(?:[./](.+))?", name)
@@ -162,21 +173,24 @@ def _in_layer(entry: str | Several, i: int) -> str | Several:
 def _table(config: Config, i: int, cache: bool) -> dict[str, str | Several]:
     spec = config.layers[i]
     if cache:
-        return CACHES[spec.mixer]
+        return {name: held for name, held in CACHES[spec.mixer].items() if name != "indexer" or config.index_heads}
     mixers = {
         "kda": KDA | KDA_GATE[config.kda_full_rank_gate],
-        "mla": MLA | (LOW_RANK_Q if config.q_rank else PLAIN_Q) | (MLA_GATE if config.mla_gated else {}),
+        "mla": MLA | (LOW_RANK_Q if config.q_rank else PLAIN_Q) | (MLA_GATE if config.mla_gated else {})
+        | (INDEXER if config.index_heads else {}),
         "gdn": GDN | GDN_INPUTS[config.gdn_inputs], "attn": ATTN,
     }
     latents = LATENTS | ({"mlp.routed_expert_up_proj": "moe.routed_up"} if config.shared_size else {})
     moe = MOE | SHARED[config.moe_names] | (latents if config.expert_latent else {})
-    residuals = RESIDUALS if config.attn_res_block else {}
+    moe |= (SHARED_SCORE if config.shared_gated else {}) | (
+        LOGITS_OF_ROUTER if config.expert_latent or config.streams else {})
+    residuals = (RESIDUALS if config.attn_res_block else {}) | (STREAMS if config.streams else {})
     return LAYER | residuals | mixers[spec.mixer] | {"dense": DENSE, "moe": moe}[spec.ffn]
 
 
 def _outside(config: Config) -> dict[str, str]:
     """Module paths outside of the layers."""
-    return GLOBAL | OUTPUT_RESIDUAL if config.attn_res_block else GLOBAL
+    return GLOBAL | (OUTPUT_RESIDUAL if config.attn_res_block else {}) | (OUTPUT_STREAM if config.streams else {})
 
 
 def _entries(config: Config) -> dict[str, str | Several]:
@@ -286,10 +300,13 @@ def _tail(tap: str, config: Config) -> tuple[int, ...] | None:
     kda, values = (c.kda_heads, c.kda_head_dim), (c.gdn_v_heads, c.gdn_v_dim)
     latents = (c.mla_heads, c.v_head_dim)
     queries, keys = (c.attn_heads, c.attn_head_dim), (c.attn_kv_heads, c.attn_head_dim)
+    streams = (c.streams, c.hidden_size) if c.streams else None
     return {
         "kda.g": kda, "kda.f": kda, "kda.z": kda, "kda.o": kda, "kda.o_norm": kda,
         "kda.state": (c.kda_head_dim, c.kda_head_dim),
         "mla.q": (c.mla_heads, c.nope_dim + c.rope_dim), **dict.fromkeys(["mla.o", "mla.gate", "mla.gated"], latents),
+        "mla.index_q": (c.index_heads, c.index_dim), **dict.fromkeys(["out", "mid"], streams),
+        **dict.fromkeys(["attn_hc_comb", "ffn_hc_comb"], (c.streams, c.streams)),
         "gdn.z": values, "gdn.o_norm": values, "gdn.state": (c.gdn_k_dim, c.gdn_v_dim),
         "attn.q_proj": queries, "attn.gate": queries, "attn.q_norm": queries,
         "attn.k_proj": keys, "attn.v": keys, "attn.k_norm": keys,
@@ -302,7 +319,7 @@ def _shaped(x: np.ndarray, tap: str, name: str, config: Config) -> np.ndarray:
     tail = _tail(tap, config) or x.shape[-1:]
     if x.size % max(int(np.prod(tail)), 1):
         raise ValueError(f"{name} has shape {x.shape}; for {tap} it must be [T, {', '.join(map(str, tail))}]")
-    return x.reshape(-1, *tail)
+    return x.reshape(-1 if x.size else int(np.prod(x.shape[:-1])), *tail)
 
 
 def sort_experts(taps: dict[str, np.ndarray]) -> None:

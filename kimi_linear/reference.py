@@ -132,6 +132,16 @@ def attn_res(snapshots, x, w, *, eps):
 # ---- hyper-connections --------------------------------------------------------------------------
 
 
+def mhc_expand(x, *, n):
+    """x [..., D] n times: [..., n, D]."""
+    return np.repeat(f64(x)[..., None, :], n, axis=-2)
+
+
+def mhc_collapse(x):
+    """The mean of streams [..., n, D]: [..., D]."""
+    return f64(x).mean(-2)
+
+
 def mhc_pre(x, fn, base, scale, *, norm_eps, eps=1e-6, iters=20):
     """(y [..., D], post [..., n], comb [..., n, n]) of streams x [..., n, D]: y is sum(pre[i] * x[i]).
 

@@ -1,8 +1,8 @@
 """The whole model in float64 NumPy, layer by layer, with every tap.
 
 Sources: arXiv:2510.26692, section 4 (Kimi Linear); arXiv:2412.06464 (gated delta net); Hugging Face transformers,
-models qwen3_next and qwen3_5 (gated attention, the shared expert's gate); llama.cpp's and mlx-lm's Kimi K3 (attention
-residuals, experts on a latent, SiTU).
+models qwen3_next and qwen3_5 (gated attention, the shared expert's gate) and glm5_next (hyper-connections, sparse
+latent attention); llama.cpp's and mlx-lm's Kimi K3 (attention residuals, experts on a latent, SiTU).
 
 Weights come from any mapping of canonical names (``Config.weight_shapes``) to arrays of any float type. They
 are fetched and widened where they are used and dropped after, so that the largest matrix, not the model, sets
@@ -24,10 +24,12 @@ from .editing import Place, takes_place
 from .trace import matches, on_request
 from .weight_shapes import (
     FFN_SCORE,
+    FFN_STREAMS,
     LATENT_DOWN,
     LATENT_NORM,
     LATENT_UP,
     MIXER_SCORE,
+    MIXER_STREAMS,
     MOE_NAMES,
     OUTPUT_SCORE,
     ROUTER_BIAS,
@@ -154,7 +156,7 @@ class ReferenceModel:
 
     def _recorder(self, taps, edit, state) -> Recorder:
         """What keeps and changes the taps that the globs match."""
-        names = [node.tap for node in nodes(self.config) if node.op != "cache_append"]
+        names = [node.tap for node in nodes(self.config) if not node.tap.endswith("_cache")]
         names += [name.replace("logits", "scores") for name in names if name.endswith("moe.logits")]
         edits: dict[str, list] = {}
         for pattern, change in (edit or {}).items():
@@ -164,8 +166,13 @@ class ReferenceModel:
         return Recorder(() if taps is None else matches(names, taps), edits, position)
 
     def embed(self, tokens, tap: Tap = _no_tap) -> np.ndarray:
-        """Rows of the embedding: [T] -> [T, D]."""
-        return tap("embed", op.embedding(tokens, self.weights["model.embed_tokens.weight"]))
+        """Rows of the embedding: [T] -> [T, D], or the streams of hyper-connections, [T, n, D]."""
+        return self.streams(tap("embed", op.embedding(tokens, self.weights["model.embed_tokens.weight"])), tap)
+
+    def streams(self, x, tap: Tap = _no_tap) -> np.ndarray:
+        """What enters layer 0, of rows [T, D] of the embedding."""
+        n = self.config.streams
+        return tap("streams", op.mhc_expand(x, n=n)) if n else x
 
     def head(self, h, tap: Tap = _no_tap, snapshots=()) -> np.ndarray:
         """Final norm and logits: [T, D] -> [T, vocab]. `snapshots` are those of attention residuals."""
@@ -174,6 +181,8 @@ class ReferenceModel:
     def last_norm(self, h, tap: Tap = _no_tap, snapshots=()) -> np.ndarray:
         """The first half of `head`: [T, D] -> [T, D]."""
         x = self._residuals("output_res", f"model.{OUTPUT_SCORE}", h, snapshots, self.weights.__getitem__, tap)
+        if self.config.streams:
+            x = tap("collapsed", op.mhc_collapse(x))
         return tap("norm", self._norm(x, self.weights["model.norm.weight"]))
 
     def logits(self, x, tap: Tap = _no_tap) -> np.ndarray:
@@ -183,8 +192,9 @@ class ReferenceModel:
 
     def layer(self, i: int, h, state: dict | None = None, tap: Tap = _no_tap, expert_ids=None,
               snapshots: list | None = None) -> np.ndarray:
-        """One layer: h [T, D] -> [T, D]. `state`, a dict of the sequence, is read and brought up to date; so is the
-        list of snapshots of a model with attention residuals, where h is what has been added up since the last."""
+        """One layer: h [T, D] -> [T, D], or all streams of hyper-connections, [T, n, D]. `state`, a dict of the
+        sequence, is read and brought up to date; so is the list of snapshots of a model with attention residuals, where
+        h is what has been added up since the last."""
         spec = self.config.layers[i]
         state, snapshots = {} if state is None else state, [] if snapshots is None else snapshots
 
@@ -196,16 +206,18 @@ class ReferenceModel:
 
         mixer = {"kda": self._kda, "mla": self._mla, "gdn": self._gdn, "attn": self._attn}[spec.mixer]
         x = self._residuals("attn_res", MIXER_SCORE, h, snapshots, w, named)
+        x, added = self._connected("attn_hc", MIXER_STREAMS, x, w, named)
         x = named("attn_norm", self._norm(x, w("input_layernorm.weight")))
         if begins_block(self.config, i):
             snapshots.append(h)
             h = mixer(i, x, w, state, named)
         else:
-            h = named("mid", op.add(h, mixer(i, x, w, state, named)))
+            h = named("mid", added(h, mixer(i, x, w, state, named)))
         x = self._residuals("ffn_res", FFN_SCORE, h, snapshots, w, named)
+        x, added = self._connected("ffn_hc", FFN_STREAMS, x, w, named)
         x = named("ffn_norm", self._norm(x, w("post_attention_layernorm.weight")))
         y = self._dense(x, w, named) if spec.ffn == "dense" else self._moe(x, w, named, expert_ids)
-        return named("out", op.add(h, y))
+        return named("out", added(h, y))
 
     def _norm(self, x, w):
         """The norm of layers, queries and keys, and the final one."""
@@ -219,6 +231,16 @@ class ReferenceModel:
         weight = score_weight(w(f"{score}_norm.weight"), w(f"{score}_proj.weight"))
         earlier = np.stack(snapshots) if snapshots else np.empty((0, *h.shape))
         return tap(name, op.attn_res(earlier, h, weight, eps=c.rms_norm_eps))
+
+    def _connected(self, name, weights, h, w, tap):
+        """What a block reads of the stream, and how its output joins it: a sum, or hyper-connections."""
+        c = self.config
+        if not c.streams:
+            return h, op.add
+        fn, base, scale = (w(f"{weights}_{part}") for part in ("fn", "base", "scale"))
+        x, post, comb = op.mhc_pre(h, fn, base, scale, norm_eps=c.rms_norm_eps, eps=c.stream_eps, iters=c.stream_passes)
+        x, post, comb = tap(name, x), tap(f"{name}_post", post), tap(f"{name}_comb", comb)
+        return x, lambda h, y: op.mhc_post(y, h, post, comb)
 
     def _kda(self, i, x, w, state, tap):
         """Kimi Delta Attention."""
@@ -264,6 +286,7 @@ class ReferenceModel:
             a = tap("mla.q_a_norm", op.rms_norm(a, w("self_attn.q_a_layernorm.weight"), eps=c.latent_eps))
             q = op.linear(a, w("self_attn.q_b_proj.weight"))
         else:
+            a = None
             q = op.linear(x, w("self_attn.q_proj.weight"))
         q = tap("mla.q", q.reshape(T, H, c.nope_dim + c.rope_dim))
 
@@ -275,12 +298,30 @@ class ReferenceModel:
         k_shared = _cached(state, f"layers.{i}.mla.k_shared_cache", k_shared)
         kv_b = op.f64(w("self_attn.kv_b_proj.weight")).reshape(H, c.nope_dim + c.v_head_dim, R)
         w_uk, w_uv = kv_b[:, :c.nope_dim], kv_b[:, c.nope_dim:]
-        o = op.latent_attention(q, latents, k_shared, w_uk, w_uv, scale=(c.nope_dim + c.rope_dim) ** -0.5)
+        select = self._select(i, x, a, w, state, tap) if c.index_heads else None
+        scale = (c.nope_dim + c.rope_dim) ** -0.5
+        o = op.latent_attention(q, latents, k_shared, w_uk, w_uv, scale=scale, select=select)
         o = tap("mla.o", o).reshape(T, H * c.v_head_dim)
         if c.mla_gated:
             gate = tap("mla.gate", op.linear(x, w("self_attn.g_proj.weight")).reshape(T, H, c.v_head_dim))
             o = tap("mla.gated", op.sigmoid_gate(o, gate.reshape(o.shape)).reshape(gate.shape)).reshape(o.shape)
         return tap("mla.out", op.linear(o, w("self_attn.o_proj.weight")))
+
+    def _select(self, i, x, a, w, state, tap):
+        """The positions that MLA attends to, by its indexer: x [T, D], a [T, q_rank] -> [T, W]."""
+        c, T = self.config, len(x)
+        q = tap("mla.index_q", op.linear(a, w("self_attn.indexer.wq_b.weight")).reshape(T, c.index_heads, c.index_dim))
+        k = tap("mla.index_k_raw", op.linear(x, w("self_attn.indexer.wk.weight")))
+        norm = (w(f"self_attn.indexer.k_norm.{part}") for part in ("weight", "bias"))
+        k = tap("mla.index_k", op.layer_norm(k, *norm, eps=c.index_eps))
+        gate = tap("mla.index_gate", op.linear(x, w("self_attn.indexer.index_kpool_compress_gate")))
+        weights = tap("mla.index_weights", op.linear(x, w("self_attn.indexer.weights_proj.weight")))
+        k = _cached(state, f"layers.{i}.mla.index_k_cache", k)
+        gate = _cached(state, f"layers.{i}.mla.index_gate_cache", gate)
+        keys = op.index_pool(k, gate, w("self_attn.indexer.index_kpool_compress_ape"))
+        state[f"layers.{i}.mla.pool_cache"] = keys
+        ids = op.index_select(q, keys, weights, topk=c.index_topk, pool=c.index_pool, positions=len(k))
+        return tap("mla.select", ids)
 
     def _gdn(self, i, x, w, state, tap):
         """Gated delta net: one gate a head, key heads shared by value heads."""
@@ -342,7 +383,7 @@ class ReferenceModel:
     def _glu(self, gate, up):
         """The gated activation of all feed-forwards."""
         c = self.config
-        return op.swiglu(gate, up) if c.situ_beta is None else op.situ(
+        return op.swiglu(gate, up, limit=c.swiglu_limit) if c.situ_beta is None else op.situ(
             gate, up, beta=c.situ_beta, linear_beta=c.situ_linear_beta)
 
     def _dense(self, x, w, tap):
@@ -373,11 +414,11 @@ class ReferenceModel:
         if c.shared_gated:
             gate = tap("moe.shared_g", op.linear(x, w(f"{prefix}.{SHARED_GATE}")))
             shared = tap("moe.shared_gated", op.sigmoid_gate(shared, gate))
-        situ = None if c.situ_beta is None else (c.situ_beta, c.situ_linear_beta)
+        act = dict(situ=None if c.situ_beta is None else (c.situ_beta, c.situ_linear_beta), limit=c.swiglu_limit)
         if not c.expert_latent:
-            return tap("moe.out", op.moe(x, ids, weights, *experts, shared=shared, situ=situ))
+            return tap("moe.out", op.moe(x, ids, weights, *experts, shared=shared, **act))
         u = tap("moe.latent", op.linear(x, w(f"{prefix}.{LATENT_DOWN}")))
-        y = tap("moe.routed", op.moe(u, ids, weights, *experts, situ=situ))
+        y = tap("moe.routed", op.moe(u, ids, weights, *experts, **act))
         if c.expert_latent_norm:
             y = tap("moe.routed_norm", op.rms_norm(y, w(f"{prefix}.{LATENT_NORM}"), eps=c.rms_norm_eps))
         y = op.linear(y, w(f"{prefix}.{LATENT_UP}"))

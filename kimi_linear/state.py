@@ -18,7 +18,8 @@ _OF_MIXER = {  # the parts of a layer, by the number that C has for them
     "kda": _DELTA, "gdn": _DELTA,
     "mla": {"latent_cache": 4, "k_shared_cache": 5}, "attn": {"k_cache": 6, "v_cache": 7},
 }
-_CACHES = {4, 5, 6, 7}  # what grows
+_INDEX = {"index_k_cache": 8, "index_gate_cache": 9, "pool_cache": 10}  # of MLA with an indexer
+_CACHES = {4, 5, 6, 7, 8, 9, 10}  # what grows
 _KEEP = 4  # checkpoints, where only their distance is given
 
 
@@ -58,16 +59,23 @@ class Snapshot:
         return f"Snapshot(position={self.position}, {self.nbytes / 2**20:.1f} MiB)"
 
 
+def _parts(config, layer):
+    """The parts of a layer, by the number that C has for them."""
+    indexed = layer.mixer == "mla" and config.index_heads > 0
+    return _OF_MIXER[layer.mixer] | (_INDEX if indexed else {})
+
+
 class State:
     """What a model keeps of one sequence; made by ``model.new_state()``, moved on by ``model.forward(state=)``.
 
     A KDA layer keeps a delta state ``layers.i.kda.state`` [H, K, V] and three convolution histories
     ``layers.i.kda.q_history`` (``k_``, ``v_``) [W-1, H*K], oldest first: their size does not grow. A GDN layer has
     the same under ``gdn``: [Hv, K, V], [W-1, Hk*K] twice, [W-1, Hv*V]. An MLA layer keeps a row for each token:
-    ``layers.i.mla.latent_cache`` [position, R], ``layers.i.mla.k_shared_cache`` [position, P], in the cache's type; a
-    layer of gated attention ``layers.i.attn.k_cache`` and ``v_cache`` [position, Hkv, K]. Of a q8_0 cache these are
-    the rows' blocks as they lie, uint8 [position, bytes], but for a shared key of whose width 32 is no divisor: that
-    is float16.
+    ``layers.i.mla.latent_cache`` [position, R], ``layers.i.mla.k_shared_cache`` [position, P], in the cache's type;
+    with an indexer also its keys and gates ``index_k_cache``, ``index_gate_cache`` [position, D_i], and a key for each
+    whole pool, ``pool_cache`` [position // pool, D_i]; a layer of gated attention ``layers.i.attn.k_cache`` and
+    ``v_cache`` [position, Hkv, K]. Of a q8_0 cache these are the rows' blocks as they lie, uint8 [position, bytes], but
+    for what is behind the latent and of whose width 32 is no divisor, such as a shared key: that is float16.
 
     ``state[name]`` is a copy of an array; ``state[name] = array`` replaces it; ``state.widened(name)`` are its numbers.
     What each verb costs: docs/state.md.
@@ -85,7 +93,7 @@ class State:
         every, keep = _checkpoints(checkpoints_every, keep)
         self._config = model.config
         self._parts = {f"layers.{i}.{layer.mixer}.{part}": (i, number) for i, layer in enumerate(model.config.layers)
-                       for part, number in _OF_MIXER[layer.mixer].items()}
+                       for part, number in _parts(model.config, layer).items()}
         self._model = model
         self._owner = model._core  # these weights: replacing one makes another
         self._tensors = model._tensors
@@ -95,6 +103,10 @@ class State:
         self.tokens = []
         self._lock = threading.RLock()  # over the core and the tokens, which move on one after the other
         self._core = self._new_core(self._context, ctx)
+
+    def positions_of_row(self, name):
+        """Positions that share a row of an array that grows: 1, but of the keys of pools."""
+        return self._config.index_pool if name.endswith("pool_cache") else 1
 
     def _new_core(self, context, ctx=None):
         return _core.State(self._ctx(ctx)._core, self._owner, _engine.cache_type(self.cache), context,

@@ -257,7 +257,8 @@ def _state_specs(state, names, a, b):
         x = state[name]
         grows = name.endswith("_cache")
         for prefix, n in ((BEFORE, a), ("", b)):
-            specs[prefix + name] = _Spec((state.position + n, *x.shape[1:]) if grows else x.shape, x.dtype)
+            rows = (state.position + n) // state.positions_of_row(name)
+            specs[prefix + name] = _Spec((rows, *x.shape[1:]) if grows else x.shape, x.dtype)
     return specs
 
 

@@ -27,7 +27,7 @@ from ._arrays import as_integers, as_tuple
 from ._call import Call, joined_stream
 from .config import layer_pattern
 from .context import current
-from .dataflow import TOKENS, Node, arguments, evaluate, nodes, stream_of
+from .dataflow import RESULTS, TOKENS, Node, arguments, evaluate, nodes, stream_of
 from .diff import metrics
 from .diff.budgets import budget
 from .diff.budgets import names as budget_names
@@ -37,7 +37,8 @@ __all__ = ["Flip", "Op", "Tap", "VerifyReport", "verify"]
 
 MEMORY = 64 << 20  # bytes of taps held at a time, both runs together; at least one layer's
 LARGEST_GAP = 1e-5  # a flip between scores further apart is a failure
-EXACT = ("cache_append",)  # a copy: no error at all
+EXACT = ("cache_append", "mhc_expand")  # copies: no error at all
+OUTSIDE = ("embed", "streams"), ("output_res", "collapsed", "norm", "logits")  # of the layers: before, behind
 
 
 @dataclass(frozen=True)
@@ -290,6 +291,7 @@ class _Run:
         self.misrouted: list[Flip] = []
         self.ids: dict[int, np.ndarray] = {}  # the reference's choice, by layer
         self.scores: dict[int, np.ndarray] = {}  # its router's logits
+        self.chosen: dict[str, np.ndarray] = {}  # and the positions that its indexers choose, by tap
         self.h, self.snapshots = None, []  # what the last layer judged has left, in float64
         self.stream = {}  # the engine's, by taps
         self.memory = 0
@@ -316,7 +318,7 @@ class _Run:
         """Nodes of one layer, of the embedding (-1), or of what follows the layers (n_layers)."""
         if 0 <= i < self.config.n_layers:
             return [x for x in self.nodes if x.tap.startswith(f"layers.{i}.")]
-        return [x for x in self.nodes if x.tap in (("embed",) if i < 0 else ("output_res", "norm", "logits"))]
+        return [x for x in self.nodes if x.tap in OUTSIDE[i >= 0]]
 
     def _bytes(self, i):
         values = sum(int(np.prod(x.shape)) for x in self._of(i) if x.tap != "logits")
@@ -350,6 +352,7 @@ class _Run:
             if f"layers.{i}.moe.ids" in tap.kept:
                 self.ids[i] = np.sort(tap.kept[f"layers.{i}.moe.ids"], axis=-1)
                 self.scores[i] = tap.kept[f"layers.{i}.moe.logits"]
+        self.chosen |= {name: ids for name, ids in tap.kept.items() if name.endswith("mla.select")}
         return tap.kept | state
 
     def _reference_logits(self, tap):
@@ -370,10 +373,11 @@ class _Run:
         state = self.model.new_state(cache="float32")
         call.states = [state]  # empty, and of these layers alone
         wanted = [f"layers.{i}.*" for i in range(first, last + 1)]
-        wanted += ["embed"] if first == 0 else []
+        wanted += [node.tap for node in self._of(-1)] if first == 0 else []
         wanted += [node.tap for node in self._of(n) if node.tap != "logits"] if n in layers else []
         given = {i: ids for i, ids in self.ids.items() if i in layers} if self.forced else None
-        logits, trace = call.trace(wanted, None, given, None)
+        chosen = {name: ids for name, ids in self.chosen.items() if int(name.split(".")[1]) in layers}
+        logits, trace = call.trace(wanted, chosen if self.forced else None, given, None)
         values = dict(trace) | entered | {TOKENS: self.tokens}
         values |= {name: state[name] for name in state if int(name.split(".")[1]) in layers}
         self.stream = {tap: values[tap] for tap in stream_of(self.config, last + 1)}
@@ -481,6 +485,9 @@ def _bounds(node: Node, results, args):
     if node.op == "route_weights":
         given = {a: x for a, x in args.items() if a != "ids"}
         return budget("route", (args["ids"], results[0]), **given)[1:]
+    if node.op in RESULTS:
+        op, which = RESULTS[node.op]
+        return (budget(op, getattr(reference, op)(**args), **args)[which],)
     if node.op not in budget_names():
         return (None,) * len(results)
     return as_tuple(budget(node.op, results if len(results) > 1 else results[0], **args))

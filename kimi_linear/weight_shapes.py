@@ -25,6 +25,7 @@ class MoeNames(NamedTuple):
 MOE_NAMES = {
     "block_sparse_moe": MoeNames("block_sparse_moe", ("w1", "w3", "w2"), "shared_experts"),
     "mlp": MoeNames("mlp", ("gate_proj", "up_proj", "down_proj"), "shared_expert"),
+    "mlp.plural": MoeNames("mlp", ("gate_proj", "up_proj", "down_proj"), "shared_experts"),
 }
 ROUTER_BIAS = "gate.e_score_correction_bias"
 SHARED_GATE = "shared_expert_gate.weight"
@@ -32,6 +33,8 @@ SHARED_GATE = "shared_expert_gate.weight"
 LATENT_DOWN, LATENT_NORM, LATENT_UP = (f"routed_expert_{x}.weight" for x in ("down_proj", "norm", "up_proj"))
 #: What scores residuals, before each half of a layer and before the final norm; see `_score`.
 MIXER_SCORE, FFN_SCORE, OUTPUT_SCORE = "self_attention_res", "mlp_res", "output_attn_res"
+#: What hyper-connections are made of, before each half of a layer; see `_streams`.
+MIXER_STREAMS, FFN_STREAMS = "hc_attn", "hc_ffn"
 
 
 def weight_shapes(c) -> Shapes:
@@ -39,8 +42,10 @@ def weight_shapes(c) -> Shapes:
     D = c.hidden_size
     shapes: Shapes = {"model.embed_tokens.weight": (c.vocab_size, D)}
     for i, spec in enumerate(c.layers):
-        parts = _score(c, MIXER_SCORE) | {"input_layernorm.weight": (D,)} | MIXERS[spec.mixer](c)
-        parts |= _score(c, FFN_SCORE) | {"post_attention_layernorm.weight": (D,)} | FFNS[spec.ffn](c)
+        parts = _score(c, MIXER_SCORE) | _streams(c, MIXER_STREAMS)
+        parts |= {"input_layernorm.weight": (D,)} | MIXERS[spec.mixer](c)
+        parts |= _score(c, FFN_SCORE) | _streams(c, FFN_STREAMS)
+        parts |= {"post_attention_layernorm.weight": (D,)} | FFNS[spec.ffn](c)
         shapes |= _under(f"model.layers.{i}", parts)
     shapes |= _under("model", _score(c, OUTPUT_SCORE) | {"norm.weight": (D,)})
     if not c.tie_embeddings:
@@ -52,6 +57,13 @@ def _score(c, name: str) -> Shapes:
     """What scores the candidates of a mixture of residuals: the weight of a norm, and a projection to one value."""
     D = c.hidden_size
     return {f"{name}_norm.weight": (D,), f"{name}_proj.weight": (1, D)} if c.attn_res_block else {}
+
+
+def _streams(c, name: str) -> Shapes:
+    """What a block's hyper-connections are made of: a projection of all streams, an offset, three factors."""
+    n = c.streams
+    return {f"{name}_fn": ((2 + n) * n, n * c.hidden_size), f"{name}_base": ((2 + n) * n,),
+            f"{name}_scale": (3,)} if n else {}
 
 
 def score_weight(norm, proj) -> np.ndarray:
@@ -86,9 +98,17 @@ def _mla(c) -> Shapes:
         "kv_a_proj_with_mqa.weight": (R + P, D), "kv_a_layernorm.weight": (R,),
         "kv_b_proj.weight": (H * (c.nope_dim + c.v_head_dim), R),
         **({"g_proj.weight": (H * c.v_head_dim, D)} if c.mla_gated else {}),
+        **(_under("indexer", _indexer(c)) if c.index_heads else {}),
         "o_proj.weight": (D, H * c.v_head_dim),
     }
     return _under("self_attn", shapes)
+
+
+def _indexer(c) -> Shapes:
+    D, n, P = c.hidden_size, c.index_dim, c.index_pool
+    return {"wq_b.weight": (c.index_heads * n, c.q_rank), "wk.weight": (n, D), "k_norm.weight": (n,),
+            "k_norm.bias": (n,), "weights_proj.weight": (c.index_heads, D), "index_kpool_compress_ape": (P, n),
+            "index_kpool_compress_gate": (n, D)}
 
 
 def _gdn(c) -> Shapes:

@@ -19,9 +19,9 @@ HERE = Path(__file__).parent
 DATA = HERE / "data"
 TINY = HERE.parent / "kimi_linear" / "data" / "tiny"
 KIMI_CASES, QWEN_CASES = ("kimi-a", "kimi-b"), ("qwen-a", "qwen35-a", "qwen35-moe")
-K3_CASES = ("k3-a", "k3-b")
-TRANSFORMERS_CASES = KIMI_CASES + QWEN_CASES  # what computed them; K3's are MLX's
-GOLDEN_CASES = TRANSFORMERS_CASES + K3_CASES
+K3_CASES, GLM_CASES = ("k3-a", "k3-b"), ("glm-a", "glm-b")
+TRANSFORMERS_CASES = KIMI_CASES + QWEN_CASES  # what computed them in float32; K3's are MLX's, GLM's a float64 run of it
+GOLDEN_CASES = TRANSFORMERS_CASES + K3_CASES + GLM_CASES
 PROMPTS = ("short", "long")
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -46,8 +46,8 @@ def canonical_weights(path) -> dict[str, np.ndarray]:
     out = {}
     tensors = read_safetensors(path)
     for name, x in tensors.items():
-        name = name.removeprefix("language_model.")
-        if name.endswith("weight_scale"):
+        name = name.removeprefix("language_model.").replace("model.language_model.", "model.")
+        if name.endswith("weight_scale") or name.startswith("model.visual."):
             continue
         if name.endswith("weight_packed"):
             x = mxfp4(x, tensors[f"language_model.{name.removesuffix('packed')}scale"])

@@ -12,7 +12,7 @@ const char *const what = "index_pool: keys";
 const int BLOCK = 128, VALUES = 32;
 
 struct pooling {
-    kl_cached pooled, rows;
+    kl_cached pooled, keys, gate;
     const float *ape;
     const int64_t *pools, *start; /* [N + 1]: where the new pools of each sequence begin */
     int64_t N, D, P, n_pools;
@@ -32,8 +32,8 @@ __device__ __forceinline__ pool pool_of(const pooling &a, int64_t i)
 
 __device__ __forceinline__ float logit_of(const pooling &a, const pool &p, int64_t j, int64_t d)
 {
-    const char *row = kl_cached_row(a.rows, p.n, p.position + j);
-    return kl_cached_value(a.rows.type, row, a.D + d) + a.ape[j * a.D + d];
+    const char *row = kl_cached_row(a.gate, p.n, p.position + j);
+    return kl_cached_value(a.gate.type, row, d) + a.ape[j * a.D + d];
 }
 
 /* channel d of new pool i, in the CPU's order */
@@ -47,9 +47,9 @@ __device__ float key_of(const pooling &a, const pool &p, int64_t i, int64_t d)
     for (int64_t j = 0; j < a.P; j++)
         total += kl_exp(logit_of(a, p, j, d) - top);
     for (int64_t j = 0; j < a.P; j++) {
-        const char *row = kl_cached_row(a.rows, p.n, p.position + j);
+        const char *row = kl_cached_row(a.keys, p.n, p.position + j);
         const float weight = kl_exp(logit_of(a, p, j, d) - top) / total;
-        key = fmaf(weight, kl_cached_value(a.rows.type, row, d), key);
+        key = fmaf(weight, kl_cached_value(a.keys.type, row, d), key);
     }
     if (fabsf(key) >= a.limit && fabsf(key) < INFINITY)
         kl_note(a.fault, i * a.D + d, key);
@@ -109,11 +109,11 @@ __global__ void __launch_bounds__(128) index_pool_v2(pooling a)
 
 } // namespace
 
-kl_status hip_index_pool(kl_ctx *ctx, kl_cache pooled, kl_cache rows, const float *ape,
+kl_status hip_index_pool(kl_ctx *ctx, kl_cache pooled, kl_cache k, kl_cache gate, const float *ape,
                          const int64_t *offsets, const int64_t *start, int64_t N, int64_t,
                          int64_t D, int64_t P)
 {
-    pooling a = { {}, {}, ape, nullptr, nullptr, N, D, P, 0, nullptr, INFINITY };
+    pooling a = { {}, {}, {}, ape, nullptr, nullptr, N, D, P, 0, nullptr, INFINITY };
     const auto length = [=](int64_t n) { return offsets[n + 1] - offsets[n]; };
     const auto end = [=](int64_t n) { return length(n) > 0 ? start[n] + length(n) : 0; };
     if (N == 0)
@@ -127,7 +127,8 @@ kl_status hip_index_pool(kl_ctx *ctx, kl_cache pooled, kl_cache rows, const floa
                        }));
     KL_TRY(kl_put_table(ctx, &a.start, start, N));
     KL_TRY(kl_put_cache(ctx, &a.pooled, pooled, N, [=](int64_t n) { return end(n) / P * P; }));
-    KL_TRY(kl_put_cache(ctx, &a.rows, rows, N, [=](int64_t n) { return end(n) / P * P; }));
+    KL_TRY(kl_put_cache(ctx, &a.keys, k, N, [=](int64_t n) { return end(n) / P * P; }));
+    KL_TRY(kl_put_cache(ctx, &a.gate, gate, N, [=](int64_t n) { return end(n) / P * P; }));
     if (kl_core_of->measuring(ctx) || a.n_pools == 0)
         return KL_OK;
     a.limit = kl_cache_limit_of(pooled.type);

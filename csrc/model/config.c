@@ -60,6 +60,37 @@ static kl_status check_heads(kl_ctx *ctx, const kl_config *c, bool kda, bool gdn
     return KL_OK;
 }
 
+/* A stream is mixed in one way. */
+static kl_status check_streams(kl_ctx *ctx, const kl_config *c)
+{
+    if (c->hc.streams > 0 && c->attn_res_block > 0)
+        return kl_fail(ctx, KL_ERR_UNSUPPORTED,
+                       "config: streams is %lld and attn_res_block %lld; one of them must be 0",
+                       (long long)c->hc.streams, (long long)c->attn_res_block);
+    return KL_OK;
+}
+
+/* Pools are whole in a page, in what is chosen, and in the rows that keep their keys. */
+static kl_status check_index(kl_ctx *ctx, const kl_config *c)
+{
+    const struct {
+        const char *name;
+        int64_t value;
+    } multiples[] = { { "KL_PAGE", KL_PAGE },
+                      { "index_topk", c->index.topk },
+                      { "index_dim", c->index.width } };
+    for (size_t i = 0; i < sizeof multiples / sizeof multiples[0]; i++)
+        if (multiples[i].value % c->index.pool != 0)
+            return kl_fail(ctx, KL_ERR_ARG, "config: index_pool is %lld; it must divide %s, %lld",
+                           (long long)c->index.pool, multiples[i].name,
+                           (long long)multiples[i].value);
+    if (c->mla.q_rank == 0)
+        return kl_fail(ctx, KL_ERR_ARG,
+                       "config: q_rank is 0; it must be above 0 where there is an indexer, whose "
+                       "queries are made of the low-rank ones");
+    return KL_OK;
+}
+
 /* What a layer keeps of a sequence, a page of the cache at a time, for all layers: its bytes cannot overflow. */
 static kl_status check_state_size(kl_ctx *ctx, const kl_config *c, bool delta, bool mla, bool attn)
 {
@@ -67,7 +98,7 @@ static kl_status check_state_size(kl_ctx *ctx, const kl_config *c, bool delta, b
     if (delta)
         widest = c->delta.Hv * c->delta.K * c->delta.V;
     if (mla)
-        widest = kl_max(widest, KL_PAGE * (c->mla.rank + c->mla.rope));
+        widest = kl_max(widest, KL_PAGE * (c->mla.rank + c->mla.rope + 3 * c->index.width));
     if (attn)
         widest = kl_max(widest, KL_PAGE * 2 * c->attn.kv_heads * c->attn.width);
     if (!kl_mul(&all, widest, c->n_layers) || all > INT64_C(1) << 56)
@@ -94,6 +125,11 @@ static kl_status check_reals(kl_ctx *ctx, const kl_config *c, bool delta, bool m
         { "rope_base", "finite and > 0", attn && c->attn.rotary > 0, c->attn.rope_base,
           DBL_TRUE_MIN, HUGE_VAL },
         { "routed_scale", "finite", moe, (double)c->ffn.scale, -HUGE_VAL, HUGE_VAL },
+        { "stream_eps", "finite and >= 0", c->hc.streams > 0, (double)c->hc.eps, 0, HUGE_VAL },
+        { "index_eps", "finite and >= 0", mla && c->index.heads > 0, (double)c->index.eps, 0,
+          HUGE_VAL },
+        { "swiglu_limit", "finite and > 0, or 0 for none", true, (double)c->ffn.limit, 0,
+          HUGE_VAL },
         { "situ_beta", "finite and > 0, or 0 for swiglu", true, (double)c->ffn.situ.beta, 0,
           HUGE_VAL },
         { "situ_linear_beta", "finite and > 0, or 0 for none", true,
@@ -128,7 +164,7 @@ kl_status kl_config_check(kl_ctx *ctx, const kl_config *c)
         moe |= c->layers[i].ffn == KL_FFN_MOE;
     }
     const bool kda = mixer[KL_MIXER_KDA], mla = mixer[KL_MIXER_MLA], gdn = mixer[KL_MIXER_GDN],
-               attn = mixer[KL_MIXER_ATTN];
+               attn = mixer[KL_MIXER_ATTN], indexed = mla && c->index.heads > 0;
     const struct {
         const char *name;
         bool used;
@@ -154,6 +190,12 @@ kl_status kl_config_check(kl_ctx *ctx, const kl_config *c)
         { "attn_head_dim", attn, c->attn.width, 1, 1 << 20 },
         { "rotary_dim", attn, c->attn.rotary, 0, c->attn.width },
         { "attn_res_block", true, c->attn_res_block, 0, INT32_MAX },
+        { "streams", true, c->hc.streams, 0, KL_MHC_STREAMS },
+        { "stream_passes", c->hc.streams > 0, c->hc.passes, 1, KL_MHC_ITERS },
+        { "index_heads", mla, c->index.heads, 0, 1 << 20 },
+        { "index_dim", indexed, c->index.width, 1, 1 << 20 },
+        { "index_topk", indexed, c->index.topk, 1, 1 << 28 },
+        { "index_pool", indexed, c->index.pool, 1, KL_PAGE },
         { "ffn_size", dense, c->ffn.dense, 1, 1 << 24 },
         { "n_experts", moe, c->ffn.experts, 1, 1 << 20 },
         { "moe_size", moe, c->ffn.width, 1, 1 << 24 },
@@ -170,6 +212,9 @@ kl_status kl_config_check(kl_ctx *ctx, const kl_config *c)
                            checks[i].name, (long long)checks[i].value, (long long)checks[i].low,
                            (long long)checks[i].high);
     KL_TRY(check_heads(ctx, c, kda, gdn, attn));
+    KL_TRY(check_streams(ctx, c));
+    if (indexed)
+        KL_TRY(check_index(ctx, c));
     if (moe)
         KL_TRY(check_groups(ctx, c));
     KL_TRY(check_reals(ctx, c, kda || gdn, mla, attn, moe));
@@ -179,20 +224,25 @@ kl_status kl_config_check(kl_ctx *ctx, const kl_config *c)
 int64_t kl_stream_parts(const kl_config *c, int64_t layer)
 {
     const bool mixes = c->attn_res_block > 0 && layer > 0 && layer <= c->n_layers;
+    if (c->hc.streams > 0 && layer > 0)
+        return c->hc.streams;
     return 1 + (mixes ? kl_ceil_div(layer, c->attn_res_block) : 0);
 }
 
 enum {
     MODEL,
     MODEL_RESIDUALS,
+    MODEL_STREAMS,
     LAYER,
     RESIDUALS,
+    STREAMED,
     SUMMED,
     KDA,
     KDA_LOW_RANK,
     MLA,
     MLA_LOW_RANK,
     MLA_GATED_OUT,
+    MLA_INDEXED,
     GDN,
     ATTN,
     DENSE,
@@ -208,7 +258,8 @@ enum { F32, I32 };
 static bool is_at(const kl_config *c, int where, int64_t layer)
 {
     if (layer < 0)
-        return where == MODEL || (where == MODEL_RESIDUALS && c->attn_res_block > 0);
+        return where == MODEL || (where == MODEL_RESIDUALS && c->attn_res_block > 0)
+               || (where == MODEL_STREAMS && c->hc.streams > 0);
     if (layer >= c->n_layers)
         return false;
     const bool kda = c->layers[layer].mixer == KL_MIXER_KDA,
@@ -218,12 +269,14 @@ static bool is_at(const kl_config *c, int where, int64_t layer)
     switch (where) {
     case LAYER: return true;
     case RESIDUALS: return c->attn_res_block > 0;
+    case STREAMED: return c->hc.streams > 0;
     case SUMMED: return !kl_begins_block(c, layer);
     case KDA: return kda;
     case KDA_LOW_RANK: return kda && !c->delta.full_rank_gate;
     case MLA: return mla;
     case MLA_LOW_RANK: return mla && c->mla.q_rank > 0;
     case MLA_GATED_OUT: return mla && c->mla.gated;
+    case MLA_INDEXED: return mla && c->index.heads > 0;
     case GDN: return c->layers[layer].mixer == KL_MIXER_GDN;
     case ATTN: return c->layers[layer].mixer == KL_MIXER_ATTN;
     case DENSE: return !moe;

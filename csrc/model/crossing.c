@@ -148,11 +148,11 @@ static kl_status upload_rows(pass *p, void *to, const void *from, int64_t width)
     return KL_OK;
 }
 
-kl_status kl_pass_embeds(pass *p, float *to, int64_t n)
+kl_status kl_pass_embeds(pass *p, float *to, int64_t n, int64_t width)
 {
-    const int64_t D = p->model->config.D, T = p->args->offsets[p->args->N];
+    const int64_t T = p->args->offsets[p->args->N];
     for (int64_t i = 0; !p->ctx->arena.measuring && i < n; i++)
-        KL_TRY(upload_rows(p, to + i * p->T * D, p->args->embeds + i * T * D, D));
+        KL_TRY(upload_rows(p, to + i * p->T * width, p->args->embeds + i * T * width, width));
     return KL_OK;
 }
 

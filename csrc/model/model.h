@@ -20,6 +20,12 @@ typedef struct attn_weights {
     const float *q_norm, *k_norm; /* [K] */
 } attn_weights;
 
+/* What chooses the positions that MLA attends to: q of its low-rank query, the others of x. */
+typedef struct index_weights {
+    kl_weight q, k, gate, weights;
+    const float *k_norm, *k_bias, *ape; /* [D_i], [D_i], [pool, D_i] */
+} index_weights;
+
 typedef struct mla_weights {
     kl_weight q;                /* the plain projection, or the second of two */
     kl_weight q_a;              /* low-rank q; q_a_norm NULL where q is plain */
@@ -27,6 +33,7 @@ typedef struct mla_weights {
     kl_weight w_uk, w_uv;       /* [H of nope x R], [H of v x R]: rows of kv_b_proj */
     kl_weight o;
     kl_weight gate; /* n = 0 where the output is not gated */
+    index_weights index;
     const float *q_a_norm, *latent_norm;
 } mla_weights;
 
@@ -45,9 +52,21 @@ typedef struct moe_weights {
     kl_weight shared_gate;    /* [1, D]; n = 0 where the shared expert is not gated */
 } moe_weights;
 
+/* Of hyper-connections. */
+typedef struct hc_weights {
+    kl_weight fn;              /* [(2 + streams) streams, streams D] */
+    const float *base, *scale; /* [(2 + streams) streams], [3] */
+} hc_weights;
+
+/* Between the stream and a block. */
+typedef struct half_weights {
+    const float *res; /* [D], of attention residuals; NULL without */
+    hc_weights hc;
+    const float *norm; /* [D] */
+} half_weights;
+
 typedef struct layer_weights {
-    const float *attn_norm, *ffn_norm;
-    const float *attn_res, *ffn_res; /* [D] each, of attention residuals */
+    half_weights before_mixer, before_ffn;
     union {
         delta_weights delta;
         mla_weights mla;
@@ -124,6 +143,19 @@ int64_t kl_state_next_checkpoint(const kl_state *state, int64_t position);
 void kl_state_advance(kl_ctx *ctx, kl_state *state, int64_t end);
 
 kl_status kl_config_check(kl_ctx *ctx, const kl_config *config);
+
+/* The axes of the stream between layers, behind tokens: [D], or [streams, D]. */
+static inline int64_t kl_stream_first(const kl_config *c)
+{
+    return c->hc.streams > 0 ? c->hc.streams : c->D;
+}
+static inline int64_t kl_stream_second(const kl_config *c) { return c->hc.streams > 0 ? c->D : 0; }
+
+/* Positions of a row of mla.select: those of the chosen pools, and the query's own that fill no pool yet. */
+static inline int64_t kl_index_width(const kl_config *c)
+{
+    return c->index.topk + c->index.pool - 1;
+}
 
 /* Whether a layer of a model with attention residuals keeps what has been added up as a snapshot, and its mixer's
  * output is the first of a new sum. */

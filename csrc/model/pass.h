@@ -43,8 +43,8 @@ int kl_pass_wants(const pass *p, kl_tap tap, int64_t layer);
 kl_status kl_edit_begin(pass *p, int64_t T);
 void kl_edit_end(pass *p);
 
-/* The rows of this pass of n arrays that the caller gives in place of embeddings, to `to` [n, T, D]. */
-kl_status kl_pass_embeds(pass *p, float *to, int64_t n);
+/* The rows of this pass of n arrays that the caller gives in place of embeddings, to `to` [n, T, width]. */
+kl_status kl_pass_embeds(pass *p, float *to, int64_t n, int64_t width);
 
 /* Routing that the caller gives: whether there is any for the layer, and its ids [T, k] of this pass. */
 int kl_pass_has_experts(const pass *p, int64_t layer);

@@ -128,24 +128,32 @@ void kl_state_release(kl_state *state) { atomic_store(&state->busy, 0); }
 
 static bool is_cache(kl_state_part part) { return part >= KL_STATE_LATENT; }
 
-/* Whether layers of a mixer have the part. */
-static bool has_part(kl_mixer mixer, kl_state_part part)
+/* Whether a layer has the part. */
+static bool has_part(const kl_config *c, int64_t layer, kl_state_part part)
 {
-    switch (mixer) {
+    switch (c->layers[layer].mixer) {
     case KL_MIXER_KDA:
     case KL_MIXER_GDN: return !is_cache(part);
-    case KL_MIXER_MLA: return part == KL_STATE_LATENT || part == KL_STATE_K_SHARED;
+    case KL_MIXER_MLA:
+        return part == KL_STATE_LATENT || part == KL_STATE_K_SHARED
+               || (c->index.heads > 0 && part >= KL_STATE_INDEX_K);
     case KL_MIXER_ATTN: return part == KL_STATE_KEYS || part == KL_STATE_VALUES;
     }
     return false;
+}
+
+/* Positions that share a row of a part of the cache. */
+static int64_t positions_of_row(const kl_config *c, kl_state_part part)
+{
+    return part == KL_STATE_POOL ? c->index.pool : 1;
 }
 
 kl_status kl_state_shape(kl_ctx *ctx, const kl_state *state, int64_t layer, kl_state_part part,
                          int64_t shape[3], int *n_dims, kl_type *type)
 {
     const kl_config *c = &state->model->config;
-    if (layer < 0 || layer >= c->n_layers || (int)part < 0 || part > KL_STATE_VALUES
-        || !has_part(c->layers[layer].mixer, part))
+    if (layer < 0 || layer >= c->n_layers || (int)part < 0 || part > KL_STATE_POOL
+        || !has_part(c, layer, part))
         return kl_fail(ctx, KL_ERR_ARG, "state: layer %lld of %lld has no part %d",
                        (long long)layer, (long long)c->n_layers, (int)part);
     *type = KL_F32;
@@ -158,8 +166,9 @@ kl_status kl_state_shape(kl_ctx *ctx, const kl_state *state, int64_t layer, kl_s
         shape[2] = c->delta.V;
     } else if (is_cache(part)) {
         *type = kl_cache_of(state->model, state->cache_type, layer, part).type;
-        shape[0] = state->position;
-        shape[1] = kl_cache_width(state->model, layer, part);
+        const int64_t pool = positions_of_row(c, part);
+        shape[0] = state->position / pool;
+        shape[1] = kl_cache_width(state->model, layer, part) * pool;
     } else {
         shape[0] = c->delta.taps - 1;
         shape[1] = part == KL_STATE_V_HISTORY ? c->delta.Hv * c->delta.V : c->delta.Hk * c->delta.K;
@@ -196,9 +205,10 @@ static kl_status move_part(kl_ctx *ctx, const kl_state *state, char *fixed, int6
         return out ? move(ctx, host, place, bytes) : move(ctx, place, host, bytes);
     }
     const kl_cache cache = kl_cache_of(state->model, state->cache_type, layer, part);
-    for (int64_t i = 0; i * KL_PAGE < shape[0]; i++) {
+    const int64_t positions = shape[0] * positions_of_row(&state->model->config, part);
+    for (int64_t i = 0; i * KL_PAGE < positions; i++) {
         char *place = (char *)state->page[i] + cache.offset;
-        const size_t bytes = (size_t)kl_min(KL_PAGE, shape[0] - i * KL_PAGE) * cache.row_bytes;
+        const size_t bytes = (size_t)kl_min(KL_PAGE, positions - i * KL_PAGE) * cache.row_bytes;
         char *mine = host + (size_t)(i * KL_PAGE) * cache.row_bytes;
         KL_TRY(out ? move(ctx, mine, place, bytes) : move(ctx, place, mine, bytes));
     }

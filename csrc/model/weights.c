@@ -119,6 +119,20 @@ static void load_kv_b(kl_loader *l, int64_t i, mla_weights *w)
     w->w_uv = kl_rows_of(l, v_b, 0, H, V, V, R);
 }
 
+static void load_index(kl_loader *l, int64_t i, index_weights *w)
+{
+    const kl_config *c = &l->model->config;
+    const int64_t H = c->index.heads, D = c->index.width;
+    w->q = kl_matrix(l, i, "self_attn.indexer.wq_b.weight", H * D, c->mla.q_rank);
+    w->k = kl_matrix(l, i, "self_attn.indexer.wk.weight", D, c->D);
+    w->gate = kl_matrix(l, i, "self_attn.indexer.index_kpool_compress_gate", D, c->D);
+    w->weights = kl_matrix(l, i, "self_attn.indexer.weights_proj.weight", H, c->D);
+    w->k_norm = kl_vector(l, i, "self_attn.indexer.k_norm.weight", D, 1, KL_AS_IS);
+    w->k_bias = kl_vector(l, i, "self_attn.indexer.k_norm.bias", D, 1, KL_AS_IS);
+    w->ape =
+        kl_vector(l, i, "self_attn.indexer.index_kpool_compress_ape", c->index.pool, D, KL_AS_IS);
+}
+
 static void load_mla(kl_loader *l, int64_t i, mla_weights *w)
 {
     const kl_config *c = &l->model->config;
@@ -138,6 +152,8 @@ static void load_mla(kl_loader *l, int64_t i, mla_weights *w)
     load_kv_b(l, i, w);
     if (c->mla.gated)
         w->gate = kl_matrix(l, i, "self_attn.g_proj.weight", H * V, c->D);
+    if (c->index.heads > 0)
+        load_index(l, i, &w->index);
     w->o = kl_matrix(l, i, "self_attn.o_proj.weight", c->D, H * V);
 }
 
@@ -215,12 +231,19 @@ static const moe_names moe_spellings[] = {
       "mlp.shared_expert_gate.weight" },
 };
 
+/* GLM's shared experts, whose tensors are otherwise spelled as the second. */
+static const char *const shared_plural[] = { "mlp.shared_experts.gate_proj.weight",
+                                             "mlp.shared_experts.up_proj.weight",
+                                             "mlp.shared_experts.down_proj.weight" };
+
 static void load_moe(kl_loader *l, int64_t i, moe_weights *w)
 {
     const kl_config *c = &l->model->config;
     const int64_t E = c->ffn.experts, F = c->ffn.width, D = c->D,
                   L = c->ffn.latent > 0 ? c->ffn.latent : D;
     const moe_names *names = &moe_spellings[kl_has_tensor(l, i, moe_spellings[1].router)];
+    const char *const *shared =
+        kl_has_tensor(l, i, shared_plural[0]) ? shared_plural : names->shared;
     w->router = kl_matrix(l, i, names->router, E, D);
     w->bias =
         kl_has_tensor(l, i, names->bias) ? kl_vector(l, i, names->bias, E, 1, KL_AS_IS) : NULL;
@@ -236,7 +259,7 @@ static void load_moe(kl_loader *l, int64_t i, moe_weights *w)
     w->shared = (mlp_weights){ 0 };
     w->shared_gate = (kl_weight){ 0 };
     if (c->ffn.shared > 0)
-        load_mlp(l, i, &w->shared, names->shared, c->ffn.shared);
+        load_mlp(l, i, &w->shared, shared, c->ffn.shared);
     if (c->ffn.shared > 0 && c->ffn.shared_gated)
         w->shared_gate = kl_matrix(l, i, names->shared_gate, 1, D);
 }
@@ -251,6 +274,39 @@ static const float *load_score(kl_loader *l, int64_t i, const char *score, const
     if (kl_has_tensor(l, i, score))
         return kl_vector(l, i, score, D, 1, KL_AS_IS);
     return kl_vector_product(l, i, norm, proj, D);
+}
+
+/* The spellings of what lies between the stream and a block. */
+typedef struct half_names {
+    const char *score, *score_norm, *score_proj, *fn, *base, *scale, *norm;
+} half_names;
+
+static const half_names mixer_names = { "self_attention_res.weight",
+                                        "self_attention_res_norm.weight",
+                                        "self_attention_res_proj.weight",
+                                        "hc_attn_fn",
+                                        "hc_attn_base",
+                                        "hc_attn_scale",
+                                        "input_layernorm.weight" };
+static const half_names ffn_names = { "mlp_res.weight",
+                                      "mlp_res_norm.weight",
+                                      "mlp_res_proj.weight",
+                                      "hc_ffn_fn",
+                                      "hc_ffn_base",
+                                      "hc_ffn_scale",
+                                      "post_attention_layernorm.weight" };
+
+static void load_half(kl_loader *l, int64_t i, half_weights *w, const half_names *names)
+{
+    const kl_config *c = &l->model->config;
+    const int64_t n = c->hc.streams;
+    w->res = load_score(l, i, names->score, names->score_norm, names->score_proj);
+    if (n > 0) {
+        w->hc.fn = kl_matrix(l, i, names->fn, (2 + n) * n, n * c->D);
+        w->hc.base = kl_vector(l, i, names->base, (2 + n) * n, 1, KL_AS_IS);
+        w->hc.scale = kl_vector(l, i, names->scale, 3, 1, KL_AS_IS);
+    }
+    w->norm = kl_vector(l, i, names->norm, c->D, 1, norm_of(l));
 }
 
 /* Says how much is on the device, and lets the caller end it. */
@@ -287,13 +343,8 @@ static void load_all(kl_loader *l)
     report(l);
     for (int64_t i = 0; i < c->n_layers && l->status == KL_OK; i++) {
         layer_weights *w = &m->layer[i];
-        w->attn_res =
-            load_score(l, i, "self_attention_res.weight", "self_attention_res_norm.weight",
-                       "self_attention_res_proj.weight");
-        w->ffn_res =
-            load_score(l, i, "mlp_res.weight", "mlp_res_norm.weight", "mlp_res_proj.weight");
-        w->attn_norm = kl_vector(l, i, "input_layernorm.weight", c->D, 1, norm_of(l));
-        w->ffn_norm = kl_vector(l, i, "post_attention_layernorm.weight", c->D, 1, norm_of(l));
+        load_half(l, i, &w->before_mixer, &mixer_names);
+        load_half(l, i, &w->before_ffn, &ffn_names);
         load_mixer(l, i, w);
         if (c->layers[i].ffn == KL_FFN_DENSE)
             load_dense(l, i, &w->mlp);

@@ -1,7 +1,7 @@
 /* index_pool: one key for each P consecutive positions of a sequence, from its first on: a softmax over the positions of
  * the pool, in each channel d,
  *   p[j, d] = softmax_j(gate[j, d] + ape[j, d])      key[d] = sum_j p[j, d] k[j, d]
- *   rows: a cache of 2 D values a position, k then gate     ape [P, D]
+ *   k, gate: caches of D values a position, of one type and bytes a row     ape [P, D]
  *   pooled: a cache of D / P values a position; the key of pool p is rows p P .. p P + P - 1, one behind the other
  * Computed are the pools whose last position is among the new ones, start[n] .. start[n] + new tokens - 1; complete pools
  * only. So tokens give the same bytes however they are split in calls.
@@ -14,7 +14,7 @@
 
 typedef struct pooling {
     const kl_kernels *k;
-    kl_cache pooled, rows;
+    kl_cache pooled, keys, gate;
     const float *ape;
     const int64_t *start;
     int64_t *pool_end; /* [N]: new pools of the sequences up to n */
@@ -25,12 +25,14 @@ typedef struct pooling {
 
 /* One thread's scratch: rows of a pool, widened, and its key. */
 typedef struct room {
-    float *rows, *key;
+    float *k, *gate, *key;
 } room;
 
 static size_t lay_out(room *r, kl_room at, const pooling *a)
 {
-    r->rows = kl_take_floats(&at, a->rows.type == KL_F32 ? 0 : a->P * 2 * a->D);
+    const int64_t widened = a->keys.type == KL_F32 ? 0 : a->P * a->D;
+    r->k = kl_take_floats(&at, widened);
+    r->gate = kl_take_floats(&at, widened);
     r->key = kl_take_floats(&at, a->D);
     return at.used;
 }
@@ -43,8 +45,9 @@ static void *pool_key(const pooling *a, const room *r, int64_t i)
         n++;
     const int64_t before = n > 0 ? a->pool_end[n - 1] : 0;
     const int64_t position = (a->start[n] / a->P + i - before) * a->P;
-    const kl_rows rows = kl_cache_rows(a->k, &a->rows, n, position, a->P, 0, 2 * a->D, r->rows);
-    a->k->index_pool(r->key, rows.data, rows.data + a->D, rows.stride, a->ape, a->P, a->D);
+    const kl_rows k = kl_cache_rows(a->k, &a->keys, n, position, a->P, 0, a->D, r->k),
+                  gate = kl_cache_rows(a->k, &a->gate, n, position, a->P, 0, a->D, r->gate);
+    a->k->index_pool(r->key, k.data, gate.data, k.stride, a->ape, a->P, a->D);
     return (char *)a->pooled.page[n][position / KL_PAGE] + a->pooled.offset
            + (size_t)(position % KL_PAGE) * a->pooled.row_bytes;
 }
@@ -91,11 +94,11 @@ static kl_status fail_key(kl_ctx *ctx, const pooling *a, int64_t pools)
         a->pooled.type == KL_F16 ? "65504" : "8319008");
 }
 
-kl_status cpu_index_pool(kl_ctx *ctx, kl_cache pooled, kl_cache rows, const float *ape,
+kl_status cpu_index_pool(kl_ctx *ctx, kl_cache pooled, kl_cache k, kl_cache gate, const float *ape,
                          const int64_t *offsets, const int64_t *start, int64_t N, int64_t T,
                          int64_t D, int64_t P)
 {
-    pooling a = { ctx->k, pooled, rows, ape, start, NULL, N, D, P, { NULL, 0 }, false };
+    pooling a = { ctx->k, pooled, k, gate, ape, start, NULL, N, D, P, { NULL, 0 }, false };
     room r;
     (void)T;
     KL_SCRATCH(a.pool_end, ctx, N);
@@ -132,19 +135,25 @@ kl_status kl_check_pools(kl_ctx *ctx, const char *op, const char *name, const kl
     return KL_OK;
 }
 
-kl_status kl_index_pool(kl_ctx *ctx, kl_cache pooled, kl_cache rows, const float *ape,
+kl_status kl_index_pool(kl_ctx *ctx, kl_cache pooled, kl_cache k, kl_cache gate, const float *ape,
                         const int64_t *offsets, const int64_t *start, int64_t N, int64_t T,
                         int64_t D, int64_t P)
 {
     KL_TRY(kl_check_rows(ctx, "index_pool", "k", T, D));
     KL_TRY(kl_check_offsets(ctx, "index_pool", offsets, N, T));
     KL_TRY(kl_check_pools(ctx, "index_pool", "pooled", &pooled, D, "P", P));
-    KL_TRY(kl_check_cache(ctx, "index_pool", "rows", &rows, 2 * D));
+    KL_TRY(kl_check_cache(ctx, "index_pool", "k", &k, D));
+    KL_TRY(kl_check_cache(ctx, "index_pool", "gate", &gate, D));
+    if (gate.type != k.type || gate.row_bytes != k.row_bytes)
+        return kl_fail(ctx, KL_ERR_DTYPE,
+                       "index_pool: gate is of type %s, %zu bytes a row; it must be as k, %s and "
+                       "%zu",
+                       kl_type_name(gate.type), gate.row_bytes, kl_type_name(k.type), k.row_bytes);
     for (int64_t n = 0; n < N; n++)
         if (start[n] < 0 || start[n] > KL_MAX_TOKENS)
             return kl_fail(ctx, KL_ERR_ARG, "index_pool: start[%lld] is %lld; it must be %s",
                            (long long)n, (long long)start[n],
                            start[n] < 0 ? ">= 0" : "at most 2^40");
-    return KL_RUN(index_pool, 8 * T * D, T * (int64_t)(rows.row_bytes + pooled.row_bytes), ctx,
-                  pooled, rows, ape, offsets, start, N, T, D, P);
+    return KL_RUN(index_pool, 8 * T * D, T * (int64_t)(2 * k.row_bytes + pooled.row_bytes), ctx,
+                  pooled, k, gate, ape, offsets, start, N, T, D, P);
 }

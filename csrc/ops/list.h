@@ -20,6 +20,8 @@
     OP(l2_norm, (kl_ctx *, float *, const float *, int64_t, int64_t, float))                       \
     OP(attn_res, (kl_ctx *, float *, const float *, const float *, const float *, int64_t,         \
                   int64_t, int64_t, float))                                                        \
+    OP(mhc_expand, (kl_ctx *, float *, const float *, int64_t, int64_t, int64_t))                  \
+    OP(mhc_collapse, (kl_ctx *, float *, const float *, int64_t, int64_t, int64_t))                \
     OP(mhc_pre, (kl_ctx *, float *, float *, float *, const float *, const kl_weight *,            \
                  const float *, const float *, const kl_mhc_args *))                               \
     OP(mhc_post, (kl_ctx *, float *, const float *, const float *, const float *, const float *,   \
@@ -49,8 +51,8 @@
         const float *, const float *, const float *, kl_slots, const kl_delta_rule_args *))        \
     OP(cache_append, (kl_ctx *, kl_cache, const float *, const int64_t *, const int64_t *,         \
                       int64_t, int64_t, int64_t))                                                  \
-    OP(index_pool, (kl_ctx *, kl_cache, kl_cache, const float *, const int64_t *, const int64_t *, \
-                    int64_t, int64_t, int64_t, int64_t))                                           \
+    OP(index_pool, (kl_ctx *, kl_cache, kl_cache, kl_cache, const float *, const int64_t *,        \
+                    const int64_t *, int64_t, int64_t, int64_t, int64_t))                          \
     OP(index_scores,                                                                               \
        (kl_ctx *, float *, const float *, kl_cache, const float *, const kl_index_args *))         \
     OP(index_select,                                                                               \

@@ -64,7 +64,7 @@ static bool parse_config(PyObject *dict, py_model *self)
     int64_t router = 0, renormalise = 0, tied = 0, activations = 0, tiled = 0, shared_gated = 0,
             norm_plus_one = 0, full_rank_gate = 0, mla_gated = 0, latent_norm = 0;
     double rms_eps = 0, latent_eps = 0, l2_eps = 0, lower_bound = 0, scale = 0, situ_beta = 0,
-           situ_linear_beta = 0;
+           situ_linear_beta = 0, limit = 0, stream_eps = 0, index_eps = 0;
     const struct {
         const char *key;
         int64_t *to;
@@ -96,6 +96,12 @@ static bool parse_config(PyObject *dict, py_model *self)
         { "expert_latent", &c->ffn.latent },
         { "expert_latent_norm", &latent_norm },
         { "attn_res_block", &c->attn_res_block },
+        { "streams", &c->hc.streams },
+        { "stream_passes", &c->hc.passes },
+        { "index_heads", &c->index.heads },
+        { "index_dim", &c->index.width },
+        { "index_topk", &c->index.topk },
+        { "index_pool", &c->index.pool },
         { "kda_full_rank_gate", &full_rank_gate },
         { "mla_gated", &mla_gated },
         { "shared_size", &c->ffn.shared },
@@ -114,6 +120,9 @@ static bool parse_config(PyObject *dict, py_model *self)
                     { "l2_eps", &l2_eps },
                     { "gate_lower_bound", &lower_bound },
                     { "rope_base", &c->attn.rope_base },
+                    { "stream_eps", &stream_eps },
+                    { "index_eps", &index_eps },
+                    { "swiglu_limit", &limit },
                     { "situ_beta", &situ_beta },
                     { "situ_linear_beta", &situ_linear_beta },
                     { "routed_scale", &scale } };
@@ -130,6 +139,9 @@ static bool parse_config(PyObject *dict, py_model *self)
     c->rms_eps = (float)rms_eps;
     c->latent_eps = (float)latent_eps;
     c->l2_eps = (float)l2_eps;
+    c->hc.eps = (float)stream_eps;
+    c->index.eps = (float)index_eps;
+    c->ffn.limit = (float)limit;
     c->delta.lower_bound = (float)lower_bound;
     c->delta.head_map = tiled ? KL_HEADS_TILED : KL_HEADS_GROUPED;
     c->delta.full_rank_gate = full_rank_gate != 0;

@@ -182,11 +182,45 @@ static PyObject *py_mhc_post(PyObject *module, PyObject *args)
     return kl_py_end(&c);
 }
 
+static PyObject *py_mhc_expand(PyObject *module, PyObject *args)
+{
+    (void)module;
+    kl_py_call c = { 0 };
+    PyObject *ctx, *oy, *ox;
+    long long T, n, D;
+    if (!PyArg_ParseTuple(args, "OOOLLL:mhc_expand", &ctx, &oy, &ox, &T, &n, &D))
+        return NULL;
+    kl_py_on(&c, ctx);
+    float *y = kl_py_out(&c, oy, KL_PY_F32, kl_py_size(&c, "out", T, n, D, 1), "out");
+    const float *x = kl_py_in(&c, ox, KL_PY_F32, kl_py_size(&c, "x", T, D, 1, 1), "x");
+    if (kl_py_begin(&c, ctx))
+        c.status = kl_mhc_expand(c.ctx, y, x, T, n, D);
+    return kl_py_end(&c);
+}
+
+static PyObject *py_mhc_collapse(PyObject *module, PyObject *args)
+{
+    (void)module;
+    kl_py_call c = { 0 };
+    PyObject *ctx, *oy, *ox;
+    long long T, n, D;
+    if (!PyArg_ParseTuple(args, "OOOLLL:mhc_collapse", &ctx, &oy, &ox, &T, &n, &D))
+        return NULL;
+    kl_py_on(&c, ctx);
+    float *y = kl_py_out(&c, oy, KL_PY_F32, kl_py_size(&c, "out", T, D, 1, 1), "out");
+    const float *x = kl_py_in(&c, ox, KL_PY_F32, kl_py_size(&c, "x", T, n, D, 1), "x");
+    if (kl_py_begin(&c, ctx))
+        c.status = kl_mhc_collapse(c.ctx, y, x, T, n, D);
+    return kl_py_end(&c);
+}
+
 PyMethodDef kl_py_ops_dense[] = {
     { "embedding", py_embedding, METH_VARARGS, NULL },
     { "linear", py_linear, METH_VARARGS, NULL },
     { "route", py_route, METH_VARARGS, NULL },
     { "moe", py_moe, METH_VARARGS, NULL },
+    { "mhc_expand", py_mhc_expand, METH_VARARGS, NULL },
+    { "mhc_collapse", py_mhc_collapse, METH_VARARGS, NULL },
     { "mhc_pre", py_mhc_pre, METH_VARARGS, NULL },
     { "mhc_post", py_mhc_post, METH_VARARGS, NULL },
     { NULL, NULL, 0, NULL },

@@ -194,7 +194,7 @@ static PyObject *py_index_pool(PyObject *module, PyObject *args)
         if (c.status == KL_OK)
             c.status = kl_cache_append(c.ctx, gates, gate, offsets, start, N, T, D);
         if (c.status == KL_OK)
-            c.status = kl_index_pool(c.ctx, to, keys, ape, offsets, start, N, T, D, P);
+            c.status = kl_index_pool(c.ctx, to, keys, gates, ape, offsets, start, N, T, D, P);
     }
     return kl_py_end(&c);
 }

@@ -13,7 +13,9 @@ import numpy as np
 
 from .. import golden
 from ..config import Config
+from ..config_glm import WRAPPER
 from ..config_qwen import KINDS
+from ..editing import rising
 from ..trace import Trace
 from .calls import memory_of
 
@@ -38,9 +40,11 @@ DELTA_RULES = {
 }
 ATTENTION = "ALL_ATTENTION_FUNCTIONS"
 #: Attribute of a cache layer -> name in golden.py.
-CACHES = {"conv_states": "conv", "recurrent_states": "state", "keys": "keys", "values": "values"}
+CACHES = {"conv_states": "conv", "recurrent_states": "state", "keys": "keys", "values": "values",
+          "indexer_keys": "indexer"}
 #: model_type -> what transformers calls such a model.
-CLASSES = {"kimi_linear": "KimiLinearForCausalLM", **{kind: about.architecture for kind, about in KINDS.items()}}
+CLASSES = {"kimi_linear": "KimiLinearForCausalLM", WRAPPER: "Glm5NextForConditionalGeneration",
+           **{kind: about.architecture for kind, about in KINDS.items()}}
 
 
 def config_of(model):
@@ -100,7 +104,8 @@ def trace(model, tokens, taps="*", *, state=False):
     # Without an attention layer no cache of transformers knows a length, which making masks would ask for.
     mask = None if mixers & {"mla", "attn"} else {"full_attention": None, "linear_attention": None}
     layout = {}
-    hooks = [module.register_forward_hook(_hook(path, config, keep, layout)) for path, module in model.named_modules()
+    named = [(path.replace(".language_model", "", 1), module) for path, module in model.named_modules()]
+    hooks = [module.register_forward_hook(_hook(path, config, keep, layout)) for path, module in named
              if path in known or path + "/ids" in known]
     try:
         with torch.no_grad(), _between_modules(model, config, keep):
@@ -126,6 +131,12 @@ def _hook(path, config, keep, layout):
             logits, weights, ids = (_numpy(t) for t in result)
             keep({f"layers.{layer}.moe.logits": logits}, path)
             keep(golden.to_taps({f"{path}/ids": ids, f"{path}/weights": weights}, config), path)
+        elif rest in ("attn_hc", "ffn_hc"):
+            post, comb, collapsed = (_numpy(t) for t in result)
+            comb = comb.reshape(*comb.shape[:-2], -1)
+            keep(golden.to_taps({path: collapsed, f"{path}/post": post, f"{path}/comb": comb}, config), path)
+        elif rest.endswith(".indexer"):
+            keep(golden.to_taps({f"{path}/ids": rising(_numpy(result))}, config), path)
         else:
             keep(golden.to_taps({path: _numpy(result[0] if isinstance(result, tuple) else result)}, config), path)
 
@@ -181,6 +192,8 @@ def input_taps(path, get, config, inputs=INPUTS):
     if not layer.isdigit():
         return {}
     c, spec = config, config.layers[int(layer)]
+    if c.streams:
+        inputs = inputs | {"layer": {"ffn_hc": "mid"}}  # norms read a mixture of the streams
     tap = next((inputs[kind][rest] for kind in ("layer", spec.mixer, spec.ffn) if rest in inputs[kind]), None)
     if tap is None:
         return {}
@@ -188,6 +201,7 @@ def input_taps(path, get, config, inputs=INPUTS):
     latents = c.mla_heads, c.v_head_dim
     heads = {"kda.o": kda, "kda.o_norm": kda, "mla.o": latents, "mla.gated": latents,
              "gdn.o": (c.gdn_v_heads, c.gdn_v_dim), "attn.gated": (c.attn_heads, c.attn_head_dim)}
+    heads |= {"mid": (c.streams, c.hidden_size)} if c.streams else {}
     x = get()
     return {f"layers.{layer}.{tap}": x.reshape(-1, *heads.get(tap, x.shape[-1:]))}
 
@@ -199,7 +213,7 @@ def _caches(layer, i):
         x = getattr(layer, attribute, None)
         x = x[0] if isinstance(x, list | tuple) else x.get(0) if isinstance(x, dict) else x
         if x is not None and x.numel():
-            found[f"cache/{i}/{name}"] = _numpy(x)
+            found[f"cache/{i}/{name}"] = _numpy(x)[..., :-1] if name == "indexer" else _numpy(x)  # less who is padding
     return found
 
 

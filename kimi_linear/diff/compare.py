@@ -11,6 +11,7 @@ import numpy as np
 
 from .._arrays import as_array, as_tuple
 from .._names import near
+from ..dataflow import RESULTS
 from . import metrics
 from ._grid import Grid, grid_of
 from ._opened import Opened, open_array
@@ -140,7 +141,7 @@ def _check_op(op):
     """ValueError for a name that is of no op: a typing error would leave the budget out."""
     from .. import ops
 
-    known = [*ops.__all__, "cache_append", "route_weights", *budget_names()]  # of the dataflow alone; gradients
+    known = [*ops.__all__, "cache_append", "route_weights", *RESULTS, *budget_names()]  # of the dataflow alone
     if op is not None and op not in known:
         raise ValueError(f"op is {op!r}; there is no such op, near it are {', '.join(near(op, known))}")
 

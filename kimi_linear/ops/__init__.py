@@ -21,7 +21,7 @@ from ._delta import decay_cumsum, delta_rule, delta_rule_inter, delta_rule_intra
 from ._dense import embedding, linear, moe, route
 from ._index import index_pool, index_scores, index_select
 from ._kda import decay_gate, short_conv
-from ._mhc import mhc_post, mhc_pre
+from ._mhc import mhc_collapse, mhc_expand, mhc_post, mhc_pre
 from ._mla import latent_attention
 from ._quant import dequantize, quantize
 from ._sample import sample
@@ -29,6 +29,6 @@ from ._sample import sample
 __all__ = [
     "add", "attention", "attn_res", "decay_cumsum", "decay_gate", "delta_rule", "delta_rule_inter", "delta_rule_intra",
     "dequantize", "embedding", "gated_rms_norm", "index_pool", "index_scores", "index_select", "l2_norm",
-    "latent_attention", "layer_norm", "linear", "mhc_post", "mhc_pre", "moe", "quantize", "rms_norm", "rope", "route",
-    "sample", "short_conv", "sigmoid", "sigmoid_gate", "situ", "softmax", "swiglu",
+    "latent_attention", "layer_norm", "linear", "mhc_collapse", "mhc_expand", "mhc_post", "mhc_pre", "moe", "quantize",
+    "rms_norm", "rope", "route", "sample", "short_conv", "sigmoid", "sigmoid_gate", "situ", "softmax", "swiglu",
 ]

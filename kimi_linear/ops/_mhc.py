@@ -2,7 +2,7 @@
 
 from .. import _core
 from .._arrays import apart, as_float32, as_weight, output, outputs, refuse_shared, refuse_shared_outputs
-from .._scalars import as_whole
+from .._scalars import as_whole, at_least
 from ..context import current
 from ._basic import check_eps
 
@@ -13,6 +13,69 @@ def _streams(x):
         raise ValueError(f"x has shape {list(x.shape)}; it must be [..., n, D] with n and D >= 1")
     n, D = x.shape[-2:]
     return x.size // (n * D), n, D
+
+
+def mhc_expand(x, *, n, out=None, ctx=None):
+    """Make n streams that begin alike: ``out[i] = x``.
+
+    Source: mHC, arXiv:2512.24880. Derivation: docs/math.md#mhc_expand.
+
+    Parameters
+    ----------
+    x : (..., D) float32
+    n : int
+        Streams, 1 to 64.
+    out : (..., n, D) float32, optional
+        Shares no memory with `x`.
+    ctx : Context, optional
+
+    Returns
+    -------
+    out : (..., n, D) float32
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the type does not widen to float32, n is out of range, or `out` overlaps `x`.
+    """
+    x, n = as_float32(x, "x"), at_least(n, 1, "n")
+    if x.ndim < 1 or x.shape[-1] == 0:
+        raise ValueError(f"x has shape {list(x.shape)}; it must be [..., D] with D >= 1")
+    result = output(out, (*x.shape[:-1], n, x.shape[-1]), like=x)
+    refuse_shared(result, x=x)
+    _core.mhc_expand(current(ctx)._core, result, x, x.size // x.shape[-1], n, x.shape[-1])
+    return result
+
+
+def mhc_collapse(x, *, out=None, ctx=None):
+    """The mean of n streams, what GLM-5.3-Flash's last norm reads: ``out = sum of x[i] / n``.
+
+    Source: mHC, arXiv:2512.24880; the mean is that of transformers, ``models/glm5_next`` (Glm5NextTextHyperHead).
+    Derivation: docs/math.md#mhc_collapse.
+
+    Parameters
+    ----------
+    x : (..., n, D) float32
+        Up to 64 streams.
+    out : (..., D) float32, optional
+        Shares no memory with `x`.
+    ctx : Context, optional
+
+    Returns
+    -------
+    out : (..., D) float32
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the type does not widen to float32, there are more than 64 streams, or `out` overlaps `x`.
+    """
+    x = as_float32(x, "x")
+    T, n, D = _streams(x)
+    result = output(out, (*x.shape[:-2], D), like=x)
+    refuse_shared(result, x=x)
+    _core.mhc_collapse(current(ctx)._core, result, x, T, n, D)
+    return result
 
 
 def mhc_pre(x, fn, base, scale, *, norm_eps, eps=1e-6, iters=20, out=None, ctx=None):

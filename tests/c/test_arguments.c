@@ -137,7 +137,7 @@ static kl_status pool(kl_ctx *ctx, int64_t width, int64_t size, size_t row_bytes
     const kl_cache pooled = { &pages[0], 0, row_bytes, KL_F32 },
                    given = { &pages[1], 0, width > 0 && width <= 8 ? (size_t)(8 * width) : 0,
                              KL_F32 };
-    return kl_index_pool(ctx, pooled, given, zeros, offsets, &start, 1, 1, width, size);
+    return kl_index_pool(ctx, pooled, given, given, zeros, offsets, &start, 1, 1, width, size);
 }
 
 static void test_index_pool(kl_ctx *ctx)

@@ -112,6 +112,7 @@ static void hyper_connections(const char *what, int64_t D, float size)
                         result(T * n, "mhc_pre: post", what, D),
                         result(T * n * n, "mhc_pre: comb", what, D), x, &weight,
                         numbers(rows, 1.0f), comb, &args));
+        MUST(kl_mhc_collapse(ctx, result(T * D, "mhc_collapse", what, D), x, T, n, D));
         MUST(kl_mhc_post(ctx, result(T * n * D, "mhc_post", what, D), x, x, comb, comb, T, n, D));
     }
 }
@@ -270,14 +271,16 @@ static void indexer(kl_type type)
     static uint8_t page[2][KL_PAGE * 4 * 2 * D];
     void *const at[2] = { page[0], page[1] };
     void *const *const pages[2] = { &at[0], &at[1] };
-    const kl_cache rows = { &pages[0], 0, kl_type_bytes(type, 2 * D), type },
+    const size_t row = kl_type_bytes(type, D);
+    const kl_cache k = { &pages[0], 0, 2 * row, type }, gate = { &pages[0], row, 2 * row, type },
                    keys = { &pages[1], 0, kl_type_bytes(type, D / P), type };
     const float *ape = numbers(P * D, 1.0f);
-    append(rows, numbers(N * 2 * D, 2.0f), N, 2 * D);
+    append(k, numbers(N * D, 2.0f), N, D);
+    append(gate, numbers(N * D, 2.0f), N, D);
     memset(page[1], 0, sizeof page[1]);
     for (int i = 0; i < 2; i++) {
         const int64_t part[] = { 0, offsets[i + 1] - offsets[i] };
-        MUST(kl_index_pool(ctx, keys, rows, ape, part, start + i, 1, part[1], D, P));
+        MUST(kl_index_pool(ctx, keys, k, gate, ape, part, start + i, 1, part[1], D, P));
     }
     const size_t n_bytes = N / P * kl_type_bytes(type, D);
     memcpy(result((int64_t)n_bytes / 4, "index_pool", kl_type_name(type), P), page[1], n_bytes);

@@ -165,6 +165,14 @@ def test_hip_end_of_streams(n, version, monkeypatch):
         kl.ops.mhc_post(y, x, post, comb, out=x, ctx=fresh())
     right = kl.ops.mhc_post(wanted[0], few, *wanted[1:], ctx=fresh())
     assert view[-1, :, -64:].tobytes() == right[-1, :, -64:].tobytes()
+    mean = kl.ops.mhc_collapse(right, ctx=fresh())
+    view[-N:] = right
+    with ends(monkeypatch):
+        kl.ops.mhc_collapse(x, out=y, ctx=fresh())
+    assert results[0][1][-1].tobytes() == mean[-1].tobytes()
+    with ends(monkeypatch):
+        kl.ops.mhc_expand(y, n=n, out=x, ctx=fresh())
+    assert view[-1, -1].tobytes() == mean[-1].tobytes()
 
 
 def test_hip_end_of_embeddings(version, monkeypatch):

@@ -69,6 +69,8 @@ CASES = {
     "l2_norm": dict(x=normal(70, 40)),
     "attn_res": dict(snapshots=normal(5, 70, 40), x=normal(70, 40), w=normal(40, seed=1), eps=1e-6),
     "attn_res of no snapshots": dict(snapshots=normal(0, 70, 40), x=normal(70, 40), w=normal(40, seed=1), eps=1e-6),
+    "mhc_expand": dict(x=normal(70, 40), n=3),
+    "mhc_collapse": dict(x=normal(70, 3, 40)),
     "mhc_pre": dict(x=normal(70, 3, 20), fn=normal(15, 60, seed=1, scale=0.1), base=normal(15), scale=normal(3),
                     norm_eps=1e-6),
     "mhc_post": dict(y=normal(70, 40), x=normal(70, 4, 40), post=normal(70, 4), comb=normal(70, 4, 4)),

@@ -9,9 +9,10 @@ from inside import CASES, MIXTURES, arrays, every_tap, float32, ids, open_model
 
 import kimi_linear as kl
 from kimi_linear import reference
-from kimi_linear.dataflow import arguments, evaluate, nodes
+from kimi_linear.dataflow import RESULTS, arguments, evaluate, nodes
 from kimi_linear.diff.budgets import budget
 from kimi_linear.diff.budgets import names as budget_names
+from kimi_linear.weight_shapes import MOE_NAMES, ROUTER_BIAS
 
 
 @pytest.fixture(params=CASES)
@@ -55,21 +56,25 @@ def test_each_op_keeps_its_budget_on_the_values_of_the_reference(case):
     """Inputs of a tap replaced by the reference's: what the engine makes of them is what float64 makes of them."""
     model = open_model(case)
     tokens = ids(model, 70)
-    values = model.reference().forward(tokens, taps=["*"]).taps
-    values = {"tokens": tokens} | {name: float32(x) for name, x in values.items()}
+    run = model.reference().forward(tokens, taps=["*"])
+    values = {"tokens": tokens} | {name: float32(x) for name, x in (run.taps | run.state).items()}
     judged = 0
     for node in nodes(model.config):
-        if node.op == "cache_append" or node.tap == "embed":
+        if node.tap.endswith("_cache") or node.tap == "embed":
             continue
-        edit = {name: values[name] for name in node.inputs.values()}
+        edit = {name: values[name] for name in node.inputs.values() if not name.endswith("_cache")}
         got = model.trace(tokens, node.tap, edit=edit)[node.tap]
         args = arguments(node, values, model.weights)
         desired = evaluate(node, args)
-        if node.op == "route":
+        if node.op in ("route", "index_select"):
             assert np.array_equal(got, desired[0])
         elif node.op == "route_weights":
             bound = budget("route", (args["ids"], desired[0]), **{a: x for a, x in args.items() if a != "ids"})[1]
             assert (np.abs(got - desired[0]) <= bound).all(), node.tap
+        elif node.op in RESULTS:
+            op, which = RESULTS[node.op]
+            results = getattr(reference, op)(**args)
+            assert (np.abs(got - results[which]) <= budget(op, results, **args)[which]).all(), node.tap
         elif node.op in budget_names():
             bound = budget(node.op, desired if len(desired) > 1 else desired[0], **args)
             bound = bound[0] if isinstance(bound, tuple) else bound
@@ -114,7 +119,7 @@ def test_edited_scores_choose_and_weigh(mixture):
     layer = next(i for i, spec in enumerate(c.layers) if spec.ffn == "moe")
     scores = np.random.default_rng(2).random((40, c.n_experts), np.float32)
     trace = model.trace(tokens, f"layers.{layer}.moe.*", edit={f"layers.{layer}.moe.scores": scores})
-    name = f"model.layers.{layer}.block_sparse_moe.gate.e_score_correction_bias"
+    name = f"model.layers.{layer}.{MOE_NAMES[c.moe_names].prefix}.{ROUTER_BIAS}"
     bias = model.weights[name] if c.router_bias else None
     chosen, weights = reference.route(scores, k=c.experts_per_token, bias=bias, groups=c.n_groups, scale=c.routed_scale,
                                       top_groups=c.top_groups, function="none", renormalise=c.renormalise)

@@ -83,10 +83,10 @@ def test_the_head_alone(model):
     assert model.forward(**head).tobytes() == whole.tobytes()
     assert model.forward(**head, logits="last").tobytes() == whole[-1].tobytes()
     logits, taps = model.forward(**head, taps="*", logits="all")
-    behind = ["output_res"] if model.config.attn_res_block else []
+    behind = ["output_res"] if model.config.attn_res_block else ["collapsed"] if model.config.streams else []
     assert list(taps) == [*behind, "norm", "logits"] and taps["norm"].tobytes() == trace["norm"].tobytes()
     assert logits.tobytes() == taps["logits"].tobytes() == whole.tobytes()
-    for tap in () if model.config.attn_res_block else ("embed", "layers.0.out"):
+    for tap in () if behind else ("embed", "layers.0.out"):
         w = np.float32(model.weights["model.norm.weight"]) + model.config.norm_plus_one
         head = model.weights["model.embed_tokens.weight" if model.config.tie_embeddings else "lm_head.weight"]
         wanted = kl.ops.linear(kl.ops.rms_norm(trace[tap], w, eps=model.config.rms_norm_eps), head)
@@ -257,15 +257,18 @@ def test_probs_are_what_attention_weighs_its_values_with(model, cache):
     """An attention's o is the values summed by its probs: its own budget, and one rounding of each probability."""
     layer, mixer = attention_of(model)
     state = model.new_state(cache=cache)
+    parts = ["probs", "q", "o", "select"] if model.config.index_heads else ["probs", "q", "o"]
     model.forward(ids(model, 20), state=state, logits="none")
     _, trace = model.forward(ids(model, 33, seed=1), state=state, logits="none",
-                             taps=[f"layers.{layer}.{mixer}.{x}" for x in ("probs", "q", "o")])
+                             taps=[f"layers.{layer}.{mixer}.{x}" for x in parts])
     p, q, o = (trace[f"layers.{layer}.{mixer}.{x}"].astype(np.float64) for x in ("probs", "q", "o"))
     assert p.shape == (33, q.shape[1], 53)
     assert np.abs(p.sum(-1) - 1).max() <= 53 * 2**-24
     assert (p[np.broadcast_to((np.arange(53) > np.arange(20, 53)[:, None])[:, None], p.shape)] == 0).all()
     op = {"mla": "latent_attention", "attn": "attention"}[mixer]
     args, values = attention_args(model, layer, mixer, state, q)
+    if model.config.index_heads:
+        args["select"] = trace[f"layers.{layer}.mla.select"]
     desired = getattr(reference, op)(**args)
     rounding = 2**-24 * np.einsum("ths,shv->thv", p, np.abs(values)) + 53 * 2**-149 * np.abs(values).max()
     assert (np.abs(np.einsum("ths,shv->thv", p, values) - desired) <= rounding * 1.01).all()

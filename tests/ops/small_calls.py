@@ -22,6 +22,7 @@ def calls_of_every_op():
         "layer_norm": dict(x=x(T, D), w=x(D), b=x(D), eps=1e-6),
         "gated_rms_norm": dict(x=x(T, D), z=x(T, D), w=x(D), eps=1e-5, activation="silu"), "l2_norm": dict(x=x(T, D)),
         "attn_res": dict(snapshots=x(3, T, D), x=x(T, D), w=x(D), eps=1e-5),
+        "mhc_expand": dict(x=x(T, D), n=H), "mhc_collapse": dict(x=x(T, H, D)),
         "mhc_pre": dict(x=x(T, H, D), fn=x((2 + H) * H, H * D), base=x((2 + H) * H), scale=x(3), norm_eps=1e-5),
         "mhc_post": dict(y=x(T, D), x=x(T, H, D), post=x(T, H), comb=x(T, H, H)),
         "embedding": dict(ids=np.array([3, 0, 3]), table=x(E, D)), "linear": dict(x=x(T, D), w=x(F, D), bias=x(F)),

@@ -319,3 +319,43 @@ def test_core_refuses_nonsense():
         kl._core.mhc_pre(core, *few, x, (np.zeros((8, 4), F), 0, 1, 8, 4), *rest, 1, 2, 4, 0.0, 0.0, 1)
     with pytest.raises(ValueError, match="mhc_post: x has 0 streams; it must have 1 to 64"):
         kl._core.mhc_post(core, *[np.zeros(0, F)] * 2, np.zeros(0, F), *[np.zeros(0, F)] * 2, 0, 0, 4)
+
+
+# ---- the streams' ends ----
+
+@pytest.mark.parametrize("D", [1, 15, 16, 17, 33, 4096])
+@pytest.mark.parametrize("T, n", [(0, 4), (1, 1), (3, 4), (40, 3), (2, 64)])
+def test_the_ends(T, n, D):
+    x = normal(T, n, D, scale=3)
+    mean = guarded_run("mhc_collapse", dict(x=x), (T, D))
+    judge("mhc_collapse", mean, kl.reference.mhc_collapse(x), x=x)
+    many = guarded_run("mhc_expand", dict(x=mean, n=n), (T, n, D))
+    judge("mhc_expand", many, kl.reference.mhc_expand(mean, n=n), x=mean, n=n)
+    assert all(many[:, i].tobytes() == mean.tobytes() for i in range(n))
+    if n == 1:
+        assert kl.ops.mhc_collapse(many).tobytes() == mean.tobytes()
+
+
+def test_the_ends_at_the_rim():
+    x = np.float32([[[3e38], [3e38]], [[1e-45], [0]], [[np.inf], [1]], [[np.nan], [1]], [[-0.0], [-0.0]]])
+    mean = kl.ops.mhc_collapse(x)[:, 0]
+    assert np.isposinf(mean[0]) and np.isposinf(mean[2]) and np.isnan(mean[3])  # a sum that overflows is infinite
+    assert np.signbit(mean[4]) and mean[4] == 0
+    assert np.array_equal(kl.ops.mhc_expand(x[:, 0], n=2)[:, 1], x[:, 0], equal_nan=True)
+
+
+def test_the_ends_refuse():
+    x = normal(3, 4, 8)
+    with pytest.raises(ValueError, match=r"x has shape \[8\]; it must be \[..., n, D\]"):
+        kl.ops.mhc_collapse(x[0, 0])
+    with pytest.raises(ValueError, match="n is 0; it must be"):
+        kl.ops.mhc_expand(x[:, 0], n=0)
+    with pytest.raises(ValueError, match="mhc_expand: x has 65 streams; it must have 1 to 64"):
+        kl.ops.mhc_expand(x[:, 0], n=65)
+    with pytest.raises(ValueError, match="mhc_collapse: x has 65 streams"):
+        kl.ops.mhc_collapse(normal(1, 65, 2))
+    with pytest.raises(ValueError, match="out has shape"):
+        kl.ops.mhc_expand(x[:, 0], n=4, out=np.empty((3, 3, 8), np.float32))
+    whole = normal(12, 8)
+    with pytest.raises(ValueError, match="overlap|share"):
+        kl.ops.mhc_collapse(whole.reshape(3, 4, 8), out=whole[:3])

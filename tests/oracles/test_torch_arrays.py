@@ -48,6 +48,7 @@ def inputs():
         "rope": (dict(x=x(T, H, K)), dict(positions=np.arange(T), base=1e4, rotary=4)),
         "sigmoid_gate": (dict(x=x(T, D), gate=x(T, D)), {}),
         "attn_res": (dict(snapshots=x(3, T, D), x=x(T, D), w=x(D)), dict(eps=1e-5)),
+        "mhc_expand": (dict(x=x(T, D)), dict(n=H)), "mhc_collapse": (dict(x=x(T, H, D)), {}),
         "mhc_pre": (dict(x=x(T, H, D), fn=x((2 + H) * H, H * D), base=x((2 + H) * H), scale=x(3)), dict(norm_eps=1e-5)),
         "mhc_post": (dict(y=x(T, D), x=x(T, H, D), post=x(T, H), comb=x(T, H, H)), {}),
         "index_pool": (dict(k=x(T, D), gate=x(T, D), ape=x(4, D)), {}),

@@ -6,7 +6,18 @@ from ... import reference
 from ..._float64 import f64
 from ._basic import TINY, U
 
-__all__ = ["mhc_post", "mhc_pre"]
+__all__ = ["mhc_collapse", "mhc_expand", "mhc_post", "mhc_pre"]
+
+
+def mhc_expand(ref, x, n):
+    """A copy."""
+    return np.zeros(np.shape(ref))
+
+
+def mhc_collapse(ref, x):
+    """n - 1 sums and a division."""
+    n = np.shape(x)[-2]
+    return n * U * np.abs(f64(x)).sum(-2) / n + TINY
 
 
 def mhc_pre(ref, x, fn, base, scale, norm_eps, eps=1e-6, iters=20, stored=0.0):
