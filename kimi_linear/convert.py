@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from .config import Config
+from .config_glm import TEXT as GLM
 from .load import gguf_heads, gguf_kept, gguf_metadata, gguf_types
 from .load.checkpoint import at_home, missing_tokenizer_file, open_folder, readable, resolve
 from .load.gguf import BlockView, is_gguf
 from .load.gguf_checkpoint import open_gguf
 from .load.gguf_tensors import Incoming, cast, encoded, of_file, of_folder, rows_of
 from .load.gguf_write import Outgoing, write_gguf
-from .load.names import OF_K3
+from .load.names import name_in_folder
 from .load.packed import COLUMNS, PARTS, half_of
 from .load.safetensors import DTYPES, WEIGHT_DTYPES, TensorView
 from .quantized import storage_types
@@ -301,10 +302,10 @@ def _parts(tensor: Incoming, dtype: str, result: Conversion) -> Callable:
 class _Published:
     """A tensor of a GGUF as the published checkpoint has it: its shape, a float type."""
 
-    def __init__(self, name: str, tensor, dtype: str, done: Callable):
+    def __init__(self, name: str, tensor, dtype: str, done: Callable, model_type: str):
         self.name, self.dtype, self._tensor, self._done = name, dtype, tensor, done
         self.shape = tuple(tensor.shape)
-        if name.endswith("self_attn.A_log"):
+        if name.endswith("self_attn.A_log") and model_type != GLM:
             self.shape = (1, 1, *self.shape, 1)
         elif name.endswith("conv1d.weight"):
             self.shape = (self.shape[0], 1, self.shape[1])
@@ -369,12 +370,11 @@ def _write_folder(source: Path, target: Path, dtype: str, tokenizer: bool, overw
         progress(done, total, tensor.name)
 
     tensors, published = {}, Config.from_dict(checkpoint.content)
-    around = OF_K3 if "text_config" in checkpoint.content else ""
     for name, tensor in checkpoint.tensors.items():
         tensor = gguf_heads.as_published(checkpoint.config, published, name, tensor, checkpoint.norms.get(name))
-        kind, name = _folder_dtype(checkpoint, name, tensor, dtype), around + name
+        kind, name = _folder_dtype(checkpoint, name, tensor, dtype), name_in_folder(name, checkpoint.content)
         made = [_Half(name, tensor, part, moved) for part in range(2)] if kind == gguf_kept.PACKED else [
-            _Published(name, tensor, kind, moved)]
+            _Published(name, tensor, kind, moved, published.model_type)]
         tensors |= {t.name: t for t in made}
         result.add(kind, sum(t.nbytes for t in made))
     total = result.nbytes = sum(t.nbytes for t in tensors.values())

@@ -10,6 +10,7 @@ from ..config import MIXER_LETTERS
 from ..errors import FormatError
 from ..file_check import FileReport, check_file, converter_of
 from ..load import GGUFFile
+from ..load.gguf_kept import pattern
 from ..load.safetensors import stored_as
 from ._common import (
     add_json_argument,
@@ -157,9 +158,17 @@ def _show(model, facts):
                    f"{plan['context']:,} ({plan['cache']} cache)"),
     ]
     if facts["skipped_tensors"]:
-        rows.append(("not read", ", ".join(facts["skipped_tensors"])))
+        rows.append(("not read", _in_short(facts["skipped_tensors"])))
     rows += [("note", note) for note in facts["notes"]]
     print_table(rows)
+
+
+def _in_short(names, most=12):
+    """Names of tensors, one for those that differ in numbers, as of a layer with all its experts."""
+    kinds = Counter(map(pattern, names))
+    shown = [next(name for name in names if pattern(name) == kind) if n == 1 else f"{kind} ({n})"
+             for kind, n in kinds.most_common(most)]
+    return ", ".join(shown) + (f", and {len(kinds) - most} more kinds" if len(kinds) > most else "")
 
 
 def _file_rows(gguf):
@@ -194,6 +203,9 @@ def _mixers(c):
         q = f"q by rank {c.q_rank}" if c.q_rank else "plain q"
         yield "MLA", (f"{mixers['mla']} layers: {c.mla_heads} heads of {c.nope_dim} + {c.rope_dim}, "
                       f"values {c.v_head_dim}, latent {c.kv_rank}, {q}" + (", output gated" if c.mla_gated else ""))
+    if mixers["mla"] and c.index_heads:
+        yield "indexer", (f"{c.index_heads} heads of {c.index_dim} choose {c.index_topk:,} positions for MLA, in pools "
+                          f"of {c.index_pool}; those behind the last whole pool are always there")
 
 
 def _feed_forward(c):
@@ -201,6 +213,8 @@ def _feed_forward(c):
     if c.situ_beta is not None:
         up = f", {c.situ_linear_beta:g} of the other factor" if c.situ_linear_beta is not None else ""
         yield "activation", f"SiTU, beta {c.situ_beta:g}{up}"
+    if c.swiglu_limit is not None:
+        yield "activation", f"SwiGLU, gate up to {c.swiglu_limit:g}, the other factor within it"
     if kinds["dense"]:
         yield "dense", f"{kinds['dense']} layers: width {c.ffn_size:,}"
     if kinds["moe"]:
@@ -217,3 +231,5 @@ def _residuals(c):
     if c.attn_res_block:
         n = -(-c.n_layers // c.attn_res_block)
         yield "residuals", f"attended: a snapshot each {c.attn_res_block} layers, {n} in all"
+    if c.streams:
+        yield "residuals", f"{c.streams} streams, mixed by hyper-connections in {c.stream_passes} passes"

@@ -14,10 +14,11 @@ import numpy as np
 
 from .._names import meant
 from ..config import Config
+from ..config_glm import TEXT as GLM
 from ..config_kimi import K3
 from ..errors import FormatError
 from .mapped import MappedFile
-from .names import canonical_name, canonical_shape, fused_name, fused_parts, is_inert
+from .names import canonical_name, canonical_shape, fused_name, fused_parts, is_inert, layer_of
 from .packed import PARTS, PackedMatrix, matrix_of, problems_of
 from .safetensors import WEIGHT_DTYPES, SafetensorsFile, TensorView
 from .strict_json import is_there, load_object, show
@@ -133,7 +134,7 @@ def open_folder(path: str | os.PathLike) -> Checkpoint:
 
     problems: list[str] = []
     files, excused = _open_files(folder, problems)
-    tensors, skipped = _match(config, files, excused, problems)
+    tensors, skipped = _match(config, files, excused, problems, _layers_behind(content))
     if problems:
         raise FormatError(problems, str(folder))
     generation = folder / "generation_config.json"
@@ -299,10 +300,20 @@ def _compare_index(
             problems.append(f"{name} is in {shard}, but not in {INDEX}")
 
 
+def _layers_behind(content: Mapping) -> int:
+    """Layers that predict a second token and lie behind the model's, numbered on (GLM-5.3-Flash)."""
+    text = content.get("text_config")
+    n = (text if isinstance(text, Mapping) else content).get("num_nextn_predict_layers")
+    return n if type(n) is int and n > 0 else 0
+
+
 def _match(
-    config: Config, files: list[SafetensorsFile], excused: set[str] | None, problems: list[str]
+    config: Config, files: list[SafetensorsFile], excused: set[str] | None, problems: list[str], behind: int = 0
 ) -> tuple[dict[str, TensorView], tuple[str, ...]]:
-    """Tensors by canonical name in the config's order, and the names of those that are not read."""
+    """Tensors by canonical name in the config's order, and the names of those that are not read.
+
+    `behind` layers follow those of the config and are not read.
+    """
     expected = config.weight_shapes()
     found: dict[str, TensorView | PackedMatrix] = {}
     fused: dict[str, TensorView] = {}
@@ -312,7 +323,8 @@ def _match(
         for name, view in file.items():
             canonical = canonical_name(name)
             held = halves if _half_of(canonical, expected) else fused if _holds_experts(canonical, expected) else found
-            if is_inert(name) or (canonical == "lm_head.weight" and config.tie_embeddings):
+            if is_inert(name) or (canonical == "lm_head.weight" and config.tie_embeddings) \
+                    or 0 <= layer_of(canonical) - config.n_layers < behind:
                 skipped.append(name)
             elif held is found and canonical not in expected:
                 problems.append(f"{name} is in {file.path.name}, but by config.json there is no such tensor")
@@ -345,8 +357,8 @@ def _half_of(canonical: str, expected: Mapping) -> str | None:
 
 
 def _counted(canonical: str, view: TensorView, expected: Mapping, config: Config) -> TensorView:
-    """A_log of Kimi K3 without what pads it: the first values are those of the heads."""
-    if not canonical.endswith(".A_log") or config.model_type != K3 or len(view.shape) != 1:
+    """A_log of Kimi K3 and GLM without what pads it: the first values are those of the heads."""
+    if not canonical.endswith(".A_log") or config.model_type not in (K3, GLM) or len(view.shape) != 1:
         return view
     n = min(view.shape[0], expected[canonical][0])
     return replace(view, shape=(n,), nbytes=view.nbytes // max(view.shape[0], 1) * n)

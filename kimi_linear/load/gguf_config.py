@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from ..config import Config, ConfigError
 from ..errors import FormatError
+from . import gguf_config_glm as glm
 from . import gguf_config_qwen as qwen
 from . import gguf_kept
 from .gguf import place
@@ -161,9 +162,12 @@ def _renamed(problem: str, kind: Architecture) -> str:
 
 def _read(r: Keys) -> dict:
     n = r.layers()
-    if not n:
-        return {}
-    mla_layers = _mla_layers(r, n)
+    return _of_layers(r, n, r.per_layer("attention.head_count_kv", n)) if n else {}
+
+
+def _of_layers(r: Keys, n: int, marks: list[int]) -> dict:
+    """The same of n layers, of which 0 among `marks` says which are KDA; there may be more blocks."""
+    mla_layers = _mla_layers(r, marks)
     if mla_layers is None:
         return {}
     mla, kda = ([i for i in range(n) if mla_layers[i] == kind] for kind in (True, False))
@@ -176,15 +180,14 @@ def _read(r: Keys) -> dict:
         "tie_word_embeddings": "output.weight" not in r.tensors,
         "mla_use_nope": True,
     }
-    heads = r.per_layer("attention.head_count", n)
+    heads = r.per_layer("attention.head_count", r.integer("block_count"))
     d["linear_attn_config"] = _kda(r, kda, heads) | {
         "kda_layers": [i + 1 for i in kda], "full_attn_layers": [i + 1 for i in mla]}
     return d | _mla(r, mla, heads) | _ffn(r, n) | r.specials()
 
 
-def _mla_layers(r: Keys, n: int) -> list[bool] | None:
+def _mla_layers(r: Keys, marks: list[int]) -> list[bool] | None:
     """Whether each layer is MLA, by head_count_kv, in which 0 marks KDA; the tensors must agree."""
-    marks = r.per_layer("attention.head_count_kv", n)
     for i, mark in enumerate(marks):
         kda, mla = f"blk.{i}.ssm_a", f"blk.{i}.attn_kv_a_mqa.weight"
         if mark == 0 and mla in r.tensors:
@@ -371,14 +374,28 @@ def _latent(r: Keys, n: int) -> dict:
             "latent_moe_use_norm": _in_all(r, n, "ffn_routed_norm.weight", "ffn_gate_inp.weight", "sparse")}
 
 
+# ---- glm5next --------------------------------------------------------------------------------------
+
+
+def _read_glm(r: Keys) -> dict:
+    """As ``kimi-linear``, under the keys of another config.json, and what only this has."""
+    n, blocks = r.layers_and_blocks()
+    d = _of_layers(r, n, glm.marks(r, n, blocks)) if n else {}
+    return glm.read(r, d, n, blocks) if d else {}
+
+
+_GLM = dict(names=glm.NAMES, known=frozenset({*glm.NAMES.values(), *glm.MORE} | _USED | INERT))
 _QWEN = dict(names=qwen.NAMES, known=qwen.KNOWN)
 _FOLDED = {"norm_plus_one": False}  # 1 + w is what the norms of a file hold
 ARCHITECTURES = {kind.name: kind for kind in (
     Architecture("kimi-linear", _read, NAMES, frozenset(_USED | INERT)),
     Architecture("kimi-k3", _read_k3, NAMES | K3_NAMES, frozenset({*K3_NAMES.values()} | _USED | INERT)),
+    Architecture("glm5next", _read_glm, **_GLM),
+    Architecture("glm5-next", _read_glm, **_GLM),
     Architecture("qwen3next", qwen.read_next, **_QWEN, form=_FOLDED),
     Architecture("qwen35", qwen.read_dense, **_QWEN, form=_FOLDED | {"gdn_tiled": True}, described=qwen.described),
     Architecture("qwen35moe", qwen.read_moe, **_QWEN, form=_FOLDED | {"gdn_tiled": True}, described=qwen.described),
 )}
 _OF_MODEL_TYPE = {"kimi_linear": "kimi-linear", "qwen3_next": "qwen3next", "qwen3_5_text": "qwen35",
-                  "qwen3_5_moe_text": "qwen35moe", "kimi_k3": "kimi-linear"}
+                  "qwen3_5_moe_text": "qwen35moe", "kimi_k3": "kimi-linear",
+                  "glm5_next_text": "glm5next"}

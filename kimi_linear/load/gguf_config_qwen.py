@@ -60,13 +60,8 @@ def described(r: Keys, content: dict) -> dict:
 
 
 def _read(r: Keys, model_type: str, *, sparse: bool) -> dict:
-    blocks, behind = r.layers(), r.integer("nextn_predict_layers", 0)
-    n = blocks - behind
-    if n < 1:
-        if blocks:
-            r.wrong(r.prefix + "nextn_predict_layers", behind, f"below block_count, {blocks}, which counts them")
-        return {}
-    recurrent = _recurrent(r, n, blocks)
+    n, blocks = r.layers_and_blocks()
+    recurrent = _recurrent(r, n, blocks) if n else []
     if not recurrent:
         return {}
     gdn, attn = ([i for i in range(n) if recurrent[i] == kind] for kind in (True, False))

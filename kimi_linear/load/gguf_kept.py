@@ -20,6 +20,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from .. import config_glm
 from ..config import Config
 from ..config_kimi import INHERITED, K3
 from . import gguf_heads as order
@@ -32,6 +33,8 @@ GENERATION, TYPES = "kimi_linear.generation_config", "kimi_linear.dtypes"
 RATES, NORMS = "kimi_linear.A_log", "kimi_linear.norms"
 PACKED = "MXFP4"  # among TYPES: of a matrix that a folder has in two parts (packed.py)
 MAX_DEPTH = 64  # of JSON
+#: model_type of a file that sees -> the keys that count around its text model where that has none.
+_INHERITED = {K3: INHERITED, config_glm.WRAPPER: config_glm.INHERITED}
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -65,23 +68,25 @@ def restored(given: Mapping, metadata: Mapping, problems: list[str]) -> dict:
 
 
 def taken_out(content: Mapping) -> tuple[dict, dict | None]:
-    """Of a config.json of Kimi K3 the text model's keys, and the others, None where the file is the text model's alone.
+    """Of a config.json the text model's keys, and the others, None where the file is the text model's alone.
 
     Among the others ``text_config`` lists those of the text model's keys that are not inside it.
     """
-    if content.get("model_type", K3) != K3 or "text_config" not in content:
+    kind = content.get("model_type", K3)
+    if kind not in _INHERITED or "text_config" not in content:
         return dict(content), None
     text = content["text_config"]
-    outside = [key for key in INHERITED if key not in text and content.get(key) is not None]
+    outside = [key for key in _INHERITED[kind] if key not in text and content.get(key) is not None]
     around = {key: value for key, value in content.items() if key not in outside}
     return {**text, **{key: content[key] for key in outside}}, around | {"text_config": outside}
 
 
 def _put_back(text: dict, around: dict, problems: list[str]) -> dict:
     """The content of which `taken_out` made these."""
-    outside = around.get("text_config")
-    if not isinstance(outside, list) or not all(key in INHERITED for key in outside):
-        problems.append(f"{AROUND}: text_config is {show(outside)}; it must be a list of {', '.join(INHERITED)}")
+    outside, kind = around.get("text_config"), around.get("model_type", K3)
+    inherited = _INHERITED.get(kind, INHERITED) if isinstance(kind, str) else INHERITED
+    if not isinstance(outside, list) or not all(key in inherited for key in outside):
+        problems.append(f"{AROUND}: text_config is {show(outside)}; it must be a list of {', '.join(inherited)}")
         return text
     inside = {key: value for key, value in text.items() if key not in outside}
     return {**around, **{key: text[key] for key in outside if key in text}, "text_config": inside}

@@ -98,6 +98,13 @@ class Keys:
             self.wrong(self.prefix + "block_count", n, f"an integer from 1 to {MOST_LAYERS}")
         return 0
 
+    def layers_and_blocks(self) -> tuple[int, int]:
+        """Layers, and blocks, among which are those behind that predict a second token; no layer after a problem."""
+        blocks, behind = self.layers(), self.integer("nextn_predict_layers", 0)
+        if blocks and behind >= blocks:
+            self.wrong(self.prefix + "nextn_predict_layers", behind, f"below block_count, {blocks}, which counts them")
+        return max(blocks - behind, 0), blocks
+
     def vocabulary(self) -> int | None:
         """From its key, the embedding and the list of tokens, as far as they are there."""
         size = self.size("vocab_size", "token_embd.weight", 1)
@@ -115,15 +122,15 @@ class Keys:
         return found.pop() if found else None
 
     def specials(self) -> dict:
-        """Ids of special tokens; a generation may end with eos and with eot."""
+        """Ids of special tokens; a generation may end with eos, eot and eom."""
         found = {}
-        for name in ("bos", "eos", "eot", "padding"):
+        for name in ("bos", "eos", "eot", "eom", "padding"):
             value = self.metadata.get(f"tokenizer.ggml.{name}_token_id")
             if value is not None and type(value) is not int:
                 self.wrong(f"tokenizer.ggml.{name}_token_id", value, "an integer")
             elif value is not None:
                 found[name] = value
-        eos = list(dict.fromkeys(found[name] for name in ("eos", "eot") if name in found))
+        eos = list(dict.fromkeys(found[name] for name in ("eos", "eot", "eom") if name in found))
         return {"bos_token_id": found.get("bos"), "eos_token_id": eos, "pad_token_id": found.get("padding")}
 
 

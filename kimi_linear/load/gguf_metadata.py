@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from .. import config_kimi
+from .. import config_glm, config_kimi
 from ..config import Config
 from ..tokenizer import Tokenizer
 from ..tokenizer_json import JsonTokenizer
@@ -32,6 +32,8 @@ FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q
               "IQ4_NL": 25, "IQ3_S": 26, "IQ2_S": 28, "IQ4_XS": 30, "IQ1_M": 31, "BF16": 32, "TQ1_0": 36, "TQ2_0": 37,
               "MXFP4": 38, "NVFP4": 39, "Q1_0": 40, "Q2_0": 41}
 GUESSED = 1024  # no type of its own
+#: model_type of models whose config.json is kept whole, with what is around its text model.
+WHOLE = (*config_kimi.ARCHITECTURES, config_glm.TEXT)
 
 
 def metadata_of(checkpoint, tokenizer: Tokenizer | None, stored: Mapping, name: str) -> dict:
@@ -55,8 +57,7 @@ def metadata_of(checkpoint, tokenizer: Tokenizer | None, stored: Mapping, name: 
     metadata = {"general.architecture": architecture, "general.type": "model", "general.name": name,
                 "general.quantization_version": QUANTIZATION_VERSION}
     content = text_content(checkpoint)
-    is_kimi = architecture.startswith("kimi-")
-    keys = config_keys(checkpoint.config) if is_kimi else qwen_keys(checkpoint.config, content)
+    keys = _keys_of(checkpoint.config, content)
     metadata |= {f"{architecture}.{key}": _single(value) for key, value in keys.items()}
     metadata |= _no_vocabulary(checkpoint.config) if tokenizer is None else vocabulary_keys(
         tokenizer, checkpoint.config.vocab_size)
@@ -65,7 +66,7 @@ def metadata_of(checkpoint, tokenizer: Tokenizer | None, stored: Mapping, name: 
         warnings.simplefilter("ignore")  # of keys that are not known: the folder's reader has warned
         metadata = _arrays(metadata)
         metadata |= _arrays(_kept(checkpoint, content, read_config(metadata, stored, where)[1]))
-        wanted = checkpoint.content if is_kimi else content
+        wanted = checkpoint.content if checkpoint.config.model_type in WHOLE else content
         _check_config(checkpoint, wanted, *read_config(metadata, stored, where))
     if tokenizer is not None:
         _check_tokenizer(tokenizer, metadata)
@@ -82,6 +83,12 @@ def _single(value):
 
 
 # ---- config ----------------------------------------------------------------------------------------
+
+
+def _keys_of(c: Config, content: Mapping) -> dict:
+    if c.model_type == config_glm.TEXT:
+        return glm_keys(c)
+    return config_keys(c) if c.model_type in WHOLE else qwen_keys(c, content)
 
 
 def config_keys(c: Config) -> dict:
@@ -143,12 +150,37 @@ def _moe_keys(c: Config) -> dict:
     return keys | ({"expert_latent_length": c.expert_latent} if c.expert_latent else {})
 
 
+def glm_keys(c: Config) -> dict:
+    """Of GLM-5.3-Flash: key below ``glm5next.`` -> value; an array is (kind, items).
+
+    Raises
+    ------
+    ValueError
+        As of `config_keys`.
+    """
+    keys = config_keys(c) | {
+        "hyper_connection.count": c.streams, "hyper_connection.sinkhorn_iterations": c.stream_passes,
+        "hyper_connection.epsilon": c.stream_eps,
+    }
+    del keys["rope.freq_base"]
+    if c.index_heads:
+        keys |= {
+            "attention.indexer.head_count": c.index_heads, "attention.indexer.key_length": c.index_dim,
+            "attention.indexer.top_k": c.index_topk, "attention.indexer.kpool": c.index_pool,
+            "attention.layer_norm_epsilon": c.index_eps,
+        }
+    if c.n_experts:
+        keys |= {"expert_group_count": c.n_groups, "expert_shared_feed_forward_length": c.shared_size}
+    limits = ("float32", [c.swiglu_limit] * c.n_layers)
+    return keys | ({"swiglu_clamp_exp": limits, "swiglu_clamp_shexp": limits} if c.swiglu_limit else {})
+
+
 def text_content(checkpoint) -> Mapping:
     """config.json; of a model that sees, what it would be for its text model alone, which is all that is converted.
 
-    Of Kimi K3 these are the keys of its text_config as they are; those around it are kept beside them.
+    Of Kimi K3 and GLM these are the keys of its text_config as they are; those around it are kept beside them.
     """
-    if checkpoint.config.model_type in config_kimi.ARCHITECTURES:
+    if checkpoint.config.model_type in WHOLE:
         return kept.taken_out(checkpoint.content)[0]
     inside = "text_config" in checkpoint.content
     return checkpoint.config.published().to_dict() if inside else checkpoint.content

@@ -72,6 +72,10 @@ _LAYER = {
     "block_sparse_moe.shared_experts.up_proj.weight": "ffn_up_shexp.weight",
     "block_sparse_moe.shared_experts.down_proj.weight": "ffn_down_shexp.weight",
     "mlp.gate.weight": "ffn_gate_inp.weight",
+    "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
+    "mlp.shared_experts.gate_proj.weight": "ffn_gate_shexp.weight",
+    "mlp.shared_experts.up_proj.weight": "ffn_up_shexp.weight",
+    "mlp.shared_experts.down_proj.weight": "ffn_down_shexp.weight",
     "mlp.shared_expert.gate_proj.weight": "ffn_gate_shexp.weight",
     "mlp.shared_expert.up_proj.weight": "ffn_up_shexp.weight",
     "mlp.shared_expert.down_proj.weight": "ffn_down_shexp.weight",
@@ -89,9 +93,20 @@ _LAYER = {
     "linear_attn.dt_bias": "ssm_dt.bias",
     "linear_attn.norm.weight": "ssm_norm.weight",
     "linear_attn.out_proj.weight": "ssm_out.weight",
+    "self_attn.indexer.wq_b.weight": "indexer.attn_q_b.weight",
+    "self_attn.indexer.wk.weight": "indexer.attn_k.weight",
+    "self_attn.indexer.k_norm.weight": "indexer.k_norm.weight",
+    "self_attn.indexer.k_norm.bias": "indexer.k_norm.bias",
+    "self_attn.indexer.weights_proj.weight": "indexer.proj.weight",
+    "self_attn.indexer.index_kpool_compress_ape": "indexer_compressor_ape.weight",
+    "self_attn.indexer.index_kpool_compress_gate": "indexer_compressor_gate.weight",
+    **{f"hc_{half}_{part}": f"hc_{half}_{part}.weight" for half in ("attn", "ffn") for part in ("fn", "base", "scale")},
 }
+#: Another spelling that files of some converters have.
+_ALSO = {"indexer_compressor_ape.weight": "indexer.kpool_ape.weight",
+         "indexer_compressor_gate.weight": "indexer.kpool_gate.weight"}
 #: The second norm of a layer, which llama.cpp names by architecture.
-_SECOND_NORM = {"kimi_linear": "ffn_norm.weight", "kimi_k3": "ffn_norm.weight"}
+_SECOND_NORM = dict.fromkeys(["kimi_linear", "kimi_k3", "glm5_next_text"], "ffn_norm.weight")
 _POST_NORM = "post_attention_norm.weight"
 EXPERTS = {"w1": "ffn_gate_exps.weight", "w3": "ffn_up_exps.weight", "w2": "ffn_down_exps.weight",
            "gate_proj": "ffn_gate_exps.weight", "up_proj": "ffn_up_exps.weight", "down_proj": "ffn_down_exps.weight"}
@@ -335,7 +350,10 @@ class _Matcher:
         if (part := _QKV.fullmatch(rest)) and at + FUSED in self.tensors and (rows := self.rows_of_qkv(int(layer))):
             before, total = sum(rows["qkv"[i]] for i in range("qkv".index(part[1]))), sum(rows.values())
             return self.part(name, at + FUSED, before * shape[1], (total, shape[1]), shape)
-        view = self.whole(name, at + layer_name(self.config, int(layer), rest), shape)
+        stored = layer_name(self.config, int(layer), rest)
+        if at + stored not in self.tensors and at + _ALSO.get(stored, "") in self.tensors:
+            stored = _ALSO[stored]
+        view = self.whole(name, at + stored, shape)
         return self.log_rate(name, view) if view is not None and rest.endswith(".A_log") else view
 
     def rows_of_qkv(self, layer: int) -> dict[str, int]:
@@ -367,7 +385,7 @@ class _Matcher:
         view = self.view(stored, shape)
         if view is None:
             return None
-        allowed = len(shape) > 1 and not name.endswith("conv1d.weight")
+        allowed = len(shape) > 1 and not name.endswith(("conv1d.weight", "compress_ape"))
         return self.typed(view, name, shape) if self.readable(view, blocks=allowed) else None
 
     def readable(self, view: TensorView, blocks: bool) -> bool:

@@ -98,7 +98,7 @@ def _of_layer(config: Config, layer: int, rest: str, view: TensorView) -> list[I
     if _folded(config, rest):
         return [_plus_one(name, view)]
     if rest == "self_attn.A_log":
-        heads = view.shape if architecture_of(config).name == "kimi-k3" else (1, 1, view.shape[0], 1)
+        heads = (1, 1, view.shape[0], 1) if architecture_of(config).name == "kimi-linear" else view.shape
         return [Incoming(name, "F32", heads, "F32", lambda: [-rate_of(view.array())])]
     if rest.endswith("conv1d.weight"):
         return [_whole(name, view, (1, view.shape[0], 1, view.shape[1]))]

@@ -2,8 +2,9 @@
 
 A GGUF names the pattern that splits text, ``tokenizer.ggml.pre``, and lists tokens, their types and merges. The rest of
 a tokenizer.json is the same in all of these models: text is normalised (NFC), split, and spelled in the alphabet of
-bytes. Source: conversion/base.py and src/llama-vocab.cpp of ggml-org/llama.cpp; the patterns are those of the
-published tokenizer.json files, which llama.cpp quotes.
+bytes; but GLM's is not normalised, and a piece that is a token is that one, whatever its merges make of it. Source:
+conversion/base.py and src/llama-vocab.cpp of ggml-org/llama.cpp, and of unslothai/llama.cpp on GLM's merges; the
+patterns are those of the published tokenizer.json files, which llama.cpp quotes.
 """
 
 import unicodedata
@@ -20,7 +21,11 @@ _CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 PATTERNS = {
     "qwen2": _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+" + _TAIL,
     "qwen35": _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+" + _TAIL,
+    "glm4": _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+" + _TAIL,
 }
+PATTERNS["glm5"] = PATTERNS["glm4"]  # two names of one
+#: Of these text is not normalised, and pieces that are tokens are not merged.
+PLAIN = ("glm4", "glm5")
 
 
 def read(metadata: Mapping, where: str) -> JsonTokenizer:
@@ -50,21 +55,22 @@ def read(metadata: Mapping, where: str) -> JsonTokenizer:
     if problems:
         raise FormatError(problems[:8], where)
     names = {token["id"]: token["content"] for token in added}
-    spec = spec_of(vocabulary, [merge.split(" ") for merge in merges], added, PATTERNS[metadata["tokenizer.ggml.pre"]])
+    spec = spec_of(vocabulary, [merge.split(" ") for merge in merges], added, metadata["tokenizer.ggml.pre"])
     try:
         return JsonTokenizer(spec, chat_template=template, **specials_of(metadata, names))
     except FormatError as error:
         raise FormatError(error.problems, where) from None
 
 
-def spec_of(vocabulary: Mapping[str, int], merges: list, added: list, pattern: str) -> dict:
-    """The content of a tokenizer.json."""
+def spec_of(vocabulary: Mapping[str, int], merges: list, added: list, pre: str) -> dict:
+    """The content of a tokenizer.json, by the name of its splitter."""
     bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": PATTERNS[pre]}, "behavior": "Isolated", "invert": False}
     model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
-             "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+             "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "ignore_merges": pre in PLAIN,
              "vocab": dict(vocabulary), "merges": merges}
-    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": {"type": "NFC"},
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+            "normalizer": None if pre in PLAIN else {"type": "NFC"},
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, bytes_]}, "post_processor": bytes_,
             "decoder": bytes_, "model": model}
 
@@ -99,17 +105,17 @@ def merges_of(spec: Mapping) -> list[str]:
 
 def _splitter(spec: Mapping) -> str:
     """The name of what the tokenizer does to text before merging; ValueError where a GGUF has none."""
-    found = [pre for pre, pattern in PATTERNS.items() if _steps(spec) == _steps(spec_of({}, [], [], pattern))]
+    found = [pre for pre in PATTERNS if _steps(spec) == _steps(spec_of({}, [], [], pre))]
     if not found:
         raise ValueError(f"tokenizer.json: a GGUF has no name for its way to treat text, {show(_steps(spec), 400)}; "
-                         f"known are the patterns of {', '.join(PATTERNS)} behind NFC")
+                         f"known are the patterns of {', '.join(PATTERNS)}, of the first two behind NFC")
     strange = [token["content"] for token in spec.get("added_tokens") or ()
                if any(token.get(flag) for flag in ("single_word", "lstrip", "rstrip"))]
     if strange:
         raise ValueError(f"tokenizer.json: a GGUF cannot keep that {show(strange[0])} takes the space beside it, or "
                          f"is a token as a whole word only")
     touched = [token["content"] for token in spec.get("added_tokens") or ()
-               if token.get("normalized") and _is_touched(token["content"])]
+               if found[0] not in PLAIN and token.get("normalized") and _is_touched(token["content"])]
     if touched:
         raise ValueError(f"tokenizer.json: a GGUF cannot keep that {show(touched[0])} is found in text behind NFC "
                          "(normalized): there added tokens are found before it")

@@ -18,9 +18,13 @@ FALLBACK = {
 
 
 def stays_float32(name: str, n_axes: int) -> bool:
-    """Whether a tensor is never put in blocks: vectors, norms, routers, convolutions, what is no weight."""
+    """Whether a tensor is never put in blocks: vectors, norms, routers, convolutions, what is no weight.
+
+    Of GLM-5.3-Flash what mixes streams and what weighs and pools the indexer's keys, too.
+    """
     return n_axes == 1 or not name.endswith(".weight") or "conv1d" in name \
-        or name.endswith(("_norm.weight", "ffn_gate_inp.weight"))
+        or name.endswith(("_norm.weight", "ffn_gate_inp.weight", "hc_attn_fn.weight", "hc_ffn_fn.weight",
+                          "indexer.proj.weight")) or "indexer_compressor_" in name or "indexer.kpool_" in name
 
 
 def fitting(wanted: str, cols: int) -> str:

@@ -4,11 +4,15 @@ The canonical names are those of the published checkpoints, the canonical shapes
 """
 
 import re
+from collections.abc import Mapping
+
+from ..config_glm import WRAPPER as GLM
 
 _DENSE = re.compile(r"(model\.layers\.\d+)\.block_sparse_moe\.((?:gate|up|down)_proj\.weight)")
 _BASE_MODEL = re.compile(r"(?:embed_tokens|norm|output_attn_res(?:_norm|_proj)?|layers\.\d+)\.")
 _INSIDE = "model.language_model."  # of a model that sees
 OF_K3 = "language_model."  # of another that does
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 _SCORE = re.compile(r"(.*\.(?:self_attention_res|mlp_res|output_attn_res))\.(norm|proj)_weight")
 _INERT = re.compile(r"(?:.*\.)?rotary_emb\.(?:inv_freq|original_inv_freq)")
 _OTHER_PARTS = re.compile(r"(?:(?:language_model\.)?(?:model\.)?mtp|(?:model\.)?visual|vision_tower|vision_model|"
@@ -25,6 +29,21 @@ def is_inert(name: str) -> bool:
     predict a second token, ``mtp``.
     """
     return _INERT.fullmatch(name) is not None or _OTHER_PARTS.fullmatch(name) is not None
+
+
+def layer_of(canonical: str) -> int:
+    """The layer of a tensor; -1 of one that is in none."""
+    found = _LAYER.match(canonical)
+    return int(found[1]) if found else -1
+
+
+def name_in_folder(name: str, content: Mapping) -> str:
+    """A canonical name as the folder with this config.json has it, which may be that of a model that sees."""
+    if "text_config" not in content:
+        return name
+    if content.get("model_type") == GLM:
+        return _INSIDE + name.removeprefix("model.") if name.startswith("model.") else name
+    return OF_K3 + name
 
 
 def canonical_name(name: str) -> str:

@@ -19,7 +19,8 @@ import atheris
 from harness import run
 
 with atheris.instrument_imports(include=["kimi_linear.load.gguf", "kimi_linear.load.gguf_config",
-                                         "kimi_linear.load.gguf_config_qwen", "kimi_linear.load.gguf_keys",
+                                         "kimi_linear.load.gguf_config_qwen", "kimi_linear.load.gguf_config_glm",
+                                         "kimi_linear.load.gguf_keys",
                                          "kimi_linear.load.gguf_names", "kimi_linear.load.gguf_checkpoint",
                                          "kimi_linear.load.gguf_scores",
                                          "kimi_linear.load.gguf_tokenizer", "kimi_linear.load.gguf_tokenizer_json",
