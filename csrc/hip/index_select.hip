@@ -205,7 +205,9 @@ kl_status hip_index_select(kl_ctx *ctx, int32_t *ids, const float *q, kl_cache k
     a.s.most = most_to_score(args);
     const int64_t fit = AT_ONCE / (a.s.most > 0 ? a.s.most : 1);
     const int64_t rows = fit < 1 ? 1 : fit < args->T ? fit : args->T;
-    KL_SCRATCH_OF(scores, ctx, rows * a.s.most);
+    /* no less at any shallower depth, as a plan measures the deepest alone */
+    const int64_t all = args->T * a.s.most < AT_ONCE ? args->T * a.s.most : AT_ONCE;
+    KL_SCRATCH_OF(scores, ctx, a.s.most > all ? a.s.most : all);
     if (kl_core_of->measuring(ctx))
         return KL_OK;
     a.scores = scores;

@@ -15,7 +15,7 @@ enum { BATCH = 64, BATCH_SCORES = 1 << 20 };
 typedef struct selecting {
     kl_scoring scoring;
     int32_t *ids;
-    float *scores;                 /* [capacity, most] */
+    float *scores;                 /* of a batch: [capacity, most] */
     int64_t most, capacity, pages; /* most pools that a query chooses of */
     int64_t first;                 /* query of the batch at hand */
 } selecting;
@@ -129,7 +129,9 @@ kl_status cpu_index_select(kl_ctx *ctx, int32_t *ids, const float *q, kl_cache k
     s.capacity = kl_max(1, kl_min(BATCH, BATCH_SCORES / kl_max(1, s.most)));
     s.capacity = kl_min(s.capacity, args->T);
     KL_TRY(kl_scoring_prepare(&s.scoring));
-    KL_SCRATCH(s.scores, ctx, s.capacity * s.most);
+    /* no less at any shallower depth, as a plan measures the deepest alone */
+    KL_SCRATCH(s.scores, ctx,
+               kl_max(s.most, kl_min(kl_min(BATCH, args->T) * s.most, BATCH_SCORES)));
     if (ctx->arena.measuring)
         return KL_OK;
     for (s.first = 0; s.first < args->T; s.first += s.capacity) {
@@ -166,5 +168,7 @@ kl_status kl_index_select(kl_ctx *ctx, int32_t *ids, const float *q, kl_cache ke
     KL_TRY(kl_check_index(ctx, "index_select", &keys, args));
     KL_TRY(check_choice(ctx, args));
     kl_count_index(ctx, &keys, args, &flops, &bytes);
+    if (most_to_score(args) == 0) /* all positions, without a score */
+        flops = bytes = 0;
     return KL_RUN(index_select, flops, bytes, ctx, ids, q, keys, weights, args);
 }
