@@ -39,7 +39,9 @@ def without_subnormals(op, **arguments):
 @pytest.mark.parametrize("op", FLUSHING)
 def test_results_that_are_flushed_are_called_so(op):
     card = check_op(op, functools.partial(without_subnormals, op), without=["out"])
-    assert not card and [says for says, _ in card.reasons] == ["results below 2^-126 are 0"], card
+    # mhc_pre has a case of which all small results are twice a sigmoid: that its sigmoids are flushed says the same
+    also = ["sigmoids below 2^-126 are 0"] if op == "mhc_pre" else []
+    assert not card and [says for says, _ in card.reasons] == [*also, "results below 2^-126 are 0"], card
 
 
 @pytest.mark.parametrize("op", ["sigmoid_gate", "swiglu", "gated_rms_norm"])
