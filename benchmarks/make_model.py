@@ -6,6 +6,7 @@
     python benchmarks/make_model.py --shape full --type Q4_K --map '*_exps*=Q2_K' --map output.weight=Q6_K -o full.gguf
 
     python benchmarks/make_model.py --shape qwen35-0.8b --type Q8_0 -o /somewhere/qwen35-Q8_0.gguf
+    python benchmarks/make_model.py --shape glm --type Q4_K --map '*hc_*_fn*=Q8_0' -o /somewhere/glm-Q4_K.gguf
 
 A name that ends in .gguf is a GGUF file that llama.cpp runs, too; any other a Hugging Face folder. Shapes:
 

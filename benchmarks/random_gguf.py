@@ -33,6 +33,8 @@ KIMI = {0: "[BOS]", 1: "[EOS]", 2: "<|im_end|>", 3: "<|im_user|>", 4: "<|im_assi
         12: "<|tool_calls_section_end|>", 13: "<|tool_call_begin|>", 14: "<|tool_call_argument_begin|>",
         15: "<|tool_call_end|>", 17: "<|im_middle|>", 254: "[UNK]", 255: "[PAD]"}
 QWEN = {0: "<|endoftext|>", 1: "<|im_start|>", 2: "<|im_end|>"}
+GLM = {0: "<|endoftext|>", 1: "[MASK]", 2: "[gMASK]", 3: "[sMASK]", 4: "<sop>", 5: "<eop>", 6: "<|system|>",
+       7: "<|user|>", 8: "<|assistant|>", 9: "<|observation|>"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ WORDS = {
     "qwen3next": Words("qwen2", QWEN, {"eos": 2, "padding": 0}),
     "qwen35": Words("qwen35", QWEN, {"eos": 2, "padding": 0}),
     "qwen35moe": Words("qwen35", QWEN, {"eos": 2, "padding": 0}),
+    "glm5next": Words("glm4", GLM, {"eos": 0, "eot": 7, "eom": 9, "padding": 0},
+                      "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"),
 }
 
 
@@ -64,6 +68,7 @@ class Tensor:
     shape: tuple[int, ...]
     std: float             # of a matrix
     matrix: bool           # whether it may be of another type than F32
+    named: bool            # whether only where a pattern names it: files differ in hc_*_fn
     type: str = "F32"
 
     @property
@@ -94,13 +99,16 @@ def tensors_of(config):
             parts = {name: Source(shape[-1:]) for name in score[:2]} if score else {source: Source(shape)}
             table = "embed_tokens" in source and not config.tie_embeddings  # it is no head, too
             std = 1.0 if table else GAIN / shape[-1]**0.5
-            found += [Tensor(t.name, source, (config.n_experts, *shape) if expert else t.shape, std, t.fixed is None)
-                      for t in of_folder(config, parts)]
+            for t in of_folder(config, parts):
+                named = fnmatchcase(t.name, "*.hc_*_fn.weight")
+                found.append(Tensor(t.name, source, (config.n_experts, *shape) if expert else t.shape, std,
+                                    t.fixed is None or named, named))
     return found
 
 
 def plan_types(tensors, default, mapping=()):
-    """Give each matrix its type: of the first (pattern, type) whose pattern fits its name, or the default.
+    """Give each matrix its type: of the first (pattern, type) whose pattern fits its name, or the default. What is
+    another for a pattern alone stays F32.
 
     Returns
     -------
@@ -116,7 +124,8 @@ def plan_types(tensors, default, mapping=()):
     fallen = {}
     for t in tensors:
         if t.matrix:
-            asked = next((kind for pattern, kind in mapping if fnmatchcase(t.name, pattern)), default)
+            otherwise = "F32" if t.named else default
+            asked = next((kind for pattern, kind in mapping if fnmatchcase(t.name, pattern)), otherwise)
             t.type = type_for(asked, t.shape[-1])
             if t.type != asked:
                 fallen.setdefault((asked, t.type, t.shape[-1]), []).append(t.name)
@@ -168,7 +177,7 @@ def pieces(tensor, seed, pools):
 def metadata_of(config, name):
     """What `kl.convert` writes of a config, and a made-up tokenizer."""
     kind = architecture_of(config).name
-    keys = gguf_metadata.config_keys(config) if kind.startswith("kimi") else gguf_metadata.qwen_keys(config, {})
+    keys = gguf_metadata.keys_of(config, {})
     found = {"general.architecture": kind, "general.name": name,
              "general.quantization_version": gguf_metadata.QUANTIZATION_VERSION}
     found |= {f"{kind}.{key}": value for key, value in keys.items()} | tokenizer_keys(config, WORDS[kind])

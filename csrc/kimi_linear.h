@@ -281,8 +281,8 @@ typedef struct kl_mhc_args {
     float norm_eps, eps;
     int64_t iters;
 } kl_mhc_args;
-/* x [T, n, D]; y [T, D], post [T, n], comb [T, n, n], which overlap nothing; fn one matrix [(2 + n) n, n D], F32, F16
- * or BF16, not transposed; base [(2 + n) n]; scale [3], of pre, post and comb. The product with fn is in float32
+/* x [T, n, D]; y [T, D], post [T, n], comb [T, n, n], which overlap nothing; fn one matrix [(2 + n) n, n D] in any
+ * storage type, not transposed; base [(2 + n) n]; scale [3], of pre, post and comb. The product with fn is in float32
  * whatever the context's activations. */
 KL_API kl_status kl_mhc_pre(kl_ctx *ctx, float *y, float *post, float *comb, const float *x,
                             const kl_weight *fn, const float *base, const float *scale,

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from . import config_glm
 from .errors import FormatError
 from .load.gguf import BlockView
 from .load.gguf_kept import TYPES as KEPT_TYPES
@@ -181,6 +182,8 @@ def converter_of(model):
     elif width is not None and width not in (c.kv_rank, c.v_head_dim) and c.mla_heads:
         marks.append(f"value_length is {width}, as conversions of February 2026 have it")
         generation = "llama.cpp, February 2026"
+    elif c.model_type == config_glm.TEXT:
+        generation = f"llama.cpp, pull request {_glm_layout(metadata)}"
     else:
         generation = "llama.cpp, after February 2026"
     if marks and marks[0] == "attn_kv_b is whole":
@@ -188,6 +191,14 @@ def converter_of(model):
     if by := metadata.get("general.quantized_by"):
         marks.append(f"quantised by {by}")
     return generation + (f" ({'; '.join(marks)})" if marks else "")
+
+
+def _glm_layout(metadata):
+    """The pull request of ggml-org/llama.cpp whose names of keys these are: docs/gguf.md#glm."""
+    name = metadata["general.architecture"]
+    if f"{name}.attention.indexer.block_size" in metadata:
+        return 27752
+    return 27773 if name == "glm5-next" else 27754
 
 
 # ---- tokenizer, stops, text ----
@@ -219,18 +230,32 @@ def _check_stops(report, model, tokenizer):
         report.notes.append("it has no chat template")
         return
     try:
-        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
-        ids = tokenizer.encode(tokenizer.apply_chat_template(turns, add_generation_prompt=False).rstrip())
+        end = _end_of_turn(tokenizer, stops)
     except ValueError as error:
         report.faults.append(f"the chat template fails: {error}")
         return
-    if ids and ids[-1] not in stops:
-        report.faults.append(f"a turn ends with token {ids[-1]}, {tokenizer.token(ids[-1])!r}, which is not among the "
-                             f"stops {stops}")
     own = model.config.eos_token_ids
-    if ids and own and ids[-1] not in own:
-        report.notes.append(f"the file's eos is {', '.join(map(str, own))}; a turn ends with {ids[-1]}, which is a "
+    if end is not None and end not in stops:
+        report.faults.append(f"a turn ends with token {end}, {tokenizer.token(end)!r}, which is not among the "
+                             f"stops {stops}")
+    elif end is not None and own and end not in own:
+        report.notes.append(f"the file's eos is {', '.join(map(str, own))}; a turn ends with {end}, which is a "
                             f"stop here, too")
+
+
+def _end_of_turn(tokenizer, stops):
+    """The token that ends an answer: its turn's last, or a stop that the next turn begins with, as GLM's do."""
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+
+    def ids_of(turns):
+        return tokenizer.encode(tokenizer.apply_chat_template(turns, add_generation_prompt=False).rstrip())
+
+    ids = ids_of(turns)
+    if not ids or ids[-1] in stops:
+        return ids[-1] if ids else None
+    more = ids_of([*turns, turns[0]])
+    begins = more[len(ids)] if more[: len(ids)] == ids and len(more) > len(ids) else None
+    return begins if begins in stops else ids[-1]
 
 
 def packaged_text():

@@ -15,7 +15,7 @@ from ._scalars import as_whole, at_least
 from .config import Config
 from .context import current
 from .load.gguf import bytes_of
-from .quantized import storage_types
+from .quantized import storage_type, storage_types
 
 PAGE = 512  # positions; a sequence's cache grows by this many
 FITTING = ("BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "IQ2_XXS", "IQ1_S")  # by falling size
@@ -42,6 +42,9 @@ class Plan:
         All sequences at the full context.
     scratch : int
         Intermediates of the largest pass, with the copies that make it a transaction.
+    unread : int
+        Of one sequence's cache at the full context, what decoding a token does not read: what an indexer does not
+        choose, and those of its keys that pools stand for.
     checkpoints : int
         Copies of `state_fixed` that states keep to go back to, of all sequences.
     active : int
@@ -63,6 +66,7 @@ class Plan:
     state_page: int
     state: int
     scratch: int
+    unread: int = 0
     checkpoints: int = 0
     active: int = 0
     experts: int = 0
@@ -81,9 +85,9 @@ class Plan:
 
     @property
     def step(self):
-        """Bytes that decoding a token of one sequence at the full context moves: weights, cache, and the fixed state,
-        which is read and written."""
-        return self.active + -(-self.context // PAGE) * self.state_page + 2 * self.state_fixed
+        """Bytes that decoding a token of one sequence at the full context moves: weights, what it reads of the cache,
+        and the fixed state, which is read and written."""
+        return self.active + -(-self.context // PAGE) * self.state_page - self.unread + 2 * self.state_fixed
 
     def largest_context(self, memory, weights=None):
         """The longest context a sequence may have when it must fit `memory` bytes together with so many bytes of
@@ -180,6 +184,7 @@ def of_core(core, ctx, context, sequences, cache, pass_tokens=0, keep=0, *, conf
     pass_tokens, keep = as_whole(pass_tokens, "pass_tokens"), at_least(keep, 0, "keep")
     bytes_of = core.plan(ctx._core, _engine.cache_type(cache), context, sequences, pass_tokens)
     return Plan(context=context, sequences=sequences, cache=cache, **bytes_of,
+                unread=_unread(config, context, cache) if config is not None else 0,
                 checkpoints=sequences * keep * bytes_of["state_fixed"],
                 **(_of_weights(config, tensors) if tensors is not None else {}))
 
@@ -202,6 +207,21 @@ def _of_weights(config: Config, tensors):
         "routed": config.experts_per_token / config.n_experts if config.n_experts else 0.0,
         "typed": {dtype: sum(_bytes_as(name, t, dtype) for name, t in tensors.items()) for dtype in FITTING},
     }
+
+
+def _unread(config, context, cache):
+    """Plan.unread: with an indexer a token reads the keys of all pools, and the latents of what it chooses."""
+    if not config.index_heads:
+        return 0
+    kind = storage_type(_engine.cache_type(cache))
+
+    def row(width, first=False):  # what no whole blocks make up is in float16, as csrc/model/cache.c has it
+        return width // kind.values * kind.bytes if first or width % kind.values == 0 else 2 * width
+
+    rows = -(-context // PAGE) * PAGE
+    left = max(0, rows - (config.index_topk + config.index_pool - 1))
+    layers = sum(layer.mixer == "mla" for layer in config.layers)
+    return layers * (rows * 2 * row(config.index_dim) + left * (row(config.kv_rank, True) + row(config.rope_dim)))
 
 
 def _bytes_as(name, t, dtype):

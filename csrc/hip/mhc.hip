@@ -1,6 +1,7 @@
 /* mhc_pre and mhc_post (ops/mhc_pre.c, ops/mhc_post.c). The product with fn is product.hip's, in float32; then of mhc_pre
  *   v1  one thread a token, in the CPU's order: the same bytes.
  *   v2  one block a token: the sum of squares is a tree, a thread has a row or a column of comb (launched).
+ * Both are made for each of KL_KERNEL_TYPES: a token whose squares leave float32 has its product again here.
  * Of mhc_post, whose terms are added in one order, and out may be x:
  *   v1  a value of each stream a thread, read into shared memory before one is written.
  *   v2  the same of four streams, in registers (launched where there are four). */
@@ -19,21 +20,11 @@ struct weighing {
     float *y, *post, *comb;
     const float *x, *base, *scale;
     float *m; /* [T, (2 + n) n]: products, then logits */
-    const char *fn;
-    size_t row_bytes;
-    kl_type type;
+    kl_matrix fn;
     int n, iters;
     float norm_eps, eps;
     int64_t T, D;
 };
-
-__device__ __forceinline__ float fn_at(const weighing &p, int row, int64_t k)
-{
-    const char *values = p.fn + static_cast<size_t>(row) * p.row_bytes;
-    return p.type == KL_F32   ? kl_stored<KL_F32>::at(values, k)
-           : p.type == KL_F16 ? kl_stored<KL_F16>::at(values, k)
-                              : kl_stored<KL_BF16>::at(values, k);
-}
 
 __device__ __forceinline__ float length_of(const weighing &p, float sq, float s)
 {
@@ -85,11 +76,12 @@ __device__ float squares_in_order(const float *x, int64_t K, float s)
     return halved(lane);
 }
 
+template <kl_type TYPE>
 __device__ float product_in_order(const weighing &p, const float *x, int row, float s)
 {
     float lane[16] = {};
     for (int64_t k = 0; k < p.n * p.D; k++)
-        lane[k % 16] = fmaf(x[k] * s, fn_at(p, row, k), lane[k % 16]);
+        lane[k % 16] = fmaf(x[k] * s, (kl_matrix_at<TYPE, false>(p.fn, row, k)), lane[k % 16]);
     return halved(lane);
 }
 
@@ -131,7 +123,7 @@ __device__ void balance_in_order(float *c, const weighing &a)
     }
 }
 
-__device__ void weigh_in_order(const weighing &p, int64_t t)
+template <kl_type TYPE> __device__ void weigh_in_order(const weighing &p, int64_t t)
 {
     const int n = p.n, rows = (2 + n) * n;
     const int64_t K = n * p.D;
@@ -142,7 +134,7 @@ __device__ void weigh_in_order(const weighing &p, int64_t t)
     if (s != 1.0f) {
         sq = squares_in_order(x, K, s);
         for (int i = 0; i < rows; i++)
-            pre[i] = product_in_order(p, x, i, s);
+            pre[i] = product_in_order<TYPE>(p, x, i, s);
     }
     const float length = length_of(p, sq, s);
     for (int i = 0; i < n * n; i++)
@@ -156,11 +148,11 @@ __device__ void weigh_in_order(const weighing &p, int64_t t)
         p.y[t * p.D + d] = collapsed(p, x, pre, d);
 }
 
-__global__ void __launch_bounds__(256) mhc_pre_v1(weighing p)
+template <kl_type TYPE> __global__ void __launch_bounds__(256) mhc_pre_v1(weighing p)
 {
     const int64_t step = static_cast<int64_t>(gridDim.x) * BLOCK;
     for (int64_t t = static_cast<int64_t>(blockIdx.x) * BLOCK + threadIdx.x; t < p.T; t += step)
-        weigh_in_order(p, t);
+        weigh_in_order<TYPE>(p, t);
 }
 
 __global__ void __launch_bounds__(POST)
@@ -197,13 +189,14 @@ __device__ __forceinline__ float squares_of_block(const float *x, int64_t K, flo
 }
 
 /* Products of a token times s, in place of those in m. */
+template <kl_type TYPE>
 __device__ __forceinline__ void products_of_block(const weighing &p, const float *x, float *m,
                                                   float s, kl_shared<float> parts)
 {
     for (int row = 0; row < (2 + p.n) * p.n; row++) {
         float dot = 0.0f;
         for (int64_t k = threadIdx.x; k < p.n * p.D; k += BLOCK)
-            dot = fmaf(x[k] * s, fn_at(p, row, k), dot);
+            dot = fmaf(x[k] * s, (kl_matrix_at<TYPE, false>(p.fn, row, k)), dot);
         dot = kl_block_sum<BLOCK>(dot, parts);
         if (threadIdx.x == 0)
             m[row] = dot;
@@ -250,7 +243,7 @@ __device__ __forceinline__ void balance_in_block(kl_shared<float> c, const weigh
     }
 }
 
-__global__ void __launch_bounds__(256) mhc_pre_v2(weighing p)
+template <kl_type TYPE> __global__ void __launch_bounds__(256) mhc_pre_v2(weighing p)
 {
     KL_SHARED(float, parts, [TEAMS]);
     KL_DYNAMIC_SHARED(float, c);
@@ -263,7 +256,7 @@ __global__ void __launch_bounds__(256) mhc_pre_v2(weighing p)
         const float s = kl_scale_after(sq, p.norm_eps);
         if (s != 1.0f) { /* the same in every thread */
             sq = squares_of_block(x, K, s, parts);
-            products_of_block(p, x, m, s, parts);
+            products_of_block<TYPE>(p, x, m, s, parts);
         }
         const float length = length_of(p, sq, s);
         for (int i = static_cast<int>(threadIdx.x); i < rows; i += BLOCK) {
@@ -307,6 +300,16 @@ __global__ void __launch_bounds__(256)
         }
 }
 
+template <kl_type TYPE> void launch_pre(kl_ctx *ctx, const weighing &a)
+{
+    if (kl_version() == 1)
+        KL_LAUNCH((mhc_pre_v1<TYPE>), kl_grid(kl_ceil_div(a.T, BLOCK)), BLOCK, 0, kl_stream(ctx),
+                  a);
+    else
+        KL_LAUNCH((mhc_pre_v2<TYPE>), kl_grid(a.T), BLOCK,
+                  static_cast<size_t>(a.n * a.n) * sizeof(float), kl_stream(ctx), a);
+}
+
 } // namespace
 
 static kl_status products(kl_ctx *ctx, kl_product *p, const kl_weight *fn, int64_t T)
@@ -333,9 +336,7 @@ kl_status hip_mhc_pre(kl_ctx *ctx, float *y, float *post, float *comb, const flo
                    base,
                    scale,
                    nullptr,
-                   nullptr,
-                   fn->row_bytes,
-                   fn->type,
+                   {},
                    static_cast<int>(n),
                    static_cast<int>(args->iters),
                    args->norm_eps,
@@ -347,17 +348,19 @@ kl_status hip_mhc_pre(kl_ctx *ctx, float *y, float *post, float *comb, const flo
     KL_TRY(kl_matrices_of(ctx, &p.w, fn));
     if (kl_core_of->measuring(ctx) || T == 0)
         return KL_OK;
-    a.fn = static_cast<const char *>(fn->matrix[0]);
+    a.fn = kl_matrix_of(fn, 0);
     p.x = x;
     p.x_row = p.D = K;
     p.y = a.m;
     p.y_row = p.y_step = fn->rows;
     KL_TRY(products(ctx, &p, fn, T));
-    if (kl_version() == 1)
-        KL_LAUNCH(mhc_pre_v1, kl_grid(kl_ceil_div(T, BLOCK)), BLOCK, 0, kl_stream(ctx), a);
-    else
-        KL_LAUNCH(mhc_pre_v2, kl_grid(T), BLOCK, static_cast<size_t>(n * n) * sizeof(float),
-                  kl_stream(ctx), a);
+    switch (kl_kernel_type(fn->type)) {
+#define CASE(TYPE)                                                                                 \
+    case TYPE: launch_pre<TYPE>(ctx, a); break;
+        KL_KERNEL_TYPES(CASE)
+#undef CASE
+    default: return kl_no_type(ctx, "mhc_pre", "fn", fn->type);
+    }
     return kl_launched(ctx, "mhc_pre");
 }
 

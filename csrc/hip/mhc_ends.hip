@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(256)
 
 kl_status hip_mhc_expand(kl_ctx *ctx, float *y, const float *x, int64_t T, int64_t n, int64_t D)
 {
-    if (T == 0)
+    if (kl_core_of->measuring(ctx) || T == 0)
         return KL_OK;
     KL_LAUNCH(mhc_expand_v1, kl_grid(kl_ceil_div(T * n * D, BLOCK)), BLOCK, 0, kl_stream(ctx), y, x,
               T * n * D, n, D);
@@ -43,7 +43,7 @@ kl_status hip_mhc_expand(kl_ctx *ctx, float *y, const float *x, int64_t T, int64
 
 kl_status hip_mhc_collapse(kl_ctx *ctx, float *y, const float *x, int64_t T, int64_t n, int64_t D)
 {
-    if (T == 0)
+    if (kl_core_of->measuring(ctx) || T == 0)
         return KL_OK;
     KL_LAUNCH(mhc_collapse_v1, kl_grid(kl_ceil_div(T * D, BLOCK)), BLOCK, 0, kl_stream(ctx), y, x,
               T * D, n, D);

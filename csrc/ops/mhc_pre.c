@@ -5,7 +5,7 @@
  *       comb: C, each column over its sum + eps; then iters - 1 times each row so, and each column
  *       y[d] = sum_i pre[i] x[i, d]
  *   x [T, n, D]     y [T, D], post [T, n], comb [T, n, n]: they overlap nothing
- *   fn [(2 + n) n, n D] float32, float16 or bfloat16, not transposed; base [(2 + n) n]     scale [3]
+ *   fn [(2 + n) n, n D] in any storage type, not transposed; base [(2 + n) n]     scale [3]
  *   n up to KL_MHC_STREAMS; norm_eps in units of x^2, >= 0; eps >= 0: of 0, and with logits more than
  *   103 apart, a column may be 0 / 0
  *   The product with fn is in float32 whatever the context's activations: its error goes through all normalisations.
@@ -129,10 +129,6 @@ kl_status cpu_mhc_pre(kl_ctx *ctx, float *y, float *post, float *comb, const flo
 
 static kl_status check_fn(kl_ctx *ctx, const kl_weight *fn, const kl_mhc_args *a)
 {
-    if (fn->type != KL_F32 && fn->type != KL_F16 && fn->type != KL_BF16)
-        return kl_fail(ctx, KL_ERR_DTYPE,
-                       "mhc_pre: fn has storage type %d; it must be F32, F16 or BF16",
-                       (int)fn->type);
     if (fn->transposed)
         return kl_fail(ctx, KL_ERR_ARG, "mhc_pre: fn is transposed; it must lie row by row");
     return kl_check_weight(ctx, "mhc_pre", "fn", fn, 1, rows_of(a), width_of(a));

@@ -57,7 +57,7 @@ def metadata_of(checkpoint, tokenizer: Tokenizer | None, stored: Mapping, name: 
     metadata = {"general.architecture": architecture, "general.type": "model", "general.name": name,
                 "general.quantization_version": QUANTIZATION_VERSION}
     content = text_content(checkpoint)
-    keys = _keys_of(checkpoint.config, content)
+    keys = keys_of(checkpoint.config, content)
     metadata |= {f"{architecture}.{key}": _single(value) for key, value in keys.items()}
     metadata |= _no_vocabulary(checkpoint.config) if tokenizer is None else vocabulary_keys(
         tokenizer, checkpoint.config.vocab_size)
@@ -85,7 +85,8 @@ def _single(value):
 # ---- config ----------------------------------------------------------------------------------------
 
 
-def _keys_of(c: Config, content: Mapping) -> dict:
+def keys_of(c: Config, content: Mapping) -> dict:
+    """What the config's family writes: key below the architecture's name -> value; an array is (kind, items)."""
     if c.model_type == config_glm.TEXT:
         return glm_keys(c)
     return config_keys(c) if c.model_type in WHOLE else qwen_keys(c, content)

@@ -97,8 +97,9 @@ def mhc_pre(x, fn, base, scale, *, norm_eps, eps=1e-6, iters=20, out=None, ctx=N
     ----------
     x : (..., n, D) float32
         The streams, up to 64 of them.
-    fn : ((2 + n) * n, n * D) float32, float16 or bfloat16
-        Its columns are those of ``x.reshape(..., n * D)``.
+    fn : ((2 + n) * n, n * D) float32, float16, bfloat16 or Quantized
+        Its columns are those of ``x.reshape(..., n * D)``. Used as it lies, as `linear`'s w; published files of
+        GLM-5.3-Flash have it in Q8_0.
     base : ((2 + n) * n,) float32
     scale : (3,) float32
         Of pre, post and comb.

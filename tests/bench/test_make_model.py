@@ -129,17 +129,19 @@ def test_metadata_and_vocabulary(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("type", [t for t in random_blocks.TYPES if t in gguf.GGMLQuantizationType.__members__])
-@pytest.mark.parametrize("shape", ["k3-small", "qwen-small", "qwen35-small", "qwen35moe-small"])
+@pytest.mark.parametrize("shape", ["k3-small", "glm-small", "qwen-small", "qwen35-small", "qwen35moe-small"])
 def test_files_of_every_type_are_their_own_values(monkeypatch, tmp_path, shape, type):
     """Ours opens and runs them, and its logits are float64's on the values that gguf.quants reads."""
     path = tmp_path / "a.gguf"
-    assert make(monkeypatch, path, "--shape", shape, "--type", type, "--layers", "4") == 0
+    argv = ["--map", f"*.hc_*_fn.weight={type}"] if shape == "glm-small" else []
+    assert make(monkeypatch, path, "--shape", shape, "--type", type, "--layers", "4", *argv) == 0
     checkpoint = open_checkpoint(path)
     raw = tensors_of(path)
     ids = np.random.default_rng(3).integers(0, 1024, 12)
     weights = {name: array_of(t) for name, t in checkpoint.tensors.items()}
-    in_layer = ("self_attn.o_proj.weight", "attn_output.weight") if shape == "k3-small" else (
-        "linear_attn.out_proj.weight", "ssm_out.weight")
+    in_layer = {"k3-small": ("self_attn.o_proj.weight", "attn_output.weight"),
+                "glm-small": ("hc_ffn_fn", "hc_ffn_fn.weight")}.get(shape, (
+                    "linear_attn.out_proj.weight", "ssm_out.weight"))
     for name, stored in (("model.embed_tokens.weight", "token_embd.weight"),
                          tuple(at + x for at, x in zip(("model.layers.1.", "blk.1."), in_layer))):
         assert raw[stored].tensor_type.name == type and np.array_equal(weights[name], values(raw[stored])), name
@@ -163,6 +165,21 @@ def test_qwen_files_are_read_as_the_shape(monkeypatch, tmp_path):
         assert gguf.GGUFReader(path).fields["tokenizer.ggml.pre"].contents() == pre
         tokenizer = checkpoint.tokenizer()
         assert tokenizer.encode("aaa<|im_end|>") == [*tokenizer.encode("aaa"), 770]
+
+
+def test_a_glm_file_is_read_as_the_shape(monkeypatch, tmp_path):
+    """With mixers of streams in float32 where no pattern names them, as llama.cpp's converter leaves them."""
+    path = tmp_path / "a.gguf"
+    make(monkeypatch, path, "--shape", "glm-small", "--type", "Q4_K", "--map", "blk.2.hc_attn_fn.weight=Q8_0")
+    checkpoint, told = open_checkpoint(path), make_model.Config.from_dict(make_model.GLM_SMALL)
+    differ = {key for key, value in vars(told).items() if getattr(checkpoint.config, key) != value}
+    assert differ <= {"eos_token_ids", "rope_base", "extra"}, differ
+    kinds = {name: t.tensor_type.name for name, t in tensors_of(path).items() if ".hc_" in name}
+    assert kinds.pop("blk.2.hc_attn_fn.weight") == "Q8_0" and set(kinds.values()) == {"F32"}
+    fields = gguf.GGUFReader(path).fields
+    assert fields["tokenizer.ggml.pre"].contents() == "glm4" and "glm5next.rope.freq_base" not in fields
+    assert checkpoint.tokenizer().encode("aaa<|user|>")[-1] == 777
+    assert checkpoint.config.eos_token_ids == (770, 777, 779)
 
 
 def test_published_qwen_sizes():

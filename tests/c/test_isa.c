@@ -117,6 +117,26 @@ static void hyper_connections(const char *what, int64_t D, float size)
     }
 }
 
+/* two of three tokens leave float32 */
+static void hyper_connections_of_blocks(kl_type type, const char *what)
+{
+    enum { T = 3, N = 4, ROWS = (2 + N) * N };
+    const int64_t block = kl_type_block(type), D = block <= N ? 11 : block / N * 3;
+    float *x = numbers(T * N * D, 1.0f);
+    for (int64_t d = 0; d < N * D; d++)
+        x[d] *= 1e25f, x[N * D + d] *= 1e-35f;
+    const size_t row_bytes = kl_type_bytes(type, N * D);
+    const void *const fn[] = { type == KL_F32 ? (const void *)numbers(ROWS * N * D, 0.1f)
+                                              : stored(ROWS * row_bytes) };
+    const kl_weight weight = { fn, 1, ROWS, N * D, row_bytes, type, 0 };
+    const kl_mhc_args args = { T, N, D, 0.0f, 1e-6f, 5 };
+    char name[64];
+    snprintf(name, sizeof name, "%s %s", what, kl_type_name(type));
+    MUST(kl_mhc_pre(ctx, result(T * D, "mhc_pre", name, D), result(T * N, "mhc_pre: post", name, D),
+                    result(T * N * N, "mhc_pre: comb", name, D), x, &weight, numbers(ROWS, 1.0f),
+                    numbers(3, 1.0f), &args));
+}
+
 static void plain_ops(int64_t D)
 {
     enum { T = 3 };
@@ -341,6 +361,8 @@ static void products(const char *what)
             if (block == 0)
                 continue;
             product((kl_type)type, T[i], K, 0, what);
+            if (i == 0)
+                hyper_connections_of_blocks((kl_type)type, what);
             if (block == 1)
                 product((kl_type)type, T[i], 37, 1, what);
         }

@@ -135,7 +135,14 @@ static void test_errors(kl_ctx *ctx)
     weight.transposed = 1;
     CHECK(kl_mhc_pre(ctx, y, y, y, x, &weight, w, w, &mhc) == KL_ERR_ARG);
     CHECK(strstr(kl_ctx_error(ctx), "mhc_pre: fn is transposed; it must lie row by row") != NULL);
-    weight.transposed = 0, mhc.iters = 0;
+    weight.transposed = 0, weight.type = KL_Q8_0;
+    CHECK(kl_mhc_pre(ctx, y, y, y, x, &weight, w, w, &mhc) == KL_ERR_SHAPE);
+    CHECK(strstr(kl_ctx_error(ctx), "fn has rows of 4 values; Q8_0 needs a multiple of 32")
+          != NULL);
+    weight.type = (kl_type)4; /* ggml's Q4_2, long gone */
+    CHECK(kl_mhc_pre(ctx, y, y, y, x, &weight, w, w, &mhc) == KL_ERR_DTYPE);
+    CHECK(strstr(kl_ctx_error(ctx), "fn has storage type 4, which is not known here") != NULL);
+    weight.type = KL_F32, mhc.iters = 0;
     CHECK(kl_mhc_pre(ctx, y, y, y, x, &weight, w, w, &mhc) == KL_ERR_ARG);
     mhc.iters = 1, mhc.n = 2;
     CHECK(kl_mhc_pre(ctx, y, y, y, x, &weight, w, w, &mhc) == KL_ERR_SHAPE);

@@ -105,6 +105,19 @@ def test_faults_of_values(write, capsys, change, fault):
     assert code == 1 and any(fault in f for f in report["faults"]), report["faults"]
 
 
+def test_a_turn_may_end_where_the_next_begins(write, capsys, monkeypatch):
+    """As in GLM's template: an answer ends with <|user|> or <|observation|>, which are stops there."""
+    tokens, types, bos, eos, pad, _ = gguf_files.tokenizer_keys(
+        Path(gguf_files.__file__).parents[2] / "kimi_linear/data/tiny")
+    template = "{% for m in messages %}<|im_NAME|>{{ m.content }}{% endfor %}"
+    for name, code, words in (("end", 0, "a turn ends with 1794, which is a stop here, too"),
+                              ("user", 1, "a turn ends with token 88, 'y', which is not among the stops [1793, 1794]")):
+        keys = (tokens, types, bos, eos, pad, template.replace("NAME", name))
+        monkeypatch.setattr(gguf_files, "tokenizer_keys", lambda folder, keys=keys: keys)
+        found, report = check(capsys, write())
+        assert found == code and any(words in line for line in report["faults" if code else "notes"]), report
+
+
 def test_zero_scales_of_blocks(tmp_path, tiny_dir, capsys):
     def change(stored):
         return stored | {"blk.0.ffn_up.weight": stored["blk.0.ffn_up.weight"] * (np.arange(256) >= 64)}

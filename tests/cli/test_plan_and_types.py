@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import gguf_files
@@ -15,6 +16,7 @@ import kimi_linear as kl
 from kimi_linear import _engine, bench, context
 from kimi_linear._control_groups import processors_allowed
 from kimi_linear.cli import _common, main
+from kimi_linear.config import Config
 
 MiB = 1 << 20
 ROOT = Path(__file__).parents[2]
@@ -50,6 +52,24 @@ def test_bytes_of_a_step(files, capfd):
     assert p["tokens_per_second"] == pytest.approx(p["read_rate"] / p["step"])
     assert p["typed"]["Q8_0"] == p["weights"] < p["typed"]["BF16"]
     assert list(p["typed"].values()) == sorted(p["typed"].values(), reverse=True)
+
+
+@pytest.mark.parametrize("cache", ["float32", "float16", "q8_0"])
+def test_a_step_behind_an_indexer_reads_what_it_chooses(golden_dir, cache):
+    """And the keys of pools; as many latents as there are where it chooses all."""
+    config = Config.from_file(golden_dir / "glm-a" / "config.json")
+    config = replace(config, index_topk=64, kv_rank=64, index_dim=32)
+    layers = sum(layer.mixer == "mla" for layer in config.layers)
+    value = {"float32": 4, "float16": 2, "q8_0": 34 / 32}[cache]
+    pools = 32 // config.index_pool * (value if cache != "q8_0" else 2)  # a position's part, of no whole block
+    chosen = 64 + config.index_pool - 1
+    for n, rows in ((10, 512), (512, 512), (513, 1024), (100_000, 100_352)):
+        p = kl.plan(config, context=n, cache=cache)
+        read = p.step - p.active - 2 * p.state_fixed
+        assert read == layers * (rows * pools + chosen * (64 * value + config.rope_dim * 2)), n
+        assert p.unread == rows // 512 * p.state_page - read
+    all_of_it = kl.plan(replace(config, index_topk=1024), context=512, cache=cache)
+    assert all_of_it.unread == layers * 512 * 2 * 32 * value
 
 
 def test_nothing_is_measured_where_not_wanted(files, capfd, monkeypatch):

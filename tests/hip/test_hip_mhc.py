@@ -1,10 +1,13 @@
 """mhc_pre and mhc_post on a device: against float64 within the CPU's budget, rims, in place; v1 has the CPU's bytes,
 and mhc_post in every version."""
 
+import os
+
 import ml_dtypes
 import numpy as np
 import pytest
-from hip_build import context, everywhere, versions
+from block_data import BLOCK_TYPES, drawn
+from hip_build import DEVICE, context, everywhere, versions
 from judge import guarded, judge, normal
 
 import kimi_linear as kl
@@ -89,6 +92,29 @@ def test_hip_mhc_of_narrow_weights(dtype, version):
     given["x"][7] *= np.float32(1e30)
     wanted = pre(given | dict(fn=given["fn"].astype(np.float32)))
     assert [a.tobytes() for a in check(given)] == [a.tobytes() for a in wanted]
+
+
+@pytest.mark.parametrize("type", [t.name for t in BLOCK_TYPES])
+@pytest.mark.parametrize("T", [1, 40])
+def test_hip_mhc_of_blocks(type, T, version):
+    """As of what they widen to; v1 has the CPU's bytes. One token of 40 has its product again, out of float32."""
+    given = streams(T, 4, 64)
+    given["x"][7:8] *= np.float32(1e30)
+    narrow = given | dict(fn=drawn(type, 24, 256, scale=1 / 16))
+    wide = given | dict(fn=kl.ops.dequantize(narrow["fn"]))
+    got = pre(narrow)
+    judge("mhc_pre", got, kl.reference.mhc_pre(**wide), **wide)
+    assert [a.tobytes() for a in got] == [a.tobytes() for a in pre(wide)]
+    if os.environ["KL_GPU_VERSION"] == "1":
+        assert [a.tobytes() for a in got] == [a.tobytes() for a in kl.ops.mhc_pre(**narrow)]
+
+
+@pytest.mark.parametrize("activations", ["int8", "bfloat16"])
+def test_hip_mhc_in_float32_whatever_the_activations(activations):
+    given = streams(3, 4, 64)
+    narrow = given | dict(fn=drawn("Q8_0", 24, 256, scale=1 / 16))
+    got = kl.ops.mhc_pre(**narrow, ctx=kl.Context(device=DEVICE, activations=activations))
+    assert [a.tobytes() for a in got] == [a.tobytes() for a in kl.ops.mhc_pre(**narrow, ctx=context())]
 
 
 @pytest.mark.parametrize("n", [3, 4])

@@ -32,6 +32,9 @@ def experts_of(trace):
 
 
 def assert_near(model, got, wanted, name):
+    if np.size(wanted) == 0:  # shared keys of a model without positions
+        assert np.shape(got) == np.shape(wanted), name
+        return
     size = np.sqrt(np.mean(np.square(wanted, dtype=np.float64)))
     error = np.abs(np.asarray(got, np.float64) - wanted)
     times = WIDER.get(model.name, 1)

@@ -14,6 +14,8 @@ from kimi_linear.config import Config
 from kimi_linear.errors import FormatError
 from kimi_linear.load import GGUFFile, MetaArray, gguf_kept, open_checkpoint, write_safetensors
 from kimi_linear.load.safetensors import array_of
+from kimi_linear.reference_model import ReferenceModel
+from kimi_linear.verify import verify
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +263,11 @@ def test_mixers_in_blocks(tmp_path):
     for name in ("hc_attn_fn", "hc_ffn_fn", "self_attn.indexer.wq_b.weight", "self_attn.indexer.wk.weight",
                  "self_attn.indexer.index_kpool_compress_gate"):
         assert tensors["model.layers.1." + name].dtype == "Q8_0"
+    model = kl.Model.from_pretrained(path)
+    report = verify(model, np.arange(24) % 64)
+    assert report.ok, report
+    exact = ReferenceModel(model.config, model.weights).forward(np.arange(24)).logits
+    assert np.abs(model(np.arange(24)) - exact).max() < 1e-5 * np.abs(exact).max()
     (problem,) = problems_of(glm.write(tmp_path / "y.gguf", source, "Q8_0", exact=()))
     assert problem.startswith("blk.1.indexer_compressor_ape.weight at byte") and "is stored as Q8_0" in problem
 

@@ -5,6 +5,7 @@ import itertools
 import ml_dtypes
 import numpy as np
 import pytest
+from block_data import BLOCK_TYPES, drawn
 from judge import everywhere, guarded, judge, normal
 
 import kimi_linear as kl
@@ -141,19 +142,51 @@ def test_narrow_weights_and_inputs_are_their_widening(dtype):
     check(overflowing)
 
 
+def in_blocks(given, type):
+    """`given` with fn in a storage type, and with what that widens to."""
+    fn = drawn(type, *given["fn"].shape, scale=given["fn"].std())
+    return given | dict(fn=fn), given | dict(fn=kl.ops.dequantize(fn))
+
+
+@pytest.mark.parametrize("type", [t.name for t in BLOCK_TYPES])
+@pytest.mark.parametrize("T", [1, 5, 64])
+def test_blocks_are_their_widening(type, T):
+    """One token, a few, and a task of sixty with four behind it; two of the few leave float32 and come back."""
+    given = streams(T, 4, 128)
+    given["x"][1:3] *= np.float32([1e30, 1e-30])[:len(given["x"][1:3]), None, None]
+    narrow, wide = in_blocks(given, type)
+    kept = narrow["fn"].data.copy()
+    got = everywhere(lambda ctx: kl.ops.mhc_pre(**narrow, ctx=ctx))
+    assert [a.tobytes() for a in got] == [a.tobytes() for a in kl.ops.mhc_pre(**wide)]
+    assert np.array_equal(narrow["fn"].data, kept)
+    judge("mhc_pre", got, kl.reference.mhc_pre(**wide), **wide)
+
+
+@pytest.mark.parametrize("n, D", [(1, 32), (2, 16), (3, 32), (16, 2), (64, 1)])
+def test_blocks_that_cross_streams(n, D):
+    """A block is of a row of n D values, however short a stream is."""
+    narrow, wide = in_blocks(streams(3, n, D, iters=2), "Q8_0")
+    got = everywhere(lambda ctx: kl.ops.mhc_pre(**narrow, ctx=ctx))
+    judge("mhc_pre", got, kl.reference.mhc_pre(**wide), **wide)
+
+
+@pytest.mark.parametrize("type", ["bfloat16", "Q8_0", "Q4_K"])
 @pytest.mark.parametrize("activations", ["int8", "bfloat16"])
-def test_the_product_is_in_float32_whatever_the_activations(activations):
+def test_the_product_is_in_float32_whatever_the_activations(activations, type):
     given = streams(5, 4, 64)
-    given["fn"] = given["fn"].astype(ml_dtypes.bfloat16)
+    given["x"][3] *= np.float32(1e30)
+    given = in_blocks(given, type)[0] if type.startswith("Q") else given | dict(fn=given["fn"].astype(type))
     got = kl.ops.mhc_pre(**given, ctx=kl.Context(activations=activations))
     assert [a.tobytes() for a in got] == [a.tobytes() for a in kl.ops.mhc_pre(**given)]
 
 
-def test_with_blas_within_the_budget():
+@pytest.mark.parametrize("type", ["F32", "Q8_0"])
+def test_with_blas_within_the_budget(type):
     if kl._core.blas_name() == "none":
         pytest.skip("built without BLAS")
     given = streams(70, 4, 64)
-    judge("mhc_pre", kl.ops.mhc_pre(**given, ctx=kl.Context(gemm="blas")), kl.reference.mhc_pre(**given), **given)
+    given, wide = (given, given) if type == "F32" else in_blocks(given, type)
+    judge("mhc_pre", kl.ops.mhc_pre(**given, ctx=kl.Context(gemm="blas")), kl.reference.mhc_pre(**wide), **wide)
 
 
 def test_tokens_of_zeros():
@@ -264,8 +297,10 @@ F = np.float32
      "mhc_pre: x has 65 streams; it must have 1 to 64"),
     (dict(fn=np.zeros((24, 95), F)), ValueError, r"fn has shape \[24, 95\]; it must be \[24, 96\], \(2 \+ n\) n rows"),
     (dict(fn=np.zeros((24, 96))), TypeError, "fn is float64"),
-    (dict(fn=kl.ops.quantize(np.zeros((24, 96), F), "Q8_0")), TypeError,
-     "mhc_pre: fn has storage type 8; it must be F32, F16 or BF16"),
+    (dict(fn=kl.ops.quantize(np.zeros((24, 64), F), "Q8_0")), ValueError,
+     r"fn has shape \[24, 64\]; it must be \[24, 96\], \(2 \+ n\) n rows for 4 streams of 24"),
+    (dict(fn=kl.ops.quantize(np.zeros((1, 24, 96), F), "Q8_0")), ValueError,
+     r"fn has shape \[1, 24, 96\]; it must be \[rows, cols\]"),
     (dict(base=np.zeros(23, F)), ValueError, r"base has shape \[23\]; it must be \[24\]"),
     (dict(scale=np.zeros(4, F)), ValueError, r"scale has shape \[4\]; it must be \[3\]"),
     (dict(norm_eps=-1), ValueError, "norm_eps is -1.0; it must be >= 0"),
@@ -317,6 +352,8 @@ def test_core_refuses_nonsense():
         kl._core.mhc_pre(core, *few, x, fn, *rest, 1, 2, 4, np.nan, 0.0, 1)
     with pytest.raises(ValueError, match=r"mhc_pre: fn is 1 of \[8, 4\]; it must be 1 of \[8, 8\]"):
         kl._core.mhc_pre(core, *few, x, (np.zeros((8, 4), F), 0, 1, 8, 4), *rest, 1, 2, 4, 0.0, 0.0, 1)
+    with pytest.raises(TypeError, match="fn has storage type 8 and rows of 8 values; it must be a known type and who"):
+        kl._core.mhc_pre(core, *few, x, (np.zeros(0, np.uint8), 8, 1, 8, 8), *rest, 1, 2, 4, 0.0, 0.0, 1)
     with pytest.raises(ValueError, match="mhc_post: x has 0 streams; it must have 1 to 64"):
         kl._core.mhc_post(core, *[np.zeros(0, F)] * 2, np.zeros(0, F), *[np.zeros(0, F)] * 2, 0, 0, 4)
 

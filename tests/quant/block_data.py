@@ -1,6 +1,7 @@
 """Blocks and values with what can go wrong in them."""
 
 import numpy as np
+from random_blocks import random_blocks
 
 import kimi_linear as kl
 
@@ -23,6 +24,13 @@ def raw_blocks(kind, n_random=500):
     for i, at in enumerate(places):
         special[i, :, at:at + 2] = HALVES.view(np.uint8).reshape(-1, 2)
     return np.concatenate([random, alike, special.reshape(-1, kind.bytes)])
+
+
+def drawn(type, *shape, scale=1.0, seed=0):
+    """Random blocks of a standard deviation, of any type, as a Quantized."""
+    n = int(np.prod(shape)) // kl.storage_types[type].values
+    blocks = random_blocks(type, scale, n, np.random.default_rng(seed))
+    return kl.Quantized(blocks.reshape(*shape[:-1], -1), type, shape)
 
 
 def same_floats(a, b):
