@@ -163,23 +163,20 @@ __device__ __forceinline__ int64_t put_pools(const query &q, const threshold &le
     return above + (equal < least.equals ? equal : least.equals);
 }
 
-__global__ void __launch_bounds__(256) index_select_v2(selecting a)
+__global__ void __launch_bounds__(256) index_select_v2(selecting a, int64_t first_row)
 {
     KL_SHARED(int32_t, count, [BYTES]);
     KL_SHARED(int32_t, parts, [TEAMS]);
     const int64_t pool = a.s.pool;
-    for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
-        const query q = query_of(a, row);
-        const bool all = q.complete <= q.k; /* the same in every thread */
-        threshold least = { 0, 0 };
-        if (!all)
-            least = threshold_of_block(q, count);
-        const int64_t chosen = put_pools(q, least, all, pool, parts) * pool;
-        const int64_t tail = q.seen - q.complete * pool;
-        for (int64_t i = chosen + threadIdx.x; i < q.width; i += BLOCK)
-            q.ids[i] =
-                i - chosen < tail ? static_cast<int32_t>(q.complete * pool + i - chosen) : -1;
-    }
+    const query q = query_of(a, first_row + blockIdx.x);
+    const bool all = q.complete <= q.k; /* the same in every thread */
+    threshold least = { 0, 0 };
+    if (!all)
+        least = threshold_of_block(q, count);
+    const int64_t chosen = put_pools(q, least, all, pool, parts) * pool;
+    const int64_t tail = q.seen - q.complete * pool;
+    for (int64_t i = chosen + threadIdx.x; i < q.width; i += BLOCK)
+        q.ids[i] = i - chosen < tail ? static_cast<int32_t>(q.complete * pool + i - chosen) : -1;
 }
 
 /* The most pools that a query chooses of; 0 where none does. */
@@ -219,7 +216,8 @@ kl_status hip_index_select(kl_ctx *ctx, int32_t *ids, const float *q, kl_cache k
             KL_LAUNCH(index_select_v1, kl_grid(kl_ceil_div(a.rows, BLOCK)), BLOCK, 0,
                       kl_stream(ctx), a);
         else
-            KL_LAUNCH(index_select_v2, kl_grid(a.rows), BLOCK, 0, kl_stream(ctx), a);
+            for (int64_t row = 0; row < a.rows; row += kl_grid(a.rows))
+                KL_LAUNCH(index_select_v2, kl_grid(a.rows - row), BLOCK, 0, kl_stream(ctx), a, row);
     }
     return kl_launched(ctx, "index_select");
 }

@@ -148,10 +148,11 @@ template <kl_type TYPE> __device__ void weigh_in_order(const weighing &p, int64_
         p.y[t * p.D + d] = collapsed(p, x, pre, d);
 }
 
-template <kl_type TYPE> __global__ void __launch_bounds__(256) mhc_pre_v1(weighing p)
+template <kl_type TYPE>
+__global__ void __launch_bounds__(256, 1) mhc_pre_v1(weighing p, int64_t first)
 {
-    const int64_t step = static_cast<int64_t>(gridDim.x) * BLOCK;
-    for (int64_t t = static_cast<int64_t>(blockIdx.x) * BLOCK + threadIdx.x; t < p.T; t += step)
+    const int64_t t = first + static_cast<int64_t>(blockIdx.x) * BLOCK + threadIdx.x;
+    if (t < p.T)
         weigh_in_order<TYPE>(p, t);
 }
 
@@ -243,39 +244,36 @@ __device__ __forceinline__ void balance_in_block(kl_shared<float> c, const weigh
     }
 }
 
-template <kl_type TYPE> __global__ void __launch_bounds__(256) mhc_pre_v2(weighing p)
+template <kl_type TYPE> __global__ void __launch_bounds__(256) mhc_pre_v2(weighing p, int64_t first)
 {
     KL_SHARED(float, parts, [TEAMS]);
     KL_DYNAMIC_SHARED(float, c);
     const int n = p.n, rows = (2 + n) * n;
-    const int64_t K = n * p.D;
-    for (int64_t t = blockIdx.x; t < p.T; t += gridDim.x) {
-        const float *x = p.x + t * K;
-        float *m = p.m + t * rows;
-        float sq = squares_of_block(x, K, 1.0f, parts);
-        const float s = kl_scale_after(sq, p.norm_eps);
-        if (s != 1.0f) { /* the same in every thread */
-            sq = squares_of_block(x, K, s, parts);
-            products_of_block<TYPE>(p, x, m, s, parts);
-        }
-        const float length = length_of(p, sq, s);
-        for (int i = static_cast<int>(threadIdx.x); i < rows; i += BLOCK) {
-            const float l = logit(p, m[i], length, i);
-            if (i < n)
-                m[i] = kl_sigmoid_of(l) + p.eps;
-            else if (i < 2 * n)
-                p.post[t * n + i - n] = kl_sigmoid_of(l) * 2.0f;
-            else
-                c[i - 2 * n] = l;
-        }
-        __syncthreads();
-        balance_in_block(c, p);
-        for (int i = static_cast<int>(threadIdx.x); i < n * n; i += BLOCK)
-            p.comb[t * n * n + i] = c[i];
-        for (int64_t d = threadIdx.x; d < p.D; d += BLOCK)
-            p.y[t * p.D + d] = collapsed(p, x, m, d);
-        __syncthreads(); /* c is the next token's */
+    const int64_t K = n * p.D, t = first + blockIdx.x;
+    const float *x = p.x + t * K;
+    float *m = p.m + t * rows;
+    float sq = squares_of_block(x, K, 1.0f, parts);
+    const float s = kl_scale_after(sq, p.norm_eps);
+    if (s != 1.0f) { /* the same in every thread */
+        sq = squares_of_block(x, K, s, parts);
+        products_of_block<TYPE>(p, x, m, s, parts);
     }
+    const float length = length_of(p, sq, s);
+    for (int i = static_cast<int>(threadIdx.x); i < rows; i += BLOCK) {
+        const float l = logit(p, m[i], length, i);
+        if (i < n)
+            m[i] = kl_sigmoid_of(l) + p.eps;
+        else if (i < 2 * n)
+            p.post[t * n + i - n] = kl_sigmoid_of(l) * 2.0f;
+        else
+            c[i - 2 * n] = l;
+    }
+    __syncthreads();
+    balance_in_block(c, p);
+    for (int i = static_cast<int>(threadIdx.x); i < n * n; i += BLOCK)
+        p.comb[t * n * n + i] = c[i];
+    for (int64_t d = threadIdx.x; d < p.D; d += BLOCK)
+        p.y[t * p.D + d] = collapsed(p, x, m, d);
 }
 
 __global__ void __launch_bounds__(256)
@@ -302,12 +300,15 @@ __global__ void __launch_bounds__(256)
 
 template <kl_type TYPE> void launch_pre(kl_ctx *ctx, const weighing &a)
 {
-    if (kl_version() == 1)
-        KL_LAUNCH((mhc_pre_v1<TYPE>), kl_grid(kl_ceil_div(a.T, BLOCK)), BLOCK, 0, kl_stream(ctx),
-                  a);
-    else
-        KL_LAUNCH((mhc_pre_v2<TYPE>), kl_grid(a.T), BLOCK,
-                  static_cast<size_t>(a.n * a.n) * sizeof(float), kl_stream(ctx), a);
+    const bool alone = kl_version() == 1;
+    const int64_t tokens = alone ? BLOCK : 1; /* of a block */
+    for (int64_t t = 0; t < a.T; t += tokens * kl_grid(kl_ceil_div(a.T - t, tokens)))
+        if (alone)
+            KL_LAUNCH((mhc_pre_v1<TYPE>), kl_grid(kl_ceil_div(a.T - t, tokens)), BLOCK, 0,
+                      kl_stream(ctx), a, t);
+        else
+            KL_LAUNCH((mhc_pre_v2<TYPE>), kl_grid(a.T - t), BLOCK,
+                      static_cast<size_t>(a.n * a.n) * sizeof(float), kl_stream(ctx), a, t);
 }
 
 } // namespace

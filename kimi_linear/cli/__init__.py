@@ -152,7 +152,7 @@ def _no_command(argv):
 
 def _print_help(file):
     print("usage: kimi-linear COMMAND [arguments]\n", file=file)
-    print("Kimi-Linear, Kimi K3, GLM-5.3-Flash, Qwen3-Next, Qwen3.5: every number beside its float64 reference.\n", file=file)
+    print("Kimi-Linear, Kimi K3, GLM-5.3-Flash, Qwen3-Next, Qwen3.5; every number beside float64.\n", file=file)
     for name in COMMANDS:
         print(f"  {name:<12}{importlib.import_module(f'{__name__}.{name}').HELP}", file=file)
     print("\nA command's own help has an example: kimi-linear COMMAND --help", file=file)

@@ -1,5 +1,5 @@
-"""mhc_pre and mhc_post on a device: against float64 within the CPU's budget, rims, in place; v1 has the CPU's bytes,
-and mhc_post in every version."""
+"""Hyper-connections on a device: against float64 within the CPU's budget, rims, in place; v1 of mhc_pre has the CPU's
+bytes, and the others in every version."""
 
 import os
 
@@ -130,3 +130,15 @@ def test_hip_mhc_hands_on_what_is_not_finite(version):
     given["x"][2, 1, 7], given["x"][3, 0, 0] = np.nan, np.inf
     for a in check(given):
         assert np.isnan(a[2:]).all() and np.isfinite(a[:2]).all()
+
+
+@pytest.mark.parametrize("n, D", [(1, 1), (3, 17), (4, 300), (64, 5)])
+def test_hip_mhc_ends_have_the_bytes_of_the_cpu(n, D):
+    for T in (0, 1, 11):
+        x = normal(T, n, D)
+        x[3:4], x[4:5, -1], x[5:6, 0] = 3e38, np.inf, np.nan
+        mean = run("mhc_collapse", dict(x=x), (T, D))
+        assert np.array_equal(mean, kl.ops.mhc_collapse(x), equal_nan=True)
+        judge("mhc_collapse", mean[:3], kl.reference.mhc_collapse(x[:3]), x=x[:3])
+        many = run("mhc_expand", dict(x=mean, n=n), (T, n, D))
+        assert many.tobytes() == np.repeat(mean[:, None], n, axis=1).tobytes()
