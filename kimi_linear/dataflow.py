@@ -584,6 +584,16 @@ def arguments(
 #: What is one result of an op, and no op of its own: the op, and which.
 RESULTS = {"mhc_pre_post": ("mhc_pre", 1), "mhc_pre_comb": ("mhc_pre", 2)}
 
+
+def same_call(a: Node, b: Node) -> bool:
+    """Whether two nodes are results of one call of an op."""
+    ops = {RESULTS.get(node.op, (node.op, 0))[0] for node in (a, b)}
+    return len(ops) == 1 and (a.inputs, a.weights) == (b.inputs, b.weights)
+
+
+#: Ops that choose: what they give are integers, a set in each row.
+CHOICES = ("route", "index_select")
+
 #: Arguments that ops take as rows of one length.
 _FLAT = {"linear": ("x",), "sigmoid_gate": ("x", "gate")}
 

@@ -10,14 +10,16 @@ import numpy as np
 
 from .. import dataflow, faults
 from .._arrays import as_array
+from ..dataflow import CHOICES
 from ..faults import Scene, Site
 from ..faults.site import CARRIED
 from . import _calls, metrics
 from ._causes import by_one_cause
 from ._narrow import Jittered, Narrow
-from ._noise import ATTENDS, draws_of, long_sums
+from ._noise import ATTENDS, DRAWS, draws_of, long_sums
 from ._opened import open_array, open_ids
 from ._ratios import noise_of_fault, ratios, score, sums_in
+from ._selections import gaps_of, scores_of
 from ._ties import with_their_experts
 from ._weights import compare_weights, names_of
 from .blame import NO_TOKENS, USUAL, WRONG, Blame, Judged, as_calls, level_of, ranked
@@ -57,7 +59,7 @@ class Run:
         self.logits_at, self.logits = np.arange(0), None
         for tap in self.nodes:
             have = [x for x in calls if tap in x]
-            if len(have) < len(calls):
+            if len(have) < len(calls) or self.nodes[tap].op == "index_pool":  # a state, without a row a token
                 continue
             arrays = [as_array(x[tap], tap) for x in have]
             if tap == "logits" and len(at := _calls.rows_of_last(self.scene, arrays, self.nodes[tap])):
@@ -70,8 +72,8 @@ class Run:
                     raise ValueError(f"{tap} has {len(x)} rows; the call has {n} tokens")
             self._tell_lone_tokens(tap, arrays, calls)
             x = self.scene.lay(arrays)
-            if x.dtype.kind == "b" or (x.dtype.kind in "iu") != (self.nodes[tap].op == "route"):
-                must = "integers" if self.nodes[tap].op == "route" else "floats"
+            if x.dtype.kind == "b" or (x.dtype.kind in "iu") != (self.nodes[tap].op in CHOICES):
+                must = "integers" if self.nodes[tap].op in CHOICES else "floats"
                 self.skipped.append((tap, f"it is {x.dtype}; it must be {must}"))
                 continue
             node, size = self.nodes[tap], int(np.prod(self.nodes[tap].shape))
@@ -145,16 +147,22 @@ class Run:
         local = {}
         for node in group:
             site = self._site(node, local, unit, draw)
-            if faulty and faulty[0] == node.tap:
-                y = faulty[1].result(site, faulty[2])
-                if y is None:
-                    return None
+            wrong = self._wrong(site, *faulty) if faulty else None
+            if wrong is not None:
+                y = wrong
+            elif faulty and faulty[0] == node.tap:
+                return None
             elif (group[-1].tap, node.tap) in self.chosen and not (faulty and faulty[0] in local):
                 y = self.chosen[group[-1].tap, node.tap]
             else:
                 y = site.shaped(site.run())
             local[node.tap] = y
         return _in_range(y)
+
+    def _wrong(self, site, tap, fault, choice):
+        """What a fault of a tap makes of a site: of that tap, and of other results of the same call."""
+        concerned = dataflow.same_call(site.node, self.nodes[tap]) and fault.concerns(site.node)
+        return fault.result(site, choice) if concerned else None
 
     def _site(self, node, local, unit=0.0, draw=0):
         values = ChainMap(local, self.values)
@@ -195,7 +203,8 @@ class Run:
             rows += self._judge_last_logits(level)
             rows += self._judge_states(level, {tap for r in rows if not r.ok for tap in r.group})
         rows = [self._with_weights(r) for r in rows]
-        lacking = [tap for tap in self.nodes if tap not in self.values and tap not in self.types]
+        lacking = [tap for tap in self.nodes if tap not in self.values and tap not in self.types
+                   and self.nodes[tap].op != "index_pool"]
         if lacking:
             self.notes.append(f"{len(lacking)} taps are not in the trace: their ops are judged together with those "
                               f"behind them (+n)")
@@ -219,7 +228,7 @@ class Run:
             taps = {r.tap for r in rows if narrow.takes(self.nodes[r.tap])}
             if not taps or np.median([r.noise for r in rows if r.tap in taps]) < WRONG:
                 continue
-            rest = [r.noise for r in rows if r.op != "route" and not any(map(narrow.takes, details[r.tap][0]))]
+            rest = [r.noise for r in rows if r.op not in CHOICES and not any(map(narrow.takes, details[r.tap][0]))]
             if rest and np.median(rest) > USUAL:  # not the products alone: all of it is in a narrower type
                 continue
             before, self.narrow, fresh = self.narrow, narrow, {}
@@ -246,7 +255,7 @@ class Run:
 
     def _open(self, tap, detail):
         """A wrong op's result beside float64."""
-        if self.nodes[tap].op == "route":
+        if self.nodes[tap].op in CHOICES:
             group, _, gaps = detail
             return open_ids(tap, self.values[tap], self.run(group), gaps)
         return open_array(tap, self.values[tap], detail[1])
@@ -255,7 +264,7 @@ class Run:
         """(tap, what float64 makes of their inputs) of each tap whose inputs are known, in the shape of theirs."""
         for tap in self.values:
             group, _ = self.group(tap) if tap in self.nodes else (None, "")
-            if group is not None and self.nodes[tap].op != "route" and not self._grows(group):
+            if group is not None and self.nodes[tap].op not in CHOICES and not self._grows(group):
                 with np.errstate(all="ignore"):
                     yield tap, self.scene.split(self.run(group))[0]
 
@@ -270,7 +279,7 @@ class Run:
     def _judge(self, tap, group, details):
         y = self.run(group)
         names, op = tuple(n.tap for n in group), self.nodes[tap].op
-        if op == "route":
+        if op in CHOICES:
             row, details[tap] = self.judge_ids(tap, names, group, y)
             return row
         x = self.values[tap]
@@ -334,7 +343,7 @@ class Run:
 
     def _level(self, rows):
         """What to multiply all noise by: the type that most ops have the noise of, and how well they are made."""
-        found = [r.noise for r in rows if r.op != "route" and np.isfinite(r.noise)]
+        found = [r.noise for r in rows if r.op not in CHOICES and np.isfinite(r.noise)]
         if not self.unit:
             self.unit = max((self.unit_of(t) for t in self.types if self.types[t].kind not in "iu"), default=metrics.U)
         middle = float(np.median(found)) if found else 0.0
@@ -352,13 +361,13 @@ class Run:
         return factor * more
 
     def _leveled(self, row, level):
-        return row if row.op == "route" else replace(row, noise=row.noise / level, of_token=row.of_token / level)
+        return row if row.op in CHOICES else replace(row, noise=row.noise / level, of_token=row.of_token / level)
 
     def _visible(self, rows, level):
         """Rows in times the level's noise, without those whose noise is as large as themselves."""
         found = []
         for r in (self._leveled(r, level) for r in rows):
-            if r.op != "route" and r.noise and r.error / r.noise > BLIND:
+            if r.op not in CHOICES and r.noise and r.error / r.noise > BLIND:
                 self.skipped.append((r.tap, f"rounding alone moves it by as much as it is, through {len(r.group)} ops: "
                                             "more taps are needed"))
             else:
@@ -369,7 +378,7 @@ class Run:
 
     def _explained(self, row, details, level):
         detail = details.get(row.tap)
-        if row.op == "route":
+        if row.op in CHOICES:
             return self._explained_ids(row, detail)
         if row.noise < WRONG:
             return row
@@ -454,16 +463,10 @@ class Run:
 
     def judge_ids(self, tap, names, group, y):
         """Rows with another set, the gap between the scores in question beside what rounding makes of it."""
-        from ..verify import gap_of_choice
-
         node, x = self.nodes[tap], self.values[tap]
-        value, rounding = self.rounding_of_choice(group)
-        rule = node.options["groups"], node.options["top_groups"]
         other = np.flatnonzero((np.sort(x, -1) != np.sort(y, -1)).any(-1))
-        gaps = np.zeros(len(x))
-        for t in other:
-            gaps[t] = abs(gap_of_choice(value[t], set(x[t].tolist()), set(y[t].tolist()), *rule))
-        gaps[(np.diff(np.sort(x, -1), axis=-1) == 0).any(-1)] = np.inf  # an expert twice
+        gaps, rounding = (self._gaps_of_experts if node.op == "route" else self._gaps_of_pools)(group, y, other)
+        gaps[(np.diff(np.sort(x, -1), axis=-1) == 0).any(-1) & (node.op == "route")] = np.inf  # an expert twice
         ratio = np.nan_to_num(gaps / rounding, posinf=np.inf)
         over = ratio >= WRONG
         worst = int(ratio.argmax()) if len(ratio) else 0
@@ -471,6 +474,34 @@ class Run:
         row = Judged(tap, node.op, names, float(ratio.max(initial=0)), float(over.mean()) if len(over) else 0.0,
                      self.scene.place(worst) if len(x) else "", kind, of_token=ratio)
         return row, (group, other, gaps)
+
+    def _gaps_of_experts(self, group, y, other):
+        from ..verify import gap_of_choice
+
+        node, x = group[-1], self.values[group[-1].tap]
+        value, rounding = self.rounding_of_choice(group)
+        rule = node.options["groups"], node.options["top_groups"]
+        gaps = np.zeros(len(x))
+        for t in other:
+            gaps[t] = abs(gap_of_choice(value[t], set(x[t].tolist()), set(y[t].tolist()), *rule))
+        return gaps, rounding
+
+    def _gaps_of_pools(self, group, y, other):
+        """As of experts, of the pools of an indexer; rounding by the largest of some draws."""
+        node, unit = group[-1], self._unit_of_group(group)
+
+        def scores(draw=None):
+            local = {}
+            for before in group[:-1]:
+                site = self._site(before, local, unit if draw is not None else 0.0, draw or 0)
+                local[before.tap] = site.shaped(site.run())
+            return scores_of(self._site(node, local, unit if draw is not None else 0.0, draw or 0))
+
+        value = scores()
+        known = np.where(np.isfinite(value), value, 0.0)
+        moved = [np.abs(np.where(np.isfinite(value), scores(i), 0.0) - known).max(-1, initial=0) for i in range(DRAWS)]
+        rounding = np.maximum(np.max(moved, axis=0), unit * np.abs(known).max(-1, initial=0))
+        return gaps_of(value, self.values[node.tap], y, node.options["pool"]), rounding
 
     def rounding_of_choice(self, group):
         """(what experts are chosen by [T, E], what rounding moves it by at most in each row [T])."""

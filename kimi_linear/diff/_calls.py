@@ -11,7 +11,7 @@ from ..trace import Trace
 
 def strange(call):
     """The names that are not of the form of a tap or a state."""
-    of_model = "embed", "norm", "logits", "tokens", "hidden"
+    of_model = "embed", "streams", "output_res", "collapsed", "norm", "logits", "tokens", "hidden"
     return [name for name in call if not name.startswith(("layers.", "before.layers.")) and name not in of_model]
 
 

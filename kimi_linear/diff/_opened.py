@@ -18,7 +18,10 @@ DECADES = range(-4, 13)  # of the histogram, in u; what is outside goes to its e
 
 _AXES = {"kda.state": ("head", "key", "value"), "gdn.state": ("head", "key", "value"), "logits": ("token", "id"),
          "moe.logits": ("token", "expert"), "moe.scores": ("token", "expert"), "moe.ids": ("token", "choice"),
-         "moe.weights": ("token", "choice")}
+         "moe.weights": ("token", "choice"), "mla.select": ("token", "choice"), "mla.index_weights": ("token", "head"),
+         **dict.fromkeys(["streams", "mid", "out"], ("token", "stream", "channel")),
+         **dict.fromkeys(["attn_hc_post", "ffn_hc_post"], ("token", "stream")),
+         **dict.fromkeys(["attn_hc_comb", "ffn_hc_comb"], ("token", "stream", "to stream"))}
 
 
 class Axis(NamedTuple):

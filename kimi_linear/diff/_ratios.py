@@ -32,7 +32,7 @@ def ratios(x, y, noise, sums=False):
     """rms error over rms noise, of all and of each row. NaN agrees with NaN, an infinity with the same one, and with
     NaN where there are sums."""
     if not x.size:
-        return 0.0, np.zeros(0)
+        return 0.0, np.zeros(len(x))
     error, _ = metrics.distance(x, y)
     if sums:
         error[np.isnan(x) & np.isinf(y) | np.isinf(x) & np.isnan(y)] = 0.0

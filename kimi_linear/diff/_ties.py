@@ -16,7 +16,8 @@ from .blame import WRONG
 __all__ = ["with_their_experts"]
 
 TRIED = 3  # of the experts that were chosen last, and of those that were not chosen next
-MIXING = ("short_conv", "delta_rule", "attention", "latent_attention")  # ops that take a row to other rows
+#: Ops that take a row to other rows.
+MIXING = ("short_conv", "delta_rule", "attention", "latent_attention", "index_pool", "index_select")
 
 
 def with_their_experts(run, row, detail, level):

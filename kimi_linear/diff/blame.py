@@ -17,7 +17,7 @@ import numpy as np
 
 from .. import dataflow
 from .._names import listed
-from ..dataflow import in_order
+from ..dataflow import CHOICES, in_order
 from ..faults import Fault
 from ._grid import NOISE, Grid, Line, by_layer, by_tap, layer_of
 from ._opened import Opened
@@ -275,7 +275,7 @@ def _times(x):
 
 def _limit(r):
     """What a token may be at: half of it counts (`Judged.noise`), unless the op is wrong as a whole."""
-    return WRONG if not r.ok or r.op == "route" else 2 * WRONG
+    return WRONG if not r.ok or r.op in CHOICES else 2 * WRONG
 
 
 def cells(r: Judged) -> tuple[str, ...]:

@@ -37,6 +37,7 @@ from . import (
     _pieces,
     _residuals,
     _select,
+    _streams,
 )
 from ._fault import (
     BOTH,
@@ -63,8 +64,8 @@ __all__ = [
     "SPLIT", "STRONG", "TIES", "WHOLE", "Call", "Fault", "Scene", "Site", "at", "by_name", "for_op", "mistakes", "run",
 ]
 
-_PARTS = (_kda, _delta_backward, _mla, _index, _select, _attention, _residuals, _mhc, _depth, _pieces, _moe, _backward,
-          _backward_kda, _any, _layer_norm, _limit, _inputs)
+_PARTS = (_kda, _delta_backward, _mla, _index, _select, _attention, _residuals, _mhc, _streams, _depth, _pieces, _moe,
+          _backward, _backward_kda, _any, _layer_norm, _limit, _inputs)
 _ALL = tuple(f for part in _PARTS for f in part.FAULTS)
 
 #: Every fault that is planted in a model, by name.
@@ -143,7 +144,7 @@ def run(model, tokens, *, plant: Mapping[str, object] | None = None, positions: 
             values[node.tap] = y if after is None else after(node.tap, y)
     if plant:
         raise ValueError(f"plant names {', '.join(plant)}; this model has no such tap")
-    given = (dataflow.TOKENS, dataflow.POSITIONS)
+    given = {dataflow.TOKENS, dataflow.POSITIONS, *(node.tap for node in table.values() if node.op == "index_pool")}
     taps = {tap: scene.split(x) for tap, x in values.items() if tap not in given}
     positions = list(positions) if positions is not None else [None] * len(calls)
     return [Trace({tap: parts[c] for tap, parts in taps.items()}, _meta(ids[c], offsets[c], positions[c]))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..dataflow import Node
+from ..dataflow import RESULTS, Node
 from .scene import Scene
 from .site import Call, Site
 
@@ -125,6 +125,24 @@ def changed(**changes: Callable[[Site | Call], object]) -> Callable[[Site | Call
         return site.run(**{argument: change(site) for argument, change in changes.items()})
 
     return function
+
+
+def of_call(function: Callable) -> Callable[[Site | Call], np.ndarray | None]:
+    """A fault whose function knows of one call alone, its arguments and all of its results, at its place of a run, too.
+
+    Of an op whose results are several taps it gives that of the site, and None where it changes others alone."""
+    def at_place(call, *choice):
+        if isinstance(call, Call):
+            return function(call, *choice)
+        op, which = RESULTS.get(call.op, (call.op, 0))
+        y = call.run(by=lambda **args: _part(function(Call(op, args), *choice), which))
+        return None if op == "mhc_pre" and y is not None and np.array_equal(y, call.run()) else y
+
+    return at_place
+
+
+def _part(results, which):
+    return results[which] if isinstance(results, tuple) else results if which == 0 else None
 
 
 def carried(rule) -> Callable[[Site], np.ndarray]:

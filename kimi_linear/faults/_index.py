@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from .. import reference
-from ._fault import CALL, Fault
+from ._fault import BOTH, CALL, RUN, SEVERAL, TIES, Fault, of_call
+from .site import Site
 
 # ---- keys of pools ----
 
@@ -58,6 +59,13 @@ def strided(r, P):
     """Pool p has the tokens p, p + n, ..."""
     n = (r.stop - r.start) // P
     return r.start + np.arange(n * P).reshape(P, n).T
+
+
+def ape_on_keys(call):
+    k, ape = call["k"].copy(), call["ape"]
+    for r in reference.sequences(len(k), call.args.get("offsets")):
+        k[r] += ape[np.arange(r.stop - r.start) % len(ape)]
+    return call.run(k=k, ape=0 * ape)
 
 
 # ---- scores ----
@@ -195,16 +203,24 @@ def zeros_behind(call):
     return np.where(ids < 0, 0, ids)
 
 
+def projected_as_other(site: Site):
+    """A projection with the matrix of the other: keys with the gate's, or the gate with the keys'."""
+    names, w = ("wk.weight", "index_kpool_compress_gate"), site.node.weights["w"]
+    a, b = names if w.name.endswith(names[0]) else names[::-1]
+    return site.with_weights(w=w._replace(name=w.name.replace(a, b)))
+
+
 def _pool(name, text, function, source="", **named):
-    return Fault(f"index_pool_{name}", text, ("index_pool",), function, use=CALL, source=source, **named)
+    return Fault(f"index_pool_{name}", text, ("index_pool",), of_call(function), source=source, **named)
 
 
 def _score(name, text, function, source="", ops=("index_scores", "index_select"), **named):
-    return Fault(f"index_{name}", text, ops, function, use=CALL, source=source, **named)
+    named.setdefault("use", BOTH if "index_select" in ops else CALL)  # a scale of all scores changes no choice
+    return Fault(f"index_{name}", text, ops, of_call(function), source=source, **named)
 
 
 def _ids(name, text, function, source="", **named):
-    return Fault(f"index_ids_{name}", text, ("index_select",), function, use=CALL, source=source, **named)
+    return Fault(f"index_ids_{name}", text, ("index_select",), of_call(function), source=source, **named)
 
 
 V32, GLM = "DeepSeek-V3.2, arXiv:2512.02556", "transformers: Glm5NextTextIndexer"
@@ -223,18 +239,18 @@ FAULTS = (
     _pool("ape_reversed", "ape is read from the last place to the first", pooled(lambda g, a: softmax(g + a[::-1]))),
     _pool("ape_alone", "the gate is left out: weights are the softmax of ape", pooled(
         lambda g, a: softmax(g * 0 + a))),
-    _pool("ape_on_keys", "ape is added to the keys, not to the gate", lambda c: c.run(
-        k=c["k"] + np.resize(c["ape"], c["k"].shape), ape=0 * c["ape"]) if c["offsets"] is None else None),
+    _pool("ape_on_keys", "ape is added to the keys, not to the gate", ape_on_keys),
     _pool("swapped", "gate and k are swapped", lambda c: c.run(k=c["gate"], gate=c["k"])),
     _pool("sigmoid", "sigmoids for the softmax: weights do not add up to 1",
           pooled(lambda g, a: reference.sigmoid(g + a))),
     _pool("unnormalised", "exponentials are not divided by their sum", pooled(lambda g, a: np.exp(g + a))),
     _pool("unnormalised_of_largest", "exponentials are not divided by their sum, the largest of a pool is 1", pooled(
         lambda g, a: np.exp(g + a - (g + a).max(1, keepdims=True, initial=-np.inf)))),
-    _pool("no_maximum", "exp overflows float32: the largest logit is not taken off first", pooled(without_maximum)),
+    _pool("no_maximum", "exp overflows float32: the largest logit is not taken off first", pooled(without_maximum),
+          use=CALL),
     _pool("scaled", "gates are scaled by D^-1/2", pooled(lambda g, a: softmax((g + a) * g.shape[2] ** -0.5))),
     _pool("offsets_ignored", "pools are counted from the call's first token, not the sequence's",
-          pooled(right, of_the_call)),
+          pooled(right, of_the_call), scenario=SEVERAL),
     _pool("from_the_end", "pools are counted from the last token: the first ones are left out",
           pooled(right, from_the_end)),
     _pool("strided", "a pool has tokens that are apart, as of an array [P, pools]", pooled(right, strided)),
@@ -268,31 +284,37 @@ FAULTS = (
     _score("one_early", "a pool can be chosen one token before it is complete", by_scores(early=1), GLM),
     _score("one_late", "a pool can be chosen one token after it is complete", by_scores(early=-1), GLM),
     _score("begun", "a pool can be chosen when its first position is seen", lambda c: by_scores(
-        early=c["pool"] - 1)(c), GLM),
+        early=c["pool"] - 1)(c) if c["pool"] > 2 else None, GLM),  # of two, index_one_early is the same
     _score("mask_missing", "all pools of a sequence can be chosen, those behind the query, too", by_scores(
         seen=all_of_it), looks_ahead=True),
     _score("from_the_left", "query t is at position t, whatever was cached before it", by_scores(
-        seen=as_if_uncached)),
-    _score("first_keys", "every sequence meets the keys of the first", by_scores(keys=first_keys)),
+        seen=as_if_uncached), use=CALL),
+    _score("first_keys", "every sequence meets the keys of the first", by_scores(keys=first_keys),
+           scenario=SEVERAL),
     _ids("least", "the pools with the least scores are chosen", by_ids(order=least_first)),
     _ids("newest", "the newest pools are chosen, whatever their scores", by_ids(order=newest_first)),
     _ids("first", "the first pools are chosen, whatever their scores", by_ids(order=in_order)),
-    _ids("higher_of_equals", "of equal scores the higher pool is chosen", by_ids(order=higher_first)),
+    _ids("higher_of_equals", "of equal scores the higher pool is chosen", by_ids(order=higher_first),
+         scenario=TIES),
     _ids("topk_in_pools", "topk is counted in pools, not in positions", by_ids(k=lambda c: c["topk"])),
     _ids("one_less", "one pool less is chosen", by_ids(k=lambda c: c["topk"] // c["pool"] - 1)),
     _ids("tail_counted", "the incomplete pool takes the place of a chosen one", by_ids(
-        k=lambda c: c["topk"] // c["pool"] - (c["pool"] > 1))),
+        k=lambda c: c["topk"] // c["pool"] - (c["pool"] > 1)), use=CALL),
     _ids("tail_missing", "the positions of the incomplete pool are left out",
          by_ids(tail=lambda seen, pool: np.arange(0)), GLM + ": index_kpool_always_select_tail"),
     _ids("tail_whole", "the pool of the query's own position is always chosen, to its end", by_ids(tail=whole_tail),
          looks_ahead=True),
-    _ids("own_missing", "the query's own position is left out", by_ids(
-        tail=lambda seen, pool: np.arange(seen // pool * pool, seen - 1))),
+    _ids("own_missing", "the query's own position is left out", lambda c: by_ids(
+        tail=lambda seen, pool: np.arange(seen // pool * pool, seen - 1))(c) if c["pool"] != 2 else None),
     _ids("of_pools", "ids are of pools, not of positions", by_ids(positions=lambda best, r: best)),
     _ids("first_of_pools", "of a chosen pool the first position alone is taken", lambda c: by_ids(
         positions=lambda best, r: best * c["pool"])(c)),
-    _ids("of_the_batch", "ids are counted from the call's first position, not the sequence's", of_the_batch),
-    _ids("in_front", "-1 stands in front of the positions", behind_nothing),
-    _ids("by_score", "positions stand in the order of their scores, and do not rise", best_first_ids, V32),
+    _ids("of_the_batch", "ids are counted from the call's first position, not the sequence's", of_the_batch,
+         scenario=SEVERAL),
+    _ids("in_front", "-1 stands in front of the positions", behind_nothing, use=CALL),
+    _ids("by_score", "positions stand in the order of their scores, and do not rise", best_first_ids, V32,
+         use=CALL),
     _ids("zeros_behind", "0 stands behind the last position, not -1", zeros_behind),
+    Fault("index_projected_as_other", "keys of the indexer are projected by the gate's matrix, or the gate by theirs",
+          ("linear",), projected_as_other, taps=("mla.index_k_raw", "mla.index_gate"), use=RUN),
 )

@@ -6,7 +6,7 @@ import numpy as np
 
 from .. import reference
 from ._fault import CALL, Fault
-from .site import Call
+from .site import Call, Site
 
 EXPERTS = ("w_gate", "w_up", "w_down")
 
@@ -58,7 +58,11 @@ def other_form(call, form: str):
 
 
 def other_limit(call, limit: float):
-    return call.run(limit=limit) if has_limit(call) and limit != call["limit"] else None
+    """Where nothing reaches it a run does not tell which it is, or whether there is any."""
+    if not has_limit(call) or limit == call["limit"]:
+        return None
+    y = call.run(limit=limit)
+    return None if isinstance(call, Site) and np.array_equal(y, call.run(limit=None)) else y
 
 
 def of_each_result(call):
@@ -91,12 +95,11 @@ SWIGLU, MOE, GLM = ("swiglu",), ("moe",), "transformers: models/glm5_next, model
 FAULTS = (
     Fault("swiglu_clamped", "inputs are clamped", SWIGLU, clamped, use=CALL, choices=((7.0,), (10.0,)),
           each="inputs are clamped at {:g}", source="gpt-oss clamps at 7"),
-    Fault("swiglu_limit_form", "the limit is on other values", (*SWIGLU, *MOE), other_form, use=CALL,
+    Fault("swiglu_limit_form", "the limit is on other values", (*SWIGLU, *MOE), other_form,
           choices=tuple((form,) for form in FORMS), each="of the limit: {}",
           source=f"{GLM}; Step 3.5 cuts silu(gate): mlx-lm, mlx_lm/models/step3p5.py"),
     Fault("swiglu_limit_other", "another limit", (*SWIGLU, *MOE), other_limit, use=CALL, choices=((7.0,), (10.0,)),
           each="the limit is {:g}", source="7 in gpt-oss, 10 in DeepSeek-V4 and GLM-5.3-Flash"),
-    Fault("experts_results_cut", "the limit is on the results of the experts, not within them", MOE, of_each_result,
-          use=CALL),
-    Fault("experts_sum_cut", "the limit is on the sum of the experts, not within them", MOE, of_routed_sum, use=CALL),
+    Fault("experts_results_cut", "the limit is on the results of the experts, not within them", MOE, of_each_result),
+    Fault("experts_sum_cut", "the limit is on the sum of the experts, not within them", MOE, of_routed_sum),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .. import reference
-from ._fault import CALL, Fault, changed
+from ._fault import BOTH, CALL, RUN, Fault, changed, of_call
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -107,6 +107,20 @@ def streams_inner(call):
 
 def eps_of_connections(call):
     return call.results(norm_eps=call["eps"]) if call["norm_eps"] != call["eps"] else None
+
+
+def softmax_otherwise(call):
+    """What exponentials have in common whose rows are not normalised before their columns are."""
+    return built(comb=softmax_over(-2))(call)
+
+
+def eps_lost(call):
+    """What an eps outside of the root and none have in common."""
+    return call.results(norm_eps=0.0)
+
+
+def eps_of_norm(call):
+    return call.results(eps=call["norm_eps"]) if call["norm_eps"] != call["eps"] else None
 
 
 def fn_transposed(call, flat):
@@ -219,29 +233,34 @@ def averaged(call):
 # ---- all -----------------------------------------------------------------------------------------------
 
 
-def _pre(name, text, function, source="", choices=((),), **named):
-    return Fault(f"mhc_{name}", text, ("mhc_pre",), function, choices=choices, source=source, use=CALL, **named)
+def _pre(name, text, function, source="", choices=((),), use=BOTH, **named):
+    ops = PRE[:1] if use == CALL else PRE
+    return Fault(f"mhc_{name}", text, ops, of_call(function), choices=choices, source=source, use=use, **named)
 
 
 def _post(name, text, function, source=""):
-    return Fault(f"mhc_post_{name}", text, ("mhc_post",), function, source=source, use=CALL)
+    return Fault(f"mhc_post_{name}", text, ("mhc_post",), of_call(function), source=source)
 
 
+PRE = ("mhc_pre", "mhc_pre_post", "mhc_pre_comb")
 PAPER, CONFIG = "arXiv:2512.24880", "GLM-5.3-Flash: rms_norm_eps is 1e-5, hc_eps 1e-6"
 TORCH = "vLLM: vllm/model_executor/kernels/mhc/torch.py"
 
 FAULTS = (
     _pre("eps_of_connections", "the norm's eps is that of the connections; it is the model's rms_norm_eps",
          eps_of_connections, CONFIG),
-    _pre("eps_missing", "the norm has no eps", built(over(lambda mean, eps, K: np.sqrt(mean)))),
+    _pre("eps_lost", "the norm's eps is outside of the root, or missing: a run does not tell which",
+         eps_lost, use=RUN),
+    _pre("eps_of_norm", "pre and comb have the norm's eps; theirs is that of the connections", eps_of_norm, CONFIG),
+    _pre("eps_missing", "the norm has no eps", built(over(lambda mean, eps, K: np.sqrt(mean))), use=CALL),
     _pre("eps_outside", "the norm's eps is outside of the root",
-         built(over(lambda mean, eps, K: np.sqrt(mean) + eps))),
+         built(over(lambda mean, eps, K: np.sqrt(mean) + eps)), use=CALL),
     _pre("norm_by_stream", "each stream has a norm of its own; there is one over all n D values",
          built(normed_by_stream), PAPER),
     _pre("norm_missing", "the streams are not normed before fn", built(flat_of)),
     _pre("norm_l2", "an L2 norm: the sum of squares in place of their mean",
          built(over(lambda mean, eps, K: np.sqrt(K * mean + eps)))),
-    _pre("norm_overflow", "the sum of squares overflows float32: fn has no part", built(overflowing)),
+    _pre("norm_overflow", "the sum of squares overflows float32: fn has no part", built(overflowing), use=CALL),
     _pre("streams_inner", "columns of fn are read as [D, n]; they are [n, D], stream by stream", built(streams_inner)),
     _pre("fn_transposed", "fn is read as [n D, (2 + n) n]", built(product=fn_transposed)),
     _pre("other_order", "rows of fn and base are read in another order", built(logits=in_other_order),
@@ -268,16 +287,20 @@ FAULTS = (
     _pre("post_twice_inside", "post is sigmoid(2 m): the factor is inside",
          built(post=lambda call, logits: reference.sigmoid(2 * logits))),
     _pre("sigmoid_flushed", "sigmoids below 2^-126 are 0", built(post=flushed_post),
-         "processors that flush subnormals; torch"),
-    _pre("softmax_over_columns", "comb's softmax is over columns; it is over rows", built(comb=softmax_over(-2))),
-    _pre("softmax_over_all", "comb's softmax is over all n n values; it is over rows", built(comb=softmax_over(None))),
-    _pre("exp", "comb has exponentials, without the softmax", built(comb=from_entries(np.exp)), PAPER),
+         "processors that flush subnormals; torch", use=CALL),
+    _pre("softmax_over_columns", "comb's softmax is over columns; it is over rows", built(comb=softmax_over(-2)),
+         use=CALL),
+    _pre("softmax_over_all", "comb's softmax is over all n n values; it is over rows", built(comb=softmax_over(None)),
+         use=CALL),
+    _pre("exp", "comb has exponentials, without the softmax", built(comb=from_entries(np.exp)), PAPER, use=CALL),
+    _pre("softmax_otherwise", "comb's softmax is over columns, over all values, or not divided by its sums: a run does "
+         "not tell which; it is over rows", softmax_otherwise, use=RUN),
     _pre("sigmoids", "comb has sigmoids for the softmax", built(comb=from_entries(reference.sigmoid))),
     _pre("comb_eps_missing", "the softmax of comb has no eps; its sums have", built(comb=lambda call, logits: balanced(
         reference.softmax(logits), call["iters"], call["eps"]))),
     _pre("sum_eps_missing", "the sums of comb have no eps; its softmax has", built(comb=lambda call, logits: balanced(
         reference.softmax(logits) + call["eps"], call["iters"], 0.0))),
-    _pre("column_eps_alone", "the sums of comb's rows have no eps", built(comb=eps_of_columns_alone)),
+    _pre("column_eps_alone", "the sums of comb's rows have no eps", built(comb=eps_of_columns_alone), use=CALL),
     _pre("rows_first", "comb's rows are normalised first; its columns are", built(comb=rows_first), PAPER),
     _pre("rows_last", "comb's rows are normalised once more at the end", built(comb=rows_last)),
     _pre("columns_alone", "comb's columns alone are normalised", built(comb=columns_alone)),

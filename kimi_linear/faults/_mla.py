@@ -13,7 +13,7 @@ from .site import Site
 
 def rotary(call, pairs: str, theta: float):
     """The last P values of queries and shared keys turned by their position."""
-    if call["k_shared"].shape[-1] % 2:
+    if call["k_shared"].shape[-1] % 2 or not call["k_shared"].shape[-1]:
         return None
 
     def attend(q, k_shared, latent, offsets=None, kv_offsets=None, **rest):
@@ -79,11 +79,11 @@ def unsplit_heads(site: Site):
 def shared_first(site: Site):
     """Queries [nope | P] against keys [P | nope]."""
     q, P = site["q"], site["k_shared"].shape[-1]
-    return site.run(q=np.concatenate([q[..., P:], q[..., :P]], axis=-1))
+    return None if P == 0 else site.run(q=np.concatenate([q[..., P:], q[..., :P]], axis=-1))
 
 
 def shared_not_scored(site: Site):
-    return site.run(k_shared=0 * site["k_shared"])
+    return site.run(k_shared=0 * site["k_shared"]) if site["k_shared"].shape[-1] else None
 
 
 def of_width(width):
@@ -97,7 +97,8 @@ FAULTS = (
           changed(scale=of_width(lambda s: s["latent"].shape[-1] + s["k_shared"].shape[-1])),
           source=f"{PAPER}: 576 for 192"),
     Fault("mla_scale_of_nope", "scores are scaled by nope^-1/2, without the shared part", MLA,
-          changed(scale=of_width(lambda s: s["w_uk"].shape[1])), source=f"{PAPER}: 128 for 192"),
+          lambda s: s.run(scale=s["w_uk"].shape[1] ** -0.5) if s["k_shared"].shape[-1] else None,
+          source=f"{PAPER}: 128 for 192"),
     Fault("mla_scale_missing", "scores are not scaled", MLA, changed(scale=lambda s: 1.0), source=PAPER),
     Fault("rotary_applied", "queries and shared keys are rotated; the model has no positions", MLA, rotary,
           choices=(("halves", 1e4), ("neighbours", 1e4)), source="config: mla_use_nope"),

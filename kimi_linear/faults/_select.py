@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .. import reference
-from ._fault import CALL, Fault
+from ._fault import CALL, Fault, of_call
 from ._masks import keys_and_values
 
 
@@ -140,29 +140,33 @@ def row_per_head(call):
     return o
 
 
-SELECT, SPARSE = ("latent_attention",), "DeepSeek-V3.2, arXiv:2512.02556"
+def _fault(name, text, function, **named):
+    return Fault(name, text, ("latent_attention",), of_call(function), **named)
+
+
+SPARSE = "DeepSeek-V3.2, arXiv:2512.02556"
 KERNEL = "FlashMLA's sparse kernels: indices [s_q, h_kv, topk], -1 for none"
 
 FAULTS = (
-    Fault("select_ignored", "the selection is ignored: queries attend to all that they see", SELECT, everything,
-          source=SPARSE, use=CALL),
-    Fault("select_none_is_a_position", "-1 is read as a position", SELECT, attending(none_read_as), use=CALL,
-          choices=(("the last of its sequence",), ("the first",)), each="-1 is read as a position, {}", source=KERNEL),
-    Fault("select_from_the_batch", "selected positions are counted from the batch's first row, not the sequence's",
-          SELECT, from_the_batch, use=CALL, source=KERNEL),
-    Fault("select_with_itself", "a query attends to its own position, selected or not", SELECT, attending(with_itself),
-          use=CALL, source=SPARSE),
-    Fault("select_not_renormalised", "the softmax is over all positions, of which the selected are then kept", SELECT,
-          not_renormalised, use=CALL, source=SPARSE),
-    Fault("select_of_neighbour", "a query has another query's row of the selection", SELECT, attending(of_neighbour),
-          use=CALL, choices=((1,), (-1,)), each="a query has the selection of the query {:+d} from it"),
-    Fault("select_shifted", "selected positions do not count from 0", SELECT, attending(shifted), use=CALL,
-          choices=((-1,), (1,)), each="selected positions are moved by {:+d}"),
-    Fault("select_row_per_head", "the selection is read as [T, H, W], a row for each head", SELECT, row_per_head,
-          use=CALL, source=KERNEL),
-    Fault("select_complement", "the selected positions are left out, and the others attended to", SELECT,
-          attending(complement), use=CALL, source="boolean masks: True to keep, or to mask"),
-    Fault("select_less_last", "the last entry of a full row is not read", SELECT, attending(less_last), use=CALL),
-    Fault("select_values_not_gathered", "keys are of the selected positions, values of as many first ones", SELECT,
-          values_not_gathered, use=CALL),
+    _fault("select_ignored", "the selection is ignored: queries attend to all that they see", everything,
+           source=SPARSE),
+    _fault("select_none_is_a_position", "-1 is read as a position", attending(none_read_as),
+           choices=(("the last of its sequence",), ("the first",)), each="-1 is read as a position, {}", source=KERNEL),
+    _fault("select_from_the_batch", "selected positions are counted from the batch's first row, not the sequence's",
+           from_the_batch, use=CALL, source=KERNEL),  # of a run, state_leaks_between_sequences is the same
+    _fault("select_with_itself", "a query attends to its own position, selected or not", attending(with_itself),
+            source=SPARSE),
+    _fault("select_not_renormalised", "the softmax is over all positions, of which the selected are then kept",
+           not_renormalised, source=SPARSE),
+    _fault("select_of_neighbour", "a query has another query's row of the selection", attending(of_neighbour),
+            choices=((1,), (-1,)), each="a query has the selection of the query {:+d} from it"),
+    _fault("select_shifted", "selected positions do not count from 0", attending(shifted),
+           choices=((-1,), (1,)), each="selected positions are moved by {:+d}"),
+    _fault("select_row_per_head", "the selection is read as [T, H, W], a row for each head", row_per_head,
+           source=KERNEL),
+    _fault("select_complement", "the selected positions are left out, and the others attended to",
+           attending(complement), source="boolean masks: True to keep, or to mask"),
+    _fault("select_less_last", "the last entry of a full row is not read", attending(less_last)),
+    _fault("select_values_not_gathered", "keys are of the selected positions, values of as many first ones",
+           values_not_gathered),
 )

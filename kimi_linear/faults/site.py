@@ -16,6 +16,8 @@ import numpy as np
 from .. import dataflow, reference
 from .._arrays import as_tuple
 from ..dataflow import Node
+from ..editing import rising
+from ._pools import POOLED
 from .scene import Branch, Scene
 
 __all__ = ["CARRIED", "Call", "Site", "through"]
@@ -24,8 +26,10 @@ __all__ = ["CARRIED", "Call", "Site", "through"]
 CARRIED = {
     "short_conv": ("x",),
     "delta_rule": ("q", "k", "v", "g", "beta"),
-    "latent_attention": ("q", "latent", "k_shared"),
+    "latent_attention": ("q", "latent", "k_shared", "select"),
     "attention": ("q", "k", "v"),
+    "index_pool": ("k", "gate"),
+    "index_select": ("q", "keys", "weights"),
 }
 
 
@@ -157,7 +161,7 @@ class Site:
         Parameters
         ----------
         by : callable(**arguments), optional
-            What to run in place of the op; ops that carry a state get `offsets`, too.
+            What to run in place of the op; ops that carry a state get `offsets`, too. Where it gives None so does this.
         branches : list of Branch, optional
             How states are carried; by default rightly.
         past : mapping from argument to array, optional
@@ -168,8 +172,11 @@ class Site:
         args = {**self.args, **changes}
         by = by or partial(_evaluated, self.node)
         if self.node.op not in CARRIED:
-            return as_tuple(by(**args))[0]
-        return through(by, args, CARRIED[self.node.op], branches or self.scene.branches(), past or {})
+            return _first(by, **args)
+        if self.node.op in POOLED:
+            by = partial(POOLED[self.node.op], partial(_first, by))
+        carried = [a for a in CARRIED[self.node.op] if args.get(a) is not None]
+        return through(by, args, carried, branches or self.scene.branches(), past or {})
 
     def by_calls(self, rule: Callable[[dict], tuple]) -> np.ndarray | None:
         """The outputs of a delta rule whose every call begins with the state that `rule` left.
@@ -215,10 +222,16 @@ def through(by: Callable, args, carried, branches: Sequence[Branch], past) -> np
             x = np.where(owned.reshape(-1, *[1] * (x.ndim - 1)), x, past[a][rows])
         args[a] = x
     offsets = np.cumsum([0, *(len(b.past) + len(b.own) for b in branches)])
-    y = as_tuple(by(**args, offsets=offsets))[0][owned]
-    out = np.empty((T, *y.shape[1:]))
-    out[rows[owned]] = y
+    y = as_tuple(by(**{**args, "offsets": offsets}))[0]
+    if y is None:
+        return None
+    out = np.empty((T, *y.shape[1:]), y.dtype if y.dtype.kind in "iu" else np.float64)
+    out[rows[owned]] = y[owned]
     return out
+
+
+def _first(by, **args):
+    return as_tuple(by(**args))[0]
 
 
 def _evaluated(node, **args):
@@ -226,4 +239,16 @@ def _evaluated(node, **args):
         from ._delta import wrong  # the reference refuses a growing state; a foreign run may have one
 
         return wrong(args)
+    if args.get("select") is not None:
+        args["select"] = _within_sight(args["select"], args.get("offsets"))
     return dataflow.evaluate(node, args)
+
+
+def _within_sight(select, offsets):
+    """What queries see of the positions that they select, as the reference takes them: rising, then -1."""
+    select, own = np.asarray(select), np.empty(len(select), np.int64)
+    for r in reference.sequences(len(select), offsets):
+        own[r] = np.arange(r.stop - r.start)
+    select = rising(np.where(select > own[:, None], -1, select))
+    again = np.diff(select, axis=-1, prepend=-2) == 0
+    return rising(np.where(again, -1, select))

@@ -108,7 +108,7 @@ def test_verify_over_budget_is_exit_code_1(cli, monkeypatch):
     from kimi_linear import reference
 
     right = reference.swiglu
-    monkeypatch.setattr(reference, "swiglu", lambda gate, up: right(gate, up) * (1 + 1e-5))
+    monkeypatch.setattr(reference, "swiglu", lambda gate, up, limit=None: right(gate, up, limit=limit) * (1 + 1e-5))
     code, out, _ = cli("verify", KIMI_A, "--tokens", 5)
     assert code == 1 and "FAILED: " in out and "swiglu" in out.rstrip().splitlines()[-1]
 

@@ -1,5 +1,6 @@
 """Runs with planted faults: models and calls in which each fault shows, and noise on every tap."""
 
+from collections import ChainMap
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -31,7 +32,9 @@ TOLD_APART = dict.fromkeys(("chunk_q_exclusive", "chunk_inter_missing", "chunk_d
                             "chunk_blocks_forgotten_in_l_and_p", "chunk_blocks_decayed_by_own_in_l_and_p"),
                            faults.CHUNKS_SPLIT)
 #: Faults that eps alone tells apart: of scores, by an L2 norm or over the root of the width.
-TOLD_APART_BY_EPS = ("attn_res_l2", "attn_res_scaled")
+TOLD_APART_BY_EPS = ("attn_res_l2", "attn_res_scaled", "layer_norm_eps_other", "layer_norm_eps_outside")
+#: And those that float64 alone tells apart: 1e-6 for 1e-5, or nothing.
+TOLD_APART_EXACTLY = ("mhc_eps_of_connections", "mhc_eps_lost")
 #: Places of attention residuals at which a fault has no second name: with two snapshots and more, and not where a block
 #: begins, or where one does.
 AT = {"attn_res_without_newest": "layers.6.ffn_res", "attn_res_without_oldest": "layers.6.ffn_res",
@@ -61,18 +64,29 @@ class Bench:
             weights |= {name: change(name, w) for name, w in weights.items()}
         return SimpleNamespace(config=self.config, weights=weights)
 
+    def lengths(self, scenario):
+        """Of the calls, and positions; where pools are chosen, twice as long and one more, that there is something to
+        choose, and a pool that is not complete."""
+        lengths, positions = CALLS.get(scenario, ONE_CALL)
+        if not self.config.index_heads:
+            return lengths, positions
+        longer = [[2 * n + 1 for n in call] for call in lengths]
+        return longer, positions and [p and [2 * n for n in p] for p in positions]
+
     def tokens(self, scenario, rng):
         """(calls, positions)."""
-        lengths, positions = CALLS.get(scenario, ONE_CALL)
+        lengths, positions = self.lengths(scenario)
         return [[rng.integers(0, self.config.vocab_size, n).tolist() for n in call] for call in lengths], positions
 
     def scene(self, scenario):
-        lengths, positions = CALLS.get(scenario, ONE_CALL)
+        lengths, positions = self.lengths(scenario)
         return Scene([np.cumsum([0, *call]) for call in lengths], positions)
 
     def places(self, fault):
         """Taps that it can be at."""
         places = [n.tap for n in self.nodes if fault.concerns(n)]
+        if self.config.streams:  # those of layer 0 are the same until a block has joined them
+            places = [p for p in places if not p.startswith(("layers.0.attn", "layers.0.mid")) or "norm" in p]
         return [AT[fault.name]] if self.config.attn_res_block and AT.get(fault.name) in places else places
 
     def run(self, scenario, dtype, seed, plant=None):
@@ -100,12 +114,18 @@ def noisy_forward(model, tokens, dtype, rng, *, plant=None, positions=None):
         return [kl.Trace({tap: narrow(x) for tap, x in t.items()}, {**t.meta, "dtype": dtype}) for t in found]
 
 
+def judged_at(tap):
+    """Where a fault of a tap shows that no trace has: keys of pools have no row a token."""
+    return tap.replace("pool_cache", "select")
+
+
 def effect(model, traces, tap, fault, choice):
     """How far the fault moves its op on these inputs, over the noise that `blame` allows it."""
-    run = Run(model, traces, None, None)
+    run, planted = Run(model, traces, None, None), tap
+    tap = judged_at(tap)
     group, _ = run.group(tap)
     with np.errstate(all="ignore"):
-        y, y_f = run.run(group), run.run(group, faulty=(tap, fault, choice))
+        y, y_f = run.run(group), run.run(group, faulty=(planted, fault, choice))
         if y.dtype.kind in "iu":
             return _effect_on_ids(run, tap, group, y, y_f)
         return score(*ratios(y_f, y, run.noise(tap, group, y)))
@@ -122,6 +142,8 @@ def _effect_on_ids(run, tap, group, y, y_f):
 
 
 def _faint(name, w):
+    if name.endswith("indexer.wk.weight"):
+        return w * 1e-3
     return w * 1e-5 if name.endswith(("q_conv1d.weight", "k_conv1d.weight", "attn.conv1d.weight")) else w
 
 
@@ -138,7 +160,9 @@ def _large(name, w):
 
 
 def _tied(name, w):
-    """Experts 3 j, 3 j + 1 and 3 j + 2 get the same scores."""
+    """Experts 3 j, 3 j + 1 and 3 j + 2 get the same scores, and all pools."""
+    if name.endswith("weights_proj.weight"):
+        return 0 * w
     if not name.endswith(("block_sparse_moe.gate.weight", "mlp.gate.weight", "e_score_correction_bias")):
         return w
     return w[np.arange(len(w)) // 3 * 3]
@@ -150,8 +174,12 @@ _CHANGES = {faults.FAINT: _faint, faults.CHUNKS: _mild, faults.CHUNKS_SPLIT: _mi
 
 def site_of(model, traces, tap):
     """The Site of a tap in a run."""
-    run = Run(model, traces, None, None)
-    return Site.of(run.nodes[tap], run.values, model.weights, run.scene, run.nodes)
+    run, local = Run(model, traces, None, None), {}
+    *before, node = run.group(tap)[0]
+    for other in before:
+        site = Site.of(other, ChainMap(local, run.values), model.weights, run.scene, run.nodes)
+        local[other.tap] = site.shaped(site.run())
+    return Site.of(node, ChainMap(local, run.values), model.weights, run.scene, run.nodes)
 
 
 # ---- cases -------------------------------------------------------------------------------------------
@@ -161,7 +189,9 @@ def case(bench, fault, dtype, seed):
     """A run with a fault at a random place that can have it, and what `blame` says; None where there is no place."""
     rng = np.random.default_rng([seed, *map(ord, fault.name)])
     dtype = "float64" if fault.scenario == faults.TIES else dtype  # noise parts what is equal
-    dtype = "float32" if fault.name in TOLD_APART_BY_EPS and dtype == "bfloat16" else dtype
+    chosen = {"index_pool", "index_select"} & set(fault.ops)  # bfloat16 itself chooses other pools in many rows
+    dtype = "float32" if (chosen or fault.name in TOLD_APART_BY_EPS) and dtype == "bfloat16" else dtype
+    dtype = "float64" if fault.name in TOLD_APART_EXACTLY else dtype
     in_chunks = fault.scenario in (faults.CHUNKS, faults.CHUNKS_SPLIT) and len(fault.choices) > 1
     choices = fault.choices
     if in_chunks:  # more than three chunks: of fewer, several faults are the same; or one of more than a block has
@@ -185,9 +215,10 @@ def verdict(case, visible):
     """"named", "faint", or what went wrong."""
     wrong = case.blame.wrong
     if case.effect < visible:
-        others = [r for r in wrong if r.kind != case.fault.name or r.tap != case.tap]
+        others = [r for r in wrong if r.kind != case.fault.name or r.tap != judged_at(case.tap)]
         return f"another name below the noise: {others}" if others else "faint"
-    alone = len(wrong) == 1 and (wrong[0].tap, wrong[0].kind, wrong[0].also) == (case.tap, case.fault.name, ())
+    alone = len(wrong) == 1 and (wrong[0].tap, wrong[0].kind, wrong[0].also) == (judged_at(case.tap), case.fault.name,
+                                                                                 ())
     return "named" if alone else f"{case.effect:.3g} times the noise, but {case.blame}"
 
 

@@ -11,7 +11,7 @@ from kimi_linear.faults import Scene, _kda, scene
 
 @pytest.fixture(scope="module")
 def benches(golden_dir):
-    """Of Kimi-Linear, of Qwen3-Next, whose values are wider than its keys, and of Kimi K3."""
+    """Of Kimi-Linear, of Qwen3-Next, whose values are wider than its keys, of Kimi K3 and of GLM-5.3-Flash."""
     return [faulty_runs.Bench(kl.Model.from_pretrained(golden_dir / case)) for case in CASES]
 
 
@@ -20,18 +20,19 @@ def bench(benches):
     return benches[0]
 
 
-CASES = ("kimi-a", "qwen-a", "k3-a", "k3-b")
+CASES = ("kimi-a", "qwen-a", "k3-a", "k3-b", "glm-a", "glm-b")
 ALL = list(faults.CATALOGUE.values())
-OPS = {"add", "attention", "attn_res", "decay_gate", "delta_rule", "embedding", "gated_rms_norm", "l2_norm",
-       "latent_attention", "linear", "moe", "rms_norm", "rope", "route", "route_weights", "short_conv", "sigmoid",
-       "sigmoid_gate", "situ", "swiglu"}
+OPS = {"add", "attention", "attn_res", "decay_gate", "delta_rule", "embedding", "gated_rms_norm", "index_pool",
+       "index_select", "l2_norm", "latent_attention", "layer_norm", "linear", "mhc_collapse", "mhc_expand", "mhc_post",
+       "mhc_pre", "mhc_pre_comb", "mhc_pre_post", "moe", "rms_norm", "rope", "route", "route_weights", "short_conv",
+       "sigmoid", "sigmoid_gate", "situ", "swiglu"}
 
 
 def test_every_fault_is_data():
     assert len(ALL) >= 30
     for f in ALL:
         assert f.text and f.ops and f.choices and f.name == f.name.lower(), f.name
-        assert set(f.ops) <= OPS | {"*"}, f.name
+        assert set(f.ops) <= OPS | {"index_scores", "*"}, f.name
     assert len({f.text for f in ALL}) == len(ALL)
 
 

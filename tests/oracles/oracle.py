@@ -14,7 +14,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import numpy as np
 import torch
 import transformers
-from conftest import DATA, HERE, K3_CASES, QWEN_CASES, TINY, TRANSFORMERS_CASES
+from conftest import DATA, GLM_CASES, HERE, K3_CASES, QWEN_CASES, TINY, TRANSFORMERS_CASES
 from safetensors.torch import load_file, save_file
 
 import kimi_linear as kl
@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
 
 RMS, LARGEST = 1e-4, 2e-3   # of two float32 engines, over the array's rms; transformers alone takes 1e-5 and 1.5e-4
-FOLDERS = {"tiny": TINY, **{case: DATA / "golden" / case for case in (*TRANSFORMERS_CASES, *K3_CASES)}}
+FOLDERS = {"tiny": TINY, **{case: DATA / "golden" / case for case in (*TRANSFORMERS_CASES, *K3_CASES, *GLM_CASES)}}
 MOE = (8, 2, 1, 1, 1, 24, 2.446, True)   # experts, a token's; groups, chosen; shared; width; scale; renormalise
 MLA = (3, 10, 6, 9, 20)                  # heads, nope, rope, v, latent: none a multiple of 16
 SMALL = {
@@ -110,9 +110,12 @@ def theirs(case: str):
 
     Its products of all experts at once, the default, need widths that are multiples of four.
     """
-    options = {} if case in FOLDERS else {"experts_implementation": "eager"}
+    options, kind = {} if case in FOLDERS else {"experts_implementation": "eager"}, transformers.AutoModelForCausalLM
+    if case in GLM_CASES:
+        options = dict.fromkeys(("attn_implementation", "experts_implementation"), "eager")
+        kind = transformers.Glm5NextForConditionalGeneration
     with warnings.catch_warnings(action="ignore", category=FutureWarning):      # published configs say rope_scaling
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder(case), dtype=torch.float32, **options).eval()
+        model = kind.from_pretrained(folder(case), dtype=torch.float32, **options).eval()
     if case == "tied":                      # not done by transformers: its class names no tied weights
         model.lm_head.weight = model.model.embed_tokens.weight
     return model
