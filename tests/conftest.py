@@ -28,6 +28,12 @@ DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dt
           "I64": np.int64, "I32": np.int32, "U8": np.uint8}
 
 
+def pytest_collection_modifyitems(items):
+    """A name with an address in it differs in each process, and parallel runs then refuse to start."""
+    if named := [x.nodeid for x in items if " at 0x" in x.nodeid]:
+        raise pytest.UsageError(f"tests named by an address; give them ids=: {named}")
+
+
 def read_safetensors(path) -> dict[str, np.ndarray]:
     """Every tensor of a file, in its own type; apart from the package, so that it can judge the loader."""
     raw = Path(path).read_bytes()
