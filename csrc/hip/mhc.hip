@@ -244,7 +244,8 @@ __device__ __forceinline__ void balance_in_block(kl_shared<float> c, const weigh
     }
 }
 
-template <kl_type TYPE> __global__ void __launch_bounds__(256) mhc_pre_v2(weighing p, int64_t first)
+template <kl_type TYPE>
+__global__ void __launch_bounds__(256, 1) mhc_pre_v2(weighing p, int64_t first)
 {
     KL_SHARED(float, parts, [TEAMS]);
     KL_DYNAMIC_SHARED(float, c);

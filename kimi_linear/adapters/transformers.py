@@ -43,8 +43,8 @@ ATTENTION = "ALL_ATTENTION_FUNCTIONS"
 CACHES = {"conv_states": "conv", "recurrent_states": "state", "keys": "keys", "values": "values",
           "indexer_keys": "indexer"}
 #: model_type -> what transformers calls such a model.
-CLASSES = {"kimi_linear": "KimiLinearForCausalLM", WRAPPER: "Glm5NextForConditionalGeneration",
-           **{kind: about.architecture for kind, about in KINDS.items()}}
+CLASSES = {"kimi_linear": "KimiLinearForCausalLM", **{kind: about.architecture for kind, about in KINDS.items()},
+           WRAPPER: "Glm5NextForConditionalGeneration"}
 
 
 def config_of(model):
