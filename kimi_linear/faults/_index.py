@@ -252,8 +252,9 @@ FAULTS = (
     _pool("offsets_ignored", "pools are counted from the call's first token, not the sequence's",
           pooled(right, of_the_call), scenario=SEVERAL),
     _pool("from_the_end", "pools are counted from the last token: the first ones are left out",
-          pooled(right, from_the_end)),
-    _pool("strided", "a pool has tokens that are apart, as of an array [P, pools]", pooled(right, strided)),
+          pooled(right, from_the_end), looks_ahead=True),
+    _pool("strided", "a pool has tokens that are apart, as of an array [P, pools]", pooled(right, strided),
+          looks_ahead=True),
     _score("relu_missing", "scores are summed without relu", by_scores(
         lambda dots, w: np.einsum("lh,lhn->ln", w, dots)), V32),
     _score("relu_after_weights", "relu is of a head's weighted score, not of its dot", by_scores(
